@@ -1,0 +1,250 @@
+//! What a worker and the server say to each other on the control socket.
+//!
+//! One JSON object a line ([`LINE_BYTES_MAX`] at most), in both directions, over a Unix stream socket in the runtime
+//! directory. The worker speaks first ([`FromWorker::Hello`]); the server answers [`FromServer::Welcome`] or closes.
+//!
+//! **Leases.** A worker commits device memory only within its lease. It asks ([`FromWorker::LeaseRequest`]) and the
+//! server grants all of it, or at least `bytes_min`, or says no before the deadline. What a worker gives back counts as
+//! free from the moment the server reads [`FromWorker::LeaseReturn`], never before; what is granted counts as taken from
+//! the moment it is written. Both sides therefore keep I1 without a round trip on the way down.
+//!
+//! **Orders.** `Reclaim` and `Wake` are orders: each is answered by exactly one [`FromWorker::OrderDone`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::bytes::ByteCount;
+
+/// The version both sides must share.
+pub const VERSION: u32 = 1;
+/// The longest line either side accepts.
+pub const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// What a lease is for; the ledger keeps one number for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LeaseKind {
+    /// Parameters of a model.
+    Weights,
+    /// KV cache.
+    Kv,
+    /// What the process takes outside our regions: context, libraries, workspaces, activations.
+    Overhead,
+}
+
+impl LeaseKind {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::Weights, Self::Kv, Self::Overhead];
+}
+
+/// Said by the server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "say", rename_all = "snake_case")]
+pub enum FromServer {
+    /// The answer to `Hello`: everything the worker needs to begin.
+    Welcome {
+        /// Protocol version of the server.
+        version: u32,
+        /// The model's configuration, as `shoal.worker` understands it (see `WorkerSpec` in python/shoal/worker/spec.py).
+        spec: serde_json::Value,
+        /// `"sim"` or `"cuda:N"`.
+        device: String,
+        /// Capacity of the simulated device; ignored elsewhere.
+        device_bytes: ByteCount,
+        /// The most host memory this worker may use for copies.
+        host_budget: ByteCount,
+        /// Where the worker shall listen for HTTP/1.1 (a Unix socket's path).
+        data_socket: String,
+    },
+    /// A lease request was granted, wholly or in part.
+    LeaseGrant {
+        /// The request's number.
+        request: u64,
+        /// What it is for.
+        kind: LeaseKind,
+        /// Bytes added to the lease by this grant.
+        bytes: ByteCount,
+    },
+    /// A lease request cannot be met before its deadline.
+    LeaseDeny {
+        /// The request's number.
+        request: u64,
+        /// Why, in a sentence with numbers.
+        reason: String,
+    },
+    /// Order: give up device memory.
+    Reclaim {
+        /// The order's number.
+        order: u64,
+        /// How many bytes to free; all there are, if there are fewer.
+        bytes: ByteCount,
+        /// How long the worker may take before the next victim is asked.
+        deadline_ms: u64,
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// Order: bring the weights back. The worker asks for the lease it lacks as usual.
+    Wake {
+        /// The order's number.
+        order: u64,
+        /// How long the worker may take.
+        deadline_ms: u64,
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// Finish and exit.
+    Shutdown {
+        /// How long running requests may still take.
+        deadline_ms: u64,
+        /// Why, in a sentence.
+        reason: String,
+    },
+}
+
+/// Bytes that one worker holds, by place.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerUsage {
+    /// Device bytes committed for weights.
+    pub weights_device: ByteCount,
+    /// All bytes of the weights, wherever they are.
+    pub weights_total: ByteCount,
+    /// Device bytes committed for KV.
+    pub kv_device: ByteCount,
+    /// KV bytes in blocks that some request uses now (at most `kv_device`, rounding aside).
+    pub kv_live: ByteCount,
+    /// Measured bytes outside our regions, at their peak.
+    pub overhead_device: ByteCount,
+    /// Host bytes that hold copies.
+    pub host: ByteCount,
+    /// Bytes whose only copy off the device is the file they came from.
+    pub source_only: ByteCount,
+    /// Requests being worked on.
+    pub requests_running: u32,
+    /// Requests waiting inside the engine.
+    pub requests_waiting: u32,
+    /// Tokens generated since start.
+    pub tokens_out: u64,
+    /// Bytes copied to the device since start.
+    pub onboarded: ByteCount,
+    /// Bytes copied or dropped from the device since start.
+    pub evicted: ByteCount,
+}
+
+/// What a model can do, from its files.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerCapabilities {
+    /// Paths under `/v1/` it answers, such as `"chat/completions"`.
+    pub routes: Vec<String>,
+    /// Longest prompt plus answer, in tokens.
+    pub context_tokens: u32,
+    /// Bytes of the weights on the device.
+    pub weights_bytes: ByteCount,
+    /// Bytes of one KV block (0 for models without KV).
+    pub kv_block_bytes: ByteCount,
+    /// Least KV bytes with which one request of the shortest kind can run.
+    pub kv_bytes_min: ByteCount,
+    /// Tokens of one KV block.
+    pub kv_block_tokens: u32,
+    /// Data type of weights and KV, such as `"float32"`.
+    pub dtype: String,
+}
+
+/// Said by a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "say", rename_all = "snake_case")]
+pub enum FromWorker {
+    /// The first line.
+    Hello {
+        /// Protocol version of the worker.
+        version: u32,
+        /// The model it was started for.
+        model: String,
+        /// Its process id.
+        pid: u32,
+    },
+    /// Progress of loading, for people.
+    Loading {
+        /// `"reading"`, `"placing"`, ...
+        phase: String,
+        /// Bytes done.
+        done: ByteCount,
+        /// Bytes in all.
+        total: ByteCount,
+    },
+    /// The data socket answers; the weights are staged (asleep) and can be woken.
+    Ready {
+        /// What it can do.
+        capabilities: WorkerCapabilities,
+    },
+    /// The model cannot be served; the worker exits after this.
+    Failed {
+        /// `"model_missing"`, `"model_corrupt"`, `"model_unsupported"`, `"host_budget"`, `"internal"`.
+        code: String,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// Ask for device bytes beyond the present lease.
+    LeaseRequest {
+        /// A number unique to this connection.
+        request: u64,
+        /// What for.
+        kind: LeaseKind,
+        /// How many more bytes.
+        bytes: ByteCount,
+        /// The least that is of use.
+        bytes_min: ByteCount,
+        /// When an answer is no longer of use, in milliseconds from now.
+        deadline_ms: u64,
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// The request is withdrawn; a grant that crossed it is returned by the worker.
+    LeaseCancel {
+        /// The request's number.
+        request: u64,
+    },
+    /// Device bytes given back; they were unmapped and their frames destroyed before this was written.
+    LeaseReturn {
+        /// What they were for.
+        kind: LeaseKind,
+        /// How many.
+        bytes: ByteCount,
+    },
+    /// An order was carried out, as far as it could be.
+    OrderDone {
+        /// The order's number.
+        order: u64,
+        /// Device bytes freed (reclaim) or brought back (wake).
+        bytes: ByteCount,
+        /// Bytes copied for it.
+        copied: ByteCount,
+        /// How long it took, in microseconds.
+        duration_us: u64,
+        /// What stood in the way, if it was not done in full.
+        error: Option<String>,
+    },
+    /// Figures, a few times a second while they change.
+    Usage {
+        /// The figures.
+        usage: WorkerUsage,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_reads_as_it_was_written() {
+        let said = FromWorker::LeaseRequest {
+            request: 7,
+            kind: LeaseKind::Kv,
+            bytes: ByteCount::mib(4),
+            bytes_min: ByteCount::mib(2),
+            deadline_ms: 200,
+            reason: "a prompt of 900 tokens".to_owned(),
+        };
+        let line = serde_json::to_string(&said).expect("plain data");
+        assert!(line.starts_with(r#"{"say":"lease_request","request":7,"kind":"kv""#), "{line}");
+        assert_eq!(serde_json::from_str::<FromWorker>(&line).expect("own line"), said);
+    }
+}
