@@ -1,0 +1,215 @@
+//! What `shoal.toml` says, typed.
+//!
+//! Two steps, apart so that the first can be fuzzed and the second tested without a machine: [`parse()`] turns text into
+//! a [`ShoalFile`] and finds every mistake that the text alone shows; [`ShoalFile::resolve`] turns that into a
+//! [`ServerConfig`] with the help of [`Surroundings`] (directories, memory, devices), which is all the rest of the server
+//! sees. Every mistake is named with its line, all of them at once, and an unknown key with the nearest right one.
+//!
+//! Leaves to others: whether a model's files are good (the worker says), whether the address is free (the server binds).
+
+mod error;
+mod locate;
+mod parse;
+mod resolve;
+mod surroundings;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use shoal_core::bytes::ByteCount;
+
+pub use error::{ConfigError, Problem, ProblemKind};
+pub use locate::{SAMPLE, find_file};
+pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
+pub use surroundings::{MachineMemory, Surroundings};
+
+/// The address served by default.
+pub const LISTEN_DEFAULT: &str = "127.0.0.1:8000";
+/// The longest model name.
+pub const MODEL_NAME_BYTES_MAX: usize = 64;
+
+/// Everything a server needs to begin. All paths are absolute, all defaults filled in.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// The file this came from.
+    pub file: PathBuf,
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Keys that clients must show, one a line. Required for anything but loopback.
+    pub api_key_file: Option<PathBuf>,
+    /// Names by which the server may be called in a Host header, besides loopback's and the listening address.
+    pub allowed_hosts: Vec<String>,
+    /// The device; never [`DeviceChoice::Auto`] here.
+    pub device: DeviceChoice,
+    /// Device bytes that all models together may hold.
+    pub device_budget: ByteCount,
+    /// Host bytes that all models together may use for copies.
+    pub host_budget: ByteCount,
+    /// Directories of the disk tier.
+    pub disk: Vec<DiskTier>,
+    /// The models, in the file's order; names are unique.
+    pub models: Vec<ModelConfig>,
+    /// Sockets and `server.json` (0700).
+    pub runtime_dir: PathBuf,
+    /// What outlives a run.
+    pub state_dir: PathBuf,
+    /// What can be made again.
+    pub cache_dir: PathBuf,
+    /// Output of the workers, one file each.
+    pub log_dir: PathBuf,
+    /// The interpreter for models that name none: `SHOAL_PYTHON`, else `python3`.
+    pub python: PathBuf,
+    /// Bounds on what clients may ask.
+    pub limits: Limits,
+    /// What the user should be told at start, a sentence each.
+    pub notes: Vec<String>,
+}
+
+impl ServerConfig {
+    /// Reads, parses and resolves `file`.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with every mistake found.
+    pub fn load(file: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file)
+            .map_err(|source| ConfigError::Unreadable { file: file.to_owned(), source })?;
+        let file = std::path::absolute(file)
+            .map_err(|source| ConfigError::Unreadable { file: file.to_owned(), source })?;
+        parse(&text)
+            .and_then(|sections| sections.resolve(&file, surroundings))
+            .map_err(|problems| ConfigError::Wrong { file, problems })
+    }
+
+    /// The socket where workers speak to the server.
+    #[must_use]
+    pub fn control_socket(&self) -> PathBuf {
+        self.runtime_dir.join("control.sock")
+    }
+
+    /// The file that tells commands where the server is.
+    #[must_use]
+    pub fn server_json(&self) -> PathBuf {
+        self.runtime_dir.join("server.json")
+    }
+
+    /// The model of that name.
+    #[must_use]
+    pub fn model(&self, name: &str) -> Option<&ModelConfig> {
+        self.models.iter().find(|model| model.name == name)
+    }
+
+    /// The interpreter that runs `model`'s worker.
+    #[must_use]
+    pub fn python_of<'a>(&'a self, model: &'a ModelConfig) -> &'a Path {
+        model.python.as_deref().unwrap_or(&self.python)
+    }
+}
+
+/// One `[[model]]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// What clients call it: letters, digits, `.`, `_`, `-`, `:`; safe as part of a file's name.
+    pub name: String,
+    /// A directory (absolute by now) or a hub id.
+    pub source: String,
+    /// Branch, tag or commit of a hub id.
+    pub revision: Option<String>,
+    /// What runs it.
+    pub engine: Engine,
+    /// The interpreter for its worker, where it brings its own.
+    pub python: Option<PathBuf>,
+    /// Environment added for its worker.
+    pub env: BTreeMap<String, String>,
+    /// Arguments added for its worker; the whole command for [`Engine::Command`].
+    pub args: Vec<String>,
+    /// `"float32"`, `"bfloat16"`, `"float16"`; what its files say by default.
+    pub dtype: Option<String>,
+    /// Longest prompt plus answer, in tokens.
+    pub context: Option<u32>,
+    /// Its weights stay on the device.
+    pub pin: bool,
+    /// Device bytes it can always have.
+    pub min: Option<ByteCount>,
+    /// Device bytes it can have at most.
+    pub max: Option<ByteCount>,
+    /// Higher yields later; 0 by default.
+    pub priority: i32,
+    /// Put to sleep after so many idle seconds; by default only when another model needs the memory.
+    pub keep_alive_s: Option<u64>,
+}
+
+/// What runs a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// `python -m shoal.worker`, transformers underneath.
+    #[default]
+    Transformers,
+    /// vLLM with the plugin.
+    Vllm,
+    /// `args` is a command that speaks the control protocol.
+    Command,
+}
+
+impl Engine {
+    /// As written in the file.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Transformers => "transformers",
+            Self::Vllm => "vllm",
+            Self::Command => "command",
+        }
+    }
+}
+
+/// `device = "auto|sim|cuda:N"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The GPU where there is one, else the simulated device.
+    #[default]
+    Auto,
+    /// The simulated device: RAM.
+    Sim,
+    /// An NVIDIA GPU by its ordinal.
+    Cuda(u32),
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Sim => f.write_str("sim"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// One entry of `disk`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskTier {
+    /// A directory of the tier's own.
+    pub path: PathBuf,
+    /// The most it may hold there.
+    pub bytes: ByteCount,
+}
+
+/// Bounds on what clients may ask; every one has a default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The longest request body under `/v1`.
+    pub request_bytes_max: ByteCount,
+    /// The longest a request may wait for its model.
+    pub wait_max: Duration,
+    /// The most requests that may wait for one model.
+    pub parked_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { request_bytes_max: ByteCount::mib(32), wait_max: Duration::from_mins(5), parked_max: 256 }
+    }
+}

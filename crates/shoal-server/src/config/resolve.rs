@@ -1,0 +1,187 @@
+//! Sections and surroundings to a [`ServerConfig`]: defaults, directories, the device, sums that must hold.
+//!
+//! **Defaults of the budgets.** The simulated device takes its bytes from the same RAM as the host tier, so it gets a
+//! quarter of what may be used and the host tier half, the rest stays for the workers themselves.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use shoal_core::bytes::ByteCount;
+
+use super::error::{Problem, ProblemKind};
+use super::parse::{ModelSection, ShoalFile, Sited};
+use super::surroundings::Surroundings;
+use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ServerConfig};
+
+const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
+
+impl ShoalFile {
+    /// Fills in what the file leaves open. `file` must be absolute: relative paths are relative to its directory.
+    ///
+    /// # Errors
+    /// Every mistake found; at least one.
+    pub fn resolve(self, file: &Path, surroundings: &Surroundings) -> Result<ServerConfig, Vec<Problem>> {
+        let mut problems = Vec::new();
+        let directory = file.parent().unwrap_or(Path::new("/"));
+        let home = surroundings.home.as_deref();
+        let server = self.server;
+
+        let listen_default = || Sited {
+            value: LISTEN_DEFAULT.parse().unwrap_or(([127, 0, 0, 1], 8000).into()),
+            line: 0,
+            column: 0,
+        };
+        let listen = server.listen.unwrap_or_else(listen_default);
+        if !listen.value.ip().to_canonical().is_loopback() && server.api_key_file.is_none() {
+            problems.push(listen.problem(ProblemKind::OpenToAll { listen: listen.value.to_string() }));
+        }
+
+        let device = server.device.unwrap_or(Sited { value: DeviceChoice::Auto, line: 0, column: 0 });
+        if let Err(why) = usable_device(device.value, surroundings) {
+            problems.push(device.problem(ProblemKind::Device { why }));
+        }
+
+        let usable = surroundings.memory.usable();
+        let part = |part: u64| ByteCount(usable.0 / part / BUDGET_UNIT.0 * BUDGET_UNIT.0).max(BUDGET_UNIT);
+        let mut notes = Vec::new();
+        let device_budget = server.device_budget.as_ref().map_or_else(|| part(4), |bytes| bytes.value);
+        let host_budget = server.host_budget.as_ref().map_or_else(|| part(2), |bytes| bytes.value);
+        if device_budget > usable && !usable.is_zero() {
+            notes.push(format!(
+                "device_budget is {device_budget}, but only {usable} of RAM may be used, and the simulated device \
+                 lives in RAM"
+            ));
+        }
+        if !server.disk.is_empty() {
+            notes.push(
+                "the disk tier is planned and not in this version: `disk` is read and left alone".to_owned(),
+            );
+        }
+
+        check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
+        let models = self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
+        if !problems.is_empty() {
+            problems.sort_by_key(|problem| (problem.line, problem.column));
+            return Err(problems);
+        }
+
+        let defaults = Limits::default();
+        let state_dir = surroundings.state_home.join("shoal");
+        Ok(ServerConfig {
+            file: file.to_owned(),
+            listen: listen.value,
+            api_key_file: server.api_key_file.map(|path| absolute(&path.value, directory, home)),
+            allowed_hosts: server.allowed_hosts,
+            device: DeviceChoice::Sim,
+            device_budget,
+            host_budget,
+            disk: server
+                .disk
+                .into_iter()
+                .map(|tier| DiskTier { path: absolute(&tier.path, directory, home), bytes: tier.bytes })
+                .collect(),
+            models,
+            runtime_dir: surroundings.runtime_dir.clone(),
+            log_dir: state_dir.join("logs"),
+            state_dir,
+            cache_dir: surroundings.cache_home.join("shoal"),
+            python: surroundings.python.clone(),
+            limits: Limits {
+                request_bytes_max: server.request_bytes_max.unwrap_or(defaults.request_bytes_max),
+                wait_max: server.wait_s_max.map_or(defaults.wait_max, Duration::from_secs),
+                parked_max: server.parked_max.unwrap_or(defaults.parked_max),
+            },
+            notes,
+        })
+    }
+}
+
+/// `auto` never falls back silently where an NVIDIA device exists but cannot be used.
+fn usable_device(choice: DeviceChoice, surroundings: &Surroundings) -> Result<(), String> {
+    const REMEDY: &str = "write device = \"sim\" under [server] for the simulated device, which lives in RAM";
+    match (choice, &surroundings.nvidia) {
+        (DeviceChoice::Sim, _) | (DeviceChoice::Auto, None) => Ok(()),
+        (DeviceChoice::Auto, Some(sign)) => Err(format!(
+            "there is an NVIDIA device here ({}), but this version of Shoal has no CUDA device yet; {REMEDY}",
+            sign.display()
+        )),
+        (DeviceChoice::Cuda(_), _) => {
+            Err(format!("device = \"{choice}\": this version of Shoal has no CUDA device yet; {REMEDY}"))
+        }
+    }
+}
+
+fn check_minimums(
+    models: &[ModelSection],
+    budget: ByteCount,
+    budget_key: Option<&Sited<ByteCount>>,
+    problems: &mut Vec<Problem>,
+) {
+    let mut sum = 0u128;
+    for min in models.iter().filter_map(|model| model.min.as_ref()) {
+        sum += u128::from(min.value.0);
+        if min.value > budget {
+            let why = format!("{} is more than the device budget of {budget}", min.value);
+            problems.push(min.problem(ProblemKind::BadValue { key: "min".to_owned(), why }));
+            return;
+        }
+    }
+    if sum > u128::from(budget.0) {
+        let sum = ByteCount(u64::try_from(sum).unwrap_or(u64::MAX));
+        let kind = ProblemKind::MinimumsExceedBudget { sum, budget };
+        problems.push(match budget_key {
+            Some(key) => key.problem(kind),
+            None => Problem { line: 0, column: 0, kind },
+        });
+    }
+}
+
+fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> ModelConfig {
+    ModelConfig {
+        name: model.name.value,
+        source: resolve_source(&model.source.value, directory, home),
+        revision: model.revision,
+        engine: model.engine.map_or_else(Default::default, |engine| engine.value),
+        // A bare command is looked up in PATH; anything with a slash is a file.
+        python: model.python.map(|python| {
+            let command = python.components().count() == 1 && !python.starts_with("~");
+            if command { python } else { absolute(&python, directory, home) }
+        }),
+        env: model.env,
+        args: model.args,
+        dtype: model.dtype,
+        context: model.context,
+        pin: model.pin,
+        min: model.min.map(|min| min.value),
+        max: model.max.map(|max| max.value),
+        priority: model.priority,
+        keep_alive_s: model.keep_alive_s,
+    }
+}
+
+/// A path where it looks like one (`/`, `./`, `../`, `~`) or where such a directory exists; else an id, left as it is.
+fn resolve_source(source: &str, directory: &Path, home: Option<&Path>) -> String {
+    let looks_like_path =
+        source.starts_with(['/', '~']) || matches!(source.split('/').next(), Some("." | ".."));
+    let path = absolute(Path::new(source), directory, home);
+    if looks_like_path || path.is_dir() { path.to_string_lossy().into_owned() } else { source.to_owned() }
+}
+
+/// `~` and relative paths filled in, `.` and `..` folded without looking at the disk.
+fn absolute(path: &Path, directory: &Path, home: Option<&Path>) -> PathBuf {
+    let whole = match (path.strip_prefix("~"), home) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        _ => directory.join(path),
+    };
+    let mut folded = PathBuf::new();
+    for part in whole.components() {
+        match part {
+            std::path::Component::CurDir => {}
+            std::path::Component::ParentDir => {
+                folded.pop();
+            }
+            part => folded.push(part),
+        }
+    }
+    folded
+}

@@ -1,0 +1,140 @@
+//! What the configuration is resolved against, read once, so that tests can bring their own.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use shoal_core::bytes::ByteCount;
+
+/// The process's surroundings.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The current directory.
+    pub working_dir: PathBuf,
+    /// The user's home.
+    pub home: Option<PathBuf>,
+    /// `XDG_CONFIG_HOME` or its default.
+    pub config_home: Option<PathBuf>,
+    /// `XDG_STATE_HOME` or its default.
+    pub state_home: PathBuf,
+    /// `XDG_CACHE_HOME` or its default.
+    pub cache_home: PathBuf,
+    /// Shoal's own: `SHOAL_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/shoal`, else `/tmp/shoal-UID`.
+    pub runtime_dir: PathBuf,
+    /// `SHOAL_PYTHON`, else `python3`.
+    pub python: PathBuf,
+    /// Memory, where it can be read.
+    pub memory: MachineMemory,
+    /// What shows that there is an NVIDIA device, if there is one.
+    pub nvidia: Option<PathBuf>,
+}
+
+/// Memory at the moment of asking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MachineMemory {
+    /// All of it.
+    pub total: ByteCount,
+    /// What could be used without swapping.
+    pub available: ByteCount,
+    /// What the control group still allows, where it sets a limit.
+    pub cgroup_left: Option<ByteCount>,
+}
+
+impl MachineMemory {
+    /// Reads `/proc/meminfo` and the control group; zeros where they cannot be read.
+    #[must_use]
+    pub fn now() -> Self {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        Self {
+            total: meminfo(&text, "MemTotal:"),
+            available: meminfo(&text, "MemAvailable:"),
+            cgroup_left: cgroup_left(),
+        }
+    }
+
+    /// What may be used: the smaller of what is available and what the control group allows.
+    #[must_use]
+    pub fn usable(&self) -> ByteCount {
+        self.cgroup_left.map_or(self.available, |left| left.min(self.available))
+    }
+}
+
+pub(crate) fn meminfo(text: &str, field: &str) -> ByteCount {
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    let kib =
+        line.and_then(|rest| rest.split_whitespace().next()).and_then(|number| number.parse::<u64>().ok());
+    ByteCount(kib.unwrap_or(0).saturating_mul(1024))
+}
+
+/// What the nearest memory limit of the control groups above this process leaves (version 2, then version 1).
+fn cgroup_left() -> Option<ByteCount> {
+    let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mut least: Option<u64> = None;
+    for line in own.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (controllers, path) = (fields.nth(1)?, fields.next()?);
+        let (root, limit, usage) = match controllers {
+            "" => (Path::new("/sys/fs/cgroup"), "memory.max", "memory.current"),
+            "memory" => {
+                (Path::new("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")
+            }
+            _ => continue,
+        };
+        let number = |file: PathBuf| std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
+        for group in Path::new(path.trim_start_matches('/')).ancestors() {
+            let group = root.join(group);
+            // Version 1 writes "no limit" as a number near 2^63.
+            if let Some(limit) = number(group.join(limit)).filter(|limit| *limit < 1 << 60) {
+                let left = limit.saturating_sub(number(group.join(usage)).unwrap_or(0));
+                least = Some(least.map_or(left, |least| least.min(left)));
+            }
+        }
+    }
+    least.map(ByteCount)
+}
+
+impl Surroundings {
+    /// Those of this process.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        let set = |name: &str| {
+            std::env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from)
+        };
+        // The XDG specification: a relative path is to be ignored.
+        let absolute = |name: &str| set(name).filter(|path| path.is_absolute());
+        let uid = rustix::process::getuid().as_raw();
+        let fallback = PathBuf::from(format!("/tmp/shoal-{uid}"));
+        let home = absolute("HOME");
+        let under_home =
+            |tail: &str| home.as_ref().map_or_else(|| fallback.join(tail), |home| home.join(tail));
+        Self {
+            working_dir: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+            config_home: absolute("XDG_CONFIG_HOME")
+                .or_else(|| home.as_ref().map(|home| home.join(".config"))),
+            state_home: absolute("XDG_STATE_HOME").unwrap_or_else(|| under_home(".local/state")),
+            cache_home: absolute("XDG_CACHE_HOME").unwrap_or_else(|| under_home(".cache")),
+            runtime_dir: absolute("SHOAL_RUNTIME_DIR")
+                .or_else(|| absolute("XDG_RUNTIME_DIR").map(|dir| dir.join("shoal")))
+                .unwrap_or(fallback),
+            python: set("SHOAL_PYTHON").unwrap_or_else(|| PathBuf::from("python3")),
+            memory: MachineMemory::now(),
+            nvidia: ["/dev/nvidia0", "/proc/driver/nvidia/version"]
+                .iter()
+                .map(PathBuf::from)
+                .find(|path| path.exists()),
+            home,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read_in_bytes() {
+        let text = "MemTotal:       24689012 kB\nMemAvailable:   1024 kB\n";
+        assert_eq!(meminfo(text, "MemAvailable:"), ByteCount(1 << 20));
+        assert_eq!(meminfo(text, "SwapFree:"), ByteCount::ZERO);
+        assert!(MachineMemory::now().available > ByteCount::ZERO);
+    }
+}

@@ -1,0 +1,252 @@
+use std::path::Path;
+use std::time::Duration;
+
+use shoal_core::bytes::ByteCount;
+
+use super::*;
+
+fn surroundings(dir: &Path) -> Surroundings {
+    Surroundings {
+        working_dir: dir.join("work"),
+        home: Some(dir.join("home")),
+        config_home: Some(dir.join("config")),
+        state_home: dir.join("state"),
+        cache_home: dir.join("cache"),
+        runtime_dir: dir.join("run"),
+        python: "python3".into(),
+        memory: MachineMemory { total: ByteCount::gib(64), available: ByteCount::gib(32), cgroup_left: None },
+        nvidia: None,
+    }
+}
+
+fn load(text: &str, surroundings: &Surroundings) -> Result<ServerConfig, String> {
+    let file = Path::new("/etc/shelf/shoal.toml");
+    parse(text)
+        .and_then(|sections| sections.resolve(file, surroundings))
+        .map_err(|problems| ConfigError::Wrong { file: file.to_owned(), problems }.to_string())
+}
+
+fn load_here(text: &str) -> Result<ServerConfig, String> {
+    load(text, &surroundings(Path::new("/nowhere")))
+}
+
+#[test]
+fn the_shortest_file_gets_every_default() {
+    let config = load_here("[[model]]\nname = 'chat'\nsource = 'org/chat'\n").expect("good");
+    assert_eq!(config.listen.to_string(), LISTEN_DEFAULT);
+    assert_eq!(config.device, DeviceChoice::Sim);
+    assert_eq!((config.device_budget, config.host_budget), (ByteCount::gib(8), ByteCount::gib(16)));
+    assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.runtime_dir, Path::new("/nowhere/run"));
+    assert_eq!(config.log_dir, Path::new("/nowhere/state/shoal/logs"));
+    assert!(config.notes.is_empty(), "{:?}", config.notes);
+    let model = config.model("chat").expect("listed");
+    assert_eq!((model.source.as_str(), model.engine, model.priority), ("org/chat", Engine::Transformers, 0));
+    assert_eq!(config.python_of(model), Path::new("python3"));
+}
+
+#[test]
+fn every_key_is_read() {
+    let config = load_here(
+        r#"
+        [server]
+        listen = "0.0.0.0:9000"
+        api_key_file = "keys.txt"
+        allowed_hosts = ["shelf.example"]
+        device = "sim"
+        device_budget = "640MiB"
+        host_budget = 1073741824
+        disk = [{ path = "~/disk", bytes = "200GiB" }]
+        request_bytes_max = "1MiB"
+        wait_s_max = 30
+        parked_max = 7
+        [[model]]
+        name = "code:v1"
+        source = "./models/../code"
+        revision = "main"
+        engine = "transformers"
+        python = "../venv/bin/python"
+        env = { OMP_NUM_THREADS = "2" }
+        args = ["--verbose"]
+        dtype = "float32"
+        context = 2048
+        pin = true
+        min = "64MiB"
+        max = "1GiB"
+        priority = -3
+        keep_alive = "10m"
+        "#,
+    )
+    .expect("good");
+    assert_eq!(config.api_key_file.as_deref(), Some(Path::new("/etc/shelf/keys.txt")));
+    assert_eq!(config.disk, [DiskTier { path: "/nowhere/home/disk".into(), bytes: ByteCount::gib(200) }]);
+    assert_eq!((config.device_budget, config.host_budget), (ByteCount::mib(640), ByteCount::gib(1)));
+    assert_eq!(
+        config.limits,
+        Limits { request_bytes_max: ByteCount::mib(1), wait_max: Duration::from_secs(30), parked_max: 7 }
+    );
+    assert_eq!(config.notes.len(), 1, "the disk tier is not there yet, and that is said");
+    let model = &config.models[0];
+    assert_eq!(model.source, "/etc/shelf/code");
+    assert_eq!(model.python.as_deref(), Some(Path::new("/etc/venv/bin/python")));
+    assert_eq!(model.env["OMP_NUM_THREADS"], "2");
+    assert_eq!((model.context, model.pin, model.priority), (Some(2048), true, -3));
+    assert_eq!((model.min, model.max), (Some(ByteCount::mib(64)), Some(ByteCount::gib(1))));
+    assert_eq!(model.keep_alive_s, Some(600));
+}
+
+/// Text after `[server]`, or a whole file where it names a model; then what must be said of it, line included.
+#[test]
+fn mistakes_are_named_with_their_line() {
+    let model = "\n[[model]]\nname = 'a'\nsource = 'a'\n";
+    let cases: &[(&str, &str)] = &[
+        ("[server]\nlisten = 8000", ":2:10: `listen` must be a string, not a whole number"),
+        ("[server]\nlisten = 'localhost'", ":2:10: `listen`: \"localhost\" is not an address and a port"),
+        (
+            "[server]\ndevice_bugdet = '1GiB'",
+            ":2:1: unknown key `device_bugdet` in [server]; did you mean `device_budget`?",
+        ),
+        ("[server]\nxyzzy = 1", ":2:1: unknown key `xyzzy` in [server]"),
+        ("[sever]\n", ":1:2: unknown key `sever` in the file; did you mean `server`?"),
+        ("[server]\ndevice_budget = '12 parsecs'", ":2:17: `device_budget`: \"12 parsecs\" is not a size"),
+        ("[server]\ndevice_budget = -5", ":2:17: `device_budget`: a size cannot be negative"),
+        ("[server]\ndevice_budget = '0'", "must be more than zero"),
+        ("[server]\ndevice_budget = 1.5", "`device_budget` must be a size"),
+        ("[server]\ndevice = 'gpu'", "write \"auto\", \"sim\" or \"cuda:0\""),
+        (
+            "[server]\ndevice = 'cuda:0'",
+            "this version of Shoal has no CUDA device yet; write device = \"sim\"",
+        ),
+        ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
+        ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
+        ("[server]\nparked_max = 0", "must lie between 1 and"),
+        (
+            "[server]\nlisten = '0.0.0.0:80'",
+            ":2:10: `listen` is 0.0.0.0:80, which other machines can reach, so `api_key_file`",
+        ),
+        ("server = 3", "`server` must be a table"),
+        ("[server]\nlisten = '127.0.0.1:1'\nlisten = '127.0.0.1:2'", ":3:1: duplicate key"),
+        ("[server]\ndevice = ", ":2:"),
+        ("[[model]]\nname = 'a'\nsource = 'b'", ":5:8: two models are named \"a\" (the first in line 2)"),
+        ("[[model]]\nsource = 'b'", ":1:1: [[model]] lacks `name`"),
+        ("[[model]]\nname = 'b'", "[[model]] \"b\" lacks `source`"),
+        ("[[model]]\nname = 'b/c'\nsource = 'b'", ":2:8: `name`: \"b/c\" is not a name"),
+        ("[[model]]\nname = '..'\nsource = 'b'", "is not a name"),
+        ("[[model]]\nname = 'b'\nsource = ''", "`source`: must not be empty"),
+        (
+            "[[model]]\nname = 'b'\nsource = 'b'\nengin = 'x'",
+            ":4:1: unknown key `engin` in [[model]] \"b\"; did you mean `engine`?",
+        ),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'tranformers'", "did you mean \"transformers\"?"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'vllm'", "planned"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'command'", "needs the command in `args`"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\ndtype = 'int3'", "`dtype`: \"int3\" is none of"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\ncontext = -1", "`context`: must lie between 1 and"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\npin = 'yes'", "`pin` must be true or false, not a string"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nenv = { A = 1 }", "`env.A` must be a string"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nargs = [1]", "`args` must be a list of strings"),
+        (
+            "[[model]]\nname = 'b'\nsource = 'b'\nmin = '2GiB'\nmax = '1GiB'",
+            ":4:7: `min`: 2 GiB is more than `max`, 1 GiB",
+        ),
+        (
+            "[[model]]\nname = 'b'\nsource = 'b'\nmin = '900GiB'",
+            "`min`: 900 GiB is more than the device budget of 8 GiB",
+        ),
+        (
+            "[[model]]\nname = 'b'\nsource = 'b'\nmin = '5GiB'\n[[model]]\nname = 'c'\nsource = 'c'\nmin = '5GiB'",
+            "`min` add up to 10 GiB",
+        ),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nkeep_alive = 'long'", "`keep_alive`: write whole seconds"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\npriority = 99999999999", "`priority`: must lie between"),
+    ];
+    for (text, expected) in cases {
+        let said = load_here(&format!("{text}{model}")).expect_err(text);
+        assert!(said.contains(expected), "{text:?}\n said {said}\n not {expected}");
+        assert!(said.starts_with("/etc/shelf/shoal.toml"), "{said}");
+    }
+}
+
+#[test]
+fn a_list_where_a_table_belongs_and_no_model_at_all() {
+    let said = load_here("[model]\nname = 'a'\nsource = 'a'").expect_err("one bracket");
+    assert!(said.contains("write [[model]], with two brackets"), "{said}");
+    assert!(load_here("").expect_err("empty").contains("no [[model]]"));
+    assert!(load_here("model = [3]").expect_err("a number").contains("`model` must be a list of tables"));
+}
+
+#[test]
+fn all_mistakes_are_told_at_once() {
+    let said = load_here("[server]\nlissten = 'x'\ndevice = 3\n[[model]]\nname = 'a'\n").expect_err("three");
+    assert_eq!(said.lines().count(), 3, "{said}");
+}
+
+#[test]
+fn auto_says_so_where_a_gpu_cannot_be_used() {
+    let mut here = surroundings(Path::new("/nowhere"));
+    here.nvidia = Some("/dev/nvidia0".into());
+    let model = "[[model]]\nname = 'a'\nsource = 'a'\n";
+    let said = load(model, &here).expect_err("never silently");
+    assert!(said.contains("there is an NVIDIA device here (/dev/nvidia0)"), "{said}");
+    assert!(said.contains("device = \"sim\""), "{said}");
+    let config = load(&format!("[server]\ndevice = 'sim'\n{model}"), &here).expect("chosen");
+    assert_eq!(config.device, DeviceChoice::Sim);
+}
+
+#[test]
+fn loopback_needs_no_key_however_it_is_written() {
+    for listen in ["127.0.0.1:0", "[::1]:8000", "127.3.2.1:1", "[::ffff:127.0.0.1]:8000"] {
+        load_here(&format!("[server]\nlisten = '{listen}'\n[[model]]\nname = 'a'\nsource = 'a'\n"))
+            .expect(listen);
+    }
+}
+
+#[test]
+fn sources_are_paths_or_ids() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir_all(dir.path().join("org/here")).expect("made");
+    let file = dir.path().join("shoal.toml");
+    let of = |source: &str| {
+        std::fs::write(&file, format!("[[model]]\nname = 'a'\nsource = '{source}'\n")).expect("written");
+        let config = ServerConfig::load(&file, &surroundings(dir.path())).expect("good");
+        config.models[0].source.clone()
+    };
+    let below = |tail: &str| dir.path().join(tail).to_string_lossy().into_owned();
+    assert_eq!(of("org/absent"), "org/absent");
+    assert_eq!(of("org/here"), below("org/here"));
+    assert_eq!(of("./org/absent"), below("org/absent"));
+    assert_eq!(of("~/x"), below("home/x"));
+    assert_eq!(of("/abs"), "/abs");
+}
+
+#[test]
+fn the_file_is_found_in_order() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let here = surroundings(dir.path());
+    let ConfigError::NotFound { looked_at } = find_file(None, &here).expect_err("nothing there") else {
+        panic!("another error")
+    };
+    assert_eq!(looked_at, [dir.path().join("work/shoal.toml"), dir.path().join("config/shoal/shoal.toml")]);
+    for file in looked_at.iter().rev() {
+        std::fs::create_dir_all(file.parent().expect("has one")).expect("made");
+        std::fs::write(file, "").expect("written");
+        assert_eq!(&find_file(None, &here).expect("found"), file);
+    }
+    assert_eq!(find_file(Some(Path::new("x.toml")), &here).expect("named"), Path::new("x.toml"));
+    let said = ServerConfig::load(&dir.path().join("gone.toml"), &here).expect_err("missing").to_string();
+    assert!(said.contains("gone.toml: No such file"), "{said}");
+}
+
+#[test]
+fn the_sample_is_good() {
+    assert_eq!(load_here(SAMPLE).expect("good").models.len(), 2);
+}
+
+#[test]
+fn no_text_makes_it_panic() {
+    let whole = format!("{SAMPLE}\n[server.x]\ny = [{{a=1}}, 'é', 0x_1, 1979-05-27]\n");
+    for end in (0..whole.len()).filter(|end| whole.is_char_boundary(*end)) {
+        let _ = parse(&whole[..end]);
+        let _ = parse(&whole[end..]);
+    }
+}
