@@ -1,1 +1,3 @@
+//! (the gateway's bench comes with the gateway)
+
 fn main() {}

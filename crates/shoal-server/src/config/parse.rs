@@ -150,7 +150,6 @@ impl<'i> Reader<'i> {
         }
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "spans come as temporaries")]
     fn complain(&mut self, span: Range<usize>, kind: ProblemKind) {
         let problem = self.sited(&span, ()).problem(kind);
         self.problems.push(problem);
@@ -227,7 +226,7 @@ impl<'i> Reader<'i> {
                 SocketAddr::from_str(text)
                     .map_err(|_| format!("{text:?} is not an address and a port, such as \"127.0.0.1:8000\""))
             }),
-            api_key_file: self.parsed(table, "api_key_file", |text| path(text)),
+            api_key_file: self.parsed(table, "api_key_file", path),
             allowed_hosts: self.strings(table, "allowed_hosts"),
             device: self.parsed(table, "device", device),
             device_budget: self.size(table, "device_budget"),
@@ -299,7 +298,7 @@ impl<'i> Reader<'i> {
             return Vec::new();
         };
         let mut tiers = Vec::new();
-        for entry in entries.iter() {
+        for entry in entries {
             let DeValue::Table(table) = entry.get_ref() else {
                 self.wrong_type(
                     entry,
@@ -420,7 +419,7 @@ impl<'i> Reader<'i> {
             return Vec::new();
         };
         let mut texts = Vec::new();
-        for item in items.iter() {
+        for item in items {
             match item.get_ref().as_str() {
                 Some(text) => texts.push(text.to_owned()),
                 None => self.wrong_type(item, key, "a list of strings"),
