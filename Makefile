@@ -1,0 +1,88 @@
+# Shoal's commands. `make` alone lists them.
+#
+# PYTHON=python3.12           the Python that .venv is made from
+# SHOAL_TORCH_INDEX=URL|DIR   where torch comes from, instead of pip's own choice
+# XDG_CACHE_HOME=DIR          where the demo's models are kept (in DIR/shoal/models)
+# SHELF=FILE                  what `make serve` serves
+
+PYTHON ?= python3
+SHELF ?= examples/shelf.toml
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := .shoal/stamps
+SOURCES := $(shell find crates -type f) Cargo.toml Cargo.lock pyproject.toml
+
+# The library's own tests link Python too; both halves then agree on which.
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo serve test test-rust test-python test-wheel test-gpu check bench ui setup environment models clean
+
+help: ## List these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|' 2>/dev/null \
+	  || grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
+
+demo: preflight-demo setup models ## Set up, then run the main job: three models share less memory than they need
+	@$(BIN)/python -m shoal.demo run
+
+serve: preflight-serve setup models ## Set up and serve examples/shelf.toml (or SHELF=FILE) until Ctrl-C
+	@$(BIN)/shoal serve $(SHELF)
+
+test: preflight-test setup test-rust test-python test-wheel ## Set up and run every test that needs no GPU
+
+test-rust: setup ## Tests of the Rust crates
+	cargo test --locked --workspace --quiet
+
+test-python: setup ## Tests of the Python package, the server and the repository
+	$(BIN)/python -m pytest -q
+
+test-wheel: setup ## Build the wheel, install it into a clean environment, use it there
+	$(BIN)/python scripts/check_wheel.py
+
+test-gpu: ## Tests on a machine with an NVIDIA GPU (PART=name runs one part)
+	@if [ -x tests/gpu/run.sh ]; then tests/gpu/run.sh $(PART); \
+	  else echo "There are no GPU tests yet: the CUDA device is not written. 'make test' covers what there is."; exit 1; fi
+
+check: setup ## Formatting, lints, types, licences and duplicates of dependencies
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_stubs.py
+	$(BIN)/python scripts/check_dependencies.py
+
+bench: setup models ## Run the benchmarks into benches/results/ and render them into README
+	cargo bench --locked --workspace
+	@found=; for file in benches/[a-z]*.py; do [ -f "$$file" ] || continue; found=1; \
+	  echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
+	  [ -n "$$found" ] || echo "There are no end-to-end benchmarks in benches/ yet."
+	$(BIN)/python scripts/render_results.py
+
+ui: ## Build the page
+	@echo "Nothing to build: the page is one hand-written file inside crates/shoal-server, embedded by cargo."
+
+setup: environment $(STAMPS)/extension ## Make .venv and build the extension into it
+
+environment:
+	@$(PYTHON) scripts/environment.py
+
+# A release build also for development: it is what the demo, the tests and the wheel share.
+$(STAMPS)/extension: $(SOURCES) | environment
+	@echo "Building the Rust half (some minutes the first time)"
+	@$(BIN)/maturin develop --release --locked --quiet
+	@mkdir -p $(@D) && touch $@
+
+models: setup ## Download or train the demo's models, once
+	@$(BIN)/python -m shoal.demo prepare
+
+preflight-%:
+	@$(PYTHON) scripts/preflight.py $*
+
+clean: ## Remove all that was built here (the demo's models stay in the cache)
+	rm -rf target $(VENV) .shoal dist .pytest_cache .hypothesis .mypy_cache .ruff_cache python/shoal/_native*.so
+	@echo "The demo's models are kept in $${XDG_CACHE_HOME:-$$HOME/.cache}/shoal/models."

@@ -1,0 +1,71 @@
+"""Make the repository's own `.venv` what requirements/ says, and do nothing where it already is.
+
+torch comes first and by itself, because where it comes from is the one thing people need to change: its build with
+CUDA libraries is over 2 GiB, and a machine without a GPU can do with far less. `SHOAL_TORCH_INDEX` names another index
+(a URL) or a directory of wheels; without it pip decides, so find-links and indexes that the user configured count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / ".environment"
+REQUIREMENTS = ROOT / "requirements"
+
+
+def main() -> int:
+    """Bring the environment up to date; the exit status is pip's."""
+    parser = argparse.ArgumentParser(description="Set up .venv.")
+    parser.add_argument("--force", action="store_true", help="install again even if nothing has changed")
+    options = parser.parse_args()
+    wanted = fingerprint()
+    if not options.force and STAMP.is_file() and STAMP.read_text("utf-8") == wanted:
+        return 0
+    python = VENV / "bin" / "python"
+    try:
+        if not python.exists():
+            print(f"Creating {VENV.name}", flush=True)
+            run(sys.executable, "-m", "venv", "--clear", str(VENV))
+        STAMP.unlink(missing_ok=True)
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--progress-bar", "on"]
+        constraints = ["--constraint", str(REQUIREMENTS / "constraints.txt")]
+        print("Installing torch", flush=True)
+        run(*pip, *torch_from(os.environ.get("SHOAL_TORCH_INDEX")), *constraints, "torch")
+        print("Installing what requirements/dev.txt names", flush=True)
+        run(*pip, "--requirement", str(REQUIREMENTS / "dev.txt"))
+    except subprocess.CalledProcessError as error:
+        print(f"Stopped: {' '.join(map(str, error.cmd))} failed; its message is above.", file=sys.stderr)
+        return 1
+    STAMP.write_text(wanted, "utf-8")
+    return 0
+
+
+def torch_from(place: str | None) -> list[str]:
+    """Return the options that make pip take torch from ``place``."""
+    if not place:
+        return []
+    return ["--find-links", place] if Path(place).is_dir() else ["--index-url", place]
+
+
+def fingerprint() -> str:
+    """Return what the environment depends on, as one word."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {os.environ.get('SHOAL_TORCH_INDEX', '')}".encode())
+    for path in sorted(REQUIREMENTS.glob("*.txt")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def run(*command: str) -> None:
+    """Run a command; raise if it fails."""
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
