@@ -1,0 +1,446 @@
+"""The engine of causal models: continuous batching in one thread, every step inside a guard.
+
+transformers computes; this module decides when a step runs and what happens when memory is short:
+
+- A step (schedule, forward, update) runs inside `Memory.guard`, so eviction happens only between steps (I13) and a step
+  on evicted weights first brings them back.
+- Without requests the thread holds no guard, touches nothing and gives the whole KV cache back.
+- Where memory cannot be had, requests wait, up to `stall_timeout_s` without any step; then they fail, each with a
+  clear error. The engine itself goes on (I10: every wait has a deadline).
+
+Requests come in and tokens go out through :class:`Generation`, an async iterator for the event loop that made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.logits_process import LogitsProcessorList
+
+from . import hooks, scheduling
+from .errors import ApiError
+from .kv import PADDING_BLOCKS, ElasticCache, KvLayout, UnboundedMemoryHandler
+from .memory import Memory, ShortageError
+from .sampling import RowSampler, Sampling
+from .usage import Counts
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from transformers import PreTrainedModel
+    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+
+    from .spec import WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+_LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a series of requests maps them once
+_RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
+_GUARD_S = 10.0  # how long one attempt to bring weights back may take
+_KV_DEFAULT_MAX = 1 << 30
+_CONTEXTS_DEFAULT = 4
+
+
+@dataclass(frozen=True)
+class CausalLimits:
+    """What fits.
+
+    Attributes
+    ----------
+    context_tokens
+        Longest prompt plus answer.
+    blocks
+        KV blocks that requests may use (padding is beside them).
+    kv_bytes_min
+        KV bytes with which one short request runs.
+    """
+
+    context_tokens: int
+    blocks: int
+    block_bytes: int
+    block_tokens: int
+    kv_bytes_min: int
+
+    @classmethod
+    def of(cls, layout: KvLayout, model_context: int, spec: WorkerSpec) -> CausalLimits:
+        """Fit the context into the KV space that the specification allows."""
+        context = min(model_context, spec.context or model_context)
+        block_bytes, tokens = layout.block_bytes, layout.block_tokens
+        # The scheduler takes up to two blocks more than a request's tokens need.
+        wanted = _CONTEXTS_DEFAULT * (-(-context // tokens) + 2)
+        default = max(min(wanted * block_bytes, _KV_DEFAULT_MAX), 4 * block_bytes)
+        blocks = (spec.kv_max_bytes or default) // block_bytes - PADDING_BLOCKS
+        if blocks < 3:
+            need = (3 + PADDING_BLOCKS) * block_bytes
+            raise ValueError(f"kv_max_bytes is {spec.kv_max_bytes}; the least for this model is {need}")
+        return cls(
+            context_tokens=min(context, (blocks - 2) * tokens),
+            blocks=blocks,
+            block_bytes=block_bytes,
+            block_tokens=tokens,
+            kv_bytes_min=(2 + PADDING_BLOCKS) * block_bytes,
+        )
+
+
+class Generation:
+    """One request inside the engine; iterate for lists of new tokens.
+
+    Attributes
+    ----------
+    finish_reason
+        ``"stop"`` or ``"length"`` after the last token.
+    """
+
+    def __init__(self, engine: CausalEngine, name: str, eos: frozenset[int]) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()  # bounded by the token limit
+        self._eos = eos
+        self._closed = False
+        self.name = name
+        self.finish_reason: str | None = None
+        self.delivered = 0
+        self.created = time.monotonic()
+        self.ended = False
+
+    def __aiter__(self) -> AsyncIterator[list[int]]:
+        return self
+
+    async def __anext__(self) -> list[int]:
+        if self._closed:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if event is None:
+            self._closed = True
+            raise StopAsyncIteration
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def cancel(self) -> None:
+        """Leave the engine; the blocks are freed before its next step."""
+        self._engine.cancel(self)
+
+    def push(self, tokens: list[int], *, last: bool) -> None:
+        """From the engine's thread: new tokens, and whether they are the last."""
+        if last:
+            self.ended = True
+        if tokens:
+            self._post(tokens)
+        if last:
+            self.finish_reason = "stop" if tokens and tokens[-1] in self._eos else "length"
+            self._post(None)
+
+    def fail(self, error: Exception) -> None:
+        """From the engine's thread: there will be no more tokens."""
+        if not self.ended:
+            self.ended = True
+            self._post(error)
+
+    def _post(self, event: list[int] | Exception | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            logger.debug("the event loop of request %s is gone", self.name)
+
+
+class _Router:
+    """Takes transformers' outputs to the generations they belong to."""
+
+    def __init__(self, engine: CausalEngine) -> None:
+        self._engine = engine
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._engine._deliver(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self._engine._deliver(output)
+
+    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
+        self._engine._fail(state.request_id, error)
+
+
+class CausalEngine:
+    """Generates tokens for many requests at once.
+
+    Parameters
+    ----------
+    model
+        On the device, its parameters placed in a region.
+    memory
+        Guards, and the KV cache's space.
+    eos
+        Tokens that end an answer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, memory: Memory, spec: WorkerSpec, limits: CausalLimits, eos: Sequence[int] = ()
+    ) -> None:
+        hooks.verify()
+        self.limits = limits
+        self.eos = frozenset(eos)
+        self._model = model
+        self._memory = memory
+        self._spec = spec
+        self._live: dict[str, Generation] = {}
+        self._lock = threading.Lock()  # for _live
+        self._names = itertools.count()
+        self._tokens_out = 0
+        self._stop = threading.Event()
+        self._stalled_since: float | None = None
+        self._resting = True
+        self._manager, self._processor, self._cache = self._build()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _build(self) -> tuple[ContinuousBatchingManager, ContinuousBatchProcessor, ElasticCache]:
+        limits, spec = self.limits, self._spec
+        self._model.set_attn_implementation(hooks.ATTENTION)
+        manager = ContinuousBatchingManager(
+            self._model,
+            GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            ContinuousBatchingConfig(
+                block_size=limits.block_tokens,
+                num_blocks=limits.blocks,
+                max_batch_tokens=spec.batch_tokens_max,
+                max_requests_per_batch=min(spec.requests_max, spec.batch_tokens_max),
+                max_blocks_per_request=0,
+                max_memory_percent=0.9,
+                allow_block_sharing=False,
+                use_async_batching=False,
+                use_cuda_graph=False,
+                scheduler_type=scheduling.NAME,
+                seed=0,
+            ),
+        )
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
+        manager.logit_processor.tensors_required = 1
+        manager.output_router = _Router(self)
+        layout = KvLayout.of(self._model.config.get_text_config(), self._model.dtype, limits.block_tokens)
+        space = self._memory.kv(layout.block_bytes, limits.blocks + PADDING_BLOCKS)
+        with (
+            torch.no_grad(),
+            hooks.elastic_cache(functools.partial(ElasticCache, space, layout), UnboundedMemoryHandler),
+        ):
+            processor = manager._create_batch_processor()
+        manager.batch_processor = processor
+        return manager, processor, processor.cache
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End after the step at hand; whatever is still running fails."""
+        self._stop.set()
+        self._manager._has_new_requests.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=timeout_s)
+
+    def counts(self) -> Counts:
+        """Count requests and tokens now."""
+        with self._lock:
+            live = len(self._live)
+        running = min(live, len(self._processor.scheduler.active_requests))
+        return Counts(running=running, waiting=live - running, tokens_out=self._tokens_out)
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """Bytes backed and bytes live of the KV cache."""
+        return self._cache.space.backed_bytes, self._cache.space.live_bytes
+
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, tokens_max: int, *, ignore_eos: bool = False
+    ) -> Generation:
+        """Take a request in; call it on the event loop that will read the answer.
+
+        Raises
+        ------
+        ApiError
+            It does not fit, or too many requests are waiting.
+        """
+        if not prompt:
+            raise ApiError("the prompt is empty: at least one token is needed", param="prompt", code="empty_prompt")
+        if len(prompt) + tokens_max > self.limits.context_tokens:
+            raise context_error(len(prompt), tokens_max, self.limits.context_tokens)
+        eos = frozenset() if ignore_eos else self.eos
+        generation = Generation(self, f"r{next(self._names)}", eos)
+        with self._lock:
+            if self._stop.is_set():
+                raise ApiError("the model is shutting down", status=503, code="shutting_down")
+            if len(self._live) >= self._spec.requests_max:
+                raise ApiError(
+                    f"{len(self._live)} requests are inside the engine already, the most is {self._spec.requests_max}",
+                    status=429,
+                    kind="rate_limit_error",
+                    code="too_many_requests",
+                )
+            self._live[generation.name] = generation
+        self._manager.add_request(
+            list(prompt),
+            request_id=generation.name,
+            max_new_tokens=tokens_max,
+            streaming=True,
+            eos_token_id=sorted(eos),
+            sampling=sampling,
+        )
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Take a request out, whatever it is doing; from any thread."""
+        with self._lock:
+            known = self._live.pop(generation.name, None)
+        if known is not None:
+            generation.ended = True
+            self._manager.cancel_request(generation.name)
+
+    # ------------------------------------------------------------------------------------ on the engine's thread
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._take_in()
+                if not self._processor.has_pending_requests():
+                    self._rest()
+                elif self._step():
+                    self._stalled_since = None
+                else:
+                    self._stall()
+        except Exception as error:
+            logger.exception("the engine's thread ended")
+            self._stop.set()
+            self._fail_all(error)
+            return
+        self._fail_all(ApiError("the model is shutting down", status=503, code="shutting_down"))
+
+    def _take_in(self) -> None:
+        """Take in new requests and cancellations; needs no guard, because no tensor is touched."""
+        self._processor._update_tp_group_state()
+        self._processor.scheduler.clear_cancelled_requests()
+
+    def _rest(self) -> None:
+        """Wait for a request; without one for a moment, give all KV memory back."""
+        self._stalled_since = None
+        wakeup = self._manager._has_new_requests
+        if not wakeup.wait(timeout=None if self._resting else _LINGER_S):
+            self._cache.blocks.end_step()
+            self._cache.sleep()
+            self._memory.trim()
+            self._resting = True
+            return
+        wakeup.clear()
+
+    def _step(self) -> bool:
+        """Schedule, compute and hand out one batch; False where memory is short."""
+        self._resting = False
+        processor = self._processor
+        try:
+            with self._memory.guard(_GUARD_S):
+                if not self._cache.wake():
+                    return False
+                try:
+                    if not processor.prepare_next_batch():
+                        return False
+                    self._compute()
+                finally:
+                    self._cache.blocks.end_step()
+        except ShortageError as shortage:
+            logger.info("waiting for memory: %s", shortage)
+            return False
+        except Exception as error:
+            # Which request is at fault is not known here; the state of each is, so all can be ended cleanly.
+            logger.exception("an engine step failed; its requests fail, the engine goes on")
+            processor.fail_all_requests(error)
+            self._cache.free_all_requests()
+            processor.scheduler.reset()
+            self._cache.blocks.end_step()
+        return True
+
+    def _compute(self) -> None:
+        self._processor._generation_step(self._model)
+        self._processor.update_batch()
+
+    def _stall(self) -> None:
+        """Let go for a moment; fail what has waited too long."""
+        if not self._processor.has_pending_requests():
+            return
+        now = time.monotonic()
+        since = self._stalled_since = self._stalled_since or now
+        limit = self._spec.stall_timeout_s
+        with self._lock:
+            late = [live for live in self._live.values() if now - max(since, live.created) > limit]
+        for generation in late:
+            backed, live_bytes = self.kv_bytes()
+            self._fail(
+                generation.name,
+                ApiError(
+                    f"no device memory became free within {limit:g} s: the KV cache holds {backed} bytes, "
+                    f"{live_bytes} of them in use, of its {self.limits.blocks * self.limits.block_bytes} and could not "
+                    "get more, or the weights could not be brought back",
+                    status=503,
+                    code="out_of_memory",
+                ),
+            )
+            self._processor.scheduler.set_request_cancellation(generation.name)
+        if not late:
+            self._manager._has_new_requests.wait(timeout=_RETRY_S)
+            self._manager._has_new_requests.clear()
+
+    def _deliver(self, output: GenerationOutput) -> None:
+        last = output.is_finished()
+        with self._lock:
+            generation = self._live.pop(output.request_id, None) if last else self._live.get(output.request_id)
+        if generation is None:
+            return
+        if output.error is not None:
+            generation.fail(_as_api_error(output.error))
+            return
+        tokens = output.generated_tokens[generation.delivered :]
+        generation.delivered += len(tokens)
+        self._tokens_out += len(tokens)
+        generation.push(tokens, last=last)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        with self._lock:
+            generation = self._live.pop(name, None)
+        if generation is not None:
+            generation.fail(error if isinstance(error, ApiError) else _as_api_error(error))
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._lock:
+            names = list(self._live)
+        for name in names:
+            self._fail(name, error)
+
+
+def _as_api_error(error: Exception | str) -> ApiError:
+    detail = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+    return ApiError(f"the engine failed on this request: {detail}", status=500, code="engine_error")
+
+
+def context_error(prompt: int, answer: int, context: int) -> ApiError:
+    """OpenAI's error for what does not fit, with the numbers."""
+    return ApiError(
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + answer} tokens "
+        f"({prompt} in the prompt, {answer} in the completion). Please reduce the length of the prompt or completion.",
+        param="messages",
+        code="context_length_exceeded",
+    )
+
+
+__all__ = ["CausalEngine", "CausalLimits", "Generation", "context_error"]

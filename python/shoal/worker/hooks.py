@@ -1,0 +1,223 @@
+"""The three places where transformers' continuous batching is made elastic, and a check that they are still there.
+
+1. **Blocks**: a `BlockManager` whose blocks get memory before they are handed out (:mod:`shoal.worker.kv`).
+2. **KV tensors**: a `PagedAttentionCache` whose tensors are views of our address space, and a memory handler that lets
+   the address space be larger than the memory (:mod:`shoal.worker.kv`).
+3. **Attention**: ``paged|shoal``, a kernel that works sequence by sequence (this module): no batch-wide mask is
+   built, and a sequence's numbers do not depend on its neighbours.
+
+Apart, so that what we rely on in another project's internals is in one list. :func:`verify` reads it back and says in
+one sentence which hook moved; the worker calls it before it loads anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AttentionInterface
+from transformers.generation.continuous_batching import cache as cache_module
+from transformers.generation.continuous_batching import cache_manager, continuous_api, model_runner, scheduler
+from transformers.generation.continuous_batching import cb_logits_processors as logits_module
+from transformers.integrations.sdpa_attention import repeat_kv
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ATTENTION = "paged|shoal"
+TRANSFORMERS = "5.17"
+
+
+class HookError(RuntimeError):
+    """transformers' internals are not as this worker needs them; the message names the hook that moved."""
+
+
+def paged_attention(  # noqa: PLR0917 - the signature is transformers'
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a packed batch, one sequence at a time (hook 3).
+
+    Parameters
+    ----------
+    query
+        Shape [1, heads, tokens of the batch, head dimension].
+    key, value
+        The new tokens' states, shape [1, kv heads, tokens of the batch, head dimension].
+    kwargs
+        What continuous batching passes: ``cache``, ``cu_seq_lens_q`` and ``_k``, ``read_index``, ``write_index``.
+    """
+    del attention_mask, dropout
+    cache = kwargs["cache"]
+    key, value = cache.update(
+        key_states=key,
+        value_states=value,
+        layer_idx=module.layer_idx,
+        read_index=kwargs["read_index"],
+        write_index=kwargs["write_index"],
+    )
+    window = cache.sliding_windows[module.layer_idx]  # 1 stands for full attention
+    ends_k = kwargs["cu_seq_lens_k"]
+    if isinstance(ends_k, dict):
+        ends_k = ends_k["sliding_attention" if window > 1 else "full_attention"]
+    ends_q = kwargs["cu_seq_lens_q"].tolist()
+    ends_k = ends_k.tolist()
+    groups = query.shape[1] // key.shape[1]
+    output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1]))
+    for i in range(len(ends_q) - 1):
+        queries = query[:, :, ends_q[i] : ends_q[i + 1]]
+        keys = repeat_kv(key[ends_k[i] : ends_k[i + 1]].transpose(0, 1).unsqueeze(0), groups)
+        values = repeat_kv(value[ends_k[i] : ends_k[i + 1]].transpose(0, 1).unsqueeze(0), groups)
+        count_q, count_k = queries.shape[2], keys.shape[2]
+        mask = _mask(count_q, count_k, window, queries.device)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scaling, is_causal=mask is None and count_q > 1
+        )
+        output[:, ends_q[i] : ends_q[i + 1]] = attended.transpose(1, 2)
+    return output, None
+
+
+def _mask(count_q: int, count_k: int, window: int, device: torch.device) -> torch.Tensor | None:
+    """Tell which keys each query sees; None where plain causal attention (or a single query) says the same."""
+    windowed = 1 < window < count_k
+    if not windowed and (count_q in (1, count_k)):
+        return None
+    position_q = torch.arange(count_k - count_q, count_k, device=device)[:, None]
+    position_k = torch.arange(count_k, device=device)[None, :]
+    mask = position_k <= position_q
+    if windowed:
+        mask &= position_k > position_q - window
+    return mask
+
+
+AttentionInterface.register(ATTENTION, paged_attention)
+
+_patching = Lock()
+
+
+@contextmanager
+def elastic_cache(cache: Callable[..., Any], handler: type) -> Iterator[None]:
+    """While inside, transformers builds its paged cache with `cache` and sizes it with `handler` (hook 2)."""
+    with _patching:
+        before = continuous_api.PagedAttentionCache, cache_module.PagedAttentionMemoryHandler
+        continuous_api.PagedAttentionCache, cache_module.PagedAttentionMemoryHandler = cache, handler
+        try:
+            yield
+        finally:
+            continuous_api.PagedAttentionCache, cache_module.PagedAttentionMemoryHandler = before
+
+
+def _parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def _source_has(function: Any, *texts: str) -> bool:
+    source = inspect.getsource(function)
+    return all(text in source for text in texts)
+
+
+def _check_blocks() -> bool:
+    manager = cache_manager.BlockManager
+    probe = manager(2, 4, tp_on=False)
+    return (
+        _parameters(manager.__init__) == ["num_blocks", "block_size", "tp_on"]
+        and _parameters(manager.get_free_blocks) == ["n_blocks", "last_block_id", "shareable", "group_id"]
+        and _parameters(manager.free_blocks) == ["blocks", "shareable"]
+        and list(probe._uninit_block_ids) == [0, 1]
+        and _source_has(manager.get_free_blocks, "self.has_enough_free_blocks(n_blocks)", "_uninit_block_ids.popleft()")
+        and _source_has(manager.free_blocks, "_uninit_block_ids.extend(blocks)")
+        and isinstance(manager.num_free_blocks, property)
+    )
+
+
+def _check_tensors() -> bool:
+    cache, api = cache_module.PagedAttentionCache, continuous_api.ContinuousBatchingManager
+    return (
+        _parameters(cache.__init__)
+        == ["config", "continuous_batching_config", "device", "distributed_helper", "tp_plan", "dtype"]
+        and _source_has(
+            cache.__init__,
+            "torch.empty(self.cache_shape, dtype=self.dtype, device=self.device)",
+            "((num_blocks + 2) * self.block_size, self.num_key_value_heads, self.head_dim)",
+            "self._block_manager = BlockManager(num_blocks, self.block_size",
+            "PagedAttentionMemoryHandler(",
+        )
+        and _source_has(cache.update, "k_cache.index_copy_(0,", "torch.index_select(k_cache, 0,")
+        and _parameters(cache.allocate_blocks) == ["n_blocks", "request_id", "allocated_blocks"]
+        and _source_has(api._create_batch_processor, "PagedAttentionCache(", "SCHEDULER_MAPPING.get(scheduler_type")
+        and _parameters(cache_module.PagedAttentionMemoryHandler.get_available_memory) == []
+    )
+
+
+def _check_attention() -> bool:
+    from transformers.generation.continuous_batching.utils import attn_mask_is_needed
+
+    return _source_has(attn_mask_is_needed, '["paged|eager", "paged|sdpa"]') and ATTENTION in AttentionInterface()
+
+
+def _check_steps() -> bool:
+    processor, base = continuous_api.ContinuousBatchProcessor, scheduler.FIFOScheduler
+    return (
+        _parameters(processor.prepare_next_batch) == []
+        and _parameters(processor.update_batch) == []
+        and _parameters(processor._generation_step) == ["model"]
+        and _parameters(processor._update_tp_group_state) == []
+        and _parameters(processor.handle_batch_error) == ["error"]
+        and _parameters(base.schedule_batch) == ["token_budget", "cache_budget"]
+        and _source_has(processor.prepare_next_batch, "while requests_in_batch is None:", "offload_requests() == 0")
+        and "shoal" not in getattr(processor, "__module__", "")
+    )
+
+
+def _check_sampling() -> bool:
+    processors = logits_module.ContinuousBatchingLogitsProcessorList
+    return (
+        _parameters(processors.__init__)
+        == ["logits_processor", "per_request_processors", "drop_unsupported_processors"]
+        and _parameters(processors.prepare_tensor_args) == ["requests_in_batch", "arg_storage"]
+        and _source_has(model_runner.ModelRunner._sample, "torch.argmax(probs, dim=-1, keepdim=True)")
+    )
+
+
+HOOKS: dict[str, tuple[Callable[[], bool], str]] = {
+    "blocks": (_check_blocks, "hook 1 (BlockManager in continuous_batching/cache_manager.py)"),
+    "tensors": (_check_tensors, "hook 2 (PagedAttentionCache in continuous_batching/cache.py)"),
+    "attention": (_check_attention, "hook 3 (AttentionInterface and attn_mask_is_needed)"),
+    "steps": (_check_steps, "the engine step (ContinuousBatchProcessor and FIFOScheduler)"),
+    "sampling": (
+        _check_sampling,
+        "per-request sampling (ContinuousBatchingLogitsProcessorList and ModelRunner._sample)",
+    ),
+}
+
+
+def verify() -> None:
+    """Check that everything this worker hooks into is as it was in the version it was written for.
+
+    Raises
+    ------
+    HookError
+        One sentence that names the hook that moved and the version that is installed.
+    """
+    for check, place in HOOKS.values():
+        try:
+            stands = check()
+        except Exception as error:  # noqa: BLE001 - whatever fails, the hook is not as it was
+            stands, reason = False, f" ({type(error).__name__}: {error})"
+        else:
+            reason = ""
+        if not stands:
+            raise HookError(
+                f"{place} moved: transformers {transformers.__version__} is installed, "
+                f"shoal.worker was written for {TRANSFORMERS}{reason}"
+            )

@@ -1,0 +1,135 @@
+"""What the server tells a worker about its model.
+
+The server sends one JSON object in its `Welcome`; :meth:`WorkerSpec.from_welcome` turns it into a checked
+:class:`WorkerSpec`, so that no other module looks at raw JSON. A key that this version does not know is logged and left
+alone: a newer server may say more than an older worker understands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+class SpecError(ValueError):
+    """The specification cannot be used; the message names the key and what would be right."""
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One model as a worker shall serve it.
+
+    Attributes
+    ----------
+    source
+        A directory with the model's files, or what ``shoal.sources`` can turn into one.
+    revision
+        Revision of a hub source.
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the data type of the files.
+    context
+        Longest prompt plus answer in tokens; None takes what the model was trained for.
+    kv_max_bytes
+        Address space for the KV cache, in bytes; None takes four contexts, at most 1 GiB.
+    threads
+        Threads that torch computes with.
+    device
+        ``"sim"`` or ``"cuda:N"``.
+    block_tokens
+        Tokens of one KV block.
+    batch_tokens_max
+        Most tokens of one engine step; longer prompts are computed in pieces.
+    requests_max
+        Most requests inside the engine at once; one more is refused.
+    stall_timeout_s
+        How long a request may make no progress for want of memory before it fails.
+    body_bytes_max
+        Largest request body.
+    """
+
+    source: str
+    revision: str | None = None
+    dtype: str = "auto"
+    context: int | None = None
+    kv_max_bytes: int | None = None
+    threads: int = min(2, os.cpu_count() or 1)
+    device: str = "sim"
+    block_tokens: int = 16
+    batch_tokens_max: int = 512
+    requests_max: int = 256
+    stall_timeout_s: float = 60.0
+    body_bytes_max: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise SpecError("source: the directory of the model's files is missing")
+        if self.dtype not in DTYPES:
+            raise SpecError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("context", "kv_max_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SpecError(f"{name}: {value} is less than 1")
+        for name in ("threads", "batch_tokens_max", "requests_max", "body_bytes_max"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name}: {getattr(self, name)} is less than 1")
+        if self.block_tokens < 4:
+            raise SpecError(f"block_tokens: {self.block_tokens} is less than 4, the least a paged cache accepts")
+        if self.stall_timeout_s <= 0:
+            raise SpecError(f"stall_timeout_s: {self.stall_timeout_s} is not positive")
+
+    @classmethod
+    def from_welcome(cls, spec: dict[str, Any]) -> WorkerSpec:
+        """Check the server's JSON object.
+
+        Raises
+        ------
+        SpecError
+            A value has the wrong type or is out of range.
+        """
+        if not isinstance(spec, dict):
+            raise SpecError(f"the specification is a {type(spec).__name__}, not an object")
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in spec.items():
+            if key not in known:
+                logger.warning("specification key %r is not known to this worker and has no effect", key)
+            elif value is not None:
+                values[key] = _checked(key, value)
+        if "source" not in values:
+            raise SpecError("source: the directory of the model's files is missing")
+        return cls(**values)
+
+
+def _checked(key: str, value: Any) -> Any:
+    if key in ("source", "revision", "dtype", "device"):
+        if not isinstance(value, str):
+            raise SpecError(f"{key}: {value!r} is not a string")
+        return value
+    if key == "stall_timeout_s":
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SpecError(f"{key}: {value!r} is not a number of seconds")
+        return float(value)
+    if key.endswith("bytes") or key == "body_bytes_max":
+        return parse_bytes(key, value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SpecError(f"{key}: {value!r} is not a whole number")
+    return value
+
+
+def parse_bytes(key: str, value: Any) -> int:
+    """Read bytes from a number or from text such as ``"64 MiB"``."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]iB|B)?\s*", value)
+        if match:
+            return int(float(match[1]) * _UNITS[match[2] or ""])
+    raise SpecError(f"{key}: {value!r} is not a number of bytes such as 67108864 or '64 MiB'")

@@ -1,0 +1,61 @@
+"""Counters of one worker, and the thread that tells them to the server while they change."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Requests and tokens at one moment."""
+
+    running: int = 0
+    waiting: int = 0
+    tokens_out: int = 0
+
+
+class Reporter:
+    """Tells the server the counts, at most a few times a second, and only while they change.
+
+    Parameters
+    ----------
+    read
+        Where the counts come from; called on the reporter's thread.
+    send
+        Told each new value.
+    interval_s
+        Least time between two reports.
+    """
+
+    def __init__(self, read: Callable[[], Counts], send: Callable[[Counts], None], interval_s: float = 0.25) -> None:
+        self._read = read
+        self._send = send
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
+
+    def start(self) -> None:
+        """Begin to report."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Report a last time and end."""
+        self._stop.set()
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        told: Counts | None = None
+        last = False
+        while True:
+            counts = self._read()
+            if counts != told:
+                self._send(counts)
+                told = counts
+            if last:
+                return
+            last = self._stop.wait(self._interval_s)
