@@ -143,7 +143,7 @@ impl FromStr for ByteCount {
             return whole.checked_mul(scale).map(Self).ok_or_else(refuse);
         }
         let value = number.parse::<f64>().map_err(|_| refuse())? * scale as f64;
-        if !value.is_finite() || value < 0.0 || value >= 1.8e19 {
+        if !(0.0..1.8e19).contains(&value) {
             return Err(refuse());
         }
         #[expect(

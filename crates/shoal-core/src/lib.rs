@@ -7,11 +7,21 @@
 //! | [`bytes`] | byte counts that print and parse the way people write them |
 //! | [`ids`] | names for devices, regions, extents, transfers, models |
 //! | [`tier`] | the four places bytes can be |
+//! | [`extent`] | runs of pages with one frame each, and the rule for their sizes |
+//! | [`residency`] | in which tiers the bytes of an extent are valid |
+//! | [`page_table`] | the extents of a region; what should move |
+//! | [`source`] | files that bytes can be read from again |
+//! | [`kv`] | which pages KV blocks need |
 //! | [`protocol`] | what a worker and the server say to each other on the control socket |
 
 #![forbid(unsafe_code)]
 
 pub mod bytes;
+pub mod extent;
 pub mod ids;
+pub mod kv;
+pub mod page_table;
 pub mod protocol;
+pub mod residency;
+pub mod source;
 pub mod tier;

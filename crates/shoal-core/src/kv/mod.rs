@@ -1,0 +1,3 @@
+//! KV blocks: which pages they need.
+
+pub mod backing;
