@@ -57,9 +57,13 @@ def engine_of(model, memory, **options):
 
 
 async def tokens_of(engine, prompt, count, sampling=GREEDY):
+    generation = engine.submit(prompt, sampling, count)
     out = []
-    async for tokens in engine.submit(prompt, sampling, count):
-        out += tokens
+    try:
+        async for tokens in generation:
+            out += tokens
+    finally:
+        generation.cancel()
     return out
 
 

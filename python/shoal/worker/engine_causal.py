@@ -252,6 +252,11 @@ class CausalEngine:
         if self._thread.is_alive():
             self._thread.join(timeout=timeout_s)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can serve."""
+        return self._thread.is_alive() and not self._stop.is_set()
+
     def counts(self) -> Counts:
         """Count requests and tokens now."""
         with self._lock:

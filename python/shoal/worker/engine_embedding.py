@@ -106,6 +106,11 @@ class EmbeddingEngine:
         self._stop.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can serve."""
+        return not self._stop.is_set()
+
     def counts(self) -> Counts:
         """Count requests now; embedding generates no tokens."""
         with self._lock:
