@@ -1,0 +1,267 @@
+//! What happened, one value each, with the reason where somebody decided it.
+
+use serde::{Deserialize, Serialize};
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+use utoipa::ToSchema;
+
+use super::snapshot::ModelStatus;
+
+/// Version of the forms of snapshot and events.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Grows by one from event to event; starts at 1 with the server.
+    pub id: u64,
+    /// Version of this form.
+    pub version: u32,
+    /// When (milliseconds since the Unix epoch).
+    pub at_ms: u64,
+    /// The model it is about; none where it is about the server.
+    pub model: Option<String>,
+    /// What.
+    #[serde(flatten)]
+    pub what: EventKind,
+}
+
+/// What happened; `kind` names the variant.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum EventKind {
+    /// The server began.
+    ServerStarted {
+        /// `"sim"` or `"cuda:N"`.
+        device: String,
+        /// Device bytes to share.
+        #[schema(value_type = u64)]
+        budget: ByteCount,
+    },
+    /// The server is ending.
+    ServerStopping {
+        /// Why.
+        reason: String,
+    },
+    /// A model's status changed.
+    StatusChanged {
+        /// Before.
+        from: ModelStatus,
+        /// Now.
+        to: ModelStatus,
+    },
+    /// A worker process was started.
+    WorkerStarted {
+        /// Its process id.
+        pid: u32,
+        /// How many were started for this model, this one included.
+        starts: u32,
+        /// Why now.
+        reason: String,
+    },
+    /// A worker said how far loading is.
+    WorkerLoading {
+        /// `"reading"`, `"placing"`, ...
+        phase: String,
+        /// Bytes done.
+        #[schema(value_type = u64)]
+        done: ByteCount,
+        /// Bytes in all.
+        #[schema(value_type = u64)]
+        total: ByteCount,
+    },
+    /// A worker is ready; its model sleeps.
+    WorkerReady {
+        /// Its process id.
+        pid: u32,
+        /// Bytes of the weights.
+        #[schema(value_type = u64)]
+        weights: ByteCount,
+    },
+    /// A worker process ended.
+    WorkerExited {
+        /// Its process id.
+        pid: u32,
+        /// `"exit code 1"`, `"signal 9 (SIGKILL)"`, ...
+        status: String,
+        /// Device bytes that came back with it.
+        #[schema(value_type = u64)]
+        returned: ByteCount,
+    },
+    /// A worker will be started again.
+    RestartScheduled {
+        /// In how many milliseconds.
+        delay_ms: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A model cannot be served.
+    ModelFailed {
+        /// `"model_missing"`, `"budget"`, `"crash_loop"`, ...
+        code: String,
+        /// Why, and what would be right.
+        reason: String,
+    },
+    /// A request waits for its model.
+    RequestParked {
+        /// How many wait for this model now.
+        parked: u64,
+    },
+    /// A request was not routed.
+    RequestRefused {
+        /// Why.
+        reason: String,
+    },
+    /// A model's weights are being brought back.
+    WakeStarted {
+        /// Bytes that are missing.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// Why.
+        reason: String,
+    },
+    /// A model's weights are back.
+    WakeDone {
+        /// Bytes brought back.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// How long it took from the order on (milliseconds).
+        duration_ms: u64,
+        /// Requests that waited for it.
+        parked: u64,
+    },
+    /// A wake did not succeed.
+    WakeFailed {
+        /// Why.
+        reason: String,
+    },
+    /// A model was ordered to give device memory up.
+    EvictStarted {
+        /// How much.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// For whom and why it was chosen.
+        reason: String,
+        /// Number of the decision in the decision log; none where a person ordered it.
+        decision: Option<u64>,
+    },
+    /// A model gave device memory up.
+    EvictDone {
+        /// How much.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// Of it, copied first; the rest was clean.
+        #[schema(value_type = u64)]
+        copied: ByteCount,
+        /// How long it took from the order on (milliseconds).
+        duration_ms: u64,
+        /// What stood in the way.
+        error: Option<String>,
+    },
+    /// A model did not give device memory up in time; others are asked.
+    EvictTimedOut {
+        /// What was ordered.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// What is missing.
+        #[schema(value_type = u64)]
+        missing: ByteCount,
+        /// After how long (milliseconds).
+        after_ms: u64,
+    },
+    /// A lease grew.
+    LeaseGranted {
+        /// What for.
+        #[schema(value_type = String)]
+        lease: LeaseKind,
+        /// By how much.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// Sum of all leases after it.
+        #[schema(value_type = u64)]
+        leased: ByteCount,
+        /// Why, and out of what.
+        reason: String,
+        /// How long it had waited (milliseconds).
+        waited_ms: u64,
+        /// Number of the decision in the decision log.
+        decision: Option<u64>,
+    },
+    /// A lease request was turned down.
+    LeaseDenied {
+        /// What for.
+        #[schema(value_type = String)]
+        lease: LeaseKind,
+        /// How much.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// Why.
+        reason: String,
+        /// Number of the decision in the decision log.
+        decision: Option<u64>,
+    },
+    /// A lease shrank.
+    LeaseReturned {
+        /// What for.
+        #[schema(value_type = String)]
+        lease: LeaseKind,
+        /// By how much.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// Sum of all leases after it.
+        #[schema(value_type = u64)]
+        leased: ByteCount,
+    },
+    /// A worker's overhead was measured to be larger than declared.
+    OverheadCorrected {
+        /// Its lease for overhead now.
+        #[schema(value_type = u64)]
+        overhead: ByteCount,
+        /// What could not be covered yet.
+        #[schema(value_type = u64)]
+        uncovered: ByteCount,
+    },
+    /// A worker broke the protocol; it is ended.
+    ProtocolError {
+        /// How.
+        reason: String,
+    },
+    /// A model was pinned or unpinned.
+    Pinned {
+        /// Pinned now.
+        pinned: bool,
+    },
+}
+
+impl EventKind {
+    /// The value of `kind` in JSON.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::ServerStarted { .. } => "server_started",
+            Self::ServerStopping { .. } => "server_stopping",
+            Self::StatusChanged { .. } => "status_changed",
+            Self::WorkerStarted { .. } => "worker_started",
+            Self::WorkerLoading { .. } => "worker_loading",
+            Self::WorkerReady { .. } => "worker_ready",
+            Self::WorkerExited { .. } => "worker_exited",
+            Self::RestartScheduled { .. } => "restart_scheduled",
+            Self::ModelFailed { .. } => "model_failed",
+            Self::RequestParked { .. } => "request_parked",
+            Self::RequestRefused { .. } => "request_refused",
+            Self::WakeStarted { .. } => "wake_started",
+            Self::WakeDone { .. } => "wake_done",
+            Self::WakeFailed { .. } => "wake_failed",
+            Self::EvictStarted { .. } => "evict_started",
+            Self::EvictDone { .. } => "evict_done",
+            Self::EvictTimedOut { .. } => "evict_timed_out",
+            Self::LeaseGranted { .. } => "lease_granted",
+            Self::LeaseDenied { .. } => "lease_denied",
+            Self::LeaseReturned { .. } => "lease_returned",
+            Self::OverheadCorrected { .. } => "overhead_corrected",
+            Self::ProtocolError { .. } => "protocol_error",
+            Self::Pinned { .. } => "pinned",
+        }
+    }
+}

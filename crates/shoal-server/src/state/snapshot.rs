@@ -1,0 +1,257 @@
+//! The shelf at one moment.
+
+use serde::{Deserialize, Serialize};
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{LeaseKind, WorkerCapabilities};
+use shoal_core::tier::Tier;
+use utoipa::ToSchema;
+
+/// Everything the server knows, at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ShelfSnapshot {
+    /// Version of this form.
+    pub version: u32,
+    /// When it was taken (milliseconds since the Unix epoch).
+    pub at_ms: u64,
+    /// When the server started (milliseconds since the Unix epoch).
+    pub started_at_ms: u64,
+    /// The newest event it contains the effect of.
+    pub last_event_id: u64,
+    /// The device that is shared.
+    pub device: DeviceSnapshot,
+    /// The tiers, fastest first.
+    pub tiers: Vec<TierSnapshot>,
+    /// Lease requests that wait for memory, in the order in which they will be served.
+    pub waiting: Vec<WaitingSnapshot>,
+    /// The models, in the configuration's order.
+    pub models: Vec<ModelSnapshot>,
+}
+
+impl ShelfSnapshot {
+    /// The model of that name.
+    #[must_use]
+    pub fn model(&self, name: &str) -> Option<&ModelSnapshot> {
+        self.models.iter().find(|model| model.name == name)
+    }
+}
+
+/// The device that is shared.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DeviceSnapshot {
+    /// `"sim"` or `"cuda:N"`.
+    pub name: String,
+    /// True where device memory is simulated in RAM.
+    pub simulated: bool,
+    /// What all models together may hold.
+    #[schema(value_type = u64)]
+    pub budget: ByteCount,
+    /// Of the budget, never leased; takes up overheads that turn out larger than declared.
+    #[schema(value_type = u64)]
+    pub headroom: ByteCount,
+    /// Sum of all leases.
+    #[schema(value_type = u64)]
+    pub leased: ByteCount,
+    /// Of those, held by processes that died and are not gone yet.
+    #[schema(value_type = u64)]
+    pub returning: ByteCount,
+    /// What can be leased at once.
+    #[schema(value_type = u64)]
+    pub free: ByteCount,
+}
+
+/// One tier.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TierSnapshot {
+    /// Which.
+    #[schema(value_type = String, example = "device")]
+    pub tier: Tier,
+    /// The most it may hold; none where nothing bounds it.
+    #[schema(value_type = Option<u64>)]
+    pub budget: Option<ByteCount>,
+    /// What models hold there. On the source tier: bytes whose only copy off the device is the file they came from.
+    #[schema(value_type = u64)]
+    pub used: ByteCount,
+}
+
+/// A lease request that waits for memory.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct WaitingSnapshot {
+    /// Who asks.
+    pub model: String,
+    /// What for.
+    #[schema(value_type = String, example = "weights")]
+    pub kind: LeaseKind,
+    /// How many bytes.
+    #[schema(value_type = u64)]
+    pub bytes: ByteCount,
+    /// For how long (milliseconds).
+    pub waited_ms: u64,
+    /// Until when (milliseconds since the Unix epoch).
+    pub deadline_at_ms: u64,
+    /// The worker's own words.
+    pub reason: String,
+}
+
+/// What a model is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelStatus {
+    /// Its worker's turn to start has not come yet.
+    Waiting,
+    /// Its worker is starting or loading.
+    Starting,
+    /// Ready, with no weights on the device.
+    Asleep,
+    /// Its weights are on their way to the device.
+    Waking,
+    /// All its weights are on the device.
+    Awake,
+    /// A part of its weights is on the device.
+    PartlyResident,
+    /// Its worker died; another will be started.
+    Restarting,
+    /// It cannot be served; `error` says why.
+    Failed,
+    /// The server is shutting down.
+    Stopped,
+}
+
+/// One model.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ModelSnapshot {
+    /// What clients call it.
+    pub name: String,
+    /// Where it comes from.
+    pub source: String,
+    /// `"transformers"`, `"vllm"`, `"command"`.
+    pub engine: String,
+    /// What it is doing.
+    pub status: ModelStatus,
+    /// Progress of loading, in words; while starting.
+    pub progress: Option<String>,
+    /// What is wrong, in a sentence.
+    pub error: Option<String>,
+    /// Where its bytes are.
+    pub bytes: ModelBytes,
+    /// Its lease on device memory.
+    pub lease: LeaseSnapshot,
+    /// Never evicted.
+    pub pinned: bool,
+    /// Higher yields later.
+    pub priority: i32,
+    /// Never evicted below.
+    #[schema(value_type = u64)]
+    pub min: ByteCount,
+    /// Never leased more.
+    #[schema(value_type = Option<u64>)]
+    pub max: Option<ByteCount>,
+    /// Put to sleep after so many idle milliseconds.
+    pub keep_alive_ms: Option<u64>,
+    /// Counters since the server started, and requests now.
+    pub counts: ModelCounts,
+    /// Time to the first byte of requests that found it awake.
+    pub first_byte_awake: LatencySnapshot,
+    /// Time to the first byte of requests that had to wait for it.
+    pub first_byte_asleep: LatencySnapshot,
+    /// How long wakes took.
+    pub wake_time: LatencySnapshot,
+    /// When a request last began or ended (milliseconds since the Unix epoch).
+    pub last_used_at_ms: Option<u64>,
+    /// Process id of its worker.
+    pub pid: Option<u32>,
+    /// How often its worker was started.
+    pub starts: u32,
+    /// File with its worker's output.
+    pub log: String,
+    /// What it can do; once its worker is ready.
+    #[schema(value_type = Option<Object>)]
+    pub capabilities: Option<WorkerCapabilities>,
+}
+
+/// Where a model's bytes are, by its worker's own figures.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ModelBytes {
+    /// Weights on the device.
+    #[schema(value_type = u64)]
+    pub weights_device: ByteCount,
+    /// All weights, wherever they are.
+    #[schema(value_type = u64)]
+    pub weights_total: ByteCount,
+    /// KV on the device.
+    #[schema(value_type = u64)]
+    pub kv_device: ByteCount,
+    /// KV that some request uses now.
+    #[schema(value_type = u64)]
+    pub kv_live: ByteCount,
+    /// Device bytes outside regions, at their peak.
+    #[schema(value_type = u64)]
+    pub overhead_device: ByteCount,
+    /// Copies in host memory.
+    #[schema(value_type = u64)]
+    pub host: ByteCount,
+    /// Bytes whose only copy off the device is the file they came from.
+    #[schema(value_type = u64)]
+    pub source_only: ByteCount,
+}
+
+/// A model's lease, by kind.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct LeaseSnapshot {
+    /// For weights.
+    #[schema(value_type = u64)]
+    pub weights: ByteCount,
+    /// For KV.
+    #[schema(value_type = u64)]
+    pub kv: ByteCount,
+    /// For what its process takes besides.
+    #[schema(value_type = u64)]
+    pub overhead: ByteCount,
+    /// All of it.
+    #[schema(value_type = u64)]
+    pub total: ByteCount,
+    /// Of it, ordered back and not returned yet.
+    #[schema(value_type = u64)]
+    pub reclaiming: ByteCount,
+}
+
+/// Requests now and counters since the server started.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ModelCounts {
+    /// Requests being answered now.
+    pub requests_active: u64,
+    /// Requests that wait for the model now.
+    pub requests_parked: u64,
+    /// Requests routed to it.
+    pub requests_total: u64,
+    /// Requests that were refused or whose wait ended without the model.
+    pub requests_refused: u64,
+    /// Tokens generated.
+    pub tokens_out: u64,
+    /// Times it was woken.
+    pub wakes: u64,
+    /// Orders to give memory up that it carried out.
+    pub evictions: u64,
+    /// Bytes it gave up for them.
+    #[schema(value_type = u64)]
+    pub evicted: ByteCount,
+    /// Bytes its wakes brought back.
+    #[schema(value_type = u64)]
+    pub restored: ByteCount,
+    /// Lease requests granted.
+    pub leases_granted: u64,
+    /// Lease requests denied.
+    pub leases_denied: u64,
+}
+
+/// A distribution of times, over the newest few hundred.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct LatencySnapshot {
+    /// How many there were since the server started.
+    pub count: u64,
+    /// The newest (milliseconds).
+    pub last_ms: Option<f64>,
+    /// Half took at most this (milliseconds).
+    pub p50_ms: Option<f64>,
+    /// 99 of 100 took at most this (milliseconds).
+    pub p99_ms: Option<f64>,
+}
