@@ -1,0 +1,217 @@
+//! Page-locked host memory, and who may touch which bytes of it when.
+//!
+//! Apart because it is the one kind of memory that both the host (through references) and queued jobs (through
+//! addresses) reach. Each access of the host and each queued job is entered in a small table by its range; an
+//! access that would race with a job or with another thread's access is answered [`DeviceError::Busy`]. Jobs
+//! among themselves are ordered by their streams and events, which is their caller's business.
+
+#![expect(unsafe_code, reason = "turns owned, range-checked and exclusively held host memory into slices")]
+
+use core::fmt;
+use core::ptr;
+use core::slice;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+
+use super::{check_range, record_leak};
+use crate::device::{Device, RawHost};
+use crate::error::DeviceError;
+
+/// Page-locked host memory, zeroed when new.
+#[derive(Debug)]
+pub struct HostBuffer {
+    device: Arc<dyn Device>,
+    raw: RawHost,
+    bytes: ByteCount,
+    in_use: Mutex<Vec<Use>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Use {
+    start: u64,
+    end: u64,
+    writes: bool,
+    by_job: bool,
+}
+
+impl Use {
+    /// Two uses exclude one another when they meet, one of them writes, and they are not both jobs.
+    fn excludes(self, other: Self) -> bool {
+        self.start < other.end
+            && other.start < self.end
+            && (self.writes || other.writes)
+            && !(self.by_job && other.by_job)
+    }
+}
+
+/// An entered use; dropping it takes it out again.
+struct UseGuard<'a> {
+    buffer: &'a HostBuffer,
+    entry: Use,
+}
+
+impl Drop for UseGuard<'_> {
+    fn drop(&mut self) {
+        self.buffer.leave(self.entry);
+    }
+}
+
+/// The use of a range by a queued job: holds the buffer until the job has finished.
+pub(super) struct JobUse {
+    buffer: Arc<HostBuffer>,
+    entry: Use,
+}
+
+impl fmt::Debug for JobUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.entry, f)
+    }
+}
+
+impl Drop for JobUse {
+    fn drop(&mut self) {
+        self.buffer.leave(self.entry);
+    }
+}
+
+impl HostBuffer {
+    /// Allocates `bytes` of host memory that the device can copy from and to.
+    ///
+    /// # Errors
+    /// As [`Device::allocate_host`].
+    pub fn allocate(device: &Arc<dyn Device>, bytes: ByteCount) -> Result<Arc<Self>, DeviceError> {
+        let raw = device.allocate_host(bytes)?;
+        Ok(Arc::new(Self { device: Arc::clone(device), raw, bytes, in_use: Mutex::new(Vec::new()) }))
+    }
+
+    /// Its length.
+    #[must_use]
+    pub fn bytes(&self) -> ByteCount {
+        self.bytes
+    }
+
+    /// Whose copies reach it.
+    #[must_use]
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.raw.0
+    }
+
+    /// Copies `from` into the buffer at `offset`.
+    ///
+    /// # Errors
+    /// `OutOfRange`, `Busy` while a queued job or another thread uses these bytes.
+    pub fn write(&self, offset: ByteCount, from: &[u8]) -> Result<(), DeviceError> {
+        self.access_mut(offset, ByteCount(from.len() as u64), |bytes| bytes.copy_from_slice(from))
+    }
+
+    /// Copies bytes from `offset` on out of the buffer.
+    ///
+    /// # Errors
+    /// As [`HostBuffer::write`]; `Busy` only against writers.
+    pub fn read(&self, offset: ByteCount, into: &mut [u8]) -> Result<(), DeviceError> {
+        self.access(offset, ByteCount(into.len() as u64), |bytes| into.copy_from_slice(bytes))
+    }
+
+    /// Lends a range for reading, without a copy (to hash it, to write it to a file).
+    ///
+    /// # Errors
+    /// As [`HostBuffer::read`].
+    pub fn access<R>(
+        &self,
+        offset: ByteCount,
+        bytes: ByteCount,
+        reader: impl FnOnce(&[u8]) -> R,
+    ) -> Result<R, DeviceError> {
+        let _guard = self.enter_host(offset, bytes, false)?;
+        let (start, length) = self.locate(offset, bytes);
+        // SAFETY: the range lies in this live allocation (checked in `enter_host`; freed only by our Drop), and
+        // the entered use keeps every writer away from it until the guard drops.
+        let slice = unsafe { slice::from_raw_parts(start, length) };
+        Ok(reader(slice))
+    }
+
+    /// Lends a range for writing, without a copy (to read a file into it).
+    ///
+    /// # Errors
+    /// As [`HostBuffer::write`].
+    pub fn access_mut<R>(
+        &self,
+        offset: ByteCount,
+        bytes: ByteCount,
+        writer: impl FnOnce(&mut [u8]) -> R,
+    ) -> Result<R, DeviceError> {
+        let _guard = self.enter_host(offset, bytes, true)?;
+        let (start, length) = self.locate(offset, bytes);
+        // SAFETY: the range lies in this live allocation (checked in `enter_host`; freed only by our Drop), and
+        // the entered use keeps every other reader and writer away from it until the guard drops.
+        let slice = unsafe { slice::from_raw_parts_mut(start, length) };
+        Ok(writer(slice))
+    }
+
+    /// Enters the use of a range by a job that is about to be queued.
+    pub(super) fn enter_job(
+        self: &Arc<Self>,
+        offset: ByteCount,
+        bytes: ByteCount,
+        writes: bool,
+    ) -> Result<JobUse, DeviceError> {
+        let entry = self.enter(offset, bytes, writes, true)?;
+        Ok(JobUse { buffer: Arc::clone(self), entry })
+    }
+
+    fn enter_host(
+        &self,
+        offset: ByteCount,
+        bytes: ByteCount,
+        writes: bool,
+    ) -> Result<UseGuard<'_>, DeviceError> {
+        let entry = self.enter(offset, bytes, writes, false)?;
+        Ok(UseGuard { buffer: self, entry })
+    }
+
+    fn enter(
+        &self,
+        offset: ByteCount,
+        bytes: ByteCount,
+        writes: bool,
+        by_job: bool,
+    ) -> Result<Use, DeviceError> {
+        check_range("host buffer", offset, bytes, self.bytes)?;
+        let entry = Use { start: offset.0, end: offset.0 + bytes.0, writes, by_job };
+        let mut in_use = self.in_use.lock();
+        if in_use.iter().any(|other| entry.excludes(*other)) {
+            return Err(DeviceError::Busy { offset, bytes });
+        }
+        in_use.push(entry);
+        Ok(entry)
+    }
+
+    fn leave(&self, entry: Use) {
+        let mut in_use = self.in_use.lock();
+        if let Some(index) = in_use.iter().position(|other| *other == entry) {
+            in_use.swap_remove(index);
+        }
+    }
+
+    fn locate(&self, offset: ByteCount, bytes: ByteCount) -> (*mut u8, usize) {
+        let address = usize::try_from(self.raw.0 + offset.0).expect("an address of this process");
+        let length = usize::try_from(bytes.0).expect("no longer than the buffer");
+        (ptr::with_exposed_provenance_mut(address), length)
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        // SAFETY: slices borrow `self` and queued jobs hold an `Arc` of it, so neither is left.
+        let freed = unsafe { self.device.free_host(self.raw) };
+        if let Err(cause) = freed {
+            record_leak(&self.device, "host buffer", self.raw.0, cause);
+        }
+    }
+}

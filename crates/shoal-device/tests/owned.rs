@@ -1,0 +1,51 @@
+//! The owned layer over the simulated device: lifetimes, fences that jobs bring themselves, errors of Drop.
+
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_core::bytes::ByteCount;
+use shoal_device::sim::LiveObjects;
+use shoal_device::{
+    Device, Frame, HostBuffer, Mapping, Reservation, SimDevice, SimOptions, Span, Stream, hash_bytes,
+};
+
+const MIB2: ByteCount = ByteCount::mib(2);
+const SOON: Duration = Duration::from_secs(20);
+
+fn open(dir: &tempfile::TempDir, capacity: ByteCount) -> (Arc<SimDevice>, Arc<dyn Device>) {
+    let sim = SimDevice::open(SimOptions::new(capacity, dir.path())).unwrap();
+    let device: Arc<dyn Device> = Arc::clone(&sim) as _;
+    (sim, device)
+}
+
+#[test]
+fn bytes_survive_a_trip_through_the_device_and_everything_goes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (sim, device) = open(&dir, ByteCount::mib(16));
+    let reservation = Reservation::new(&device, ByteCount::mib(8)).unwrap();
+    let frame = Frame::create(&device, ByteCount::mib(4)).unwrap();
+    let mapping = Mapping::new(&reservation, MIB2, frame).unwrap();
+    assert_eq!(mapping.address(), reservation.address().offset(MIB2));
+    let buffer = HostBuffer::allocate(&device, ByteCount::mib(8)).unwrap();
+    let pattern: Vec<u8> = (0..4 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    buffer.write(ByteCount::ZERO, &pattern).unwrap();
+    let stream = Stream::create(&device).unwrap();
+    let part = |offset| Span::host(&buffer, ByteCount::mib(offset), ByteCount::mib(4));
+    stream.copy(part(0), Span::mapping(&mapping)).unwrap();
+    let ticket = stream.hash(Span::mapping(&mapping)).unwrap();
+    stream.copy(Span::mapping(&mapping), part(4)).unwrap();
+    drop(mapping);
+    let event = stream.record().unwrap();
+    assert!(event.wait(SOON).unwrap());
+    assert_eq!(ticket.wait(SOON).unwrap(), hash_bytes(&pattern));
+    let mut back = vec![0; pattern.len()];
+    buffer.read(ByteCount::mib(4), &mut back).unwrap();
+    assert!(back == pattern);
+    // The jobs held the last Arcs of the mapping; seen complete, they hold nothing.
+    assert_eq!(device.memory().unwrap().free, ByteCount::mib(16));
+    drop((reservation, buffer, event, ticket, stream));
+    assert_eq!(sim.live_objects(), LiveObjects::default());
+    assert_eq!(device.take_errors(), []);
+}
