@@ -75,16 +75,16 @@ def satisfies(expression: str, allowed: set[str]) -> bool:
         nonlocal position
         if position >= len(tokens):
             return False
-        token = tokens[position]
+        word = tokens[position]
         position += 1
-        if token == "(":
+        if word == "(":
             result = either()
             position += 1
             return result
         if position + 1 < len(tokens) and tokens[position] == "WITH":
-            token = f"{token} WITH {tokens[position + 1]}"
+            word = f"{word} WITH {tokens[position + 1]}"
             position += 2
-        return token in allowed
+        return word in allowed
 
     return either() and position == len(tokens)
 

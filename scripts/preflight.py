@@ -160,7 +160,7 @@ def check_room(findings: Findings, todo: list[tuple[str, float, int, int]]) -> N
     needed = sum(disk for _, disk, _, _ in todo) + 0.5 * GIB
     places = {existing(ROOT): "here"}
     cache = existing(models_dir())
-    if os.stat(str(cache)).st_dev != os.stat(str(ROOT)).st_dev:
+    if cache.stat().st_dev != ROOT.stat().st_dev:
         places[cache] = "in the cache"
     for place, word in places.items():
         free = shutil.disk_usage(str(place)).free
