@@ -7,6 +7,7 @@ before torch is asked to load them, so that the message names the file and what 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,6 +101,13 @@ def inspect(path: Path) -> ModelFiles:
     LoadError
         It is missing, truncated, corrupt or of a kind this worker does not serve.
     """
+    try:
+        return _inspect(path)
+    except OSError as error:
+        raise LoadError("model_missing", f"{error.filename or path} cannot be read: {error.strerror}") from error
+
+
+def _inspect(path: Path) -> ModelFiles:
     if not path.exists():
         raise LoadError(
             "model_missing", f"{path} does not exist; a directory with config.json and *.safetensors is needed"
@@ -108,7 +116,7 @@ def inspect(path: Path) -> ModelFiles:
         raise LoadError("model_missing", f"{path} is a file; a directory with config.json and *.safetensors is needed")
     if not (path / "config.json").is_file() and (path / "modules.json").is_file():
         raise _unsupported(f"{path / 'config.json'} is missing: the transformer must lie in the directory itself")
-    config = read_json(path / "config.json", missing="model_missing")
+    config = read_object(path / "config.json", missing="model_missing")
     if (path / "modules.json").is_file():
         kind = "embedding"
         pooling, length_max = _sentence_transformers(path)
@@ -140,13 +148,27 @@ def read_json(path: Path, *, missing: str = "model_corrupt") -> Any:
     return value
 
 
-def _kind(path: Path, config: Any) -> str:
+def read_object(path: Path, *, missing: str = "model_corrupt") -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises
+    ------
+    LoadError
+        The file is missing or holds no object.
+    """
+    value = read_json(path, missing=missing)
+    if not isinstance(value, dict):
+        raise _corrupt(f"{path} holds no object")
+    return value
+
+
+def _kind(path: Path, config: dict[str, Any]) -> str:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not isinstance(config, dict):
-        raise _corrupt(f"{path / 'config.json'} holds no object")
     model_type, names = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(model_type, str | None) or not isinstance(names, list):
+        raise _corrupt(f"{path / 'config.json'}: model_type must be a string and architectures a list")
     if model_type not in CONFIG_MAPPING_NAMES:
         own_code = " (it brings code of its own, which is never run)" if config.get("auto_map") else ""
         raise _unsupported(f"{path / 'config.json'}: model_type {model_type!r} is not known to transformers{own_code}")
@@ -176,8 +198,11 @@ def _sentence_transformers(path: Path) -> tuple[Pooling, int | None]:
     for module in modules:
         name = str(module.get("type", "")).rsplit(".", 1)[-1]
         if name == "Pooling":
-            at = path / str(module.get("path", "")) / "config.json"
-            config = read_json(at)
+            folder = str(module.get("path", ""))
+            if not re.fullmatch(r"[\w.-]+", folder) or folder == "..":
+                raise _corrupt(f"{path / 'modules.json'}: {folder!r} is no folder beside it")
+            at = path / folder / "config.json"
+            config = read_object(at)
             wanted = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
             unknown = [key for key in wanted if key not in POOLINGS]
             if unknown or not wanted:
@@ -188,14 +213,14 @@ def _sentence_transformers(path: Path) -> tuple[Pooling, int | None]:
         elif name != "Transformer":
             raise _unsupported(f"{path / 'modules.json'}: a module of type {name} is not served")
     lengths = path / "sentence_bert_config.json"
-    length = read_json(lengths).get("max_seq_length") if lengths.is_file() else None
+    length = read_object(lengths).get("max_seq_length") if lengths.is_file() else None
     return Pooling(modes, normalize), length if isinstance(length, int) and length > 0 else None
 
 
 def _tensors(path: Path) -> dict[str, TensorPlace]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        mapping = read_json(index).get("weight_map")
+        mapping = read_object(index).get("weight_map")
         if not isinstance(mapping, dict) or not mapping:
             raise _corrupt(f"{index} has no weight_map")
         names = sorted(set(map(str, mapping.values())))
@@ -302,7 +327,7 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     _refuse_unserved(files, model)
     progress("reading", files.bytes, files.bytes)
     generation = files.path / "generation_config.json"
-    generation_config = read_json(generation) if generation.is_file() else {}
+    generation_config = read_object(generation) if generation.is_file() else {}
     return LoadedModel(
         files,
         model,

@@ -1,10 +1,10 @@
-"""Counters of one worker, and the thread that tells them to the server while they change."""
+"""Figures of one worker, and the thread that tells them to the server while they change."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,20 +19,23 @@ class Counts:
     tokens_out: int = 0
 
 
-class Reporter:
-    """Tells the server the counts, at most a few times a second, and only while they change.
+Figures = TypeVar("Figures")
+
+
+class Reporter(Generic[Figures]):
+    """Tells figures, at most a few times a second, and only while they change.
 
     Parameters
     ----------
     read
-        Where the counts come from; called on the reporter's thread.
+        Where the figures come from; called on the reporter's thread. Two equal values are one.
     send
         Told each new value.
     interval_s
         Least time between two reports.
     """
 
-    def __init__(self, read: Callable[[], Counts], send: Callable[[Counts], None], interval_s: float = 0.25) -> None:
+    def __init__(self, read: Callable[[], Figures], send: Callable[[Figures], None], interval_s: float = 0.25) -> None:
         self._read = read
         self._send = send
         self._interval_s = interval_s
@@ -49,13 +52,13 @@ class Reporter:
         self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
-        told: Counts | None = None
+        told: Figures | None = None
         last = False
         while True:
-            counts = self._read()
-            if counts != told:
-                self._send(counts)
-                told = counts
+            figures = self._read()
+            if figures != told:
+                self._send(figures)
+                told = figures
             if last:
                 return
             last = self._stop.wait(self._interval_s)
