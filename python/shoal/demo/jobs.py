@@ -29,9 +29,9 @@ QUESTIONS = (
     ("How do insects share the way to food?", 7),
 )
 STORY = (
-    "Tell me in two sentences what this is about. A harbour town had one crane and three merchants. Each wanted the "
-    "crane for the whole day, so the harbour master gave it to whoever had a ship at the quay, and asked the others to wait "
-    "where their crates stood. "
+    "Tell me in two sentences what this is about. A harbour town had one crane and three merchants. "
+    "Each wanted the crane for the whole day, so the harbour master gave it to whoever had a ship at the quay, "
+    "and asked the others to wait where their crates stood. "
 )
 
 
