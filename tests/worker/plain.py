@@ -31,6 +31,7 @@ class PlainKv:
             self.refusals += 1
             return False
         for block in blocks:
+            assert bool((self._of(block) == 0xFF).all()), f"somebody wrote to block {block} while it had no memory"
             self._of(block).zero_()
             self.ids.add(block)
         self.peak = max(self.peak, len(self.ids))

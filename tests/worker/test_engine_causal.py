@@ -124,6 +124,47 @@ def test_a_sliding_window_is_exact():
         assert asyncio.run(run()) == expected
 
 
+def small(name, **options):
+    import transformers
+
+    sizes = {
+        "vocab_size": 257,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(6)
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**(sizes | options))
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+MIXED = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Qwen2", {}), ("Qwen3", {}), ("Phi3", {}), ("Gemma3", MIXED), ("Qwen2", MIXED | {"use_sliding_window": True})],
+)
+@pytest.mark.parametrize("blocks", [1 << 20, 30])
+def test_other_families_are_exact(name, options, blocks):
+    model = small(name, **options)
+    asked = prompts(8, 4, longest=70)
+    expected = [alone(model, prompt, 30) for prompt in asked]
+    memory = PlainMemory(blocks_max=blocks)
+    with engine_of(model, memory, batch_tokens_max=48) as engine:
+
+        async def run():
+            return await asyncio.gather(*(tokens_of(engine, prompt, 30) for prompt in asked))
+
+        assert asyncio.run(run()) == expected
+
+
 @pytest.mark.parametrize("blocks", [9, 12, 20])
 def test_shortage_preempts_and_changes_no_token(blocks):
     model, asked = llama(), prompts(7, 8, longest=40)

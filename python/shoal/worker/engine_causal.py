@@ -81,19 +81,19 @@ class CausalLimits:
         """Fit the context into the KV space that the specification allows."""
         context = min(model_context, spec.context or model_context)
         block_bytes, tokens = layout.block_bytes, layout.block_tokens
-        # The scheduler takes up to two blocks more than a request's tokens need.
-        wanted = _CONTEXTS_DEFAULT * (-(-context // tokens) + 2)
-        default = max(min(wanted * block_bytes, _KV_DEFAULT_MAX), 4 * block_bytes)
+        # In each group, the scheduler takes up to two blocks more than a request's tokens need.
+        wanted = _CONTEXTS_DEFAULT * (-(-context // tokens) + 2) * layout.groups
+        default = min(wanted * block_bytes, _KV_DEFAULT_MAX)
         blocks = (spec.kv_max_bytes or default) // block_bytes - PADDING_BLOCKS
-        if blocks < 3:
-            need = (3 + PADDING_BLOCKS) * block_bytes
+        if blocks < 3 * layout.groups:
+            need = (3 * layout.groups + PADDING_BLOCKS) * block_bytes
             raise ValueError(f"kv_max_bytes is {spec.kv_max_bytes}; the least for this model is {need}")
         return cls(
-            context_tokens=min(context, (blocks - 2) * tokens),
+            context_tokens=min(context, (blocks // layout.groups - 2) * tokens),
             blocks=blocks,
             block_bytes=block_bytes,
             block_tokens=tokens,
-            kv_bytes_min=(2 + PADDING_BLOCKS) * block_bytes,
+            kv_bytes_min=(2 * layout.groups + PADDING_BLOCKS) * block_bytes,
         )
 
 

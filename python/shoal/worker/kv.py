@@ -32,9 +32,18 @@ PADDING_BLOCKS = 2
 
 @dataclass(frozen=True)
 class KvLayout:
-    """Sizes of a token-major KV cache."""
+    """Sizes of a token-major KV cache.
+
+    Attributes
+    ----------
+    layers
+        Layers of one group; layers of a group share their blocks.
+    groups
+        Groups of layers: 1, unless full and windowed attention are mixed. Each has blocks of its own.
+    """
 
     layers: int
+    groups: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -46,6 +55,7 @@ class KvLayout:
         groups, _ = cache_module.group_layers_by_attn_type(config)
         return cls(
             layers=len(groups[0]),
+            groups=len(groups),
             kv_heads=cache_module.find_num_kv_heads(config),
             head_dim=cache_module.find_head_dim(config),
             dtype=dtype,
