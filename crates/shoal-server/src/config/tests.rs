@@ -244,7 +244,7 @@ fn the_sample_is_good() {
 
 #[test]
 fn no_text_makes_it_panic() {
-    let whole = format!("{SAMPLE}\n[server.x]\ny = [{{a=1}}, 'é', 0x_1, 1979-05-27]\n");
+    let whole = format!("{SAMPLE}\n[server.x]\ny = [{{a=1}}, '\u{e9}', 0x_1, 1979-05-27]\n");
     for end in (0..whole.len()).filter(|end| whole.is_char_boundary(*end)) {
         let _ = parse(&whole[..end]);
         let _ = parse(&whole[end..]);
