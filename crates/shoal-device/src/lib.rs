@@ -6,22 +6,23 @@
 //! | [`owned`] | what callers use: objects that hold their parents and give themselves back on Drop |
 //! | [`sim`] | the simulated device: real address space, real faults, memory of this machine |
 //! | [`fault`] | a device that fails on request and remembers what it was asked |
+//! | [`conformance`] | one suite that every device must pass |
 //! | [`error`] | what a call can answer instead |
 //!
 //! Code above holds `Arc<dyn Device>`: each verb is a driver call, so one virtual call is not measurable.
 //! Nothing here waits for a stream unless asked to, and then with a deadline (I5, I10). `unsafe` is allowed in
 //! this crate only, one operation a block.
 
-// pub mod conformance;
+pub mod conformance;
 pub mod device;
 pub mod error;
-// pub mod fault;
+pub mod fault;
 pub mod owned;
 pub mod sim;
 
 pub use device::{Device, DeviceInfo, DeviceKind, DeviceMemory, HostFunction, VirtAddr};
 pub use error::{DeviceError, ErrorKind};
-// pub use fault::FaultDevice;
+pub use fault::FaultDevice;
 pub use owned::{Event, Frame, HashTicket, HostBuffer, Mapping, Reservation, Span, Stream};
 pub use sim::{SimDevice, SimOptions};
 
