@@ -5,9 +5,19 @@
 //! | [`config`] | what `shoal.toml` says, typed |
 //! | [`shelf`] | the models, the device memory they share, the requests that wait for them |
 //! | [`state`] | what the server shows of itself: snapshot and events |
+//! | [`gateway`] | what listens: who may ask, and the way of a request to its model |
+//! | `api` | `/api/v1`: seeing and ordering |
+//! | `events` | `/api/v1/events` |
+//! | `metrics` | `/metrics` |
+//! | `page` | `/` |
 //!
 //! No CUDA, no Python and no page arithmetic here: those live in the workers.
 
+mod api;
 pub mod config;
+mod events;
+pub mod gateway;
+mod metrics;
+mod page;
 pub mod shelf;
 pub mod state;

@@ -1,0 +1,46 @@
+//! What the gateway and the API need of the shelf, so that both are tested without one.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::broadcast;
+
+use crate::shelf::{Report, Route, RouteError, ShelfError};
+use crate::state::{Event, Missed, ShelfSnapshot};
+
+/// The models, seen from the outside. [`crate::shelf::Shelf`] is the real one.
+pub trait Models: Debug + Send + Sync + 'static {
+    /// The way to `model`, once it is awake. Dropping the future gives the place in the queue up.
+    fn route<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Route, RouteError>>;
+
+    /// Brings a model's weights to the device.
+    fn wake<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Report, ShelfError>>;
+
+    /// Takes a model's weights off the device, but for the part `keep` (0 to 1).
+    fn sleep<'a>(
+        &'a self,
+        model: &'a str,
+        keep: f64,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Report, ShelfError>>;
+
+    /// Makes a model stay on the device, or lets it go again.
+    ///
+    /// # Errors
+    /// As the shelf's.
+    fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError>;
+
+    /// Everything, at this moment.
+    fn snapshot(&self) -> ShelfSnapshot;
+
+    /// Events from now on.
+    fn subscribe(&self) -> broadcast::Receiver<Arc<Event>>;
+
+    /// Events after `id`, oldest first.
+    ///
+    /// # Errors
+    /// [`Missed`] where some are no longer kept.
+    fn events_since(&self, id: u64) -> Result<Vec<Arc<Event>>, Missed>;
+}

@@ -1,0 +1,186 @@
+//! `/metrics`: what the gateway counted itself, and the shelf's figures at the moment of asking.
+//!
+//! Labels are bounded: models by the configuration, statuses by HTTP. A name that no model has is counted under `""`.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use shoal_core::bytes::ByteCount;
+
+use crate::gateway::Models;
+use crate::state::{ModelSnapshot, ShelfSnapshot};
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    model: String,
+    status: u32,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct FirstByteLabels {
+    model: String,
+    was_asleep: String,
+}
+
+/// Counters of the gateway, and the registry that shows them.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    known: BTreeSet<String>,
+    requests: Family<RequestLabels, Counter>,
+    first_byte: Family<FirstByteLabels, Histogram, fn() -> Histogram>,
+}
+
+fn seconds_histogram() -> Histogram {
+    Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0])
+}
+
+impl Metrics {
+    pub(crate) fn new(models: &Arc<dyn Models>) -> Self {
+        let mut registry = Registry::with_prefix("shoal");
+        let requests = Family::default();
+        let first_byte = Family::new_with_constructor(seconds_histogram as fn() -> Histogram);
+        registry.register("requests", "Requests under /v1, by model and status", requests.clone());
+        registry.register(
+            "first_byte_seconds",
+            "Time from a request to the first byte of its answer, by whether the model was asleep",
+            first_byte.clone(),
+        );
+        registry.register_collector(Box::new(ShelfCollector { models: Arc::clone(models) }));
+        let known = models.snapshot().models.into_iter().map(|model| model.name).collect();
+        Self { registry, known, requests, first_byte }
+    }
+
+    pub(crate) fn request(&self, model: &str, status: StatusCode) {
+        let model = self.known.get(model).cloned().unwrap_or_default();
+        self.requests.get_or_create(&RequestLabels { model, status: status.as_u16().into() }).inc();
+    }
+
+    pub(crate) fn first_byte(&self, model: &str, was_asleep: bool, after: Duration) {
+        let model = self.known.get(model).cloned().unwrap_or_default();
+        let labels = FirstByteLabels { model, was_asleep: was_asleep.to_string() };
+        self.first_byte.get_or_create(&labels).observe(after.as_secs_f64());
+    }
+
+    /// In OpenMetrics' text form.
+    pub(crate) fn text(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+#[derive(Debug)]
+struct ShelfCollector {
+    models: Arc<dyn Models>,
+}
+
+type Labels = Vec<(&'static str, String)>;
+
+fn family<M: EncodeMetric>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    rows: impl IntoIterator<Item = (Labels, M)>,
+) -> fmt::Result {
+    let mut rows = rows.into_iter().peekable();
+    let Some((_, first)) = rows.peek() else { return Ok(()) };
+    let mut encoder = encoder.encode_descriptor(name, help, None, first.metric_type())?;
+    for (labels, metric) in rows {
+        metric.encode(encoder.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+#[expect(clippy::cast_possible_wrap, reason = "no machine has 2^63 bytes")]
+fn gauge(bytes: ByteCount) -> ConstGauge<i64> {
+    ConstGauge::new(bytes.0 as i64)
+}
+
+impl Collector for ShelfCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let shelf = self.models.snapshot();
+        let encoder = &mut encoder;
+        let of = |model: &ModelSnapshot, name: &'static str, value: &str| -> Labels {
+            vec![("model", model.name.clone()), (name, value.to_owned())]
+        };
+        let tiers = shelf.tiers.iter().map(|tier| vec![("tier", tier.tier.to_string())]);
+        family(
+            encoder,
+            "tier_used_bytes",
+            "Bytes that models hold on a tier",
+            tiers.clone().zip(shelf.tiers.iter().map(|tier| gauge(tier.used))),
+        )?;
+        let budgets = shelf.tiers.iter().zip(tiers);
+        family(
+            encoder,
+            "tier_budget_bytes",
+            "The most that models may hold on a tier",
+            budgets.filter_map(|(tier, labels)| Some((labels, gauge(tier.budget?)))),
+        )?;
+        family(
+            encoder,
+            "model_bytes",
+            "Where a model's bytes are",
+            shelf.models.iter().flat_map(|model| {
+                [
+                    ("weights_device", model.bytes.weights_device),
+                    ("kv_device", model.bytes.kv_device),
+                    ("overhead_device", model.bytes.overhead_device),
+                    ("host", model.bytes.host),
+                    ("source", model.bytes.source_only),
+                ]
+                .map(|(place, bytes)| (of(model, "place", place), gauge(bytes)))
+            }),
+        )?;
+        family(
+            encoder,
+            "lease_bytes",
+            "Device bytes a model may hold",
+            shelf.models.iter().flat_map(|model| {
+                let lease = &model.lease;
+                [("weights", lease.weights), ("kv", lease.kv), ("overhead", lease.overhead)]
+                    .map(|(kind, bytes)| (of(model, "kind", kind), gauge(bytes)))
+            }),
+        )?;
+        family(
+            encoder,
+            "requests_now",
+            "Requests answered or waiting now",
+            shelf.models.iter().flat_map(|model| {
+                [("active", model.counts.requests_active), ("parked", model.counts.requests_parked)]
+                    .map(|(state, count)| (of(model, "state", state), gauge(ByteCount(count))))
+            }),
+        )?;
+        counters(encoder, &shelf)
+    }
+}
+
+fn counters(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
+    type Read = fn(&ModelSnapshot) -> u64;
+    let table: [(&str, &str, Read); 5] = [
+        ("wakes", "Times a model was woken", |model| model.counts.wakes),
+        ("evictions", "Times a model gave device memory up", |model| model.counts.evictions),
+        ("evicted_bytes", "Bytes that models gave up", |model| model.counts.evicted.0),
+        ("restored_bytes", "Bytes that wakes brought back", |model| model.counts.restored.0),
+        ("tokens", "Tokens generated", |model| model.counts.tokens_out),
+    ];
+    for (name, help, read) in table {
+        let rows = shelf.models.iter().map(|model| {
+            let labels: Labels = vec![("model", model.name.clone())];
+            (labels, ConstCounter::new(read(model)))
+        });
+        family(encoder, name, help, rows)?;
+    }
+    Ok(())
+}
