@@ -1,0 +1,140 @@
+"""The scripts behind make: what they refuse, and what they say then."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def preflight(purpose: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts/preflight.py"), purpose]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_preflight_names_the_remedy_for_what_is_missing(tmp_path: Path) -> None:
+    said = preflight("demo", PATH=str(tmp_path), HOME=str(tmp_path))
+    assert said.returncode == 1
+    assert "MISSING rustc (needs >= 1.95)" in said.stdout
+    assert "rustup default stable" in said.stdout
+    assert "sudo apt-get install build-essential" in said.stdout
+
+
+def test_preflight_refuses_an_old_compiler(tmp_path: Path) -> None:
+    for name in ("rustc", "cargo", "cc"):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{name} 1.63.0 (4b91a6ea7 2022-08-08)'\n")
+        program.chmod(0o755)
+    said = preflight("test", PATH=str(tmp_path), HOME=str(tmp_path))
+    assert said.returncode == 1
+    assert "MISSING rustc 1.63.0 (needs >= 1.95)" in said.stdout
+
+
+def test_preflight_says_what_is_to_be_downloaded(tmp_path: Path) -> None:
+    assert shutil.which("rustc"), "this test needs the toolchain"
+    said = preflight("demo", PATH=os.environ["PATH"], HOME=os.environ["HOME"], XDG_CACHE_HOME=str(tmp_path))
+    assert said.returncode == 0, said.stdout
+    for words in ("the chat model", "93 MB", "the documents model", "84 MB", "trained here", "About "):
+        assert words in said.stdout
+
+
+def test_environment_takes_torch_from_where_it_is_told(tmp_path: Path) -> None:
+    environment = load("environment")
+    assert environment.torch_from(None) == []
+    assert environment.torch_from("") == []
+    assert environment.torch_from("https://example.org/cpu") == ["--index-url", "https://example.org/cpu"]
+    assert environment.torch_from(str(tmp_path)) == ["--find-links", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("expression", "met"),
+    [
+        ("MIT", True),
+        ("MIT OR GPL-2.0", True),
+        ("MIT/Apache-2.0", True),
+        ("GPL-2.0", False),
+        ("(MIT OR GPL-2.0) AND Unicode-3.0", True),
+        ("(MIT OR Apache-2.0) AND GPL-2.0", False),
+        ("Apache-2.0 WITH LLVM-exception OR GPL-2.0", True),
+        ("GPL-2.0 WITH Classpath-exception", False),
+        ("", False),
+        ("MIT AND", False),
+        ("MIT MIT", False),
+    ],
+)
+def test_licence_expressions(expression: str, met: bool) -> None:
+    allowed = {"MIT", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "Unicode-3.0"}
+    assert load("check_dependencies").satisfies(expression, allowed) == met
+
+
+def test_dependencies_that_break_a_rule_are_found() -> None:
+    check = load("check_dependencies")
+    rules: dict[str, Any] = {
+        "licenses": {"allow": ["MIT"]},
+        "bans": {"skip": [{"crate": "old@1.0.0"}, {"crate": "gone@1.0.0"}], "deny": [{"crate": "bad", "reason": "no"}]},
+    }
+
+    def package(name: str, version: str, licence: str = "MIT", source: str | None = "registry+x") -> dict[str, Any]:
+        return {"name": name, "version": version, "license": licence, "source": source}
+
+    packages = [
+        package("old", "1.0.0"),
+        package("old", "2.0.0"),
+        package("twice", "1.0.0"),
+        package("twice", "2.0.0", "GPL-3.0"),
+        package("bad", "1.0.0", source="git+https://example.org/bad"),
+    ]
+    assert [problem.split()[0] for problem in check.licences(packages, rules)] == ["twice"]
+    assert check.duplicates(packages, rules) == [
+        "twice is there in versions 1.0.0, 2.0.0; `cargo tree -i twice@1.0.0`",
+        "deny.toml skips gone@1.0.0, which is no duplicate (any more)",
+    ]
+    assert check.banned(packages, rules) == ["bad 1.0.0: no"]
+    assert check.origins(packages) == ["bad 1.0.0 comes from git+https://example.org/bad"]
+
+
+def test_figures_are_rendered_losses_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    render = load("render_results")
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert render.render() == "No figures yet."
+    row = {
+        "case": "8 models",
+        "metric": "p50",
+        "value": 0.3512,
+        "unit": "ms",
+        "ceiling": None,
+        "target": 0.3,
+        "met": False,
+    }
+    result = {"date": "2026-01-02T03:04:05Z", "shoal_commit": "0123456789abcdef", "rows": [row]}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "gateway_latency.json").write_text(json.dumps(result))
+    text = render.render()
+    assert "**cpu** (2026-01-02, commit 012345678)" in text
+    assert "| gateway_latency | 8 models: p50 | 0.351 ms |  |  | 0.3 missed |" in text
+
+
+def test_readme_shows_the_figures_there_are() -> None:
+    command = [sys.executable, str(ROOT / "scripts/render_results.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run scripts/render_results.py"
