@@ -134,12 +134,20 @@ def is_prepared(name: str) -> bool:
     return False
 
 
+def folder_with_torch() -> str | None:
+    """Return the folder of wheels, among those that pip was told of, that has a torch to offer."""
+    for place in os.environ.get("PIP_FIND_LINKS", "").split():
+        if list(Path(place).glob("torch-*.whl")):
+            return place
+    return None
+
+
 def pending(purpose: str) -> list[tuple[str, float, int, int]]:
     """Return what is still to do: a label, bytes on disk, bytes to download, seconds of work."""
     todo = []  # type: list[tuple[str, float, int, int]]
     venv = ROOT / ".venv"
     if not list(venv.glob("lib/python3*/site-packages/torch/version.py")):
-        index = os.environ.get("SHOAL_TORCH_INDEX")
+        index = os.environ.get("SHOAL_TORCH_INDEX") or folder_with_torch()
         disk, download = TORCH_OTHER if index else TORCH_CUDA
         label = f"torch, from {index}" if index else "torch with its CUDA libraries"
         todo.append((label, disk, download, INSTALL_S))

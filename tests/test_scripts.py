@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +49,32 @@ def test_preflight_refuses_an_old_compiler(tmp_path: Path) -> None:
     assert "MISSING rustc 1.63.0 (needs >= 1.95)" in said.stdout
 
 
-def test_preflight_says_what_is_to_be_downloaded(tmp_path: Path) -> None:
-    assert shutil.which("rustc"), "this test needs the toolchain"
-    said = preflight("demo", PATH=os.environ["PATH"], HOME=os.environ["HOME"], XDG_CACHE_HOME=str(tmp_path))
-    assert said.returncode == 0, said.stdout
-    for words in ("the chat model", "93 MB", "the documents model", "84 MB", "trained here", "About "):
-        assert words in said.stdout
+def test_preflight_knows_what_is_still_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("preflight")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CARGO_TARGET_DIR", str(tmp_path / "target"))
+    for name in ("SHOAL_TORCH_INDEX", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    demo = {label: download for label, _, download, _ in script.pending("demo")}
+    assert demo["the chat model"] == 93_000_000
+    assert demo["the documents model"] == 84_000_000
+    assert demo["torch with its CUDA libraries"] > 2 << 30
+    assert any("trained here" in label for label in demo)
+    assert not any("model" in label for label, *_ in script.pending("test"))
+
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "torch-2.11.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"x" * 10)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    assert script.pending("test")[0][0].startswith("torch, from ")
+    monkeypatch.setenv("SHOAL_TORCH_INDEX", "https://example.org/cpu")
+    assert script.pending("test")[0][0] == "torch, from https://example.org/cpu"
+
+    (tmp_path / ".venv/lib/python3.11/site-packages/torch").mkdir(parents=True)
+    (tmp_path / ".venv/lib/python3.11/site-packages/torch/version.py").touch()
+    (tmp_path / ".venv/.environment").touch()
+    (tmp_path / "target/release").mkdir(parents=True)
+    assert script.pending("test") == []
 
 
 def test_environment_takes_torch_from_where_it_is_told(tmp_path: Path) -> None:

@@ -53,7 +53,10 @@ class Management:
                 if line.startswith("data:"):
                     data.append(line[5:].removeprefix(" "))
                 elif not line and data:
-                    seen(json.loads("\n".join(data)))
+                    # Besides events there is one notice, that the oldest are no longer kept; it has no id.
+                    event = json.loads("\n".join(data))
+                    if "id" in event:
+                        seen(event)
                     data.clear()
                 if stop.is_set():
                     return
