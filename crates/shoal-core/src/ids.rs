@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident($inner:ty), $prefix:literal) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(transparent)]
         pub struct $name(pub $inner);
 
@@ -23,6 +23,11 @@ id!(
     /// A device of this machine, by its ordinal.
     DeviceId(u32),
     "device "
+);
+id!(
+    /// A model of the shelf, by its place in the configuration.
+    ModelId(u32),
+    "model "
 );
 id!(
     /// A region of one memory manager.

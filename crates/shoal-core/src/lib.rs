@@ -12,6 +12,8 @@
 //! | [`page_table`] | the extents of a region; what should move |
 //! | [`source`] | files that bytes can be read from again |
 //! | [`kv`] | which pages KV blocks need |
+//! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
+//! | [`policy`] | who gives bytes up for whom, each with its reason |
 //! | [`protocol`] | what a worker and the server say to each other on the control socket |
 
 #![forbid(unsafe_code)]
@@ -20,7 +22,9 @@ pub mod bytes;
 pub mod extent;
 pub mod ids;
 pub mod kv;
+pub mod lease;
 pub mod page_table;
+pub mod policy;
 pub mod protocol;
 pub mod residency;
 pub mod source;

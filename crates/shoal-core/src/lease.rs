@@ -1,0 +1,316 @@
+//! Who holds how many device bytes, and that the sum stays within the budget (I1).
+//!
+//! A [`LeaseBook`] only counts. Who gets bytes, and who gives them up, is decided by [`crate::policy`]; carrying it out is
+//! the broker's part. Apart from both, because every byte that anybody maps passes through these few lines, and because
+//! they are checked against a plain model.
+//!
+//! **Overhead** is what a process takes outside our regions. It is declared by asking for a lease of that kind, and then
+//! measured: [`LeaseBook::measure_overhead`] raises the lease to the measured peak. The correction may use the
+//! *headroom*, the part of the budget that is never leased otherwise, because those bytes are taken already.
+//!
+//! Keeps I1, checked after every change.
+
+use std::collections::BTreeMap;
+
+use crate::bytes::ByteCount;
+use crate::ids::ModelId;
+use crate::protocol::LeaseKind;
+
+/// Why a change was refused. The book is as it was before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LeaseBookError {
+    /// There are not so many bytes.
+    #[error("{requested} asked for, {free} of {budget} are free")]
+    Short {
+        /// What was asked for.
+        requested: ByteCount,
+        /// What could be granted.
+        free: ByteCount,
+        /// What there is in all.
+        budget: ByteCount,
+    },
+    /// More was given back than was held.
+    #[error("{model} gave back {returned} of {kind:?} and held {held}")]
+    NotHeld {
+        /// Who.
+        model: ModelId,
+        /// What for.
+        kind: LeaseKind,
+        /// What was given back.
+        returned: ByteCount,
+        /// What was held.
+        held: ByteCount,
+    },
+    /// The model has no account.
+    #[error("{model} has no account")]
+    NoAccount {
+        /// Who.
+        model: ModelId,
+    },
+    /// The model's process has ended; nothing is granted to it any more.
+    #[error("the account of {model} is closing")]
+    Closing {
+        /// Who.
+        model: ModelId,
+    },
+    /// The model has an account already.
+    #[error("{model} has an account already")]
+    AlreadyOpen {
+        /// Who.
+        model: ModelId,
+    },
+}
+
+/// What one model holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Account {
+    granted: [ByteCount; 3],
+    /// Measured overhead beyond what was granted.
+    correction: ByteCount,
+    closing: bool,
+}
+
+impl Account {
+    fn total(&self) -> ByteCount {
+        self.granted.iter().copied().sum::<ByteCount>() + self.correction
+    }
+}
+
+const fn place(kind: LeaseKind) -> usize {
+    match kind {
+        LeaseKind::Weights => 0,
+        LeaseKind::Kv => 1,
+        LeaseKind::Overhead => 2,
+    }
+}
+
+/// The ledger of one device.
+#[derive(Clone, Debug)]
+pub struct LeaseBook {
+    budget: ByteCount,
+    headroom: ByteCount,
+    accounts: BTreeMap<ModelId, Account>,
+    leased: ByteCount,
+}
+
+impl LeaseBook {
+    /// A book for `budget` bytes, of which `headroom` (at most all) are leased only to cover measured overhead.
+    #[must_use]
+    pub fn new(budget: ByteCount, headroom: ByteCount) -> Self {
+        Self { budget, headroom: headroom.min(budget), accounts: BTreeMap::new(), leased: ByteCount::ZERO }
+    }
+
+    /// What there is in all, headroom included.
+    #[must_use]
+    pub const fn budget(&self) -> ByteCount {
+        self.budget
+    }
+
+    /// What is kept back for overhead that turns out larger than declared.
+    #[must_use]
+    pub const fn headroom(&self) -> ByteCount {
+        self.headroom
+    }
+
+    /// Sum of all leases, closing accounts included.
+    #[must_use]
+    pub const fn leased(&self) -> ByteCount {
+        self.leased
+    }
+
+    /// What can be granted now.
+    #[must_use]
+    pub const fn free(&self) -> ByteCount {
+        self.budget.saturating_sub(self.headroom).saturating_sub(self.leased)
+    }
+
+    /// What accounts that are closing still hold.
+    #[must_use]
+    pub fn returning(&self) -> ByteCount {
+        self.accounts.values().filter(|account| account.closing).map(Account::total).sum()
+    }
+
+    /// What `model` holds for `kind`; corrections count as overhead. Zero without an account.
+    #[must_use]
+    pub fn held(&self, model: ModelId, kind: LeaseKind) -> ByteCount {
+        self.accounts.get(&model).map_or(ByteCount::ZERO, |account| {
+            let granted = account.granted[place(kind)];
+            if kind == LeaseKind::Overhead { granted + account.correction } else { granted }
+        })
+    }
+
+    /// What `model` holds in all. Zero without an account.
+    #[must_use]
+    pub fn total(&self, model: ModelId) -> ByteCount {
+        self.accounts.get(&model).map_or(ByteCount::ZERO, Account::total)
+    }
+
+    /// Opens an account for a process that begins.
+    ///
+    /// # Errors
+    /// [`LeaseBookError::AlreadyOpen`].
+    pub fn open(&mut self, model: ModelId) -> Result<(), LeaseBookError> {
+        if self.accounts.contains_key(&model) {
+            return Err(LeaseBookError::AlreadyOpen { model });
+        }
+        self.accounts.insert(model, Account::default());
+        self.check_invariants();
+        Ok(())
+    }
+
+    /// Grants `bytes` more.
+    ///
+    /// A grant of overhead first takes over what a correction covers already.
+    ///
+    /// # Errors
+    /// [`LeaseBookError::Short`], [`LeaseBookError::NoAccount`], [`LeaseBookError::Closing`].
+    pub fn grant(&mut self, model: ModelId, kind: LeaseKind, bytes: ByteCount) -> Result<(), LeaseBookError> {
+        let (free, budget) = (self.free(), self.budget);
+        let account = self.accounts.get_mut(&model).ok_or(LeaseBookError::NoAccount { model })?;
+        if account.closing {
+            return Err(LeaseBookError::Closing { model });
+        }
+        let covered =
+            if kind == LeaseKind::Overhead { account.correction.min(bytes) } else { ByteCount::ZERO };
+        if bytes - covered > free {
+            return Err(LeaseBookError::Short { requested: bytes, free, budget });
+        }
+        account.correction -= covered;
+        account.granted[place(kind)] += bytes;
+        self.leased += bytes - covered;
+        self.check_invariants();
+        Ok(())
+    }
+
+    /// Takes `bytes` back that their holder has unmapped. An account that is closing may still give back.
+    ///
+    /// # Errors
+    /// [`LeaseBookError::NotHeld`], [`LeaseBookError::NoAccount`].
+    pub fn give_back(
+        &mut self,
+        model: ModelId,
+        kind: LeaseKind,
+        bytes: ByteCount,
+    ) -> Result<(), LeaseBookError> {
+        let account = self.accounts.get_mut(&model).ok_or(LeaseBookError::NoAccount { model })?;
+        let held = account.granted[place(kind)];
+        if bytes > held {
+            return Err(LeaseBookError::NotHeld { model, kind, returned: bytes, held });
+        }
+        account.granted[place(kind)] = held - bytes;
+        self.leased -= bytes;
+        self.check_invariants();
+        Ok(())
+    }
+
+    /// Raises the lease for overhead to the measured `peak`, out of free bytes and headroom, as far as they go. Gives
+    /// what could not be covered: bytes that are taken and that nobody has leased, for which somebody must yield.
+    ///
+    /// # Errors
+    /// [`LeaseBookError::NoAccount`].
+    pub fn measure_overhead(&mut self, model: ModelId, peak: ByteCount) -> Result<ByteCount, LeaseBookError> {
+        let left = self.budget - self.leased;
+        let account = self.accounts.get_mut(&model).ok_or(LeaseBookError::NoAccount { model })?;
+        let wanted = peak.saturating_sub(account.granted[place(LeaseKind::Overhead)]);
+        let correction = wanted.min(account.correction + left);
+        self.leased = self.leased - account.correction + correction;
+        account.correction = correction;
+        self.check_invariants();
+        Ok(wanted - correction)
+    }
+
+    /// The holder has died: nothing more is granted, and what it held counts as held until [`close`](Self::close).
+    ///
+    /// # Errors
+    /// [`LeaseBookError::NoAccount`].
+    pub fn begin_closing(&mut self, model: ModelId) -> Result<(), LeaseBookError> {
+        let account = self.accounts.get_mut(&model).ok_or(LeaseBookError::NoAccount { model })?;
+        account.closing = true;
+        self.check_invariants();
+        Ok(())
+    }
+
+    /// The holder's process is gone and its memory with it. Gives what came back.
+    pub fn close(&mut self, model: ModelId) -> ByteCount {
+        let returned = self.accounts.remove(&model).map_or(ByteCount::ZERO, |account| account.total());
+        self.leased -= returned;
+        self.check_invariants();
+        returned
+    }
+
+    /// Checks I1.
+    ///
+    /// # Panics
+    /// Where leases exceed the budget or do not add up: a mistake in this module.
+    pub fn check_invariants(&self) {
+        assert!(self.leased <= self.budget, "I1: {} leased of {}", self.leased, self.budget);
+        debug_assert_eq!(self.leased, self.accounts.values().map(Account::total).sum(), "I1: sums differ");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: ModelId = ModelId(0);
+    const B: ModelId = ModelId(1);
+    const MIB: fn(u64) -> ByteCount = ByteCount::mib;
+
+    fn book() -> LeaseBook {
+        let mut book = LeaseBook::new(MIB(100), MIB(10));
+        book.open(A).expect("new");
+        book.open(B).expect("new");
+        book
+    }
+
+    #[test]
+    fn headroom_is_not_granted() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Weights, MIB(80)).expect("fits");
+        let short = LeaseBookError::Short { requested: MIB(11), free: MIB(10), budget: MIB(100) };
+        assert_eq!(book.grant(B, LeaseKind::Kv, MIB(11)), Err(short));
+        assert_eq!(book.grant(B, LeaseKind::Kv, MIB(10)), Ok(()));
+        assert_eq!((book.free(), book.leased()), (MIB(0), MIB(90)));
+    }
+
+    #[test]
+    fn measured_overhead_takes_headroom_then_says_what_is_uncovered() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Overhead, MIB(4)).expect("fits");
+        book.grant(B, LeaseKind::Weights, MIB(86)).expect("fits");
+        assert_eq!(book.measure_overhead(A, MIB(3)), Ok(MIB(0)));
+        assert_eq!(book.held(A, LeaseKind::Overhead), MIB(4));
+        assert_eq!(book.measure_overhead(A, MIB(20)), Ok(MIB(6)));
+        assert_eq!((book.held(A, LeaseKind::Overhead), book.leased()), (MIB(14), MIB(100)));
+        // What was measured is declared afterwards: nothing new is taken.
+        book.grant(A, LeaseKind::Overhead, MIB(10)).expect("covered by the correction");
+        assert_eq!(book.leased(), MIB(100));
+        book.give_back(B, LeaseKind::Weights, MIB(6)).expect("held");
+        assert_eq!(book.measure_overhead(A, MIB(20)), Ok(MIB(0)));
+        assert_eq!(book.held(A, LeaseKind::Overhead), MIB(20));
+    }
+
+    #[test]
+    fn a_dead_holders_bytes_come_back_when_it_is_gone() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Weights, MIB(90)).expect("fits");
+        book.begin_closing(A).expect("open");
+        assert_eq!(book.grant(A, LeaseKind::Kv, MIB(0)), Err(LeaseBookError::Closing { model: A }));
+        assert_eq!((book.free(), book.returning()), (MIB(0), MIB(90)));
+        assert_eq!(book.close(A), MIB(90));
+        assert_eq!((book.free(), book.returning()), (MIB(90), MIB(0)));
+        assert_eq!(book.close(A), MIB(0));
+        assert_eq!(book.grant(A, LeaseKind::Kv, MIB(1)), Err(LeaseBookError::NoAccount { model: A }));
+    }
+
+    #[test]
+    fn giving_back_too_much_changes_nothing() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Kv, MIB(5)).expect("fits");
+        let wrong = book.give_back(A, LeaseKind::Kv, MIB(6));
+        assert!(matches!(wrong, Err(LeaseBookError::NotHeld { held, .. }) if held == MIB(5)), "{wrong:?}");
+        assert_eq!(book.leased(), MIB(5));
+        assert_eq!(book.open(A), Err(LeaseBookError::AlreadyOpen { model: A }));
+    }
+}

@@ -1,0 +1,184 @@
+//! The decision itself.
+
+use super::reason;
+use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
+use super::victims::{Candidate, Class, Field, kept_until};
+use crate::bytes::ByteCount;
+
+/// Decides what to do at `now_ms`. See the [module](super) for the rules.
+#[must_use]
+pub fn plan(state: &ShelfState, now_ms: u64) -> Plan {
+    let mut decision = Decision { field: Field::new(state, now_ms), plan: Plan::default(), spare: None };
+    let mut requests: Vec<_> = state.requests.iter().collect();
+    requests.sort_by_cached_key(|request| decision.field.seniority(request));
+    for request in requests {
+        decision.answer(request);
+    }
+    decision.put_idle_to_sleep();
+    decision.wake_the_wanted();
+    decision.plan
+}
+
+struct Decision<'a> {
+    field: Field<'a>,
+    plan: Plan,
+    /// What younger requests may have, once an older one had to be let wait.
+    spare: Option<ByteCount>,
+}
+
+impl Decision<'_> {
+    fn answer(&mut self, request: &PendingRequest) {
+        let Some(model) = self.field.model(request.model) else {
+            return self.deny(request, true, format!("there is no {}", request.model));
+        };
+        if request.deadline_ms <= self.field.now_ms {
+            return self.deny(request, false, reason::too_late(&self.field, model, request));
+        }
+        let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held()));
+        if request.bytes_min > room {
+            return self.deny(request, true, reason::over_max(model, request));
+        }
+        let most = self.field.most(request);
+        if request.bytes_min > most {
+            return self.deny(request, true, reason::never(&self.field, model, request, most));
+        }
+        let wanted = request.bytes.min(room).max(request.bytes_min);
+        let allowed = match self.spare {
+            Some(spare) if !self.field.in_turn(model) => spare,
+            _ => ByteCount(u64::MAX),
+        };
+        if request.bytes_min > allowed {
+            return self.wait(request, reason::behind(model, request, allowed));
+        }
+        let wanted = wanted.min(allowed);
+
+        let free = self.field.free;
+        if free >= request.bytes_min {
+            let bytes = wanted.min(free);
+            let reason = reason::grant(model, request, bytes, free);
+            self.field.free -= bytes;
+            self.spend(bytes);
+            self.act(Action::Grant { model: request.model, request: request.request, bytes, reason });
+            return;
+        }
+
+        let (found, picks) = self.gather(request, wanted);
+        if found < request.bytes_min {
+            let reason = reason::wait(&self.field, model, request, found);
+            let left = self.field.eventual(request).saturating_sub(request.bytes_min);
+            self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
+            return self.wait(request, reason);
+        }
+        let target = found.min(wanted);
+        for (candidate, bytes) in picks {
+            let victim = &self.field.state.models[candidate.model];
+            let reason = reason::evict(&self.field, candidate.class, victim, model, request, free);
+            self.field.take(candidate, bytes);
+            self.act(Action::Evict { model: victim.id, bytes, reason });
+        }
+        // What is free and on its way now belongs to this request.
+        let rest = target.saturating_sub(free);
+        self.field.free = ByteCount::ZERO;
+        self.field.incoming = self.field.incoming.saturating_sub(rest);
+        self.spend(target);
+        let reason = format!("{} waits for {rest} that others were ordered to give back", model.name);
+        self.wait(request, reason);
+    }
+
+    /// What can be had for `request` now, and of whom.
+    fn gather(
+        &self,
+        request: &PendingRequest,
+        wanted: ByteCount,
+    ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
+        let age = self.field.age(request);
+        let mut found = self.field.free + self.field.incoming;
+        let mut picks: Vec<(Candidate, ByteCount)> = Vec::new();
+        for &candidate in self.field.candidates() {
+            // Running models are disturbed only for the least that is of use.
+            let goal = if candidate.class == Class::TurnOver { request.bytes_min } else { wanted };
+            if found >= goal {
+                if found >= wanted || candidate.class == Class::TurnOver {
+                    break;
+                }
+                continue;
+            }
+            let taken: ByteCount =
+                picks.iter().filter(|(pick, _)| pick.model == candidate.model).map(|(_, bytes)| *bytes).sum();
+            let offer = self.field.offer(candidate, request, age).saturating_sub(taken);
+            let bytes = (goal - found).round_up_to(self.field.state.extent.max(ByteCount(1))).min(offer);
+            if !bytes.is_zero() {
+                found += bytes;
+                picks.push((candidate, bytes));
+            }
+        }
+        // One order a model.
+        let mut merged: Vec<(Candidate, ByteCount)> = Vec::with_capacity(picks.len());
+        for (candidate, bytes) in picks {
+            match merged.iter_mut().find(|(known, _)| known.model == candidate.model) {
+                Some((known, sum)) => {
+                    known.class = candidate.class;
+                    *sum += bytes;
+                }
+                None => merged.push((candidate, bytes)),
+            }
+        }
+        (found, merged)
+    }
+
+    fn spend(&mut self, bytes: ByteCount) {
+        self.spare = self.spare.map(|spare| spare.saturating_sub(bytes));
+    }
+
+    fn deny(&mut self, request: &PendingRequest, never: bool, reason: String) {
+        self.act(Action::Deny { model: request.model, request: request.request, never, reason });
+    }
+
+    fn wait(&mut self, request: &PendingRequest, reason: String) {
+        let until_ms = self.field.next_change_ms.min(request.deadline_ms);
+        self.again_at(until_ms);
+        self.act(Action::Wait { model: request.model, request: request.request, until_ms, reason });
+    }
+
+    fn again_at(&mut self, at_ms: u64) {
+        self.plan.again_at_ms = Some(self.plan.again_at_ms.map_or(at_ms, |known| known.min(at_ms)));
+    }
+
+    fn act(&mut self, action: Action) {
+        self.plan.actions.push(action);
+    }
+
+    fn put_idle_to_sleep(&mut self) {
+        let state = self.field.state;
+        for (place, model) in state.models.iter().enumerate() {
+            let Some(until) = kept_until(model) else { continue };
+            let bytes = self.field.takeable_at(place);
+            if model.is_busy() || model.wake_ordered || self.field.asks(place) || bytes.is_zero() {
+                continue;
+            }
+            let due = until.max(model.skip_until_ms);
+            if due > self.field.now_ms {
+                self.again_at(due);
+                continue;
+            }
+            let reason = reason::keep_alive_over(model, self.field.now_ms);
+            self.act(Action::Evict { model: model.id, bytes, reason });
+        }
+    }
+
+    fn wake_the_wanted(&mut self) {
+        let mut wanted: Vec<&ModelState> = self
+            .field
+            .state
+            .models
+            .iter()
+            .filter(|model| model.ready && model.parked > 0 && !model.up && !model.wake_ordered)
+            .collect();
+        wanted.sort_by_key(|model| (model.wanting_since_ms, model.id));
+        for model in wanted {
+            let bytes = model.weights_total.saturating_sub(model.weights_held);
+            let reason = reason::restore(model, bytes);
+            self.act(Action::Restore { model: model.id, bytes, reason });
+        }
+    }
+}

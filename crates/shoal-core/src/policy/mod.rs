@@ -1,0 +1,40 @@
+//! Who gives bytes up for whom: a pure function from the shelf's state to actions in bytes, each with its reason.
+//!
+//! [`plan`] reads no clock and remembers nothing, so a decision can be made again from its logged state (I11), and the
+//! same code runs in the server, in tests and over traces.
+//!
+//! # How a request for bytes is met
+//! Requests are served by age. A model that wants to come back counts from when it began to want, not from its newest
+//! request; each step of priority counts as [`PRIORITY_HEAD_START_MS`] of age, within [`PRIORITY_STEPS_MAX`] steps.
+//! 1. **Free bytes**, if they do for the least that is of use.
+//! 2. **Surplus**: KV that is backed and that nobody uses, of any model.
+//! 3. **Idle models**, by what a byte is worth (the time it takes to bring it back, doubled with each step of priority,
+//!    over the time it has been idle); those within their `keep_alive` after all others.
+//! 4. **Models that wait behind** the request and hold bytes they cannot run with.
+//! 5. **Busy models whose turn is over**, longest turn first, and only for the least that is of use. A turn is a
+//!    quantum, counted from the moment a model became wholly resident and used; the caller does not begin a new one
+//!    while somebody waits.
+//!
+//! Only what is needed is taken, in whole extents. Pinned models give nothing, no model is taken below its minimum.
+//!
+//! # Why nobody starves
+//! The oldest request that cannot be met yet keeps what it needs: younger ones get what is left over once all turns have
+//! ended, and nothing else (models in their turn may still grow, because that memory can be taken back when their turn
+//! is over). So with `k` requests before it, a request waits for at most `k + 1` turns, plus the time victims take to
+//! answer. A request that could not be met even with everything that may be taken is denied at once.
+
+mod decide;
+mod reason;
+mod state;
+mod victims;
+
+#[cfg(test)]
+mod tests;
+
+pub use decide::plan;
+pub use state::{Action, ModelState, PendingRequest, Plan, ShelfState};
+
+/// How much older a request counts for each step of its model's priority.
+pub const PRIORITY_HEAD_START_MS: i64 = 1_000;
+/// Steps of priority, up or down, that make a difference.
+pub const PRIORITY_STEPS_MAX: i32 = 8;

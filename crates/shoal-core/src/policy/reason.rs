@@ -1,0 +1,185 @@
+//! Decisions in words, with the numbers they rest on.
+
+use super::state::{ModelState, PendingRequest};
+use super::victims::{Class, Field};
+use crate::bytes::ByteCount;
+use crate::protocol::LeaseKind;
+
+/// How many holders a sentence names.
+const HOLDERS_NAMED_MAX: usize = 4;
+
+fn purpose(request: &PendingRequest) -> &'static str {
+    match request.kind {
+        LeaseKind::Weights => "weights",
+        LeaseKind::Kv => "KV",
+        LeaseKind::Overhead => "overhead",
+    }
+}
+
+fn needs(model: &ModelState, request: &PendingRequest) -> String {
+    let least = if request.bytes_min == request.bytes {
+        String::new()
+    } else {
+        format!(" (at least {})", request.bytes_min)
+    };
+    format!("{} needs {}{least} for {}", model.name, request.bytes, purpose(request))
+}
+
+fn seconds(ms: u64) -> String {
+    format!("{:.1} s", ms as f64 / 1_000.0)
+}
+
+pub(super) fn grant(
+    model: &ModelState,
+    request: &PendingRequest,
+    bytes: ByteCount,
+    free: ByteCount,
+) -> String {
+    let got = if bytes == request.bytes { "gets it".to_owned() } else { format!("gets {bytes}") };
+    format!("{} and {got}: {free} were free", needs(model, request))
+}
+
+pub(super) fn evict(
+    field: &Field<'_>,
+    class: Class,
+    victim: &ModelState,
+    model: &ModelState,
+    request: &PendingRequest,
+    free: ByteCount,
+) -> String {
+    let idle = seconds(field.now_ms.saturating_sub(victim.last_used_ms));
+    let name = &victim.name;
+    let why = match class {
+        Class::Surplus => format!(
+            "{name} holds {} of KV that no request uses",
+            victim.kv_held.saturating_sub(victim.kv_live)
+        ),
+        Class::Idle => format!("{name} has been idle for {idle} and its bytes are worth least"),
+        Class::IdleKept => {
+            format!("{name} has been idle for {idle}, within its keep_alive, and nothing else would do")
+        }
+        Class::WaitsBehind => format!("{name} waits behind it and cannot run with the part that it holds"),
+        Class::TurnOver => {
+            let turn = seconds(field.now_ms.saturating_sub(victim.turn_since_ms.unwrap_or(0)));
+            format!(
+                "all are busy, and {name} has had the longest turn ({turn} of {})",
+                seconds(field.state.quantum_ms)
+            )
+        }
+    };
+    format!("{}, {free} are free; {why}", needs(model, request))
+}
+
+pub(super) fn restore(model: &ModelState, missing: ByteCount) -> String {
+    let requests = if model.parked == 1 {
+        "1 request waits".to_owned()
+    } else {
+        format!("{} requests wait", model.parked)
+    };
+    format!("{requests} for {}; {missing} of its {} are missing", model.name, model.weights_total)
+}
+
+pub(super) fn keep_alive_over(model: &ModelState, now_ms: u64) -> String {
+    format!(
+        "{} has been idle for {}, and its keep_alive is {}",
+        model.name,
+        seconds(now_ms.saturating_sub(model.last_used_ms)),
+        seconds(model.keep_alive_ms.unwrap_or(0))
+    )
+}
+
+pub(super) fn over_max(model: &ModelState, request: &PendingRequest) -> String {
+    format!(
+        "{}, holds {} and may hold {} at most",
+        needs(model, request),
+        model.held(),
+        model.max.unwrap_or(request.bytes)
+    )
+}
+
+pub(super) fn never(
+    field: &Field<'_>,
+    model: &ModelState,
+    request: &PendingRequest,
+    most: ByteCount,
+) -> String {
+    format!(
+        "{}, and there are {most} at most: the budget is {}, {} holds {} itself{}",
+        needs(model, request),
+        field.state.budget,
+        model.name,
+        model.held(),
+        holders(field, model, |other| {
+            let kept = if other.pinned {
+                other.held()
+            } else {
+                other.min.max(other.overhead_held).min(other.held())
+            };
+            (!kept.is_zero() && other.ready).then(|| {
+                let why = if other.pinned { "pinned" } else { "its minimum" };
+                format!("{} keeps {kept} ({why})", other.name)
+            })
+        })
+    )
+}
+
+pub(super) fn too_late(field: &Field<'_>, model: &ModelState, request: &PendingRequest) -> String {
+    let waited = seconds(field.now_ms.saturating_sub(request.asked_ms));
+    format!(
+        "{} and waited {waited} for it; {} are free{}",
+        needs(model, request),
+        field.free,
+        busy_holders(field, model)
+    )
+}
+
+pub(super) fn wait(
+    field: &Field<'_>,
+    model: &ModelState,
+    request: &PendingRequest,
+    found: ByteCount,
+) -> String {
+    format!("{}; {found} can be had now{}", needs(model, request), busy_holders(field, model))
+}
+
+pub(super) fn behind(model: &ModelState, request: &PendingRequest, spare: ByteCount) -> String {
+    format!("{}; older requests come first and leave {spare}", needs(model, request))
+}
+
+fn busy_holders(field: &Field<'_>, model: &ModelState) -> String {
+    holders(field, model, |other| {
+        let held = other.held();
+        if held.is_zero() {
+            return None;
+        }
+        let why = if !other.ready {
+            "its process is ending".to_owned()
+        } else if other.pinned {
+            "pinned".to_owned()
+        } else if !other.ordered.is_zero() {
+            format!("{} of it on the way back", other.ordered)
+        } else if other.skip_until_ms > field.now_ms {
+            "did not answer when asked".to_owned()
+        } else if let Some(until) = field.protected_until(other).filter(|_| other.is_busy()) {
+            format!("its turn ends in {}", seconds(until - field.now_ms))
+        } else if other.is_busy() {
+            "busy".to_owned()
+        } else {
+            "idle".to_owned()
+        };
+        Some(format!("{} holds {held} ({why})", other.name))
+    })
+}
+
+/// `"; a, b"` over the largest holders that `say` has something to say of.
+fn holders(field: &Field<'_>, model: &ModelState, say: impl Fn(&ModelState) -> Option<String>) -> String {
+    let mut others: Vec<_> = field.state.models.iter().filter(|other| other.id != model.id).collect();
+    others.sort_by_key(|other| (core::cmp::Reverse(other.held()), other.id));
+    let mut said: Vec<String> =
+        others.iter().filter_map(|other| say(other)).take(HOLDERS_NAMED_MAX + 1).collect();
+    if said.len() > HOLDERS_NAMED_MAX {
+        said.truncate(HOLDERS_NAMED_MAX);
+        said.push("and others".to_owned());
+    }
+    if said.is_empty() { String::new() } else { format!("; {}", said.join(", ")) }
+}

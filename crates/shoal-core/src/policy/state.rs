@@ -1,0 +1,181 @@
+//! What a decision is made from, and what it is.
+
+use serde::{Deserialize, Serialize};
+
+use crate::bytes::ByteCount;
+use crate::ids::ModelId;
+use crate::protocol::LeaseKind;
+
+/// The shelf as the policy sees it. Times are milliseconds on any one clock.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShelfState {
+    /// What may be leased in all (the budget less its headroom).
+    pub budget: ByteCount,
+    /// The unit in which bytes are ordered back.
+    pub extent: ByteCount,
+    /// How long a model may run before it can be made to yield to a waiting one.
+    pub quantum_ms: u64,
+    /// All models.
+    pub models: Vec<ModelState>,
+    /// All requests that were not answered yet.
+    pub requests: Vec<PendingRequest>,
+}
+
+/// One model as the policy sees it.
+#[expect(clippy::struct_excessive_bools, reason = "four facts that do not exclude one another")]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelState {
+    /// Which.
+    pub id: ModelId,
+    /// Its name, for reasons.
+    pub name: String,
+    /// Its worker lives and takes orders. Where not, what it holds is on its way back.
+    pub ready: bool,
+    /// All its weights.
+    pub weights_total: ByteCount,
+    /// Its lease for weights.
+    pub weights_held: ByteCount,
+    /// Its lease for KV.
+    pub kv_held: ByteCount,
+    /// KV that some request uses.
+    pub kv_live: ByteCount,
+    /// Its lease for what its process takes besides; cannot be ordered back.
+    pub overhead_held: ByteCount,
+    /// Bytes it was ordered to give back and has not yet.
+    pub ordered: ByteCount,
+    /// Never evicted.
+    pub pinned: bool,
+    /// Never evicted below this.
+    pub min: ByteCount,
+    /// Never leased more than this.
+    pub max: Option<ByteCount>,
+    /// Higher yields later.
+    pub priority: i32,
+    /// Requests it works on.
+    pub active: u32,
+    /// Requests that wait for it to come back.
+    pub parked: u32,
+    /// When a request last began or ended.
+    pub last_used_ms: u64,
+    /// When its turn began: wholly resident and used.
+    pub turn_since_ms: Option<u64>,
+    /// Since when it has had requests without being wholly resident.
+    pub wanting_since_ms: Option<u64>,
+    /// It has its lease and its bytes are being brought back; protected until then at the latest.
+    pub rising_until_ms: Option<u64>,
+    /// All its weights are on the device and none were ordered away since.
+    pub up: bool,
+    /// An order to wake was given and not answered yet.
+    pub wake_ordered: bool,
+    /// Put to sleep after so long without requests, and preferred among the idle until then.
+    pub keep_alive_ms: Option<u64>,
+    /// Gave nothing when last asked; not asked again before this.
+    pub skip_until_ms: u64,
+    /// What it takes to bring a MiB back (microseconds).
+    pub restore_us_per_mib: u64,
+}
+
+impl ModelState {
+    /// All it holds.
+    #[must_use]
+    pub fn held(&self) -> ByteCount {
+        self.weights_held + self.kv_held + self.overhead_held
+    }
+
+    /// Its lease covers all its weights.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.weights_held >= self.weights_total
+    }
+
+    /// Somebody wants something of it.
+    #[must_use]
+    pub const fn is_busy(&self) -> bool {
+        self.active > 0 || self.parked > 0
+    }
+}
+
+/// A request for bytes that was not answered yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingRequest {
+    /// Who asks.
+    pub model: ModelId,
+    /// The number that the asking worker gave it.
+    pub request: u64,
+    /// What for.
+    pub kind: LeaseKind,
+    /// How many more bytes.
+    pub bytes: ByteCount,
+    /// The least that is of use.
+    pub bytes_min: ByteCount,
+    /// When it was asked.
+    pub asked_ms: u64,
+    /// When an answer is no longer of use.
+    pub deadline_ms: u64,
+}
+
+/// What to do, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The actions.
+    pub actions: Vec<Action>,
+    /// When to plan again, if nothing happens before.
+    pub again_at_ms: Option<u64>,
+}
+
+/// One thing to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Action {
+    /// Order `model` to give `bytes` back.
+    Evict {
+        /// Who yields.
+        model: ModelId,
+        /// How much.
+        bytes: ByteCount,
+        /// Why, and why this one.
+        reason: String,
+    },
+    /// Order `model` to bring its weights back; it will ask for the lease it lacks.
+    Restore {
+        /// Who.
+        model: ModelId,
+        /// What is missing.
+        bytes: ByteCount,
+        /// Why.
+        reason: String,
+    },
+    /// Grant a request.
+    Grant {
+        /// Who asked.
+        model: ModelId,
+        /// Which request.
+        request: u64,
+        /// How much; at least its minimum.
+        bytes: ByteCount,
+        /// Out of what.
+        reason: String,
+    },
+    /// Turn a request down.
+    Deny {
+        /// Who asked.
+        model: ModelId,
+        /// Which request.
+        request: u64,
+        /// Not even with everything that may be taken: asking again is of no use.
+        never: bool,
+        /// Why.
+        reason: String,
+    },
+    /// Let a request wait.
+    Wait {
+        /// Who asked.
+        model: ModelId,
+        /// Which request.
+        request: u64,
+        /// When something may change by itself; its deadline at the latest.
+        until_ms: u64,
+        /// For what.
+        reason: String,
+    },
+}

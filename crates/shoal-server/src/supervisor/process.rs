@@ -1,0 +1,212 @@
+//! One worker process.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal};
+use tokio::process::{Child, Command};
+
+use super::log_file;
+
+/// Everything it takes to start a worker.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// The model it serves.
+    pub model: String,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Added to our own environment.
+    pub env: BTreeMap<String, String>,
+    /// Where its output goes.
+    pub log: PathBuf,
+}
+
+impl Launch {
+    /// The command of a worker of ours: `PYTHON -m shoal.worker --control SOCKET --model NAME ARGS`.
+    #[must_use]
+    pub fn worker_command(python: &Path, control_socket: &Path, model: &str, args: &[String]) -> Vec<String> {
+        let fixed = [
+            python.to_string_lossy().into_owned(),
+            "-m".to_owned(),
+            "shoal.worker".to_owned(),
+            "--control".to_owned(),
+            control_socket.to_string_lossy().into_owned(),
+            "--model".to_owned(),
+            model.to_owned(),
+        ];
+        fixed.into_iter().chain(args.iter().cloned()).collect()
+    }
+}
+
+/// Why a worker could not be started or ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SupervisorError {
+    /// The log could not be opened.
+    #[error("the log {path} of model {model:?} cannot be written: {source}")]
+    Log {
+        /// The model.
+        model: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The program could not be started.
+    #[error("model {model:?}: {program} cannot be started ({source}); set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[serve]")]
+    Spawn {
+        /// The model.
+        model: String,
+        /// The program.
+        program: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// How a worker ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Its status.
+    pub status: ExitStatus,
+    /// How long it lived.
+    pub lived: Duration,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.status.code(), self.status.signal()) {
+            (Some(code), _) => write!(f, "exited with status {code}")?,
+            (None, Some(signal)) => write!(f, "was ended by signal {signal}")?,
+            (None, None) => f.write_str("ended")?,
+        }
+        write!(f, " after {:.1} s", self.lived.as_secs_f64())
+    }
+}
+
+/// A worker that was started. Dropping it kills the process.
+#[derive(Debug)]
+pub struct WorkerProcess {
+    child: Child,
+    pid: u32,
+    started: Instant,
+}
+
+impl WorkerProcess {
+    /// Start a worker. Its standard input is empty, its output goes to the log.
+    ///
+    /// # Errors
+    /// [`SupervisorError`]: the log cannot be written, the program cannot be run.
+    pub fn start(launch: &Launch) -> Result<Self, SupervisorError> {
+        let log_error = |source| SupervisorError::Log {
+            model: launch.model.clone(),
+            path: launch.log.clone(),
+            source,
+        };
+        let output = log_file::open_log(&launch.log).map_err(log_error)?;
+        let errors = output.try_clone().map_err(log_error)?;
+        let program = launch.command.first().cloned().unwrap_or_default();
+        let child = Command::new(&program)
+            .args(launch.command.iter().skip(1))
+            .envs(&launch.env)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            // A Ctrl-C in the terminal is for the server, which ends its workers in order.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|source| SupervisorError::Spawn { model: launch.model.clone(), program, source })?;
+        let pid = child.id().unwrap_or_default();
+        Ok(Self { child, pid, started: Instant::now() })
+    }
+
+    /// Its process id, also after it ended.
+    #[must_use]
+    pub const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Wait until the process is gone, its memory with it. May be dropped and called again.
+    ///
+    /// # Errors
+    /// The operating system cannot tell.
+    pub async fn wait(&mut self) -> std::io::Result<Exit> {
+        let status = self.child.wait().await?;
+        Ok(Exit { status, lived: self.started.elapsed() })
+    }
+
+    /// Ask it to end (SIGTERM), and make it (SIGKILL) after `patience`.
+    ///
+    /// # Errors
+    /// The operating system cannot tell whether it ended.
+    pub async fn end(&mut self, patience: Duration) -> std::io::Result<Exit> {
+        self.signal(Signal::TERM);
+        if let Ok(exit) = tokio::time::timeout(patience, self.wait()).await {
+            return exit;
+        }
+        self.child.start_kill()?;
+        self.wait().await
+    }
+
+    fn signal(&self, signal: Signal) {
+        // `id` is None once it was waited for: only then could the number belong to somebody else.
+        let Some(pid) = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) else { return };
+        if let Err(error) = rustix::process::kill_process(pid, signal) {
+            tracing::debug!(%error, pid = self.pid, "a worker was gone before its signal");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch(directory: &Path, script: &str) -> Launch {
+        Launch {
+            model: "ash".to_owned(),
+            command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            env: [("GREETING".to_owned(), "good day".to_owned())].into(),
+            log: directory.join("ash.log"),
+        }
+    }
+
+    #[tokio::test]
+    async fn output_goes_to_the_log_and_the_status_is_told() -> Result<(), Box<dyn std::error::Error>> {
+        let scratch = tempfile::tempdir()?;
+        let mut worker = WorkerProcess::start(&launch(scratch.path(), "echo $GREETING; echo oh >&2; exit 3"))?;
+        let exit = worker.wait().await?;
+        assert_eq!(exit.status.code(), Some(3));
+        assert!(exit.to_string().starts_with("exited with status 3 after"), "{exit}");
+        assert_eq!(log_file::tail(&scratch.path().join("ash.log"), 100), "good day\noh\n");
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn one_that_ignores_the_request_is_made_to_end() -> Result<(), Box<dyn std::error::Error>> {
+        let scratch = tempfile::tempdir()?;
+        let script = "trap '' TERM; echo up; while :; do sleep 0.05; done";
+        let mut worker = WorkerProcess::start(&launch(scratch.path(), script))?;
+        let log = scratch.path().join("ash.log");
+        while log_file::tail(&log, 10).is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let exit = worker.end(Duration::from_millis(100)).await?;
+        assert_eq!(exit.status.signal(), Some(9));
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_named() -> Result<(), Box<dyn std::error::Error>> {
+        let scratch = tempfile::tempdir()?;
+        let mut wrong = launch(scratch.path(), "");
+        wrong.command = vec!["/no/such/python".to_owned()];
+        let error = WorkerProcess::start(&wrong).err().ok_or("it started")?;
+        assert!(error.to_string().contains("/no/such/python"), "{error}");
+        Ok(())
+    }
+}
