@@ -1,1 +1,37 @@
-//! (skeleton)
+//! Drives. Turns the plans of shoal-core into memory that comes and goes behind stable addresses.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`manager`] | [`MemoryManager`]: regions of one device, guards, reclaim, figures |
+//! | [`region`] | [`Region`]: stage, seal, commit, sleep, wake |
+//! | [`transfer`] | what a wake under way tells, and how it is cancelled |
+//! | [`kv`] | [`KvBacking`]: memory for KV blocks on demand |
+//! | [`lease`] | who grants device bytes: [`LeaseSource`], [`LocalBudget`] |
+//! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
+//! | [`error`] | why something was not done |
+//!
+//! How locks nest: the *gate* (I13: steps share it, evictions take it alone), then the *turn* (one operation changes
+//! memory at a time), then short data locks. A lease is asked for while holding neither turn nor data lock, because
+//! the answer may need this process to give something up first; no data lock is held across a device call (I9).
+
+mod arena;
+mod gate;
+mod source;
+
+// pub mod broker;
+pub mod error;
+pub mod kv;
+pub mod lease;
+pub mod manager;
+pub mod region;
+pub mod transfer;
+
+// pub use broker::{BrokerClient, Welcome};
+pub use error::{ErrorKind, LeaseError, MemoryError};
+pub use kv::KvBacking;
+pub use lease::{LeaseSource, LocalBudget};
+pub use manager::{Guard, ManagerOptions, MemoryManager};
+pub use region::{Region, RegionSpec, RegionUsage, Report, SealReport};
+pub use shoal_core::page_table::Backing;
+pub use shoal_core::source::{Conversion, SourcePiece};
+pub use transfer::{Progress, Transfer};

@@ -1,0 +1,179 @@
+//! [`KvBacking`]: memory for KV blocks on demand.
+//!
+//! An engine chooses block ids; before it uses some it says [`back`](KvBacking::back), when it is done with them
+//! [`unback`](KvBacking::unback). Backing what already has memory is counting only. Memory that no block uses stays
+//! until a reclaim or [`trim`](KvBacking::trim) takes it. Keeps I7.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use shoal_core::extent::PageRun;
+use shoal_core::kv::backing::BlockBacking;
+
+use crate::error::{ErrorKind, MemoryError};
+use crate::region::{Region, Report};
+
+/// How often `back` asks again when others changed the pages meanwhile.
+const ATTEMPTS_MAX: u32 = 4;
+
+/// Backs the blocks of one KV region.
+#[derive(Debug)]
+pub struct KvBacking {
+    region: Region,
+    blocks: Mutex<BlockBacking>,
+}
+
+impl KvBacking {
+    /// `blocks` blocks of `block_bytes` each, from the start of `region`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Blocks`] for no layout, [`MemoryError::OutOfRange`] if the region is too small,
+    /// [`MemoryError::State`] if it is not empty.
+    pub fn new(region: &Region, block_bytes: ByteCount, blocks: u32) -> Result<Arc<Self>, MemoryError> {
+        let counted = BlockBacking::new(block_bytes, blocks)?;
+        if counted.bytes() > region.bytes() {
+            let (bytes, region_bytes) = (counted.bytes(), region.bytes());
+            return Err(MemoryError::OutOfRange {
+                region: region.name().to_owned(),
+                offset: ByteCount::ZERO,
+                bytes,
+                region_bytes,
+            });
+        }
+        if !region.usage().total.is_zero() {
+            return Err(region
+                .refuse("back blocks", "only a region of kind kv without memory can be backed by block"));
+        }
+        let backing = Arc::new(Self { region: region.clone(), blocks: Mutex::new(counted) });
+        region.manager().register_backing(&backing);
+        Ok(backing)
+    }
+
+    /// The region.
+    #[must_use]
+    pub const fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Makes sure that all of these blocks have memory (new pages are zeroed). False: there is none to be had now, and
+    /// nothing was changed.
+    ///
+    /// # Errors
+    /// [`MemoryError::Blocks`] for wrong ids, [`MemoryError::Device`] if the device fails; nothing is changed.
+    pub fn back(&self, ids: &[u32]) -> Result<bool, MemoryError> {
+        self.back_within(ids, self.region.manager().options.lease_wait)
+    }
+
+    /// [`back`](Self::back) with another patience for the lease.
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn back_within(&self, ids: &[u32], timeout: Duration) -> Result<bool, MemoryError> {
+        let deadline = Instant::now() + timeout;
+        for _ in 0..ATTEMPTS_MAX {
+            let runs = {
+                let mut blocks = self.blocks.lock();
+                let runs = blocks.plan_back(ids)?;
+                if runs.is_empty() {
+                    blocks.back(ids)?;
+                    return Ok(true);
+                }
+                runs
+            };
+            match self.grow(ids, &runs, deadline) {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::Lease | ErrorKind::OutOfMemory) => {
+                    tracing::debug!(%error, blocks = ids.len(), "no memory for blocks now");
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes the blocks away. Their memory stays with the process until it is reclaimed or trimmed.
+    ///
+    /// # Errors
+    /// [`MemoryError::Blocks`]; nothing is changed.
+    pub fn unback(&self, ids: &[u32]) -> Result<(), MemoryError> {
+        self.blocks.lock().unback(ids)?;
+        Ok(())
+    }
+
+    /// Frees memory that no block uses, at least `bytes` as far as there is any. No step may run on freed blocks.
+    ///
+    /// # Errors
+    /// [`MemoryError::Deadline`] while another operation runs.
+    pub fn trim(&self, bytes: ByteCount) -> Result<Report, MemoryError> {
+        let _turn = self.region.manager().take_turn(self.region.manager().operation_deadline())?;
+        Ok(self.release_idle(bytes))
+    }
+
+    /// Bytes of committed pages (their contents may lie on the host after a reclaim).
+    #[must_use]
+    pub fn backed_bytes(&self) -> ByteCount {
+        self.blocks.lock().backed_bytes()
+    }
+
+    /// Bytes of blocks that are backed.
+    #[must_use]
+    pub fn live_bytes(&self) -> ByteCount {
+        self.blocks.lock().live_bytes()
+    }
+
+    /// Bytes of committed pages that no block uses.
+    #[must_use]
+    pub fn idle_bytes(&self) -> ByteCount {
+        self.blocks.lock().idle_bytes()
+    }
+
+    /// Commits `runs` and backs the blocks; false if the pages changed meanwhile.
+    fn grow(&self, ids: &[u32], runs: &[PageRun], deadline: Instant) -> Result<bool, MemoryError> {
+        let needed = self.region.uncommitted(runs)?;
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let mut grant = self.region.ask(needed, wait, "KV blocks")?;
+        let manager = self.region.manager();
+        let _turn = manager.take_turn(manager.operation_deadline())?;
+        let runs = self.blocks.lock().plan_back(ids)?;
+        if self.region.uncommitted(&runs)? > grant.bytes() {
+            return Ok(false);
+        }
+        self.region.commit_in_turn(&runs, &mut grant)?;
+        let mut blocks = self.blocks.lock();
+        for run in runs {
+            blocks.committed(run)?;
+        }
+        blocks.back(ids)?;
+        Ok(true)
+    }
+
+    /// Frees whole extents whose pages no block uses, from the last backwards. Needs the turn.
+    pub(crate) fn release_idle(&self, bytes: ByteCount) -> Report {
+        let start = Instant::now();
+        let mut report = Report::new(bytes);
+        let runs = self.blocks.lock().idle_runs();
+        for run in runs.into_iter().rev() {
+            let extents = self.region.extents_within(run);
+            for extent in extents.into_iter().rev() {
+                if report.freed >= bytes {
+                    break;
+                }
+                // From here on no block can be backed by these pages without committing them again.
+                if self.blocks.lock().decommitted(extent).is_err() {
+                    continue;
+                }
+                match self.region.decommit_in_turn(extent) {
+                    Ok(freed) => report.freed += freed,
+                    Err(error) => report.fail(error),
+                }
+            }
+        }
+        self.region.manager().count_evicted(report.freed);
+        report.duration = start.elapsed();
+        report
+    }
+}

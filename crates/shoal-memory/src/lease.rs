@@ -1,0 +1,204 @@
+//! Who grants device bytes (I1).
+//!
+//! Apart because an embedded manager and a worker of a server differ only here. Whoever needs device memory asks
+//! first and maps afterwards; what was unmapped is given back afterwards.
+
+use core::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+
+use crate::error::LeaseError;
+
+/// Grants device bytes.
+pub trait LeaseSource: Debug + Send + Sync {
+    /// Asks for `bytes`, at least `bytes_min`; returns what was granted.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; nothing was granted.
+    fn acquire(
+        &self,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        bytes_min: ByteCount,
+        deadline: Duration,
+        reason: &str,
+    ) -> Result<ByteCount, LeaseError>;
+
+    /// Gives bytes back. They were unmapped and their frames destroyed before.
+    fn give_back(&self, kind: LeaseKind, bytes: ByteCount);
+
+    /// What is held for `kind`.
+    fn held(&self, kind: LeaseKind) -> ByteCount;
+}
+
+/// Bytes per kind.
+#[derive(Debug, Default)]
+pub(crate) struct Held([ByteCount; LeaseKind::ALL.len()]);
+
+impl Held {
+    const fn index(kind: LeaseKind) -> usize {
+        match kind {
+            LeaseKind::Weights => 0,
+            LeaseKind::Kv => 1,
+            LeaseKind::Overhead => 2,
+        }
+    }
+
+    pub(crate) const fn get(&self, kind: LeaseKind) -> ByteCount {
+        self.0[Self::index(kind)]
+    }
+
+    pub(crate) fn add(&mut self, kind: LeaseKind, bytes: ByteCount) {
+        self.0[Self::index(kind)] += bytes;
+    }
+
+    /// Takes away; returns what there was to take.
+    pub(crate) fn take(&mut self, kind: LeaseKind, bytes: ByteCount) -> ByteCount {
+        let held = &mut self.0[Self::index(kind)];
+        debug_assert!(*held >= bytes, "{bytes} of {kind:?} given back, {held} held");
+        let taken = bytes.min(*held);
+        *held -= taken;
+        taken
+    }
+
+    pub(crate) fn total(&self) -> ByteCount {
+        self.0.iter().copied().sum()
+    }
+}
+
+/// A budget of this process alone: grants at once or says no.
+#[derive(Debug)]
+pub struct LocalBudget {
+    budget: ByteCount,
+    held: Mutex<Held>,
+}
+
+impl LocalBudget {
+    /// A budget of `budget` bytes.
+    #[must_use]
+    pub fn new(budget: ByteCount) -> Arc<Self> {
+        Arc::new(Self { budget, held: Mutex::new(Held::default()) })
+    }
+
+    /// The budget.
+    #[must_use]
+    pub const fn budget(&self) -> ByteCount {
+        self.budget
+    }
+}
+
+impl LeaseSource for LocalBudget {
+    fn acquire(
+        &self,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        bytes_min: ByteCount,
+        _deadline: Duration,
+        _reason: &str,
+    ) -> Result<ByteCount, LeaseError> {
+        let mut held = self.held.lock();
+        let free = self.budget.saturating_sub(held.total());
+        if free < bytes_min.min(bytes) {
+            let reason = format!("{free} left of a budget of {}", self.budget);
+            return Err(LeaseError::Denied { kind, requested: bytes, reason });
+        }
+        let granted = bytes.min(free);
+        held.add(kind, granted);
+        Ok(granted)
+    }
+
+    fn give_back(&self, kind: LeaseKind, bytes: ByteCount) {
+        self.held.lock().take(kind, bytes);
+    }
+
+    fn held(&self, kind: LeaseKind) -> ByteCount {
+        self.held.lock().get(kind)
+    }
+}
+
+/// Leased bytes with an owner: dropping it gives them back.
+#[derive(Debug)]
+pub(crate) struct Grant {
+    source: Arc<dyn LeaseSource>,
+    kind: LeaseKind,
+    bytes: ByteCount,
+}
+
+impl Grant {
+    /// All of `bytes` or an error.
+    pub(crate) fn acquire(
+        source: &Arc<dyn LeaseSource>,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        deadline: Duration,
+        reason: &str,
+    ) -> Result<Self, LeaseError> {
+        let granted =
+            if bytes.is_zero() { bytes } else { source.acquire(kind, bytes, bytes, deadline, reason)? };
+        Ok(Self { source: Arc::clone(source), kind, bytes: granted })
+    }
+
+    pub(crate) const fn bytes(&self) -> ByteCount {
+        self.bytes
+    }
+
+    /// Splits `bytes` off; `None` if there are fewer.
+    pub(crate) fn split(&mut self, bytes: ByteCount) -> Option<Self> {
+        if bytes > self.bytes {
+            return None;
+        }
+        self.bytes -= bytes;
+        Some(Self { source: Arc::clone(&self.source), kind: self.kind, bytes })
+    }
+
+    /// Joins another of the same kind; hands it back if it is of another.
+    pub(crate) fn join(&mut self, mut other: Self) -> Result<(), Self> {
+        if other.kind != self.kind {
+            return Err(other);
+        }
+        self.bytes += other.bytes;
+        other.bytes = ByteCount::ZERO;
+        Ok(())
+    }
+
+    /// Never gives the bytes back: the memory behind them could not be freed.
+    pub(crate) fn leak(mut self) {
+        self.bytes = ByteCount::ZERO;
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if !self.bytes.is_zero() {
+            self.source.give_back(self.kind, self.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grants_never_exceed_the_budget_and_come_back_on_drop() {
+        let budget = LocalBudget::new(ByteCount::mib(10));
+        let source: Arc<dyn LeaseSource> = Arc::clone(&budget) as _;
+        let ask = |bytes| Grant::acquire(&source, LeaseKind::Kv, bytes, Duration::ZERO, "a test");
+        let mut six = ask(ByteCount::mib(6)).expect("fits");
+        assert!(matches!(ask(ByteCount::mib(6)), Err(LeaseError::Denied { .. })));
+        let part = budget
+            .acquire(LeaseKind::Weights, ByteCount::mib(6), ByteCount::mib(2), Duration::ZERO, "")
+            .expect("a part");
+        assert_eq!(part, ByteCount::mib(4));
+        let two = six.split(ByteCount::mib(2)).expect("fewer than six");
+        drop(six);
+        assert_eq!(budget.held(LeaseKind::Kv), ByteCount::mib(2));
+        drop(two);
+        budget.give_back(LeaseKind::Weights, part);
+        assert_eq!(ask(ByteCount::mib(10)).expect("all").bytes(), ByteCount::mib(10));
+    }
+}

@@ -1,0 +1,416 @@
+//! [`MemoryManager`]: the regions of one device, who may touch them when, and how memory is given up on request.
+//!
+//! Apart from [`crate::region`] because it speaks of all regions: the gate (I13), the turn, the order of a reclaim, the
+//! figures.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use shoal_core::ids::{RegionId, TransferId};
+use shoal_core::page_table::Backing;
+use shoal_core::protocol::{LeaseKind, WorkerUsage};
+use shoal_device::{Device, HostBuffer, Mapping, Stream};
+
+use crate::arena::HostArena;
+use crate::error::MemoryError;
+use crate::gate::{Gate, Pass};
+use crate::kv::KvBacking;
+use crate::lease::{Grant, LeaseSource};
+use crate::region::{Region, RegionInner, RegionSpec, Report};
+use crate::source::SourceFiles;
+
+/// How a manager behaves.
+#[derive(Clone, Debug)]
+pub struct ManagerOptions {
+    /// The most host memory for copies.
+    pub host_budget: ByteCount,
+    /// Who grants device bytes.
+    pub lease: Arc<dyn LeaseSource>,
+    /// How long `commit` and `KvBacking::back` wait for a lease.
+    pub lease_wait: Duration,
+    /// How long an operation waits for its turn and for one extent's copy.
+    pub operation_wait: Duration,
+    /// Extents copied at once.
+    pub in_flight_max: usize,
+    /// Transfers at once, waiting ones included.
+    pub transfers_max: usize,
+}
+
+impl ManagerOptions {
+    /// The usual values.
+    #[must_use]
+    pub fn new(host_budget: ByteCount, lease: Arc<dyn LeaseSource>) -> Self {
+        Self {
+            host_budget,
+            lease,
+            lease_wait: Duration::from_secs(2),
+            operation_wait: Duration::from_secs(60),
+            in_flight_max: 4,
+            transfers_max: 16,
+        }
+    }
+}
+
+/// Device memory of one extent, with the lease it lives on.
+#[derive(Debug)]
+pub(crate) struct Resident {
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) lease: Grant,
+}
+
+/// Two buffers through which files are read to the device.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    pub(crate) buffers: [Arc<HostBuffer>; 2],
+}
+
+const SCRATCH_BYTES_MAX: ByteCount = ByteCount::mib(4);
+const SCRATCH_UNIT: ByteCount = ByteCount(4096);
+
+/// The regions of one device in this process.
+#[derive(Debug)]
+pub struct MemoryManager {
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) options: ManagerOptions,
+    pub(crate) arena: Arc<HostArena>,
+    pub(crate) files: SourceFiles,
+    pub(crate) up: Arc<Stream>,
+    pub(crate) down: Arc<Stream>,
+    gate: Arc<Gate>,
+    turn: Arc<Gate>,
+    regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
+    backings: Mutex<Vec<Weak<KvBacking>>>,
+    /// Unmapped as far as the page table goes, but a queued job may still touch it (I5).
+    retired: Mutex<Vec<Resident>>,
+    scratch: Mutex<Option<Arc<Scratch>>>,
+    scratch_bytes: ByteCount,
+    next_id: AtomicU64,
+    pub(crate) transfers: AtomicUsize,
+    onboarded: AtomicU64,
+    evicted: AtomicU64,
+    leaked: AtomicU64,
+}
+
+/// Permission to use the regions' memory: while it lives nothing is evicted (I13).
+#[derive(Debug)]
+pub struct Guard {
+    _pass: Pass,
+}
+
+impl MemoryManager {
+    /// A manager on `device`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Device`] if streams cannot be made.
+    pub fn new(device: Arc<dyn Device>, options: ManagerOptions) -> Result<Arc<Self>, MemoryError> {
+        let stream = || Stream::create(&device).map_err(MemoryError::device("create a stream"));
+        let (up, down) = (stream()?, stream()?);
+        let per_buffer = (options.host_budget.0 / 16).min(SCRATCH_BYTES_MAX.0);
+        let scratch_bytes = ByteCount(per_buffer - per_buffer % SCRATCH_UNIT.0);
+        let for_copies = options.host_budget - scratch_bytes - scratch_bytes;
+        Ok(Arc::new(Self {
+            arena: HostArena::new(Arc::clone(&device), for_copies),
+            device,
+            options,
+            files: SourceFiles::default(),
+            up,
+            down,
+            gate: Arc::default(),
+            turn: Arc::default(),
+            regions: Mutex::default(),
+            backings: Mutex::default(),
+            retired: Mutex::default(),
+            scratch: Mutex::default(),
+            scratch_bytes,
+            next_id: AtomicU64::new(1),
+            transfers: AtomicUsize::new(0),
+            onboarded: AtomicU64::new(0),
+            evicted: AtomicU64::new(0),
+            leaked: AtomicU64::new(0),
+        }))
+    }
+
+    /// The device.
+    #[must_use]
+    pub const fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Who grants this manager device bytes.
+    #[must_use]
+    pub const fn lease(&self) -> &Arc<dyn LeaseSource> {
+        &self.options.lease
+    }
+
+    /// Reserves addresses for a new region. It takes no memory yet.
+    ///
+    /// # Errors
+    /// [`MemoryError::Device`], [`MemoryError::State`] for a region of no bytes.
+    pub fn region(self: &Arc<Self>, spec: RegionSpec) -> Result<Region, MemoryError> {
+        let id = RegionId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let region = RegionInner::new(Arc::clone(self), id, spec)?;
+        self.regions.lock().insert(id, Arc::downgrade(&region.inner));
+        Ok(region)
+    }
+
+    pub(crate) fn forget_region(&self, id: RegionId) {
+        self.regions.lock().remove(&id);
+    }
+
+    pub(crate) fn register_backing(&self, backing: &Arc<KvBacking>) {
+        let mut backings = self.backings.lock();
+        backings.retain(|backing| backing.strong_count() > 0);
+        backings.push(Arc::downgrade(backing));
+    }
+
+    pub(crate) fn next_transfer(&self) -> TransferId {
+        TransferId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Regions in the order they were made.
+    pub(crate) fn regions(&self) -> Vec<Region> {
+        let regions = self.regions.lock();
+        regions.values().filter_map(Weak::upgrade).map(|inner| Region { inner }).collect()
+    }
+
+    fn backings(&self) -> Vec<Arc<KvBacking>> {
+        self.backings.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Lets a step use the regions' memory: brings back what is missing, then keeps everything in place until the
+    /// guard is dropped. Do not ask for memory (commit, back) inside: whoever gives it up may have to wait for you.
+    ///
+    /// # Errors
+    /// What restoring failed with; [`MemoryError::Deadline`].
+    pub fn guard(self: &Arc<Self>, timeout: Duration) -> Result<Guard, MemoryError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let late = MemoryError::Deadline { doing: "entering a guard", waited: timeout };
+            let pass = self.gate.share(deadline).ok_or_else(|| late.clone())?;
+            let missing: Vec<Region> =
+                self.regions().into_iter().filter(|region| !region.missing_bytes().is_zero()).collect();
+            if missing.is_empty() {
+                return Ok(Guard { _pass: pass });
+            }
+            drop(pass);
+            for region in missing {
+                region.restore_now(ByteCount(u64::MAX), deadline, &Default::default(), "a step needs it")?;
+            }
+            if Instant::now() >= deadline {
+                return Err(late);
+            }
+        }
+    }
+
+    pub(crate) fn take_gate(&self, deadline: Instant, waited: Duration) -> Result<Pass, MemoryError> {
+        self.gate.alone(deadline).ok_or(MemoryError::Deadline { doing: "waiting for running steps", waited })
+    }
+
+    pub(crate) fn take_turn(&self, deadline: Instant) -> Result<Pass, MemoryError> {
+        let start = Instant::now();
+        let pass = self.turn.alone(deadline).ok_or_else(|| MemoryError::Deadline {
+            doing: "waiting for another operation",
+            waited: start.elapsed(),
+        })?;
+        self.sweep();
+        Ok(pass)
+    }
+
+    pub(crate) fn operation_deadline(&self) -> Instant {
+        Instant::now() + self.options.operation_wait
+    }
+
+    /// Frees device memory on somebody's order, without any engine's help: first KV memory that no block uses, then
+    /// what may be discarded, then weights from the last extent backwards, then KV contents (copied to the host).
+    ///
+    /// # Errors
+    /// [`MemoryError::Deadline`] if running steps or another operation did not end in time. What stood in the way
+    /// later is in the report, with what was freed.
+    pub fn reclaim(&self, bytes: ByteCount, timeout: Duration, reason: &str) -> Result<Report, MemoryError> {
+        let start = Instant::now();
+        let deadline = start + timeout;
+        tracing::debug!(%bytes, reason, "reclaim");
+        let _gate = self.take_gate(deadline, timeout)?;
+        let _turn = self.take_turn(deadline)?;
+        let mut report = Report::new(bytes);
+        for backing in self.backings() {
+            if report.freed < bytes && Instant::now() < deadline {
+                report.absorb(backing.release_idle(bytes - report.freed));
+            }
+        }
+        let rank = |region: &Region| match (region.backing(), region.kind()) {
+            (Backing::Discard, _) => 0,
+            (_, LeaseKind::Weights) => 1,
+            _ => 2,
+        };
+        let mut regions = self.regions();
+        regions.sort_by_key(rank);
+        for region in regions {
+            if report.freed < bytes && Instant::now() < deadline {
+                report.absorb(region.evict_in_turn(bytes - report.freed, false, deadline));
+            }
+        }
+        report.duration = start.elapsed();
+        Ok(report)
+    }
+
+    /// Brings back the weights of all regions, whole.
+    ///
+    /// # Errors
+    /// What the first failing region failed with; the regions before it stay awake.
+    pub fn wake_weights(&self, timeout: Duration, reason: &str) -> Result<Report, MemoryError> {
+        let start = Instant::now();
+        let mut report = Report::new(ByteCount::ZERO);
+        for region in self.regions() {
+            if region.kind() == LeaseKind::Weights {
+                let brought =
+                    region.restore_now(ByteCount(u64::MAX), start + timeout, &Default::default(), reason)?;
+                report.requested += brought.requested;
+                report.copied += brought.copied;
+            }
+        }
+        report.duration = start.elapsed();
+        Ok(report)
+    }
+
+    /// Where the bytes are. The figures of requests and of overhead are for others to add.
+    #[must_use]
+    pub fn usage(&self) -> WorkerUsage {
+        let mut usage = WorkerUsage {
+            host: self.arena.used(),
+            onboarded: ByteCount(self.onboarded.load(Ordering::Relaxed)),
+            evicted: ByteCount(self.evicted.load(Ordering::Relaxed)),
+            overhead_device: self.options.lease.held(LeaseKind::Overhead),
+            ..WorkerUsage::default()
+        };
+        for region in self.regions() {
+            let figures = region.usage();
+            match region.kind() {
+                LeaseKind::Weights => {
+                    usage.weights_device += figures.device;
+                    usage.weights_total += figures.total;
+                }
+                LeaseKind::Kv => usage.kv_device += figures.device,
+                LeaseKind::Overhead => {}
+            }
+            usage.source_only += figures.source_only;
+        }
+        usage.kv_live = self.backings().iter().map(|backing| backing.live_bytes()).sum();
+        usage
+    }
+
+    /// Device bytes whose memory could not be freed (the device refused); their lease is never given back.
+    #[must_use]
+    pub fn leaked_bytes(&self) -> ByteCount {
+        ByteCount(self.leaked.load(Ordering::Relaxed))
+    }
+
+    /// Says what is wrong, if anything is: every page table, and leases against residents.
+    ///
+    /// # Errors
+    /// A sentence that names the first contradiction.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        self.regions().iter().try_for_each(Region::check_invariants)
+    }
+
+    pub(crate) fn count_onboarded(&self, bytes: ByteCount) {
+        self.onboarded.fetch_add(bytes.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_evicted(&self, bytes: ByteCount) {
+        self.evicted.fetch_add(bytes.0, Ordering::Relaxed);
+    }
+
+    /// Unmaps and frees; gives the lease back once it is true (I1). Returns the bytes freed now. What a queued job
+    /// still holds is freed by a later operation.
+    pub(crate) fn release(&self, residents: impl IntoIterator<Item = Resident>) -> ByteCount {
+        let mut freed = ByteCount::ZERO;
+        let mut grants: Vec<Grant> = Vec::new();
+        for Resident { mapping, lease } in residents {
+            if Arc::strong_count(&mapping) > 1 {
+                self.retired.lock().push(Resident { mapping, lease });
+                continue;
+            }
+            drop(mapping);
+            let errors = self.device.take_errors();
+            if !errors.is_empty() {
+                for error in errors {
+                    tracing::error!(%error, "device memory could not be freed");
+                }
+                self.leaked.fetch_add(lease.bytes().0, Ordering::Relaxed);
+                lease.leak();
+                continue;
+            }
+            freed += lease.bytes();
+            let rest = grants.iter_mut().try_fold(lease, |lease, grant| match grant.join(lease) {
+                Ok(()) => Err(()),
+                Err(lease) => Ok(lease),
+            });
+            grants.extend(rest);
+        }
+        freed
+    }
+
+    /// Frees what was retired and is no longer touched.
+    pub(crate) fn sweep(&self) {
+        let retired = std::mem::take(&mut *self.retired.lock());
+        if !retired.is_empty() {
+            self.release(retired);
+        }
+    }
+
+    /// Waits, within bounds, until neither stream touches anything: before memory of a failed copy is freed (I5).
+    pub(crate) fn settle(&self) {
+        for stream in [&self.up, &self.down] {
+            for _ in 0..3 {
+                match stream.synchronize(self.options.operation_wait) {
+                    Ok(true) => break,
+                    Ok(false) => {
+                        tracing::warn!("copies still running after {:?}", self.options.operation_wait)
+                    }
+                    Err(error) => tracing::warn!(%error, "cannot fence a stream"),
+                }
+            }
+        }
+    }
+
+    pub(crate) fn scratch(&self) -> Result<Arc<Scratch>, MemoryError> {
+        if let Some(scratch) = self.scratch.lock().as_ref() {
+            return Ok(Arc::clone(scratch));
+        }
+        if self.scratch_bytes.is_zero() {
+            let (needed, free, budget) = (SCRATCH_UNIT, ByteCount::ZERO, self.options.host_budget);
+            return Err(MemoryError::HostBudget { needed, free, budget });
+        }
+        let buffer = || {
+            HostBuffer::allocate(&self.device, self.scratch_bytes)
+                .map_err(MemoryError::device("allocate a read buffer"))
+        };
+        let scratch = Arc::new(Scratch { buffers: [buffer()?, buffer()?] });
+        *self.scratch.lock() = Some(Arc::clone(&scratch));
+        Ok(scratch)
+    }
+
+    /// Makes room in the host tier by dropping copies that a file holds too, from the last extents backwards (what is
+    /// used first comes back fastest). Returns whether `bytes` are free now. Call it in turn.
+    pub(crate) fn make_host_room(&self, bytes: ByteCount) -> bool {
+        for region in self.regions().into_iter().rev() {
+            if self.arena.free() >= bytes {
+                return true;
+            }
+            region.drop_host_copies(|| self.arena.free() >= bytes);
+        }
+        self.arena.free() >= bytes
+    }
+}
+
+impl Drop for MemoryManager {
+    fn drop(&mut self) {
+        self.settle();
+        self.sweep();
+    }
+}

@@ -1,0 +1,276 @@
+//! Giving device memory up: verify what is believed to be clean, drop what has another copy, copy the rest to the host.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::ids::ExtentIndex;
+use shoal_core::page_table::{Backing, PlannedMove, RefusedReason};
+use shoal_core::residency::Move;
+use shoal_core::tier::Tier;
+use shoal_device::{Event, HashTicket, Span};
+
+use super::{Region, Report};
+use crate::arena::HostCopy;
+use crate::error::MemoryError;
+use crate::manager::Resident;
+
+/// Hashes computed at once.
+const HASHES_MAX: usize = 8;
+
+impl Region {
+    /// Frees at least `bytes` of device memory, as far as there is any, from the last extent backwards. Extents whose
+    /// bytes differ from their recorded checksum are copied before their memory goes.
+    ///
+    /// # Errors
+    /// [`MemoryError::Deadline`], [`MemoryError::HostBudget`], [`MemoryError::Device`]; what was freed before stays
+    /// freed, all else is as it was.
+    pub fn evict(&self, bytes: ByteCount, timeout: Duration) -> Result<Report, MemoryError> {
+        self.evict_with(bytes, false, timeout)
+    }
+
+    /// Frees all device memory but the share `keep` (0.0 to 1.0) that is used first. `trust_clean` skips the comparison
+    /// with the recorded checksums: what was written since is then lost.
+    ///
+    /// # Errors
+    /// As [`evict`](Self::evict).
+    pub fn sleep(&self, keep: f64, trust_clean: bool, timeout: Duration) -> Result<Report, MemoryError> {
+        let usage = self.usage();
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share of a byte count, clamped"
+        )]
+        let kept = ByteCount((usage.total.0 as f64 * keep.clamp(0.0, 1.0)) as u64);
+        self.evict_with(usage.device.saturating_sub(kept), trust_clean, timeout)
+    }
+
+    fn evict_with(
+        &self,
+        bytes: ByteCount,
+        trust_clean: bool,
+        timeout: Duration,
+    ) -> Result<Report, MemoryError> {
+        let start = Instant::now();
+        let deadline = start + timeout;
+        let _gate = self.manager().take_gate(deadline, timeout)?;
+        let _turn = self.manager().take_turn(deadline)?;
+        let mut report = self.evict_in_turn(bytes, trust_clean, deadline);
+        report.duration = start.elapsed();
+        match report.error.take() {
+            Some(error) => Err(*error),
+            None => Ok(report),
+        }
+    }
+
+    /// Needs the gate alone and the turn.
+    pub(crate) fn evict_in_turn(&self, bytes: ByteCount, trust_clean: bool, deadline: Instant) -> Report {
+        let start = Instant::now();
+        let mut report = Report::new(bytes);
+        if bytes.is_zero() {
+            return report;
+        }
+        if !trust_clean && let Err(error) = self.find_written(bytes, deadline) {
+            report.fail(error);
+            return report;
+        }
+        let manager = Arc::clone(self.manager());
+        let plan = {
+            let plan = |free| self.inner.state.lock().table.plan_evict(bytes, free);
+            let first = plan(manager.arena.free());
+            if first.refused.is_empty() {
+                first
+            } else {
+                manager.make_host_room(first.copied + refused_bytes(&first.refused));
+                plan(manager.arena.free())
+            }
+        };
+        if plan.freed < bytes
+            && let Some((_, RefusedReason::NoHostRoom { needed, .. })) = plan.refused.first()
+        {
+            let (free, budget) = (manager.arena.free(), manager.options.host_budget);
+            report.fail(MemoryError::HostBudget { needed: *needed, free, budget });
+        }
+        let mut leaving: Vec<Resident> = Vec::new();
+        if let Err(error) = self.run_moves(&plan.moves, deadline, &mut leaving, &mut report.copied) {
+            report.fail(error);
+        }
+        report.freed = manager.release(leaving);
+        manager.count_evicted(report.freed);
+        report.duration = start.elapsed();
+        report
+    }
+
+    /// Compares what lies on the device with the recorded checksums, for the extents that freeing `bytes` concerns.
+    /// Where they differ the device copy is the only valid one from now on.
+    fn find_written(&self, bytes: ByteCount, deadline: Instant) -> Result<(), MemoryError> {
+        let candidates: Vec<ExtentIndex> = {
+            let state = self.inner.state.lock();
+            if !state.sealed || self.backing() == Backing::Discard {
+                return Ok(());
+            }
+            let mut left = bytes;
+            let is_on_device = |index: ExtentIndex| {
+                state.table.extent(index).is_ok_and(|(_, residency)| residency.valid().has(Tier::Device))
+            };
+            let extents = state.table.extents().rev().filter(|(index, ..)| is_on_device(*index));
+            extents
+                .take_while(|(_, extent, _)| {
+                    let more = !left.is_zero();
+                    left = left.saturating_sub(extent.bytes());
+                    more
+                })
+                .map(|(index, ..)| index)
+                .collect()
+        };
+        let mut asked: VecDeque<(ExtentIndex, HashTicket)> = VecDeque::new();
+        for index in candidates {
+            let mapping = self.inner.state.lock().mapping(index);
+            if let Some(mapping) = mapping {
+                let ticket = self.manager().down.hash(Span::mapping(&mapping));
+                asked.push_back((index, ticket.map_err(MemoryError::device("hash device memory"))?));
+            }
+            if asked.len() >= HASHES_MAX {
+                self.compare_first(&mut asked, deadline)?;
+            }
+        }
+        while !asked.is_empty() {
+            self.compare_first(&mut asked, deadline)?;
+        }
+        Ok(())
+    }
+
+    fn compare_first(
+        &self,
+        asked: &mut VecDeque<(ExtentIndex, HashTicket)>,
+        deadline: Instant,
+    ) -> Result<(), MemoryError> {
+        let Some((index, ticket)) = asked.pop_front() else { return Ok(()) };
+        let hash = ticket
+            .wait(deadline.saturating_duration_since(Instant::now()))
+            .map_err(MemoryError::device("hash device memory"))?;
+        let stale = {
+            let mut state = self.inner.state.lock();
+            if state.slot(index).hash == Some(hash) {
+                return Ok(());
+            }
+            tracing::info!(region = self.name(), %index, "written since it was sealed");
+            state.table.written(index).map_err(self.table_error())?;
+            state.slot(index).hash = Some(hash);
+            state.slot(index).host.take()
+        };
+        drop(stale);
+        Ok(())
+    }
+
+    fn run_moves(
+        &self,
+        moves: &[PlannedMove],
+        deadline: Instant,
+        leaving: &mut Vec<Resident>,
+        copied: &mut ByteCount,
+    ) -> Result<(), MemoryError> {
+        let mut flying: VecDeque<(PlannedMove, HostCopy, Event)> = VecDeque::new();
+        let mut failed = None;
+        for planned in moves {
+            if Instant::now() >= deadline {
+                failed = Some(MemoryError::Deadline { doing: "an eviction", waited: Duration::ZERO });
+                break;
+            }
+            let result = match planned.step {
+                Move::Offload(_) => self.start_offload(*planned).map(|(copy, event)| {
+                    flying.push_back((*planned, copy, event));
+                }),
+                _ => self.give_up(*planned, leaving),
+            };
+            if let Err(error) = result {
+                failed = Some(error);
+                break;
+            }
+            if flying.len() >= self.manager().options.in_flight_max
+                && let Some(first) = flying.pop_front()
+                && let Err(error) = self.end_offload(first, leaving, copied)
+            {
+                failed = Some(error);
+                break;
+            }
+        }
+        for flight in flying {
+            if let Err(error) = self.end_offload(flight, leaving, copied) {
+                failed.get_or_insert(error);
+            }
+        }
+        match failed {
+            None => Ok(()),
+            Some(error) => {
+                self.manager().settle();
+                Err(error)
+            }
+        }
+    }
+
+    fn give_up(&self, planned: PlannedMove, leaving: &mut Vec<Resident>) -> Result<(), MemoryError> {
+        let mut state = self.inner.state.lock();
+        state.table.begin(planned).map_err(self.table_error())?;
+        state.table.finish(planned.extent).map_err(self.table_error())?;
+        leaving.extend(state.slot(planned.extent).resident.take());
+        Ok(())
+    }
+
+    fn start_offload(&self, planned: PlannedMove) -> Result<(HostCopy, Event), MemoryError> {
+        let manager = self.manager();
+        let copy = manager.arena.allocate(planned.bytes, false)?;
+        let mapping = {
+            let mut state = self.inner.state.lock();
+            state.table.begin(planned).map_err(self.table_error())?;
+            state.mapping(planned.extent)
+        };
+        let queued = match mapping {
+            None => Err(self.refuse("evict", "an extent lost its memory")),
+            Some(mapping) => manager
+                .down
+                .copy(Span::mapping(&mapping), Span::host(copy.buffer(), ByteCount::ZERO, planned.bytes))
+                .and_then(|()| manager.down.record())
+                .map_err(MemoryError::device("copy to the host")),
+        };
+        match queued {
+            Ok(event) => Ok((copy, event)),
+            Err(error) => {
+                self.inner.state.lock().table.abort(planned.extent).map_err(self.table_error())?;
+                Err(error)
+            }
+        }
+    }
+
+    fn end_offload(
+        &self,
+        (planned, copy, event): (PlannedMove, HostCopy, Event),
+        leaving: &mut Vec<Resident>,
+        copied: &mut ByteCount,
+    ) -> Result<(), MemoryError> {
+        let wait = self.manager().options.operation_wait;
+        let done = event.wait(wait).map_err(MemoryError::device("copy to the host")).and_then(|is_done| {
+            is_done.then_some(()).ok_or(MemoryError::Deadline { doing: "a copy to the host", waited: wait })
+        });
+        let mut state = self.inner.state.lock();
+        if let Err(error) = done {
+            state.table.abort(planned.extent).map_err(self.table_error())?;
+            return Err(error);
+        }
+        state.table.finish(planned.extent).map_err(self.table_error())?;
+        let slot = state.slot(planned.extent);
+        slot.host = Some(copy);
+        leaving.extend(slot.resident.take());
+        *copied += planned.bytes;
+        Ok(())
+    }
+}
+
+fn refused_bytes(refused: &[(ExtentIndex, RefusedReason)]) -> ByteCount {
+    let bytes = refused.iter().map(|(_, reason)| match reason {
+        RefusedReason::NoHostRoom { needed, .. } => *needed,
+        RefusedReason::Moving => ByteCount::ZERO,
+    });
+    bytes.sum()
+}

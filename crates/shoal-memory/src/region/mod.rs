@@ -1,0 +1,354 @@
+//! [`Region`]: a range of addresses that never changes, and memory behind it that comes and goes.
+//!
+//! This file: what a region is and its figures. [`stage`] fills it without device memory, [`commit`] gives and takes
+//! device memory by range, [`evict`] and [`restore`] move it down and up.
+
+mod access;
+mod commit;
+mod evict;
+mod restore;
+mod stage;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::extent::{Extent, ExtentRule, PageRun};
+use shoal_core::ids::{ExtentIndex, RegionId};
+use shoal_core::page_table::{Backing, RegionTable, TableError};
+use shoal_core::protocol::LeaseKind;
+use shoal_core::source::SourceMap;
+use shoal_core::tier::Tier;
+use shoal_device::{Frame, Mapping, Reservation};
+
+use crate::arena::HostCopy;
+use crate::error::MemoryError;
+use crate::lease::Grant;
+use crate::manager::{MemoryManager, Resident};
+pub use stage::SealReport;
+
+/// What a new region shall be.
+#[derive(Clone, Debug)]
+pub struct RegionSpec {
+    /// Its name, for people.
+    pub name: String,
+    /// Its length; rounded up to whole pages.
+    pub bytes: ByteCount,
+    /// What its lease is for. Weights are cut into extents at once, in order of use; other regions grow by commit.
+    pub kind: LeaseKind,
+    /// How extents are cut.
+    pub extent_rule: ExtentRule,
+    /// What happens to bytes whose device memory is taken.
+    pub backing: Backing,
+}
+
+/// What an eviction or a restore did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Bytes that were asked for (restore: bytes brought back).
+    pub requested: ByteCount,
+    /// Device bytes freed and given back.
+    pub freed: ByteCount,
+    /// Bytes copied between tiers.
+    pub copied: ByteCount,
+    /// How long it took.
+    pub duration: Duration,
+    /// What stood in the way, if it was not done in full.
+    pub error: Option<Box<MemoryError>>,
+}
+
+impl Report {
+    pub(crate) const fn new(requested: ByteCount) -> Self {
+        Self {
+            requested,
+            freed: ByteCount::ZERO,
+            copied: ByteCount::ZERO,
+            duration: Duration::ZERO,
+            error: None,
+        }
+    }
+
+    pub(crate) fn absorb(&mut self, part: Self) {
+        self.freed += part.freed;
+        self.copied += part.copied;
+        if self.error.is_none() {
+            self.error = part.error;
+        }
+    }
+
+    pub(crate) fn fail(&mut self, error: MemoryError) {
+        if self.error.is_none() {
+            self.error = Some(Box::new(error));
+        }
+    }
+}
+
+/// Bytes of a region by place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RegionUsage {
+    /// All extents.
+    pub total: ByteCount,
+    /// On the device.
+    pub device: ByteCount,
+    /// With a copy in the host tier.
+    pub host: ByteCount,
+    /// Only in the file they came from.
+    pub source_only: ByteCount,
+    /// What a full wake would bring to the device.
+    pub missing: ByteCount,
+    /// Whether checksums are recorded.
+    pub sealed: bool,
+}
+
+/// What holds the copies of one extent.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    pub(crate) resident: Option<Resident>,
+    pub(crate) host: Option<HostCopy>,
+    /// xxh3 of its bytes, once sealed.
+    pub(crate) hash: Option<u64>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) table: RegionTable,
+    pub(crate) slots: HashMap<ExtentIndex, Slot>,
+    pub(crate) sources: SourceMap,
+    pub(crate) sealed: bool,
+}
+
+impl State {
+    pub(crate) fn slot(&mut self, index: ExtentIndex) -> &mut Slot {
+        self.slots.entry(index).or_default()
+    }
+
+    /// The mapping of an extent that lies on the device.
+    pub(crate) fn mapping(&self, index: ExtentIndex) -> Option<Arc<Mapping>> {
+        Some(Arc::clone(&self.slots.get(&index)?.resident.as_ref()?.mapping))
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct RegionInner {
+    id: RegionId,
+    name: String,
+    kind: LeaseKind,
+    backing: Backing,
+    reservation: Arc<Reservation>,
+    pub(crate) manager: Arc<MemoryManager>,
+    pub(crate) state: Mutex<State>,
+}
+
+/// A region. Clones name the same one; dropping the last frees its memory and then its addresses (I3).
+#[derive(Clone, Debug)]
+pub struct Region {
+    pub(crate) inner: Arc<RegionInner>,
+}
+
+impl RegionInner {
+    #[expect(clippy::new_ret_no_self, reason = "the handle is what everybody holds")]
+    pub(crate) fn new(
+        manager: Arc<MemoryManager>,
+        id: RegionId,
+        spec: RegionSpec,
+    ) -> Result<Region, MemoryError> {
+        let RegionSpec { name, bytes, kind, extent_rule, backing } = spec;
+        let granularity = manager.device.info().granularity;
+        if bytes.is_zero() || !PAGE_BYTES.0.is_multiple_of(granularity.0) {
+            let why = "it has no bytes, or pages are no multiple of the device's granularity";
+            return Err(MemoryError::State { region: name, doing: "make it", why });
+        }
+        let reservation = Reservation::new(&manager.device, bytes.round_up_to(PAGE_BYTES))
+            .map_err(MemoryError::device("reserve addresses"))?;
+        let make = if kind == LeaseKind::Weights { RegionTable::carved } else { RegionTable::empty };
+        let table = make(bytes.pages(), extent_rule, backing);
+        let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
+        let inner = Self { id, name, kind, backing, reservation, manager, state: Mutex::new(state) };
+        Ok(Region { inner: Arc::new(inner) })
+    }
+}
+
+impl Drop for RegionInner {
+    fn drop(&mut self) {
+        self.manager.forget_region(self.id);
+        let residents: Vec<_> =
+            self.state.get_mut().slots.drain().filter_map(|(_, slot)| slot.resident).collect();
+        self.manager.release(residents);
+    }
+}
+
+impl Region {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Where it starts: an address of the device, which never changes.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.inner.reservation.address().0
+    }
+
+    /// Its length in whole pages.
+    #[must_use]
+    pub fn bytes(&self) -> ByteCount {
+        self.inner.reservation.bytes()
+    }
+
+    /// What its lease is for.
+    #[must_use]
+    pub fn kind(&self) -> LeaseKind {
+        self.inner.kind
+    }
+
+    /// What happens to bytes whose device memory is taken.
+    #[must_use]
+    pub fn backing(&self) -> Backing {
+        self.inner.backing
+    }
+
+    /// Its manager.
+    #[must_use]
+    pub fn manager(&self) -> &Arc<MemoryManager> {
+        &self.inner.manager
+    }
+
+    /// Bytes by place.
+    #[must_use]
+    pub fn usage(&self) -> RegionUsage {
+        let state = self.inner.state.lock();
+        let usage = state.table.usage();
+        RegionUsage {
+            total: usage.total,
+            device: usage.device,
+            host: usage.host,
+            source_only: usage.source_only,
+            missing: state.table.missing_bytes(),
+            sealed: state.sealed,
+        }
+    }
+
+    /// What a full restore would bring to the device.
+    #[must_use]
+    pub fn missing_bytes(&self) -> ByteCount {
+        self.inner.state.lock().table.missing_bytes()
+    }
+
+    /// Says what is wrong with the region, if anything is.
+    ///
+    /// # Errors
+    /// A sentence that names the first contradiction.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        let state = self.inner.state.lock();
+        state.table.check_invariants()?;
+        for (index, extent, residency) in state.table.extents() {
+            let slot = state.slots.get(&index);
+            let resident = slot.and_then(|slot| slot.resident.as_ref());
+            let host = slot.and_then(|slot| slot.host.as_ref());
+            if residency.under_way().is_some() {
+                continue;
+            }
+            if residency.valid().has(Tier::Device) != resident.is_some() {
+                return Err(format!(
+                    "{} {index}: device copy {:?}, {resident:?}",
+                    self.name(),
+                    residency.valid()
+                ));
+            }
+            if residency.valid().has(Tier::Host) != host.is_some() {
+                return Err(format!("{} {index}: host copy {:?}, {host:?}", self.name(), residency.valid()));
+            }
+            if resident.is_some_and(|resident| {
+                resident.mapping.bytes() != extent.bytes() || resident.lease.bytes() != extent.bytes()
+            }) {
+                return Err(format!("{} {index}: {extent:?} but {resident:?} (I4, I1)", self.name()));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn table_error(&self) -> impl Fn(TableError) -> MemoryError + '_ {
+        |source| MemoryError::Table { region: self.name().to_owned(), source }
+    }
+
+    pub(crate) fn refuse(&self, doing: &'static str, why: &'static str) -> MemoryError {
+        MemoryError::State { region: self.name().to_owned(), doing, why }
+    }
+
+    /// Asks for device bytes. Hold neither turn nor data lock.
+    pub(crate) fn ask(
+        &self,
+        bytes: ByteCount,
+        timeout: Duration,
+        reason: &str,
+    ) -> Result<Grant, MemoryError> {
+        Grant::acquire(self.manager().lease(), self.kind(), bytes, timeout, reason)
+            .map_err(|source| MemoryError::Lease { region: self.name().to_owned(), source })
+    }
+
+    /// Takes a frame and maps it at its extent's place, within `grant`.
+    pub(crate) fn map_extent(&self, extent: Extent, grant: &mut Grant) -> Result<Resident, MemoryError> {
+        let Some(lease) = grant.split(extent.bytes()) else {
+            return Err(self.refuse("map an extent", "the lease is too small for it"));
+        };
+        let frame = Frame::create(&self.manager().device, extent.bytes())
+            .map_err(MemoryError::device("take device memory"));
+        let mapped = frame.and_then(|frame| {
+            Mapping::new(&self.inner.reservation, extent.offset(), frame)
+                .map_err(MemoryError::device("map device memory"))
+        });
+        match mapped {
+            Ok(mapping) => Ok(Resident { mapping, lease }),
+            Err(error) => {
+                // `lease` is of the same kind, so it joins.
+                let _ = grant.join(lease);
+                Err(error)
+            }
+        }
+    }
+
+    /// The page runs of the extents that lie wholly within `run`.
+    pub(crate) fn extents_within(&self, run: PageRun) -> Vec<PageRun> {
+        let state = self.inner.state.lock();
+        let indices = state.table.extents_within(run).unwrap_or_default();
+        indices
+            .into_iter()
+            .filter_map(|index| state.table.extent(index).ok())
+            .map(|(extent, _)| extent.run())
+            .collect()
+    }
+
+    /// Drops host copies that a file holds too, from the last backwards, until `enough`. Call it in turn.
+    pub(crate) fn drop_host_copies(&self, enough: impl Fn() -> bool) {
+        let indices: Vec<_> =
+            self.inner.state.lock().table.extents().rev().map(|(index, ..)| index).collect();
+        for index in indices {
+            if enough() {
+                return;
+            }
+            let dropped = {
+                let mut state = self.inner.state.lock();
+                let Ok((extent, residency)) = state.table.extent(index) else { continue };
+                let (from, to) = (extent.offset().0, (extent.offset() + extent.bytes()).0);
+                // Unsealed: the files were compared when the bytes were staged, and nothing else was written.
+                let in_source = residency.valid().has(Tier::Source)
+                    || (!state.sealed
+                        && !residency.valid().has(Tier::Device)
+                        && state.sources.covers(from, to));
+                let has_both = residency.valid().has(Tier::Host)
+                    && residency.under_way().is_none()
+                    && in_source
+                    && state.table.add_copy(index, Tier::Source).is_ok();
+                if has_both && state.table.remove_copy(index, Tier::Host).is_ok() {
+                    state.slot(index).host.take()
+                } else {
+                    None
+                }
+            };
+            drop(dropped);
+        }
+    }
+}

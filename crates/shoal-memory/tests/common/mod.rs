@@ -1,0 +1,105 @@
+//! What the tests of this crate share.
+#![allow(dead_code, reason = "each test binary uses some of it")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::extent::ExtentRule;
+use shoal_core::protocol::LeaseKind;
+use shoal_device::{Device, SimDevice, SimOptions};
+use shoal_memory::{
+    Backing, Conversion, LocalBudget, ManagerOptions, MemoryManager, Region, RegionSpec, SourcePiece,
+};
+
+pub(crate) const WAIT: Duration = Duration::from_secs(30);
+pub(crate) const PAGE: u64 = PAGE_BYTES.0;
+
+pub(crate) struct World {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) budget: Arc<LocalBudget>,
+    pub(crate) manager: Arc<MemoryManager>,
+}
+
+pub(crate) fn sim(dir: &Path, capacity_mib: u64) -> Arc<SimDevice> {
+    SimDevice::open(SimOptions::new(ByteCount::mib(capacity_mib), dir)).expect("a simulated device")
+}
+
+pub(crate) fn world(device_mib: u64, host_mib: u64) -> World {
+    let dir = tempfile::tempdir().expect("a directory");
+    let device: Arc<dyn Device> = sim(dir.path(), device_mib.max(64));
+    world_on(dir, device, device_mib, host_mib)
+}
+
+pub(crate) fn world_on(
+    dir: tempfile::TempDir,
+    device: Arc<dyn Device>,
+    device_mib: u64,
+    host_mib: u64,
+) -> World {
+    let budget = LocalBudget::new(ByteCount::mib(device_mib));
+    let mut options = ManagerOptions::new(ByteCount::mib(host_mib), Arc::clone(&budget) as _);
+    options.operation_wait = Duration::from_secs(10);
+    let manager = MemoryManager::new(Arc::clone(&device), options).expect("a manager");
+    World { dir, device, budget, manager }
+}
+
+impl World {
+    pub(crate) fn region(&self, name: &str, pages: u64, kind: LeaseKind) -> Region {
+        let spec = RegionSpec {
+            name: name.to_owned(),
+            bytes: ByteCount(pages * PAGE),
+            kind,
+            extent_rule: ExtentRule { pieces_min: 4, ..ExtentRule::default() },
+            backing: Backing::Keep,
+        };
+        self.manager.region(spec).expect("addresses")
+    }
+
+    pub(crate) fn weights(&self, pages: u64, bytes: &[u8]) -> Region {
+        let region = self.region("weights", pages, LeaseKind::Weights);
+        region.stage(ByteCount::ZERO, bytes, None).expect("host room");
+        region.seal().expect("sealed");
+        region
+    }
+
+    pub(crate) fn device_used(&self) -> ByteCount {
+        self.device.memory().expect("asked").used_by_this_process
+    }
+
+    pub(crate) fn check(&self) {
+        self.manager.check_invariants().expect("invariants");
+        let leased: ByteCount = LeaseKind::ALL.into_iter().map(|kind| lease_held(self, kind)).sum();
+        assert_eq!(self.device_used(), leased, "mapped and leased differ (I1)");
+    }
+}
+
+fn lease_held(world: &World, kind: LeaseKind) -> ByteCount {
+    world.manager.lease().held(kind)
+}
+
+/// Bytes that differ everywhere.
+pub(crate) fn noise(bytes: u64, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut out = Vec::with_capacity(usize::try_from(bytes).expect("small"));
+    while (out.len() as u64) < bytes {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        out.extend_from_slice(&state.to_le_bytes());
+    }
+    out.truncate(usize::try_from(bytes).expect("small"));
+    out
+}
+
+pub(crate) fn source_file(dir: &Path, bytes: &[u8]) -> Arc<PathBuf> {
+    let path = dir.join("model.safetensors");
+    std::fs::write(&path, bytes).expect("written");
+    Arc::new(path)
+}
+
+pub(crate) fn piece(path: &Arc<PathBuf>, offset: u64, bytes: u64) -> SourcePiece {
+    SourcePiece { path: Arc::clone(path), offset, bytes: ByteCount(bytes), conversion: Conversion::None }
+}
