@@ -163,7 +163,7 @@ impl Arena {
             self.punch(offset, bytes.0).ok();
             return Err(match source {
                 Errno::NOSPC | Errno::NOMEM => {
-                    super::host::shortage("fallocate of the simulated device's memory", bytes)
+                    super::ram::shortage("fallocate of the simulated device's memory", bytes)
                 }
                 other => DeviceError::system("fallocate", other),
             });

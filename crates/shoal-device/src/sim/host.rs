@@ -1,14 +1,12 @@
-//! Host buffers, and how much RAM is left for them and for frames.
+//! Host buffers of the simulated device: anonymous memory, there from the start as page-locked memory is.
 //!
-//! Apart because RAM is the real limit behind the simulated one: asking before taking turns a visit of the
-//! kernel's out-of-memory killer into an error that names the remedy.
+//! Apart because they are RAM of this process and no part of the device: no ledger counts them.
 
 #![expect(unsafe_code, reason = "allocates and frees anonymous memory")]
 
 use core::ffi::c_void;
 use core::ptr;
 use std::collections::HashMap;
-use std::fs;
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -16,38 +14,11 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::DeviceId;
 
+use super::ram::{check_available, shortage};
 use crate::device::RawHost;
 use crate::error::DeviceError;
 
-/// RAM that is never taken, for everything else on the machine.
-const RAM_HEADROOM: ByteCount = ByteCount::mib(128);
 const SMALL_PAGE_BYTES: u64 = 4096;
-
-/// RAM that could be taken now, or `None` where the kernel does not say.
-fn available() -> Option<ByteCount> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(ByteCount(kib << 10))
-}
-
-/// The error for a shortage of RAM, with what is left now.
-pub(super) fn shortage(call: &'static str, requested: ByteCount) -> DeviceError {
-    DeviceError::HostMemory {
-        call,
-        requested,
-        available: available().unwrap_or_default().saturating_sub(RAM_HEADROOM),
-        remedy: "lower device_budget or host_budget, or free memory on this machine",
-    }
-}
-
-/// Refuses what would leave the machine without memory.
-pub(super) fn check_available(call: &'static str, bytes: ByteCount) -> Result<(), DeviceError> {
-    match available() {
-        Some(available) if bytes > available.saturating_sub(RAM_HEADROOM) => Err(shortage(call, bytes)),
-        _ => Ok(()),
-    }
-}
 
 /// The live host buffers: address to length.
 #[derive(Debug, Default)]

@@ -10,13 +10,15 @@
 //! | `arena` | address space and frames of this process |
 //! | `ledger` | how much each live process holds |
 //! | `stream` | queues, threads, events |
-//! | `host` | host buffers, and how much RAM is left |
+//! | `host` | host buffers |
+//! | `ram` | how much RAM is left for all of it |
 //!
 //! No lock of one part is held while another is called, and none while a call blocks (I9).
 
 mod arena;
 mod host;
 mod ledger;
+mod ram;
 mod stream;
 
 use std::path::PathBuf;
@@ -190,8 +192,7 @@ impl Device for SimDevice {
         check_size("a frame of bytes", bytes.0)?;
         self.ledger.charge(bytes)?;
         // Charged first: the sum never exceeds the capacity, not even for a moment (I1).
-        let created =
-            host::check_available("creating a frame", bytes).and_then(|()| self.arena.create(bytes));
+        let created = ram::check_available("creating a frame", bytes).and_then(|()| self.arena.create(bytes));
         if created.is_err() {
             self.ledger.refund(bytes)?;
         }
