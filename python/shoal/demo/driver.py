@@ -44,7 +44,8 @@ def _work(management: Management, screen: Screen) -> int:
     wait_until_ready(management, lambda text: screen.line("shoal", text))
     screen.line("shoal", f"watch it at {management.address}/")
     log = EventLog(management, screen.event)
-    job = Session(Jobs(management.address), screen)
+    jobs = Jobs(management.address)
+    job = Session(jobs, screen)
     try:
         for number in range(1, _ROUNDS_MAX + 1):
             screen.title(f"Round {number}: one after the other")
@@ -60,6 +61,7 @@ def _work(management: Management, screen: Screen) -> int:
         raise DemoError(f"a request failed: {type(error).__name__}: {error}") from error
     finally:
         log.close()
+        jobs.close()
     screen.title("What happened")
     print(summary(state, log.all(), job.outcomes))
     job.problems += [f"{name} was never made to yield and brought back" for name in waiting]
@@ -90,8 +92,8 @@ class Session:
     def in_turn(self) -> None:
         """Do the three jobs one after the other, then a long question that needs KV."""
         self.chat()
-        self.documents()
         self.code()
+        self.documents()
         self.story()
 
     def at_once(self) -> None:

@@ -55,6 +55,10 @@ class Jobs:
 
         self._client: Any = OpenAI(base_url=f"{address}/v1", api_key="none-needed", max_retries=0, timeout=timeout_s)
 
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
     def chat(self, text: str, tokens: int) -> Outcome:
         """Ask the chat model, greedily, and take the answer as it streams."""
         return self._stream(
