@@ -10,10 +10,12 @@
 //! | `events` | `/api/v1/events` |
 //! | `metrics` | `/metrics` |
 //! | `page` | `/` |
+//! | [`cli`] | the `shoal` command |
 //!
 //! No CUDA, no Python and no page arithmetic here: those live in the workers.
 
 mod api;
+pub mod cli;
 pub mod config;
 mod events;
 pub mod gateway;

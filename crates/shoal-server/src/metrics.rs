@@ -72,7 +72,7 @@ impl Metrics {
         self.first_byte.get_or_create(&labels).observe(after.as_secs_f64());
     }
 
-    /// In OpenMetrics' text form.
+    /// In the text form of `OpenMetrics`.
     pub(crate) fn text(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
@@ -108,20 +108,20 @@ fn gauge(bytes: ByteCount) -> ConstGauge<i64> {
 }
 
 impl Collector for ShelfCollector {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let shelf = self.models.snapshot();
-        let encoder = &mut encoder;
+    fn encode(&self, mut target: DescriptorEncoder<'_>) -> fmt::Result {
+        let state = self.models.snapshot();
+        let encoder = &mut target;
         let of = |model: &ModelSnapshot, name: &'static str, value: &str| -> Labels {
             vec![("model", model.name.clone()), (name, value.to_owned())]
         };
-        let tiers = shelf.tiers.iter().map(|tier| vec![("tier", tier.tier.to_string())]);
+        let tiers = state.tiers.iter().map(|tier| vec![("tier", tier.tier.to_string())]);
         family(
             encoder,
             "tier_used_bytes",
             "Bytes that models hold on a tier",
-            tiers.clone().zip(shelf.tiers.iter().map(|tier| gauge(tier.used))),
+            tiers.clone().zip(state.tiers.iter().map(|tier| gauge(tier.used))),
         )?;
-        let budgets = shelf.tiers.iter().zip(tiers);
+        let budgets = state.tiers.iter().zip(tiers);
         family(
             encoder,
             "tier_budget_bytes",
@@ -132,7 +132,7 @@ impl Collector for ShelfCollector {
             encoder,
             "model_bytes",
             "Where a model's bytes are",
-            shelf.models.iter().flat_map(|model| {
+            state.models.iter().flat_map(|model| {
                 [
                     ("weights_device", model.bytes.weights_device),
                     ("kv_device", model.bytes.kv_device),
@@ -147,7 +147,7 @@ impl Collector for ShelfCollector {
             encoder,
             "lease_bytes",
             "Device bytes a model may hold",
-            shelf.models.iter().flat_map(|model| {
+            state.models.iter().flat_map(|model| {
                 let lease = &model.lease;
                 [("weights", lease.weights), ("kv", lease.kv), ("overhead", lease.overhead)]
                     .map(|(kind, bytes)| (of(model, "kind", kind), gauge(bytes)))
@@ -157,12 +157,12 @@ impl Collector for ShelfCollector {
             encoder,
             "requests_now",
             "Requests answered or waiting now",
-            shelf.models.iter().flat_map(|model| {
+            state.models.iter().flat_map(|model| {
                 [("active", model.counts.requests_active), ("parked", model.counts.requests_parked)]
                     .map(|(state, count)| (of(model, "state", state), gauge(ByteCount(count))))
             }),
         )?;
-        counters(encoder, &shelf)
+        counters(encoder, &state)
     }
 }
 

@@ -85,13 +85,13 @@ async fn a_stream_passes_byte_for_byte_as_it_comes() {
     let mut response = post(server.address, CHAT, for_model("chat", true)).await;
     assert_eq!(response.headers()["content-type"], "text/event-stream");
     let mut got = Vec::new();
-    let mut sent = Vec::new();
+    let mut written = Vec::new();
     for number in 0..50u32 {
         let piece = Bytes::from(format!("data: {{\"n\": {number}, \"x\": \"\u{e9}\r\"}}\n\n"));
-        sent.extend_from_slice(&piece);
+        written.extend_from_slice(&piece);
         send.send(piece).await.expect("read");
         // It arrives before the next is written: nothing is held back.
-        while got.len() < sent.len() {
+        while got.len() < written.len() {
             let frame =
                 tokio::time::timeout(Duration::from_secs(5), response.frame()).await.expect("at once");
             got.extend_from_slice(frame.expect("more").expect("whole").data_ref().expect("data"));
@@ -99,13 +99,13 @@ async fn a_stream_passes_byte_for_byte_as_it_comes() {
     }
     drop(send);
     assert!(response.frame().await.is_none());
-    assert_eq!(got, sent);
+    assert_eq!(got, written);
 }
 
 #[tokio::test]
 async fn binary_answers_and_statuses_pass_too() {
     let models = FakeModels::new();
-    let bytes: Vec<u8> = (0..300_000u32).map(|n| (n * 7 % 256) as u8).collect();
+    let bytes: Vec<u8> = (0..300_000usize).map(|n| n.wrapping_mul(7).to_le_bytes()[0]).collect();
     let copy = bytes.clone();
     let answer = move || {
         let copy = copy.clone();

@@ -1,4 +1,4 @@
-//! `/api/v1`: seeing and ordering. Declared through OpenAPI, which `/openapi.json` serves.
+//! `/api/v1`: seeing and ordering. Declared through `OpenAPI`, which `/openapi.json` serves.
 
 mod log;
 

@@ -281,13 +281,11 @@ async fn late_error(response: Response) -> String {
     let status = response.status();
     let body = Limited::new(response.into_body(), ERROR_BODY_BYTES_MAX).collect().await;
     let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
-    match serde_json::from_slice::<ErrorBody>(&body) {
-        Ok(body) => format!("data: {}\n\n", serde_json::to_string(&body).unwrap_or_default()),
-        Err(_) => {
-            let message = format!("the worker answered {status} and no stream");
-            ApiError::new(StatusCode::BAD_GATEWAY, "worker_error", message).sse()
-        }
+    if let Ok(body) = serde_json::from_slice::<ErrorBody>(&body) {
+        return format!("data: {}\n\n", serde_json::to_string(&body).unwrap_or_default());
     }
+    let message = format!("the worker answered {status} and no stream");
+    ApiError::new(StatusCode::BAD_GATEWAY, "worker_error", message).sse()
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {

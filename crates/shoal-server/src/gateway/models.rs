@@ -43,4 +43,7 @@ pub trait Models: Debug + Send + Sync + 'static {
     /// # Errors
     /// [`Missed`] where some are no longer kept.
     fn events_since(&self, id: u64) -> Result<Vec<Arc<Event>>, Missed>;
+
+    /// Ends every worker, by force where one still lives at the deadline.
+    fn shutdown(&self, deadline: Instant) -> BoxFuture<'_, ()>;
 }

@@ -105,11 +105,16 @@ impl Passing {
     }
 
     /// The worker is lost in the middle: events end with one that says so, anything else ends torn.
-    fn broke(&mut self, why: String) -> Option<Result<Frame<Bytes>, BoxError>> {
+    fn broke(&mut self, why: &str) -> Option<Result<Frame<Bytes>, BoxError>> {
         self.lane = None;
         let journey = self.journey.take()?;
         let error = ApiError::worker_lost(&journey.model, &why);
-        tracing::warn!(model = journey.model, %why, bytes_passed = self.bytes_passed, "lost a worker in mid-answer");
+        tracing::warn!(
+            model = journey.model,
+            why,
+            bytes_passed = self.bytes_passed,
+            "lost a worker in mid-answer"
+        );
         if !self.is_event_stream {
             return Some(Err(error.into()));
         }
@@ -145,7 +150,7 @@ impl Body for Passing {
         let Poll::Ready(frame) = Pin::new(&mut self.frames).poll_frame(context) else {
             ready!(self.silence.as_mut().poll(context));
             let why = format!("not a byte for {} s", self.silence_max.as_secs());
-            return Poll::Ready(self.broke(why));
+            return Poll::Ready(self.broke(&why));
         };
         let deadline = tokio::time::Instant::now() + self.silence_max;
         self.silence.as_mut().reset(deadline);
@@ -154,7 +159,7 @@ impl Body for Passing {
                 self.passed(&frame);
                 Some(Ok(frame))
             }
-            Some(Err(error)) => self.broke(error.to_string()),
+            Some(Err(error)) => self.broke(&error.to_string()),
             None => {
                 self.finish();
                 None

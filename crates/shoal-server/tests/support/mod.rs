@@ -85,7 +85,6 @@ impl FakeModels {
         let asked = Instant::now();
         let name = model.to_owned();
         let socket = match model {
-            "chat" => "worker",
             "slow" => {
                 tokio::time::sleep(self.wake_time).await;
                 "worker"
@@ -113,7 +112,7 @@ impl FakeModels {
             }
             "closing" => return Err(RouteError::ShuttingDown),
             "flaky" if number == 0 => "flaky",
-            "flaky" => "worker",
+            "chat" | "flaky" => "worker",
             "gone" => "nobody",
             _ => {
                 let known = NAMES.iter().map(|&name| name.to_owned()).collect();
@@ -186,6 +185,9 @@ impl Models for FakeModels {
     }
     fn events_since(&self, id: u64) -> Result<Vec<Arc<Event>>, Missed> {
         self.log.lock().since(id)
+    }
+    fn shutdown(&self, _: Instant) -> BoxFuture<'_, ()> {
+        async {}.boxed()
     }
 }
 

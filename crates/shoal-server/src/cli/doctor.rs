@@ -1,0 +1,371 @@
+//! `shoal doctor`: what this machine has, and what to do about what it lacks.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, getrlimit};
+use serde::Serialize;
+use shoal_core::bytes::ByteCount;
+
+use super::{Failure, Out};
+use crate::config::{ConfigError, ServerConfig, Surroundings, find_file};
+
+const PYTHON_WAIT_MAX: Duration = Duration::from_secs(30);
+const PYTHON_OUTPUT_BYTES_MAX: u64 = 1 << 16;
+/// A Unix socket's path has 107 bytes; ours need a name below the runtime directory.
+const RUNTIME_DIR_BYTES_MAX: usize = 60;
+const ASK_PYTHON: &str = "\
+import importlib.metadata as m, json, sys
+def version(name):
+    try:
+        return m.version(name)
+    except m.PackageNotFoundError:
+        return None
+names = ('torch', 'transformers', 'aiohttp', 'safetensors', 'shoal')
+print(json.dumps({'python': '%d.%d.%d' % sys.version_info[:3], **{n: version(n) for n in names}}))
+";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Ok,
+    Warn,
+    Fail,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: String,
+    level: Level,
+    found: String,
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { name: name.into(), level: Level::Ok, found: found.into(), remedy: None }
+    }
+
+    fn not_ok(
+        level: Level,
+        name: impl Into<String>,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { name: name.into(), level, found: found.into(), remedy: Some(remedy.into()) }
+    }
+
+    /// `remedy` where `good` is false.
+    fn of(good: bool, level: Level, name: &str, found: String, remedy: &str) -> Self {
+        if good { Self::ok(name, found) } else { Self::not_ok(level, name, found, remedy) }
+    }
+}
+
+pub(super) fn doctor(file: Option<&Path>, json: bool, out: Out<'_>) -> Result<(), Failure> {
+    let surroundings = Surroundings::of_this_process();
+    let (config_check, config) = configuration(file, &surroundings);
+    let mut checks = vec![config_check];
+    let pythons: BTreeSet<PathBuf> = match &config {
+        Some(config) => config.models.iter().map(|model| config.python_of(model).to_owned()).collect(),
+        None => BTreeSet::from([surroundings.python.clone()]),
+    };
+    for python in &pythons {
+        checks.extend(python_checks(python));
+    }
+    checks.push(nvidia(&surroundings));
+    checks.extend(memory(&surroundings, config.as_ref()));
+    checks.push(disk(&surroundings.cache_home));
+    checks.extend(limits(surroundings.nvidia.is_some()));
+    checks.push(runtime_dir(&surroundings.runtime_dir));
+
+    let worst = checks.iter().map(|check| check.level).max().unwrap_or(Level::Ok);
+    if json {
+        let text = serde_json::json!({"ok": worst != Level::Fail, "checks": checks});
+        writeln!(out, "{text:#}")?;
+    } else {
+        for check in &checks {
+            let level = match check.level {
+                Level::Ok => "ok  ",
+                Level::Warn => "warn",
+                Level::Fail => "FAIL",
+            };
+            writeln!(out, "{level}  {}: {}", check.name, check.found)?;
+            if let Some(remedy) = &check.remedy {
+                writeln!(out, "      -> {remedy}")?;
+            }
+        }
+    }
+    // What failed has been said above.
+    if worst == Level::Fail { Err(Failure::new("")) } else { Ok(()) }
+}
+
+fn configuration(file: Option<&Path>, surroundings: &Surroundings) -> (Check, Option<ServerConfig>) {
+    let loaded = find_file(file, surroundings).and_then(|file| ServerConfig::load(&file, surroundings));
+    match loaded {
+        Ok(config) => {
+            let found = format!("{}, {} models", config.file.display(), config.models.len());
+            (Check::ok("configuration", found), Some(config))
+        }
+        Err(error @ ConfigError::NotFound { .. }) => {
+            let remedy =
+                "write one, or name one: shoal doctor FILE (`shoal serve` without a file prints a sample)";
+            (Check::not_ok(Level::Warn, "configuration", error.to_string(), remedy), None)
+        }
+        Err(error) => {
+            (Check::not_ok(Level::Fail, "configuration", error.to_string(), "correct the lines named"), None)
+        }
+    }
+}
+
+/// Runs a program for at most [`PYTHON_WAIT_MAX`] and reads the beginning of what it writes.
+fn output_of(mut command: Command) -> Result<String, String> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("cannot be started: {error}"))?;
+    let deadline = Instant::now() + PYTHON_WAIT_MAX;
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            Ok(None) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("did not answer within {} s", PYTHON_WAIT_MAX.as_secs()));
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    };
+    let mut text = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        let _ = stdout.take(PYTHON_OUTPUT_BYTES_MAX).read_to_string(&mut text);
+    }
+    if status.success() { Ok(text) } else { Err(format!("ended with {status}")) }
+}
+
+fn python_checks(python: &Path) -> Vec<Check> {
+    let name = format!("python ({})", python.display());
+    let mut command = Command::new(python);
+    command.args(["-c", ASK_PYTHON]);
+    let found = output_of(command).and_then(|text| {
+        serde_json::from_str::<serde_json::Value>(&text).map_err(|_| "said something else".to_owned())
+    });
+    let found = match found {
+        Ok(found) => found,
+        Err(why) => {
+            let remedy = "install Python 3.11 or newer, or name one: `python` of a model, or SHOAL_PYTHON";
+            return vec![Check::not_ok(Level::Fail, name, why, remedy)];
+        }
+    };
+    let version = found["python"].as_str().unwrap_or("?").to_owned();
+    let minor = version.split('.').nth(1).and_then(|minor| minor.parse::<u32>().ok()).unwrap_or(0);
+    let mut checks = vec![Check::of(
+        minor >= 11,
+        Level::Fail,
+        &name,
+        version,
+        "Python 3.11 or newer is needed for the workers",
+    )];
+    for package in ["torch", "transformers", "aiohttp", "safetensors", "shoal"] {
+        let Some(version) = found[package].as_str() else {
+            let remedy = format!("{} -m pip install \"shoal[serve]\"", python.display());
+            checks.push(Check::not_ok(Level::Fail, package, "not installed", remedy));
+            continue;
+        };
+        let fits = package != "transformers" || version.starts_with("5.17.");
+        let remedy = "the worker hooks into transformers 5.17; install \"transformers==5.17.*\"";
+        checks.push(Check::of(fits, Level::Warn, package, version.to_owned(), remedy));
+    }
+    checks
+}
+
+fn nvidia(surroundings: &Surroundings) -> Check {
+    match &surroundings.nvidia {
+        None => Check::ok("NVIDIA device", "none: the device is simulated in RAM"),
+        Some(sign) => Check::not_ok(
+            Level::Warn,
+            "NVIDIA device",
+            sign.display().to_string(),
+            "this version has no CUDA device yet; write device = \"sim\" under [server]",
+        ),
+    }
+}
+
+fn memory(surroundings: &Surroundings, config: Option<&ServerConfig>) -> Vec<Check> {
+    let memory = surroundings.memory;
+    let usable = memory.usable();
+    let mut checks = vec![Check::of(
+        usable >= ByteCount::gib(2),
+        Level::Warn,
+        "memory",
+        format!("{} of {} available", memory.available, memory.total),
+        "the demo's models need about 2 GiB; close something, or serve smaller models",
+    )];
+    if let Some(left) = memory.cgroup_left {
+        checks.push(Check::of(
+            left >= ByteCount::gib(2),
+            Level::Warn,
+            "control group",
+            format!("{left} left of its memory limit"),
+            "raise the limit of the container or service",
+        ));
+    }
+    if let Some(config) = config {
+        let wanted = ByteCount(config.device_budget.0.saturating_add(config.host_budget.0));
+        checks.push(Check::of(
+            wanted <= usable,
+            Level::Warn,
+            "budgets",
+            format!(
+                "{} simulated device + {} host, {usable} usable",
+                config.device_budget, config.host_budget
+            ),
+            "lower device_budget or host_budget, or the kernel may end a worker",
+        ));
+    }
+    checks
+}
+
+fn disk(cache_home: &Path) -> Check {
+    let there = cache_home.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match rustix::fs::statvfs(there) {
+        Ok(stat) => {
+            let free = ByteCount(stat.f_bavail.saturating_mul(stat.f_frsize));
+            Check::of(
+                free >= ByteCount::gib(5),
+                Level::Warn,
+                "disk",
+                format!("{free} free at {}", there.display()),
+                "models are kept in the cache directory; make room there, or set XDG_CACHE_HOME",
+            )
+        }
+        Err(error) => Check::not_ok(Level::Warn, "disk", error.to_string(), "check the cache directory"),
+    }
+}
+
+fn limits(has_gpu: bool) -> Vec<Check> {
+    let read = |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned());
+    let unlimited =
+        |value: Option<u64>| value.map_or_else(|| "unlimited".to_owned(), |value| value.to_string());
+    let mut checks = Vec::new();
+    if let Ok(count) = read("/proc/sys/vm/max_map_count") {
+        let enough = count.parse::<u64>().is_ok_and(|count| count >= 65_530);
+        let remedy = "sysctl -w vm.max_map_count=262144 (each extent on the device is one mapping)";
+        checks.push(Check::of(enough, Level::Warn, "vm.max_map_count", count, remedy));
+    }
+    let files = getrlimit(Resource::Nofile).current;
+    checks.push(Check::of(
+        files.is_none_or(|files| files >= 1024),
+        Level::Warn,
+        "open files",
+        unlimited(files),
+        "ulimit -n 65536 (each connection takes one)",
+    ));
+    let locked = getrlimit(Resource::Memlock).current;
+    // Page-locked memory matters to a GPU's copies, not to the simulated device.
+    checks.push(Check::of(
+        locked.is_none() || !has_gpu,
+        Level::Warn,
+        "locked memory",
+        locked.map_or_else(|| "unlimited".to_owned(), |bytes| ByteCount(bytes).to_string()),
+        "ulimit -l unlimited (LimitMEMLOCK=infinity for a service), or copies to the GPU are slow",
+    ));
+    if let Ok(setting) = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled") {
+        let chosen = setting.split('[').nth(1).and_then(|rest| rest.split(']').next()).unwrap_or(&setting);
+        let good = matches!(chosen, "always" | "within_size" | "advise" | "force") || !has_gpu;
+        let remedy = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (faster host memory)";
+        checks.push(Check::of(good, Level::Warn, "huge pages for shared memory", chosen.to_owned(), remedy));
+    }
+    checks
+}
+
+fn runtime_dir(dir: &Path) -> Check {
+    let name = "runtime directory";
+    let shown = dir.display().to_string();
+    if shown.len() > RUNTIME_DIR_BYTES_MAX {
+        let found = format!("{shown} is {} bytes long", shown.len());
+        return Check::not_ok(
+            Level::Fail,
+            name,
+            found,
+            "sockets lie in it; set SHOAL_RUNTIME_DIR to a shorter path",
+        );
+    }
+    match std::fs::symlink_metadata(dir) {
+        Ok(found) if !found.is_dir() => Check::not_ok(
+            Level::Fail,
+            name,
+            format!("{shown} is no directory"),
+            "remove it, or set SHOAL_RUNTIME_DIR",
+        ),
+        Ok(found) if found.uid() != rustix::process::geteuid().as_raw() => Check::not_ok(
+            Level::Fail,
+            name,
+            format!("{shown} belongs to user {}", found.uid()),
+            "set SHOAL_RUNTIME_DIR to a directory of your own",
+        ),
+        Ok(found) if found.mode() & 0o077 != 0 => Check::not_ok(
+            Level::Warn,
+            name,
+            format!("{shown} has mode {:o}", found.mode() & 0o777),
+            format!("others can reach the sockets: chmod 700 {shown}"),
+        ),
+        Ok(_) => Check::ok(name, shown),
+        Err(_) => {
+            let parent = dir.parent().unwrap_or(Path::new("/"));
+            let there = parent.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+            let writable = rustix::fs::access(there, rustix::fs::Access::WRITE_OK).is_ok();
+            let remedy = format!("no permission to write in {}; set SHOAL_RUNTIME_DIR", there.display());
+            Check::of(writable, Level::Fail, name, format!("{shown}, to be made"), &remedy)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_not_ok_has_a_remedy() {
+        let mut out = Vec::new();
+        let _ = doctor(Some(Path::new("/nowhere/shoal.toml")), true, &mut out);
+        let said: serde_json::Value = serde_json::from_slice(&out).expect("JSON");
+        let checks = said["checks"].as_array().expect("a list");
+        assert!(checks.len() > 8, "{said}");
+        assert_eq!((&checks[0]["name"], &checks[0]["level"]), (&"configuration".into(), &"fail".into()));
+        assert_eq!(said["ok"], false);
+        for check in checks {
+            assert_eq!(check["level"] != "ok", check["remedy"].is_string(), "{check}");
+        }
+    }
+
+    #[test]
+    fn a_python_that_is_none_fails_with_a_remedy() {
+        for python in ["/nowhere/python", "/bin/false", "/bin/echo"] {
+            let checks = python_checks(Path::new(python));
+            assert_eq!((checks.len(), checks[0].level), (1, Level::Fail), "{checks:?}");
+        }
+    }
+
+    #[test]
+    fn runtime_directories_are_judged() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir_in("/tmp").expect("a directory");
+        let level = |path: &Path| runtime_dir(path).level;
+        for (mode, expected) in [(0o700, Level::Ok), (0o755, Level::Warn), (0o700, Level::Ok)] {
+            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).expect("set");
+            assert_eq!(level(dir.path()), expected, "{mode:o}");
+        }
+        assert_eq!(level(&dir.path().join("new")), Level::Ok);
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").expect("written");
+        assert_eq!(level(&file), Level::Fail);
+        assert_eq!(level(Path::new(&format!("/tmp/{}", "x".repeat(80)))), Level::Fail);
+    }
+}

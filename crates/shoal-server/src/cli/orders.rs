@@ -1,0 +1,170 @@
+//! `ps`, `state`, `wake`, `sleep`, `pin`, `unpin`: asking a running server.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use shoal_core::bytes::ByteCount;
+
+use super::client::Client;
+use super::{At, Failure, Order, Out};
+use crate::api::{PinOrder, SleepOrder, WakeOrder};
+use crate::shelf::Report;
+use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, ShelfSnapshot};
+
+const READ_WAIT_MAX: Duration = Duration::from_secs(10);
+const HEADINGS: [&str; 11] = [
+    "MODEL",
+    "STATUS",
+    "DEVICE",
+    "HOST",
+    "LEASE",
+    "ACTIVE",
+    "PARKED",
+    "REQUESTS",
+    "TOKENS",
+    "WAKES",
+    "FIRST BYTE",
+];
+
+pub(super) fn state(at: &At, out: Out<'_>) -> Result<(), Failure> {
+    let state: serde_json::Value = read(at, "/api/v1/state")?;
+    print_json(&state, out)
+}
+
+pub(super) fn ps(at: &At, json: bool, out: Out<'_>) -> Result<(), Failure> {
+    if json {
+        return state(at, out);
+    }
+    let shelf: ShelfSnapshot = read(at, "/api/v1/state")?;
+    write!(out, "{}", table_of(&shelf))?;
+    Ok(())
+}
+
+pub(super) fn wake(model: &str, order: &Order, out: Out<'_>) -> Result<(), Failure> {
+    send(model, "wake", &WakeOrder { wait_s: Some(order.wait) }, order, out)
+}
+
+pub(super) fn sleep(model: &str, keep: f64, order: &Order, out: Out<'_>) -> Result<(), Failure> {
+    send(model, "sleep", &SleepOrder { keep, wait_s: Some(order.wait) }, order, out)
+}
+
+pub(super) fn pin(model: &str, pinned: bool, order: &Order, out: Out<'_>) -> Result<(), Failure> {
+    send(model, "pin", &PinOrder { pinned }, order, out)
+}
+
+fn understood<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|error| {
+        Failure::new(format!("the server answered in another form than this shoal's: {error}"))
+    })
+}
+
+fn read<T: DeserializeOwned>(at: &At, path: &str) -> Result<T, Failure> {
+    understood(&Client::find(at)?.ask(path, None::<&()>, READ_WAIT_MAX)?)
+}
+
+fn send(model: &str, verb: &str, body: &impl Serialize, order: &Order, out: Out<'_>) -> Result<(), Failure> {
+    let wait_max = Duration::from_secs_f64(order.wait) + READ_WAIT_MAX;
+    let path = format!("/api/v1/models/{}/{verb}", in_path(model));
+    let report: Report = understood(&Client::find(&order.at)?.ask(&path, Some(body), wait_max)?)?;
+    if order.json {
+        return print_json(&report, out);
+    }
+    writeln!(out, "{}: {}", report.model, printable(&report.summary))?;
+    Ok(())
+}
+
+/// As it may stand in a path.
+fn in_path(name: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte);
+    name.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
+fn print_json(value: &impl Serialize, out: Out<'_>) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(error.to_string()))?;
+    writeln!(out, "{text}")?;
+    Ok(())
+}
+
+fn table_of(shelf: &ShelfSnapshot) -> String {
+    let device = &shelf.device;
+    let simulated = if device.simulated { " (simulated in RAM)" } else { "" };
+    let mut text = format!("{}{simulated}: {} of {} leased\n", device.name, device.leased, device.budget);
+    let mut rows = vec![HEADINGS.map(str::to_owned)];
+    rows.extend(shelf.models.iter().map(row));
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..HEADINGS.len()).map(width).collect();
+    for row in &rows {
+        let mut line = String::new();
+        for (index, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            // Words to the left, figures to the right.
+            let _ =
+                if index < 2 { write!(line, "{cell:<width$}  ") } else { write!(line, "{cell:>width$}  ") };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    for model in &shelf.models {
+        if let Some(error) = &model.error {
+            let _ = writeln!(text, "{}: {}", model.name, printable(error));
+        }
+    }
+    text
+}
+
+fn row(model: &ModelSnapshot) -> [String; 11] {
+    let (bytes, counts) = (&model.bytes, &model.counts);
+    let on_device: ByteCount = bytes.weights_device + bytes.kv_device + bytes.overhead_device;
+    let status = match model.status {
+        ModelStatus::PartlyResident if !bytes.weights_total.is_zero() => {
+            format!("{:.0}% resident", bytes.weights_device.0 as f64 * 100.0 / bytes.weights_total.0 as f64)
+        }
+        status => word(status),
+    };
+    let times = [time("awake", &model.first_byte_awake), time("asleep", &model.first_byte_asleep)];
+    let times: Vec<String> = times.into_iter().flatten().collect();
+    [
+        model.name.clone(),
+        if model.pinned { format!("{status}, pinned") } else { status },
+        on_device.to_string(),
+        bytes.host.to_string(),
+        model.lease.total.to_string(),
+        counts.requests_active.to_string(),
+        counts.requests_parked.to_string(),
+        counts.requests_total.to_string(),
+        counts.tokens_out.to_string(),
+        counts.wakes.to_string(),
+        if times.is_empty() { "-".to_owned() } else { times.join(", ") },
+    ]
+}
+
+fn word(status: ModelStatus) -> String {
+    let word = serde_json::to_value(status).ok();
+    word.and_then(|word| Some(word.as_str()?.replace('_', " "))).unwrap_or_default()
+}
+
+fn time(name: &str, latency: &LatencySnapshot) -> Option<String> {
+    let ms = latency.p50_ms?;
+    Some(if ms < 1000.0 { format!("{name} {ms:.0} ms") } else { format!("{name} {:.1} s", ms / 1e3) })
+}
+
+/// A worker's words, without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_escaped_in_paths_and_control_characters_in_texts() {
+        assert_eq!(in_path("code:v1.2_x-y"), "code:v1.2_x-y");
+        assert_eq!(in_path("../a b/\u{e9}"), "..%2Fa%20b%2F%C3%A9");
+        assert_eq!(printable("a\u{1b}[31mb\nc"), "a [31mb c");
+        assert_eq!(word(ModelStatus::PartlyResident), "partly resident");
+    }
+}
