@@ -49,3 +49,28 @@ fn bytes_survive_a_trip_through_the_device_and_everything_goes_back() {
     assert_eq!(sim.live_objects(), LiveObjects::default());
     assert_eq!(device.take_errors(), []);
 }
+
+#[test]
+fn a_device_dropped_with_jobs_queued_lives_until_they_are_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let (sim, device) = open(&dir, ByteCount::mib(16));
+    let reservation = Reservation::new(&device, MIB2).unwrap();
+    let mapping = Mapping::new(&reservation, ByteCount::ZERO, Frame::create(&device, MIB2).unwrap()).unwrap();
+    let buffer = HostBuffer::allocate(&device, MIB2).unwrap();
+    let stream = Stream::create(&device).unwrap();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    stream.launch_host((), move || drop(held.recv_timeout(SOON))).unwrap();
+    stream.copy(Span::host(&buffer, ByteCount::ZERO, MIB2), Span::mapping(&mapping)).unwrap();
+    let weak = Arc::downgrade(&sim);
+    drop((stream, buffer, mapping, reservation, device, sim));
+    assert_eq!(weak.upgrade().unwrap().live_objects().mappings, 1, "gone before its job");
+    drop(release);
+    // The last holder is the job; the device goes on the stream's own thread.
+    let gone = (0..2000).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        weak.strong_count() == 0
+    });
+    assert!(gone, "the device outlived its last job");
+    let (_, again) = open(&dir, ByteCount::mib(16));
+    assert_eq!(again.memory().unwrap().free, ByteCount::mib(16));
+}

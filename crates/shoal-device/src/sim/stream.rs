@@ -132,16 +132,16 @@ impl fmt::Debug for Queue {
 }
 
 impl Queue {
-    fn push(&self, stream: RawStream, job: Job) -> Result<(), DeviceError> {
-        let deadline = Instant::now() + SUBMIT_WAIT_MAX;
+    /// Adds a job, waiting at most `waited` for room.
+    fn push(&self, stream: RawStream, job: Job, waited: Duration) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + waited;
         let mut state = self.state.lock();
         while state.jobs.len() >= QUEUE_DEPTH_MAX {
             if self.drained.wait_until(&mut state, deadline).timed_out() {
                 drop(state);
                 // What the job keeps may call the device when dropped: not under the lock.
                 drop(job);
-                let (stream, depth, waited) = (stream.0, QUEUE_DEPTH_MAX, SUBMIT_WAIT_MAX);
-                return Err(DeviceError::QueueFull { stream, depth, waited });
+                return Err(DeviceError::QueueFull { stream: stream.0, depth: QUEUE_DEPTH_MAX, waited });
             }
         }
         state.jobs.push_back(job);
@@ -234,7 +234,7 @@ impl Engine {
 
     pub(super) fn submit(&self, stream: RawStream, job: Job) -> Result<(), DeviceError> {
         let queue = self.streams.lock().get(&stream.0).cloned();
-        queue.ok_or_else(|| self.unknown("stream", stream.0))?.push(stream, job)
+        queue.ok_or_else(|| self.unknown("stream", stream.0))?.push(stream, job, SUBMIT_WAIT_MAX)
     }
 
     pub(super) fn create_event(&self) -> RawEvent {
@@ -354,4 +354,29 @@ fn hash(span: RawSpan) -> u64 {
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "(not a text)".to_owned())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_queue_refuses_after_its_wait_and_drops_what_the_job_kept() {
+        let (queue, stream, short) = (Queue::default(), RawStream(7), Duration::from_millis(20));
+        let kept = Arc::new(());
+        let job = || Job::Host { function: Box::new(|| ()), keep: Box::new(Arc::clone(&kept)) };
+        for _ in 0..QUEUE_DEPTH_MAX {
+            queue.push(stream, job(), Duration::ZERO).unwrap();
+        }
+        let refused = queue.push(stream, job(), short);
+        assert_eq!(refused, Err(DeviceError::QueueFull { stream: 7, depth: QUEUE_DEPTH_MAX, waited: short }));
+        assert_eq!(Arc::strong_count(&kept), QUEUE_DEPTH_MAX + 1);
+        drop(queue.pop());
+        queue.push(stream, job(), short).unwrap();
+        queue.close();
+        let left = std::iter::from_fn(|| queue.pop()).count();
+        assert_eq!(left, QUEUE_DEPTH_MAX, "a closed queue still gives what it has");
+        assert_eq!(Arc::strong_count(&kept), 1);
+    }
 }
