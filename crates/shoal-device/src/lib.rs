@@ -29,7 +29,9 @@ pub use sim::{SimDevice, SimOptions};
 /// The hash of bytes, the same on the host and on every device: xxh3-64 with seed 0.
 ///
 /// Compare device and host copies only through this function and [`Stream::hash`], so that one definition
-/// serves both.
+/// serves both: one long xxh3 is a chain that a GPU cannot compute in parallel, so this will become a hash of
+/// hashes of fixed pieces when a kernel has to compute it too. Nothing may store its value across versions
+/// without storing which definition made it.
 #[must_use]
 pub fn hash_bytes(bytes: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64(bytes)

@@ -59,7 +59,11 @@ fn a_device_dropped_with_jobs_queued_lives_until_they_are_done() {
     let buffer = HostBuffer::allocate(&device, MIB2).unwrap();
     let stream = Stream::create(&device).unwrap();
     let (release, held) = std::sync::mpsc::channel::<()>();
-    stream.launch_host((), move || drop(held.recv_timeout(SOON))).unwrap();
+    let wait = move || {
+        // Either answer ends the wait.
+        let _ = held.recv_timeout(SOON);
+    };
+    stream.launch_host((), wait).unwrap();
     stream.copy(Span::host(&buffer, ByteCount::ZERO, MIB2), Span::mapping(&mapping)).unwrap();
     let weak = Arc::downgrade(&sim);
     drop((stream, buffer, mapping, reservation, device, sim));
