@@ -18,7 +18,7 @@ mod arena;
 mod gate;
 mod source;
 
-// pub mod broker;
+pub mod broker;
 pub mod error;
 pub mod kv;
 pub mod lease;
@@ -26,7 +26,7 @@ pub mod manager;
 pub mod region;
 pub mod transfer;
 
-// pub use broker::{BrokerClient, Welcome};
+pub use broker::{BrokerClient, ShutdownOrder, Welcome};
 pub use error::{ErrorKind, LeaseError, MemoryError};
 pub use kv::KvBacking;
 pub use lease::{LeaseSource, LocalBudget};

@@ -22,6 +22,7 @@ use crate::kv::KvBacking;
 use crate::lease::{Grant, LeaseSource};
 use crate::region::{Region, RegionInner, RegionSpec, Report};
 use crate::source::SourceFiles;
+use crate::transfer::Shared;
 
 /// How a manager behaves.
 #[derive(Clone, Debug)]
@@ -48,7 +49,7 @@ impl ManagerOptions {
             host_budget,
             lease,
             lease_wait: Duration::from_secs(2),
-            operation_wait: Duration::from_secs(60),
+            operation_wait: Duration::from_mins(1),
             in_flight_max: 4,
             transfers_max: 16,
         }
@@ -198,7 +199,7 @@ impl MemoryManager {
             }
             drop(pass);
             for region in missing {
-                region.restore_now(ByteCount(u64::MAX), deadline, &Default::default(), "a step needs it")?;
+                region.restore_now(ByteCount(u64::MAX), deadline, &Shared::default(), "a step needs it")?;
             }
             if Instant::now() >= deadline {
                 return Err(late);
@@ -268,7 +269,7 @@ impl MemoryManager {
         for region in self.regions() {
             if region.kind() == LeaseKind::Weights {
                 let brought =
-                    region.restore_now(ByteCount(u64::MAX), start + timeout, &Default::default(), reason)?;
+                    region.restore_now(ByteCount(u64::MAX), start + timeout, &Shared::default(), reason)?;
                 report.requested += brought.requested;
                 report.copied += brought.copied;
             }
@@ -370,7 +371,7 @@ impl MemoryManager {
                 match stream.synchronize(self.options.operation_wait) {
                     Ok(true) => break,
                     Ok(false) => {
-                        tracing::warn!("copies still running after {:?}", self.options.operation_wait)
+                        tracing::warn!("copies still running after {:?}", self.options.operation_wait);
                     }
                     Err(error) => tracing::warn!(%error, "cannot fence a stream"),
                 }

@@ -74,9 +74,9 @@ impl Region {
     fn copy_and_wait(&self, source: Span, target: Span) -> Result<(), MemoryError> {
         let (stream, wait) = (&self.manager().down, self.manager().options.operation_wait);
         let done = stream.copy(source, target).and_then(|()| stream.synchronize(wait));
-        match done.map_err(MemoryError::device("copy"))? {
-            true => Ok(()),
-            false => Err(MemoryError::Deadline { doing: "a copy", waited: wait }),
+        if done.map_err(MemoryError::device("copy"))? {
+            return Ok(());
         }
+        Err(MemoryError::Deadline { doing: "a copy", waited: wait })
     }
 }

@@ -301,7 +301,7 @@ impl Region {
 
     /// What may be written on the device and has no checksum to find that out by: its other copies are stale from now on.
     fn drop_writable_copies(&self, brought: &[PlannedMove]) {
-        let mut stale = Vec::new();
+        let mut freed = Vec::new();
         let mut state = self.inner.state.lock();
         if state.sealed || self.backing() == Backing::Discard {
             return;
@@ -309,10 +309,10 @@ impl Region {
         for planned in brought {
             let index: ExtentIndex = planned.extent;
             if state.table.written(index).is_ok() {
-                stale.extend(state.slot(index).host.take());
+                freed.extend(state.slot(index).host.take());
             }
         }
         drop(state);
-        drop(stale);
+        drop(freed);
     }
 }

@@ -1,0 +1,136 @@
+//! Orders of the server, carried out on threads of their own, each answered exactly once; and the figures.
+
+use std::io;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromWorker, WorkerUsage};
+
+use super::BrokerClient;
+use crate::error::MemoryError;
+use crate::manager::MemoryManager;
+use crate::region::Report;
+
+/// Figures are said at most this often.
+const USAGE_EVERY: Duration = Duration::from_millis(200);
+
+/// An order; dropping it unanswered says that it was not carried out.
+#[derive(Debug)]
+pub(super) struct Order {
+    client: Weak<BrokerClient>,
+    number: u64,
+    /// Bytes to reclaim; `None` for a wake.
+    bytes: Option<ByteCount>,
+    received: Instant,
+    deadline: Instant,
+    reason: String,
+    is_answered: bool,
+}
+
+impl Order {
+    pub(super) fn new(
+        client: &Arc<BrokerClient>,
+        number: u64,
+        bytes: Option<ByteCount>,
+        deadline_ms: u64,
+        reason: String,
+    ) -> Self {
+        let received = Instant::now();
+        // A day is as good as for ever, and does not overflow.
+        let deadline = received + Duration::from_millis(deadline_ms.min(86_400_000));
+        Self { client: Arc::downgrade(client), number, bytes, received, deadline, reason, is_answered: false }
+    }
+
+    fn carry_out(mut self, manager: &Weak<MemoryManager>) {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let outcome = match (manager.upgrade(), self.bytes) {
+            (None, _) => {
+                self.answer(ByteCount::ZERO, ByteCount::ZERO, Some("the memory manager is gone".to_owned()));
+                return;
+            }
+            (Some(manager), Some(bytes)) => manager.reclaim(bytes, left, &self.reason),
+            (Some(manager), None) => {
+                let awake = manager.wake_weights(left, &self.reason);
+                awake.map(|report| Report { freed: report.requested, ..report })
+            }
+        };
+        match outcome {
+            Ok(report) => {
+                let error = report.error.map(|error| error.to_string());
+                self.answer(report.freed, report.copied, error);
+            }
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    fn fail(&mut self, error: &MemoryError) {
+        self.answer(ByteCount::ZERO, ByteCount::ZERO, Some(error.to_string()));
+    }
+
+    fn answer(&mut self, bytes: ByteCount, copied: ByteCount, error: Option<String>) {
+        if std::mem::replace(&mut self.is_answered, true) {
+            return;
+        }
+        let duration_us = u64::try_from(self.received.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if let Some(client) = self.client.upgrade() {
+            client.say(&FromWorker::OrderDone { order: self.number, bytes, copied, duration_us, error });
+        }
+    }
+}
+
+impl Drop for Order {
+    fn drop(&mut self) {
+        self.answer(ByteCount::ZERO, ByteCount::ZERO, Some("the order was not carried out".to_owned()));
+    }
+}
+
+/// Queues an order, or answers at once that it cannot be.
+pub(super) fn queue(queue: &SyncSender<Order>, order: Order) {
+    if let Err(TrySendError::Full(mut order) | TrySendError::Disconnected(mut order)) = queue.try_send(order)
+    {
+        order.answer(ByteCount::ZERO, ByteCount::ZERO, Some("too many orders are waiting".to_owned()));
+    }
+}
+
+pub(super) fn start(
+    client: &Arc<BrokerClient>,
+    manager: &Arc<MemoryManager>,
+    reclaims: Receiver<Order>,
+    wakes: Receiver<Order>,
+) -> io::Result<()> {
+    for (name, orders) in [("shoal-reclaim", reclaims), ("shoal-restore", wakes)] {
+        let manager = Arc::downgrade(manager);
+        // Ends when the client is dropped, and with it the sending end.
+        let work = move || orders.into_iter().for_each(|order| order.carry_out(&manager));
+        thread::Builder::new().name(name.to_owned()).spawn(work)?;
+    }
+    let (client, manager) = (Arc::downgrade(client), Arc::downgrade(manager));
+    thread::Builder::new().name("shoal-usage".to_owned()).spawn(move || say_usage(&client, &manager))?;
+    Ok(())
+}
+
+fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
+    let mut said: Option<WorkerUsage> = None;
+    loop {
+        {
+            let (Some(client), Some(manager)) = (client.upgrade(), manager.upgrade()) else { return };
+            if client.closed().is_some() {
+                return;
+            }
+            let mut usage = manager.usage();
+            let figures = client.state.lock().figures;
+            usage.requests_running = figures.requests_running;
+            usage.requests_waiting = figures.requests_waiting;
+            usage.tokens_out = figures.tokens_out;
+            usage.overhead_device = figures.overhead_peak.unwrap_or(usage.overhead_device);
+            if said.as_ref() != Some(&usage) {
+                client.say(&FromWorker::Usage { usage: usage.clone() });
+                said = Some(usage);
+            }
+        }
+        thread::sleep(USAGE_EVERY);
+    }
+}

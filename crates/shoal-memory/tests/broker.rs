@@ -1,0 +1,300 @@
+//! The worker's end of the control socket, against a fake server in the test.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PAGE, WAIT, noise, sim};
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION};
+use shoal_memory::{
+    Backing, BrokerClient, LeaseError, LeaseSource, ManagerOptions, MemoryManager, RegionSpec,
+};
+
+const SHORT: Duration = Duration::from_millis(100);
+
+struct Fake {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+}
+
+impl Fake {
+    fn say(&mut self, said: &FromServer) {
+        let mut line = serde_json::to_vec(said).expect("plain data");
+        line.push(b'\n');
+        self.writer.write_all(&line).expect("written");
+    }
+
+    /// The next line that is not a usage line.
+    fn hear(&mut self) -> FromWorker {
+        loop {
+            let mut line = String::new();
+            self.reader.read_line(&mut line).expect("a line in time");
+            let said = serde_json::from_str(&line).expect("the protocol");
+            if !matches!(said, FromWorker::Usage { .. }) {
+                return said;
+            }
+        }
+    }
+
+    fn hear_request(&mut self) -> (u64, LeaseKind, ByteCount) {
+        match self.hear() {
+            FromWorker::LeaseRequest { request, kind, bytes, .. } => (request, kind, bytes),
+            other => panic!("{other:?} is no lease request"),
+        }
+    }
+}
+
+fn welcome(version: u32) -> FromServer {
+    FromServer::Welcome {
+        version,
+        spec: serde_json::json!({"source": "a directory"}),
+        device: "sim".to_owned(),
+        device_bytes: ByteCount::mib(64),
+        host_budget: ByteCount::mib(64),
+        data_socket: "data.sock".to_owned(),
+    }
+}
+
+fn accept(listener: &UnixListener) -> Fake {
+    let (writer, _) = listener.accept().expect("a worker");
+    writer.set_read_timeout(Some(WAIT)).expect("set");
+    let mut fake = Fake { reader: BufReader::new(writer.try_clone().expect("cloned")), writer };
+    assert!(
+        matches!(fake.hear(), FromWorker::Hello { version: VERSION, ref model, pid: 7 } if model == "chat")
+    );
+    fake
+}
+
+fn pair(dir: &Path) -> (Arc<BrokerClient>, Fake) {
+    let path = dir.join("control.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    let server = thread::spawn(move || {
+        let mut fake = accept(&listener);
+        fake.say(&welcome(VERSION));
+        fake
+    });
+    let (client, welcome) = BrokerClient::connect(&path, "chat", 7, WAIT).expect("welcome");
+    assert_eq!((welcome.device.as_str(), welcome.host_budget), ("sim", ByteCount::mib(64)));
+    (client, server.join().expect("no panic"))
+}
+
+fn until(what: &str, mut is_true: impl FnMut() -> bool) {
+    let deadline = Instant::now() + WAIT;
+    while !is_true() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn leases_are_asked_for_granted_denied_and_returned() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    let server = thread::spawn(move || {
+        let (request, kind, bytes) = fake.hear_request();
+        fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+        let (request, ..) = fake.hear_request();
+        fake.say(&FromServer::LeaseDeny { request, reason: "2 MiB left".to_owned() });
+        let (request, kind, _) = fake.hear_request();
+        fake.say(&FromServer::LeaseGrant { request, kind, bytes: ByteCount(1) });
+        let returned = (fake.hear(), fake.hear());
+        (fake, returned)
+    });
+    let ask = |bytes| client.acquire(LeaseKind::Kv, bytes, bytes, WAIT, "a test");
+    assert_eq!(ask(ByteCount::mib(4)), Ok(ByteCount::mib(4)));
+    assert!(
+        matches!(ask(ByteCount::mib(9)), Err(LeaseError::Denied { reason, .. }) if reason == "2 MiB left")
+    );
+    assert!(matches!(ask(ByteCount::mib(2)), Err(LeaseError::Denied { .. })), "less than the least");
+    assert_eq!(client.held(LeaseKind::Kv), ByteCount::mib(4));
+    client.give_back(LeaseKind::Kv, ByteCount::mib(4));
+    let (_fake, returned) = server.join().expect("no panic");
+    let back = |bytes| FromWorker::LeaseReturn { kind: LeaseKind::Kv, bytes };
+    assert_eq!(returned, (back(ByteCount(1)), back(ByteCount::mib(4))));
+    assert_eq!(client.held(LeaseKind::Kv), ByteCount::ZERO);
+}
+
+#[test]
+fn silence_ends_at_the_deadline_and_a_grant_that_crosses_is_returned() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    let refused = client.acquire(LeaseKind::Weights, ByteCount::mib(2), ByteCount::mib(2), SHORT, "a test");
+    assert!(matches!(refused, Err(LeaseError::Deadline { .. })), "{refused:?}");
+    let (request, kind, bytes) = fake.hear_request();
+    assert_eq!(fake.hear(), FromWorker::LeaseCancel { request });
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+    assert_eq!(fake.hear(), FromWorker::LeaseReturn { kind, bytes });
+    assert_eq!(client.held(kind), ByteCount::ZERO);
+}
+
+#[test]
+fn a_server_that_goes_away_is_heard_by_all_who_wait() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    let (hooked, heard) = mpsc::channel();
+    client.on_disconnect(move |reason| hooked.send(reason.to_owned()).expect("waiting"));
+    let waiting = {
+        let client = Arc::clone(&client);
+        thread::spawn(move || client.acquire(LeaseKind::Kv, ByteCount(1), ByteCount(1), WAIT, "a test"))
+    };
+    fake.hear_request();
+    drop(fake);
+    assert!(matches!(waiting.join().expect("no panic"), Err(LeaseError::Disconnected { .. })));
+    assert!(heard.recv_timeout(WAIT).expect("the hook").contains("closed"));
+    let refused = client.acquire(LeaseKind::Kv, ByteCount(1), ByteCount(1), WAIT, "a test");
+    assert!(matches!(refused, Err(LeaseError::Disconnected { .. })));
+    assert_eq!(client.wait_shutdown(WAIT), None);
+    let (hooked, heard) = mpsc::channel();
+    client.on_disconnect(move |_| hooked.send(()).expect("waiting"));
+    heard.recv_timeout(SHORT).expect("called at once");
+}
+
+#[test]
+fn what_is_not_the_protocol_closes_the_socket() {
+    for (garbage, part) in [
+        (b"{\"say\":\"sing\"}\n".to_vec(), "not the protocol"),
+        (b"\xff\xfe\n".to_vec(), "not the protocol"),
+        (vec![b'x'; LINE_BYTES_MAX + 1], "longer than"),
+    ] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (client, mut fake) = pair(dir.path());
+        let _ = fake.writer.write_all(&garbage);
+        until("closed", || client.closed().is_some());
+        let reason = client.closed().expect("closed");
+        assert!(reason.contains(part), "{reason}");
+    }
+}
+
+#[test]
+fn only_a_server_of_this_version_is_welcome() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("control.sock");
+    let missing = BrokerClient::connect(&path, "chat", 7, SHORT).expect_err("nobody there");
+    assert!(missing.to_string().contains("control.sock"), "{missing}");
+    let listener = UnixListener::bind(&path).expect("bound");
+    let server = thread::spawn(move || {
+        let mut other = accept(&listener);
+        other.say(&welcome(VERSION + 1));
+        let silent = accept(&listener);
+        (listener, other, silent)
+    });
+    let other = BrokerClient::connect(&path, "chat", 7, WAIT).expect_err("another version");
+    assert!(other.to_string().contains("version 2"), "{other}");
+    let silent = BrokerClient::connect(&path, "chat", 7, SHORT).expect_err("silence");
+    assert!(silent.to_string().contains("in time"), "{silent}");
+    server.join().expect("no panic");
+}
+
+#[test]
+fn orders_are_carried_out_and_answered_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    let options = ManagerOptions::new(ByteCount::mib(64), Arc::clone(&client) as _);
+    let manager = MemoryManager::new(sim(dir.path(), 64), options).expect("a manager");
+    let region = manager
+        .region(RegionSpec {
+            name: "weights".to_owned(),
+            bytes: ByteCount(4 * PAGE),
+            kind: LeaseKind::Weights,
+            extent_rule: shoal_core::extent::ExtentRule::default(),
+            backing: Backing::Keep,
+        })
+        .expect("addresses");
+    region.stage(ByteCount::ZERO, &noise(4 * PAGE, 1), None).expect("host room");
+    region.seal().expect("sealed");
+    client.serve(&manager).expect("threads");
+    assert!(client.serve(&manager).is_err());
+
+    fake.say(&FromServer::Wake { order: 1, deadline_ms: 20_000, reason: "a request".to_owned() });
+    let (request, kind, bytes) = fake.hear_request();
+    assert_eq!((kind, bytes), (LeaseKind::Weights, ByteCount(4 * PAGE)));
+    // While the wake waits for its lease a reclaim is answered.
+    fake.say(&FromServer::Reclaim {
+        order: 2,
+        bytes: ByteCount(1),
+        deadline_ms: 5000,
+        reason: "room".to_owned(),
+    });
+    let done = fake.hear();
+    assert!(matches!(done, FromWorker::OrderDone { order: 2, bytes: ByteCount(0), .. }), "{done:?}");
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+    match fake.hear() {
+        FromWorker::OrderDone { order: 1, bytes, error: None, .. } => assert_eq!(bytes, ByteCount(4 * PAGE)),
+        other => panic!("{other:?}"),
+    }
+    fake.say(&FromServer::Reclaim {
+        order: 3,
+        bytes: ByteCount(PAGE + 1),
+        deadline_ms: 9000,
+        reason: String::new(),
+    });
+    let returned = fake.hear();
+    assert_eq!(
+        returned,
+        FromWorker::LeaseReturn { kind, bytes: ByteCount(2 * PAGE) },
+        "given back before it is said"
+    );
+    match fake.hear() {
+        FromWorker::OrderDone { order: 3, bytes, error: None, .. } => assert_eq!(bytes, ByteCount(2 * PAGE)),
+        other => panic!("{other:?}"),
+    }
+    // A step holds its guard: the order fails in time, and says why.
+    fake.say(&FromServer::Wake { order: 4, deadline_ms: 300, reason: String::new() });
+    let (request, ..) = fake.hear_request();
+    fake.say(&FromServer::LeaseDeny { request, reason: "pinned models hold it all".to_owned() });
+    match fake.hear() {
+        FromWorker::OrderDone { order: 4, error: Some(error), .. } => {
+            assert!(error.contains("pinned"), "{error}")
+        }
+        other => panic!("{other:?}"),
+    }
+    fake.say(&FromServer::Shutdown { deadline_ms: 1000, reason: "the end".to_owned() });
+    assert_eq!(client.wait_shutdown(WAIT).expect("came").reason, "the end");
+
+    drop(region);
+    drop(manager);
+    until("returned", || client.held(LeaseKind::Weights).is_zero());
+    fake.say(&FromServer::Reclaim { order: 5, bytes: ByteCount(1), deadline_ms: 10, reason: String::new() });
+    loop {
+        match fake.hear() {
+            FromWorker::OrderDone { order: 5, error, .. } => {
+                assert!(error.is_some_and(|error| error.contains("gone")));
+                break;
+            }
+            FromWorker::LeaseReturn { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn figures_are_said_when_they_change() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
+    let manager = MemoryManager::new(sim(dir.path(), 64), options).expect("a manager");
+    client.serve(&manager).expect("threads");
+    client.set_requests(2, 1, 40);
+    client.set_overhead(ByteCount::mib(9));
+    let mut line = String::new();
+    loop {
+        line.clear();
+        fake.reader.read_line(&mut line).expect("a line in time");
+        let said: FromWorker = serde_json::from_str(&line).expect("the protocol");
+        if let FromWorker::Usage { usage } = said
+            && usage.tokens_out == 40
+        {
+            assert_eq!((usage.requests_running, usage.overhead_device), (2, ByteCount::mib(9)));
+            break;
+        }
+    }
+    fake.writer.set_read_timeout(Some(Duration::from_millis(500))).expect("set");
+    assert!(fake.reader.read_line(&mut line).is_err(), "nothing changed, yet: {line}");
+}
