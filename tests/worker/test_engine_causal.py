@@ -233,6 +233,28 @@ def test_memory_that_never_comes_fails_the_request_and_not_the_engine():
         asyncio.run(run())
 
 
+def test_a_guard_that_never_comes_fails_a_prepared_batch_and_not_the_next():
+    model = llama()
+    expected = [alone(model, prompt, 8) for prompt in ([5, 6, 7], [8, 9])]
+    memory = PlainMemory()
+    memory.closed = True
+    with engine_of(model, memory, stall_timeout_s=0.5) as engine:
+
+        async def run():
+            first = asyncio.create_task(tokens_of(engine, [5, 6, 7], 8))
+            await asyncio.sleep(0.3)
+            assert engine._prepared
+            second = asyncio.create_task(tokens_of(engine, [8, 9], 8))
+            with pytest.raises(ApiError, match="no device memory"):
+                await first
+            memory.closed = False
+            assert await second == expected[1]
+            assert await tokens_of(engine, [5, 6, 7], 8) == expected[0]
+            await settled(lambda: not memory.space.ids)
+
+        asyncio.run(run())
+
+
 def test_cancelling_frees_the_blocks():
     model = llama()
     memory = PlainMemory()

@@ -2,8 +2,10 @@
 
 transformers computes; this module decides when a step runs and what happens when memory is short:
 
-- A step (schedule, forward, update) runs inside `Memory.guard`, so eviction happens only between steps (I13) and a step
-  on evicted weights first brings them back.
+- A batch is scheduled, and memory for its blocks asked for, outside of any guard: whoever has to give that memory up
+  may be waiting for ours. No tensor on the device is touched by it.
+- The batch is then computed inside `Memory.guard`, so eviction happens only between steps (I13), and a step on evicted
+  weights or blocks first brings them back. A batch whose guard could not be had stays prepared and is tried again.
 - Without requests the thread holds no guard, touches nothing and gives the whole KV cache back.
 - Where memory cannot be had, requests wait, up to `stall_timeout_s` without any step; then they fail, each with a
   clear error. The engine itself goes on (I10: every wait has a deadline).
@@ -205,6 +207,7 @@ class CausalEngine:
         self._stop = threading.Event()
         self._stalled_since: float | None = None
         self._resting = True
+        self._prepared = False  # a batch is scheduled and not computed yet: its requests must not change
         self._manager, self._processor, self._cache = self._build()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -319,7 +322,8 @@ class CausalEngine:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self._take_in()
+                if not self._prepared:
+                    self._take_in()
                 if not self._processor.has_pending_requests():
                     self._rest()
                 elif self._step():
@@ -353,32 +357,45 @@ class CausalEngine:
     def _step(self) -> bool:
         """Schedule, compute and hand out one batch; False where memory is short."""
         self._resting = False
-        processor = self._processor
         try:
-            with self._memory.guard(_GUARD_S):
-                if not self._cache.wake():
+            if not self._prepared:
+                if not self._prepare():
                     return False
-                try:
-                    if not processor.prepare_next_batch():
-                        return False
-                    self._compute()
-                finally:
-                    self._cache.blocks.end_step()
+                self._prepared, self._stalled_since = True, None  # from here on the batch waits as one
+            with self._memory.guard(_GUARD_S):
+                self._compute()
+            self._prepared = False
         except ShortageError as shortage:
             logger.info("waiting for memory: %s", shortage)
             return False
         except Exception as error:
             # Which request is at fault is not known here; the state of each is, so all can be ended cleanly.
             logger.exception("an engine step failed; its requests fail, the engine goes on")
-            processor.fail_all_requests(error)
-            self._cache.free_all_requests()
-            processor.scheduler.reset()
-            self._cache.blocks.end_step()
+            self._abandon(error)
         return True
 
+    def _prepare(self) -> bool:
+        """Schedule a batch with memory behind all its blocks; False where there is none."""
+        if not self._cache.wake():
+            return False
+        try:
+            return self._processor.prepare_next_batch()
+        finally:
+            self._cache.blocks.end_step()
+
     def _compute(self) -> None:
+        """Run the prepared batch; inside a guard."""
+        self._cache.zero_padding()
         self._processor._generation_step(self._model)
         self._processor.update_batch()
+
+    def _abandon(self, error: Exception) -> None:
+        """End all requests and begin anew, with every block free."""
+        self._prepared = False
+        self._processor.fail_all_requests(error)
+        self._cache.free_all_requests()
+        self._processor.scheduler.reset()
+        self._cache.blocks.end_step()
 
     def _stall(self) -> None:
         """Let go for a moment; fail what has waited too long."""
@@ -402,7 +419,9 @@ class CausalEngine:
                 ),
             )
             self._processor.scheduler.set_request_cancellation(generation.name)
-        if not late:
+        if late:
+            self._prepared = False  # all its requests were there when the stall began: they failed, or had left
+        else:
             self._manager._has_new_requests.wait(timeout=_RETRY_S)
             self._manager._has_new_requests.clear()
 

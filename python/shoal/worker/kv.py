@@ -230,6 +230,7 @@ class ElasticCache(cache_module.PagedAttentionCache):
         self.blocks = ElasticBlockManager(self.num_blocks, self.block_size, False, space)
         self._block_manager = self.blocks
         self._awake = False
+        self._zeroed = False
 
     @property
     def awake(self) -> bool:
@@ -242,17 +243,22 @@ class ElasticCache(cache_module.PagedAttentionCache):
         return self._space
 
     def wake(self) -> bool:
-        """Give the padding blocks memory and zero the first; False where memory cannot be had."""
+        """Give the padding blocks memory; False where it cannot be had."""
         if self._awake:
             return True
         padding = list(range(self.num_blocks, self.num_blocks + PADDING_BLOCKS))
         if not self._space.back(padding):
             return False
-        start = self.num_blocks * self.block_size
-        for tensor in (*self.key_cache, *self.value_cache):
-            tensor[start : start + self.block_size].zero_()
-        self._awake = True
+        self._awake, self._zeroed = True, False
         return True
+
+    def zero_padding(self) -> None:
+        """Make the read-trash block read as zeros, once after each wake; inside a guard."""
+        if not self._zeroed:
+            start = self.num_blocks * self.block_size
+            for tensor in (*self.key_cache, *self.value_cache):
+                tensor[start : start + self.block_size].zero_()
+            self._zeroed = True
 
     def sleep(self) -> None:
         """Take the memory of the padding blocks; every other block must be free."""
