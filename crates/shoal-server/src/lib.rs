@@ -17,11 +17,11 @@
 mod api;
 pub mod cli;
 pub mod config;
+pub mod control; // from the lead: see LEAD-NOTE.md
 mod events;
 pub mod gateway;
 mod metrics;
 mod page;
 pub mod shelf;
 pub mod state;
-pub mod control; // from the lead: see LEAD-NOTE.md
 pub mod supervisor; // from the lead: see LEAD-NOTE.md

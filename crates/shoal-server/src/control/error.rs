@@ -44,7 +44,9 @@ pub enum ControlError {
     #[error("the first control message was not a hello")]
     NoHello,
     /// Another version.
-    #[error("the worker speaks control protocol {theirs}, this server {ours}: install the same shoal for both")]
+    #[error(
+        "the worker speaks control protocol {theirs}, this server {ours}: install the same shoal for both"
+    )]
     Version {
         /// Theirs.
         theirs: u32,

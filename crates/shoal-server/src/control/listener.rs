@@ -70,7 +70,9 @@ impl Listener {
         let first = tokio::time::timeout(PATIENCE, incoming.next())
             .await
             .map_err(|_| ControlError::Deadline { what: "a worker's hello", allowed: PATIENCE })??;
-        let Some(FromWorker::Hello { version, model, pid }) = first else { return Err(ControlError::NoHello) };
+        let Some(FromWorker::Hello { version, model, pid }) = first else {
+            return Err(ControlError::NoHello);
+        };
         if version != VERSION {
             return Err(ControlError::Version { theirs: version, ours: VERSION });
         }
@@ -102,7 +104,9 @@ mod tests {
 
     type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-    async fn said(lines: &[u8]) -> Result<(Result<Greeted, ControlError>, UnixStream), Box<dyn std::error::Error>> {
+    async fn said(
+        lines: &[u8],
+    ) -> Result<(Result<Greeted, ControlError>, UnixStream), Box<dyn std::error::Error>> {
         let scratch = tempfile::tempdir()?;
         let listener = Listener::bind(&scratch.path().join("control.sock"))?;
         let mut client = UnixStream::connect(scratch.path().join("control.sock")).await?;
@@ -117,7 +121,9 @@ mod tests {
     #[tokio::test]
     async fn a_worker_is_greeted_and_both_sides_speak() -> Outcome {
         let mut lines = hello(VERSION, std::process::id());
-        lines.extend_from_slice(b"{\"say\":\"lease_return\",\"kind\":\"kv\",\"bytes\":4096}\n{\"say\":\"lease");
+        lines.extend_from_slice(
+            b"{\"say\":\"lease_return\",\"kind\":\"kv\",\"bytes\":4096}\n{\"say\":\"lease",
+        );
         let (greeted, mut client) = said(&lines).await?;
         let mut greeted = greeted?;
         assert_eq!((greeted.model.as_str(), greeted.pid), ("ash", std::process::id()));

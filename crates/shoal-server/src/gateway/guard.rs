@@ -29,7 +29,10 @@ pub struct Keys {
 
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} keys", self.keys.len())
+        match self.keys.len() {
+            1 => f.write_str("1 key"),
+            count => write!(f, "{count} keys"),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +40,12 @@ pub async fn serve(
     stop: CancellationToken,
     linger_max: Duration,
 ) -> std::io::Result<()> {
+    let listener = listener.tap_io(|connection| {
+        // Tokens are small and must not wait for one another.
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps its delay");
+        }
+    });
     let served = axum::serve(listener, app.router()).with_graceful_shutdown(stop.clone().cancelled_owned());
     let lingered = async {
         stop.cancelled().await;

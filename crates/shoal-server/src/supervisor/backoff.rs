@@ -48,7 +48,8 @@ mod tests {
 
     #[test]
     fn doubles_to_the_bound_and_forgives() {
-        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(6), Duration::from_mins(1));
+        let mut backoff =
+            Backoff::new(Duration::from_secs(1), Duration::from_secs(6), Duration::from_mins(1));
         let waits: Vec<u64> = (0..5).map(|_| backoff.ended(Duration::ZERO).as_secs()).collect();
         assert_eq!(waits, [1, 2, 4, 6, 6]);
         assert_eq!(backoff.ended(Duration::from_mins(2)).as_secs(), 1);

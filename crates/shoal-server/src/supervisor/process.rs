@@ -57,7 +57,9 @@ pub enum SupervisorError {
         source: std::io::Error,
     },
     /// The program could not be started.
-    #[error("model {model:?}: {program} cannot be started ({source}); set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[serve]")]
+    #[error(
+        "model {model:?}: {program} cannot be started ({source}); set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[serve]"
+    )]
     Spawn {
         /// The model.
         model: String,
@@ -102,11 +104,8 @@ impl WorkerProcess {
     /// # Errors
     /// [`SupervisorError`]: the log cannot be written, the program cannot be run.
     pub fn start(launch: &Launch) -> Result<Self, SupervisorError> {
-        let log_error = |source| SupervisorError::Log {
-            model: launch.model.clone(),
-            path: launch.log.clone(),
-            source,
-        };
+        let log_error =
+            |source| SupervisorError::Log { model: launch.model.clone(), path: launch.log.clone(), source };
         let output = log_file::open_log(&launch.log).map_err(log_error)?;
         let errors = output.try_clone().map_err(log_error)?;
         let program = launch.command.first().cloned().unwrap_or_default();
@@ -155,7 +154,9 @@ impl WorkerProcess {
 
     fn signal(&self, signal: Signal) {
         // `id` is None once it was waited for: only then could the number belong to somebody else.
-        let Some(pid) = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) else { return };
+        let Some(pid) = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) else {
+            return;
+        };
         if let Err(error) = rustix::process::kill_process(pid, signal) {
             tracing::debug!(%error, pid = self.pid, "a worker was gone before its signal");
         }
@@ -178,7 +179,8 @@ mod tests {
     #[tokio::test]
     async fn output_goes_to_the_log_and_the_status_is_told() -> Result<(), Box<dyn std::error::Error>> {
         let scratch = tempfile::tempdir()?;
-        let mut worker = WorkerProcess::start(&launch(scratch.path(), "echo $GREETING; echo oh >&2; exit 3"))?;
+        let mut worker =
+            WorkerProcess::start(&launch(scratch.path(), "echo $GREETING; echo oh >&2; exit 3"))?;
         let exit = worker.wait().await?;
         assert_eq!(exit.status.code(), Some(3));
         assert!(exit.to_string().starts_with("exited with status 3 after"), "{exit}");
