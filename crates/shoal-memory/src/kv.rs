@@ -133,10 +133,14 @@ impl KvBacking {
 
     /// Commits `runs` and backs the blocks; false if the pages changed meanwhile.
     fn grow(&self, ids: &[u32], runs: &[PageRun], deadline: Instant) -> Result<bool, MemoryError> {
-        let needed = self.region.uncommitted(runs)?;
+        let manager = self.region.manager();
+        let needed = {
+            // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
+            let _turn = manager.take_turn(manager.operation_deadline())?;
+            self.region.uncommitted(runs)?
+        };
         let wait = deadline.saturating_duration_since(Instant::now());
         let mut grant = self.region.ask(needed, wait, "KV blocks")?;
-        let manager = self.region.manager();
         let _turn = manager.take_turn(manager.operation_deadline())?;
         let runs = self.blocks.lock().plan_back(ids)?;
         if self.region.uncommitted(&runs)? > grant.bytes() {

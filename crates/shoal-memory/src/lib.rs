@@ -10,7 +10,7 @@
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
 //! | [`error`] | why something was not done |
 //!
-//! How locks nest: the *gate* (I13: steps share it, evictions take it alone), then the *turn* (one operation changes
+//! How locks nest: first the turn of restores, then the *gate* (I13: steps share it, evictions take it alone), then the *turn* (one operation changes
 //! memory at a time), then short data locks. A lease is asked for while holding neither turn nor data lock, because
 //! the answer may need this process to give something up first; no data lock is held across a device call (I9).
 

@@ -13,7 +13,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::{RegionId, TransferId};
 use shoal_core::page_table::Backing;
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
-use shoal_device::{Device, HostBuffer, Mapping, Stream};
+use shoal_device::{Device, DeviceError, HostBuffer, Mapping, Stream};
 
 use crate::arena::HostArena;
 use crate::error::MemoryError;
@@ -83,6 +83,7 @@ pub struct MemoryManager {
     pub(crate) down: Arc<Stream>,
     gate: Arc<Gate>,
     turn: Arc<Gate>,
+    restoring: Arc<Gate>,
     regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
     backings: Mutex<Vec<Weak<KvBacking>>>,
     /// Unmapped as far as the page table goes, but a queued job may still touch it (I5).
@@ -122,6 +123,7 @@ impl MemoryManager {
             down,
             gate: Arc::default(),
             turn: Arc::default(),
+            restoring: Arc::default(),
             regions: Mutex::default(),
             backings: Mutex::default(),
             retired: Mutex::default(),
@@ -201,10 +203,19 @@ impl MemoryManager {
             for region in missing {
                 region.restore_now(ByteCount(u64::MAX), deadline, &Shared::default(), "a step needs it")?;
             }
+            // What another operation is bringing is there when its turn ends.
+            drop(self.take_turn(deadline)?);
             if Instant::now() >= deadline {
                 return Err(late);
             }
         }
+    }
+
+    /// One restore at a time: a second one would ask for a lease that the first has asked for already.
+    pub(crate) fn take_restore(&self, deadline: Instant) -> Result<Pass, MemoryError> {
+        let start = Instant::now();
+        let late = || MemoryError::Deadline { doing: "waiting for another wake", waited: start.elapsed() };
+        self.restoring.alone(deadline).ok_or_else(late)
     }
 
     pub(crate) fn take_gate(&self, deadline: Instant, waited: Duration) -> Result<Pass, MemoryError> {
@@ -337,11 +348,12 @@ impl MemoryManager {
                 continue;
             }
             drop(mapping);
-            let errors = self.device.take_errors();
-            if !errors.is_empty() {
-                for error in errors {
-                    tracing::error!(%error, "device memory could not be freed");
-                }
+            let mut is_leaked = false;
+            for error in self.device.take_errors() {
+                tracing::error!(%error, "the device could not give something back");
+                is_leaked |= matches!(error, DeviceError::Leaked { what: "mapping" | "frame", .. });
+            }
+            if is_leaked {
                 self.leaked.fetch_add(lease.bytes().0, Ordering::Relaxed);
                 lease.leak();
                 continue;

@@ -251,7 +251,7 @@ fn orders_are_carried_out_and_answered_once() {
     fake.say(&FromServer::LeaseDeny { request, reason: "pinned models hold it all".to_owned() });
     match fake.hear() {
         FromWorker::OrderDone { order: 4, error: Some(error), .. } => {
-            assert!(error.contains("pinned"), "{error}")
+            assert!(error.contains("pinned"), "{error}");
         }
         other => panic!("{other:?}"),
     }

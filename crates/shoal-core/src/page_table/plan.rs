@@ -129,9 +129,16 @@ impl RegionTable {
         plan
     }
 
-    /// Bytes that a full restore would bring to the device.
+    /// Bytes that should be on the device and are not (yet): what a full restore would bring, and what is on its way.
     #[must_use]
     pub fn missing_bytes(&self) -> ByteCount {
-        self.plan_restore(ByteCount(u64::MAX)).bytes
+        self.extents()
+            .filter(|(_, _, residency)| {
+                let valid = residency.valid();
+                !valid.has(Tier::Device)
+                    && (!valid.is_empty() || residency.is_discarded() || residency.under_way().is_some())
+            })
+            .map(|(_, extent, _)| extent.bytes())
+            .sum()
     }
 }

@@ -54,6 +54,18 @@ fn what_has_no_other_copy_goes_to_the_host_while_there_is_room() {
 }
 
 #[test]
+fn what_is_on_its_way_is_still_missing() {
+    let mut table = small(1);
+    table.add_copy(ExtentIndex(0), Tier::Host).expect("exists");
+    let restore = table.plan_restore(ALL).moves[0];
+    table.begin(restore).expect("planned");
+    assert!(table.plan_restore(ALL).moves.is_empty(), "planned once");
+    assert_eq!(table.missing_bytes(), PAGE_BYTES, "a step must not start yet (I13)");
+    table.finish(restore.extent).expect("begun");
+    assert_eq!(table.missing_bytes(), ByteCount::ZERO);
+}
+
+#[test]
 fn discarding_needs_the_regions_word() {
     let mut kept = small(1);
     let zero = PlannedMove { extent: ExtentIndex(0), step: Move::Zero, bytes: PAGE_BYTES };

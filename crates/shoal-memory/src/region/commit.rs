@@ -19,7 +19,10 @@ impl Region {
     pub fn commit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
         let run = PageRun::covering(offset, bytes);
-        let needed = self.uncommitted(&[run])?;
+        let needed = {
+            let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
+            self.uncommitted(&[run])?
+        };
         let mut grant = self.ask(needed, self.manager().options.lease_wait, "memory for a range")?;
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
         self.commit_in_turn(&[run], &mut grant)

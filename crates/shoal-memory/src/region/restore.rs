@@ -1,6 +1,6 @@
 //! Bringing bytes back to the device, at the same addresses, in order of use.
 //!
-//! The order is: lease, turn, device memory for all of it, copies. Whatever fails, what this wake brought is taken away
+//! The order is: lease (one restore at a time asks for it), turn, device memory for all of it, copies. Whatever fails, what this wake brought is taken away
 //! again and the lease given back; the copies off the device are touched only when all of it has succeeded (I6).
 
 use std::collections::VecDeque;
@@ -74,7 +74,12 @@ impl Region {
         reason: &str,
     ) -> Result<Report, MemoryError> {
         let start = Instant::now();
-        let planned_bytes = self.inner.state.lock().table.plan_restore(bytes).bytes;
+        let _restoring = self.manager().take_restore(deadline)?;
+        let planned_bytes = {
+            // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
+            let _turn = self.manager().take_turn(deadline)?;
+            self.inner.state.lock().table.plan_restore(bytes).bytes
+        };
         let mut report = Report::new(planned_bytes);
         if planned_bytes.is_zero() {
             return Ok(report);

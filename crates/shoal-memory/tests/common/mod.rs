@@ -80,15 +80,21 @@ fn lease_held(world: &World, kind: LeaseKind) -> ByteCount {
     world.manager.lease().held(kind)
 }
 
-/// Bytes that differ everywhere.
+/// Bytes of which no two runs of 4 KiB are alike.
 pub(crate) fn noise(bytes: u64, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut out = Vec::with_capacity(usize::try_from(bytes).expect("small"));
-    while (out.len() as u64) < bytes {
+    let mut block = Vec::with_capacity(4096);
+    while block.len() < 4096 {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        out.extend_from_slice(&state.to_le_bytes());
+        block.extend_from_slice(&state.to_le_bytes());
+    }
+    let mut out = Vec::with_capacity(usize::try_from(bytes + 4096).expect("small"));
+    while (out.len() as u64) < bytes {
+        let stamp = (out.len() as u64).to_le_bytes();
+        block[..8].copy_from_slice(&stamp);
+        out.extend_from_slice(&block);
     }
     out.truncate(usize::try_from(bytes).expect("small"));
     out

@@ -1,0 +1,238 @@
+//! For every n: the n-th device call of an operation fails. The error is typed, leases and device memory still agree,
+//! host memory does not leak, and when the fault is gone the bytes are all there.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{PAGE, WAIT, World, noise, piece, sim, source_file, world_on};
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+use shoal_device::device::Verb;
+use shoal_device::{Device, DeviceError, FaultDevice};
+use shoal_memory::{ErrorKind, KvBacking, MemoryError, Region};
+
+const ALL: ByteCount = ByteCount(u64::MAX);
+const PAGES: u64 = 3;
+/// More calls than any operation here makes.
+const CALLS_MAX: u64 = 400;
+
+struct Scene {
+    world: World,
+    faults: Arc<FaultDevice>,
+    failed: Arc<Mutex<Option<Verb>>>,
+}
+
+impl Scene {
+    fn new(host_mib: u64) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let faults = FaultDevice::new(sim(dir.path(), 64));
+        let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, host_mib);
+        Self { world, faults, failed: Arc::default() }
+    }
+
+    fn arm(&self, n: u64) {
+        let (mut left, failed) = (n, Arc::clone(&self.failed));
+        self.faults.fail_when(move |call| {
+            left = left.checked_sub(1)?;
+            (left == 0).then(|| {
+                *failed.lock() = Some(call.verb);
+                DeviceError::Injected { call: call.number, verb: call.verb }
+            })
+        });
+    }
+
+    fn check(&self) {
+        self.world.manager.check_invariants().expect("invariants");
+        let held: ByteCount =
+            LeaseKind::ALL.into_iter().map(|kind| self.world.manager.lease().held(kind)).sum();
+        assert_eq!(self.world.device_used(), held, "mapped and leased differ (I1)");
+        let copies: ByteCount = self.world.manager.usage().host;
+        assert!(copies <= ByteCount::mib(64), "{copies}");
+    }
+}
+
+fn read(region: &Region) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(region.bytes().0).expect("small")];
+    region.read(ByteCount::ZERO, &mut bytes).expect("on the device");
+    bytes
+}
+
+fn wake(region: &Region) -> Result<(), MemoryError> {
+    region.wake(WAIT)?.wait(WAIT).map(drop)
+}
+
+/// Fails each call of `act` in turn. `prepare` builds the state; `verify` is called once the fault is gone, after a
+/// second `act` where the first failed.
+fn sweep<S>(
+    what: &str,
+    host_mib: u64,
+    prepare: impl Fn(&Scene) -> S,
+    act: impl Fn(&Scene, &S) -> Result<(), MemoryError>,
+    verify: impl Fn(&Scene, &S),
+) {
+    for n in 1..CALLS_MAX {
+        let scene = Scene::new(host_mib);
+        let state = prepare(&scene);
+        scene.check();
+        let host_before = scene.world.manager.usage().host;
+        scene.arm(n);
+        let outcome = act(&scene, &state);
+        scene.faults.heal();
+        let failed = *scene.failed.lock();
+        let Some(verb) = failed else {
+            outcome.unwrap_or_else(|error| panic!("{what}: no fault, but {error}"));
+            verify(&scene, &state);
+            scene.check();
+            assert!(n > 3, "{what} made only {n} calls");
+            return;
+        };
+        scene.check();
+        if let Err(error) = &outcome {
+            assert!(
+                matches!(error.kind(), ErrorKind::Device | ErrorKind::Region),
+                "{what} {n} {verb}: {error}"
+            );
+        } else {
+            assert!(
+                verb.is_teardown() || verb == Verb::WaitEvent || verb == Verb::Memory,
+                "{what} {n} {verb}: no error"
+            );
+        }
+        assert!(scene.world.manager.usage().host <= host_before + ByteCount(16 * PAGE), "{what} {n} {verb}");
+        // An address that could not be unmapped stays mapped for ever: its extent cannot come back.
+        if verb == Verb::Unmap {
+            continue;
+        }
+        if outcome.is_err() {
+            act(&scene, &state).unwrap_or_else(|error| panic!("{what} {n} {verb}: again, {error}"));
+        }
+        verify(&scene, &state);
+        scene.check();
+        drop(state);
+        let leaked = scene.world.manager.leaked_bytes();
+        assert_eq!(scene.world.device_used(), leaked, "{what} {n} {verb}: memory outlives its regions");
+        assert_eq!(scene.world.manager.usage().host, ByteCount::ZERO, "{what} {n} {verb}: host memory leaks");
+    }
+    panic!("{what} makes more than {CALLS_MAX} calls");
+}
+
+fn staged(scene: &Scene, seed: u64) -> Region {
+    scene.world.weights(PAGES, &noise(PAGES * PAGE, seed))
+}
+
+fn awake(scene: &Scene, seed: u64) -> Region {
+    let region = staged(scene, seed);
+    wake(&region).expect("room");
+    region
+}
+
+fn holds(region: &Region, seed: u64) {
+    wake(region).expect("room");
+    assert_eq!(read(region), noise(PAGES * PAGE, seed));
+}
+
+#[test]
+fn staging_and_sealing() {
+    let act = |_: &Scene, region: &Region| {
+        region.stage(ByteCount::ZERO, &noise(PAGES * PAGE, 1), None)?;
+        if region.usage().sealed { Ok(()) } else { region.seal().map(drop) }
+    };
+    let prepare = |scene: &Scene| scene.world.region("weights", PAGES, LeaseKind::Weights);
+    // Staging allocates host memory only: three buffers, then nothing that can fail.
+    for n in 1..=PAGES {
+        let scene = Scene::new(64);
+        let region = prepare(&scene);
+        scene.arm(n);
+        let error = act(&scene, &region).expect_err("injected");
+        assert_eq!(error.kind(), ErrorKind::Device);
+        scene.faults.heal();
+        assert_eq!(scene.world.manager.usage().host, ByteCount::ZERO, "nothing is kept of a failed staging");
+        act(&scene, &region).expect("no fault");
+        holds(&region, 1);
+        scene.check();
+    }
+}
+
+#[test]
+fn waking_from_the_host() {
+    sweep("wake", 64, |scene| staged(scene, 2), |_, region| wake(region), |_, region| holds(region, 2));
+}
+
+#[test]
+fn waking_from_the_file() {
+    let prepare = |scene: &Scene| {
+        let bytes = noise(PAGES * PAGE, 3);
+        let path = source_file(scene.world.dir.path(), &bytes);
+        let region = scene.world.region("weights", PAGES, LeaseKind::Weights);
+        region.stage(ByteCount::ZERO, &bytes, Some(piece(&path, 0, PAGES * PAGE))).expect("verified");
+        region.seal().expect("sealed");
+        assert!(!region.usage().source_only.is_zero());
+        region
+    };
+    sweep("wake from source", 4, prepare, |_, region| wake(region), |_, region| holds(region, 3));
+}
+
+#[test]
+fn sleeping_clean() {
+    let act = |_: &Scene, region: &Region| region.sleep(0.0, false, WAIT).map(drop);
+    sweep("sleep", 64, |scene| awake(scene, 4), act, |_, region| holds(region, 4));
+}
+
+#[test]
+fn sleeping_dirty() {
+    let prepare = |scene: &Scene| {
+        let region = awake(scene, 5);
+        region.write(ByteCount::ZERO, &noise(PAGES * PAGE, 6)).expect("on the device");
+        region
+    };
+    let act = |_: &Scene, region: &Region| region.sleep(0.0, false, WAIT).map(drop);
+    sweep("sleep dirty", 64, prepare, act, |_, region| holds(region, 6));
+}
+
+#[test]
+fn committing_and_decommitting() {
+    let prepare = |scene: &Scene| scene.world.region("workspace", 7, LeaseKind::Overhead);
+    let act = |_: &Scene, region: &Region| {
+        region.commit(ByteCount::ZERO, ByteCount(7 * PAGE))?;
+        region.decommit(ByteCount::ZERO, ByteCount(2 * PAGE))?;
+        region.commit(ByteCount::ZERO, ByteCount(7 * PAGE)).map(drop)
+    };
+    sweep("commit", 64, prepare, act, |_, region| {
+        assert!(read(region).iter().all(|byte| *byte == 0));
+    });
+}
+
+#[test]
+fn backing_blocks_and_reclaiming() {
+    struct Shelf {
+        weights: Region,
+        region: Region,
+        kv: Arc<KvBacking>,
+    }
+    let prepare = |scene: &Scene| {
+        let region = scene.world.region("kv", 8, LeaseKind::Kv);
+        let kv = KvBacking::new(&region, ByteCount(PAGE / 2), 16).expect("fits");
+        assert!(kv.back(&[0, 1, 2]).expect("room"));
+        region.write(ByteCount::ZERO, b"tokens").expect("backed");
+        Shelf { weights: awake(scene, 7), region, kv }
+    };
+    let act = |scene: &Scene, shelf: &Shelf| {
+        if shelf.kv.live_bytes() < ByteCount(2 * PAGE) {
+            assert!(shelf.kv.back(&[9])?);
+        }
+        // The block stays in use by count only; its page becomes idle.
+        shelf.kv.unback(&[9])?;
+        let report = scene.world.manager.reclaim(ALL, WAIT, "a test")?;
+        report.error.map_or(Ok(()), |error| Err(*error))
+    };
+    let verify = |scene: &Scene, shelf: &Shelf| {
+        let _guard = scene.world.manager.guard(WAIT).expect("all comes back");
+        assert_eq!(read(&shelf.weights), noise(PAGES * PAGE, 7));
+        let mut tokens = [0; 6];
+        shelf.region.read(ByteCount::ZERO, &mut tokens).expect("backed");
+        assert_eq!(&tokens, b"tokens");
+    };
+    sweep("reclaim", 64, prepare, act, verify);
+}
