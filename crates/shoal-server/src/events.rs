@@ -8,7 +8,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{Event as Line, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -19,6 +19,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use utoipa::IntoParams;
 
+use crate::api::Parameters;
 use crate::gateway::{ApiError, App};
 use crate::state::Event;
 
@@ -52,7 +53,7 @@ struct Watch {
 )]
 pub(crate) async fn watch(
     State(app): State<Arc<App>>,
-    Query(query): Query<Since>,
+    Parameters(query): Parameters<Since>,
     headers: HeaderMap,
 ) -> Response {
     let Ok(permit) = Arc::clone(&app.watchers).try_acquire_owned() else {

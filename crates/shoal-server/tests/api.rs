@@ -45,6 +45,18 @@ async fn wrong_orders_change_nothing() {
             refusal(post(server.address, &format!("/api/v1/models/{path}"), body).await).await;
         assert_eq!((status, code.as_str()), (expected, expected_code), "{path} {body}");
     }
+    let long = format!("{{\"keep\": 0.5{}}}", " ".repeat(70_000));
+    let (status, code, _) = refusal(post(server.address, "/api/v1/models/chat/sleep", long).await).await;
+    assert_eq!((status, code.as_str()), (413, "request_too_large"));
+    for (path, expected_code) in [
+        ("/v1/models/%FF", "invalid_path"),
+        ("/api/v1/models/%FF/log", "invalid_path"),
+        ("/api/v1/models/chat/log?bytes=many", "invalid_query"),
+        ("/api/v1/events?since=-1", "invalid_query"),
+    ] {
+        let (status, code, _) = refusal(get(server.address, path).await).await;
+        assert_eq!((status, code.as_str()), (400, expected_code), "{path}");
+    }
     let (status, code, _) = refusal(get(server.address, "/api/v1/models/chat/wake").await).await;
     assert_eq!((status, code.as_str()), (405, "method_not_allowed"));
     assert!(models.orders.lock().is_empty());

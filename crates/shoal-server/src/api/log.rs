@@ -5,12 +5,13 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
+use super::{Name, Parameters};
 use crate::gateway::{ApiError, App, ErrorBody};
 
 const BYTES_DEFAULT: u64 = 64 << 10;
@@ -29,8 +30,8 @@ pub(crate) struct Tail {
     responses((status = 200, content_type = "text/plain", body = String), (status = 404, body = ErrorBody)))]
 pub(crate) async fn log(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
-    Query(tail): Query<Tail>,
+    Name(name): Name,
+    Parameters(tail): Parameters<Tail>,
 ) -> Result<Response, ApiError> {
     let shelf = app.models.snapshot();
     let Some(model) = shelf.model(&name) else {

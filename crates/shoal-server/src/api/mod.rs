@@ -1,23 +1,24 @@
 //! `/api/v1`: seeing and ordering. Declared through `OpenAPI`, which `/openapi.json` serves.
 
+mod extract;
 mod log;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::{OpenApi, ToSchema};
 
 use crate::gateway::{ApiError, App, ErrorBody};
 use crate::shelf::Report;
 use crate::state::ShelfSnapshot;
+
+pub(crate) use extract::{Name, Order, Parameters};
 
 /// How long an order is waited for by default, in seconds.
 const ORDER_WAIT_S: f64 = 120.0;
@@ -88,14 +89,6 @@ const fn yes() -> bool {
     true
 }
 
-fn order<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let body = if body.trim_ascii().is_empty() { b"{}" } else { body };
-    if body.trim_ascii_start().first() != Some(&b'{') {
-        return Err(ApiError::invalid(None, "invalid_json", "the body must be a JSON object"));
-    }
-    serde_json::from_slice(body).map_err(|error| ApiError::invalid(None, "invalid_json", error.to_string()))
-}
-
 fn deadline(wait_s: Option<f64>) -> Result<Instant, ApiError> {
     let wait_s = wait_s.unwrap_or(ORDER_WAIT_S);
     if !(0.0..=ORDER_WAIT_S_MAX).contains(&wait_s) {
@@ -112,10 +105,9 @@ fn deadline(wait_s: Option<f64>) -> Result<Instant, ApiError> {
               (status = 504, body = ErrorBody)))]
 async fn wake(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
-    body: Bytes,
+    Name(name): Name,
+    Order(order): Order<WakeOrder>,
 ) -> Result<Json<Report>, ApiError> {
-    let order: WakeOrder = order(&body)?;
     Ok(Json(app.models.wake(&name, deadline(order.wait_s)?).await?))
 }
 
@@ -126,10 +118,9 @@ async fn wake(
               (status = 504, body = ErrorBody)))]
 async fn sleep(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
-    body: Bytes,
+    Name(name): Name,
+    Order(order): Order<SleepOrder>,
 ) -> Result<Json<Report>, ApiError> {
-    let order: SleepOrder = order(&body)?;
     if !(0.0..=1.0).contains(&order.keep) {
         return Err(ApiError::invalid(Some("keep"), "out_of_range", "`keep` must lie between 0 and 1"));
     }
@@ -142,10 +133,9 @@ async fn sleep(
     responses((status = 200, body = Report), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
 async fn pin(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
-    body: Bytes,
+    Name(name): Name,
+    Order(order): Order<PinOrder>,
 ) -> Result<Json<Report>, ApiError> {
-    let order: PinOrder = order(&body)?;
     Ok(Json(app.models.pin(&name, order.pinned)?))
 }
 

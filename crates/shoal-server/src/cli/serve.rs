@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::ServerFile;
 use super::{Failure, Out};
-use crate::config::{ConfigError, DeviceChoice, SAMPLE, ServerConfig, Surroundings, find_file};
+use crate::config::{ConfigError, DeviceChoice, SAMPLE, ServerConfig, Surroundings, find_file, make_private};
 use crate::gateway::{App, Keys, Models, Settings, bind, serve as answer};
 
 /// How long answers under way may take after the first Ctrl-C.
@@ -79,6 +79,9 @@ async fn run(config: ServerConfig, keys: Option<Keys>, out: Out<'_>, errors: Out
     let listener = bind(config.listen).await.map_err(Failure::new)?;
     let address = listener.local_addr()?;
     let config = Arc::new(config);
+    for dir in [&config.runtime_dir, &config.state_dir, &config.log_dir] {
+        make_private(dir)?;
+    }
     let models = start_shelf(&config).await?;
     let text = banner(&config, keys.as_ref(), Some(&url_of(address)));
     let app = App::new(Arc::clone(&models), &config, keys, Settings::default());

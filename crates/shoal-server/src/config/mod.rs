@@ -7,6 +7,7 @@
 //!
 //! Leaves to others: whether a model's files are good (the worker says), whether the address is free (the server binds).
 
+mod directories;
 mod error;
 mod locate;
 mod parse;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 
+pub use directories::make_private;
 pub use error::{ConfigError, Problem, ProblemKind};
 pub use locate::{SAMPLE, find_file};
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};

@@ -59,7 +59,14 @@ impl ShoalFile {
         }
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
-        let models = self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
+        let models: Vec<ModelConfig> =
+            self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
+        // The others can be served, so this is no reason to serve none.
+        for model in
+            models.iter().filter(|model| model.source.starts_with('/') && !Path::new(&model.source).exists())
+        {
+            notes.push(format!("model {:?} will fail: there is no {}", model.name, model.source));
+        }
         if !problems.is_empty() {
             problems.sort_by_key(|problem| (problem.line, problem.column));
             return Err(problems);

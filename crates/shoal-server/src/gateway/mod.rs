@@ -27,15 +27,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::Name;
 use crate::config::{Limits, ServerConfig};
 use crate::metrics::Metrics;
 
+pub(crate) use ask::read_body;
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use guard::{KeyError, Keys};
 pub use models::Models;
@@ -148,7 +150,7 @@ async fn list_models(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": models}))
 }
 
-async fn show_model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+async fn show_model(State(app): State<Arc<App>>, Name(id): Name) -> Response {
     let shelf = app.models.snapshot();
     match shelf.model(&id) {
         Some(model) => Json(described(model, shelf.started_at_ms)).into_response(),
