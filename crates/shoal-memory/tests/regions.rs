@@ -82,6 +82,9 @@ fn a_host_budget_smaller_than_the_weights_works_through_the_file() {
         let at = (index * step) as u64;
         region.stage(ByteCount(at), part, Some(piece(&path, at, part.len() as u64))).expect("staged");
     }
+    let error = region.wake(WAIT).expect("started").wait(WAIT).expect_err("nothing to verify by (I8)");
+    assert_eq!(error.kind(), ErrorKind::Region);
+    world.check();
     let sealed = region.seal().expect("sealed");
     assert_eq!(sealed.in_source, ByteCount(8 * PAGE));
     let usage = region.usage();

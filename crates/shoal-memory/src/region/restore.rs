@@ -186,6 +186,10 @@ impl Region {
                 .and_then(|()| manager.up.record())
                 .map(Some)
                 .map_err(MemoryError::device("copy to the device")),
+            (Move::Restore(Tier::Source), _) if hash.is_none() => {
+                Err(self
+                    .refuse("wake from a file", "it is not sealed, so what is read cannot be verified (I8)"))
+            }
             (Move::Restore(Tier::Source), _) => {
                 self.read_from_source(extent, hash, &resident.mapping).map(Some)
             }
@@ -267,7 +271,6 @@ impl Region {
             done += bytes;
         }
         let found = hasher.digest();
-        // An unsealed extent was compared with its file when it was staged and has no checksum yet.
         if expected.is_some_and(|expected| expected != found) {
             let first = pieces.first().map(|placed| (Arc::clone(&placed.piece.path), placed.piece.offset));
             let (path, offset) = first.unwrap_or_default();
