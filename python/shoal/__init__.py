@@ -1,10 +1,14 @@
 """Shoal: virtual memory for GPUs that serve language models.
 
-Importing this package needs neither torch nor CUDA and starts nothing: no thread, no socket, no device call.
+Importing this package needs neither torch nor CUDA and starts nothing: no thread, no socket, no device call. What needs
+torch is in :mod:`shoal.torch`; a simulated device for tests is in :mod:`shoal.testing`.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from shoal import _native
 from shoal._native import __version__
 from shoal.errors import (
     BrokerError,
@@ -17,16 +21,61 @@ from shoal.errors import (
     RegionError,
     TransferError,
 )
+from shoal.kv import KvBacking
+from shoal.memory import (
+    BrokerClient,
+    Guard,
+    MemoryManager,
+    Region,
+    Report,
+    SourcePiece,
+    Transfer,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
+    "BrokerClient",
     "BrokerError",
     "DeadlineError",
     "DeviceError",
     "Error",
     "ForkError",
+    "Guard",
+    "KvBacking",
     "LeaseError",
+    "MemoryManager",
     "OutOfMemoryError",
+    "Region",
     "RegionError",
+    "Report",
+    "SourcePiece",
+    "Transfer",
     "TransferError",
     "__version__",
+    "main",
+    "parse_size",
 ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        The program's name, then its arguments: ``["shoal", "serve", "shoal.toml"]``.
+
+    Returns
+    -------
+    int
+        The exit status.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a string.
+    """
+    return _native.main(list(argv))

@@ -107,17 +107,14 @@ class LeaseError(Error):
         What the bytes were for: ``"weights"``, ``"kv"`` or ``"overhead"``.
     requested : int or None
         Bytes asked for beyond what was held.
-    available : int or None
-        Bytes that could have been had, where that is known.
     reason : str or None
         The refusal in words.
     """
 
-    _names: ClassVar[tuple[str, ...]] = ("kind", "lease", "requested", "available", "reason")
+    _names: ClassVar[tuple[str, ...]] = ("kind", "lease", "requested", "reason")
 
     lease: str | None
     requested: int | None
-    available: int | None
     reason: str | None
 
 
@@ -140,13 +137,13 @@ class TransferError(Error):
 
     Attributes
     ----------
-    region : str or None
-        The region's name.
+    path : str or None
+        The file, if bytes were to be read from one and it has changed or cannot be read.
     """
 
-    _names: ClassVar[tuple[str, ...]] = ("kind", "region")
+    _names: ClassVar[tuple[str, ...]] = ("kind", "path")
 
-    region: str | None
+    path: str | None
 
 
 class DeviceError(Error):

@@ -3,19 +3,57 @@
 //! What it does: PyO3 classes over `shoal-memory`, and the command line of `shoal-server`. Why it is apart: this is the
 //! only crate that knows Python, so every other one serves a Rust user as it stands. It translates and decides nothing.
 //!
+//! | module | subject |
+//! |---|---|
+//! | `manager` | `MemoryManager` and its guard |
+//! | `region` | `Region` and the transfer that a wake is |
+//! | `kv` | `KvBacking` |
+//! | `broker` | `BrokerClient`: a worker's line to the server |
+//! | `buffer` | memory as the buffer protocol sees it; the one home of `unsafe` |
+//! | `owner` | handles belong to the process that made them |
+//! | `convert`, `errors` | Python's words for our values and our failures |
+//!
 //! Two rules hold in every function here. The GIL is the outermost lock (I9): it is let go (`Python::detach`) before
 //! anything that can wait, and no thread that holds one of our locks ever takes it. And nothing happens at import: no
 //! thread, socket or device call before the first object is made.
 
 use pyo3::prelude::*;
 
+mod broker;
+mod buffer;
+mod convert;
+mod errors;
+mod kv;
+mod manager;
+mod owner;
+mod region;
+
 /// The native half of the package; its documented face is `shoal`.
 #[pymodule]
 mod _native {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::broker::PyBrokerClient;
+    #[pymodule_export]
+    use crate::buffer::RegionBuffer;
+    #[pymodule_export]
+    use crate::convert::parse_bytes;
+    #[pymodule_export]
+    use crate::kv::PyKvBacking;
+    #[pymodule_export]
+    use crate::manager::{PyGuard, PyMemoryManager};
+    #[pymodule_export]
+    use crate::region::{PyRegion, PyTransfer};
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+
+    /// Runs the command line; gives the exit status.
+    #[pyfunction]
+    fn main(py: Python<'_>, argv: Vec<String>) -> i32 {
+        py.detach(|| shoal_server::cli::run(argv))
     }
 }

@@ -1,0 +1,189 @@
+//! `BrokerClient`: a worker's line to the server.
+//!
+//! Reading, leases and orders run on threads of `shoal-memory` that never need the GIL; here is only what an engine
+//! says, and the order to end that it waits for.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use rustix::process::{Signal, getpid, kill_process};
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::WorkerCapabilities;
+use shoal_memory::{BrokerClient, Welcome};
+
+use crate::convert;
+use crate::errors;
+use crate::owner::Owned;
+
+/// How long a wait goes without looking for an interrupt.
+const SLICE: Duration = Duration::from_millis(200);
+
+/// What happens when the socket closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnDisconnect {
+    Exit,
+    Ignore,
+}
+
+/// A worker's line to the server.
+#[pyclass(frozen, name = "BrokerClient", module = "shoal._native")]
+pub(crate) struct PyBrokerClient {
+    client: Owned<Arc<BrokerClient>>,
+    path: PathBuf,
+    welcome: Welcome,
+    on_disconnect: Mutex<OnDisconnect>,
+}
+
+impl PyBrokerClient {
+    pub(crate) fn client(&self) -> PyResult<&Arc<BrokerClient>> {
+        self.client.get()
+    }
+}
+
+#[pymethods]
+impl PyBrokerClient {
+    #[staticmethod]
+    #[pyo3(signature = (path, model, timeout_s = 10.0))]
+    fn connect(py: Python<'_>, path: PathBuf, model: &str, timeout_s: f64) -> PyResult<Self> {
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let (client, welcome) = py
+            .detach(|| BrokerClient::connect(&path, model, std::process::id(), timeout))
+            .map_err(errors::of_memory)?;
+        Ok(Self {
+            client: Owned::new(client),
+            path,
+            welcome,
+            on_disconnect: Mutex::new(OnDisconnect::Ignore),
+        })
+    }
+
+    #[getter]
+    fn path(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    #[getter]
+    fn welcome<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        dict.set_item("spec", convert::json(py, &self.welcome.spec)?)?;
+        dict.set_item("device", &self.welcome.device)?;
+        dict.set_item("device_bytes", self.welcome.device_bytes.0)?;
+        dict.set_item("host_budget", self.welcome.host_budget.0)?;
+        dict.set_item("data_socket", &self.welcome.data_socket)?;
+        Ok(dict)
+    }
+
+    #[getter]
+    fn on_disconnect(&self) -> &'static str {
+        match *self.on_disconnect.lock() {
+            OnDisconnect::Exit => "exit",
+            OnDisconnect::Ignore => "ignore",
+        }
+    }
+
+    #[setter]
+    fn set_on_disconnect(&self, py: Python<'_>, value: &str) -> PyResult<()> {
+        let client = self.client.get()?;
+        let wanted = match value {
+            "exit" => OnDisconnect::Exit,
+            "ignore" => OnDisconnect::Ignore,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "on_disconnect must be \"exit\" or \"ignore\", not {value:?}"
+                )));
+            }
+        };
+        *self.on_disconnect.lock() = wanted;
+        py.detach(|| match wanted {
+            OnDisconnect::Exit => client.on_disconnect(end_process),
+            OnDisconnect::Ignore => client.on_disconnect(|_| {}),
+        });
+        Ok(())
+    }
+
+    #[getter]
+    fn connected(&self) -> PyResult<bool> {
+        Ok(self.client.get()?.closed().is_none())
+    }
+
+    fn loading(&self, py: Python<'_>, phase: &str, done: u64, total: u64) -> PyResult<()> {
+        let client = self.client.get()?;
+        py.detach(|| client.loading(phase, ByteCount(done), ByteCount(total)));
+        Ok(())
+    }
+
+    fn ready(&self, py: Python<'_>, capabilities: &Bound<'_, PyDict>) -> PyResult<()> {
+        let client = self.client.get()?;
+        let capabilities: WorkerCapabilities = convert::from_plain("capabilities", capabilities)?;
+        py.detach(|| client.ready(capabilities));
+        Ok(())
+    }
+
+    fn failed(&self, py: Python<'_>, code: &str, message: &str) -> PyResult<()> {
+        let client = self.client.get()?;
+        py.detach(|| client.failed(code, message));
+        Ok(())
+    }
+
+    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, overhead_peak = None))]
+    fn usage(
+        &self,
+        requests_running: u32,
+        requests_waiting: u32,
+        tokens_out: u64,
+        overhead_peak: Option<u64>,
+    ) -> PyResult<()> {
+        let client = self.client.get()?;
+        client.set_requests(requests_running, requests_waiting, tokens_out);
+        if let Some(peak) = overhead_peak {
+            client.set_overhead(ByteCount(peak));
+        }
+        Ok(())
+    }
+
+    #[getter]
+    fn shutdown_requested(&self) -> PyResult<bool> {
+        Ok(self.client.get()?.shutdown_order().is_some())
+    }
+
+    /// Waits in slices, so that an interrupt is seen.
+    #[pyo3(signature = (timeout_s = None))]
+    fn wait_shutdown<'py>(
+        &self,
+        py: Python<'py>,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let client = self.client.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s.unwrap_or(f64::INFINITY))?;
+        let begun = Instant::now();
+        loop {
+            let left = timeout.saturating_sub(begun.elapsed());
+            if let Some(order) = py.detach(|| client.wait_shutdown(left.min(SLICE))) {
+                let deadline = order.deadline.saturating_duration_since(Instant::now());
+                let dict = PyDict::new(py);
+                dict.set_item("deadline_ms", u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX))?;
+                dict.set_item("reason", order.reason)?;
+                return Ok(Some(dict));
+            }
+            if left <= SLICE || client.closed().is_some() {
+                return Ok(None);
+            }
+            py.check_signals()?;
+        }
+    }
+}
+
+/// Ends this process at once: its server is gone, so nothing may hold memory any longer. By signal, because neither
+/// handlers nor destructors may keep it alive, and the kernel gives back whatever it held.
+fn end_process(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "shoal: the server is gone ({reason}); this worker ends");
+    if kill_process(getpid(), Signal::KILL).is_err() {
+        std::process::abort();
+    }
+}

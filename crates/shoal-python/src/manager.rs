@@ -1,0 +1,154 @@
+//! `MemoryManager` and its guard.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use shoal_core::bytes::ByteCount;
+use shoal_core::extent::ExtentRule;
+use shoal_device::{Device, SimDevice, SimOptions};
+use shoal_memory::{Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryManager, RegionSpec};
+
+use crate::broker::PyBrokerClient;
+use crate::convert::{self, ReportTuple};
+use crate::errors;
+use crate::owner::Owned;
+use crate::region::PyRegion;
+
+/// One device's memory in this process.
+#[pyclass(frozen, name = "MemoryManager", module = "shoal._native")]
+pub(crate) struct PyMemoryManager {
+    manager: Owned<Arc<MemoryManager>>,
+}
+
+#[pymethods]
+impl PyMemoryManager {
+    #[new]
+    #[pyo3(signature = (device, device_capacity, device_budget, host_budget, runtime_dir, broker))]
+    fn new(
+        py: Python<'_>,
+        device: &str,
+        device_capacity: u64,
+        device_budget: u64,
+        host_budget: u64,
+        runtime_dir: PathBuf,
+        broker: Option<&PyBrokerClient>,
+    ) -> PyResult<Self> {
+        let ordinal = ordinal(device)?;
+        let client = broker.map(|broker| broker.client().map(Arc::clone)).transpose()?;
+        let manager = py.detach(move || {
+            let options = SimOptions { ordinal, ..SimOptions::new(ByteCount(device_capacity), runtime_dir) };
+            let device: Arc<dyn Device> =
+                SimDevice::open_dyn(options).map_err(|error| errors::of_device(&error))?;
+            let lease: Arc<dyn LeaseSource> = match &client {
+                Some(client) => Arc::clone(client) as _,
+                None => LocalBudget::new(ByteCount(device_budget)) as _,
+            };
+            let manager = MemoryManager::new(device, ManagerOptions::new(ByteCount(host_budget), lease))
+                .map_err(errors::of_memory)?;
+            if let Some(client) = client {
+                client.serve(&manager).map_err(errors::of_memory)?;
+            }
+            Ok::<_, PyErr>(manager)
+        })?;
+        Ok(Self { manager: Owned::new(manager) })
+    }
+
+    fn region(
+        &self,
+        py: Python<'_>,
+        name: String,
+        nbytes: u64,
+        kind: &str,
+        backing: &str,
+    ) -> PyResult<PyRegion> {
+        let manager = self.manager.get()?;
+        if nbytes == 0 {
+            return Err(PyValueError::new_err(format!(
+                "region {name:?} of 0 bytes: a region needs a length"
+            )));
+        }
+        let spec = RegionSpec {
+            name,
+            bytes: ByteCount(nbytes),
+            kind: convert::lease_kind(kind)?,
+            extent_rule: ExtentRule::default(),
+            backing: convert::backing(backing)?,
+        };
+        let region = py.detach(|| manager.region(spec)).map_err(errors::of_memory)?;
+        Ok(PyRegion::new(region))
+    }
+
+    fn guard(&self, py: Python<'_>, timeout_s: f64) -> PyResult<PyGuard> {
+        let manager = self.manager.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let guard = py.detach(|| manager.guard(timeout)).map_err(errors::of_memory)?;
+        Ok(PyGuard { guard: Mutex::new(Some(Owned::new(guard))) })
+    }
+
+    fn reclaim(&self, py: Python<'_>, nbytes: u64, timeout_s: f64, reason: &str) -> PyResult<ReportTuple> {
+        let manager = self.manager.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        py.detach(|| manager.reclaim(ByteCount(nbytes), timeout, reason))
+            .map(|report| convert::evicted(py, report))
+            .map_err(errors::of_memory)
+    }
+
+    fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let manager = self.manager.get()?;
+        let usage = py.detach(|| manager.usage());
+        convert::plain(py, &usage)
+    }
+
+    fn device_memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let manager = self.manager.get()?;
+        let memory = py.detach(|| manager.device().memory()).map_err(|error| errors::of_device(&error))?;
+        let dict = PyDict::new(py);
+        dict.set_item("total", memory.total.0)?;
+        dict.set_item("free", memory.free.0)?;
+        dict.set_item("used_by_this_process", memory.used_by_this_process.0)?;
+        Ok(dict)
+    }
+}
+
+/// The device's number, from `"sim"` or `"sim:N"`.
+fn ordinal(device: &str) -> PyResult<u32> {
+    match device.split_once(':').unwrap_or((device, "0")) {
+        ("sim", number) => number.parse().map_err(|_| {
+            PyValueError::new_err(format!("device {device:?}: what follows \"sim:\" must be a number"))
+        }),
+        ("cuda", _) => Err(errors::raise(
+            "DeviceError",
+            "unsupported",
+            &format!(
+                "device {device:?}: this version cannot use CUDA devices yet; device=\"sim\" is a simulated one"
+            ),
+            vec![("device", device.into())],
+        )),
+        _ => Err(PyValueError::new_err(format!(
+            "device must be \"auto\", \"sim\" or \"cuda:N\", not {device:?}"
+        ))),
+    }
+}
+
+/// A shared pass through the manager's gate.
+#[pyclass(frozen, name = "Guard", module = "shoal._native")]
+pub(crate) struct PyGuard {
+    guard: Mutex<Option<Owned<Guard>>>,
+}
+
+#[pymethods]
+impl PyGuard {
+    fn release(&self, py: Python<'_>) -> PyResult<()> {
+        // The data lock is let go on this line: what follows may wait, and the GIL is the outermost lock (I9).
+        let guard = self.guard.lock().take();
+        if let Some(guard) = guard {
+            guard.get()?;
+            py.detach(move || drop(guard));
+        }
+        Ok(())
+    }
+}

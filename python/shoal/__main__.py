@@ -1,0 +1,19 @@
+"""The `shoal` command: `shoal serve`, `ps`, `wake`, `sleep`, `pin`, `doctor`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import shoal
+
+
+def main() -> int:
+    """Run the command line with this process's arguments; gives the exit status."""
+    # Python's handler would only note an interrupt for when Python code runs again: give it back to the program.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return shoal.main(["shoal", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
