@@ -34,8 +34,7 @@ NEVER = {
 # Where a word may stand in Rust code: path prefixes below crates/.
 HOMES = {
     "unsafe": (
-        "shoal-device/src/sim/",
-        "shoal-device/src/cuda/",
+        "shoal-device/",
         "shoal-python/src/buffer.rs",
         "shoal-python/src/torch_hooks.rs",
     ),
