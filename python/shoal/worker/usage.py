@@ -1,10 +1,10 @@
-"""Figures of one worker, and the thread that tells them to the server while they change."""
+"""Counters of one worker, and the thread that tells them to the server while they change."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,23 +19,20 @@ class Counts:
     tokens_out: int = 0
 
 
-Figures = TypeVar("Figures")
-
-
-class Reporter(Generic[Figures]):
-    """Tells figures, at most a few times a second, and only while they change.
+class Reporter:
+    """Tells the counts, at most a few times a second, and only while they change.
 
     Parameters
     ----------
     read
-        Where the figures come from; called on the reporter's thread. Two equal values are one.
+        Where the counts come from; called on the reporter's thread.
     send
         Told each new value.
     interval_s
         Least time between two reports.
     """
 
-    def __init__(self, read: Callable[[], Figures], send: Callable[[Figures], None], interval_s: float = 0.25) -> None:
+    def __init__(self, read: Callable[[], Counts], send: Callable[[Counts], None], interval_s: float = 0.25) -> None:
         self._read = read
         self._send = send
         self._interval_s = interval_s
@@ -52,13 +49,13 @@ class Reporter(Generic[Figures]):
         self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
-        told: Figures | None = None
+        told: Counts | None = None
         last = False
         while True:
-            figures = self._read()
-            if figures != told:
-                self._send(figures)
-                told = figures
+            counts = self._read()
+            if counts != told:
+                self._send(counts)
+                told = counts
             if last:
                 return
             last = self._stop.wait(self._interval_s)

@@ -1,0 +1,193 @@
+"""One model, served: ``python -m shoal.worker --control SOCKET --model NAME``.
+
+The server starts this, one process for each model. Everything else comes over the control socket: what to load, how
+much memory there is, and where to listen. The order of things: connect, load on the CPU, place the weights (no device
+yet), listen, say ready; then serve until the server says shutdown, SIGTERM comes, or the server is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shoal import BrokerClient
+
+    from .loading import Progress
+    from .serving import Assembled
+    from .spec import WorkerSpec
+
+logger = logging.getLogger("shoal.worker")
+
+_GRACE_S = 10.0  # how long running requests may take after SIGTERM
+_PARENT_CHECK_S = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve one model; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m shoal.worker", description="Serve one model for shoal serve.")
+    parser.add_argument("--control", required=True, type=Path, help="the server's control socket")
+    parser.add_argument("--model", required=True, help="the model's name in the server's configuration")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    parent = os.getppid()
+    try:
+        from shoal import BrokerClient, Error
+    except ImportError as error:
+        logger.critical("the native half of shoal is missing (%s)", error)
+        return 2
+    try:
+        client = BrokerClient.connect(str(options.control), options.model)
+    except Error as error:
+        logger.critical("no server at %s: %s", options.control, error)
+        return 2
+    client.on_disconnect = "exit"
+    return _serve(client, options.model, parent)
+
+
+def _serve(client: BrokerClient, name: str, parent: int) -> int:
+    from .errors import LoadError
+
+    try:
+        assembled = _assemble(client, name)
+    except LoadError as error:
+        logger.critical("%s: %s", error.code, error)
+        client.failed(error.code, str(error))
+        return 1
+    except Exception as error:
+        logger.exception("the model could not be made ready")
+        client.failed("internal", f"{type(error).__name__}: {error}")
+        return 1
+    return asyncio.run(_run(client, assembled, parent))
+
+
+def _assemble(client: BrokerClient, name: str) -> Assembled:
+    """Load, place, and build the engine."""
+    from .errors import LoadError
+    from .spec import SpecError, WorkerSpec
+
+    try:
+        spec = WorkerSpec.from_welcome(client.welcome["spec"])
+    except SpecError as error:
+        raise LoadError("model_unsupported", f"the model's configuration cannot be used: {error}") from error
+    _require_extras()
+    import torch
+    import transformers
+
+    from shoal import MemoryManager
+
+    from . import hooks, loading
+    from .device import DeviceMemory
+    from .serving import assemble
+
+    torch.set_num_threads(spec.threads)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        hooks.verify()
+    except hooks.HookError as error:
+        raise LoadError("internal", str(error)) from error
+    path = _prepared(spec, client.loading)
+    files = loading.inspect(path)
+    memory = DeviceMemory(MemoryManager(broker=client))
+    loaded = loading.load(files, spec, client.loading)
+    weights = memory.place(loaded.model, path, lambda done, total: client.loading("placing", done, total))
+    return assemble(name, loaded, memory, spec, weights)
+
+
+def _require_extras() -> None:
+    from .errors import LoadError
+
+    for module in ("torch", "transformers", "safetensors", "aiohttp", "jinja2"):
+        try:
+            __import__(module)
+        except ImportError as error:
+            message = f"{module} is not installed for {sys.executable}: pip install 'shoal[serve]' ({error})"
+            raise LoadError("internal", message) from error
+
+
+def _prepared(spec: WorkerSpec, progress: Progress) -> Path:
+    """Make the source a local directory."""
+    from shoal.sources import SourceError, resolve
+
+    from .errors import LoadError
+
+    try:
+        return resolve(spec.source, spec.revision, progress)
+    except SourceError as error:
+        raise LoadError(getattr(error, "code", None) or "model_missing", str(error)) from error
+
+
+async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
+    """Serve until there is a reason to end."""
+    from .http import make_app, serve
+    from .usage import Counts, Reporter
+
+    def report(counts: Counts) -> None:
+        client.usage(requests_running=counts.running, requests_waiting=counts.waiting, tokens_out=counts.tokens_out)
+
+    loop = asyncio.get_running_loop()
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    assembled.engine.start()
+    runner = await serve(make_app(assembled.served), Path(client.welcome["data_socket"]))
+    reporter = Reporter(assembled.engine.counts, report)
+    reporter.start()
+    client.ready(assembled.capabilities)
+    logger.info("ready: %s", assembled.capabilities)
+    watch = asyncio.create_task(_watch(client, assembled, ending, parent))
+    await ending.wait()
+    watch.cancel()
+    grace_s = _grace(watch)
+    logger.info("ending: running requests have %g s", grace_s)
+    for site in list(runner.sites):
+        await site.stop()  # no new connections; the open ones go on
+    deadline = loop.time() + grace_s
+    while assembled.engine.counts() != Counts(tokens_out=assembled.engine.counts().tokens_out):
+        if loop.time() > deadline:
+            logger.warning("ending with requests still running")
+            break
+        await asyncio.sleep(0.05)
+    status = 0 if assembled.engine.alive else 1
+    await asyncio.to_thread(assembled.engine.stop)
+    await runner.cleanup()
+    await asyncio.to_thread(reporter.stop)
+    return status
+
+
+async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Event, parent: int) -> float:
+    """Wait for the server's word, its death or the engine's; returns how long running requests may take."""
+    while True:
+        order: dict[str, Any] | None = await asyncio.to_thread(client.wait_shutdown, _PARENT_CHECK_S)
+        if order is not None:
+            logger.info("the server says shutdown: %s", order.get("reason", ""))
+            ending.set()
+            return min(float(order.get("deadline_ms", 0)) / 1000, _GRACE_S)
+        if not assembled.engine.alive:
+            client.failed("internal", "the engine's thread ended; the log says why")
+            ending.set()
+            return 0.0
+        if os.getppid() != parent or not client.connected:
+            logger.warning("the process that started this worker is gone")
+            ending.set()
+            return 0.0
+
+
+def _grace(watch: asyncio.Task[float]) -> float:
+    with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
+        return watch.result()
+    return _GRACE_S
+
+
+if __name__ == "__main__":
+    sys.exit(main())
