@@ -33,8 +33,6 @@ for region in (first, second):
     region.seal()
 address = first.address
 first.wake()
-with memory.guard(timeout_s=10):
-    pass
 first.sleep()
 second.wake()
 assert bytes(second.buffer(0, 6 << 20)) == text[::-1]
