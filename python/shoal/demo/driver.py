@@ -110,7 +110,7 @@ class Session:
 
     def story(self) -> None:
         """Ask about a text that fills a good part of the context."""
-        outcome = self._note(self.jobs.chat(STORY * 4, _CHAT_TOKENS))
+        outcome = self._note(self.jobs.chat(STORY * 7, _CHAT_TOKENS))
         self._same("story", outcome.text)
 
     def code(self) -> None:
