@@ -241,9 +241,9 @@ def _tensors(path: Path) -> dict[str, TensorPlace]:
     tensors: dict[str, TensorPlace] = {}
     for name in names:
         tensors |= safetensors_places(path / name)
-    for name in mapping or ():
+    for name, file in (mapping or {}).items():
         if name not in tensors:
-            raise _corrupt(f"{path / mapping[name]} has no tensor {name}, but {index.name} says so")
+            raise _corrupt(f"{path / file} has no tensor {name}, but {index.name} says so")
     return tensors
 
 
