@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,35 @@ def test_eviction_waits_for_guards(mem: shoal.MemoryManager) -> None:
     sleeper.join(10)
     assert asleep.is_set()
     assert region.usage()["device"] == 0
+
+
+def test_guards_and_sleeps_in_many_threads(mem: shoal.MemoryManager) -> None:
+    region, data = staged(mem, 2 * PAGE)
+    end = time.monotonic() + 1.5
+    failures: list[str] = []
+    rounds = [0, 0]
+
+    def forward() -> None:
+        while time.monotonic() < end and not failures:
+            with mem.guard():
+                if read(region, PAGE - 50, 100) != data[PAGE - 50 : PAGE + 50]:
+                    failures.append("other bytes")
+            rounds[0] += 1
+
+    def disturb() -> None:
+        while time.monotonic() < end and not failures:
+            region.sleep(keep=rounds[1] % 2 / 2)
+            rounds[1] += 1
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=forward), threading.Thread(target=forward), threading.Thread(target=disturb)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "stuck"
+    assert not failures
+    assert min(rounds) > 3
 
 
 def test_a_guard_is_for_one_with(mem: shoal.MemoryManager) -> None:
