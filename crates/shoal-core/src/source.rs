@@ -134,7 +134,8 @@ impl SourceMap {
         &self.pieces[low..high.max(low)]
     }
 
-    /// True when every byte written in `from..to` can be read from a file again. (Bytes never written are zero.)
+    /// True when something was written in `from..to` and every byte of it can be read from a file again. (Bytes never
+    /// written are zero; where nothing was written no file speaks for the bytes.)
     #[must_use]
     pub fn covers(&self, from: u64, to: u64) -> bool {
         let written: u64 =
@@ -144,7 +145,7 @@ impl SourceMap {
             .iter()
             .map(|placed| placed.end().min(to).saturating_sub(placed.region_offset.max(from)))
             .sum();
-        written == sourced
+        written > 0 && written == sourced
     }
 }
 
@@ -194,5 +195,6 @@ mod tests {
         assert_eq!(map.pieces(0, 100).len(), 1, "both neighbours were overwritten in part");
         assert!(!map.covers(0, 100));
         assert!(map.covers(5, 25));
+        assert!(!map.covers(40, 50), "nothing was written there");
     }
 }

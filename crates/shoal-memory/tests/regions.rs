@@ -232,3 +232,29 @@ fn committed_memory_is_zero_and_goes_with_its_region() {
     assert_eq!(world.device_used(), ByteCount::ZERO);
     world.check();
 }
+
+/// Making host room must never take the only copy of what came from the device.
+#[test]
+fn host_copies_of_what_no_file_holds_are_never_dropped() {
+    let world = world(16, 10);
+    let region = world.region("kv", 4, LeaseKind::Kv);
+    let kv = KvBacking::new(&region, ByteCount(PAGE), 4).expect("fits");
+    assert!(kv.back(&[0, 1, 2, 3]).expect("room"));
+    for page in 0..4 {
+        region.write(ByteCount(page * PAGE), &[7]).expect("backed");
+    }
+    for _ in 0..4 {
+        let report = world.manager.reclaim(ByteCount(1), WAIT, "a test").expect("no step runs");
+        assert!(report.freed == ByteCount(PAGE) || report.error.is_some(), "{report:?}");
+    }
+    let error = world.manager.reclaim(ALL, WAIT, "a test").expect("no step runs").error;
+    assert_eq!(region.usage().source_only, ByteCount::ZERO);
+    assert!(error.is_some() || region.usage().device.is_zero());
+    let _guard = world.manager.guard(WAIT).expect("restored");
+    for page in 0..4 {
+        let mut byte = [0];
+        region.read(ByteCount(page * PAGE), &mut byte).expect("restored");
+        assert_eq!(byte, [7], "page {page}");
+    }
+    world.check();
+}

@@ -144,6 +144,8 @@ impl Region {
         match mapped {
             Ok(resident) => {
                 state.slot(index).resident = Some(resident);
+                // Whatever a file said of these bytes, they will be written on the device.
+                state.sources.write(extent.offset().0, extent.bytes().0, None);
                 state.table.finish(index).map_err(self.table_error())?;
                 debug_assert!(state.table.extent(index).is_ok_and(|(_, now)| now.valid().has(Tier::Device)));
                 Ok(extent.bytes())

@@ -316,7 +316,11 @@ impl Region {
         }
         for planned in brought {
             let index: ExtentIndex = planned.extent;
-            if state.table.written(index).is_ok() {
+            if let Ok((extent, _)) = state.table.extent(index)
+                && state.table.written(index).is_ok()
+            {
+                // No file speaks for what may be written from now on, not even after it was copied down again.
+                state.sources.write(extent.offset().0, extent.bytes().0, None);
                 freed.extend(state.slot(index).host.take());
             }
         }
