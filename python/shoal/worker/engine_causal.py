@@ -56,6 +56,15 @@ _RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory a
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
 _KV_DEFAULT_MAX = 1 << 30
 _CONTEXTS_DEFAULT = 4
+_PAGE_BYTES = 2 << 20
+
+
+def _kv_bytes_min(first: int, blocks: int, block_bytes: int) -> int:
+    """Count the bytes of the pages under the `first` blocks and under the padding behind all `blocks`."""
+    front_end = -(-first * block_bytes // _PAGE_BYTES)
+    padding_start = max(front_end, blocks * block_bytes // _PAGE_BYTES)
+    padding_end = -(-(blocks + PADDING_BLOCKS) * block_bytes // _PAGE_BYTES)
+    return (front_end + padding_end - padding_start) * _PAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class CausalLimits:
             blocks=blocks,
             block_bytes=block_bytes,
             block_tokens=tokens,
-            kv_bytes_min=(2 * layout.groups + PADDING_BLOCKS) * block_bytes,
+            kv_bytes_min=_kv_bytes_min(2 * layout.groups, blocks, block_bytes),
         )
 
 
