@@ -240,9 +240,11 @@ def place(
     entries, left_out = _collect(module, None if example is None else _order_of_use(module, example))
     if not entries:
         raise ValueError("the module has no parameters")
-    elsewhere = [entry.names[0] for entry in entries if entry.one.device.type != "cpu"]
-    if elsewhere:
-        raise ValueError(f"{elsewhere[0]!r} is on {entries[0].one.device}, not on the CPU: load the module there first")
+    for entry in entries:
+        if entry.one.device.type != "cpu":
+            raise ValueError(
+                f"{entry.names[0]!r} is on {entry.one.device}, not on the CPU: load the module there first"
+            )
     end = 0
     for entry in entries:
         align = _ALIGN_LARGE if entry.nbytes >= _LARGE_BYTES else _ALIGN_SMALL
@@ -536,5 +538,5 @@ def _bytes_of(flat: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
 def _swap(entry: _Entry, target: torch.Tensor) -> None:
     for value in entry.tensors:
         if tuple(value.shape) != tuple(target.shape):
-            raise RegionError(f"{entry.names[0]!r} changed its shape while it was placed", region="weights")
+            raise RegionError(f"{entry.names[0]!r} changed its shape while it was placed", kind="state")
         value.data = target

@@ -140,7 +140,7 @@ def test_a_refusal_is_an_error_with_its_reason(server: Server) -> None:
     assert kv.back([0])
 
 
-def test_orders_are_carried_out_without_the_gil(server: Server) -> None:
+def test_orders_are_carried_out(server: Server) -> None:
     client = shoal.BrokerClient.connect(str(server.path), "chat")
     mem = shoal.MemoryManager(broker=client)
     region = mem.region("weights", 4 * PAGE)
@@ -159,6 +159,36 @@ def test_orders_are_carried_out_without_the_gil(server: Server) -> None:
     assert region.usage()["device"] == 0
     with mem.guard():
         assert read(region) == data
+
+
+BUSY = """
+    import sys
+    import shoal
+    client = shoal.BrokerClient.connect(sys.argv[1], "chat")
+    mem = shoal.MemoryManager(broker=client)
+    region = mem.region("weights", "8MiB")
+    region.stage(0, bytes(8 << 20))
+    region.seal()
+    region.wake()
+    client.loading("holding", 0, 1)
+    product = 3 ** 6_000_000  # one call that keeps the GIL for seconds
+    client.loading("let go", 1, 1)
+"""
+
+
+def test_a_reclaim_needs_neither_the_gil_nor_the_engine(server: Server) -> None:
+    outcome: list[Any] = []
+    thread = threading.Thread(target=lambda: outcome.append(run_python(BUSY, str(server.path), timeout_s=60)))
+    thread.start()
+    assert server.wait_for("loading", 30)["phase"] == "holding"
+    server.say(say="reclaim", order=1, bytes=8 << 20, deadline_ms=5000, reason="others")
+    done = server.heard.get(timeout=30)
+    while done["say"] not in {"order_done", "loading"}:
+        done = server.heard.get(timeout=30)
+    thread.join(60)
+    assert done["say"] == "order_done", "the order waited for the interpreter"
+    assert done["bytes"] == 8 << 20
+    assert outcome[0].returncode == 0, outcome[0].stderr
 
 
 def test_what_a_worker_says(server: Server) -> None:

@@ -1,6 +1,6 @@
 //! `shoal._native`: the Rust half of the Python package.
 //!
-//! What it does: PyO3 classes over `shoal-memory`, and the command line of `shoal-server`. Why it is apart: this is the
+//! What it does: `PyO3` classes over `shoal-memory`, and the command line of `shoal-server`. Why it is apart: this is the
 //! only crate that knows Python, so every other one serves a Rust user as it stands. It translates and decides nothing.
 //!
 //! | module | subject |
