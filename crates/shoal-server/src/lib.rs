@@ -3,6 +3,9 @@
 //! | module | subject |
 //! |---|---|
 //! | [`config`] | what `shoal.toml` says, typed |
+//! | `broker` | one owner of all state: leases, orders, parked requests, decisions |
+//! | [`control`] | the socket on which workers speak |
+//! | [`supervisor`] | worker processes |
 //! | [`shelf`] | the models, the device memory they share, the requests that wait for them |
 //! | [`state`] | what the server shows of itself: snapshot and events |
 //! | [`gateway`] | what listens: who may ask, and the way of a request to its model |
@@ -15,13 +18,14 @@
 //! No CUDA, no Python and no page arithmetic here: those live in the workers.
 
 mod api;
+mod broker;
 pub mod cli;
 pub mod config;
-pub mod control; // from the lead: see LEAD-NOTE.md
+pub mod control;
 mod events;
 pub mod gateway;
 mod metrics;
 mod page;
 pub mod shelf;
 pub mod state;
-pub mod supervisor; // from the lead: see LEAD-NOTE.md
+pub mod supervisor;

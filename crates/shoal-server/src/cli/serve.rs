@@ -17,6 +17,7 @@ use super::client::ServerFile;
 use super::{Failure, Out};
 use crate::config::{ConfigError, DeviceChoice, SAMPLE, ServerConfig, Surroundings, find_file, make_private};
 use crate::gateway::{App, Keys, Models, Settings, bind, serve as answer};
+use crate::shelf::Shelf;
 
 /// How long answers under way may take after the first Ctrl-C.
 const LINGER_MAX: Duration = Duration::from_secs(20);
@@ -82,7 +83,7 @@ async fn run(config: ServerConfig, keys: Option<Keys>, out: Out<'_>, errors: Out
     for dir in [&config.runtime_dir, &config.state_dir, &config.log_dir] {
         make_private(dir)?;
     }
-    let models = start_shelf(&config).await?;
+    let models = start_shelf(&config)?;
     let text = banner(&config, keys.as_ref(), Some(&url_of(address)));
     let app = App::new(Arc::clone(&models), &config, keys, Settings::default());
     let here = ServerFile {
@@ -137,9 +138,9 @@ async fn run(config: ServerConfig, keys: Option<Keys>, out: Out<'_>, errors: Out
     }
 }
 
-#[expect(clippy::unused_async, reason = "the shelf is not there yet")]
-async fn start_shelf(_: &Arc<ServerConfig>) -> Result<Arc<dyn Models>, Failure> {
-    Err(Failure::new("this build has no shelf yet"))
+fn start_shelf(config: &Arc<ServerConfig>) -> Result<Arc<dyn Models>, Failure> {
+    let shelf = Shelf::start(Arc::clone(config)).map_err(|error| Failure::new(whole_story(&error)))?;
+    Ok(Arc::new(shelf))
 }
 
 /// An error with its causes, as one sentence.

@@ -1,19 +1,278 @@
 //! The shelf: the models, the device memory they share, and the requests that wait for them.
 //!
-//! ```text
-//! Shelf::start(Arc<ServerConfig>) -> Result<Shelf, ShelfError>          (async, inside a tokio runtime)
-//! shelf.snapshot() -> ShelfSnapshot
-//! shelf.subscribe() -> broadcast::Receiver<Arc<Event>>
-//! shelf.events_since(id) -> Result<Vec<Arc<Event>>, Missed>
-//! shelf.route(model, deadline: Instant) -> Result<Route, RouteError>    (async)
-//! shelf.wake(model, deadline) -> Result<Report, ShelfError>             (async)
-//! shelf.sleep(model, keep: f64, deadline) -> Result<Report, ShelfError> (async)
-//! shelf.pin(model, pinned) -> Result<Report, ShelfError>
-//! shelf.shutdown(deadline)                                              (async)
-//! ```
+//! [`Shelf`] is the handle that the gateway, the API and the command line hold. Behind it is one
+//! [`Core`](crate::broker) and a handful of tasks that carry bytes and watch processes and decide nothing: one that
+//! accepts workers, two for each connection, one for each model's process, one for the clock.
+//!
+//! When the last handle is dropped, or the process dies, the workers end with it.
 
 mod error;
+mod models;
 mod route;
+mod runtime_dir;
+mod tasks;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use crate::broker::{Begun, Core, Reached, Timing, Wanted};
+use crate::config::ServerConfig;
+use crate::control::Listener;
+use crate::state::{Event, Missed, ShelfSnapshot};
 
 pub use error::{RouteError, ShelfError};
 pub use route::{Report, Route, RouteSink};
+use runtime_dir::RuntimeDir;
+
+/// All models and what they share. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Shelf {
+    handle: Arc<Handle>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.cancel.cancel();
+    }
+}
+
+/// What tasks and handles share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    core: Mutex<Core>,
+    base: tokio::time::Instant,
+    cancel: CancellationToken,
+    /// Held as long as anything of this server runs.
+    _runtime_dir: RuntimeDir,
+}
+
+impl Shared {
+    fn now_ms(&self) -> u64 {
+        millis(self.base.elapsed())
+    }
+
+    fn at_ms(&self, at: Instant) -> u64 {
+        let base = self.base.into_std();
+        millis(at.saturating_duration_since(base))
+    }
+
+    /// Hands the core the present moment. Short: nothing in it waits.
+    fn with<T>(&self, act: impl FnOnce(&mut Core, u64) -> T) -> T {
+        let mut core = self.core.lock();
+        // Taken under the lock, so that time never runs backwards inside.
+        let now_ms = self.now_ms();
+        act(&mut core, now_ms)
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Shelf {
+    /// Makes the runtime directory this server's own, listens for workers and starts one for each model. Gives at once:
+    /// workers come up one after another, and nothing is on the device until a model is used.
+    ///
+    /// Must be called inside a tokio runtime (it panics outside of one).
+    ///
+    /// # Errors
+    /// [`ShelfError`]: another server has the directory, a directory cannot be written, minimums that do not fit.
+    pub fn start(config: Arc<ServerConfig>) -> Result<Self, ShelfError> {
+        let sum: ByteCount = config.models.iter().filter_map(|model| model.min).sum();
+        if sum > config.device_budget {
+            return Err(ShelfError::Minimums { sum, budget: config.device_budget });
+        }
+        let runtime_dir = RuntimeDir::take(&config)?;
+        let path = config.control_socket();
+        let listener = Listener::bind(&path).map_err(|error| ShelfError::Io {
+            what: "cannot listen at",
+            path,
+            source: std::io::Error::other(error),
+        })?;
+        let decisions = tasks::decision_log(&config.log_dir);
+        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let core = Core::new(config, Timing::default(), millis(unix), Some(decisions));
+        let shared = Arc::new(Shared {
+            core: Mutex::new(core),
+            base: tokio::time::Instant::now(),
+            cancel: CancellationToken::new(),
+            _runtime_dir: runtime_dir,
+        });
+        tasks::start(&shared, listener);
+        shared.with(Core::handle_timer);
+        Ok(Self { handle: Arc::new(Handle { shared }) })
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.handle.shared
+    }
+
+    /// Everything, at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> ShelfSnapshot {
+        self.shared().with(|core, now_ms| core.snapshot(now_ms))
+    }
+
+    /// Events from now on.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<Arc<Event>> {
+        self.shared().with(|core, _| core.events.subscribe())
+    }
+
+    /// Events after `id`, oldest first.
+    ///
+    /// # Errors
+    /// [`Missed`] where some are no longer kept.
+    pub fn events_since(&self, id: u64) -> Result<Vec<Arc<Event>>, Missed> {
+        self.shared().with(|core, _| core.events.since(id))
+    }
+
+    /// The way of one request to `model`. At once where it is awake; else the request is parked, one wake for all of
+    /// them. Dropping the future gives the place in the queue up.
+    ///
+    /// # Errors
+    /// [`RouteError`].
+    pub async fn route(&self, model: &str, deadline: Instant) -> Result<Route, RouteError> {
+        let reached = self.reach(model, Wanted::Route, deadline).await?;
+        let waited = Duration::from_millis(reached.waited_ms);
+        let sink = Arc::new(tasks::Sink::new(Arc::clone(self.shared()), reached.place));
+        Ok(Route::new(reached.socket, waited, reached.was_asleep, Some(sink)))
+    }
+
+    async fn reach(&self, model: &str, wanted: Wanted, deadline: Instant) -> Result<Reached, RouteError> {
+        let shared = self.shared();
+        let deadline_ms = shared.at_ms(deadline);
+        let begun = shared.with(|core, now_ms| core.handle_wanted(model, wanted, now_ms, deadline_ms))?;
+        let asked = Instant::now();
+        let (place, ticket, answer) = match begun {
+            Begun::Reached(reached) => return Ok(reached),
+            Begun::Parked { place, ticket, answer } => (place, ticket, answer),
+        };
+        // Gives the place up when this future is dropped; hands an answer that nobody took back.
+        let mut waiting = tasks::Waiting { shared: Arc::clone(shared), place, ticket, wanted, answer };
+        match tokio::time::timeout_at(deadline.into(), &mut waiting.answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(RouteError::ShuttingDown),
+            // An answer that crossed the deadline counts.
+            Err(_) => {
+                if let Ok(answer) = waiting.answer.try_recv() {
+                    return answer;
+                }
+                let reason = waiting.give_up();
+                Err(RouteError::Deadline { model: model.to_owned(), waited: asked.elapsed(), reason })
+            }
+        }
+    }
+
+    /// Brings a model's weights to the device. A failed model's worker is given another try.
+    ///
+    /// # Errors
+    /// [`ShelfError`].
+    pub async fn wake(&self, model: &str, deadline: Instant) -> Result<Report, ShelfError> {
+        let began = Instant::now();
+        let refused = |reason: String| ShelfError::Refused { model: model.to_owned(), reason };
+        let reached = self.reach(model, Wanted::Wake, deadline).await.map_err(|error| match error {
+            RouteError::UnknownModel { name, known } => ShelfError::UnknownModel { name, known },
+            RouteError::Failed { reason, .. } => refused(reason),
+            RouteError::Deadline { model, waited, reason } => ShelfError::Deadline { model, waited, reason },
+            RouteError::ShuttingDown => ShelfError::ShuttingDown,
+            full @ RouteError::Full { .. } => refused(full.to_string()),
+        })?;
+        let summary = if reached.was_asleep { "it was woken" } else { "it was awake" }.to_owned();
+        let bytes = self.shared().with(|core, _| {
+            if reached.was_asleep { core.models[reached.place].weights_total } else { ByteCount::ZERO }
+        });
+        Ok(self.report(reached.place, bytes, bytes, began, summary))
+    }
+
+    /// Takes a model's weights off the device, but for the part `keep` (0 to 1), and its KV.
+    ///
+    /// # Errors
+    /// [`ShelfError`].
+    pub async fn sleep(&self, model: &str, keep: f64, deadline: Instant) -> Result<Report, ShelfError> {
+        let began = Instant::now();
+        let (place, told) = self.shared().with(|core, now_ms| core.handle_sleep(model, keep, now_ms))?;
+        let Some(told) = told else {
+            let summary = "it held no more than that".to_owned();
+            return Ok(self.report(place, ByteCount::ZERO, ByteCount::ZERO, began, summary));
+        };
+        match tokio::time::timeout_at(deadline.into(), told).await {
+            Ok(Ok(told)) => {
+                let summary = told
+                    .error
+                    .unwrap_or_else(|| format!("it gave {} up in {} ms", told.bytes, told.duration_ms));
+                Ok(self.report(place, told.bytes, told.copied, began, summary))
+            }
+            Ok(Err(_)) => Err(ShelfError::Refused {
+                model: model.to_owned(),
+                reason: "its worker ended meanwhile".to_owned(),
+            }),
+            Err(_) => Err(ShelfError::Deadline {
+                model: model.to_owned(),
+                waited: began.elapsed(),
+                reason: "its worker has not answered the order".to_owned(),
+            }),
+        }
+    }
+
+    /// Makes a model stay on the device once it is there, or lets it go again.
+    ///
+    /// # Errors
+    /// [`ShelfError::UnknownModel`].
+    pub fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
+        let began = Instant::now();
+        let place = self.shared().with(|core, now_ms| core.handle_pin(model, pinned, now_ms))?;
+        let summary = if pinned { "it stays on the device once it is there" } else { "it may be evicted" };
+        Ok(self.report(place, ByteCount::ZERO, ByteCount::ZERO, began, summary.to_owned()))
+    }
+
+    fn report(
+        &self,
+        place: usize,
+        bytes: ByteCount,
+        copied: ByteCount,
+        began: Instant,
+        summary: String,
+    ) -> Report {
+        let (model, status) =
+            self.shared().with(|core, _| (core.models[place].name.clone(), core.status_of(place)));
+        Report { model, status, bytes, copied, duration_ms: began.elapsed().as_secs_f64() * 1_000.0, summary }
+    }
+
+    /// Tells every worker to finish, waits for them until `deadline`, and kills those that are left.
+    pub async fn shutdown(&self, deadline: Instant) {
+        let shared = self.shared();
+        let allowed = deadline.saturating_duration_since(Instant::now());
+        let gone = shared.with(|core, now_ms| {
+            core.handle_stop(millis(allowed), now_ms);
+            Arc::clone(&core.process_gone)
+        });
+        let all_gone = async {
+            loop {
+                let notified = gone.notified();
+                tokio::pin!(notified);
+                notified.as_mut().enable();
+                if shared.with(|core, _| core.processes()) == 0 {
+                    return;
+                }
+                notified.await;
+            }
+        };
+        if tokio::time::timeout_at(deadline.into(), all_gone).await.is_err() {
+            let left = shared.with(|core, _| core.processes());
+            tracing::warn!(left, "workers did not end in time and are killed");
+        }
+        // Whatever is left is killed as its task ends.
+        shared.cancel.cancel();
+    }
+}

@@ -1,0 +1,235 @@
+//! What workers say of leases and figures.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::policy::PendingRequest;
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
+
+use super::{Asked, Core, Life, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
+use crate::state::EventKind;
+
+/// How long KV that was granted counts as used, until the worker's figures show it.
+const FRESH_KV_MS: u64 = 1_500;
+/// How long measured overhead may stay uncovered before it is asked for anew.
+const OVERHEAD_WAIT_MS: u64 = 60_000;
+
+impl Core {
+    /// One message of the worker with this process id.
+    pub(crate) fn handle_message(&mut self, place: usize, pid: u32, message: FromWorker, now_ms: u64) {
+        let model = &mut self.models[place];
+        if model.pid != Some(pid) || model.connection.is_none() {
+            return;
+        }
+        if let Life::Starting { heard_ms, .. } = &mut model.life {
+            *heard_ms = now_ms;
+        }
+        match message {
+            FromWorker::Hello { .. } => self.break_off(place, "a second hello".to_owned(), now_ms),
+            FromWorker::Loading { phase, done, total } => {
+                model.progress = Some(format!("{phase}: {done} of {total}"));
+                self.tell(now_ms, Some(place), EventKind::WorkerLoading { phase, done, total });
+            }
+            FromWorker::Ready { capabilities } => self.ready(place, capabilities, now_ms),
+            FromWorker::Failed { code, message } => {
+                let permanent = code != "internal";
+                self.fail(place, &code, &message, permanent, now_ms);
+            }
+            FromWorker::LeaseRequest { request, kind, bytes, bytes_min, deadline_ms, reason } => {
+                let pending = PendingRequest {
+                    model: model.id,
+                    request,
+                    kind,
+                    bytes,
+                    bytes_min: bytes_min.min(bytes),
+                    asked_ms: now_ms,
+                    deadline_ms: now_ms.saturating_add(deadline_ms),
+                };
+                self.ask(place, pending, reason, now_ms);
+            }
+            FromWorker::LeaseCancel { request } => {
+                let id = model.id;
+                self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != request);
+            }
+            FromWorker::LeaseReturn { kind, bytes } => self.lease_returned(place, kind, bytes, now_ms),
+            FromWorker::OrderDone { order, bytes, copied, duration_us: _, error } => {
+                self.order_done(place, order, bytes, copied, error, now_ms);
+            }
+            FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
+        }
+        self.settle(now_ms);
+    }
+
+    fn ask(&mut self, place: usize, pending: PendingRequest, reason: String, now_ms: u64) {
+        let id = pending.model;
+        let open = self.asked.iter().filter(|asked| asked.pending.model == id).count();
+        let twice = self
+            .asked
+            .iter()
+            .any(|asked| asked.pending.model == id && asked.pending.request == pending.request);
+        if twice || pending.request == OVERHEAD_REQUEST {
+            return self.break_off(
+                place,
+                format!("lease request {} was made twice", pending.request),
+                now_ms,
+            );
+        }
+        if open >= REQUESTS_PER_MODEL_MAX {
+            let reason = format!("{open} lease requests of this worker are open already");
+            self.models[place].say(FromServer::LeaseDeny { request: pending.request, reason });
+            return;
+        }
+        self.asked.push(Asked { pending, reason, waits_for: String::new() });
+    }
+
+    fn lease_returned(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
+        let id = self.models[place].id;
+        if let Err(error) = self.book.give_back(id, kind, bytes) {
+            return self.break_off(place, error.to_string(), now_ms);
+        }
+        let model = &mut self.models[place];
+        let mut left = bytes;
+        for order in model.orders.values_mut() {
+            order.returned(&mut left);
+        }
+        if kind == LeaseKind::Weights && !bytes.is_zero() {
+            model.loaded = false;
+        }
+        if kind == LeaseKind::Kv {
+            model.fresh_kv.0 = model.fresh_kv.0.saturating_sub(bytes);
+        }
+        let leased = self.book.leased();
+        self.tell(now_ms, Some(place), EventKind::LeaseReturned { lease: kind, bytes, leased });
+    }
+
+    fn usage(&mut self, place: usize, usage: WorkerUsage, now_ms: u64) {
+        let model = &mut self.models[place];
+        let was_running = model.usage.requests_running + model.usage.requests_waiting > 0;
+        let runs = usage.requests_running + usage.requests_waiting > 0;
+        if was_running || runs {
+            model.last_used_ms = Some(now_ms);
+        }
+        model.usage = usage;
+        let held = self.book.held(model.id, LeaseKind::Weights);
+        let total = model.weights_total;
+        if !total.is_zero() && held >= total && model.usage.weights_device >= total && !model.wake_ordered() {
+            // It came back by itself: a request inside it needed it.
+            model.loaded = true;
+        }
+        let (id, peak) = (model.id, model.usage.overhead_device);
+        if peak <= self.book.held(id, LeaseKind::Overhead) {
+            return;
+        }
+        if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
+            self.cover_overhead(place, uncovered, now_ms);
+        }
+    }
+
+    /// Tells of corrected overhead and asks in the model's name for what is not covered.
+    pub(super) fn cover_overhead(&mut self, place: usize, uncovered: ByteCount, now_ms: u64) {
+        let id = self.models[place].id;
+        let overhead = self.book.held(id, LeaseKind::Overhead);
+        self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
+        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
+        if uncovered.is_zero() {
+            return;
+        }
+        self.asked.push(Asked {
+            pending: PendingRequest {
+                model: id,
+                request: OVERHEAD_REQUEST,
+                kind: LeaseKind::Overhead,
+                bytes: uncovered,
+                bytes_min: ByteCount(1),
+                asked_ms: now_ms,
+                deadline_ms: now_ms + OVERHEAD_WAIT_MS,
+            },
+            reason: "its process was measured to take more than it declared".to_owned(),
+            waits_for: String::new(),
+        });
+    }
+
+    /// Carries a grant of the policy out.
+    pub(super) fn grant(
+        &mut self,
+        place: usize,
+        request: u64,
+        bytes: ByteCount,
+        reason: String,
+        decision: u64,
+        now_ms: u64,
+    ) {
+        let id = self.models[place].id;
+        let Some(asked) = self.take_asked(place, request) else { return };
+        let kind = asked.pending.kind;
+        if request == OVERHEAD_REQUEST {
+            let peak = self.models[place].usage.overhead_device;
+            if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
+                self.cover_overhead(place, uncovered, now_ms);
+            }
+            return;
+        }
+        if let Err(error) = self.book.grant(id, kind, bytes) {
+            // The policy counts as the book does; if it ever does not, the book is right.
+            tracing::error!(model = self.models[place].name, %error, "a grant was refused by the book");
+            self.models[place].say(FromServer::LeaseDeny { request, reason: error.to_string() });
+            return;
+        }
+        let model = &mut self.models[place];
+        model.counts.granted += 1;
+        model.waits_for = None;
+        if kind == LeaseKind::Kv {
+            let fresh = if model.fresh_kv.1 > now_ms { model.fresh_kv.0 } else { ByteCount::ZERO };
+            model.fresh_kv = (fresh + bytes, now_ms + FRESH_KV_MS);
+        }
+        if !model.say(FromServer::LeaseGrant { request, kind, bytes }) {
+            self.break_off(place, "it does not read its messages".to_owned(), now_ms);
+        }
+        let leased = self.book.leased();
+        let waited_ms = now_ms.saturating_sub(asked.pending.asked_ms);
+        let what = EventKind::LeaseGranted {
+            lease: kind,
+            bytes,
+            leased,
+            reason,
+            waited_ms,
+            decision: Some(decision),
+        };
+        self.tell(now_ms, Some(place), what);
+    }
+
+    /// Carries a denial of the policy out.
+    pub(super) fn deny(
+        &mut self,
+        place: usize,
+        request: u64,
+        never: bool,
+        reason: String,
+        decision: u64,
+        now_ms: u64,
+    ) {
+        let Some(asked) = self.take_asked(place, request) else { return };
+        let model = &mut self.models[place];
+        model.counts.denied += 1;
+        if never && asked.pending.kind == LeaseKind::Weights {
+            model.never = Some(reason.clone());
+        }
+        model.waits_for = Some(reason.clone());
+        if request != OVERHEAD_REQUEST {
+            model.say(FromServer::LeaseDeny { request, reason: reason.clone() });
+        }
+        let (lease, bytes) = (asked.pending.kind, asked.pending.bytes);
+        self.tell(
+            now_ms,
+            Some(place),
+            EventKind::LeaseDenied { lease, bytes, reason, decision: Some(decision) },
+        );
+    }
+
+    fn take_asked(&mut self, place: usize, request: u64) -> Option<Asked> {
+        let id = self.models[place].id;
+        let found = self
+            .asked
+            .iter()
+            .position(|asked| asked.pending.model == id && asked.pending.request == request)?;
+        Some(self.asked.remove(found))
+    }
+}

@@ -1,0 +1,331 @@
+//! The lives of workers: started in turn, greeted, failed, ended, started again.
+
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::protocol::{FromServer, LeaseKind, VERSION, WorkerCapabilities};
+use tokio::sync::mpsc;
+
+use super::{Core, Life, Record, STARTING_MAX};
+use crate::state::EventKind;
+use crate::supervisor::Exit;
+
+/// Failures in a row after which requests are no longer parked while the worker is started again.
+const FAILURES_PATIENT_MAX: u32 = 3;
+
+/// A worker may speak: which model it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Greeting {
+    pub(crate) place: usize,
+    pub(crate) pid: u32,
+}
+
+impl Core {
+    pub(super) fn refuse_unknown_engines(&mut self) {
+        for place in 0..self.models.len() {
+            if let Some(reason) = self.models[place].engine_missing() {
+                self.fail(place, "engine", &reason, true, 0);
+            }
+        }
+    }
+
+    /// Tells process tasks to start workers: those with requests first, then in the configuration's order.
+    pub(super) fn start_next(&mut self, now_ms: u64) {
+        loop {
+            let starting = |model: &&Record| matches!(model.life, Life::Starting { .. });
+            if self.stopping || self.models.iter().filter(starting).count() >= STARTING_MAX {
+                return;
+            }
+            let due = |model: &Record| {
+                matches!(model.life, Life::Waiting { at_ms, .. } if at_ms <= now_ms) && model.pid.is_none()
+            };
+            let next = (0..self.models.len())
+                .filter(|place| due(&self.models[*place]))
+                .min_by_key(|place| (self.models[*place].parked.is_empty(), *place));
+            let Some(place) = next else { return };
+            let model = &mut self.models[place];
+            model.life = Life::Starting { heard_ms: now_ms, greeted: false };
+            model.start.notify_one();
+        }
+    }
+
+    /// A process runs.
+    pub(crate) fn handle_started(&mut self, place: usize, pid: u32, now_ms: u64) {
+        let model = &mut self.models[place];
+        model.pid = Some(pid);
+        model.starts += 1;
+        let (id, starts) = (model.id, model.starts);
+        if let Err(error) = self.book.open(id) {
+            tracing::error!(model = self.models[place].name, %error, "a worker began before the last one was gone");
+        }
+        let reason = match starts {
+            1 => "the server starts its models' workers".to_owned(),
+            _ => "its worker before has ended".to_owned(),
+        };
+        self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
+        if self.stopping {
+            self.models[place].end.notify_one();
+        }
+        self.settle(now_ms);
+    }
+
+    /// A process could not be started.
+    pub(crate) fn handle_not_started(&mut self, place: usize, reason: String, now_ms: u64) {
+        self.models[place].error = Some(reason.clone());
+        self.after_end(place, reason, std::time::Duration::ZERO, now_ms);
+        self.settle(now_ms);
+    }
+
+    /// A worker said hello.
+    ///
+    /// # Errors
+    /// Why it may not speak.
+    pub(crate) fn handle_greeted(
+        &mut self,
+        name: &str,
+        pid: u32,
+        connection: mpsc::Sender<FromServer>,
+        now_ms: u64,
+    ) -> Result<Greeting, String> {
+        let place = *self.by_name.get(name).ok_or_else(|| format!("there is no model {name:?}"))?;
+        let config = self.config.clone();
+        let model = &mut self.models[place];
+        if model.pid != Some(pid) {
+            return Err(format!("process {pid} was not started for model {name:?}"));
+        }
+        let Life::Starting { greeted: false, .. } = model.life else {
+            return Err(format!("model {name:?} has greeted already"));
+        };
+        let welcome = FromServer::Welcome {
+            version: VERSION,
+            spec: serde_json::json!({
+                "source": model.config.source,
+                "revision": model.config.revision,
+                "dtype": model.config.dtype,
+                "context": model.config.context,
+                "device": config.device.to_string(),
+            }),
+            device: config.device.to_string(),
+            device_bytes: config.device_budget,
+            host_budget: model.host_budget,
+            data_socket: model.socket.to_string_lossy().into_owned(),
+        };
+        if connection.try_send(welcome).is_err() {
+            return Err("its connection closed at once".to_owned());
+        }
+        model.connection = Some(connection);
+        model.life = Life::Starting { heard_ms: now_ms, greeted: true };
+        self.settle(now_ms);
+        Ok(Greeting { place, pid })
+    }
+
+    pub(super) fn ready(&mut self, place: usize, capabilities: WorkerCapabilities, now_ms: u64) {
+        let model = &mut self.models[place];
+        let Life::Starting { .. } = model.life else {
+            return self.break_off(place, "it was ready twice".to_owned(), now_ms);
+        };
+        let weights = capabilities.weights_bytes.round_up_to(PAGE_BYTES);
+        let kv = capabilities.kv_bytes_min;
+        let overhead = self.book.held(model.id, LeaseKind::Overhead);
+        let needed = weights + kv + overhead;
+        let pid = model.pid.unwrap_or_default();
+        model.weights_total = capabilities.weights_bytes;
+        model.capabilities = Some(capabilities);
+        model.progress = None;
+        let (what, allowed) = match model.config.max {
+            Some(max) if max < self.book.budget() => ("its max", max),
+            _ => ("the device budget", self.book.budget()),
+        };
+        if needed > allowed {
+            let reason = format!(
+                "it needs {needed} of device memory ({weights} of weights, {kv} of KV for one request, {overhead} of \
+                 overhead), and {what} is {allowed}"
+            );
+            return self.fail(place, "budget", &reason, true, now_ms);
+        }
+        let model = &mut self.models[place];
+        model.life = Life::Ready;
+        model.error = None;
+        self.tell(now_ms, Some(place), EventKind::WorkerReady { pid, weights });
+    }
+
+    /// The model cannot be served: its worker is ended and, if that is `permanent`, not started again.
+    pub(super) fn fail(&mut self, place: usize, code: &str, reason: &str, permanent: bool, now_ms: u64) {
+        let model = &mut self.models[place];
+        model.error = Some(reason.to_owned());
+        model.say(FromServer::Shutdown { deadline_ms: self.timing.end_ms_max, reason: reason.to_owned() });
+        model.life = Life::Failed { reason: reason.to_owned(), permanent };
+        if model.pid.is_some() {
+            model.end.notify_one();
+        }
+        self.tell(
+            now_ms,
+            Some(place),
+            EventKind::ModelFailed { code: code.to_owned(), reason: reason.to_owned() },
+        );
+        if permanent {
+            self.refuse_parked(place, reason, None, now_ms);
+        }
+    }
+
+    /// The worker broke the protocol or stopped reading: it is ended.
+    pub(super) fn break_off(&mut self, place: usize, reason: String, now_ms: u64) {
+        self.tell(now_ms, Some(place), EventKind::ProtocolError { reason: reason.clone() });
+        self.models[place].error = Some(reason);
+        self.connection_over(place, now_ms);
+    }
+
+    /// The worker's connection closed.
+    pub(crate) fn handle_disconnected(&mut self, greeting: Greeting, reason: Option<String>, now_ms: u64) {
+        let model = &self.models[greeting.place];
+        if model.pid != Some(greeting.pid) || model.connection.is_none() {
+            return;
+        }
+        match reason {
+            Some(reason) => self.break_off(greeting.place, reason, now_ms),
+            None => self.connection_over(greeting.place, now_ms),
+        }
+        self.settle(now_ms);
+    }
+
+    fn connection_over(&mut self, place: usize, now_ms: u64) {
+        let model = &mut self.models[place];
+        let id = model.id;
+        model.connection = None;
+        model.loaded = false;
+        model.orders.clear();
+        model.last_used_ms = model.last_used_ms.max(Some(now_ms).filter(|_| model.active > 0));
+        if !matches!(model.life, Life::Failed { .. } | Life::Stopped) {
+            model.life = Life::Ending;
+        }
+        model.end.notify_one();
+        self.asked.retain(|asked| asked.pending.model != id);
+        // What it holds counts as held until the process is gone.
+        if let Err(error) = self.book.begin_closing(id) {
+            tracing::debug!(%error, "a connection without an account ended");
+        }
+    }
+
+    /// The process is gone, and its memory with it.
+    pub(crate) fn handle_exited(&mut self, place: usize, exit: &Exit, now_ms: u64) {
+        if self.models[place].connection.is_some() {
+            self.connection_over(place, now_ms);
+        }
+        let model = &mut self.models[place];
+        let id = model.id;
+        let pid = model.pid.take().unwrap_or_default();
+        model.orders.clear();
+        model.forget_process();
+        self.asked.retain(|asked| asked.pending.model != id);
+        let returned = self.book.close(id);
+        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status: exit.to_string(), returned });
+        let log = self.models[place].log.display().to_string();
+        self.after_end(place, format!("its worker {exit}; its output is in {log}"), exit.lived, now_ms);
+        self.settle(now_ms);
+        self.process_gone.notify_waiters();
+    }
+
+    fn after_end(&mut self, place: usize, reason: String, lived: std::time::Duration, now_ms: u64) {
+        let stopping = self.stopping;
+        let model = &mut self.models[place];
+        if stopping {
+            model.life = Life::Stopped;
+            return;
+        }
+        if matches!(model.life, Life::Failed { permanent: true, .. }) {
+            return;
+        }
+        let wait = model.backoff.ended(lived);
+        let delay_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let reason = match &model.error {
+            Some(error) if !reason.contains(error.as_str()) => format!("{reason}: {error}"),
+            _ => reason,
+        };
+        model.error = Some(reason.clone());
+        model.life = Life::Waiting { at_ms: now_ms + delay_ms, reason: reason.clone() };
+        let failures = model.backoff.failures();
+        self.tell(now_ms, Some(place), EventKind::RestartScheduled { delay_ms, reason: reason.clone() });
+        if failures >= FAILURES_PATIENT_MAX {
+            self.refuse_parked(place, &reason, Some(wait), now_ms);
+        }
+    }
+
+    /// Why requests for the model are not parked now, where they are not.
+    pub(super) fn unavailable(&self, place: usize, now_ms: u64) -> Option<(String, Option<u64>)> {
+        let model = &self.models[place];
+        match &model.life {
+            Life::Failed { reason, permanent: true } => Some((reason.clone(), None)),
+            Life::Waiting { at_ms, reason } if model.backoff.failures() >= FAILURES_PATIENT_MAX => {
+                Some((reason.clone(), Some(at_ms.saturating_sub(now_ms).max(1_000))))
+            }
+            _ => None,
+        }
+    }
+
+    /// A failed model is given another try, because a person asks for it.
+    pub(super) fn try_again(&mut self, place: usize, now_ms: u64) {
+        let model = &mut self.models[place];
+        let waits = match &model.life {
+            Life::Waiting { .. } => true,
+            Life::Failed { .. } => model.pid.is_none() && model.engine_missing().is_none(),
+            _ => false,
+        };
+        if waits {
+            model.backoff = crate::supervisor::Backoff::default();
+            model.life = Life::Waiting { at_ms: now_ms, reason: "it was asked for again".to_owned() };
+        }
+    }
+
+    /// Workers that do not say hello, or go silent while they load.
+    pub(super) fn expire_lives(&mut self, now_ms: u64) {
+        for place in 0..self.models.len() {
+            let Life::Starting { heard_ms, greeted } = self.models[place].life else { continue };
+            let allowed_ms = if greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max };
+            if self.models[place].pid.is_some() && now_ms >= heard_ms + allowed_ms {
+                let what = if greeted { "it said nothing while loading" } else { "it did not say hello" };
+                self.break_off(place, format!("{what} for {} s", allowed_ms / 1_000), now_ms);
+            }
+        }
+    }
+
+    /// When the next life may have to be acted on.
+    pub(super) fn next_life_deadline(&self, now_ms: u64) -> Option<u64> {
+        self.models
+            .iter()
+            .filter_map(|model| match &model.life {
+                Life::Waiting { at_ms, .. } if *at_ms > now_ms => Some(*at_ms),
+                Life::Starting { heard_ms, greeted } if model.pid.is_some() => Some(
+                    heard_ms + if *greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max },
+                ),
+                _ => None,
+            })
+            .min()
+    }
+
+    /// The server is ending: workers are told, nobody is routed any more.
+    pub(crate) fn handle_stop(&mut self, allowed_ms: u64, now_ms: u64) {
+        if self.stopping {
+            return;
+        }
+        self.stopping = true;
+        let reason = "the server is shutting down".to_owned();
+        self.tell(now_ms, None, EventKind::ServerStopping { reason: reason.clone() });
+        for place in 0..self.models.len() {
+            self.refuse_parked(place, &reason, None, now_ms);
+            let model = &mut self.models[place];
+            model.say(FromServer::Shutdown { deadline_ms: allowed_ms, reason: reason.clone() });
+            if model.pid.is_none() {
+                model.life = Life::Stopped;
+            }
+        }
+        self.settle(now_ms);
+    }
+
+    /// Processes that are not gone yet.
+    pub(crate) fn processes(&self) -> usize {
+        self.models.iter().filter(|model| model.pid.is_some()).count()
+    }
+
+    /// Everything that may be granted to a model.
+    pub(super) fn leasable(&self) -> ByteCount {
+        self.book.budget().saturating_sub(self.book.headroom())
+    }
+}

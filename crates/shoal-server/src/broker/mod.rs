@@ -1,0 +1,162 @@
+//! One owner of everything that can change: leases, orders, parked requests, the workers' lives, and the decisions.
+//!
+//! [`Core`] is a state machine without I/O: what happens comes in by `handle_*` and the time with it; what follows goes
+//! out as messages on the workers' bounded queues, as answers to those who wait, and as notices to the tasks that start
+//! and end processes. Nothing in it waits, so one short lock around it serves both the tasks and the fast way of a
+//! request for a model that is awake. Every change ends in [`Core::settle`], which asks the policy and carries its plan
+//! out.
+//!
+//! Keeps I1 (through the [`LeaseBook`]; what a dead worker held counts until its process is gone), I10 and I11.
+
+mod leases;
+mod lives;
+mod orders;
+mod record;
+mod requests;
+mod settle;
+mod show;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shoal_core::lease::LeaseBook;
+use shoal_core::policy::PendingRequest;
+use tokio::sync::{Notify, mpsc};
+
+use crate::config::ServerConfig;
+use crate::state::{EventKind, EventLog};
+
+pub(crate) use record::{Life, Record};
+pub(crate) use requests::{Begun, Reached, Wanted};
+
+/// How many workers may be starting at the same time: loading is the heaviest moment of a small machine.
+const STARTING_MAX: usize = 2;
+/// Requests that may wait in all.
+const PARKED_TOTAL_MAX: usize = 4_096;
+/// Lease requests that one worker may have open.
+const REQUESTS_PER_MODEL_MAX: usize = 64;
+/// Events kept for those who come later.
+const EVENTS_KEPT: usize = 4_096;
+/// Marks the server's own request for overhead that was measured and not leased.
+const OVERHEAD_REQUEST: u64 = u64::MAX;
+
+/// Times that are not the user's to set. All in milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timing {
+    /// A busy model's turn.
+    pub(crate) quantum_ms: u64,
+    /// What an order to give memory up may take, besides its bytes.
+    pub(crate) reclaim_ms: u64,
+    /// How long a model that gave nothing is passed over.
+    pub(crate) skip_ms: u64,
+    /// From a worker's start to its hello.
+    pub(crate) hello_ms_max: u64,
+    /// The longest silence of a worker that loads.
+    pub(crate) silence_ms_max: u64,
+    /// How long a worker that was told to end may take before it is killed.
+    pub(crate) end_ms_max: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            quantum_ms: 3_000,
+            reclaim_ms: 2_000,
+            skip_ms: 10_000,
+            hello_ms_max: 120_000,
+            silence_ms_max: 900_000,
+            end_ms_max: 3_000,
+        }
+    }
+}
+
+/// A lease request that was not answered yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) pending: PendingRequest,
+    /// The worker's words.
+    pub(crate) reason: String,
+    /// What the policy said last.
+    pub(crate) waits_for: String,
+}
+
+/// All state.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) timing: Timing,
+    pub(crate) book: LeaseBook,
+    pub(crate) models: Vec<Record>,
+    pub(crate) by_name: BTreeMap<String, usize>,
+    pub(crate) asked: Vec<Asked>,
+    pub(crate) events: EventLog,
+    pub(crate) started_unix_ms: u64,
+    pub(crate) stopping: bool,
+    decisions: u64,
+    decision_log: Option<mpsc::Sender<String>>,
+    next_number: u64,
+    /// When [`Core::handle_timer`] wants to be called.
+    pub(crate) timer_ms: Option<u64>,
+    /// Told when `timer_ms` moved.
+    pub(crate) timer_moved: Arc<Notify>,
+    /// Told when a process is gone.
+    pub(crate) process_gone: Arc<Notify>,
+}
+
+impl Core {
+    pub(crate) fn new(
+        config: Arc<ServerConfig>,
+        timing: Timing,
+        started_unix_ms: u64,
+        decision_log: Option<mpsc::Sender<String>>,
+    ) -> Self {
+        let models: Vec<Record> = config
+            .models
+            .iter()
+            .enumerate()
+            .map(|(place, model)| Record::new(place, model, &config))
+            .collect();
+        let by_name = models.iter().enumerate().map(|(place, model)| (model.name.clone(), place)).collect();
+        let mut core = Self {
+            book: LeaseBook::new(config.device_budget, shoal_core::bytes::ByteCount::ZERO),
+            timing,
+            models,
+            by_name,
+            asked: Vec::new(),
+            events: EventLog::new(EVENTS_KEPT),
+            started_unix_ms,
+            stopping: false,
+            decisions: 0,
+            decision_log,
+            next_number: 0,
+            timer_ms: None,
+            timer_moved: Arc::new(Notify::new()),
+            process_gone: Arc::new(Notify::new()),
+            config,
+        };
+        let what = EventKind::ServerStarted {
+            device: core.config.device.to_string(),
+            budget: core.config.device_budget,
+        };
+        core.tell(0, None, what);
+        core.refuse_unknown_engines();
+        core
+    }
+
+    /// A number for an order or a place in a queue; never used twice.
+    fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    pub(crate) const fn unix_ms(&self, now_ms: u64) -> u64 {
+        self.started_unix_ms + now_ms
+    }
+
+    fn tell(&mut self, now_ms: u64, place: Option<usize>, what: EventKind) {
+        let at_ms = self.unix_ms(now_ms);
+        let model = place.map(|place| self.models[place].name.as_str());
+        tracing::info!(model = model.unwrap_or("-"), event = what.name(), detail = ?what);
+        self.events.push(at_ms, model, what);
+    }
+}

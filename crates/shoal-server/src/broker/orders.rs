@@ -1,0 +1,233 @@
+//! Orders to workers: give memory up, come back.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, LeaseKind};
+use tokio::sync::oneshot;
+
+use super::requests::Told;
+use super::{Core, Life};
+use crate::state::EventKind;
+
+/// Bytes that a worker is expected to give up in a millisecond, at the least (256 MiB/s).
+const RECLAIM_BYTES_PER_MS: u64 = 256 << 10;
+/// Wakes that fail are tried again after this, doubled each time.
+const WAKE_RETRY_MS: u64 = 100;
+const WAKE_RETRY_MS_MAX: u64 = 3_000;
+/// How long a model that could not give all is passed over.
+const SHORT_SKIP_MS: u64 = 1_000;
+
+/// What a worker was told to do.
+#[derive(Debug)]
+pub(crate) enum Doing {
+    Reclaim {
+        /// What is missing of it.
+        left: ByteCount,
+        takes_weights: bool,
+        waiter: Option<oneshot::Sender<Told>>,
+    },
+    Wake,
+}
+
+/// An order that was not answered yet.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) doing: Doing,
+    pub(crate) bytes: ByteCount,
+    pub(crate) sent_ms: u64,
+    pub(crate) deadline_ms: u64,
+    pub(crate) overdue: bool,
+}
+
+impl Order {
+    pub(crate) fn reclaim_left(&self) -> ByteCount {
+        if let Doing::Reclaim { left, .. } = &self.doing { *left } else { ByteCount::ZERO }
+    }
+
+    pub(crate) const fn is_wake(&self) -> bool {
+        matches!(self.doing, Doing::Wake)
+    }
+
+    pub(crate) const fn takes_weights(&self) -> bool {
+        matches!(self.doing, Doing::Reclaim { takes_weights: true, .. }) && !self.overdue
+    }
+
+    /// Bytes came back; the oldest order counts them first.
+    pub(crate) fn returned(&mut self, bytes: &mut ByteCount) {
+        if let Doing::Reclaim { left, .. } = &mut self.doing {
+            let counted = (*left).min(*bytes);
+            *left -= counted;
+            *bytes -= counted;
+        }
+    }
+}
+
+impl Core {
+    /// Orders a model to give `bytes` up.
+    pub(super) fn order_reclaim(
+        &mut self,
+        place: usize,
+        bytes: ByteCount,
+        reason: String,
+        decision: Option<u64>,
+        waiter: Option<oneshot::Sender<Told>>,
+        now_ms: u64,
+    ) {
+        let number = self.number();
+        let allowed_ms = self.timing.reclaim_ms + bytes.0 / RECLAIM_BYTES_PER_MS;
+        let model = &mut self.models[place];
+        let surplus = self.book.held(model.id, LeaseKind::Kv).saturating_sub(model.usage.kv_live);
+        let said = model.say(FromServer::Reclaim {
+            order: number,
+            bytes,
+            deadline_ms: allowed_ms,
+            reason: reason.clone(),
+        });
+        if !said {
+            return self.break_off(place, "it does not read its messages".to_owned(), now_ms);
+        }
+        let takes_weights = bytes > surplus;
+        if takes_weights {
+            model.turn_since_ms = None;
+        }
+        let doing = Doing::Reclaim { left: bytes, takes_weights, waiter };
+        let order = Order { doing, bytes, sent_ms: now_ms, deadline_ms: now_ms + allowed_ms, overdue: false };
+        model.orders.insert(number, order);
+        self.tell(now_ms, Some(place), EventKind::EvictStarted { bytes, reason, decision });
+    }
+
+    /// Orders a model to bring its weights back.
+    pub(super) fn order_wake(&mut self, place: usize, bytes: ByteCount, reason: String, now_ms: u64) {
+        let number = self.number();
+        let model = &mut self.models[place];
+        let deadline_ms = model.parked.iter().map(|parked| parked.deadline_ms).max().unwrap_or(0);
+        let allowed_ms = deadline_ms.saturating_sub(now_ms).max(1_000);
+        model.never = None;
+        let said =
+            model.say(FromServer::Wake { order: number, deadline_ms: allowed_ms, reason: reason.clone() });
+        if !said {
+            return self.break_off(place, "it does not read its messages".to_owned(), now_ms);
+        }
+        let order = Order {
+            doing: Doing::Wake,
+            bytes,
+            sent_ms: now_ms,
+            // The worker is to answer by its own deadline; this is when it is believed to be silent.
+            deadline_ms: now_ms + allowed_ms + self.timing.reclaim_ms,
+            overdue: false,
+        };
+        model.orders.insert(number, order);
+        self.tell(now_ms, Some(place), EventKind::WakeStarted { bytes, reason });
+    }
+
+    pub(super) fn order_done(
+        &mut self,
+        place: usize,
+        number: u64,
+        bytes: ByteCount,
+        copied: ByteCount,
+        error: Option<String>,
+        now_ms: u64,
+    ) {
+        let model = &mut self.models[place];
+        let Some(order) = model.orders.remove(&number) else {
+            if number <= self.next_number {
+                // Its time was up and it was given up already.
+                return;
+            }
+            return self.break_off(place, format!("it answered order {number}, which is not open"), now_ms);
+        };
+        let duration_ms = now_ms.saturating_sub(order.sent_ms);
+        match order.doing {
+            Doing::Reclaim { left, waiter, .. } => {
+                model.counts.evictions += 1;
+                model.counts.evicted += bytes;
+                if left.is_zero() {
+                    model.skip_until_ms = 0;
+                } else {
+                    model.skip_until_ms = now_ms + SHORT_SKIP_MS;
+                }
+                if let Some(waiter) = waiter {
+                    let told = Told { bytes, copied, duration_ms, error: error.clone() };
+                    // Whoever asked may have gone.
+                    let _ = waiter.send(told);
+                }
+                self.tell(now_ms, Some(place), EventKind::EvictDone { bytes, copied, duration_ms, error });
+            }
+            Doing::Wake => match error {
+                None => {
+                    let held = self.book.held(model.id, LeaseKind::Weights);
+                    // Given back again while the answer was on its way: then it is not up after all.
+                    let partly = model.weights_total > held;
+                    let evicted_meanwhile = model.orders.values().any(Order::takes_weights);
+                    model.loaded = !(held.is_zero() || partly && evicted_meanwhile);
+                    if model.loaded {
+                        model.weights_total = held;
+                    }
+                    model.wake_failures = 0;
+                    model.counts.wakes += 1;
+                    model.counts.restored += bytes;
+                    model.wake_time.push(duration_ms as f64);
+                    let parked = model.parked.len() as u64;
+                    self.tell(now_ms, Some(place), EventKind::WakeDone { bytes, duration_ms, parked });
+                }
+                Some(reason) => self.wake_failed(place, reason, now_ms),
+            },
+        }
+    }
+
+    fn wake_failed(&mut self, place: usize, reason: String, now_ms: u64) {
+        let model = &mut self.models[place];
+        let wait_ms = (WAKE_RETRY_MS << model.wake_failures.min(10)).min(WAKE_RETRY_MS_MAX);
+        model.wake_failures += 1;
+        model.wake_not_before_ms = now_ms + wait_ms;
+        let never = model.never.take();
+        self.tell(now_ms, Some(place), EventKind::WakeFailed { reason });
+        if let Some(reason) = never {
+            self.refuse_parked(place, &reason, None, now_ms);
+        }
+    }
+
+    /// Orders whose time is up: others are asked, wakes are tried again.
+    pub(super) fn expire_orders(&mut self, now_ms: u64) {
+        for place in 0..self.models.len() {
+            let skip_ms = self.timing.skip_ms;
+            let model = &mut self.models[place];
+            let mut timed_out = Vec::new();
+            let mut wakes = Vec::new();
+            for (number, order) in &mut model.orders {
+                if order.overdue || order.deadline_ms > now_ms {
+                    continue;
+                }
+                order.overdue = true;
+                match &order.doing {
+                    Doing::Reclaim { left, .. } => {
+                        let after_ms = now_ms - order.sent_ms;
+                        timed_out.push(EventKind::EvictTimedOut {
+                            bytes: order.bytes,
+                            missing: *left,
+                            after_ms,
+                        });
+                    }
+                    Doing::Wake => wakes.push(*number),
+                }
+            }
+            if !timed_out.is_empty() {
+                model.skip_until_ms = now_ms + skip_ms;
+            }
+            for what in timed_out {
+                self.tell(now_ms, Some(place), what);
+            }
+            for number in wakes {
+                self.models[place].orders.remove(&number);
+                self.wake_failed(place, "it did not answer the order to wake".to_owned(), now_ms);
+            }
+        }
+    }
+
+    /// The earliest deadline of an open order.
+    pub(super) fn next_order_deadline(&self) -> Option<u64> {
+        let orders =
+            self.models.iter().filter(|model| model.life == Life::Ready).flat_map(|m| m.orders.values());
+        orders.filter(|order| !order.overdue).map(|order| order.deadline_ms).min()
+    }
+}

@@ -1,0 +1,234 @@
+//! What the server knows of one model.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::ids::ModelId;
+use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
+use tokio::sync::{Notify, mpsc};
+
+use super::orders::Order;
+use super::requests::Parked;
+use crate::config::{Engine, ModelConfig, ServerConfig};
+use crate::state::{LatencySnapshot, ModelStatus};
+use crate::supervisor::Backoff;
+
+/// How many times a distribution keeps.
+const LATENCIES_KEPT: usize = 512;
+
+/// Where a worker is in its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// Waits to be started, not before `at_ms`.
+    Waiting { at_ms: u64, reason: String },
+    /// Being started: from the order to spawn on, to its `Ready`.
+    Starting { heard_ms: u64, greeted: bool },
+    /// Takes orders.
+    Ready,
+    /// Its process is to end or its connection did; it is not gone yet.
+    Ending,
+    /// It cannot be served. The process may still be on its way out (`pid` says).
+    Failed { reason: String, permanent: bool },
+    /// The server is ending and its process is gone.
+    Stopped,
+}
+
+/// Counters since the server started.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) requests: u64,
+    pub(crate) refused: u64,
+    pub(crate) tokens_routed: u64,
+    pub(crate) tokens_before: u64,
+    pub(crate) wakes: u64,
+    pub(crate) evictions: u64,
+    pub(crate) evicted: ByteCount,
+    pub(crate) restored: ByteCount,
+    pub(crate) granted: u64,
+    pub(crate) denied: u64,
+}
+
+/// The newest times of something.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Latencies {
+    count: u64,
+    newest_ms: VecDeque<f64>,
+}
+
+impl Latencies {
+    pub(crate) fn push(&mut self, ms: f64) {
+        self.count += 1;
+        if self.newest_ms.len() == LATENCIES_KEPT {
+            self.newest_ms.pop_front();
+        }
+        self.newest_ms.push_back(ms);
+    }
+
+    pub(crate) fn snapshot(&self) -> LatencySnapshot {
+        let mut sorted: Vec<f64> = self.newest_ms.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let at =
+            |percent: usize| sorted.get((sorted.len() * percent).div_ceil(100).saturating_sub(1)).copied();
+        LatencySnapshot {
+            count: self.count,
+            last_ms: self.newest_ms.back().copied(),
+            p50_ms: at(50),
+            p99_ms: at(99),
+        }
+    }
+}
+
+/// One model.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) id: ModelId,
+    pub(crate) name: String,
+    pub(crate) config: ModelConfig,
+    pub(crate) socket: PathBuf,
+    pub(crate) log: PathBuf,
+    pub(crate) host_budget: ByteCount,
+    pub(crate) pinned: bool,
+
+    pub(crate) life: Life,
+    pub(crate) backoff: Backoff,
+    pub(crate) starts: u32,
+    pub(crate) pid: Option<u32>,
+    pub(crate) connection: Option<mpsc::Sender<FromServer>>,
+    pub(crate) capabilities: Option<WorkerCapabilities>,
+    pub(crate) usage: WorkerUsage,
+    pub(crate) progress: Option<String>,
+    pub(crate) error: Option<String>,
+    /// Tells the process's task to start one.
+    pub(crate) start: Arc<Notify>,
+    /// Tells the process's task to end it.
+    pub(crate) end: Arc<Notify>,
+
+    pub(crate) orders: BTreeMap<u64, Order>,
+    pub(crate) parked: VecDeque<Parked>,
+    pub(crate) active: u64,
+    pub(crate) counts: Counts,
+    pub(crate) first_byte_awake: Latencies,
+    pub(crate) first_byte_asleep: Latencies,
+    pub(crate) wake_time: Latencies,
+
+    /// All its weights were brought to the device, and none were given back since.
+    pub(crate) loaded: bool,
+    /// What its lease for weights is when all are there.
+    pub(crate) weights_total: ByteCount,
+    pub(crate) last_used_ms: Option<u64>,
+    pub(crate) turn_since_ms: Option<u64>,
+    pub(crate) wanting_since_ms: Option<u64>,
+    pub(crate) rising_until_ms: Option<u64>,
+    pub(crate) skip_until_ms: u64,
+    /// KV granted so recently that the worker's figures may not show its use: bytes, and until when.
+    pub(crate) fresh_kv: (ByteCount, u64),
+    pub(crate) wake_failures: u32,
+    pub(crate) wake_not_before_ms: u64,
+    /// Why the newest request of the present wake can never be met.
+    pub(crate) never: Option<String>,
+    /// What its newest lease request waits for.
+    pub(crate) waits_for: Option<String>,
+    pub(crate) shown: ModelStatus,
+}
+
+impl Record {
+    pub(crate) fn new(place: usize, model: &ModelConfig, config: &ServerConfig) -> Self {
+        Self {
+            id: ModelId(u32::try_from(place).unwrap_or(u32::MAX)),
+            name: model.name.clone(),
+            socket: config.runtime_dir.join(format!("worker-{place}.sock")),
+            log: config.log_dir.join(format!("{}.log", model.name)),
+            host_budget: ByteCount(config.host_budget.0 / config.models.len().max(1) as u64),
+            pinned: model.pin,
+            life: Life::Waiting { at_ms: 0, reason: "the server starts".to_owned() },
+            backoff: Backoff::default(),
+            starts: 0,
+            pid: None,
+            connection: None,
+            capabilities: None,
+            usage: WorkerUsage::default(),
+            progress: None,
+            error: None,
+            start: Arc::new(Notify::new()),
+            end: Arc::new(Notify::new()),
+            orders: BTreeMap::new(),
+            parked: VecDeque::new(),
+            active: 0,
+            counts: Counts::default(),
+            first_byte_awake: Latencies::default(),
+            first_byte_asleep: Latencies::default(),
+            wake_time: Latencies::default(),
+            loaded: false,
+            weights_total: ByteCount::ZERO,
+            last_used_ms: None,
+            turn_since_ms: None,
+            wanting_since_ms: None,
+            rising_until_ms: None,
+            skip_until_ms: 0,
+            fresh_kv: (ByteCount::ZERO, 0),
+            wake_failures: 0,
+            wake_not_before_ms: 0,
+            never: None,
+            waits_for: None,
+            shown: ModelStatus::Waiting,
+            config: model.clone(),
+        }
+    }
+
+    /// The engine's reason for not being there, where it is not.
+    pub(crate) fn engine_missing(&self) -> Option<String> {
+        match self.config.engine {
+            Engine::Vllm => Some(
+                "engine = \"vllm\" is planned and not in this version; write engine = \"transformers\""
+                    .to_owned(),
+            ),
+            Engine::Command if self.config.args.is_empty() => {
+                Some("engine = \"command\" needs the command in args".to_owned())
+            }
+            Engine::Transformers | Engine::Command => None,
+        }
+    }
+
+    /// Bytes it was ordered to give back in time and has not yet.
+    pub(crate) fn ordered(&self) -> ByteCount {
+        self.orders.values().filter(|order| !order.overdue).map(Order::reclaim_left).sum()
+    }
+
+    pub(crate) fn wake_ordered(&self) -> bool {
+        self.orders.values().any(Order::is_wake)
+    }
+
+    /// All its weights are on the device and none of them were ordered away.
+    pub(crate) fn is_up(&self) -> bool {
+        self.life == Life::Ready && self.loaded && !self.orders.values().any(Order::takes_weights)
+    }
+
+    pub(crate) fn is_busy(&self) -> bool {
+        self.active > 0
+            || !self.parked.is_empty()
+            || self.usage.requests_running + self.usage.requests_waiting > 0
+    }
+
+    /// Sends a message; false where the worker does not read or is gone.
+    pub(crate) fn say(&self, message: FromServer) -> bool {
+        self.connection.as_ref().is_some_and(|connection| connection.try_send(message).is_ok())
+    }
+
+    /// Forgets what belonged to one process.
+    pub(crate) fn forget_process(&mut self) {
+        self.connection = None;
+        self.counts.tokens_before += self.usage.tokens_out;
+        self.usage = WorkerUsage { weights_total: self.usage.weights_total, ..WorkerUsage::default() };
+        self.loaded = false;
+        self.turn_since_ms = None;
+        self.rising_until_ms = None;
+        self.skip_until_ms = 0;
+        self.fresh_kv = (ByteCount::ZERO, 0);
+        self.wake_failures = 0;
+        self.wake_not_before_ms = 0;
+        self.waits_for = None;
+        self.progress = None;
+    }
+}

@@ -1,0 +1,317 @@
+//! Requests for models: routed at once where the model is awake, else parked until it is.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+use tokio::sync::oneshot;
+
+use super::{Core, Life, PARKED_TOTAL_MAX};
+use crate::shelf::{RouteError, ShelfError};
+use crate::state::{EventKind, ModelStatus};
+
+/// When a full queue may be worth another try.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+/// A model is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Reached {
+    pub(crate) place: usize,
+    pub(crate) socket: PathBuf,
+    pub(crate) waited_ms: u64,
+    pub(crate) was_asleep: bool,
+}
+
+/// What a carried out order came to.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    pub(crate) bytes: ByteCount,
+    pub(crate) copied: ByteCount,
+    pub(crate) duration_ms: u64,
+    pub(crate) error: Option<String>,
+}
+
+/// What somebody who waits for a model wants of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// To send it a request.
+    Route,
+    /// To have it awake.
+    Wake,
+}
+
+/// Somebody who waits for a model.
+#[derive(Debug)]
+pub(crate) struct Parked {
+    pub(crate) ticket: u64,
+    pub(crate) wanted: Wanted,
+    pub(crate) since_ms: u64,
+    pub(crate) deadline_ms: u64,
+    pub(crate) answer: oneshot::Sender<Result<Reached, RouteError>>,
+}
+
+/// How a request began.
+#[derive(Debug)]
+pub(crate) enum Begun {
+    /// The model is awake.
+    Reached(Reached),
+    /// The model is not; the answer comes later.
+    Parked { place: usize, ticket: u64, answer: oneshot::Receiver<Result<Reached, RouteError>> },
+}
+
+impl Core {
+    pub(crate) fn place_of(&self, name: &str) -> Result<usize, RouteError> {
+        self.by_name.get(name).copied().ok_or_else(|| RouteError::UnknownModel {
+            name: name.to_owned(),
+            known: self.models.iter().map(|model| model.name.clone()).collect(),
+        })
+    }
+
+    /// A request begins, or somebody wants a model awake.
+    ///
+    /// # Errors
+    /// [`RouteError`]: unknown, failed, too many waiting, shutting down.
+    pub(crate) fn handle_wanted(
+        &mut self,
+        name: &str,
+        wanted: Wanted,
+        now_ms: u64,
+        deadline_ms: u64,
+    ) -> Result<Begun, RouteError> {
+        let place = self.place_of(name)?;
+        if self.stopping {
+            return Err(RouteError::ShuttingDown);
+        }
+        if self.models[place].is_up() {
+            let reached = self.reach(place, wanted, now_ms, now_ms, false);
+            self.settle(now_ms);
+            return Ok(Begun::Reached(reached));
+        }
+        if wanted == Wanted::Wake {
+            self.try_again(place, now_ms);
+        }
+        if let Some((reason, retry_ms)) = self.unavailable(place, now_ms) {
+            self.models[place].counts.refused += 1;
+            self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: reason.clone() });
+            let retry_after = retry_ms.map(Duration::from_millis);
+            return Err(RouteError::Failed { model: name.to_owned(), reason, retry_after });
+        }
+        let in_all: usize = self.models.iter().map(|model| model.parked.len()).sum();
+        let here = self.models[place].parked.len();
+        let limit = self.config.limits.parked_max as usize;
+        for (parked, limit) in [(here, limit), (in_all, PARKED_TOTAL_MAX)] {
+            if parked >= limit {
+                self.models[place].counts.refused += 1;
+                let model = name.to_owned();
+                let error = RouteError::Full { model, parked, limit, retry_after: RETRY_AFTER };
+                self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: error.to_string() });
+                return Err(error);
+            }
+        }
+        let ticket = self.number();
+        let (answer, receiver) = oneshot::channel();
+        let model = &mut self.models[place];
+        model.parked.push_back(Parked { ticket, wanted, since_ms: now_ms, deadline_ms, answer });
+        let parked = model.parked.len() as u64;
+        self.tell(now_ms, Some(place), EventKind::RequestParked { parked });
+        self.settle(now_ms);
+        Ok(Begun::Parked { place, ticket, answer: receiver })
+    }
+
+    fn reach(
+        &mut self,
+        place: usize,
+        wanted: Wanted,
+        since_ms: u64,
+        now_ms: u64,
+        was_asleep: bool,
+    ) -> Reached {
+        let contended = !self.asked.is_empty();
+        let model = &mut self.models[place];
+        let was_idle = !model.is_busy();
+        model.last_used_ms = Some(now_ms);
+        if wanted == Wanted::Route {
+            model.active += 1;
+            model.counts.requests += 1;
+        }
+        // While somebody waits for memory, no turn begins anew.
+        if model.turn_since_ms.is_none() || (was_idle && !contended) {
+            model.turn_since_ms = Some(now_ms);
+        }
+        let waited_ms = now_ms.saturating_sub(since_ms);
+        Reached { place, socket: model.socket.clone(), waited_ms, was_asleep }
+    }
+
+    /// Answers those who waited for a model that is up now.
+    pub(super) fn unpark(&mut self, place: usize, now_ms: u64) {
+        while self.models[place].is_up() {
+            let Some(parked) = self.models[place].parked.pop_front() else { return };
+            if parked.answer.is_closed() {
+                continue;
+            }
+            let reached = self.reach(place, parked.wanted, parked.since_ms, now_ms, true);
+            if parked.answer.send(Ok(reached)).is_err() && parked.wanted == Wanted::Route {
+                self.models[place].active -= 1;
+            }
+        }
+    }
+
+    /// Tells all who wait for a model that it will not come.
+    pub(super) fn refuse_parked(
+        &mut self,
+        place: usize,
+        reason: &str,
+        retry_after: Option<Duration>,
+        now_ms: u64,
+    ) {
+        let stopping = self.stopping;
+        let model = &mut self.models[place];
+        let parked: Vec<Parked> = model.parked.drain(..).collect();
+        if parked.is_empty() {
+            return;
+        }
+        model.counts.refused += parked.len() as u64;
+        let error = if stopping {
+            RouteError::ShuttingDown
+        } else {
+            RouteError::Failed { model: model.name.clone(), reason: reason.to_owned(), retry_after }
+        };
+        for waiting in parked {
+            // Whoever asked may have gone.
+            let _ = waiting.answer.send(Err(error.clone()));
+        }
+        self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: reason.to_owned() });
+    }
+
+    /// Somebody's time to wait is over. Gives what they were waiting for, in words.
+    pub(crate) fn handle_too_late(&mut self, place: usize, ticket: u64, now_ms: u64) -> String {
+        let reason = self.what_it_waits_for(place, now_ms);
+        let model = &mut self.models[place];
+        model.parked.retain(|parked| parked.ticket != ticket);
+        model.counts.refused += 1;
+        self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: reason.clone() });
+        self.settle(now_ms);
+        reason
+    }
+
+    /// Somebody went away while waiting, if they were still waiting.
+    pub(crate) fn handle_left(&mut self, place: usize, ticket: u64, now_ms: u64) {
+        let parked = &mut self.models[place].parked;
+        let before = parked.len();
+        parked.retain(|parked| parked.ticket != ticket);
+        if parked.len() != before {
+            self.settle(now_ms);
+        }
+    }
+
+    fn what_it_waits_for(&self, place: usize, now_ms: u64) -> String {
+        let model = &self.models[place];
+        let asked = self.asked.iter().find(|asked| asked.pending.model == model.id);
+        match (&model.life, asked) {
+            (Life::Ready, Some(asked)) => asked.waits_for.clone(),
+            (Life::Ready, None) => model
+                .waits_for
+                .clone()
+                .unwrap_or_else(|| "its weights are still being brought back".to_owned()),
+            (Life::Waiting { at_ms, reason }, _) if *at_ms > now_ms => {
+                format!("it is to be started again: {reason}")
+            }
+            (Life::Waiting { .. }, _) => "its worker's turn to start has not come".to_owned(),
+            (Life::Starting { .. }, _) => format!(
+                "its worker is starting{}",
+                model.progress.as_ref().map(|progress| format!(" ({progress})")).unwrap_or_default()
+            ),
+            (Life::Ending, _) => "its worker has ended and is to be started again".to_owned(),
+            (Life::Failed { reason, .. }, _) => reason.clone(),
+            (Life::Stopped, _) => "the server is shutting down".to_owned(),
+        }
+    }
+
+    /// A routed request is over.
+    pub(crate) fn handle_route_ended(&mut self, place: usize, now_ms: u64) {
+        let model = &mut self.models[place];
+        model.active = model.active.saturating_sub(1);
+        model.last_used_ms = Some(now_ms);
+        self.settle(now_ms);
+    }
+
+    /// Puts a model to sleep but for the part `keep` of its weights.
+    ///
+    /// # Errors
+    /// [`ShelfError`]: unknown, pinned, not ready.
+    pub(crate) fn handle_sleep(
+        &mut self,
+        name: &str,
+        keep: f64,
+        now_ms: u64,
+    ) -> Result<(usize, Option<oneshot::Receiver<Told>>), ShelfError> {
+        let place = self.shelf_place(name)?;
+        let model = &self.models[place];
+        let refuse = |reason: String| Err(ShelfError::Refused { model: name.to_owned(), reason });
+        if !keep.is_finite() || !(0.0..=1.0).contains(&keep) {
+            return refuse(format!("keep is {keep}; it is a part between 0 and 1"));
+        }
+        if model.life != Life::Ready {
+            return refuse(format!("it is {:?} and has nothing on the device", model.shown).to_lowercase());
+        }
+        if model.pinned {
+            return refuse("it is pinned; unpin it first".to_owned());
+        }
+        let held = self.book.held(model.id, LeaseKind::Weights) + self.book.held(model.id, LeaseKind::Kv);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a part between 0 and 1 of a byte count"
+        )]
+        let kept = ByteCount((model.weights_total.0 as f64 * keep) as u64);
+        let bytes = held.saturating_sub(kept).saturating_sub(model.ordered());
+        if bytes.is_zero() {
+            return Ok((place, None));
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.order_reclaim(place, bytes, "it was told to sleep".to_owned(), None, Some(sender), now_ms);
+        self.settle(now_ms);
+        Ok((place, Some(receiver)))
+    }
+
+    /// Pins or unpins a model.
+    ///
+    /// # Errors
+    /// [`ShelfError::UnknownModel`].
+    pub(crate) fn handle_pin(&mut self, name: &str, pinned: bool, now_ms: u64) -> Result<usize, ShelfError> {
+        let place = self.shelf_place(name)?;
+        if self.models[place].pinned != pinned {
+            self.models[place].pinned = pinned;
+            self.tell(now_ms, Some(place), EventKind::Pinned { pinned });
+        }
+        self.settle(now_ms);
+        Ok(place)
+    }
+
+    fn shelf_place(&self, name: &str) -> Result<usize, ShelfError> {
+        if self.stopping {
+            return Err(ShelfError::ShuttingDown);
+        }
+        self.by_name.get(name).copied().ok_or_else(|| ShelfError::UnknownModel {
+            name: name.to_owned(),
+            known: self.models.iter().map(|model| model.name.clone()).collect(),
+        })
+    }
+
+    pub(crate) fn status_of(&self, place: usize) -> ModelStatus {
+        let model = &self.models[place];
+        let weights = self.book.held(model.id, LeaseKind::Weights);
+        match &model.life {
+            Life::Waiting { .. } if model.starts == 0 => ModelStatus::Waiting,
+            Life::Waiting { .. } | Life::Ending => ModelStatus::Restarting,
+            Life::Starting { .. } => ModelStatus::Starting,
+            Life::Failed { .. } => ModelStatus::Failed,
+            Life::Stopped => ModelStatus::Stopped,
+            Life::Ready if model.is_up() => ModelStatus::Awake,
+            Life::Ready if model.wake_ordered() => ModelStatus::Waking,
+            Life::Ready if weights.is_zero() => ModelStatus::Asleep,
+            Life::Ready => ModelStatus::PartlyResident,
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! What follows from a change: the policy is asked, its plan carried out and written down.
+
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::policy::{Action, ModelState, Plan, ShelfState, plan};
+use shoal_core::protocol::LeaseKind;
+
+use super::{Core, Life};
+use crate::state::EventKind;
+
+/// How long a model that has its lease is protected while its bytes are copied, where no order says it.
+const RISING_MS_MAX: u64 = 30_000;
+/// What bringing a MiB back is taken to cost before it was measured (2 GiB/s).
+const RESTORE_US_PER_MIB_DEFAULT: u64 = 500;
+/// Plans made after one change. Carrying a plan out changes little that calls for another one.
+const PLANS_PER_CHANGE_MAX: usize = 4;
+
+impl Core {
+    /// Time went by.
+    pub(crate) fn handle_timer(&mut self, now_ms: u64) {
+        self.expire_orders(now_ms);
+        self.expire_lives(now_ms);
+        self.settle(now_ms);
+    }
+
+    /// Brings everything in line after a change.
+    pub(super) fn settle(&mut self, now_ms: u64) {
+        let mut again_at = None;
+        for _ in 0..PLANS_PER_CHANGE_MAX {
+            for place in 0..self.models.len() {
+                self.refresh(place, now_ms);
+            }
+            if !self.needs_plan() {
+                again_at = None;
+                break;
+            }
+            let state = self.policy_state(now_ms);
+            let plan = plan(&state, now_ms);
+            again_at = plan.again_at_ms;
+            if !self.carry_out(&state, plan, now_ms) {
+                break;
+            }
+        }
+        self.start_next(now_ms);
+        for place in 0..self.models.len() {
+            self.show_status(place, now_ms);
+        }
+        self.book.check_invariants();
+        let fresh = self.models.iter().map(|model| model.fresh_kv.1).filter(|until| *until > now_ms).min();
+        let retry = self.models.iter().filter(|model| !model.parked.is_empty());
+        let retry = retry.map(|model| model.wake_not_before_ms).filter(|at| *at > now_ms).min();
+        let waits = (!self.asked.is_empty()).then_some(fresh).flatten();
+        let timer = [again_at, waits, retry, self.next_order_deadline(), self.next_life_deadline(now_ms)];
+        // A moment later than planned: a timer that rings early would find nothing due.
+        let timer = timer.into_iter().flatten().min().map(|at| at.max(now_ms + 1));
+        if timer != self.timer_ms {
+            self.timer_ms = timer;
+            self.timer_moved.notify_one();
+        }
+    }
+
+    fn needs_plan(&self) -> bool {
+        !self.stopping
+            && (!self.asked.is_empty()
+                || self.models.iter().any(|model| {
+                    (!model.parked.is_empty() && !model.is_up()) || model.config.keep_alive_s.is_some()
+                }))
+    }
+
+    /// Derives what follows for one model: whether it is up, wants to be, and since when.
+    fn refresh(&mut self, place: usize, now_ms: u64) {
+        let asks = {
+            let id = self.models[place].id;
+            self.asked.iter().any(|asked| asked.pending.model == id)
+        };
+        let held = self.book.held(self.models[place].id, LeaseKind::Weights);
+        let model = &mut self.models[place];
+        let whole = held >= model.weights_total && !held.is_zero();
+        let wants = model.life == Life::Ready && !whole && (asks || model.is_busy());
+        if !wants {
+            model.wanting_since_ms = None;
+        } else if model.wanting_since_ms.is_none() {
+            let parked = model.parked.front().map(|parked| parked.since_ms);
+            model.wanting_since_ms = Some(parked.unwrap_or(now_ms));
+        }
+        if !whole || model.loaded || model.life != Life::Ready {
+            model.rising_until_ms = None;
+        } else if model.rising_until_ms.is_none() {
+            let order = model.orders.values().find(|order| order.is_wake()).map(|order| order.deadline_ms);
+            model.rising_until_ms = Some(order.unwrap_or(now_ms + RISING_MS_MAX).min(now_ms + RISING_MS_MAX));
+        }
+        if !whole {
+            model.turn_since_ms = None;
+        } else if model.loaded && model.is_busy() && model.turn_since_ms.is_none() {
+            model.turn_since_ms = Some(now_ms);
+        }
+        self.unpark(place, now_ms);
+    }
+
+    fn policy_state(&self, now_ms: u64) -> ShelfState {
+        ShelfState {
+            budget: self.leasable(),
+            extent: PAGE_BYTES,
+            quantum_ms: self.timing.quantum_ms,
+            models: (0..self.models.len()).map(|place| self.policy_model(place, now_ms)).collect(),
+            requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
+        }
+    }
+
+    fn policy_model(&self, place: usize, now_ms: u64) -> ModelState {
+        let model = &self.models[place];
+        let held = |kind| self.book.held(model.id, kind);
+        let fresh = if model.fresh_kv.1 > now_ms { model.fresh_kv.0 } else { ByteCount::ZERO };
+        let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        let inside = u64::from(model.usage.requests_running) + u64::from(model.usage.requests_waiting);
+        ModelState {
+            id: model.id,
+            name: model.name.clone(),
+            ready: model.life == Life::Ready,
+            weights_total: model.weights_total,
+            weights_held: held(LeaseKind::Weights),
+            kv_held: held(LeaseKind::Kv),
+            kv_live: (model.usage.kv_live + fresh).min(held(LeaseKind::Kv)),
+            overhead_held: held(LeaseKind::Overhead),
+            ordered: model.ordered(),
+            pinned: model.pinned,
+            min: model.config.min.unwrap_or(ByteCount::ZERO),
+            max: model.config.max,
+            priority: model.config.priority,
+            active: narrow(model.active.max(inside)),
+            parked: narrow(model.parked.len() as u64),
+            last_used_ms: model.last_used_ms.unwrap_or(0),
+            turn_since_ms: model.turn_since_ms,
+            wanting_since_ms: model.wanting_since_ms,
+            rising_until_ms: model.rising_until_ms,
+            up: model.is_up(),
+            wake_ordered: model.wake_ordered() || model.wake_not_before_ms > now_ms,
+            keep_alive_ms: model.config.keep_alive_s.map(|seconds| seconds.saturating_mul(1_000)),
+            skip_until_ms: model.skip_until_ms,
+            restore_us_per_mib: self.restore_cost(place),
+        }
+    }
+
+    fn restore_cost(&self, place: usize) -> u64 {
+        let model = &self.models[place];
+        let mib = model.counts.restored.0 >> 20;
+        let (Some(ms), false) = (model.wake_time.snapshot().p50_ms, mib == 0 || model.counts.wakes == 0)
+        else {
+            return RESTORE_US_PER_MIB_DEFAULT;
+        };
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few seconds at most")]
+        let micros = (ms * 1_000.0) as u64;
+        (micros * model.counts.wakes / mib).max(1)
+    }
+
+    /// Does what the plan says. True where that may call for another plan.
+    fn carry_out(&mut self, state: &ShelfState, plan: Plan, now_ms: u64) -> bool {
+        let acts = plan.actions.iter().any(|action| !matches!(action, Action::Wait { .. }));
+        let decision = if acts { self.write_down(state, &plan, now_ms) } else { 0 };
+        let mut changed = false;
+        for action in plan.actions {
+            match action {
+                Action::Evict { model, bytes, reason } => {
+                    self.order_reclaim(model.0 as usize, bytes, reason, Some(decision), None, now_ms);
+                    changed = true;
+                }
+                Action::Restore { model, bytes, reason } => {
+                    self.order_wake(model.0 as usize, bytes, reason, now_ms);
+                    changed = true;
+                }
+                Action::Grant { model, request, bytes, reason } => {
+                    self.grant(model.0 as usize, request, bytes, reason, decision, now_ms);
+                    changed = true;
+                }
+                Action::Deny { model, request, never, reason } => {
+                    self.deny(model.0 as usize, request, never, reason, decision, now_ms);
+                    changed = true;
+                }
+                Action::Wait { model, request, reason, .. } => {
+                    let asked = self
+                        .asked
+                        .iter_mut()
+                        .find(|asked| asked.pending.model == model && asked.pending.request == request);
+                    if let Some(asked) = asked {
+                        asked.waits_for = reason;
+                    }
+                }
+            }
+        }
+        changed
+    }
+
+    /// Writes a decision down with the state it was made from (I11). Gives its number.
+    fn write_down(&mut self, state: &ShelfState, plan: &Plan, now_ms: u64) -> u64 {
+        self.decisions += 1;
+        if let Some(log) = &self.decision_log {
+            let line = serde_json::json!({
+                "decision": self.decisions,
+                "at_ms": self.unix_ms(now_ms),
+                "now_ms": now_ms,
+                "state": state,
+                "plan": plan,
+            });
+            if log.try_send(line.to_string()).is_err() {
+                tracing::warn!(
+                    decision = self.decisions,
+                    "the decision log does not keep up; a decision is not in it"
+                );
+            }
+        }
+        self.decisions
+    }
+
+    fn show_status(&mut self, place: usize, now_ms: u64) {
+        let (from, to) = (self.models[place].shown, self.status_of(place));
+        if from != to {
+            self.models[place].shown = to;
+            self.tell(now_ms, Some(place), EventKind::StatusChanged { from, to });
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The state as others see it.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+use shoal_core::tier::Tier;
+
+use super::{Core, Record};
+use crate::config::DeviceChoice;
+use crate::state::{
+    DeviceSnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, SCHEMA_VERSION, ShelfSnapshot,
+    TierSnapshot, WaitingSnapshot,
+};
+
+impl Core {
+    pub(crate) fn snapshot(&self, now_ms: u64) -> ShelfSnapshot {
+        let used = |bytes: fn(&Record) -> ByteCount| self.models.iter().map(bytes).sum();
+        let tier = |tier, budget, used| TierSnapshot { tier, budget, used };
+        ShelfSnapshot {
+            version: SCHEMA_VERSION,
+            at_ms: self.unix_ms(now_ms),
+            started_at_ms: self.started_unix_ms,
+            last_event_id: self.events.last_id(),
+            device: DeviceSnapshot {
+                name: self.config.device.to_string(),
+                simulated: self.config.device == DeviceChoice::Sim,
+                budget: self.book.budget(),
+                headroom: self.book.headroom(),
+                leased: self.book.leased(),
+                returning: self.book.returning(),
+                free: self.book.free(),
+            },
+            tiers: vec![
+                tier(Tier::Device, Some(self.book.budget()), self.book.leased()),
+                tier(Tier::Host, Some(self.config.host_budget), used(|model| model.usage.host)),
+                tier(Tier::Disk, Some(self.config.disk.iter().map(|disk| disk.bytes).sum()), ByteCount::ZERO),
+                tier(Tier::Source, None, used(|model| model.usage.source_only)),
+            ],
+            waiting: self
+                .asked
+                .iter()
+                .map(|asked| WaitingSnapshot {
+                    model: self.models[asked.pending.model.0 as usize].name.clone(),
+                    kind: asked.pending.kind,
+                    bytes: asked.pending.bytes,
+                    waited_ms: now_ms.saturating_sub(asked.pending.asked_ms),
+                    deadline_at_ms: self.unix_ms(asked.pending.deadline_ms),
+                    reason: asked.reason.clone(),
+                })
+                .collect(),
+            models: (0..self.models.len()).map(|place| self.model_snapshot(place)).collect(),
+        }
+    }
+
+    fn model_snapshot(&self, place: usize) -> ModelSnapshot {
+        let model = &self.models[place];
+        let held = |kind| self.book.held(model.id, kind);
+        let usage = &model.usage;
+        let counts = &model.counts;
+        ModelSnapshot {
+            name: model.name.clone(),
+            source: model.config.source.clone(),
+            engine: model.config.engine.name().to_owned(),
+            status: self.status_of(place),
+            progress: model.progress.clone(),
+            error: model.error.clone(),
+            bytes: ModelBytes {
+                weights_device: usage.weights_device,
+                weights_total: usage.weights_total.max(model.weights_total),
+                kv_device: usage.kv_device,
+                kv_live: usage.kv_live,
+                overhead_device: usage.overhead_device,
+                host: usage.host,
+                source_only: usage.source_only,
+            },
+            lease: LeaseSnapshot {
+                weights: held(LeaseKind::Weights),
+                kv: held(LeaseKind::Kv),
+                overhead: held(LeaseKind::Overhead),
+                total: self.book.total(model.id),
+                reclaiming: model.ordered(),
+            },
+            pinned: model.pinned,
+            priority: model.config.priority,
+            min: model.config.min.unwrap_or(ByteCount::ZERO),
+            max: model.config.max,
+            keep_alive_ms: model.config.keep_alive_s.map(|seconds| seconds.saturating_mul(1_000)),
+            counts: ModelCounts {
+                requests_active: model.active,
+                requests_parked: model.parked.len() as u64,
+                requests_total: counts.requests,
+                requests_refused: counts.refused,
+                tokens_out: (counts.tokens_before + usage.tokens_out).max(counts.tokens_routed),
+                wakes: counts.wakes,
+                evictions: counts.evictions,
+                evicted: counts.evicted,
+                restored: counts.restored,
+                leases_granted: counts.granted,
+                leases_denied: counts.denied,
+            },
+            first_byte_awake: model.first_byte_awake.snapshot(),
+            first_byte_asleep: model.first_byte_asleep.snapshot(),
+            wake_time: model.wake_time.snapshot(),
+            last_used_at_ms: model.last_used_ms.map(|at| self.unix_ms(at)),
+            pid: model.pid,
+            starts: model.starts,
+            log: model.log.display().to_string(),
+            capabilities: model.capabilities.clone(),
+        }
+    }
+}

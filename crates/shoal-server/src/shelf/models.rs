@@ -1,0 +1,49 @@
+//! The shelf as the gateway sees it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::future::{BoxFuture, FutureExt};
+use tokio::sync::broadcast;
+
+use super::{Report, Route, RouteError, Shelf, ShelfError};
+use crate::gateway::Models;
+use crate::state::{Event, Missed, ShelfSnapshot};
+
+impl Models for Shelf {
+    fn route<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Route, RouteError>> {
+        Self::route(self, model, deadline).boxed()
+    }
+
+    fn wake<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Report, ShelfError>> {
+        Self::wake(self, model, deadline).boxed()
+    }
+
+    fn sleep<'a>(
+        &'a self,
+        model: &'a str,
+        keep: f64,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Report, ShelfError>> {
+        Self::sleep(self, model, keep, deadline).boxed()
+    }
+
+    fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
+        Self::pin(self, model, pinned)
+    }
+
+    fn snapshot(&self) -> ShelfSnapshot {
+        Self::snapshot(self)
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<Arc<Event>> {
+        Self::subscribe(self)
+    }
+
+    fn events_since(&self, id: u64) -> Result<Vec<Arc<Event>>, Missed> {
+        Self::events_since(self, id)
+    }
+    fn shutdown(&self, deadline: Instant) -> BoxFuture<'_, ()> {
+        Self::shutdown(self, deadline).boxed()
+    }
+}

@@ -1,0 +1,73 @@
+//! The runtime directory, one server's own.
+
+use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use super::ShelfError;
+use crate::config::ServerConfig;
+
+/// The longest path of a Unix socket on Linux, its end mark excluded.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// The directory, held by a lock on a file in it. The lock goes with the process, however that ends.
+#[derive(Debug)]
+pub(super) struct RuntimeDir {
+    _lock: File,
+}
+
+impl RuntimeDir {
+    /// Makes the directories and takes the runtime directory.
+    pub(super) fn take(config: &ServerConfig) -> Result<Self, ShelfError> {
+        let longest = config.runtime_dir.join(format!("worker-{}.sock", config.models.len()));
+        if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(ShelfError::PathTooLong { path: longest, limit: SOCKET_PATH_BYTES_MAX });
+        }
+        for directory in [&config.runtime_dir, &config.log_dir] {
+            make(directory)?;
+        }
+        std::fs::set_permissions(&config.runtime_dir, Permissions::from_mode(0o700))
+            .map_err(|source| failed("cannot make private:", &config.runtime_dir, source))?;
+
+        let path = config.runtime_dir.join("server.lock");
+        let mut lock = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|source| failed("cannot open", &path, source))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                // Without the number the message is still clear.
+                let _ = lock.read_to_string(&mut pid);
+                let pid = if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
+                return Err(ShelfError::InUse { path: config.runtime_dir.clone(), pid });
+            }
+            Err(TryLockError::Error(source)) => return Err(failed("cannot lock", &path, source)),
+        }
+        let write = |lock: &mut File| {
+            lock.set_len(0)?;
+            lock.rewind()?;
+            writeln!(lock, "{}", std::process::id())
+        };
+        write(&mut lock).map_err(|source| failed("cannot write", &path, source))?;
+        Ok(Self { _lock: lock })
+    }
+}
+
+fn make(directory: &Path) -> Result<(), ShelfError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(|source| failed("cannot create the directory", directory, source))
+}
+
+fn failed(what: &'static str, path: &Path, source: std::io::Error) -> ShelfError {
+    ShelfError::Io { what, path: path.to_owned(), source }
+}

@@ -1,0 +1,292 @@
+//! The tasks around the core: they carry bytes and watch processes, and decide nothing.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_core::protocol::FromServer;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{RouteError, RouteSink, Shared};
+use crate::broker::{Core, Reached, Wanted};
+use crate::config::{Engine, ServerConfig};
+use crate::control::{Greeted, Listener, Outgoing};
+use crate::supervisor::{Launch, WorkerProcess, open_log};
+
+/// Messages that may wait for a worker to read them.
+const MESSAGES_MAX: usize = 256;
+/// Decisions that may wait to be written.
+const DECISIONS_MAX: usize = 1_024;
+/// After how many decisions the log's length is looked at.
+const DECISIONS_BETWEEN_LOOKS: u32 = 256;
+/// How long to wait before accepting again when that failed (no descriptors left).
+const ACCEPT_RETRY: Duration = Duration::from_millis(200);
+
+/// Starts them all. They end with the shared token.
+pub(super) fn start(shared: &Arc<Shared>, listener: Listener) {
+    tokio::spawn(keep_time(Arc::clone(shared)));
+    tokio::spawn(accept(Arc::clone(shared), listener));
+    let models = shared.with(|core, _| core.models.len());
+    for place in 0..models {
+        tokio::spawn(keep_process(Arc::clone(shared), place));
+    }
+}
+
+async fn keep_time(shared: Arc<Shared>) {
+    let moved = shared.with(|core, _| Arc::clone(&core.timer_moved));
+    loop {
+        let at = shared.with(|core, _| core.timer_ms);
+        let ring = async {
+            match at {
+                Some(at) => tokio::time::sleep_until(shared.base + Duration::from_millis(at)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            () = moved.notified() => {}
+            () = ring => shared.with(Core::handle_timer),
+        }
+    }
+}
+
+async fn accept(shared: Arc<Shared>, listener: Listener) {
+    loop {
+        let accepted = tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok(stream) => {
+                let shared = Arc::clone(&shared);
+                tokio::spawn(async move {
+                    match Listener::greet(stream).await {
+                        Ok(greeted) => converse(shared, greeted).await,
+                        Err(error) => {
+                            tracing::warn!(%error, "somebody on the control socket was turned away");
+                        }
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "the control socket does not accept");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+/// One worker's connection, from its hello to its end.
+async fn converse(shared: Arc<Shared>, greeted: Greeted) {
+    let Greeted { model, pid, mut incoming, outgoing } = greeted;
+    let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
+    let greeting = match shared.with(|core, now_ms| core.handle_greeted(&model, pid, sender, now_ms)) {
+        Ok(greeting) => greeting,
+        Err(reason) => {
+            tracing::warn!(model, pid, reason, "a worker was turned away");
+            return;
+        }
+    };
+    let writer = tokio::spawn(write(outgoing, receiver));
+    let reason = loop {
+        let message = tokio::select! {
+            () = shared.cancel.cancelled() => break None,
+            message = incoming.next() => message,
+        };
+        match message {
+            Ok(Some(message)) => {
+                shared
+                    .with(|core, now_ms| core.handle_message(greeting.place, greeting.pid, message, now_ms));
+            }
+            Ok(None) => break None,
+            Err(error) => break Some(error.to_string()),
+        }
+    };
+    shared.with(|core, now_ms| core.handle_disconnected(greeting, reason, now_ms));
+    // Its queue is closed by now, or the worker is gone; either way it ends.
+    writer.abort();
+}
+
+async fn write(mut outgoing: Outgoing, mut receiver: mpsc::Receiver<FromServer>) {
+    while let Some(message) = receiver.recv().await {
+        if let Err(error) = outgoing.say(&message).await {
+            tracing::warn!(%error, "a worker could not be told something");
+            return;
+        }
+    }
+}
+
+/// Starts a model's worker when it is told to, and sees it end.
+async fn keep_process(shared: Arc<Shared>, place: usize) {
+    let (config, start, end, end_ms_max) = shared.with(|core, _| {
+        let model = &core.models[place];
+        (Arc::clone(&core.config), Arc::clone(&model.start), Arc::clone(&model.end), core.timing.end_ms_max)
+    });
+    let patience = Duration::from_millis(end_ms_max);
+    loop {
+        tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            () = start.notified() => {}
+        }
+        let (launch, socket) = launch(&shared, &config, place);
+        if let Err(error) = std::fs::remove_file(&socket)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, socket = %socket.display(), "a stale socket could not be removed");
+        }
+        let mut process = match WorkerProcess::start(&launch) {
+            Ok(process) => process,
+            Err(error) => {
+                shared.with(|core, now_ms| core.handle_not_started(place, error.to_string(), now_ms));
+                continue;
+            }
+        };
+        let pid = process.pid();
+        shared.with(|core, now_ms| core.handle_started(place, pid, now_ms));
+        let exit = tokio::select! {
+            // Dropping the process kills it.
+            () = shared.cancel.cancelled() => return,
+            exit = process.wait() => exit,
+            () = end.notified() => {
+                tokio::select! {
+                    () = shared.cancel.cancelled() => return,
+                    exit = async {
+                        // It may be on its way out already: that is its own, better way to end.
+                        match tokio::time::timeout(patience, process.wait()).await {
+                            Ok(exit) => exit,
+                            Err(_) => process.end(patience).await,
+                        }
+                    } => exit,
+                }
+            }
+        };
+        match exit {
+            Ok(exit) => shared.with(|core, now_ms| core.handle_exited(place, &exit, now_ms)),
+            Err(error) => {
+                tracing::error!(pid, %error, "a worker cannot be waited for; its lease is kept");
+                return;
+            }
+        }
+    }
+}
+
+fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, PathBuf) {
+    let control = config.control_socket();
+    let (model, log, socket) = shared.with(|core, _| {
+        let model = &core.models[place];
+        (model.config.clone(), model.log.clone(), model.socket.clone())
+    });
+    let command = match model.engine {
+        Engine::Command => {
+            let control = control.to_string_lossy();
+            model
+                .args
+                .iter()
+                .map(|arg| arg.replace("{control}", &control).replace("{model}", &model.name))
+                .collect()
+        }
+        Engine::Transformers | Engine::Vllm => {
+            Launch::worker_command(config.python_of(&model), &control, &model.name, &model.args)
+        }
+    };
+    let mut env = model.env.clone();
+    env.insert("SHOAL_RUNTIME_DIR".to_owned(), config.runtime_dir.to_string_lossy().into_owned());
+    env.insert("SHOAL_CONTROL".to_owned(), control.to_string_lossy().into_owned());
+    env.insert("SHOAL_MODEL".to_owned(), model.name.clone());
+    // Its output is a log: lines must not wait in a buffer for the process to end.
+    env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
+    (Launch { model: model.name, command, env, log }, socket)
+}
+
+/// A place in a model's queue, given up when dropped.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) shared: Arc<Shared>,
+    pub(super) place: usize,
+    pub(super) ticket: u64,
+    pub(super) wanted: Wanted,
+    pub(super) answer: oneshot::Receiver<Result<Reached, RouteError>>,
+}
+
+impl Waiting {
+    /// Gives the place up because its time is over. Gives what it was waiting for.
+    pub(super) fn give_up(&self) -> String {
+        self.shared.with(|core, now_ms| core.handle_too_late(self.place, self.ticket, now_ms))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.answer.close();
+        match self.answer.try_recv() {
+            // Answered, and nobody took it: the request it stands for is over.
+            Ok(Ok(_)) if self.wanted == Wanted::Route => {
+                self.shared.with(|core, now_ms| core.handle_route_ended(self.place, now_ms));
+            }
+            Ok(_) => {}
+            Err(oneshot::error::TryRecvError::Empty | oneshot::error::TryRecvError::Closed) => {
+                self.shared.with(|core, now_ms| core.handle_left(self.place, self.ticket, now_ms));
+            }
+        }
+    }
+}
+
+/// Hears how a routed request goes.
+#[derive(Debug)]
+pub(super) struct Sink {
+    shared: Arc<Shared>,
+    place: usize,
+}
+
+impl Sink {
+    pub(super) const fn new(shared: Arc<Shared>, place: usize) -> Self {
+        Self { shared, place }
+    }
+}
+
+impl RouteSink for Sink {
+    fn first_byte(&self, after: Duration, was_asleep: bool) {
+        self.shared.with(|core, _| {
+            let model = &mut core.models[self.place];
+            let times = if was_asleep { &mut model.first_byte_asleep } else { &mut model.first_byte_awake };
+            times.push(after.as_secs_f64() * 1_000.0);
+        });
+    }
+
+    fn tokens(&self, count: u64) {
+        self.shared.with(|core, _| core.models[self.place].counts.tokens_routed += count);
+    }
+
+    fn ended(&self) {
+        self.shared.with(|core, now_ms| core.handle_route_ended(self.place, now_ms));
+    }
+}
+
+/// Writes decisions, one JSON object a line, to `decisions.ndjson` (bounded as the workers' logs are). On a thread of its
+/// own: it ends when the last sender is dropped.
+pub(super) fn decision_log(log_dir: &Path) -> mpsc::Sender<String> {
+    let (sender, mut receiver) = mpsc::channel::<String>(DECISIONS_MAX);
+    let path = log_dir.join("decisions.ndjson");
+    let write = move || {
+        let mut file = None;
+        let mut written = 0u32;
+        while let Some(mut line) = receiver.blocking_recv() {
+            if file.is_none() || written.is_multiple_of(DECISIONS_BETWEEN_LOOKS) {
+                file = open_log(&path).inspect_err(|error| tracing::warn!(%error, "no decision log")).ok();
+            }
+            written = written.wrapping_add(1);
+            line.push('\n');
+            if let Some(open) = &mut file
+                && let Err(error) = open.write_all(line.as_bytes())
+            {
+                tracing::warn!(%error, "a decision was not written");
+                file = None;
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("shoal-decisions".to_owned()).spawn(write) {
+        tracing::warn!(%error, "no thread for the decision log");
+    }
+    sender
+}

@@ -1,0 +1,433 @@
+//! The shelf with workers that have no model: real processes, real sockets, leases that are numbers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig};
+use shoal_server::shelf::{Route, RouteError, Shelf, ShelfError};
+use shoal_server::state::{Event, EventKind, ModelStatus};
+
+const MIB: u64 = 1 << 20;
+
+fn model(name: &str, args: &[&str]) -> ModelConfig {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
+    let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
+    ModelConfig {
+        name: name.to_owned(),
+        source: "/none".to_owned(),
+        revision: None,
+        engine: Engine::Command,
+        python: None,
+        env: BTreeMap::new(),
+        args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
+        dtype: None,
+        context: None,
+        pin: false,
+        min: None,
+        max: None,
+        priority: 0,
+        keep_alive_s: None,
+    }
+}
+
+fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> ServerConfig {
+    ServerConfig {
+        file: directory.join("shoal.toml"),
+        listen: ([127, 0, 0, 1], 0).into(),
+        api_key_file: None,
+        allowed_hosts: vec![],
+        device: DeviceChoice::Sim,
+        device_budget: ByteCount(budget_mib * MIB),
+        host_budget: ByteCount::gib(1),
+        disk: vec![],
+        models,
+        runtime_dir: directory.join("run"),
+        state_dir: directory.join("state"),
+        cache_dir: directory.join("cache"),
+        log_dir: directory.join("logs"),
+        python: PathBuf::from("python3"),
+        limits: Limits::default(),
+        notes: vec![],
+    }
+}
+
+fn start(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Shelf {
+    Shelf::start(Arc::new(config(directory, budget_mib, models))).expect("the shelf starts")
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+/// Waits until `what` holds, and fails with the events when it does not.
+async fn until(shelf: &Shelf, what: &str, holds: impl Fn(&Shelf) -> bool) {
+    let deadline = soon();
+    while !holds(shelf) {
+        assert!(Instant::now() < deadline, "never came: {what}\n{}", story(shelf));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn events(shelf: &Shelf) -> Vec<Arc<Event>> {
+    shelf.events_since(0).expect("few events")
+}
+
+fn story(shelf: &Shelf) -> String {
+    let lines: Vec<String> = events(shelf)
+        .iter()
+        .map(|event| format!("{} {} {:?}", event.id, event.model.as_deref().unwrap_or("-"), event.what))
+        .collect();
+    lines.join("\n")
+}
+
+fn count(shelf: &Shelf, model: &str, is: impl Fn(&EventKind) -> bool) -> usize {
+    events(shelf).iter().filter(|event| event.model.as_deref() == Some(model) && is(&event.what)).count()
+}
+
+fn status(shelf: &Shelf, name: &str) -> ModelStatus {
+    shelf.snapshot().model(name).expect("configured").status
+}
+
+/// What the worker says over its data socket.
+async fn ask(route: &Route) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::UnixStream::connect(route.socket()).await.expect("the worker listens");
+    stream.write_all(b"GET /health HTTP/1.1\r\n\r\n").await.expect("it reads");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.expect("it answers");
+    text
+}
+
+fn alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
+}
+
+/// Replays the ledger from the events: never above the budget, and each event's sum is right.
+fn check_ledger(shelf: &Shelf) {
+    let budget = shelf.snapshot().device.budget;
+    let mut held: BTreeMap<String, u64> = BTreeMap::new();
+    for event in events(shelf) {
+        let name = event.model.clone().unwrap_or_default();
+        let told = match &event.what {
+            EventKind::LeaseGranted { bytes, leased, .. } => {
+                *held.entry(name).or_default() += bytes.0;
+                Some(*leased)
+            }
+            EventKind::LeaseReturned { bytes, leased, .. } => {
+                *held.entry(name).or_default() -= bytes.0;
+                Some(*leased)
+            }
+            EventKind::WorkerExited { returned, .. } => {
+                assert_eq!(
+                    held.remove(&name).unwrap_or(0),
+                    returned.0,
+                    "all of it comes back: {}",
+                    story(shelf)
+                );
+                None
+            }
+            _ => None,
+        };
+        let sum: u64 = held.values().sum();
+        assert!(sum <= budget.0, "I1 at event {}: {sum}\n{}", event.id, story(shelf));
+        if let Some(told) = told {
+            assert_eq!(told.0, sum, "event {}", event.id);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_herd_of_requests_is_one_wake() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 120, vec![model("chat", &["--chunks", "4", "--wake-ms", "100"])]);
+    let herd: Vec<_> = (0..100)
+        .map(|_| {
+            let shelf = shelf.clone();
+            tokio::spawn(async move {
+                let route = shelf.route("chat", soon()).await.expect("routed");
+                assert!(route.was_asleep());
+                route.first_byte();
+                route.tokens(2);
+            })
+        })
+        .collect();
+    for request in herd {
+        request.await.expect("answered");
+    }
+    let snapshot = shelf.snapshot();
+    let chat = snapshot.model("chat").expect("configured");
+    assert_eq!((chat.counts.wakes, chat.counts.requests_total, chat.counts.requests_active), (1, 100, 0));
+    assert_eq!((chat.first_byte_asleep.count, chat.counts.tokens_out), (100, 200));
+    assert_eq!(chat.status, ModelStatus::Awake);
+    let route = shelf.route("chat", soon()).await.expect("routed");
+    assert!(!route.was_asleep() && ask(&route).await.contains("\"whole\": true"));
+    assert_eq!(
+        count(&shelf, "chat", |what| matches!(what, EventKind::WakeStarted { .. })),
+        1,
+        "{}",
+        story(&shelf)
+    );
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_model_yields_just_what_another_needs() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 150, vec![model("chat", &[]), model("code", &["--weights", "80"])]);
+    drop(shelf.route("chat", soon()).await.expect("routed"));
+    until(&shelf, "ready", |shelf| status(shelf, "code") == ModelStatus::Asleep).await;
+    assert_eq!(shelf.snapshot().device.leased, ByteCount(100 * MIB), "nothing is on the device until used");
+    drop(shelf.route("code", soon()).await.expect("routed"));
+    let snapshot = shelf.snapshot();
+    assert_eq!(
+        snapshot.model("chat").expect("configured").lease.total,
+        ByteCount(70 * MIB),
+        "{}",
+        story(&shelf)
+    );
+    assert_eq!(status(&shelf, "chat"), ModelStatus::PartlyResident);
+    let reason = events(&shelf)
+        .iter()
+        .find_map(|event| {
+            if let EventKind::EvictStarted { reason, .. } = &event.what { Some(reason.clone()) } else { None }
+        })
+        .expect("an eviction");
+    assert!(
+        reason.contains("code needs 80 MiB for weights, 50 MiB are free; chat has been idle for"),
+        "{reason}"
+    );
+    drop(shelf.route("chat", soon()).await.expect("comes back"));
+    assert_eq!(shelf.snapshot().model("chat").expect("configured").counts.restored, ByteCount(130 * MIB));
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+    // Decisions can be made again from what was written down (I11).
+    let log = std::fs::read_to_string(scratch.path().join("logs/decisions.ndjson")).expect("a decision log");
+    let mut evictions = 0;
+    for line in log.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("a line");
+        let state: shoal_core::policy::ShelfState =
+            serde_json::from_value(line["state"].clone()).expect("a state");
+        let plan = shoal_core::policy::plan(&state, line["now_ms"].as_u64().expect("a time"));
+        assert_eq!(serde_json::to_value(&plan).expect("plain data"), line["plan"]);
+        evictions += line["plan"].to_string().matches("\"evict\"").count();
+    }
+    assert_eq!(evictions, 2, "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn busy_models_take_turns() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 120, vec![model("chat", &[]), model("code", &[])]);
+    let holding = shelf.route("chat", soon()).await.expect("routed");
+    let began = Instant::now();
+    drop(shelf.route("code", soon()).await.expect("routed after chat's turn"));
+    assert!(began.elapsed() > Duration::from_millis(1_500), "chat had its turn: {:?}", began.elapsed());
+    assert!(story(&shelf).contains("chat has had the longest turn"), "{}", story(&shelf));
+    drop(holding);
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_killed_in_the_middle_of_a_wake_gives_its_lease_back_and_its_requests_are_retried() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let mark = scratch.path().join("died").to_string_lossy().into_owned();
+    let shelf = start(scratch.path(), 120, vec![model("chat", &["--chunks", "4", "--die-in-wake", &mark])]);
+    let route = shelf.route("chat", soon()).await.expect("retried on the next worker");
+    assert!(ask(&route).await.contains("\"whole\": true"));
+    let snapshot = shelf.snapshot();
+    let chat = snapshot.model("chat").expect("configured");
+    assert_eq!((chat.starts, chat.lease.total), (2, ByteCount(100 * MIB)), "{}", story(&shelf));
+    let returned = events(&shelf).iter().find_map(|event| match &event.what {
+        EventKind::WorkerExited { returned, status, .. } => Some((*returned, status.clone())),
+        _ => None,
+    });
+    let (returned, status) = returned.expect("it died");
+    assert_eq!(returned, ByteCount(25 * MIB));
+    assert!(status.contains("signal 9"), "{status}");
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_ignores_orders_is_passed_over_and_then_the_requester_hears_why() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let models = vec![
+        model("deaf", &["--ignore-reclaim", "--weights", "60"]),
+        ModelConfig { priority: 5, ..model("kind", &["--weights", "60"]) },
+        model("chat", &["--weights", "50", "--lease-wait-ms", "8000"]),
+        model("large", &["--weights", "100", "--lease-wait-ms", "1500"]),
+    ];
+    let shelf = start(scratch.path(), 120, models);
+    drop(shelf.route("deaf", soon()).await.expect("routed"));
+    drop(shelf.route("kind", soon()).await.expect("routed"));
+    drop(shelf.route("chat", soon()).await.expect("served by the next victim"));
+    assert_eq!(
+        count(&shelf, "deaf", |what| matches!(what, EventKind::EvictTimedOut { .. })),
+        1,
+        "{}",
+        story(&shelf)
+    );
+    assert!(count(&shelf, "kind", |what| matches!(what, EventKind::EvictDone { .. })) >= 1);
+    let refused = shelf
+        .route("large", Instant::now() + Duration::from_secs(4))
+        .await
+        .expect_err("deaf keeps 60 of 120");
+    let RouteError::Deadline { reason, .. } = &refused else { panic!("{refused:?}") };
+    assert!(reason.contains("deaf holds 60 MiB (did not answer when asked)"), "{reason}");
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_can_never_fit_says_how_much_it_needs_and_others_go_on() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(
+        scratch.path(),
+        120,
+        vec![
+            model("large", &["--weights", "119", "--kv-min", "2"]),
+            model("missing", &["--fail", "model_missing"]),
+            model("chat", &[]),
+        ],
+    );
+    until(&shelf, "failed", |shelf| status(shelf, "large") == ModelStatus::Failed).await;
+    let error = shelf.route("large", soon()).await.expect_err("too large").to_string();
+    assert!(error.contains("needs 122 MiB") && error.contains("the device budget is 120 MiB"), "{error}");
+    until(&shelf, "failed", |shelf| status(shelf, "missing") == ModelStatus::Failed).await;
+    let error = shelf.route("missing", soon()).await.expect_err("missing").to_string();
+    assert!(error.contains("no such thing (model_missing)"), "{error}");
+    drop(shelf.route("chat", soon()).await.expect("others go on"));
+    let unknown = shelf.route("nobody", soon()).await.expect_err("unknown");
+    assert_eq!(unknown.to_string(), "there is no model \"nobody\"; there are: large, missing, chat");
+    shelf.shutdown(soon()).await;
+    assert!(matches!(shelf.route("chat", soon()).await, Err(RouteError::ShuttingDown)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_keeps_failing_is_started_again_and_its_requests_are_told() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 120, vec![model("chat", &["--exit", "7"])]);
+    let error = shelf.route("chat", soon()).await.expect_err("it never comes up");
+    assert!(
+        matches!(&error, RouteError::Failed { reason, retry_after: Some(_), .. }
+        if reason.contains("exited with status 7") && reason.contains("chat.log")),
+        "{error:?}"
+    );
+    assert!(count(&shelf, "chat", |what| matches!(what, EventKind::RestartScheduled { .. })) >= 3);
+    let log = std::fs::read_to_string(scratch.path().join("logs/chat.log")).expect("its log");
+    assert!(log.starts_with("leaving at once\n"), "{log}");
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_breaks_the_protocol_is_ended_and_started_again() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let wrong = r#"{"say":"lease_return","kind":"weights","bytes":1}"#;
+    let shelf = start(scratch.path(), 120, vec![model("chat", &["--wrong", wrong])]);
+    until(&shelf, "a restart", |shelf| shelf.snapshot().models[0].starts >= 2).await;
+    assert!(story(&shelf).contains("gave back 1 B of Weights and held 0 B"), "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_shelf_leaves_no_process_and_its_directory_free() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let config = Arc::new(config(scratch.path(), 120, vec![model("chat", &["--ignore-shutdown"])]));
+    let shelf = Shelf::start(Arc::clone(&config)).expect("the shelf starts");
+    drop(shelf.route("chat", soon()).await.expect("routed"));
+    let pid = shelf.snapshot().models[0].pid.expect("running");
+    let second = Shelf::start(Arc::clone(&config)).expect_err("one server a directory");
+    assert!(
+        matches!(&second, ShelfError::InUse { pid, .. } if *pid == std::process::id().to_string()),
+        "{second}"
+    );
+    drop(shelf);
+    let deadline = soon();
+    while alive(pid) {
+        assert!(Instant::now() < deadline, "worker {pid} lives on");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let again = loop {
+        match Shelf::start(Arc::clone(&config)) {
+            Ok(shelf) => break shelf,
+            Err(ShelfError::InUse { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(Instant::now() < deadline, "the directory stays taken");
+    };
+    // One that ignores every request to end is killed at the deadline.
+    drop(again.route("chat", soon()).await.expect("routed"));
+    let pid = again.snapshot().models[0].pid.expect("running");
+    again.shutdown(Instant::now() + Duration::from_millis(200)).await;
+    while alive(pid) {
+        assert!(Instant::now() < deadline, "worker {pid} lives on");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn people_wake_pin_and_put_to_sleep() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 120, vec![model("chat", &[]), model("code", &[])]);
+    let report = shelf.wake("chat", soon()).await.expect("woken");
+    assert_eq!((report.status, report.bytes), (ModelStatus::Awake, ByteCount(100 * MIB)));
+    let report = shelf.sleep("chat", 0.4, soon()).await.expect("asleep");
+    assert_eq!((report.status, report.bytes), (ModelStatus::PartlyResident, ByteCount(60 * MIB)));
+    shelf.wake("chat", soon()).await.expect("woken");
+    shelf.pin("chat", true).expect("pinned");
+    assert!(matches!(shelf.sleep("chat", 0.0, soon()).await, Err(ShelfError::Refused { .. })));
+    let denied = shelf.route("code", soon()).await.expect_err("chat is pinned");
+    assert!(denied.to_string().contains("chat keeps 100 MiB (pinned)"), "{denied}");
+    shelf.pin("chat", false).expect("unpinned");
+    drop(shelf.route("code", soon()).await.expect("now it goes"));
+    assert!(matches!(shelf.wake("nobody", soon()).await, Err(ShelfError::UnknownModel { .. })));
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queues_are_bounded_and_those_who_leave_are_forgotten() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let mut config = config(scratch.path(), 120, vec![model("chat", &["--start-ms", "500"])]);
+    config.limits.parked_max = 2;
+    let shelf = Shelf::start(Arc::new(config)).expect("the shelf starts");
+    let short = shelf.route("chat", Instant::now() + Duration::from_millis(50)).await.expect_err("too soon");
+    assert!(
+        matches!(&short, RouteError::Deadline { reason, .. } if reason.contains("its worker")),
+        "{short:?}"
+    );
+    {
+        let (one, two) = (shelf.route("chat", soon()), shelf.route("chat", soon()));
+        let full = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            shelf.route("chat", soon()).await
+        };
+        tokio::select! {
+            full = full => assert!(matches!(full, Err(RouteError::Full { parked: 2, limit: 2, .. })), "{full:?}"),
+            _ = async { tokio::join!(one, two) } => panic!("it cannot be awake yet"),
+        }
+    }
+    assert_eq!(shelf.snapshot().models[0].counts.requests_parked, 0);
+    drop(shelf.route("chat", soon()).await.expect("there is room again"));
+    assert_eq!(shelf.snapshot().models[0].counts.requests_active, 0);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keep_alive_puts_an_idle_model_to_sleep() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let mut chat = model("chat", &["--overhead", "4"]);
+    chat.keep_alive_s = Some(1);
+    let shelf = start(scratch.path(), 120, vec![chat]);
+    drop(shelf.route("chat", soon()).await.expect("routed"));
+    until(&shelf, "sleep", |shelf| status(shelf, "chat") == ModelStatus::Asleep).await;
+    assert!(story(&shelf).contains("its keep_alive is 1.0 s"), "{}", story(&shelf));
+    assert_eq!(shelf.snapshot().models[0].lease.overhead, ByteCount(4 * MIB), "measured, so leased");
+    shelf.shutdown(soon()).await;
+}
