@@ -124,7 +124,7 @@ def test_yielding_counts_only_when_it_came_back() -> None:
 
 
 def test_reasons_are_shown_with_how_often() -> None:
-    events = [event(number, "a", "evict_started", bytes=1 << 21, reason="b needs 2 MiB") for number in (1, 2)]
+    events = [event(n, "a", "evict_started", bytes=1 << 21, reason=f"b needs {n + 1} MiB") for n in (1, 2)]
     assert report.evictions(events)[1].split() == ["a", "2", "x", "b", "needs", "2", "MiB"]
     assert "b needs 2 MiB" in str(report.event_text(events[0]))
     assert report.evictions([]) == ["No model had to give up memory."]
@@ -158,7 +158,7 @@ def test_session_is_content_with_the_same_answers_and_only_with_those(capsys: py
         session.in_turn()
         session.at_once()
     assert session.problems == []
-    assert len(session.outcomes) == 2 * (5 + 4)
+    assert len(session.outcomes) == 2 * (6 + 4)
     jobs.capital = "The capital is Lyon."
     jobs.shift = 0.5
     session.at_once()

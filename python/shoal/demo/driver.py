@@ -93,6 +93,7 @@ class Session:
         """Do the three jobs one after the other, then a long question that needs KV."""
         self.chat()
         self.code()
+        self.code()
         self.documents()
         self.story()
 

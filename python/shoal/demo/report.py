@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import threading
 import time
@@ -137,13 +138,17 @@ def memory_table(state: dict[str, Any]) -> list[str]:
 def evictions(events: Sequence[Event]) -> list[str]:
     """Return who had to give up memory, how often, and why."""
     counted: dict[str, Counter[str]] = defaultdict(Counter)
+    examples: dict[str, str] = {}
     for event in events:
         if event["kind"] == "evict_started":
-            counted[event["model"]][event["reason"]] += 1
-    lines = ["Evictions, with the reason of each decision:"]
+            # Reasons that differ in their numbers alone are one reason, shown as it was first given.
+            form = re.sub(r"[0-9.]+", "N", event["reason"])
+            examples.setdefault(form, event["reason"])
+            counted[event["model"]][form] += 1
+    lines = ["Evictions, with their reasons (numbers are those of the first of each kind):"]
     for model, reasons in counted.items():
-        for reason, times in reasons.most_common(_REASONS_MAX):
-            lines.append(f"  {model:<10} {times} x  {reason}")
+        for form, times in reasons.most_common(_REASONS_MAX):
+            lines.append(f"  {model:<10} {times:>3} x  {examples[form]}")
         left = len(reasons) - _REASONS_MAX
         if left > 0:
             lines.append(f"  {model:<10} and {left} other reasons, in the events at /api/v1/events")
