@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -12,6 +13,8 @@ def main() -> int:
     """Run the command line with this process's arguments; gives the exit status."""
     # Python's handler would only note an interrupt for when Python code runs again: give it back to the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Workers run in this environment unless the configuration names another one.
+    os.environ.setdefault("SHOAL_PYTHON", sys.executable)
     return shoal.main(["shoal", *sys.argv[1:]])
 
 

@@ -109,7 +109,7 @@ pub struct WorkerUsage {
     pub weights_total: ByteCount,
     /// Device bytes committed for KV.
     pub kv_device: ByteCount,
-    /// KV bytes in blocks that some request uses now (at most `kv_device`, rounding aside).
+    /// KV bytes that cannot be freed without taking them from a request: whole pages on which some used block lies.
     pub kv_live: ByteCount,
     /// Measured bytes outside our regions, at their peak.
     pub overhead_device: ByteCount,

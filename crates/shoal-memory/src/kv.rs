@@ -125,6 +125,19 @@ impl KvBacking {
         self.blocks.lock().live_bytes()
     }
 
+    /// Bytes of committed memory that cannot be freed without taking it from a block: pages come and go whole, so this
+    /// is more than [`live_bytes`](Self::live_bytes) where blocks lie scattered.
+    #[must_use]
+    pub fn held_bytes(&self) -> ByteCount {
+        let (backed, runs) = {
+            let blocks = self.blocks.lock();
+            (blocks.backed_bytes(), blocks.idle_runs())
+        };
+        let freeable =
+            runs.into_iter().flat_map(|run| self.region.extents_within(run)).map(|run| run.bytes()).sum();
+        backed.saturating_sub(freeable)
+    }
+
     /// Bytes of committed pages that no block uses.
     #[must_use]
     pub fn idle_bytes(&self) -> ByteCount {

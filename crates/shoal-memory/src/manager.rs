@@ -311,7 +311,7 @@ impl MemoryManager {
             }
             usage.source_only += figures.source_only;
         }
-        usage.kv_live = self.backings().iter().map(|backing| backing.live_bytes()).sum();
+        usage.kv_live = self.backings().iter().map(|backing| backing.held_bytes()).sum();
         usage
     }
 
