@@ -134,7 +134,7 @@ impl KvBacking {
             (blocks.backed_bytes(), blocks.idle_runs())
         };
         let freeable =
-            runs.into_iter().flat_map(|run| self.region.extents_within(run)).map(|run| run.bytes()).sum();
+            runs.into_iter().flat_map(|run| self.region.extents_within(run)).map(PageRun::bytes).sum();
         backed.saturating_sub(freeable)
     }
 
