@@ -107,7 +107,7 @@ pub struct RegionUsage {
 pub(crate) struct Slot {
     pub(crate) resident: Option<Resident>,
     pub(crate) host: Option<HostCopy>,
-    /// xxh3 of its bytes, once sealed.
+    /// The hash of its bytes ([`shoal_device::hash_bytes`]), once sealed.
     pub(crate) hash: Option<u64>,
 }
 

@@ -16,7 +16,6 @@ use shoal_core::page_table::{Backing, PlannedMove};
 use shoal_core::residency::Move;
 use shoal_core::tier::Tier;
 use shoal_device::{Event, Mapping, Span};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::{Region, Report};
 use crate::error::MemoryError;
@@ -243,7 +242,7 @@ impl Region {
         let pieces = self.pieces_of(extent);
         let scratch = manager.scratch()?;
         let mut events: [Option<Event>; 2] = [None, None];
-        let mut hasher = Xxh3::new();
+        let mut hasher = shoal_device::Hasher::new();
         let mut done = ByteCount::ZERO;
         let mut turn = 0;
         while done < extent.bytes() {
@@ -270,12 +269,12 @@ impl Region {
             turn = 1 - turn;
             done += bytes;
         }
-        let found = hasher.digest();
+        let found = hasher.finish();
         if expected.is_some_and(|expected| expected != found) {
             let first = pieces.first().map(|placed| (Arc::clone(&placed.piece.path), placed.piece.offset));
             let (path, offset) = first.unwrap_or_default();
             let what = format!(
-                "{} at offset {} of region {:?} read as xxh3 {found:016x}, recorded {:016x}",
+                "{} at offset {} of region {:?} read with hash {found:016x}, recorded {:016x}",
                 extent.bytes(),
                 extent.offset().0,
                 self.name(),

@@ -7,7 +7,6 @@ use shoal_core::ids::ExtentIndex;
 use shoal_core::residency::TierSet;
 use shoal_core::source::{PlacedPiece, SourcePiece};
 use shoal_core::tier::Tier;
-use xxhash_rust::xxh3::Xxh3;
 
 use super::Region;
 use crate::arena::HostCopy;
@@ -230,7 +229,7 @@ impl Region {
             }
             _ => {
                 let pieces = self.pieces_of(extent);
-                let mut hasher = Xxh3::new();
+                let mut hasher = shoal_device::Hasher::new();
                 let mut chunk = vec![0; READ_BYTES.min(index_of(extent.bytes().0))];
                 let (mut from, end) = (extent.offset().0, (extent.offset() + extent.bytes()).0);
                 while from < end {
@@ -238,7 +237,7 @@ impl Region {
                     hasher.update(&chunk);
                     from += chunk.len() as u64;
                 }
-                Ok(hasher.digest())
+                Ok(hasher.finish())
             }
         }
     }
