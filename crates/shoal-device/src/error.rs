@@ -253,6 +253,16 @@ pub enum DeviceError {
         #[source]
         cause: Box<DeviceError>,
     },
+    /// There is no such device here that this build and this driver can use.
+    #[error("{device} cannot be used: {reason}; {remedy}")]
+    Unavailable {
+        /// The device asked for.
+        device: DeviceId,
+        /// Why not.
+        reason: String,
+        /// What a person can do.
+        remedy: &'static str,
+    },
     /// This device cannot do that.
     #[error("{device} does not support {what}")]
     Unsupported {
@@ -308,6 +318,7 @@ impl DeviceError {
             Self::Forked { .. }
             | Self::CapacityMismatch { .. }
             | Self::Ledger { .. }
+            | Self::Unavailable { .. }
             | Self::Unsupported { .. } => ErrorKind::Unavailable,
             Self::System { .. } | Self::Driver { .. } | Self::HostFunctionPanicked { .. } => {
                 ErrorKind::System

@@ -5,6 +5,7 @@
 //! | [`device`] | `trait Device`: raw verbs in the style of the driver, and what each promises |
 //! | [`owned`] | what callers use: objects that hold their parents and give themselves back on Drop |
 //! | [`sim`] | the simulated device: real address space, real faults, memory of this machine |
+//! | `cuda` (feature `cuda`) | the CUDA device: an NVIDIA GPU through its driver |
 //! | [`fault`] | a device that fails on request and remembers what it was asked |
 //! | [`conformance`] | one suite that every device must pass |
 //! | [`hash`] | the one definition of a hash that host and devices share |
@@ -15,6 +16,8 @@
 //! this crate only, one operation a block.
 
 pub mod conformance;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod fault;
@@ -22,6 +25,8 @@ pub mod hash;
 pub mod owned;
 pub mod sim;
 
+#[cfg(feature = "cuda")]
+pub use cuda::CudaDevice;
 pub use device::{Device, DeviceInfo, DeviceKind, DeviceMemory, HostFunction, VirtAddr};
 pub use error::{DeviceError, ErrorKind};
 pub use fault::FaultDevice;

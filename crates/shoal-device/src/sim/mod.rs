@@ -18,7 +18,7 @@
 mod arena;
 mod host;
 mod ledger;
-mod ram;
+pub(crate) mod ram;
 mod stream;
 
 use std::path::PathBuf;

@@ -1,8 +1,8 @@
 //! How much RAM is left, for the machine and for the control groups this process is in.
 //!
-//! Apart because RAM is the real limit behind the simulated one, and the kernel's answer to taking too much is to
-//! kill somebody: asking first makes it an error that names the remedy. Figures are a moment's; two processes
-//! that ask at once may both be told yes, which the headroom is for.
+//! Apart because RAM is the real limit behind the simulated one, and the limit of page-locked memory; the kernel's
+//! answer to taking too much is to kill somebody: asking first makes it an error that names the remedy. Figures are
+//! a moment's; two processes that ask at once may both be told yes, which the headroom is for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -101,7 +101,7 @@ fn available() -> Option<ByteCount> {
 }
 
 /// The error for a shortage of RAM, with what is left now.
-pub(super) fn shortage(call: &'static str, requested: ByteCount) -> DeviceError {
+pub(crate) fn shortage(call: &'static str, requested: ByteCount) -> DeviceError {
     DeviceError::HostMemory {
         call,
         requested,
@@ -111,7 +111,7 @@ pub(super) fn shortage(call: &'static str, requested: ByteCount) -> DeviceError 
 }
 
 /// Refuses what would leave the machine without memory.
-pub(super) fn check_available(call: &'static str, bytes: ByteCount) -> Result<(), DeviceError> {
+pub(crate) fn check_available(call: &'static str, bytes: ByteCount) -> Result<(), DeviceError> {
     match available() {
         Some(available) if bytes > available.saturating_sub(RAM_HEADROOM) => Err(shortage(call, bytes)),
         _ => Ok(()),

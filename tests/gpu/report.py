@@ -1,0 +1,65 @@
+"""Turn the log of the GPU's tests into a results file: one row a test, one a case of the suite."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def rows(log: str) -> list[dict[str, object]]:
+    """Read what passed and what did not, in the order of the log."""
+    found: dict[str, int] = {}
+    test = ""
+    for line in log.splitlines():
+        rest = line
+        # With --nocapture a test's own lines stand between its name and its outcome.
+        if match := re.match(r"test (\S+) \.\.\. (.*)", line):
+            test, rest = match[1], match[2]
+        if match := re.match(r"case (\S+) passed", rest):
+            found[f"{test}: {match[1]}"] = 1
+        elif rest in {"ok", "FAILED"}:
+            found[test] = int(rest == "ok")
+    common = {"ceiling": None, "peer": None, "peer_value": None, "target": 1, "samples": 1}
+    return [
+        {"case": case, "metric": "passed", "value": value, "unit": "bool", "better": "higher", **common,
+         "met": value == 1, "spread": [value, value]}
+        for case, value in found.items()
+    ]  # fmt: skip
+
+
+def query(what: str) -> str:
+    """Ask for one property of the first GPU."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def main() -> None:
+    """Write the file; fail when a test failed or none ran."""
+    log, target = Path(sys.argv[1]).read_text("utf-8", "replace"), Path(sys.argv[2])
+    overview = subprocess.run(["nvidia-smi"], check=True, capture_output=True, text=True).stdout
+    version = re.search(r"CUDA Version: *([\d.]+)", overview)
+    report = {
+        "device": query("name"),
+        "driver": query("driver_version"),
+        "cuda": version[1] if version else None,
+        "torch": None,
+        "python": None,
+        "shoal_commit": os.environ.get("SHOAL_COMMIT") or None,
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "rows": rows(log),
+    }
+    target.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    summary = re.search(r"^test result: (\w+)\. .*$", log, re.MULTILINE)
+    print(summary[0] if summary else "the tests did not come to their end")
+    if summary is None or summary[1] != "ok" or not report["rows"]:
+        print(log[-6000:])
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+#!/bin/sh
+# Runs one part of the GPU tests and writes $OUT/PART.json (default: the folder gpu-results); a part takes minutes.
+#   tests/gpu/run.sh conformance    every promise of a device, on the GPU
+#   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
+# A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm), which this makes on
+# another one:  tests/gpu/run.sh build FOLDER
+set -eu
+cd "$(dirname "$0")/../.."
+part=${1:-conformance}
+
+build() { # build PROFILE-FLAGS TARGET-KIND NAME: prints the program's path
+    # shellcheck disable=SC2086
+    cargo build -q -p shoal-device --features cuda $1 --$2 "$3" --message-format json |
+        python3 -c '
+import json, sys
+for line in sys.stdin:
+    event = json.loads(line)
+    if event.get("executable") and event["target"]["name"] == sys.argv[1]:
+        print(event["executable"])' "$3"
+}
+
+program() {
+    if [ -n "${SHOAL_GPU_PROGRAMS:-}" ]; then
+        echo "$SHOAL_GPU_PROGRAMS/$1"
+    elif [ "$1" = cuda ]; then
+        build "" test cuda
+    else
+        build --release bench cuda_vmm
+    fi
+}
+
+if [ "$part" = build ]; then
+    mkdir -p "$2"
+    for name in cuda cuda_vmm; do
+        built=$(program $name)
+        strip -o "$2/$name" "$built"
+    done
+    exit
+fi
+
+OUT=${OUT:-gpu-results}
+mkdir -p "$OUT"
+export SHOAL_REQUIRE_GPU=1
+SHOAL_DRIVER=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+SHOAL_COMMIT=${SHOAL_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)}
+export SHOAL_DRIVER SHOAL_COMMIT SHOAL_RESULT="$OUT/$part.json"
+
+case $part in
+conformance)
+    status=0
+    "$(program cuda)" --test-threads 1 --nocapture >"$OUT/conformance.log" 2>&1 || status=$?
+    python3 tests/gpu/report.py "$OUT/conformance.log" "$SHOAL_RESULT" || status=$?
+    exit $status
+    ;;
+vmm) "$(program cuda_vmm)" ;;
+*)
+    echo "no part named $part; there are conformance and vmm" >&2
+    exit 2
+    ;;
+esac
