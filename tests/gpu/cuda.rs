@@ -252,6 +252,9 @@ fn a_region_sleeps_and_wakes_at_its_address() {
         }
         assert_eq!(mappings[0].address(), reservation.address());
     }
+    if let Some(reason) = cuda.host_fallback() {
+        eprintln!("host memory is not page-locked: {reason}");
+    }
     drop(copies);
     let free_after = device.memory().unwrap().free;
     // The scratch of the hash stays with the stream.

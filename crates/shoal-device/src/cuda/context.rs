@@ -64,8 +64,9 @@ fn open_driver(id: DeviceId) -> Result<(Driver, i32), DeviceError> {
         unavailable(id, reason, REMEDY_DRIVER)
     })?;
     driver.init().map_err(|error| {
-        let remedy = "see nvidia-smi; in a container, start it with access to the GPU (--gpus all)";
-        unavailable(id, error.to_string(), remedy)
+        let remedy =
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES; start a container with access to the GPU (--gpus all)";
+        unavailable(id, format!("the NVIDIA driver shows this process no device ({error})"), remedy)
     })?;
     let version = driver.version()?;
     if version < CUDA_MIN {
