@@ -19,6 +19,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTES = {
     "cpu": "Two CPU cores, the device simulated in RAM. These figures show the cost of Shoal's own work; "
     "they say nothing about a GPU.",
+    "h100": "One H100 80GB HBM3 (SXM, PCIe Gen5), 16 virtual cores; ceilings measured in the same run.",
 }
 
 
@@ -49,7 +50,8 @@ def render() -> str:
         for file in sorted(device.glob("*.json")):
             result = json.loads(file.read_text("utf-8"))
             origin = f"{result['date'][:10]}, commit {result['shoal_commit'][:9]}"
-            rows += [line(file.stem, row) for row in result["rows"]]
+            # What passed or failed is no figure.
+            rows += [line(file.stem, row) for row in result["rows"] if row["unit"] != "bool"]
         if rows:
             note = NOTES.get(device.name, "")
             table = ["| bench | case | figure | ceiling | peer | target |", "|---|---|---|---|---|---|", *rows]
