@@ -196,7 +196,9 @@ impl Core {
         if !matches!(model.life, Life::Failed { .. } | Life::Stopped) {
             model.life = Life::Ending;
         }
-        model.end.notify_one();
+        if model.pid.is_some() {
+            model.end.notify_one();
+        }
         self.asked.retain(|asked| asked.pending.model != id);
         // What it holds counts as held until the process is gone.
         if let Err(error) = self.book.begin_closing(id) {

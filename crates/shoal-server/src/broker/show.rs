@@ -63,11 +63,17 @@ impl Core {
             status: self.status_of(place),
             progress: model.progress.clone(),
             error: model.error.clone(),
+            // A worker's figures come a few times a second; its leases are known to the byte. What was given back
+            // since is not shown as if it were still there.
             bytes: ModelBytes {
-                weights_device: usage.weights_device,
+                weights_device: if model.is_up() {
+                    held(LeaseKind::Weights)
+                } else {
+                    usage.weights_device.min(held(LeaseKind::Weights))
+                },
                 weights_total: usage.weights_total.max(model.weights_total),
-                kv_device: usage.kv_device,
-                kv_live: usage.kv_live,
+                kv_device: usage.kv_device.min(held(LeaseKind::Kv)),
+                kv_live: usage.kv_live.min(held(LeaseKind::Kv)),
                 overhead_device: usage.overhead_device,
                 host: usage.host,
                 source_only: usage.source_only,

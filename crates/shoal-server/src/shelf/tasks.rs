@@ -1,5 +1,6 @@
 //! The tasks around the core: they carry bytes and watch processes, and decide nothing.
 
+use futures_util::FutureExt;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -130,11 +131,10 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
             () = start.notified() => {}
         }
         let (launch, socket) = launch(&shared, &config, place);
-        if let Err(error) = std::fs::remove_file(&socket)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, socket = %socket.display(), "a stale socket could not be removed");
-        }
+        // A worker that died by itself was also told to end, when its connection closed: that was not meant for the
+        // next one.
+        let _stale = end.notified().now_or_never();
+        let _socket = SocketFile::fresh(socket);
         let mut process = match WorkerProcess::start(&launch) {
             Ok(process) => process,
             Err(error) => {
@@ -168,6 +168,31 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
                 return;
             }
         }
+    }
+}
+
+/// A worker's data socket: whatever stands in its place goes before the worker starts, and what it leaves goes after it.
+struct SocketFile(PathBuf);
+
+impl SocketFile {
+    fn fresh(path: PathBuf) -> Self {
+        let file = Self(path);
+        file.remove();
+        file
+    }
+
+    fn remove(&self) {
+        if let Err(error) = std::fs::remove_file(&self.0)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, socket = %self.0.display(), "a stale socket could not be removed");
+        }
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 
