@@ -1,0 +1,65 @@
+"""Run the criterion benches of the crates and put their figures into `benches/results/cpu/` in the common schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benches.results import Row, save  # noqa: E402
+
+BENCHES = {
+    "page_table": ("shoal-core", "page_table"),
+    "policy": ("shoal-core", "policy"),
+    "simulator_device": ("shoal-device", "sim"),
+    "gateway_core": ("shoal-server", "gateway"),
+}
+NANOSECONDS = 1e-9
+
+
+def target_directory() -> Path:
+    """Where cargo builds."""
+    return Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+
+
+def rows_of(directory: Path, started: float) -> list[Row]:
+    """Read every estimate written since `started`."""
+    rows = []
+    for path in sorted(directory.glob("**/new/estimates.json")):
+        if path.stat().st_mtime < started:
+            continue
+        name = json.loads((path.parent / "benchmark.json").read_text())["full_id"]
+        median = json.loads(path.read_text())["median"]
+        bounds = median["confidence_interval"]
+        rows.append(
+            Row(
+                name,
+                "time",
+                median["point_estimate"] * NANOSECONDS,
+                "s",
+                "lower",
+                samples=len(json.loads((path.parent / "sample.json").read_text())["times"]),
+                spread=(bounds["lower_bound"] * NANOSECONDS, bounds["upper_bound"] * NANOSECONDS),
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Run what is named on the command line, or all."""
+    import time
+
+    for name in sys.argv[1:] or BENCHES:
+        crate, bench = BENCHES[name]
+        started = time.time()
+        subprocess.run(["cargo", "bench", "-p", crate, "--bench", bench], cwd=ROOT, check=True)
+        save(name, rows_of(target_directory() / "criterion", started))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Three models in the room of one and a half: exact answers, leases that hold, reasons that can be read."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import models
+from tests.support.server import serve
+from tests.support.witness import Witness
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BUDGET_BYTES = 44 << 20
+PROMPTS = ["def main(", "The quick brown fox", "import os\nimport sys\n\n" * 6, "a"]
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def expected(shelf_models: dict[str, Path]) -> dict[tuple[str, str], str]:
+    """What each model says alone, by plain transformers."""
+    return {
+        (name, prompt): models.plain_greedy(path, prompt, TOKENS)
+        for name, path in shelf_models.items()
+        for prompt in PROMPTS
+    }
+
+
+def test_every_answer_is_exact_and_every_byte_within_its_lease(
+    tmp_path: Path, model_tables: list[dict[str, object]], expected: dict[tuple[str, str], str]
+) -> None:
+    """Busy models take turns; a witness outside counts what is really held."""
+    with serve(tmp_path, models=model_tables, device_budget="44MiB") as server:
+        for table in model_tables:
+            server.wait_for(str(table["name"]), "asleep", "awake", "partly_resident")
+        wanted = list(expected) * 3
+        random.Random(7).shuffle(wanted)  # noqa: S311 - an order, not a secret
+        with Witness(server) as witness, ThreadPoolExecutor(6) as clients:
+            answers = list(clients.map(lambda pair: server.complete(pair[0], pair[1], TOKENS), wanted))
+        for pair, answer in zip(wanted, answers, strict=True):
+            assert answer == expected[pair], f"{pair} came out differently under pressure"
+        witness.check(BUDGET_BYTES)
+        state = server.state()
+        for model in state["models"]:
+            assert model["counts"]["wakes"] >= 1, model
+        assert sum(model["counts"]["evictions"] for model in state["models"]) >= len(model_tables), state
+
+
+def test_sleep_and_wake_by_hand(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
+    """The verbs do what they say, and partial sleep keeps what was asked for."""
+    with serve(tmp_path, models=model_tables[:1], device_budget="64MiB") as server:
+        name = str(model_tables[0]["name"])
+        server.wait_for(name, "asleep")
+        assert server.order(name, "wake").status_code == 200
+        awake = server.wait_for(name, "awake")
+        before = server.complete(name, "x = ", 8)
+        assert server.order(name, "sleep", keep=0.5).status_code == 200
+        half = server.wait_for(name, "partly_resident")
+        share = half["lease"]["weights"] / awake["lease"]["weights"]
+        assert 0.3 < share < 0.7, share
+        assert server.complete(name, "x = ", 8) == before
+        assert server.order(name, "sleep").status_code == 200
+        asleep = server.wait_for(name, "asleep")
+        assert asleep["bytes"]["weights_device"] == 0
+        assert asleep["lease"]["total"] == 0
+        assert server.complete(name, "x = ", 8) == before
+
+
+def test_a_pinned_model_does_not_yield(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
+    """Two cannot stand beside the pinned one, so they take turns in what is left, and the pinned one stays."""
+    with serve(tmp_path, models=model_tables, device_budget="64MiB") as server:
+        names = [str(table["name"]) for table in model_tables]
+        for name in names:
+            server.wait_for(name, "asleep")
+        assert server.order(names[0], "pin", pinned=True).status_code == 200
+        server.complete(names[0], "a", 4)
+        resident = server.model(names[0])["lease"]["weights"]
+        for name in names[1:] * 2:
+            server.complete(name, "b", 4)
+            assert server.model(names[0])["lease"]["weights"] == resident
+
+
+def test_a_host_budget_smaller_than_the_weights(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
+    """What finds no room in host memory is read again from the file it came from, and is as exact."""
+    with serve(tmp_path, models=model_tables[:2], device_budget="44MiB", host_budget="16MiB") as server:
+        names = [str(table["name"]) for table in model_tables[:2]]
+        for name in names:
+            asleep = server.wait_for(name, "asleep")["bytes"]
+            assert 0 < asleep["host"] <= 8 << 20, asleep
+            assert asleep["source_only"] > asleep["host"], asleep
+        first = {name: server.complete(name, "x = ", 8) for name in names}
+        assert first == {name: server.complete(name, "x = ", 8) for name in names}
+        state = server.state()
+        assert sum(model["bytes"]["host"] for model in state["models"]) <= 16 << 20

@@ -1,0 +1,169 @@
+"""A real `shoal serve` in a directory of its own, started and ended as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def free_port() -> int:
+    """Give a TCP port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def toml_value(value: object) -> str:
+    """Write one value the way TOML has it (strings, numbers and booleans are JSON's)."""
+    return json.dumps(value)
+
+
+@dataclass
+class Server:
+    """A running server and the ways to ask it things."""
+
+    home: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    http: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+
+    @property
+    def url(self) -> str:
+        """The address clients use."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Where its sockets are."""
+        return self.home / "run" / "shoal"
+
+    def state(self) -> dict[str, Any]:
+        """What `/api/v1/state` says now."""
+        answer = self.http.get("/api/v1/state")
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One model's part of the state."""
+        return next(model for model in self.state()["models"] if model["name"] == name)
+
+    def wait_for(self, name: str, *statuses: str, timeout_s: float = 120) -> dict[str, Any]:
+        """Wait until a model has one of the statuses; raises with the log's tail when it does not come."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            model = self.model(name)
+            if model["status"] in statuses:
+                return model
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                msg = f"{name} is {model['status']}, not {statuses}, after {timeout_s} s\n{self.logs()}"
+                raise TimeoutError(msg)
+            time.sleep(0.05)
+
+    def order(self, model: str, verb: str, **body: object) -> httpx.Response:
+        """Wake, sleep or pin through the API."""
+        return self.http.post(f"/api/v1/models/{model}/{verb}", json=body)
+
+    def complete(self, model: str, prompt: str | list[int], tokens: int, **extra: object) -> str:
+        """Complete greedily and give the text; raises on any status but 200."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **extra}
+        answer = self.http.post("/v1/completions", json=body)
+        if answer.status_code != httpx.codes.OK:
+            msg = f"{answer.status_code}: {answer.text}\n{self.logs()}"
+            raise RuntimeError(msg)
+        return str(answer.json()["choices"][0]["text"])
+
+    def workers(self) -> dict[str, int]:
+        """Process ids of the workers, by model."""
+        return {model["name"]: model["pid"] for model in self.state()["models"] if model.get("pid")}
+
+    def logs(self, lines: int = 40) -> str:
+        """The tail of every log there is, for messages of failed tests."""
+        texts = []
+        for path in sorted([self.home / "serve.log", *self.home.glob("state/**/*.log")]):
+            if path.exists():
+                tail = path.read_text(errors="replace").splitlines()[-lines:]
+                texts.append(f"--- {path.name}\n" + "\n".join(tail))
+        return "\n".join(texts)
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """End it the way Ctrl-C does and give its exit status."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait(10)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment of a user who has only `home`."""
+    dirs = {"XDG_RUNTIME_DIR": "run", "XDG_STATE_HOME": "state", "XDG_CONFIG_HOME": "config"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for name, directory in dirs.items():
+        (home / directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+        env[name] = str(home / directory)
+    return env
+
+
+def write_config(home: Path, server: dict[str, object], models: list[dict[str, object]]) -> Path:
+    """Write a `shoal.toml` and give its path."""
+    lines = ["[server]", *(f"{key} = {toml_value(value)}" for key, value in server.items())]
+    for model in models:
+        lines += ["", "[[model]]", *(f"{key} = {toml_value(value)}" for key, value in model.items())]
+    path = home / "shoal.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@contextmanager
+def serve(home: Path, *, models: list[dict[str, object]], **server: object) -> Iterator[Server]:
+    """Run `shoal serve` with these settings until the block ends; on the way out nothing of it may be left."""
+    port = free_port()
+    config = write_config(home, {"listen": f"127.0.0.1:{port}", "device": "sim", **server}, models)
+    with (home / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shoal", "serve", str(config)],
+            env=environment(home),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    running = Server(home, port, process)
+    try:
+        wait_until_up(running)
+        yield running
+    finally:
+        running.stop()
+
+
+def wait_until_up(server: Server, timeout_s: float = 30) -> None:
+    """Wait until `/healthz` answers; raises with the log when the server ends instead."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if server.process.poll() is not None or time.monotonic() > deadline:
+            msg = f"the server did not come up (exit {server.process.poll()})\n{server.logs()}"
+            raise RuntimeError(msg)
+        try:
+            if server.http.get("/healthz").status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
