@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
-
-from benches.results import Row, of_samples, percentile, save  # noqa: E402
 from tests.support import models  # noqa: E402
 from tests.support.server import serve  # noqa: E402
+
+from benches.results import Row, of_samples, percentile, save  # noqa: E402
 
 BODY = {"model": "model", "prompt": "a", "max_tokens": 1, "temperature": 0}
 

@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
+from tests.support import models  # noqa: E402
+from tests.support.server import Server, serve  # noqa: E402
 
 from benches.client import Timed, stream  # noqa: E402
 from benches.results import Row, percentile, save  # noqa: E402
-from tests.support import models  # noqa: E402
-from tests.support.server import Server, serve  # noqa: E402
 
 NAMES = ["ash", "birch", "cedar"]
 KV_ROOM_BYTES = 8 << 20

@@ -1,7 +1,7 @@
 """Time to the first token of a model that is awake, asleep in host memory, only in its file, and not started.
 
-Simulated device: the copies are memcpy, so the figures show what Shoal adds, not what a GPU would take. The ceiling of a
-wake is a plain memcpy of the same bytes in the same run; the peer of `awake` is plain transformers in one process.
+Simulated device: the copies are memcpy, so the figures show what Shoal adds, not what a GPU would take. The ceiling
+of a wake is a plain memcpy of the same bytes in the same run; the peer of `awake` is plain transformers in one process.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
+from tests.support import models  # noqa: E402
+from tests.support.server import Server, serve, wait_until_up  # noqa: E402, F401
 
 from benches.client import stream  # noqa: E402
 from benches.results import Row, of_samples, save  # noqa: E402
-from tests.support import models  # noqa: E402
-from tests.support.server import Server, serve, wait_until_up  # noqa: E402, F401
 
 PROMPT = "def main(argv):\n    "
 

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support import models  # noqa: E402 - the path comes first
+from tests.support import models
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from tests.support.server import Server, environment, free_port, serve, write_config
 
 
@@ -125,7 +124,7 @@ def test_a_budget_too_small(tmp_path: Path, model_tables: list[dict[str, object]
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, shelf_models: dict[str, Path]) -> Any:  # noqa: ANN401
+def running(tmp_path_factory: pytest.TempPathFactory, shelf_models: dict[str, Path]) -> Any:
     """One server for all bad requests."""
     table: dict[str, object] = {"name": "ash", "source": str(shelf_models["ash"]), "dtype": "float32", "context": 512}
     with serve(tmp_path_factory.mktemp("bad"), models=[table], device_budget="64MiB") as server:

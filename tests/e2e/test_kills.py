@@ -7,29 +7,24 @@ import random
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import httpx
-
 from tests.support.server import serve
 from tests.support.witness import send, until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
 def test_a_worker_killed_in_a_stream_or_a_wake(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
     """Ten kills at random moments: clients hear an answer or a clear error, the other model goes on, memory returns."""
-    moments = random.Random(3)  # noqa: S311 - moments, not secrets
+    moments = random.Random(3)
     with serve(tmp_path, models=model_tables[:2], device_budget="44MiB") as server:
         victim, other = (str(table["name"]) for table in model_tables[:2])
         for name in (victim, other):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def byte_tokenizer() -> Any:  # noqa: ANN401 - transformers is not typed
+def byte_tokenizer() -> Any:
     """Make a byte-level tokenizer that needs no vocabulary file: 256 symbols and an end mark."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

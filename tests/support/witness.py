@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +89,7 @@ class Witness:
             for pid in stopped:
                 send(pid, signal.SIGCONT)
 
-    def __enter__(self) -> Witness:
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
         self._thread.start()
         return self
@@ -133,10 +134,8 @@ def lease_bytes(model: dict[str, object]) -> int:
 
 def send(pid: int, number: int) -> None:
     """Signal a process that may have gone."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def wait_stopped(pid: int, timeout_s: float = 5) -> None:

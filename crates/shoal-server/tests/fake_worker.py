@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 MIB = 1 << 20
 
@@ -68,7 +69,7 @@ class Worker:
             time.sleep(0.05)
             sys.exit(3)
         threading.Thread(target=self.serve, args=(welcome["data_socket"],), daemon=True).start()
-        while not os.path.exists(welcome["data_socket"]):
+        while not Path(welcome["data_socket"]).exists():
             time.sleep(0.001)
         capabilities = {
             "routes": ["chat/completions"],
@@ -132,8 +133,8 @@ class Worker:
                 break
             self.held += answer["bytes"]
             mark = self.options.die_in_wake
-            if mark and not os.path.exists(mark):
-                open(mark, "w").close()
+            if mark and not Path(mark).exists():
+                Path(mark).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.options.wake_ms / self.options.chunks / 1_000)
             brought += answer["bytes"]
@@ -168,7 +169,8 @@ class Worker:
             client, _ = listener.accept()
             client.recv(65536)
             body = json.dumps({"model": self.options.model, "whole": self.held == self.total}).encode()
-            client.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+            client.sendall(head + body)
             client.close()
 
 
