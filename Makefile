@@ -50,6 +50,7 @@ test-gpu: ## Tests on a machine with an NVIDIA GPU (PART=name runs one part)
 check: setup ## Formatting, lints, types, licences and duplicates of dependencies
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+	cargo clippy --locked -p shoal-device --features cuda --all-targets --quiet -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,10 +58,8 @@ check: setup ## Formatting, lints, types, licences and duplicates of dependencie
 	$(BIN)/python scripts/check_dependencies.py
 
 bench: setup models ## Run the benchmarks into benches/results/ and render them into README
-	cargo bench --locked --workspace
-	@found=; for file in benches/[a-z]*.py; do [ -f "$$file" ] || continue; found=1; \
-	  echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
-	  [ -n "$$found" ] || echo "There are no end-to-end benchmarks in benches/ yet."
+	@for bench in criterion gateway_latency shelf_first_token shelf_all_active; do \
+	  echo "== $$bench"; $(BIN)/python benches/$$bench.py || exit 1; done
 	$(BIN)/python scripts/render_results.py
 
 ui: ## Build the page
