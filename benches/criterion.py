@@ -17,7 +17,6 @@ BENCHES = {
     "page_table": ("shoal-core", "page_table"),
     "policy": ("shoal-core", "policy"),
     "simulator_device": ("shoal-device", "sim"),
-    "gateway_core": ("shoal-server", "gateway"),
 }
 NANOSECONDS = 1e-9
 
