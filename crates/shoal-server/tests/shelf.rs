@@ -322,6 +322,39 @@ async fn a_worker_that_keeps_failing_is_started_again_and_its_requests_are_told(
     assert!(count(&shelf, "chat", |what| matches!(what, EventKind::RestartScheduled { .. })) >= 3);
     let log = std::fs::read_to_string(scratch.path().join("logs/chat.log")).expect("its log");
     assert!(log.starts_with("leaving at once\n"), "{log}");
+    // After a few starts it is left alone, and requests hear at once why, in one sentence on its last end.
+    until(&shelf, "failed", |shelf| status(shelf, "chat") == ModelStatus::Failed).await;
+    let starts = shelf.snapshot().models[0].starts;
+    assert_eq!(starts, 5, "{}", story(&shelf));
+    let refused = shelf.route("chat", soon()).await.expect_err("it failed");
+    let RouteError::Failed { reason, retry_after: None, .. } = &refused else { panic!("{refused:?}") };
+    assert_eq!(shelf.snapshot().models[0].error.as_ref(), Some(reason));
+    for text in [reason, &story(&shelf).lines().last().expect("events").to_owned()] {
+        for what in ["its worker exited with status 7", ": leaving at once (", "chat.log", "5 times in a row"]
+        {
+            assert_eq!(text.matches(what).count(), 1, "{what}: {text}");
+        }
+    }
+    // A person who wakes it starts it again.
+    let again = shelf.wake("chat", soon()).await.expect_err("it still exits");
+    assert!(again.to_string().contains("exited with status 7"), "{again}");
+    assert!(shelf.snapshot().models[0].starts > starts, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_reason_of_a_restart_is_the_worker_s_own_and_does_not_grow() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 120, vec![model("chat", &["--fail", "internal"])]);
+    until(&shelf, "failed", |shelf| {
+        count(shelf, "chat", |what| matches!(what, EventKind::RestartScheduled { .. })) >= 3
+    })
+    .await;
+    for event in events(&shelf) {
+        let EventKind::RestartScheduled { reason, .. } = &event.what else { continue };
+        assert_eq!(reason.matches("its worker exited with status 3").count(), 1, "{reason}");
+        assert_eq!(reason.matches("no such thing (internal)").count(), 1, "{reason}");
+    }
     shelf.shutdown(soon()).await;
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -30,10 +31,14 @@ logger = logging.getLogger("shoal.worker")
 
 _GRACE_S = 10.0  # how long running requests may take after SIGTERM
 _PARENT_CHECK_S = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve one model; returns the exit status."""
+    if not _end_with_parent():
+        print("shoal.worker: the server that started this worker is gone", file=sys.stderr)
+        return 1
     parser = argparse.ArgumentParser(prog="python -m shoal.worker", description="Serve one model for shoal serve.")
     parser.add_argument("--control", required=True, type=Path, help="the server's control socket")
     parser.add_argument("--model", required=True, help="the model's name in the server's configuration")
@@ -53,6 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     client.on_disconnect = "exit"
     return _serve(client, options.model, parent)
+
+
+def _end_with_parent() -> bool:
+    """Ask to be killed when the server ends, however early; false where it has ended already.
+
+    What a worker sees of its server later, the closed control socket, it does not see while it imports or loads.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            reason = os.strerror(ctypes.get_errno())
+            print(f"shoal.worker: no signal at the server's end ({reason})", file=sys.stderr)
+    # Whoever ended before the request for the signal causes none. In a container the server itself may be process 1.
+    server = os.environ.get("SHOAL_SERVER_PID", "")
+    return os.getppid() == int(server) if server.isdecimal() else os.getppid() != 1
 
 
 def _serve(client: BrokerClient, name: str, parent: int) -> int:

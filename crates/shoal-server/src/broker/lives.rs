@@ -10,6 +10,10 @@ use crate::supervisor::Exit;
 
 /// Failures in a row after which requests are no longer parked while the worker is started again.
 const FAILURES_PATIENT_MAX: u32 = 3;
+/// Quick ends in a row, none of them of a worker that was ready, after which it is not started again by itself.
+const QUICK_ENDS_MAX: u32 = 5;
+/// A worker that ended sooner than this and was never ready ended quickly.
+const QUICK: std::time::Duration = std::time::Duration::from_mins(1);
 
 /// A worker may speak: which model it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,8 @@ impl Core {
         let model = &mut self.models[place];
         model.pid = Some(pid);
         model.starts += 1;
+        model.last_words = None;
+        model.was_ready = false;
         let (id, starts) = (model.id, model.starts);
         if let Err(error) = self.book.open(id) {
             tracing::error!(model = self.models[place].name, %error, "a worker began before the last one was gone");
@@ -69,7 +75,8 @@ impl Core {
 
     /// A process could not be started.
     pub(crate) fn handle_not_started(&mut self, place: usize, reason: String, now_ms: u64) {
-        self.models[place].error = Some(reason.clone());
+        let model = &mut self.models[place];
+        (model.was_ready, model.last_words) = (false, None);
         self.after_end(place, reason, std::time::Duration::ZERO, now_ms);
         self.settle(now_ms);
     }
@@ -144,6 +151,8 @@ impl Core {
         let model = &mut self.models[place];
         model.life = Life::Ready;
         model.error = None;
+        model.was_ready = true;
+        model.quick_ends = 0;
         self.tell(now_ms, Some(place), EventKind::WorkerReady { pid, weights });
     }
 
@@ -151,6 +160,7 @@ impl Core {
     pub(super) fn fail(&mut self, place: usize, code: &str, reason: &str, permanent: bool, now_ms: u64) {
         let model = &mut self.models[place];
         model.error = Some(reason.to_owned());
+        model.last_words = Some(reason.to_owned());
         model.say(FromServer::Shutdown { deadline_ms: self.timing.end_ms_max, reason: reason.to_owned() });
         model.life = Life::Failed { reason: reason.to_owned(), permanent };
         if model.pid.is_some() {
@@ -169,7 +179,12 @@ impl Core {
     /// The worker broke the protocol or stopped reading: it is ended.
     pub(super) fn break_off(&mut self, place: usize, reason: String, now_ms: u64) {
         self.tell(now_ms, Some(place), EventKind::ProtocolError { reason: reason.clone() });
-        self.models[place].error = Some(reason);
+        let model = &mut self.models[place];
+        // What it said itself explains more than how its connection ended.
+        if model.last_words.is_none() {
+            model.error = Some(reason.clone());
+            model.last_words = Some(reason);
+        }
         self.connection_over(place, now_ms);
     }
 
@@ -206,8 +221,14 @@ impl Core {
         }
     }
 
-    /// The process is gone, and its memory with it.
-    pub(crate) fn handle_exited(&mut self, place: usize, exit: &Exit, now_ms: u64) {
+    /// The process is gone, and its memory with it. `last_line` is the last one that it wrote to its log.
+    pub(crate) fn handle_exited(
+        &mut self,
+        place: usize,
+        exit: &Exit,
+        last_line: Option<String>,
+        now_ms: u64,
+    ) {
         if self.models[place].connection.is_some() {
             self.connection_over(place, now_ms);
         }
@@ -219,12 +240,17 @@ impl Core {
         self.asked.retain(|asked| asked.pending.model != id);
         let returned = self.book.close(id);
         self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status: exit.to_string(), returned });
-        let log = self.models[place].log.display().to_string();
-        self.after_end(place, format!("its worker {exit}; its output is in {log}"), exit.lived, now_ms);
+        let model = &mut self.models[place];
+        // What it said of itself, or what was wrong with it, before what it happened to print last.
+        let words = model.last_words.take().or(last_line);
+        let words = words.map(|words| format!(": {words}")).unwrap_or_default();
+        let reason = format!("its worker {exit}{words} (its output is in {})", model.log.display());
+        self.after_end(place, reason, exit.lived, now_ms);
         self.settle(now_ms);
         self.process_gone.notify_waiters();
     }
 
+    /// What follows an end: `reason` is the one sentence that everybody hears of it, and says nothing of ends before.
     fn after_end(&mut self, place: usize, reason: String, lived: std::time::Duration, now_ms: u64) {
         let stopping = self.stopping;
         let model = &mut self.models[place];
@@ -235,12 +261,15 @@ impl Core {
         if matches!(model.life, Life::Failed { permanent: true, .. }) {
             return;
         }
+        model.quick_ends = if model.was_ready || lived >= QUICK { 0 } else { model.quick_ends + 1 };
+        if model.quick_ends >= QUICK_ENDS_MAX {
+            let reason = format!(
+                "{reason}; it ended so {QUICK_ENDS_MAX} times in a row and is started again only when it is woken by hand"
+            );
+            return self.fail(place, "crash_loop", &reason, true, now_ms);
+        }
         let wait = model.backoff.ended(lived);
         let delay_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        let reason = match &model.error {
-            Some(error) if !reason.contains(error.as_str()) => format!("{reason}: {error}"),
-            _ => reason,
-        };
         model.error = Some(reason.clone());
         model.life = Life::Waiting { at_ms: now_ms + delay_ms, reason: reason.clone() };
         let failures = model.backoff.failures();
@@ -272,6 +301,7 @@ impl Core {
         };
         if waits {
             model.backoff = crate::supervisor::Backoff::default();
+            model.quick_ends = 0;
             model.life = Life::Waiting { at_ms: now_ms, reason: "it was asked for again".to_owned() };
         }
     }

@@ -100,6 +100,12 @@ pub(crate) struct Record {
     pub(crate) usage: WorkerUsage,
     pub(crate) progress: Option<String>,
     pub(crate) error: Option<String>,
+    /// What this process said of its failure, or what was found wrong with it.
+    pub(crate) last_words: Option<String>,
+    /// This process was ready once.
+    pub(crate) was_ready: bool,
+    /// Ends in a row that came soon and of processes that were never ready.
+    pub(crate) quick_ends: u32,
     /// Tells the process's task to start one.
     pub(crate) start: Arc<Notify>,
     /// Tells the process's task to end it.
@@ -151,6 +157,9 @@ impl Record {
             usage: WorkerUsage::default(),
             progress: None,
             error: None,
+            last_words: None,
+            was_ready: false,
+            quick_ends: 0,
             start: Arc::new(Notify::new()),
             end: Arc::new(Notify::new()),
             orders: BTreeMap::new(),

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::FutureExt;
 use shoal_core::protocol::FromServer;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{RouteError, RouteSink, Shared};
 use crate::broker::{Core, Reached, Wanted};
 use crate::config::{Engine, ServerConfig};
-use crate::control::{Greeted, Listener, Outgoing};
+use crate::control::{ControlError, Greeted, Listener, Outgoing};
 use crate::supervisor::{Launch, WorkerProcess, open_log};
 
 /// Messages that may wait for a worker to read them.
@@ -101,6 +102,11 @@ async fn converse(shared: Arc<Shared>, greeted: Greeted) {
                     .with(|core, now_ms| core.handle_message(greeting.place, greeting.pid, message, now_ms));
             }
             Ok(None) => break None,
+            // A socket that breaks is a worker that ended: how it exited and its log say more.
+            Err(error @ ControlError::Io(_)) => {
+                tracing::debug!(model, pid, %error, "a worker's connection broke");
+                break None;
+            }
             Err(error) => break Some(error.to_string()),
         }
     };
@@ -130,6 +136,8 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
             () = shared.cancel.cancelled() => return,
             () = start.notified() => {}
         }
+        // A request to end that the last process no longer needed is not the next one's.
+        let _ = end.notified().now_or_never();
         let (launch, socket) = launch(&shared, &config, place);
         // A worker that died by itself was also told to end, when its connection closed: that was not meant for the
         // next one.
@@ -162,7 +170,10 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
             }
         };
         match exit {
-            Ok(exit) => shared.with(|core, now_ms| core.handle_exited(place, &exit, now_ms)),
+            Ok(exit) => {
+                let last_line = process.last_line();
+                shared.with(|core, now_ms| core.handle_exited(place, &exit, last_line, now_ms));
+            }
             Err(error) => {
                 tracing::error!(pid, %error, "a worker cannot be waited for; its lease is kept");
                 return;
@@ -218,6 +229,8 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
     let mut env = model.env.clone();
     env.insert("SHOAL_RUNTIME_DIR".to_owned(), config.runtime_dir.to_string_lossy().into_owned());
     env.insert("SHOAL_CONTROL".to_owned(), control.to_string_lossy().into_owned());
+    // A worker that finds another parent was orphaned before it could ask for a signal at our end.
+    env.insert("SHOAL_SERVER_PID".to_owned(), std::process::id().to_string());
     env.insert("SHOAL_MODEL".to_owned(), model.name.clone());
     // Its output is a log: lines must not wait in a buffer for the process to end.
     env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());

@@ -96,10 +96,17 @@ pub struct WorkerProcess {
     child: Child,
     pid: u32,
     started: Instant,
+    log: PathBuf,
+    /// Where its own output begins in the log, which its predecessors wrote to as well.
+    log_from: u64,
 }
 
 impl WorkerProcess {
     /// Start a worker. Its standard input is empty, its output goes to the log.
+    ///
+    /// Call it on a thread that lives as long as the server: a task spawned on the runtime does (its threads end with
+    /// it), `spawn_blocking` and `block_in_place` do not. The parent-death signal that a worker asks for comes when the
+    /// *thread* that started it ends, and an idle thread of the blocking pool ends after seconds.
     ///
     /// # Errors
     /// [`SupervisorError`]: the log cannot be written, the program cannot be run.
@@ -108,6 +115,7 @@ impl WorkerProcess {
             |source| SupervisorError::Log { model: launch.model.clone(), path: launch.log.clone(), source };
         let output = log_file::open_log(&launch.log).map_err(log_error)?;
         let errors = output.try_clone().map_err(log_error)?;
+        let log_from = output.metadata().map_err(log_error)?.len();
         let program = launch.command.first().cloned().unwrap_or_default();
         let child = Command::new(&program)
             .args(launch.command.iter().skip(1))
@@ -121,13 +129,19 @@ impl WorkerProcess {
             .spawn()
             .map_err(|source| SupervisorError::Spawn { model: launch.model.clone(), program, source })?;
         let pid = child.id().unwrap_or_default();
-        Ok(Self { child, pid, started: Instant::now() })
+        Ok(Self { child, pid, started: Instant::now(), log: launch.log.clone(), log_from })
     }
 
     /// Its process id, also after it ended.
     #[must_use]
     pub const fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The last line that this process wrote to its log, shortened; none where it wrote nothing.
+    #[must_use]
+    pub fn last_line(&self) -> Option<String> {
+        log_file::last_line(&self.log, self.log_from)
     }
 
     /// Wait until the process is gone, its memory with it. May be dropped and called again.
@@ -185,6 +199,10 @@ mod tests {
         assert_eq!(exit.status.code(), Some(3));
         assert!(exit.to_string().starts_with("exited with status 3 after"), "{exit}");
         assert_eq!(log_file::tail(&scratch.path().join("ash.log"), 100), "good day\noh\n");
+        assert_eq!(worker.last_line().as_deref(), Some("oh"));
+        let mut silent = WorkerProcess::start(&launch(scratch.path(), "exit 3"))?;
+        silent.wait().await?;
+        assert_eq!(silent.last_line(), None, "the line before was another worker's");
         Ok(())
     }
 
