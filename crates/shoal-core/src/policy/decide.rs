@@ -1,14 +1,22 @@
 //! The decision itself.
 
+use std::collections::BTreeMap;
+
 use super::reason;
 use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
 use super::victims::{Candidate, Class, Field, kept_until};
 use crate::bytes::ByteCount;
+use crate::ids::ModelId;
 
 /// Decides what to do at `now_ms`. See the [module](super) for the rules.
 #[must_use]
 pub fn plan(state: &ShelfState, now_ms: u64) -> Plan {
-    let mut decision = Decision { field: Field::new(state, now_ms), plan: Plan::default(), spare: None };
+    let mut decision = Decision {
+        field: Field::new(state, now_ms),
+        plan: Plan::default(),
+        spare: None,
+        granted: BTreeMap::new(),
+    };
     let mut requests: Vec<_> = state.requests.iter().collect();
     requests.sort_by_cached_key(|request| decision.field.seniority(request));
     for request in requests {
@@ -24,6 +32,8 @@ struct Decision<'a> {
     plan: Plan,
     /// What younger requests may have, once an older one had to be let wait.
     spare: Option<ByteCount>,
+    /// What this plan granted already.
+    granted: BTreeMap<ModelId, ByteCount>,
 }
 
 impl Decision<'_> {
@@ -34,7 +44,8 @@ impl Decision<'_> {
         if request.deadline_ms <= self.field.now_ms {
             return self.deny(request, false, reason::too_late(&self.field, model, request));
         }
-        let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held()));
+        let granted = self.granted.get(&model.id).copied().unwrap_or_default();
+        let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held() + granted));
         if request.bytes_min > room {
             return self.deny(request, true, reason::over_max(model, request));
         }
@@ -58,6 +69,7 @@ impl Decision<'_> {
             let reason = reason::grant(model, request, bytes, free);
             self.field.free -= bytes;
             self.spend(bytes);
+            *self.granted.entry(model.id).or_default() += bytes;
             self.act(Action::Grant { model: request.model, request: request.request, bytes, reason });
             return;
         }

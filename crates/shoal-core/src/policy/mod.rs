@@ -19,9 +19,15 @@
 //!
 //! # Why nobody starves
 //! The oldest request that cannot be met yet keeps what it needs: younger ones get what is left over once all turns have
-//! ended, and nothing else (models in their turn may still grow, because that memory can be taken back when their turn
-//! is over). So with `k` requests before it, a request waits for at most `k + 1` turns, plus the time victims take to
-//! answer. A request that could not be met even with everything that may be taken is denied at once.
+//! ended that had begun when it was asked, and nothing else (models in their turn may still grow, because that memory
+//! can be taken back when their turn is over). A turn that began later does not count towards what is left over: small
+//! models let in on the strength of one another would keep a large one out for ever.
+//!
+//! A model that was resident already may begin one turn while a request waits, since nothing is taken before all can
+//! be. So with `k` requests before it, now or later (priority lets younger ones pass), and `r` models wholly resident
+//! when it was asked, a request waits for at most `k + r + 1` turns, each as long as a quantum, bringing the largest
+//! model back, and an answer of a victim. Pins, starts and deaths begin the count anew. A request that could not be met
+//! even with everything that may be taken is denied at once.
 
 mod decide;
 mod reason;

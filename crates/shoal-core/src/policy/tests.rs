@@ -222,3 +222,32 @@ fn a_plan_is_made_again_from_its_logged_state() {
     let read: ShelfState = serde_json::from_str(&logged).expect("own text");
     assert_eq!(plan(&read, 77), plan(&state, 77));
 }
+
+#[test]
+fn two_requests_in_one_plan_do_not_pass_the_maximum_together() {
+    let capped = ModelState { max: Some(MIB(50)), ..model(0, "chat", 40, 0) };
+    let kv = PendingRequest { kind: LeaseKind::Kv, bytes_min: MIB(2), ..wake(0, 20, 2) };
+    let said = plan(&shelf(100, vec![capped], vec![wake(0, 40, 1), kv]), 10);
+    let granted: Vec<_> = said
+        .actions
+        .iter()
+        .filter_map(|action| if let Action::Grant { bytes, .. } = action { Some(*bytes) } else { None })
+        .collect();
+    assert_eq!(granted, [MIB(40), MIB(10)], "{}", reasons(&said));
+}
+
+#[test]
+fn turns_that_began_since_do_not_let_more_of_the_young_in() {
+    let mut old = model(1, "old", 60, 60);
+    (old.active, old.turn_since_ms) = (1, Some(1_000));
+    let mut let_in = model(3, "let in", 10, 10);
+    (let_in.active, let_in.turn_since_ms) = (1, Some(1_800));
+    let models = vec![model(0, "large", 90, 0), old, model(2, "small", 10, 0), let_in];
+    let state = shelf(100, models, vec![wake(0, 90, 1_500), wake(2, 10, 1_900)]);
+    let said = plan(&state, 2_000);
+    assert!(
+        said.actions.iter().all(|action| matches!(action, Action::Wait { .. })),
+        "large would wait for the turn of small as well: {}",
+        reasons(&said)
+    );
+}

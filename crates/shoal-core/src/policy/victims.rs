@@ -197,14 +197,19 @@ impl<'a> Field<'a> {
         self.state.budget.saturating_sub(own)
     }
 
-    /// Everything that could be taken for `request` beyond what this plan gave away already, if all turns were over and everybody answered.
+    /// Everything that could be taken for `request` beyond what this plan gave away already, if all turns were over that
+    /// had begun when it was asked, and everybody answered. A turn that began since does not count: were younger models
+    /// let in on the strength of one another, some turn would always be running, and `request` would wait for ever.
     pub(super) fn eventual(&self, request: &PendingRequest) -> ByteCount {
+        let (_, asked_ms) = self.age(request);
         let others = self.state.models.iter().zip(&self.left).map(|(model, (takeable, surplus))| {
             if !model.ready {
                 // Its process is ending: all it holds comes back.
                 model.held().saturating_sub(model.ordered)
             } else if model.id == request.model {
                 if request.kind == LeaseKind::Kv { ByteCount::ZERO } else { *surplus }
+            } else if self.in_turn(model) && model.turn_since_ms.is_none_or(|since| since >= asked_ms) {
+                *surplus
             } else {
                 *takeable
             }

@@ -1,0 +1,151 @@
+//! The policy in histories: seeded ones in virtual time, and single plans for arbitrary shelves.
+
+mod sim;
+
+use proptest::prelude::*;
+use shoal_core::bytes::ByteCount;
+use shoal_core::ids::ModelId;
+use shoal_core::policy::{Action, ModelState, PendingRequest, ShelfState, plan};
+use shoal_core::protocol::LeaseKind;
+
+const HISTORIES: u64 = 300;
+/// How many histories to run instead.
+const HISTORIES_VARIABLE: &str = "SHOAL_POLICY_SIM_HISTORIES";
+/// The only history to run.
+const SEED_VARIABLE: &str = "SHOAL_POLICY_SIM_SEED";
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().expect("a whole number"))
+}
+
+#[test]
+fn histories_keep_every_promise() {
+    let seeds = match number(SEED_VARIABLE) {
+        Some(seed) => seed..seed + 1,
+        None => 0..number(HISTORIES_VARIABLE).unwrap_or(HISTORIES),
+    };
+    let mut total = sim::Seen::default();
+    for seed in seeds.clone() {
+        let mut sim = sim::Sim::new(seed);
+        if let Err(broken) = sim.run() {
+            panic!("{SEED_VARIABLE}={seed} cargo test -p shoal-core --test policy_sim histories: {broken}");
+        }
+        total.evicts += sim.seen.evicts;
+        total.grants += sim.seen.grants;
+        total.served += sim.seen.served;
+        total.denied += sim.seen.denied;
+        total.worst_permille = total.worst_permille.max(sim.seen.worst_permille);
+    }
+    eprintln!("{seeds:?}: {total:?}");
+    if seeds.end - seeds.start >= HISTORIES {
+        assert!(total.evicts > 1_000 && total.served > 1_000 && total.denied > 10, "too little: {total:?}");
+    }
+}
+
+fn bytes(most: u64) -> impl Strategy<Value = ByteCount> {
+    (0..=most).prop_map(ByteCount::mib)
+}
+
+prop_compose! {
+    fn any_model()(
+        (total, part, kv, live, overhead) in (1..80u64, 0..=4u64, 0..40u64, 0..40u64, bytes(8)),
+        (ready, pinned, up, wake_ordered) in (prop::bool::weighted(0.9), prop::bool::weighted(0.1), any::<bool>(), any::<bool>()),
+        (min, max, ordered) in (bytes(20), prop::option::weighted(0.3, bytes(120)), bytes(6)),
+        (active, parked, priority) in (0..3u32, 0..3u32, -10..10i32),
+        (used, turn, wanting, rising) in (0..9_000u64, prop::option::of(0..9_000u64), prop::option::of(0..9_000u64), prop::option::of(0..15_000u64)),
+        (keep_alive_ms, skip_until_ms, restore_us_per_mib) in (prop::option::of(0..9_000u64), 0..12_000u64, 0..100_000u64),
+    ) -> ModelState {
+        ModelState {
+            ready, pinned, up, wake_ordered, min, max, ordered, active, parked, priority,
+            weights_total: ByteCount::mib(total),
+            weights_held: ByteCount::mib(total * part / 4),
+            kv_held: ByteCount::mib(kv),
+            kv_live: ByteCount::mib(live.min(kv)),
+            overhead_held: overhead,
+            last_used_ms: used,
+            turn_since_ms: turn,
+            wanting_since_ms: wanting,
+            rising_until_ms: rising,
+            keep_alive_ms, skip_until_ms, restore_us_per_mib,
+            ..ModelState::default()
+        }
+    }
+}
+
+prop_compose! {
+    fn any_request()(
+        model in 0..9u32,
+        kind in prop::sample::select(LeaseKind::ALL.to_vec()),
+        bytes in 1..120u64,
+        least in 0..120u64,
+        asked_ms in 0..10_000u64,
+        deadline_ms in prop_oneof![1 => 0..12_000u64, 4 => 12_000..90_000u64],
+    ) -> PendingRequest {
+        PendingRequest {
+            model: ModelId(model), request: 0, kind,
+            bytes: ByteCount::mib(bytes),
+            bytes_min: ByteCount::mib(least.min(bytes)),
+            asked_ms, deadline_ms,
+        }
+    }
+}
+
+prop_compose! {
+    fn any_shelf()(
+        mut models in prop::collection::vec(any_model(), 1..8),
+        mut requests in prop::collection::vec(any_request(), 0..10),
+        spare in bytes(60),
+        quantum_ms in 0..5_000u64,
+    ) -> ShelfState {
+        for (id, model) in (0..).zip(&mut models) {
+            model.id = ModelId(id);
+            model.name = format!("model-{id}");
+        }
+        for (number, request) in (0..).zip(&mut requests) {
+            request.request = number;
+        }
+        let held: ByteCount = models.iter().map(ModelState::held).sum();
+        ShelfState { budget: held + spare, extent: ByteCount::mib(2), quantum_ms, models, requests }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// One plan for any shelf: within the budget, the pins, the minimums and the maximums, one answer to each request.
+    #[test]
+    fn a_plan_for_any_shelf_keeps_the_rules(state in any_shelf()) {
+        let now_ms = 10_000;
+        let said = plan(&state, now_ms);
+        prop_assert_eq!(&said, &plan(&state.clone(), now_ms));
+        let mut held: Vec<_> = state.models.iter().map(ModelState::held).collect();
+        let mut ordered: Vec<_> = state.models.iter().map(|model| model.ordered).collect();
+        let mut answers = vec![0; state.requests.len()];
+        for action in &said.actions {
+            match action {
+                Action::Evict { model, bytes, reason } => {
+                    let place = model.0 as usize;
+                    let model = &state.models[place];
+                    ordered[place] += *bytes;
+                    let floor = model.min.max(model.overhead_held);
+                    prop_assert!(!model.pinned && model.ready && !bytes.is_zero(), "{}", reason);
+                    prop_assert!(floor + ordered[place] <= model.held(), "{} of {:?}", reason, model);
+                }
+                Action::Restore { model, .. } => prop_assert!(state.models[model.0 as usize].parked > 0),
+                Action::Grant { model, request, bytes, reason } => {
+                    let asked = &state.requests[usize::try_from(*request).expect("few")];
+                    answers[usize::try_from(*request).expect("few")] += 1;
+                    held[model.0 as usize] += *bytes;
+                    prop_assert!(asked.model == *model && *bytes >= asked.bytes_min && *bytes <= asked.bytes);
+                    let max = state.models[model.0 as usize].max;
+                    prop_assert!(bytes.is_zero() || max.is_none_or(|max| held[model.0 as usize] <= max), "{}", reason);
+                }
+                Action::Deny { request, .. } | Action::Wait { request, .. } => {
+                    answers[usize::try_from(*request).expect("few")] += 1;
+                }
+            }
+        }
+        prop_assert!(held.iter().copied().sum::<ByteCount>() <= state.budget);
+        prop_assert!(answers.iter().all(|count| *count == 1), "{:?}", answers);
+    }
+}

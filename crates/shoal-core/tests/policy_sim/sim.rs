@@ -1,0 +1,556 @@
+//! A shelf of workers in virtual time, which obey plans as real ones do: late, in parts, and with a life of their own.
+
+use std::collections::BTreeSet;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::ids::ModelId;
+use shoal_core::policy::{
+    Action, ModelState, PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX, PendingRequest, ShelfState, plan,
+};
+use shoal_core::protocol::LeaseKind;
+
+/// The longest that a worker takes to answer an order.
+const ANSWER_MS_MAX: u64 = 200;
+/// What bringing a MiB back takes.
+const RESTORE_US_PER_MIB: u64 = 5_000;
+/// Load ends here, and nothing may be left to do so much later.
+const LOAD_ENDS_MS: u64 = 40_000;
+const QUIET_BY_MS: u64 = LOAD_ENDS_MS + 3_600_000;
+/// Plans for one moment; more would mean that carrying plans out never comes to rest.
+const PLANS_PER_MOMENT_MAX: usize = 64;
+
+/// Splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % end
+    }
+
+    fn one_in(&mut self, times: u64) -> bool {
+        self.below(times) == 0
+    }
+
+    fn mib(&mut self, from: u64, to: u64) -> ByteCount {
+        ByteCount::mib(from + self.below(to - from))
+    }
+}
+
+/// Work inside a worker.
+struct Job {
+    left_ms: u64,
+    kv: ByteCount,
+    /// It has its KV.
+    runs: bool,
+}
+
+struct Order {
+    due_ms: u64,
+    left: ByteCount,
+    takes_weights: bool,
+}
+
+struct Worker {
+    state: ModelState,
+    loaded: bool,
+    parked: Vec<Job>,
+    jobs: Vec<Job>,
+    orders: Vec<Order>,
+    copied_at_ms: Option<u64>,
+    /// Its process ended; all it held is back then, and it starts anew.
+    dead_until_ms: Option<u64>,
+}
+
+impl Worker {
+    /// Bytes came back, by order or not: open orders count them, the oldest first.
+    fn returned(&mut self, mut bytes: ByteCount) {
+        for order in &mut self.orders {
+            let part = order.left.min(bytes);
+            order.left -= part;
+            bytes -= part;
+        }
+    }
+
+    /// Gives up what an order asks for: KV that nobody uses, weights, KV that is used.
+    fn obey(&mut self, bytes: ByteCount) {
+        let state = &mut self.state;
+        let unused = state.kv_held.saturating_sub(state.kv_live).min(bytes);
+        state.kv_held -= unused;
+        let weights = state.weights_held.min(bytes - unused);
+        state.weights_held -= weights;
+        if !weights.is_zero() {
+            self.loaded = false;
+            self.copied_at_ms = None;
+        }
+        let used = state.kv_held.min(bytes - unused - weights);
+        state.kv_held -= used;
+        self.returned(unused + weights + used);
+        self.settle_kv();
+    }
+
+    /// Jobs run as far as there is KV for them, the first ones first.
+    fn settle_kv(&mut self) {
+        let mut live = ByteCount::ZERO;
+        for job in &mut self.jobs {
+            job.runs = live + job.kv <= self.state.kv_held;
+            if job.runs {
+                live += job.kv;
+            }
+        }
+        self.state.kv_live = live;
+    }
+}
+
+/// A request for bytes, and whom it had to let pass.
+struct Asked {
+    pending: PendingRequest,
+    /// Since when it waits under the rules of today: pins, starts and deaths begin the count anew.
+    since_ms: u64,
+    older: BTreeSet<(ModelId, u64)>,
+    /// Models that were wholly resident then: each may begin one turn while this waits.
+    resident: u64,
+}
+
+pub(crate) struct Sim {
+    random: Random,
+    now_ms: u64,
+    budget: ByteCount,
+    quantum_ms: u64,
+    workers: Vec<Worker>,
+    asked: Vec<Asked>,
+    requests: u64,
+    next_load_ms: u64,
+    again_at_ms: Option<u64>,
+    /// Figures of the history, for what a test wants to have seen.
+    pub(crate) seen: Seen,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) evicts: u64,
+    pub(crate) grants: u64,
+    pub(crate) served: u64,
+    pub(crate) denied: u64,
+    /// The longest wait, in thousandths of the stated bound.
+    pub(crate) worst_permille: u64,
+}
+
+impl Sim {
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let count = 2 + random.below(7);
+        let budget = random.mib(100, 400);
+        let workers = (0..count).map(|number| worker(&mut random, number, budget)).collect();
+        let quantum_ms = 100 + random.below(3_000);
+        Self {
+            random,
+            now_ms: 1_000,
+            budget,
+            quantum_ms,
+            workers,
+            asked: Vec::new(),
+            requests: 0,
+            next_load_ms: 1_000,
+            again_at_ms: None,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Runs a history to its end; what broke, if something did.
+    pub(crate) fn run(&mut self) -> Result<(), String> {
+        loop {
+            self.happen();
+            self.settle().map_err(|broken| format!("at {} ms: {broken}", self.now_ms))?;
+            let Some(next_ms) = self.next_ms() else { break };
+            if next_ms > QUIET_BY_MS {
+                return Err(format!("an hour after the load ended there is still work: {}", self.unserved()));
+            }
+            self.advance(next_ms.max(self.now_ms + 1));
+        }
+        if self.workers.iter().any(|worker| !worker.jobs.is_empty() || !worker.parked.is_empty())
+            || !self.asked.is_empty()
+        {
+            return Err(format!("at {} ms nothing will ever happen again: {}", self.now_ms, self.unserved()));
+        }
+        Ok(())
+    }
+
+    fn unserved(&self) -> String {
+        let models = self.workers.iter().filter(|worker| worker.state.is_busy());
+        let models: Vec<_> = models
+            .map(|worker| {
+                let state = &worker.state;
+                format!(
+                    "{} holds {}+{} of {}",
+                    state.name, state.weights_held, state.kv_held, state.weights_total
+                )
+            })
+            .collect();
+        format!("{} ({} requests for bytes)", models.join(", "), self.asked.len())
+    }
+
+    /// Time passes for those who run.
+    fn advance(&mut self, to_ms: u64) {
+        let passed = to_ms - self.now_ms;
+        for worker in self.workers.iter_mut().filter(|worker| worker.state.up) {
+            for job in worker.jobs.iter_mut().filter(|job| job.runs) {
+                job.left_ms = job.left_ms.saturating_sub(passed);
+            }
+        }
+        self.now_ms = to_ms;
+    }
+
+    fn next_ms(&self) -> Option<u64> {
+        let load = (self.next_load_ms < LOAD_ENDS_MS).then_some(self.next_load_ms);
+        let workers = self.workers.iter().flat_map(|worker| {
+            let runs = worker.jobs.iter().filter(|job| job.runs && worker.state.up);
+            let ends = runs.map(|job| self.now_ms + job.left_ms);
+            let orders = worker.orders.iter().map(|order| order.due_ms);
+            ends.chain(orders).chain(worker.copied_at_ms).chain(worker.dead_until_ms)
+        });
+        workers.chain(load).chain(self.again_at_ms).min()
+    }
+
+    /// All that is due now.
+    fn happen(&mut self) {
+        for place in 0..self.workers.len() {
+            self.happen_to(place);
+        }
+        if self.next_load_ms <= self.now_ms && self.now_ms < LOAD_ENDS_MS {
+            self.next_load_ms = self.now_ms + 1 + self.random.below(800);
+            self.load();
+        }
+        if self.next_load_ms >= LOAD_ENDS_MS {
+            // With the load go the pins: what is left must be served by what there is.
+            self.next_load_ms = u64::MAX;
+            self.workers.iter_mut().for_each(|worker| worker.state.pinned = false);
+            self.count_anew();
+        }
+    }
+
+    fn happen_to(&mut self, place: usize) {
+        let now_ms = self.now_ms;
+        let worker = &mut self.workers[place];
+        if worker.dead_until_ms.is_some_and(|until| until <= now_ms) {
+            worker.dead_until_ms = None;
+            let state = &mut worker.state;
+            state.weights_held = ByteCount::ZERO;
+            state.kv_held = ByteCount::ZERO;
+            state.kv_live = ByteCount::ZERO;
+            state.ready = true;
+            self.count_anew();
+            return;
+        }
+        while let Some(due) = worker.orders.iter().position(|order| order.due_ms <= now_ms) {
+            let left = worker.orders[due].left;
+            worker.obey(left);
+            worker.orders.remove(due);
+        }
+        if worker.copied_at_ms.is_some_and(|at| at <= now_ms) {
+            worker.copied_at_ms = None;
+            worker.loaded = true;
+            worker.state.wake_ordered = false;
+        }
+        let before = worker.jobs.len();
+        worker.jobs.retain(|job| job.left_ms > 0);
+        let ended = before - worker.jobs.len();
+        if ended > 0 {
+            self.seen.served += ended as u64;
+            worker.state.last_used_ms = now_ms;
+            worker.settle_kv();
+            if self.random.one_in(3) {
+                let surplus = worker.state.kv_held - worker.state.kv_live;
+                worker.state.kv_held -= surplus;
+                worker.returned(surplus);
+            }
+        }
+    }
+
+    /// Something from outside: mostly requests of clients.
+    fn load(&mut self) {
+        let place = usize::try_from(self.random.below(self.workers.len() as u64)).unwrap_or(0);
+        let job = Job { left_ms: 1 + self.random.below(2_500), kv: self.random.mib(1, 24), runs: false };
+        let dies = self.random.one_in(40);
+        let pin = self.random.one_in(20).then(|| self.random.one_in(3));
+        let comes_back_ms = self.now_ms + 1 + self.random.below(1_500);
+        let worker = &mut self.workers[place];
+        if !worker.state.ready {
+            return;
+        }
+        if dies {
+            worker.parked.clear();
+            worker.jobs.clear();
+            worker.orders.clear();
+            (worker.loaded, worker.copied_at_ms) = (false, None);
+            worker.state.ready = false;
+            worker.state.wake_ordered = false;
+            worker.dead_until_ms = Some(comes_back_ms);
+            let id = worker.state.id;
+            self.asked.retain(|asked| asked.pending.model != id);
+            self.count_anew();
+        } else if let Some(pin) = pin {
+            worker.state.pinned = pin;
+            self.count_anew();
+        } else {
+            worker.parked.push(job);
+        }
+    }
+
+    fn resident(&self) -> u64 {
+        self.workers.iter().filter(|worker| worker.state.is_whole()).count() as u64
+    }
+
+    fn count_anew(&mut self) {
+        let resident = self.resident();
+        for asked in &mut self.asked {
+            asked.since_ms = self.now_ms;
+            asked.resident = resident;
+        }
+    }
+
+    /// Plans and obeys until nothing follows any more.
+    fn settle(&mut self) -> Result<(), String> {
+        for _ in 0..PLANS_PER_MOMENT_MAX {
+            for place in 0..self.workers.len() {
+                self.refresh(place);
+            }
+            let state = self.shelf();
+            self.note_older(&state);
+            let said = plan(&state, self.now_ms);
+            if said != plan(&state.clone(), self.now_ms) {
+                return Err("the same state gave another plan".to_owned());
+            }
+            self.again_at_ms = said.again_at_ms.filter(|at| *at > self.now_ms && *at < u64::MAX);
+            if said.actions.iter().all(|action| matches!(action, Action::Wait { .. })) {
+                return Ok(());
+            }
+            for action in said.actions {
+                self.obey(action)?;
+            }
+        }
+        Err("plans for one moment never come to rest".to_owned())
+    }
+
+    fn shelf(&self) -> ShelfState {
+        ShelfState {
+            budget: self.budget,
+            extent: ByteCount::mib(2),
+            quantum_ms: self.quantum_ms,
+            models: self.workers.iter().map(|worker| worker.state.clone()).collect(),
+            requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
+        }
+    }
+
+    /// What the server derives for a model, and what its worker does next.
+    fn refresh(&mut self, place: usize) {
+        let now_ms = self.now_ms;
+        let contended = !self.asked.is_empty();
+        let resident = self.resident();
+        let worker = &mut self.workers[place];
+        let id = worker.state.id;
+        let mine =
+            |kind| self.asked.iter().any(|asked| asked.pending.model == id && asked.pending.kind == kind);
+        let (asks_weights, asks_kv) = (mine(LeaseKind::Weights), mine(LeaseKind::Kv));
+        let whole = worker.state.is_whole();
+        worker.state.ordered = worker.orders.iter().map(|order| order.left).sum();
+        worker.state.up = worker.loaded && !worker.orders.iter().any(|order| order.takes_weights);
+        if worker.state.up {
+            let was_idle = worker.jobs.is_empty();
+            if !worker.parked.is_empty() {
+                worker.jobs.append(&mut worker.parked);
+                worker.state.last_used_ms = now_ms;
+                if was_idle && !contended {
+                    worker.state.turn_since_ms = Some(now_ms);
+                }
+                worker.settle_kv();
+            }
+        }
+        let state = &mut worker.state;
+        state.active = u32::try_from(worker.jobs.len()).unwrap_or(u32::MAX);
+        state.parked = u32::try_from(worker.parked.len()).unwrap_or(u32::MAX);
+        let wants = state.ready && !whole && (asks_weights || asks_kv || state.is_busy());
+        state.wanting_since_ms = wants.then(|| state.wanting_since_ms.unwrap_or(now_ms));
+        if !whole {
+            state.turn_since_ms = None;
+        } else if worker.loaded && state.is_busy() && state.turn_since_ms.is_none() {
+            state.turn_since_ms = Some(now_ms);
+        }
+        let comes_back = state.wake_ordered || state.active > 0;
+        let mut ask = None;
+        if state.ready && comes_back && !worker.loaded && !asks_weights && worker.copied_at_ms.is_none() {
+            let missing = state.weights_total.saturating_sub(state.weights_held);
+            if missing.is_zero() {
+                worker.copied_at_ms = Some(now_ms + restore_ms(state.weights_total));
+            } else {
+                ask = Some((LeaseKind::Weights, missing));
+            }
+        }
+        state.rising_until_ms = worker.copied_at_ms;
+        if state.up && !asks_kv {
+            let short = worker.jobs.iter().find(|job| !job.runs);
+            ask = ask.or_else(|| {
+                let lacks = (state.kv_live + short?.kv).saturating_sub(state.kv_held);
+                Some((LeaseKind::Kv, lacks))
+            });
+        }
+        if let Some((kind, bytes)) = ask {
+            self.requests += 1;
+            let pending = PendingRequest {
+                model: id,
+                request: self.requests,
+                kind,
+                bytes,
+                bytes_min: bytes,
+                asked_ms: now_ms,
+                deadline_ms: u64::MAX,
+            };
+            self.asked.push(Asked { pending, since_ms: now_ms, older: BTreeSet::new(), resident });
+        }
+    }
+
+    /// Every request notes whom it must let pass.
+    fn note_older(&mut self, state: &ShelfState) {
+        let ages: Vec<_> = self.asked.iter().map(|asked| age(state, &asked.pending)).collect();
+        for (asked, own) in self.asked.iter_mut().zip(&ages) {
+            asked.older.extend(ages.iter().filter(|other| *other < own).map(|other| (other.2, other.3)));
+        }
+    }
+
+    fn obey(&mut self, action: Action) -> Result<(), String> {
+        match action {
+            Action::Evict { model, bytes, reason } => {
+                let due_ms = self.now_ms + 1 + self.random.below(ANSWER_MS_MAX);
+                let worker = &mut self.workers[model.0 as usize];
+                let state = &worker.state;
+                let ordered: ByteCount = worker.orders.iter().map(|order| order.left).sum();
+                let floor = state.min.max(state.overhead_held);
+                if state.pinned || !state.ready || bytes.is_zero() || floor + ordered + bytes > state.held() {
+                    return Err(format!(
+                        "{model} must not be ordered {bytes} (holds {}): {reason}",
+                        state.held()
+                    ));
+                }
+                let takes_weights = bytes > state.kv_held.saturating_sub(state.kv_live);
+                if takes_weights {
+                    worker.state.turn_since_ms = None;
+                }
+                worker.orders.push(Order { due_ms, left: bytes, takes_weights });
+                self.seen.evicts += 1;
+            }
+            Action::Restore { model, .. } => {
+                let worker = &mut self.workers[model.0 as usize];
+                worker.state.wake_ordered = true;
+            }
+            Action::Grant { model, request, bytes, .. } => {
+                let asked = self.answered(model, request)?;
+                self.check_wait(&asked)?;
+                let state = &mut self.workers[model.0 as usize].state;
+                match asked.pending.kind {
+                    LeaseKind::Weights => state.weights_held += bytes,
+                    LeaseKind::Kv => state.kv_held += bytes,
+                    LeaseKind::Overhead => state.overhead_held += bytes,
+                }
+                let (held, max) = (state.held(), state.max);
+                self.workers[model.0 as usize].settle_kv();
+                let leased: ByteCount = self.workers.iter().map(|worker| worker.state.held()).sum();
+                if bytes < asked.pending.bytes_min || bytes > asked.pending.bytes {
+                    return Err(format!("{model} was granted {bytes}, which it did not ask for"));
+                }
+                if leased > self.budget || max.is_some_and(|max| held > max) {
+                    return Err(format!("{model} was granted {bytes}: {leased} of {} leased", self.budget));
+                }
+                self.seen.grants += 1;
+            }
+            Action::Deny { model, request, never, reason } => {
+                self.answered(model, request)?;
+                if !never {
+                    return Err(format!("{model} was turned away for a deadline it did not set: {reason}"));
+                }
+                let worker = &mut self.workers[model.0 as usize];
+                worker.parked.clear();
+                worker.jobs.clear();
+                worker.state.wake_ordered = false;
+                worker.settle_kv();
+                self.seen.denied += 1;
+            }
+            Action::Wait { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Takes the question that an answer is to.
+    fn answered(&mut self, model: ModelId, request: u64) -> Result<Asked, String> {
+        let place = self
+            .asked
+            .iter()
+            .position(|asked| asked.pending.model == model && asked.pending.request == request)
+            .ok_or_else(|| format!("an answer to {model} without a question"))?;
+        Ok(self.asked.remove(place))
+    }
+
+    /// The bound that the policy states: a turn for each request before this one and each model that was resident when
+    /// it was asked, and one more.
+    fn check_wait(&mut self, asked: &Asked) -> Result<(), String> {
+        let largest = self.workers.iter().map(|worker| worker.state.weights_total).max();
+        let turn_ms = self.quantum_ms + restore_ms(largest.unwrap_or_default()) + ANSWER_MS_MAX;
+        let before = asked.older.len() as u64;
+        let bound_ms = (before + asked.resident + 1) * turn_ms;
+        let waited_ms = self.now_ms - asked.since_ms;
+        self.seen.worst_permille = self.seen.worst_permille.max(waited_ms * 1_000 / bound_ms);
+        if waited_ms > bound_ms {
+            return Err(format!(
+                "{} waited {waited_ms} ms for {} ({:?}) behind {before} requests, the bound is {bound_ms} ms",
+                asked.pending.model, asked.pending.bytes, asked.pending.kind
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn restore_ms(bytes: ByteCount) -> u64 {
+    (bytes.0 >> 20) * RESTORE_US_PER_MIB / 1_000 + 1
+}
+
+/// As the policy documents it; less is older.
+fn age(state: &ShelfState, request: &PendingRequest) -> (i64, u64, ModelId, u64) {
+    let model = &state.models[request.model.0 as usize];
+    let since = if model.is_whole() { None } else { model.wanting_since_ms };
+    let since = since.unwrap_or(request.asked_ms).min(request.asked_ms);
+    let steps = i64::from(model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
+    let age = i64::try_from(since).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS;
+    (age, request.asked_ms, request.model, request.request)
+}
+
+fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
+    let weights_total = random.mib(10, 2 + (budget.0 >> 20) * 3 / 4);
+    let overhead_held = random.mib(0, 4);
+    let min = if random.one_in(4) { random.mib(0, 12) } else { ByteCount::ZERO };
+    let max = random.one_in(3).then(|| weights_total + random.mib(2, 40));
+    let priority = if random.one_in(2) { 0 } else { i32::try_from(random.below(7)).unwrap_or(0) - 3 };
+    let keep_alive_ms = random.one_in(4).then(|| random.below(4_000));
+    let state = ModelState {
+        id: ModelId(u32::try_from(number).unwrap_or(0)),
+        name: format!("model-{number}"),
+        ready: true,
+        weights_total,
+        overhead_held,
+        min,
+        max,
+        priority,
+        keep_alive_ms,
+        restore_us_per_mib: RESTORE_US_PER_MIB,
+        ..ModelState::default()
+    };
+    Worker {
+        state,
+        loaded: false,
+        parked: Vec::new(),
+        jobs: Vec::new(),
+        orders: Vec::new(),
+        copied_at_ms: None,
+        dead_until_ms: None,
+    }
+}
