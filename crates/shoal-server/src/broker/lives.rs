@@ -270,13 +270,13 @@ impl Core {
         }
         let wait = model.backoff.ended(lived);
         let delay_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        model.error = Some(reason.clone());
         model.life = Life::Waiting { at_ms: now_ms + delay_ms, reason: reason.clone() };
         let failures = model.backoff.failures();
         self.tell(now_ms, Some(place), EventKind::RestartScheduled { delay_ms, reason: reason.clone() });
         if failures >= FAILURES_PATIENT_MAX {
             self.refuse_parked(place, &reason, Some(wait), now_ms);
         }
+        self.models[place].error = Some(reason);
     }
 
     /// Why requests for the model are not parked now, where they are not.

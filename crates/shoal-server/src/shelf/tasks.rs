@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::FutureExt;
 use shoal_core::protocol::FromServer;
 use tokio::sync::{mpsc, oneshot};
 
@@ -136,8 +135,6 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
             () = shared.cancel.cancelled() => return,
             () = start.notified() => {}
         }
-        // A request to end that the last process no longer needed is not the next one's.
-        let _ = end.notified().now_or_never();
         let (launch, socket) = launch(&shared, &config, place);
         // A worker that died by itself was also told to end, when its connection closed: that was not meant for the
         // next one.
