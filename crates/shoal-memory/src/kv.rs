@@ -3,6 +3,9 @@
 //! An engine chooses block ids; before it uses some it says [`back`](KvBacking::back), when it is done with them
 //! [`unback`](KvBacking::unback). Backing what already has memory is counting only. Memory that no block uses stays
 //! until a reclaim or [`trim`](KvBacking::trim) takes it. Keeps I7.
+//!
+//! A reclaim may have moved what blocks hold to the host. Memory for more blocks is granted only together with the
+//! memory for all of that: else no guard could be entered any more, whatever the engine did.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +17,7 @@ use shoal_core::kv::backing::BlockBacking;
 
 use crate::error::{ErrorKind, MemoryError};
 use crate::region::{Region, Report};
+use crate::transfer::Shared;
 
 /// How often `back` asks again when others changed the pages meanwhile.
 const ATTEMPTS_MAX: u32 = 4;
@@ -57,8 +61,8 @@ impl KvBacking {
         &self.region
     }
 
-    /// Makes sure that all of these blocks have memory (new pages are zeroed). False: there is none to be had now, and
-    /// nothing was changed.
+    /// Makes sure that all of these blocks have memory (new pages are zeroed), and brings back what of this region lies
+    /// on the host. False: there is no memory for all of it now, and nothing was changed. Call it outside of guards.
     ///
     /// # Errors
     /// [`MemoryError::Blocks`] for wrong ids, [`MemoryError::Device`] if the device fails; nothing is changed.
@@ -73,19 +77,21 @@ impl KvBacking {
     pub fn back_within(&self, ids: &[u32], timeout: Duration) -> Result<bool, MemoryError> {
         let deadline = Instant::now() + timeout;
         for _ in 0..ATTEMPTS_MAX {
-            let runs = {
+            {
+                let is_whole = self.region.missing_bytes().is_zero();
                 let mut blocks = self.blocks.lock();
-                let runs = blocks.plan_back(ids)?;
-                if runs.is_empty() {
+                if blocks.plan_back(ids)?.is_empty() && is_whole {
                     blocks.back(ids)?;
                     return Ok(true);
                 }
-                runs
-            };
-            match self.grow(ids, &runs, deadline) {
+            }
+            match self.grow(ids, deadline) {
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
-                Err(error) if matches!(error.kind(), ErrorKind::Lease | ErrorKind::OutOfMemory) => {
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Lease | ErrorKind::OutOfMemory)
+                        || matches!(error, MemoryError::Deadline { .. }) =>
+                {
                     tracing::debug!(%error, blocks = ids.len(), "no memory for blocks now");
                     return Ok(false);
                 }
@@ -95,12 +101,22 @@ impl KvBacking {
         Ok(false)
     }
 
-    /// Takes the blocks away. Their memory stays with the process until it is reclaimed or trimmed.
+    /// Takes the blocks away. Their device memory stays with the process until it is reclaimed or trimmed; copies on the
+    /// host are dropped, so that nobody brings them back.
     ///
     /// # Errors
     /// [`MemoryError::Blocks`]; nothing is changed.
     pub fn unback(&self, ids: &[u32]) -> Result<(), MemoryError> {
         self.blocks.lock().unback(ids)?;
+        // Inside a guard nothing is missing, so a step never waits for the turn here.
+        if !self.region.missing_bytes().is_zero() {
+            let manager = self.region.manager();
+            match manager.take_turn(manager.operation_deadline()) {
+                Ok(_turn) => self.drop_idle_copies(),
+                // The next restore drops them first.
+                Err(error) => tracing::debug!(%error, "copies of blocks that are gone stay for now"),
+            }
+        }
         Ok(())
     }
 
@@ -144,20 +160,38 @@ impl KvBacking {
         self.blocks.lock().idle_bytes()
     }
 
-    /// Commits `runs` and backs the blocks; false if the pages changed meanwhile.
-    fn grow(&self, ids: &[u32], runs: &[PageRun], deadline: Instant) -> Result<bool, MemoryError> {
+    /// Restores what is missing, commits what the blocks need and backs them, on one lease for all of it; false if the
+    /// pages changed meanwhile.
+    fn grow(&self, ids: &[u32], deadline: Instant) -> Result<bool, MemoryError> {
         let manager = self.region.manager();
+        // One at a time, or two would ask for the same missing bytes. Neither turn nor data lock is held while asking.
+        let restoring = match self.region.missing_bytes() {
+            ByteCount::ZERO => None,
+            _ => Some(manager.take_restore(deadline)?),
+        };
         let needed = {
             // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
             let _turn = manager.take_turn(manager.operation_deadline())?;
-            self.region.uncommitted(runs)?
+            self.drop_idle_copies();
+            let runs = self.blocks.lock().plan_back(ids)?;
+            let missing = self.region.missing_bytes();
+            if !missing.is_zero() && restoring.is_none() {
+                return Ok(false);
+            }
+            self.region.uncommitted(&runs)? + missing
         };
         let wait = deadline.saturating_duration_since(Instant::now());
         let mut grant = self.region.ask(needed, wait, "KV blocks")?;
         let _turn = manager.take_turn(manager.operation_deadline())?;
         let runs = self.blocks.lock().plan_back(ids)?;
-        if self.region.uncommitted(&runs)? > grant.bytes() {
+        let missing = self.region.missing_bytes();
+        if self.region.uncommitted(&runs)? + missing > grant.bytes()
+            || (restoring.is_none() && !missing.is_zero())
+        {
             return Ok(false);
+        }
+        if !missing.is_zero() {
+            self.region.restore_in_turn(&mut grant, manager.operation_deadline(), &Shared::default())?;
         }
         self.region.commit_in_turn(&runs, &mut grant)?;
         let mut blocks = self.blocks.lock();
@@ -166,6 +200,22 @@ impl KvBacking {
         }
         blocks.back(ids)?;
         Ok(true)
+    }
+
+    /// Forgets what lies off the device although no block uses it. Needs the turn.
+    pub(crate) fn drop_idle_copies(&self) {
+        if self.region.missing_bytes().is_zero() {
+            return;
+        }
+        let runs = self.blocks.lock().idle_runs();
+        for extent in runs.into_iter().flat_map(|run| self.region.missing_within(run)) {
+            // Refused where a block was backed by it meanwhile.
+            if self.blocks.lock().decommitted(extent).is_ok()
+                && let Err(error) = self.region.decommit_in_turn(extent)
+            {
+                tracing::error!(%error, "cannot drop a copy that no block uses");
+            }
+        }
     }
 
     /// Frees whole extents whose pages no block uses, from the last backwards. Needs the turn.

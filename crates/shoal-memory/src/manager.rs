@@ -170,6 +170,13 @@ impl MemoryManager {
         backings.push(Arc::downgrade(backing));
     }
 
+    /// Forgets KV contents off the device that no block uses any more. Needs the turn.
+    pub(crate) fn drop_idle_copies(&self) {
+        for backing in self.backings() {
+            backing.drop_idle_copies();
+        }
+    }
+
     pub(crate) fn next_transfer(&self) -> TransferId {
         TransferId(self.next_id.fetch_add(1, Ordering::Relaxed))
     }

@@ -321,6 +321,18 @@ impl Region {
             .collect()
     }
 
+    /// The page runs of the extents wholly within `run` whose bytes lie only off the device.
+    pub(crate) fn missing_within(&self, run: PageRun) -> Vec<PageRun> {
+        let state = self.inner.state.lock();
+        let indices = state.table.extents_within(run).unwrap_or_default();
+        indices
+            .into_iter()
+            .filter_map(|index| state.table.extent(index).ok())
+            .filter(|(_, residency)| !residency.valid().has(Tier::Device) && residency.under_way().is_none())
+            .map(|(extent, _)| extent.run())
+            .collect()
+    }
+
     /// Drops host copies that a file holds too, from the last backwards, until `enough`. Call it in turn.
     pub(crate) fn drop_host_copies(&self, enough: impl Fn() -> bool) {
         let indices: Vec<_> =

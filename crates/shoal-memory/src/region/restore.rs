@@ -77,6 +77,7 @@ impl Region {
         let planned_bytes = {
             // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
             let _turn = self.manager().take_turn(deadline)?;
+            self.manager().drop_idle_copies();
             self.inner.state.lock().table.plan_restore(bytes).bytes
         };
         let mut report = Report::new(planned_bytes);
@@ -86,11 +87,24 @@ impl Region {
         shared.set_total(planned_bytes);
         let mut grant = self.ask(planned_bytes, deadline.saturating_duration_since(start), reason)?;
         let _turn = self.manager().take_turn(deadline)?;
+        let brought = self.restore_in_turn(&mut grant, deadline, shared)?;
+        (report.requested, report.copied) = (brought.requested, brought.copied);
+        report.duration = start.elapsed();
+        Ok(report)
+    }
+
+    /// Brings back what `grant` suffices for. Needs the turn.
+    pub(crate) fn restore_in_turn(
+        &self,
+        grant: &mut Grant,
+        deadline: Instant,
+        shared: &Shared,
+    ) -> Result<Report, MemoryError> {
         // Since the lease was asked for, others may have brought back some of it; none of it can be more.
         let plan = self.inner.state.lock().table.plan_restore(grant.bytes());
-        report.requested = plan.bytes;
+        let mut report = Report::new(plan.bytes);
         let mut brought = Vec::new();
-        let outcome = self.restore_all(&plan.moves, &mut grant, deadline, shared, &mut brought);
+        let outcome = self.restore_all(&plan.moves, grant, deadline, shared, &mut brought);
         let is_stopped = matches!(outcome, Err(MemoryError::Cancelled { .. } | MemoryError::Deadline { .. }));
         if outcome.is_err() && !is_stopped {
             self.roll_back(&brought);
@@ -99,9 +113,7 @@ impl Region {
             report.copied = brought.iter().map(|planned| planned.bytes).sum();
             self.manager().count_onboarded(report.copied);
         }
-        outcome?;
-        report.duration = start.elapsed();
-        Ok(report)
+        outcome.map(|()| report)
     }
 
     fn restore_all(
