@@ -5,7 +5,8 @@ transformers computes; this module decides when a step runs and what happens whe
 - A batch is scheduled, and memory for its blocks asked for, outside of any guard: whoever has to give that memory up
   may be waiting for ours. No tensor on the device is touched by it.
 - The batch is then computed inside `Memory.guard`, so eviction happens only between steps (I13), and a step on evicted
-  weights or blocks first brings them back. A batch whose guard could not be had stays prepared and is tried again.
+  weights or blocks first brings them back. A batch whose guard could not be had stays prepared and is tried again;
+  if that does not help, its requests give their blocks up and are scheduled anew, as far as memory then reaches.
 - Without requests the thread holds no guard, touches nothing and gives the whole KV cache back.
 - Where memory cannot be had, requests wait, up to `stall_timeout_s` without any step; then they fail, each with a
   clear error. The engine itself goes on (I10: every wait has a deadline).
@@ -32,6 +33,7 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
 )
+from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
 
 from . import hooks, scheduling
@@ -54,6 +56,7 @@ logger = logging.getLogger(__name__)
 _LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a series of requests maps them once
 _RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
+_PREEMPT_S = 2.0  # how long a prepared batch waits for its guard before its requests give their blocks up
 _KV_DEFAULT_MAX = 1 << 30
 _CONTEXTS_DEFAULT = 4
 _PAGE_BYTES = 2 << 20
@@ -215,6 +218,7 @@ class CausalEngine:
         self._tokens_out = 0
         self._stop = threading.Event()
         self._stalled_since: float | None = None
+        self._preempted = False  # in this stall
         self._resting = True
         self._prepared = False  # a batch is scheduled and not computed yet: its requests must not change
         self._manager, self._processor, self._cache = self._build()
@@ -336,7 +340,7 @@ class CausalEngine:
                 if not self._processor.has_pending_requests():
                     self._rest()
                 elif self._step():
-                    self._stalled_since = None
+                    self._stalled_since, self._preempted = None, False
                 else:
                     self._stall()
         except Exception as error:
@@ -370,7 +374,9 @@ class CausalEngine:
             if not self._prepared:
                 if not self._prepare():
                     return False
-                self._prepared, self._stalled_since = True, None  # from here on the batch waits as one
+                self._prepared = True
+                if not self._preempted:  # else the clock runs on: being scheduled again is no progress
+                    self._stalled_since = None  # from here on the batch waits as one
             with self._memory.guard(_GUARD_S):
                 self._compute()
             self._prepared = False
@@ -406,6 +412,17 @@ class CausalEngine:
         self._processor.scheduler.reset()
         self._cache.blocks.end_step()
 
+    def _preempt(self) -> None:
+        """Take the blocks of all running requests (soft reset): what they have generated is computed again later."""
+        scheduler = self._processor.scheduler
+        for state in reversed(list(scheduler.active_requests.values())):
+            again = state.create_equivalent_initial_request()
+            state._status = RequestStatus.FINISHED
+            scheduler.finish_request(state.request_id)
+            scheduler.waiting_requests[again.request_id] = again
+            scheduler.waiting_requests_order.appendleft(again.request_id)  # ahead of those that never ran
+        self._prepared, self._preempted = False, True
+
     def _stall(self) -> None:
         """Let go for a moment; fail what has waited too long."""
         if not self._processor.has_pending_requests():
@@ -428,9 +445,10 @@ class CausalEngine:
                 ),
             )
             self._processor.scheduler.set_request_cancellation(generation.name)
-        if late:
-            self._prepared = False  # all its requests were there when the stall began: they failed, or had left
-        else:
+        if self._prepared and (late or (not self._preempted and now - since >= min(_PREEMPT_S, 0.75 * limit))):
+            self._preempt()
+        if not late:
+            self._memory.trim()
             self._manager._has_new_requests.wait(timeout=_RETRY_S)
             self._manager._has_new_requests.clear()
 
