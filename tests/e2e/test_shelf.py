@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support import models
 from tests.support.server import serve
-from tests.support.witness import Witness
+from tests.support.witness import Witness, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +88,11 @@ def test_a_host_budget_smaller_than_the_weights(tmp_path: Path, model_tables: li
     with serve(tmp_path, models=model_tables[:2], device_budget="44MiB", host_budget="16MiB") as server:
         names = [str(table["name"]) for table in model_tables[:2]]
         for name in names:
-            asleep = server.wait_for(name, "asleep")["bytes"]
+            server.wait_for(name, "asleep")
+            until(
+                lambda name=name: server.model(name)["bytes"]["source_only"] > 0, 5, f"{name} says where its bytes are"
+            )
+            asleep = server.model(name)["bytes"]
             assert 0 < asleep["host"] <= 8 << 20, asleep
             assert asleep["source_only"] > asleep["host"], asleep
         first = {name: server.complete(name, "x = ", 8) for name in names}
