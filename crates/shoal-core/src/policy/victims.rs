@@ -28,7 +28,7 @@ pub(super) struct Candidate {
 }
 
 /// An age: less is older.
-pub(super) type Seniority = (i64, u64, ModelId, u64);
+pub(super) type Seniority = (i64, ModelId, u64, u64);
 
 /// Working figures of one plan.
 #[derive(Debug)]
@@ -97,7 +97,7 @@ impl<'a> Field<'a> {
         });
         let steps = i64::from(priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
         let age = i64::try_from(since).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS;
-        (age, asked, request.model, request.request)
+        (age, request.model, asked, request.request)
     }
 
     fn rank_all(&self) -> Vec<Candidate> {
@@ -129,7 +129,7 @@ impl<'a> Field<'a> {
     }
 
     fn waits_since(&self, place: usize) -> u64 {
-        let asked = self.senior[place].map_or(self.now_ms, |(_, asked, _, _)| asked);
+        let asked = self.senior[place].map_or(self.now_ms, |(_, _, asked, _)| asked);
         self.state.models[place].wanting_since_ms.unwrap_or(asked).min(asked)
     }
 

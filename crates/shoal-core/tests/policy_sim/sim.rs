@@ -415,7 +415,7 @@ impl Sim {
     fn note_older(&mut self, state: &ShelfState) {
         let ages: Vec<_> = self.asked.iter().map(|asked| age(state, &asked.pending)).collect();
         for (asked, own) in self.asked.iter_mut().zip(&ages) {
-            asked.older.extend(ages.iter().filter(|other| *other < own).map(|other| (other.2, other.3)));
+            asked.older.extend(ages.iter().filter(|other| *other < own).map(|other| (other.1, other.3)));
         }
     }
 
@@ -515,13 +515,13 @@ fn restore_ms(bytes: ByteCount) -> u64 {
 }
 
 /// As the policy documents it; less is older.
-fn age(state: &ShelfState, request: &PendingRequest) -> (i64, u64, ModelId, u64) {
+fn age(state: &ShelfState, request: &PendingRequest) -> (i64, ModelId, u64, u64) {
     let model = &state.models[request.model.0 as usize];
     let since = if model.is_whole() { None } else { model.wanting_since_ms };
     let since = since.unwrap_or(request.asked_ms).min(request.asked_ms);
     let steps = i64::from(model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
     let age = i64::try_from(since).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS;
-    (age, request.asked_ms, request.model, request.request)
+    (age, request.model, request.asked_ms, request.request)
 }
 
 fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
