@@ -18,6 +18,14 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().expect("a whole number"))
 }
 
+/// Two partly resident models once took each other's weights for ever; no seed below found it.
+#[test]
+fn models_that_asked_at_once_do_not_take_from_each_other_for_ever() {
+    if let Err(broken) = sim::Sim::new(2316).run() {
+        panic!("seed 2316: {broken}");
+    }
+}
+
 #[test]
 fn histories_keep_every_promise() {
     let seeds = match number(SEED_VARIABLE) {
