@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -18,6 +19,15 @@ class Timed:
     total_s: float
     tokens: int
     text: str
+
+
+def lines(answer: httpx.Response) -> Iterator[str]:
+    """Split a stream at newlines and nowhere else."""
+    rest = b""
+    for part in answer.iter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.decode().rstrip("\r")
 
 
 def stream(client: httpx.Client, url: str, model: str, prompt: str, tokens: int) -> Timed:
@@ -36,7 +46,8 @@ def stream(client: httpx.Client, url: str, model: str, prompt: str, tokens: int)
         if answer.status_code != httpx.codes.OK:
             answer.read()
             return Timed(answer.status_code, 0.0, time.perf_counter() - start, 0, answer.text)
-        for line in answer.iter_lines():
+        # Not iter_lines: it also splits at separators that may stand inside a JSON string.
+        for line in lines(answer):
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = json.loads(line[6:])

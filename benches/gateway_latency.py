@@ -42,7 +42,7 @@ def main() -> None:
         table: dict[str, object] = {"name": "model", "source": str(path), "dtype": "float32", "context": 512}
         with serve(home, models=[table], device_budget="256MiB") as server:
             server.wait_for("model", "asleep")
-            socket = next(server.runtime_dir.glob("**/*model*.sock"))
+            socket = next(server.runtime_dir.glob("worker-*.sock"))
             with (
                 httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=60) as direct,
                 httpx.Client(timeout=60) as through,
