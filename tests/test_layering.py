@@ -36,6 +36,7 @@ HOMES = {
     "unsafe": (
         "shoal-device/",
         "shoal-python/src/buffer.rs",
+        "shoal-python/src/dlpack.rs",
         "shoal-python/src/torch_hooks.rs",
     ),
     "pyo3": ("shoal-python/",),

@@ -55,7 +55,7 @@ class MemoryManager:
         cls,
         device: str,
         device_capacity: int,
-        device_budget: int,
+        device_budget: int | None,
         host_budget: int,
         runtime_dir: str,
         broker: BrokerClient | None,
@@ -74,6 +74,8 @@ class Guard:
 class Region:
     @property
     def name(self) -> str: ...
+    @property
+    def device(self) -> str: ...
     @property
     def address(self) -> int: ...
     @property
@@ -94,6 +96,15 @@ class RegionBuffer:
     def address(self) -> int: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: Any = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
 
 @final
 class Transfer:

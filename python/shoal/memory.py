@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from shoal import _native
 from shoal._native import BrokerClient
-from shoal.errors import DeviceError, Error
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from _typeshed import ReadableBuffer
+
+    from shoal.errors import Error
 
 __all__ = [
     "Backing",
@@ -248,6 +249,11 @@ class Region:
         return self._native.name
 
     @property
+    def device(self) -> str:
+        """The device it lies on: ``"sim:N"`` or ``"cuda:N"``."""
+        return self._native.device
+
+    @property
     def address(self) -> int:
         """The address of its first byte. It never changes."""
         return self._native.address
@@ -430,9 +436,10 @@ class Region:
         return transfer
 
     def buffer(self, offset: int = 0, nbytes: int | None = None) -> _native.RegionBuffer:
-        """Give a range of addresses as an object with a writable buffer, for ``torch.frombuffer`` or ``memoryview``.
+        """Give a range of addresses as an object that speaks DLPack and, on a simulated device, has a writable buffer.
 
-        Nothing is touched by this, so the range need not be resident. The buffer keeps the address reserved.
+        Nothing is touched by this, so the range need not be resident. The object, and whatever is made of it, keeps the
+        address reserved. A GPU's memory has no buffer of the CPU's: ``memoryview`` of it raises :class:`BufferError`.
 
         Parameters
         ----------
@@ -463,8 +470,8 @@ class MemoryManager:
     Parameters
     ----------
     device
-        ``"sim"`` (host memory that behaves as a device), ``"cuda:N"``, or ``"auto"``. ``"auto"`` takes the simulated
-        device only where there is no NVIDIA device.
+        ``"sim"`` (host memory that behaves as a device), ``"cuda:N"`` (a GPU, numbered as the process sees them), or
+        ``"auto"``. ``"auto"`` takes the first GPU, and the simulated device only where there is no NVIDIA device.
     device_budget
         The most device bytes its regions may hold. By default: what is free, less 1 GiB; for a simulated device, its
         capacity. With a broker, the broker decides.
@@ -481,7 +488,8 @@ class MemoryManager:
     Raises
     ------
     DeviceError
-        If the device cannot be used. Where a real one exists, ``"auto"`` says why instead of simulating one.
+        If the device cannot be used; the message says why and what would help. Where a real one exists, ``"auto"`` says
+        so too, instead of simulating one.
     ValueError
         If a size cannot be read.
     """
@@ -521,7 +529,7 @@ class MemoryManager:
         self._native = _native.MemoryManager(
             self.device,
             capacity,
-            capacity if budget is None else budget,
+            budget,
             host,
             os.fspath(runtime_dir),
             broker,
@@ -652,17 +660,17 @@ def _remove(directory: str, owner: int) -> None:
 
 
 def _choose_device(device: str) -> str:
-    """Resolve ``"auto"``; never to a simulation where a real device exists."""
+    """Resolve ``"auto"``; never to a simulation where a real device exists, so that opening that one says why not."""
     if device != "auto":
         return device
-    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists():
-        raise DeviceError(
-            "this machine has an NVIDIA device, and this version of shoal cannot use it yet; "
-            'device="sim" asks for a simulated one',
-            kind="unsupported",
-            device="cuda:0",
-        )
-    return "sim"
+    return "cuda:0" if _has_nvidia_device() else "sim"
+
+
+def _has_nvidia_device() -> bool:
+    """Say whether the machine shows an NVIDIA device, whether or not it can be used."""
+    if Path("/proc/driver/nvidia/version").exists() or Path("/usr/lib/wsl/lib/libcuda.so.1").exists():
+        return True
+    return any(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _host_budget_default() -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from shoal.memory import MemoryManager
 
-__all__ = ["Placed", "Placement", "place", "safetensors_sources", "tensor"]
+__all__ = ["Placed", "Placement", "device_of", "place", "safetensors_sources", "tensor"]
 
 # A tensor starts where a vector load and a copy engine like it: large ones on a coarser boundary, which costs little.
 _ALIGN_SMALL = 64
@@ -75,7 +75,7 @@ def tensor(
     Returns
     -------
     torch.Tensor
-        A writable tensor on the CPU, which is where a simulated device lies.
+        A writable tensor on the region's device: the GPU's, or the CPU's, which is where a simulated device lies.
 
     Raises
     ------
@@ -92,10 +92,34 @@ def tensor(
     if offset % item_bytes:
         raise ValueError(f"offset {offset} is not a multiple of {item_bytes}, the bytes of one {dtype}")
     if 0 in shape:
-        return torch.empty_strided(shape, stride, dtype=dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device_of(region))
     elements = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    flat = torch.frombuffer(region.buffer(offset, elements * item_bytes), dtype=dtype)
+    # Bytes through DLPack, then a view: that way no element type is foreign, and nobody asks the driver whose the
+    # address is, which it does not know while nothing is mapped there.
+    flat = torch.from_dlpack(region.buffer(offset, elements * item_bytes)).view(dtype)
     return flat.as_strided(shape, stride)
+
+
+def device_of(region: Region) -> torch.device:
+    """Give torch's name for the device that a region lies on.
+
+    Parameters
+    ----------
+    region
+        The region.
+
+    Returns
+    -------
+    torch.device
+        ``cuda:N``, or ``cpu`` for a simulated device.
+
+    Raises
+    ------
+    ForkError
+        In a process other than the one that made the region.
+    """
+    name = region.device
+    return torch.device(name if name.startswith("cuda") else "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +164,7 @@ class Placement:
     tensors
         Where each tensor lies, in order.
     left_out
-        Names of buffers that were left in normal memory, because they are not persistent.
+        Names of buffers that were left in normal memory (the device's), because they are not persistent.
     """
 
     region: Region
@@ -197,6 +221,7 @@ def place(
 ) -> Placement:
     """Move a module's parameters and persistent buffers into a region, in order of use.
 
+    On a GPU the module is the GPU's afterwards; buffers that are not persistent are copied to torch's own memory there.
     The bytes are staged: they go to host memory, or stay in their file, and no device memory is taken. The module's own
     ``Parameter`` objects stay; only what they point to changes. Afterwards the region is asleep: the first guard, or
     ``placement.region.wake()``, brings it up.
@@ -278,6 +303,7 @@ def place(
     region.seal()
     for entry, target in swaps:
         _swap(entry, target)
+    _move_buffers(module, device_of(region))
     return Placement(region, tuple(placed), tuple(left_out))
 
 
@@ -533,6 +559,15 @@ def _bytes_of(flat: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
     """Give a tensor's memory as a buffer, without a copy and without numpy. The tensor must outlive it."""
     nbytes = flat.numel() * flat.element_size()
     return (ctypes.c_char * nbytes).from_address(flat.data_ptr())
+
+
+def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    """Move what is not persistent, and so not placed, to the device."""
+    for part in module.modules():
+        for key in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(key)
+            if buffer is not None and buffer.device != device:
+                part._buffers[key] = buffer.to(device)
 
 
 def _swap(entry: _Entry, target: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 //! Memory as Python's buffer protocol sees it: a region's addresses going out, bytes to be staged coming in.
 //!
-//! Apart because this is the one module of the crate with `unsafe`: the protocol is made of raw pointers.
+//! Apart because it has `unsafe` (with `dlpack`, the only ones of the crate): the protocol is made of raw pointers.
 //!
 //! Exporting touches nothing, so a range that is not resident can be exported: whoever reads or writes it does so under a
 //! guard (I13). The exporting object holds the region, and every consumer holds the exporting object, so the addresses stay
@@ -16,9 +16,10 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use shoal_memory::Region;
 
+use crate::dlpack::{self, DlDevice};
 use crate::owner::Owned;
 
-/// A range of a region's addresses, with a writable buffer.
+/// A range of a region's addresses, as a `DLPack` tensor of bytes and, where the CPU can reach it, a writable buffer.
 #[pyclass(frozen, module = "shoal._native")]
 #[derive(Debug)]
 pub(crate) struct RegionBuffer {
@@ -46,11 +47,40 @@ impl RegionBuffer {
         self.bytes
     }
 
+    fn __dlpack_device__(&self) -> PyResult<(i32, i32)> {
+        Ok(DlDevice::of(self.region.get()?).pair())
+    }
+
+    /// A capsule. The stream is not looked at: what lies in a region has no stream of its own.
+    #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
+    fn __dlpack__<'py>(
+        &self,
+        py: Python<'py>,
+        stream: Option<Bound<'py, PyAny>>,
+        max_version: Option<Bound<'py, PyAny>>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let _ = (stream, max_version);
+        let region = self.region.get()?;
+        if copy == Some(true) || dl_device.is_some_and(|wanted| wanted != DlDevice::of(region).pair()) {
+            return Err(PyBufferError::new_err(
+                "a region's memory is handed out where it lies, never copied",
+            ));
+        }
+        dlpack::capsule(py, region, self.address, self.bytes)
+    }
+
     /// # Safety
     /// `view` is null or points to a `Py_buffer` to be filled: the interpreter's promise.
     unsafe fn __getbuffer__(slf: &Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let buffer = slf.get();
-        buffer.region.get()?;
+        let region = buffer.region.get()?;
+        if !DlDevice::of(region).is_cpu() {
+            return Err(PyBufferError::new_err(
+                "this memory is the GPU's, which a buffer of the CPU's cannot show: use shoal.torch.tensor, or DLPack",
+            ));
+        }
         if view.is_null() {
             return Err(PyBufferError::new_err("no view to fill"));
         }

@@ -13,6 +13,7 @@ use pyo3::types::{PyDict, PyList};
 use serde_json::Value;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
+use shoal_device::{DeviceInfo, DeviceKind};
 use shoal_memory::{Backing, Conversion, Report, SourcePiece};
 
 use crate::errors;
@@ -48,6 +49,14 @@ pub(crate) fn share(name: &str, value: f64) -> PyResult<f64> {
         Ok(value)
     } else {
         Err(PyValueError::new_err(format!("{name} must be between 0 and 1, not {value}")))
+    }
+}
+
+/// A device's name, as `device=` takes it.
+pub(crate) fn device(info: &DeviceInfo) -> String {
+    match info.kind {
+        DeviceKind::Cuda => format!("cuda:{}", info.id.0),
+        _ => format!("sim:{}", info.id.0),
     }
 }
 

@@ -230,6 +230,7 @@ fn device_fields(error: &DeviceError) -> Vec<(&'static str, Field)> {
         DeviceError::CapacityMismatch { device, .. } | DeviceError::Unsupported { device, .. } => {
             vec![("device", device.to_string().into())]
         }
+        DeviceError::Unavailable { device, .. } => vec![("device", format!("cuda:{}", device.0).into())],
         _ => Vec::new(),
     }
 }

@@ -9,7 +9,7 @@
 //! | `region` | `Region` and the transfer that a wake is |
 //! | `kv` | `KvBacking` |
 //! | `broker` | `BrokerClient`: a worker's line to the server |
-//! | `buffer` | memory as the buffer protocol sees it; the one home of `unsafe` |
+//! | `buffer`, `dlpack` | memory as the buffer protocol and as `DLPack` see it; the homes of `unsafe` |
 //! | `owner` | handles belong to the process that made them |
 //! | `convert`, `errors` | Python's words for our values and our failures |
 //!
@@ -22,6 +22,7 @@ use pyo3::prelude::*;
 mod broker;
 mod buffer;
 mod convert;
+mod dlpack;
 mod errors;
 mod kv;
 mod manager;

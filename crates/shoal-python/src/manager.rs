@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
-use shoal_device::{Device, SimDevice, SimOptions};
+use shoal_device::{CudaDevice, Device, DeviceError, DeviceMemory, SimDevice, SimOptions};
 use shoal_memory::{Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryManager, RegionSpec};
 
 use crate::broker::PyBrokerClient;
@@ -32,20 +32,24 @@ impl PyMemoryManager {
         py: Python<'_>,
         device: &str,
         device_capacity: u64,
-        device_budget: u64,
+        device_budget: Option<u64>,
         host_budget: u64,
         runtime_dir: PathBuf,
         broker: Option<&PyBrokerClient>,
     ) -> PyResult<Self> {
-        let ordinal = ordinal(device)?;
+        let choice = Choice::of(device)?;
         let client = broker.map(|broker| broker.client().map(Arc::clone)).transpose()?;
         let manager = py.detach(move || {
-            let options = SimOptions { ordinal, ..SimOptions::new(ByteCount(device_capacity), runtime_dir) };
-            let device: Arc<dyn Device> =
-                SimDevice::open_dyn(options).map_err(|error| errors::of_device(&error))?;
-            let lease: Arc<dyn LeaseSource> = match &client {
-                Some(client) => Arc::clone(client) as _,
-                None => LocalBudget::new(ByteCount(device_budget)) as _,
+            let device = choice
+                .open(ByteCount(device_capacity), runtime_dir)
+                .map_err(|error| errors::of_device(&error))?;
+            let lease: Arc<dyn LeaseSource> = match (&client, device_budget) {
+                (Some(client), _) => Arc::clone(client) as _,
+                (None, Some(budget)) => LocalBudget::new(ByteCount(budget)) as _,
+                (None, None) => {
+                    let memory = device.memory().map_err(|error| errors::of_device(&error))?;
+                    LocalBudget::new(choice.default_budget(memory)) as _
+                }
             };
             let manager = MemoryManager::new(device, ManagerOptions::new(ByteCount(host_budget), lease))
                 .map_err(errors::of_memory)?;
@@ -114,23 +118,49 @@ impl PyMemoryManager {
     }
 }
 
-/// The device's number, from `"sim"` or `"sim:N"`.
-fn ordinal(device: &str) -> PyResult<u32> {
-    match device.split_once(':').unwrap_or((device, "0")) {
-        ("sim", number) => number.parse().map_err(|_| {
-            PyValueError::new_err(format!("device {device:?}: what follows \"sim:\" must be a number"))
-        }),
-        ("cuda", _) => Err(errors::raise(
-            "DeviceError",
-            "unsupported",
-            &format!(
-                "device {device:?}: this version cannot use CUDA devices yet; device=\"sim\" is a simulated one"
-            ),
-            vec![("device", device.into())],
-        )),
-        _ => Err(PyValueError::new_err(format!(
-            "device must be \"auto\", \"sim\" or \"cuda:N\", not {device:?}"
-        ))),
+/// What is left of a GPU's free memory when nobody says how much of it to use.
+const HEADROOM: ByteCount = ByteCount::gib(1);
+
+/// Which device to open.
+#[derive(Clone, Copy, Debug)]
+enum Choice {
+    Sim(u32),
+    Cuda(u32),
+}
+
+impl Choice {
+    /// From `"sim"`, `"sim:N"`, `"cuda"` or `"cuda:N"`.
+    fn of(device: &str) -> PyResult<Self> {
+        let (kind, number) = device.split_once(':').unwrap_or((device, "0"));
+        let make = match kind {
+            "sim" => Self::Sim,
+            "cuda" => Self::Cuda,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "device must be \"auto\", \"sim\" or \"cuda:N\", not {device:?}"
+                )));
+            }
+        };
+        number.parse().map(make).map_err(|_| {
+            PyValueError::new_err(format!("device {device:?}: what follows \"{kind}:\" must be a number"))
+        })
+    }
+
+    fn open(self, capacity: ByteCount, runtime_dir: PathBuf) -> Result<Arc<dyn Device>, DeviceError> {
+        match self {
+            Self::Sim(ordinal) => {
+                SimDevice::open_dyn(SimOptions { ordinal, ..SimOptions::new(capacity, runtime_dir) })
+            }
+            Self::Cuda(ordinal) => CudaDevice::open_dyn(ordinal),
+        }
+    }
+
+    /// The budget of a manager that was given none.
+    fn default_budget(self, memory: DeviceMemory) -> ByteCount {
+        match self {
+            Self::Sim(_) => memory.total,
+            Self::Cuda(_) => memory.free.saturating_sub(HEADROOM),
+        }
     }
 }
 

@@ -48,6 +48,12 @@ impl PyRegion {
         Ok(self.region.get()?.bytes().0)
     }
 
+    /// `"sim:N"` or `"cuda:N"`.
+    #[getter]
+    fn device(&self) -> PyResult<String> {
+        Ok(convert::device(self.region.get()?.manager().device().info()))
+    }
+
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let region = self.region.get()?;
         let usage = py.detach(|| region.usage());
