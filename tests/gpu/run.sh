@@ -2,36 +2,39 @@
 # Runs one part of the GPU tests and writes $OUT/PART.json (default: the folder gpu-results); a part takes minutes.
 #   tests/gpu/run.sh conformance    every promise of a device, on the GPU
 #   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
-# A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm), which this makes on
-# another one:  tests/gpu/run.sh build FOLDER
+#   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
+# A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake), which
+# this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
 part=${1:-conformance}
 
-build() { # build PROFILE-FLAGS TARGET-KIND NAME: prints the program's path
+build() { # build PACKAGE PROFILE-FLAGS TARGET-KIND NAME: prints the program's path
     # shellcheck disable=SC2086
-    cargo build -q -p shoal-device --features cuda $1 --$2 "$3" --message-format json |
+    cargo build -q -p "$1" --features cuda $2 --$3 "$4" --message-format json |
         python3 -c '
 import json, sys
 for line in sys.stdin:
     event = json.loads(line)
     if event.get("executable") and event["target"]["name"] == sys.argv[1]:
-        print(event["executable"])' "$3"
+        print(event["executable"])' "$4"
 }
 
 program() {
     if [ -n "${SHOAL_GPU_PROGRAMS:-}" ]; then
         echo "$SHOAL_GPU_PROGRAMS/$1"
     elif [ "$1" = cuda ]; then
-        build "" test cuda
+        build shoal-device "" test cuda
+    elif [ "$1" = cuda_sleep_wake ]; then
+        build shoal-memory --release bench cuda_sleep_wake
     else
-        build --release bench cuda_vmm
+        build shoal-device --release bench cuda_vmm
     fi
 }
 
 if [ "$part" = build ]; then
     mkdir -p "$2"
-    for name in cuda cuda_vmm; do
+    for name in cuda cuda_vmm cuda_sleep_wake; do
         built=$(program $name)
         strip -o "$2/$name" "$built"
     done
@@ -53,8 +56,9 @@ conformance)
     exit $status
     ;;
 vmm) "$(program cuda_vmm)" ;;
+sleep_wake) "$(program cuda_sleep_wake)" ;;
 *)
-    echo "no part named $part; there are conformance and vmm" >&2
+    echo "no part named $part; there are conformance, vmm and sleep_wake" >&2
     exit 2
     ;;
 esac
