@@ -13,9 +13,9 @@ use std::thread;
 
 use shoal_core::bytes::ByteCount;
 
-use crate::device::{Device, RawEvent, RawFrame, RawStream, VirtAddr};
+use crate::device::{Device, ForeignWork, RawEvent, RawFrame, RawStream, VirtAddr};
 use crate::error::{DeviceError, ErrorKind};
-use crate::owned::{Frame, HostBuffer, Mapping, Reservation, Span, Stream};
+use crate::owned::{Event, Frame, HostBuffer, Mapping, Reservation, Span, Stream};
 
 /// Makes a fresh device object; called once or twice by a case.
 pub type Factory<'a> = &'a dyn Fn() -> Arc<dyn Device>;
@@ -40,6 +40,7 @@ pub const CASES: &[Case] = &[
     ("copies_are_exact_both_ways", copies_are_exact_both_ways),
     ("a_stream_keeps_its_order", a_stream_keeps_its_order),
     ("events_complete_in_their_time", events_complete_in_their_time),
+    ("all_work_can_be_marked", all_work_can_be_marked),
     ("streams_wait_for_one_another", streams_wait_for_one_another),
     ("hashes_equal_the_hosts", hashes_equal_the_hosts),
     ("jobs_hold_what_they_touch", jobs_hold_what_they_touch),
@@ -427,6 +428,19 @@ pub fn events_complete_in_their_time(factory: Factory<'_>) {
     assert!(device.wait_event(raw_event, SOON).expect("wait"));
     device.destroy_event(raw_event).expect("destroy event");
     device.destroy_stream(raw_stream).expect("destroy stream");
+}
+
+/// A mark of everybody's work stands behind what every stream has queued, and behind nothing later.
+pub fn all_work_can_be_marked(factory: Factory<'_>) {
+    let device = factory();
+    let idle = Event::of_foreign(&device, ForeignWork::All).expect("record");
+    assert!(idle.wait(SOON).expect("wait"), "nothing is queued");
+    let streams = [(); 2].map(|()| Stream::create(&device).expect("stream"));
+    let release = hold(&streams[1]);
+    let all = Event::of_foreign(&device, ForeignWork::All).expect("record");
+    assert!(!all.is_complete().expect("query") && !all.wait(NOT_NOW).expect("wait"), "a job still runs");
+    drop(release);
+    assert!(all.wait(SOON).expect("wait"), "the job has ended");
 }
 
 /// A stream that waits for another's event does nothing before it; the others go on.

@@ -16,6 +16,7 @@
 //! | `copy` | `cuMemcpyAsync` |
 //! | `hash` | a kernel; the result goes to a page-locked slot and from there to the [`HashCell`] |
 //! | `launch_host` | `cuLaunchHostFunc` |
+//! | `record_foreign` | `cuEventRecord` on the other's stream; for all of them `cuCtxRecordEvent` |
 //! | `create_event`, `record`, `query_event`, `wait_event`, `stream_wait` | `cuEventCreate`, `cuEventRecord`, `cuEventQuery`, polling `cuEventQuery` until the deadline, `cuStreamWaitEvent` |
 //!
 //! Rules for every implementation:
@@ -139,6 +140,37 @@ pub struct RawSpan {
     pub at: u64,
     /// Its length.
     pub bytes: ByteCount,
+}
+
+/// A stream that others made, such as torch, by the driver's handle (0 is the default stream).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ForeignStream(u64);
+
+impl ForeignStream {
+    /// Names a stream of others.
+    ///
+    /// # Safety
+    /// `handle` is a stream of this process's context on the device, and it lives for as long as this value or a
+    /// copy of it is used. (torch never destroys its streams.)
+    #[must_use]
+    pub const unsafe fn new(handle: u64) -> Self {
+        Self(handle)
+    }
+
+    /// The driver's handle.
+    #[must_use]
+    pub const fn handle(self) -> u64 {
+        self.0
+    }
+}
+
+/// Work that is queued on the device by others than us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForeignWork {
+    /// Of one stream.
+    Of(ForeignStream),
+    /// Of every stream of this process.
+    All,
 }
 
 /// What a queued job keeps alive until it has finished.
@@ -304,6 +336,14 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// `UnknownHandle`, `QueueFull`.
     fn record(&self, stream: RawStream, event: RawEvent) -> Result<(), DeviceError>;
 
+    /// Marks what others have queued until now (torch, on streams of its own). Where nobody but us can queue
+    /// anything, as on the simulated device, that is nothing, and the event is complete. Some drivers can only wait
+    /// for [`ForeignWork::All`]; then this waits.
+    ///
+    /// # Errors
+    /// `UnknownHandle`, `Capturing` while a graph is being captured there.
+    fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError>;
+
     /// Whether everything before the mark is done. Never waits.
     ///
     /// # Errors
@@ -350,6 +390,7 @@ pub enum Verb {
     CreateEvent,
     DestroyEvent,
     Record,
+    RecordForeign,
     QueryEvent,
     WaitEvent,
     StreamWait,

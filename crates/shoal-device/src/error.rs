@@ -156,6 +156,12 @@ pub enum DeviceError {
         /// Its length.
         bytes: ByteCount,
     },
+    /// A graph is being captured, and what was asked would spoil it.
+    #[error("a CUDA graph is being captured on {device}; try again when the capture has ended")]
+    Capturing {
+        /// Where.
+        device: DeviceId,
+    },
     /// The stream's queue stayed full.
     #[error("stream {stream} had {depth} jobs queued for {waited:?}")]
     QueueFull {
@@ -313,7 +319,7 @@ impl DeviceError {
             | Self::NotMapped { .. }
             | Self::PartialMapping { .. }
             | Self::InUse { .. } => ErrorKind::Usage,
-            Self::Busy { .. } => ErrorKind::Busy,
+            Self::Busy { .. } | Self::Capturing { .. } => ErrorKind::Busy,
             Self::QueueFull { .. } | Self::Timeout { .. } => ErrorKind::Timeout,
             Self::Forked { .. }
             | Self::CapacityMismatch { .. }

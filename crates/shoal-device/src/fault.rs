@@ -17,8 +17,8 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 
 use crate::device::{
-    Device, DeviceInfo, DeviceMemory, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost, RawSpan,
-    RawStream, Verb, VirtAddr,
+    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost,
+    RawSpan, RawStream, Verb, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -252,6 +252,11 @@ impl Device for FaultDevice {
     fn record(&self, stream: RawStream, event: RawEvent) -> Result<(), DeviceError> {
         self.enter(Verb::Record, ByteCount::ZERO)?;
         self.inner.record(stream, event)
+    }
+
+    fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
+        self.enter(Verb::RecordForeign, ByteCount::ZERO)?;
+        self.inner.record_foreign(work, event)
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {

@@ -27,7 +27,9 @@ pub mod sim;
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
-pub use device::{Device, DeviceInfo, DeviceKind, DeviceMemory, HostFunction, VirtAddr};
+pub use device::{
+    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignStream, ForeignWork, HostFunction, VirtAddr,
+};
 pub use error::{DeviceError, ErrorKind};
 pub use fault::FaultDevice;
 pub use hash::{Hasher, hash_bytes};

@@ -138,6 +138,10 @@ impl Context {
         self.driver
     }
 
+    pub(super) fn handle(&self) -> &ContextHandle {
+        &self.handle
+    }
+
     pub(super) fn id(&self) -> DeviceId {
         self.id
     }

@@ -37,8 +37,8 @@ use stream::Engine;
 use vmm::Vmm;
 
 use crate::device::{
-    Device, DeviceInfo, DeviceMemory, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost, RawSpan,
-    RawStream, Space, VirtAddr,
+    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost,
+    RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
 use crate::sim::LiveObjects;
@@ -318,6 +318,11 @@ impl Device for CudaDevice {
     fn record(&self, stream: RawStream, event: RawEvent) -> Result<(), DeviceError> {
         self.check_process()?;
         self.engine.record(stream, event)
+    }
+
+    fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
+        self.check_process()?;
+        self.engine.record_foreign(work, event)
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {

@@ -12,11 +12,15 @@ use core::ptr;
 use cudarc::driver::sys;
 
 use super::symbols::{Absent, Code, Opaque, Symbols, symbols};
+use crate::device::ForeignStream;
 use crate::error::DeviceError;
 
 const SUCCESS: Code = 0;
 const OUT_OF_MEMORY: Code = 2;
 const NOT_READY: Code = 600;
+/// Errors that all say that a graph is being captured: from `STREAM_CAPTURE_UNSUPPORTED` to
+/// `STREAM_CAPTURE_WRONG_THREAD`.
+const CAPTURE_CODES: core::ops::RangeInclusive<Code> = 900..=908;
 
 /// A mode of capturing in which a thread may call everything; for threads and calls that no graph is about.
 const CAPTURE_RELAXED: c_uint = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as c_uint;
@@ -84,6 +88,15 @@ fn length(bytes: u64) -> usize {
 
 fn pointer(at: u64) -> *mut c_void {
     ptr::with_exposed_provenance_mut(length(at))
+}
+
+fn opaque(stream: ForeignStream) -> Opaque {
+    length(stream.handle())
+}
+
+/// True if the driver said that a graph is being captured.
+pub(super) fn is_capture(error: &DeviceError) -> bool {
+    matches!(error, DeviceError::Driver { code, .. } if CAPTURE_CODES.contains(code))
 }
 
 /// True if the driver said that memory (of the device, or of what the call is about) is short.
@@ -380,6 +393,46 @@ impl Driver {
         // SAFETY: both live.
         let code = unsafe { (self.symbols.event_record)(event.0, stream.0) };
         self.check("cuEventRecord", code)
+    }
+
+    /// Whether a graph is being captured on a stream of others.
+    pub(super) fn is_capturing(self, stream: ForeignStream) -> Result<bool, DeviceError> {
+        let mut status = 0;
+        // SAFETY: whoever named the stream promised that it lives; writes one number of ours.
+        let code = unsafe { (self.symbols.stream_is_capturing)(opaque(stream), &raw mut status) };
+        if CAPTURE_CODES.contains(&code) {
+            return Ok(true);
+        }
+        self.check("cuStreamIsCapturing", code).map(|()| status != 0)
+    }
+
+    pub(super) fn event_record_foreign(
+        self,
+        event: &EventHandle,
+        stream: ForeignStream,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: the event lives, and whoever named the stream promised the same of it.
+        let code = unsafe { (self.symbols.event_record)(event.0, opaque(stream)) };
+        self.check("cuEventRecord", code)
+    }
+
+    /// Marks everything queued in the context. False: this driver cannot.
+    pub(super) fn context_record(
+        self,
+        context: &ContextHandle,
+        event: &EventHandle,
+    ) -> Result<bool, DeviceError> {
+        let Some(record) = self.symbols.context_record_event else { return Ok(false) };
+        // SAFETY: both live.
+        let code = unsafe { record(context.0, event.0) };
+        self.check("cuCtxRecordEvent", code).map(|()| true)
+    }
+
+    /// Waits for everything queued in the current context.
+    pub(super) fn context_synchronize(self) -> Result<(), DeviceError> {
+        // SAFETY: takes no pointer.
+        let code = unsafe { (self.symbols.context_synchronize)() };
+        self.check("cuCtxSynchronize", code)
     }
 
     /// Whether everything before the mark is done.

@@ -27,10 +27,10 @@ use rustix::io::Errno;
 
 use super::context::Context;
 use super::hash::PendingHash;
-use super::result::{Driver, EventHandle, StreamHandle};
+use super::result::{Driver, EventHandle, StreamHandle, is_capture};
 use super::vmm::Block;
 use super::{SharedErrorLog, record};
-use crate::device::{HostFunction, Keep, RawEvent, RawStream};
+use crate::device::{ForeignWork, HostFunction, Keep, RawEvent, RawStream};
 use crate::error::DeviceError;
 
 /// Jobs that one stream holds; a submission waits for room.
@@ -304,7 +304,8 @@ impl Drop for StreamState {
 /// What an event stands for.
 #[derive(Clone, Debug)]
 struct Recorded {
-    stream: Arc<StreamState>,
+    /// Our own; nothing of ours ends with a mark of others' work.
+    stream: Option<Arc<StreamState>>,
     mark: Arc<Mark>,
 }
 
@@ -312,14 +313,15 @@ impl Recorded {
     /// Ends the jobs before it if it is passed, and says whether they have ended.
     fn is_complete(&self) -> Result<bool, DeviceError> {
         let sequence = self.mark.sequence;
-        let context = &self.stream.context;
+        let context = &self.mark.spares.context;
         let bound = context.bind()?;
         if !self.mark.is_passed(context.driver())? {
             return Ok(false);
         }
         drop(bound);
-        self.stream.end_jobs(sequence);
-        Ok(self.stream.ended.load(Ordering::Acquire) >= sequence)
+        let Some(stream) = &self.stream else { return Ok(true) };
+        stream.end_jobs(sequence);
+        Ok(stream.ended.load(Ordering::Acquire) >= sequence)
     }
 }
 
@@ -389,7 +391,7 @@ impl Engine {
         let last = state.mark(&handle, sequence);
         drop(submit);
         drop(scratch);
-        let outcome = last.and_then(|mark| self.tidy_up(Recorded { stream: Arc::clone(&state), mark }));
+        let outcome = last.and_then(|mark| self.tidy_up(&state, mark));
         if let Err(cause) = outcome {
             let jobs = state.pending.lock().jobs.len();
             if jobs > 0 {
@@ -401,8 +403,9 @@ impl Engine {
     }
 
     /// Ends the jobs of a closed stream, now or by the janitor.
-    fn tidy_up(&self, last: Recorded) -> Result<(), DeviceError> {
-        if last.stream.pending.lock().jobs.is_empty() || last.is_complete()? {
+    fn tidy_up(&self, stream: &Arc<StreamState>, mark: Arc<Mark>) -> Result<(), DeviceError> {
+        let last = Recorded { stream: Some(Arc::clone(stream)), mark };
+        if stream.pending.lock().jobs.is_empty() || last.is_complete()? {
             return Ok(());
         }
         let mut janitor = self.janitor.lock();
@@ -505,13 +508,43 @@ impl Engine {
             let handle = submit.handle.as_ref().ok_or_else(|| self.unknown("stream", stream.0))?;
             state.mark(handle, submit.submitted)?
         };
-        let recorded = Some(Recorded { stream: state, mark });
+        self.set_recorded(event, Recorded { stream: Some(state), mark })
+    }
+
+    fn set_recorded(&self, event: RawEvent, recorded: Recorded) -> Result<(), DeviceError> {
         let replaced = match self.events.lock().get_mut(&event.0) {
-            Some(slot) => mem::replace(slot, recorded),
+            Some(slot) => slot.replace(recorded),
             None => return Err(self.unknown("event", event.0)),
         };
         drop(replaced);
         Ok(())
+    }
+
+    /// Marks what others have queued.
+    pub(super) fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
+        self.recorded(event)?;
+        let (driver, capturing) =
+            (self.context.driver(), DeviceError::Capturing { device: self.context.id() });
+        let _bound = self.context.bind()?;
+        let handle = self.spares.take()?;
+        let marked = match work {
+            ForeignWork::Of(stream) => match driver.is_capturing(stream) {
+                Ok(true) => Err(capturing.clone()),
+                Ok(false) => driver.event_record_foreign(&handle, stream),
+                Err(error) => Err(error),
+            },
+            ForeignWork::All => driver.context_record(self.context.handle(), &handle).and_then(|is_marked| {
+                // An event that was never recorded is complete, which is right after the wait.
+                if is_marked { Ok(()) } else { driver.context_synchronize() }
+            }),
+        };
+        if let Err(error) = marked {
+            self.spares.put(handle);
+            return Err(if is_capture(&error) { capturing } else { error });
+        }
+        let (event_handle, spares) = (Some(handle), Arc::clone(&self.spares));
+        let mark = Mark { event: event_handle, sequence: 0, is_done: AtomicBool::new(false), spares };
+        self.set_recorded(event, Recorded { stream: None, mark: Arc::new(mark) })
     }
 
     pub(super) fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {
@@ -584,7 +617,8 @@ fn start_janitor(ordinal: u32, errors: &SharedErrorLog) -> Result<mpsc::Sender<R
             waiting.retain(|last| match last.is_complete() {
                 Ok(is_complete) => !is_complete,
                 Err(cause) => {
-                    let (what, handle) = ("the jobs of a stream", last.stream.number);
+                    let (what, handle) =
+                        ("the jobs of a stream", last.stream.as_ref().map_or(0, |one| one.number));
                     record(&errors, DeviceError::Leaked { what, handle, cause: Box::new(cause) });
                     false
                 }

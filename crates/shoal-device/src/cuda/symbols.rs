@@ -26,12 +26,17 @@ pub(super) enum Absent {
     Function(&'static str),
 }
 
+/// `cuCtxRecordEvent`, which drivers have from CUDA 12.5 on.
+pub(super) type ContextRecordEvent = unsafe extern "C" fn(Opaque, Opaque) -> Code;
+
 macro_rules! symbols {
     ($($field:ident = $name:literal ($($argument:ty),*);)*) => {
         /// Every function we call, by what it does; signatures are those of cuda.h.
         #[derive(Debug)]
         pub(super) struct Symbols {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> Code,)*
+            /// Only newer drivers have it.
+            pub(super) context_record_event: Option<ContextRecordEvent>,
         }
 
         impl Symbols {
@@ -50,7 +55,10 @@ macro_rules! symbols {
                     };
                     let $field = *found.map_err(|_| Absent::Function($name))?;
                 )*
-                Ok(Self { $($field,)* })
+                // SAFETY: as above.
+                let found = unsafe { library.get::<ContextRecordEvent>(b"cuCtxRecordEvent\0") };
+                let context_record_event = found.ok().map(|found| *found);
+                Ok(Self { $($field,)* context_record_event })
             }
         }
     };
@@ -70,6 +78,7 @@ symbols! {
     context_current = "cuCtxGetCurrent"(*mut Opaque);
     context_push = "cuCtxPushCurrent_v2"(Opaque);
     context_pop = "cuCtxPopCurrent_v2"(*mut Opaque);
+    context_synchronize = "cuCtxSynchronize"();
     exchange_capture_mode = "cuThreadExchangeStreamCaptureMode"(*mut c_uint);
     memory_info = "cuMemGetInfo_v2"(*mut usize, *mut usize);
     granularity = "cuMemGetAllocationGranularity"(*mut usize, *const sys::CUmemAllocationProp, c_uint);
@@ -87,6 +96,7 @@ symbols! {
     stream_create = "cuStreamCreate"(*mut Opaque, c_uint);
     stream_destroy = "cuStreamDestroy_v2"(Opaque);
     stream_wait_event = "cuStreamWaitEvent"(Opaque, Opaque, c_uint);
+    stream_is_capturing = "cuStreamIsCapturing"(Opaque, *mut c_uint);
     event_create = "cuEventCreate"(*mut Opaque, c_uint);
     event_destroy = "cuEventDestroy_v2"(Opaque);
     event_record = "cuEventRecord"(Opaque, Opaque);

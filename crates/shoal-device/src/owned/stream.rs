@@ -10,7 +10,7 @@ use shoal_core::bytes::ByteCount;
 
 use super::host::JobUse;
 use super::{HostBuffer, Mapping, check_range, record_leak};
-use crate::device::{Device, HashCell, Keep, RawEvent, RawSpan, RawStream, Space};
+use crate::device::{Device, ForeignWork, HashCell, Keep, RawEvent, RawSpan, RawStream, Space};
 use crate::error::DeviceError;
 
 /// A run of bytes that a job reads or writes; the job holds the `Arc` until it has finished.
@@ -214,6 +214,16 @@ pub struct Event {
 }
 
 impl Event {
+    /// Marks what others have queued until now.
+    ///
+    /// # Errors
+    /// As [`Device::record_foreign`].
+    pub fn of_foreign(device: &Arc<dyn Device>, work: ForeignWork) -> Result<Self, DeviceError> {
+        let event = Self::create(device)?;
+        device.record_foreign(work, event.raw)?;
+        Ok(event)
+    }
+
     fn create(device: &Arc<dyn Device>) -> Result<Self, DeviceError> {
         let raw = device.create_event()?;
         Ok(Self { device: Arc::clone(device), raw })

@@ -36,8 +36,8 @@ use shoal_core::ids::DeviceId;
 use stream::{Engine, Job};
 
 use crate::device::{
-    Device, DeviceInfo, DeviceKind, DeviceMemory, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost,
-    RawSpan, RawStream, VirtAddr,
+    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignWork, HashCell, HostFunction, Keep, RawEvent,
+    RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -281,6 +281,11 @@ impl Device for SimDevice {
     fn record(&self, stream: RawStream, event: RawEvent) -> Result<(), DeviceError> {
         self.check_process()?;
         self.engine.record(stream, event)
+    }
+
+    fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
+        self.check_process()?;
+        self.engine.record_foreign(work, event)
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {

@@ -24,7 +24,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::DeviceId;
 
 use super::{SharedErrorLog, record};
-use crate::device::{HashCell, HostFunction, Keep, RawEvent, RawSpan, RawStream, Space};
+use crate::device::{ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawSpan, RawStream, Space};
 use crate::error::DeviceError;
 
 /// Jobs that one stream holds; a submission waits for room.
@@ -257,6 +257,31 @@ impl Engine {
             None => return Err(self.unknown("event", event.0)),
         }
         Ok(())
+    }
+
+    /// Somebody else's stream can only be one of ours here: a test's. All of them together are waited for by a
+    /// stream that exists for nothing else.
+    pub(super) fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
+        self.signal(event)?;
+        match work {
+            ForeignWork::Of(stream) if self.streams.lock().contains_key(&stream.handle()) => {
+                self.record(RawStream(stream.handle()), event)
+            }
+            ForeignWork::Of(_) => Ok(()),
+            ForeignWork::All => {
+                let streams: Vec<u64> = self.streams.lock().keys().copied().collect();
+                let all = self.create_stream()?;
+                for stream in streams {
+                    let signal = Arc::new(Signal::default());
+                    // A stream that was closed meanwhile has nothing that anybody could still wait for.
+                    if self.submit(RawStream(stream), Job::Signal(Arc::clone(&signal))).is_ok() {
+                        self.submit(all, Job::Wait(signal))?;
+                    }
+                }
+                self.record(all, event)?;
+                self.destroy_stream(all)
+            }
+        }
     }
 
     pub(super) fn wait_event(&self, event: RawEvent, timeout: Duration) -> Result<bool, DeviceError> {
