@@ -44,6 +44,11 @@ impl Gate {
         Some(Pass { gate: Arc::clone(self), alone: false })
     }
 
+    /// Whether somebody shares it at this moment.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.state.lock().shared > 0
+    }
+
     /// Takes the gate alone; `None` if the deadline passes first.
     pub(crate) fn alone(self: &Arc<Self>, deadline: Instant) -> Option<Pass> {
         let mut state = self.state.lock();

@@ -123,9 +123,11 @@ impl KvBacking {
     /// Frees memory that no block uses, at least `bytes` as far as there is any. No step may run on freed blocks.
     ///
     /// # Errors
-    /// [`MemoryError::Deadline`] while another operation runs.
+    /// [`MemoryError::Deadline`] while another operation or a kernel runs.
     pub fn trim(&self, bytes: ByteCount) -> Result<Report, MemoryError> {
-        let _turn = self.region.manager().take_turn(self.region.manager().operation_deadline())?;
+        let manager = self.region.manager();
+        let _turn = manager.take_turn(manager.operation_deadline())?;
+        manager.fence(manager.operation_deadline())?;
         Ok(self.release_idle(bytes))
     }
 
@@ -218,7 +220,8 @@ impl KvBacking {
         }
     }
 
-    /// Frees whole extents whose pages no block uses, from the last backwards. Needs the turn.
+    /// Frees whole extents whose pages no block uses, from the last backwards. Needs the turn, and that what
+    /// steps have queued is done.
     pub(crate) fn release_idle(&self, bytes: ByteCount) -> Report {
         let start = Instant::now();
         let mut report = Report::new(bytes);

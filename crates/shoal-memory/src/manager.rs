@@ -13,7 +13,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::{RegionId, TransferId};
 use shoal_core::page_table::Backing;
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
-use shoal_device::{Device, DeviceError, HostBuffer, Mapping, Stream};
+use shoal_device::{Device, DeviceError, Event, ForeignWork, HostBuffer, Mapping, Stream};
 
 use crate::arena::HostArena;
 use crate::error::MemoryError;
@@ -63,6 +63,14 @@ pub(crate) struct Resident {
     pub(crate) lease: Grant,
 }
 
+/// Memory that cannot be freed yet.
+#[derive(Debug)]
+struct Retired {
+    resident: Resident,
+    /// What steps had queued is known to be done; only a copy of ours may still hold it.
+    is_fenced: bool,
+}
+
 /// Two buffers through which files are read to the device.
 #[derive(Debug)]
 pub(crate) struct Scratch {
@@ -71,6 +79,8 @@ pub(crate) struct Scratch {
 
 const SCRATCH_BYTES_MAX: ByteCount = ByteCount::mib(4);
 const SCRATCH_UNIT: ByteCount = ByteCount(4096);
+/// How long an operation waits for kernels on behalf of what others could not free.
+const SWEEP_WAIT: Duration = Duration::from_millis(20);
 
 /// The regions of one device in this process.
 #[derive(Debug)]
@@ -86,8 +96,8 @@ pub struct MemoryManager {
     restoring: Arc<Gate>,
     regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
     backings: Mutex<Vec<Weak<KvBacking>>>,
-    /// Unmapped as far as the page table goes, but a queued job may still touch it (I5).
-    retired: Mutex<Vec<Resident>>,
+    /// Gone as far as the page table goes, but something queued may still touch it (I5).
+    retired: Mutex<Vec<Retired>>,
     scratch: Mutex<Option<Arc<Scratch>>>,
     scratch_bytes: ByteCount,
     next_id: AtomicU64,
@@ -226,7 +236,24 @@ impl MemoryManager {
     }
 
     pub(crate) fn take_gate(&self, deadline: Instant, waited: Duration) -> Result<Pass, MemoryError> {
-        self.gate.alone(deadline).ok_or(MemoryError::Deadline { doing: "waiting for running steps", waited })
+        let late = MemoryError::Deadline { doing: "waiting for running steps", waited };
+        let pass = self.gate.alone(deadline).ok_or(late)?;
+        // The steps' calls have ended, not their kernels.
+        self.fence(deadline)?;
+        Ok(pass)
+    }
+
+    /// Waits for what has been queued on the device, on whoever's streams: engines leave a guard when they have launched
+    /// their kernels, and nobody tells us which stream those are on (I5).
+    pub(crate) fn fence(&self, deadline: Instant) -> Result<(), MemoryError> {
+        let start = Instant::now();
+        let failed = MemoryError::device("wait for running kernels");
+        let marked = Event::of_foreign(&self.device, ForeignWork::All)
+            .and_then(|event| event.wait(deadline.saturating_duration_since(Instant::now())));
+        if marked.map_err(failed)? {
+            return Ok(());
+        }
+        Err(MemoryError::Deadline { doing: "waiting for running kernels", waited: start.elapsed() })
     }
 
     pub(crate) fn take_turn(&self, deadline: Instant) -> Result<Pass, MemoryError> {
@@ -344,14 +371,45 @@ impl MemoryManager {
         self.evicted.fetch_add(bytes.0, Ordering::Relaxed);
     }
 
-    /// Unmaps and frees; gives the lease back once it is true (I1). Returns the bytes freed now. What a queued job
-    /// still holds is freed by a later operation.
-    pub(crate) fn release(&self, residents: impl IntoIterator<Item = Resident>) -> ByteCount {
+    /// Frees memory that steps may have used, once their kernels are done. Returns the bytes freed now; what cannot be
+    /// freed yet is freed by a later operation.
+    pub(crate) fn release(&self, residents: Vec<Resident>) -> ByteCount {
+        if residents.is_empty() {
+            return ByteCount::ZERO;
+        }
+        match self.fence(self.operation_deadline()) {
+            Ok(()) => self.release_unused(residents),
+            Err(error) => {
+                tracing::warn!(%error, "device memory stays until what runs has ended");
+                self.retire(residents, false);
+                ByteCount::ZERO
+            }
+        }
+    }
+
+    /// Frees the memory of a region that nobody has any more. While a step runs it is kept: a graph may be captured,
+    /// which a fence would break.
+    pub(crate) fn release_dropped(&self, residents: Vec<Resident>) {
+        if self.gate.is_shared() {
+            self.retire(residents, false);
+        } else {
+            self.release(residents);
+        }
+    }
+
+    fn retire(&self, residents: impl IntoIterator<Item = Resident>, is_fenced: bool) {
+        let retired = residents.into_iter().map(|resident| Retired { resident, is_fenced });
+        self.retired.lock().extend(retired);
+    }
+
+    /// Frees memory that nothing queued by steps touches: fenced, or not in anybody's hands yet. Unmaps; gives the lease
+    /// back once it is true (I1). Returns the bytes freed now. What a copy of ours still holds is freed later.
+    pub(crate) fn release_unused(&self, residents: impl IntoIterator<Item = Resident>) -> ByteCount {
         let mut freed = ByteCount::ZERO;
         let mut grants: Vec<Grant> = Vec::new();
         for Resident { mapping, lease } in residents {
             if Arc::strong_count(&mapping) > 1 {
-                self.retired.lock().push(Resident { mapping, lease });
+                self.retire([Resident { mapping, lease }], true);
                 continue;
             }
             drop(mapping);
@@ -378,8 +436,16 @@ impl MemoryManager {
     /// Frees what was retired and is no longer touched.
     pub(crate) fn sweep(&self) {
         let retired = std::mem::take(&mut *self.retired.lock());
-        if !retired.is_empty() {
-            self.release(retired);
+        if retired.is_empty() {
+            return;
+        }
+        let (fenced, others): (Vec<_>, Vec<_>) = retired.into_iter().partition(|entry| entry.is_fenced);
+        self.release_unused(fenced.into_iter().map(|entry| entry.resident));
+        let is_quiet = || !self.gate.is_shared() && self.fence(Instant::now() + SWEEP_WAIT).is_ok();
+        if !others.is_empty() && is_quiet() {
+            self.release_unused(others.into_iter().map(|entry| entry.resident));
+        } else {
+            self.retired.lock().extend(others);
         }
     }
 
@@ -432,5 +498,11 @@ impl Drop for MemoryManager {
     fn drop(&mut self) {
         self.settle();
         self.sweep();
+        let left = std::mem::take(self.retired.get_mut());
+        if left.iter().all(|entry| entry.is_fenced) || self.fence(self.operation_deadline()).is_ok() {
+            return;
+        }
+        tracing::error!(extents = left.len(), "device memory in use was leaked");
+        std::mem::forget(left);
     }
 }

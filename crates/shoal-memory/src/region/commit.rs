@@ -39,6 +39,7 @@ impl Region {
             return Err(self.refuse("decommit", "it is sealed; put it to sleep instead"));
         }
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
+        self.manager().fence(self.manager().operation_deadline())?;
         self.decommit_in_turn(PageRun::covering(offset, bytes))
     }
 
@@ -95,10 +96,11 @@ impl Region {
             }
         }
         drop(state);
-        self.manager().release(residents);
+        self.manager().release_unused(residents);
         Err(error)
     }
 
+    /// Needs the turn, and that what steps have queued is done.
     pub(crate) fn decommit_in_turn(&self, run: PageRun) -> Result<ByteCount, MemoryError> {
         let is_carved = self.kind() == shoal_core::protocol::LeaseKind::Weights;
         let mut slots = Vec::new();
@@ -112,7 +114,7 @@ impl Region {
                 }
             }
         }
-        Ok(self.manager().release(slots.into_iter().filter_map(|slot| slot.resident)))
+        Ok(self.manager().release_unused(slots.into_iter().filter_map(|slot| slot.resident)))
     }
 
     /// The extents of these runs that have no bytes, and those of them that are new in the table.

@@ -96,7 +96,7 @@ impl Region {
         if let Err(error) = self.run_moves(&plan.moves, deadline, &mut leaving, &mut report.copied) {
             report.fail(error);
         }
-        report.freed = manager.release(leaving);
+        report.freed = manager.release_unused(leaving);
         manager.count_evicted(report.freed);
         report.duration = start.elapsed();
         report

@@ -175,7 +175,7 @@ impl Drop for RegionInner {
         self.manager.forget_region(self.id);
         let residents: Vec<_> =
             self.state.get_mut().slots.drain().filter_map(|(_, slot)| slot.resident).collect();
-        self.manager.release(residents);
+        self.manager.release_dropped(residents);
     }
 }
 

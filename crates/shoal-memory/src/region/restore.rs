@@ -176,7 +176,7 @@ impl Region {
         }
         let Some(error) = failed else { return Ok(()) };
         self.manager().settle();
-        self.manager().release(leaving);
+        self.manager().release_unused(leaving);
         Err(error)
     }
 

@@ -1,0 +1,112 @@
+//! Nothing is copied down or unmapped while what steps have queued still runs (I5, I13): leaving a guard says that the
+//! calls have ended, not the kernels. The kernels here are host functions on a stream of the engine's own.
+
+mod common;
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PAGE, WAIT, World, noise, world};
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+use shoal_device::Stream;
+use shoal_memory::{KvBacking, MemoryError, Region};
+
+const ALL: ByteCount = ByteCount(u64::MAX);
+const SLOW: Duration = Duration::from_millis(150);
+
+/// Queues a slow kernel that writes `bytes` at the region's start, inside a guard that ends before it does.
+fn step(world: &World, stream: &Stream, region: &Region, bytes: Vec<u8>) {
+    let guard = world.manager.guard(WAIT).expect("in");
+    let region = region.clone();
+    let kernel = move || {
+        thread::sleep(SLOW);
+        region.write(ByteCount::ZERO, &bytes).expect("mapped while the kernel runs");
+    };
+    stream.launch_host((), kernel).expect("launched");
+    drop(guard);
+}
+
+#[test]
+fn an_eviction_right_after_a_step_waits_for_its_kernels() {
+    let world = world(64, 64);
+    let engine = Stream::create(&world.device).expect("a stream");
+    let bytes = noise(6 * PAGE, 1);
+    let weights = world.weights(6, &bytes);
+    let kv = world.region("kv", 4, LeaseKind::Kv);
+    kv.commit(ByteCount::ZERO, ByteCount(4 * PAGE)).expect("room");
+    for seed in 2..5 {
+        let written = noise(3 * PAGE, seed);
+        for region in [&weights, &kv] {
+            step(&world, &engine, region, written.clone());
+            match seed {
+                2 => drop(region.evict(ALL, WAIT).expect("evicted")),
+                3 => drop(region.sleep(0.0, false, WAIT).expect("asleep")),
+                _ => drop(world.manager.reclaim(ALL, WAIT, "a test").expect("reclaimed")),
+            }
+            let _guard = world.manager.guard(WAIT).expect("in");
+            let mut read = vec![0; written.len()];
+            region.read(ByteCount::ZERO, &mut read).expect("there");
+            assert!(read == written, "what the kernel wrote was lost");
+        }
+    }
+    world.check();
+    assert_eq!(world.device.take_errors(), []);
+}
+
+#[test]
+fn an_eviction_that_kernels_outlast_changes_nothing() {
+    let world = world(64, 64);
+    let engine = Stream::create(&world.device).expect("a stream");
+    let weights = world.weights(4, &noise(4 * PAGE, 1));
+    drop(weights.wake(WAIT).expect("begun").wait(WAIT).expect("awake"));
+    let (release, held) = mpsc::channel::<()>();
+    let kernel = move || {
+        // Either answer ends the wait.
+        let _ = held.recv_timeout(WAIT);
+    };
+    engine.launch_host((), kernel).expect("launched");
+    let late = weights.sleep(0.0, false, Duration::from_millis(30)).expect_err("the kernel runs");
+    assert!(matches!(late, MemoryError::Deadline { doing: "waiting for running kernels", .. }), "{late}");
+    assert_eq!(weights.missing_bytes(), ByteCount::ZERO);
+    drop(release);
+    assert_eq!(weights.sleep(0.0, false, WAIT).expect("asleep").freed, ByteCount(4 * PAGE));
+    world.check();
+}
+
+#[test]
+fn memory_of_blocks_and_regions_that_are_gone_outlives_the_kernels_on_it() {
+    let world = world(64, 64);
+    let engine = Stream::create(&world.device).expect("a stream");
+    let kv = world.region("kv", 8, LeaseKind::Kv);
+    let backing = KvBacking::new(&kv, ByteCount(PAGE), 8).expect("a layout");
+    assert!(backing.back(&[0, 1, 2]).expect("asked"));
+    step(&world, &engine, &kv, noise(PAGE, 2));
+    backing.unback(&[0, 1, 2]).expect("backed");
+    let start = Instant::now();
+    assert_eq!(backing.trim(ALL).expect("trimmed").freed, ByteCount(3 * PAGE));
+    assert!(start.elapsed() >= SLOW / 2, "it did not wait");
+
+    let dropped = world.region("dropped", 2, LeaseKind::Overhead);
+    dropped.commit(ByteCount::ZERO, ByteCount(2 * PAGE)).expect("room");
+    let (address, bytes) = (dropped.address(), noise(PAGE, 3));
+    let guard = world.manager.guard(WAIT).expect("in");
+    let other = world.region("other", 2, LeaseKind::Overhead);
+    other.commit(ByteCount::ZERO, ByteCount(PAGE)).expect("room");
+    // While a step runs, what is dropped is kept.
+    drop(other);
+    assert_eq!(world.device_used(), ByteCount(3 * PAGE));
+    let (sender, receiver) = mpsc::channel();
+    let kernel = move || {
+        thread::sleep(SLOW);
+        sender.send(address ^ bytes.len() as u64).expect("waited for");
+    };
+    engine.launch_host((), kernel).expect("launched");
+    drop(guard);
+    drop(dropped);
+    assert!(receiver.try_recv().is_ok(), "freed before the kernel had ended");
+    drop(world.manager.reclaim(ALL, WAIT, "a test").expect("reclaimed"));
+    assert_eq!(world.device_used(), ByteCount::ZERO);
+    world.check();
+}
