@@ -22,6 +22,8 @@ def rows(log: str) -> list[dict[str, object]]:
             test, rest = match[1], match[2]
         if match := re.match(r"case (\S+) passed", rest):
             found[f"{test}: {match[1]}"] = 1
+        elif match := re.match(r"\S+::(\S+) (PASSED|FAILED|ERROR)", rest):
+            found[match[1]] = int(match[2] == "PASSED")
         elif rest in {"ok", "FAILED"}:
             found[test] = int(rest == "ok")
     common = {"ceiling": None, "peer": None, "peer_value": None, "target": 1, "samples": 1}
@@ -54,9 +56,10 @@ def main() -> None:
         "rows": rows(log),
     }
     target.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    summary = re.search(r"^test result: (\w+)\. .*$", log, re.MULTILINE)
+    # cargo's last line, or pytest's.
+    summary = re.search(r"^(?:test result: .*|=+ .*\b(?:passed|failed|error).* =+)$", log, re.MULTILINE)
     print(summary[0] if summary else "the tests did not come to their end")
-    if summary is None or summary[1] != "ok" or not report["rows"]:
+    if summary is None or re.search("failed|error|FAILED", summary[0].replace(" 0 failed", "")) or not report["rows"]:
         print(log[-6000:])
         sys.exit(1)
 

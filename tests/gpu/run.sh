@@ -3,7 +3,9 @@
 #   tests/gpu/run.sh conformance    every promise of a device, on the GPU
 #   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
 #   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
-# A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake), which
+#   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
+#   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
+# The last two use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
@@ -55,10 +57,18 @@ conformance)
     python3 tests/gpu/report.py "$OUT/conformance.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;
+python)
+    status=0
+    python3 -X faulthandler -m pytest -v -p no:cacheprovider tests/gpu/test_python.py >"$OUT/python.log" 2>&1 ||
+        status=$?
+    python3 tests/gpu/report.py "$OUT/python.log" "$SHOAL_RESULT" || status=$?
+    exit $status
+    ;;
+shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 *)
-    echo "no part named $part; there are conformance, vmm and sleep_wake" >&2
+    echo "no part named $part; there are conformance, vmm, sleep_wake, python and shelf" >&2
     exit 2
     ;;
 esac
