@@ -485,8 +485,14 @@ class MemoryManager:
         The directory that makes simulated devices of several processes one. By default: the broker's, else one for this
         manager alone.
 
+    overhead
+        With a broker: what the process takes on the device besides its regions (context, libraries, torch's own pool).
+        It is leased before the device is opened, and held until the process ends.
+
     Raises
     ------
+    LeaseError, DeadlineError
+        If the broker has no room for the overhead.
     DeviceError
         If the device cannot be used; the message says why and what would help. Where a real one exists, ``"auto"`` says
         so too, instead of simulating one.
@@ -505,6 +511,7 @@ class MemoryManager:
         broker: BrokerClient | None = None,
         device_capacity: Size | None = None,
         runtime_dir: str | os.PathLike[str] | None = None,
+        overhead: Size | None = None,
     ) -> None:
         welcome = None if broker is None else broker.welcome
         if welcome is not None:
@@ -533,6 +540,7 @@ class MemoryManager:
             host,
             os.fspath(runtime_dir),
             broker,
+            0 if overhead is None else parse_size(overhead),
         )
 
     def region(self, name: str, nbytes: Size, *, kind: Kind = "weights", backing: Backing | None = None) -> Region:

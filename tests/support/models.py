@@ -44,14 +44,48 @@ def make_llama(path: Path, *, seed: int, layers: int = 8, hidden: int = 256, con
     return path
 
 
-def plain_greedy(path: Path, prompt: str, tokens: int) -> str:
+def make_bert(path: Path, *, seed: int, layers: int = 6, hidden: int = 384, context: int = 256) -> Path:
+    """Save a random BERT, which a worker serves as an embedding model."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=257,
+        hidden_size=hidden,
+        intermediate_size=hidden * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        max_position_embeddings=context,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
+    BertModel(config, add_pooling_layer=False).eval().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def plain_embedding(path: Path, text: str, device: str = "cpu") -> list[float]:
+    """What plain transformers makes of a text: the normalised mean of its tokens' last states, in float32."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
+    ids = torch.tensor([tokenizer(text).input_ids], device=device)
+    with torch.no_grad():
+        states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+    return [float(x) for x in torch.nn.functional.normalize(states.mean(dim=0), dim=0).cpu()]
+
+
+def plain_greedy(path: Path, prompt: str, tokens: int, device: str = "cpu") -> str:
     """What plain transformers answers alone, greedily, in float32, with an explicit all-ones mask."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = torch.tensor([tokenizer(prompt).input_ids])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+    ids = torch.tensor([tokenizer(prompt).input_ids], device=device)
     with torch.no_grad():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0

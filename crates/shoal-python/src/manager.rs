@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
@@ -9,8 +10,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
+use shoal_core::protocol::LeaseKind;
 use shoal_device::{CudaDevice, Device, DeviceError, DeviceMemory, SimDevice, SimOptions};
-use shoal_memory::{Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryManager, RegionSpec};
+use shoal_memory::{Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager, RegionSpec};
 
 use crate::broker::PyBrokerClient;
 use crate::convert::{self, ReportTuple};
@@ -27,7 +29,8 @@ pub(crate) struct PyMemoryManager {
 #[pymethods]
 impl PyMemoryManager {
     #[new]
-    #[pyo3(signature = (device, device_capacity, device_budget, host_budget, runtime_dir, broker))]
+    #[pyo3(signature = (device, device_capacity, device_budget, host_budget, runtime_dir, broker, overhead))]
+    #[expect(clippy::too_many_arguments, reason = "Python's face names them")]
     fn new(
         py: Python<'_>,
         device: &str,
@@ -36,10 +39,14 @@ impl PyMemoryManager {
         host_budget: u64,
         runtime_dir: PathBuf,
         broker: Option<&PyBrokerClient>,
+        overhead: u64,
     ) -> PyResult<Self> {
         let choice = Choice::of(device)?;
         let client = broker.map(|broker| broker.client().map(Arc::clone)).transpose()?;
         let manager = py.detach(move || {
+            if let Some(client) = &client {
+                lease_overhead(client.as_ref(), ByteCount(overhead)).map_err(errors::of_memory)?;
+            }
             let device = choice
                 .open(ByteCount(device_capacity), runtime_dir)
                 .map_err(|error| errors::of_device(&error))?;
@@ -118,6 +125,19 @@ impl PyMemoryManager {
     }
 }
 
+/// Takes a lease for what a process needs besides its regions, before it takes that: it is held until the process ends.
+fn lease_overhead(source: &dyn LeaseSource, bytes: ByteCount) -> Result<(), MemoryError> {
+    if bytes.is_zero() {
+        return Ok(());
+    }
+    source
+        .acquire(LeaseKind::Overhead, bytes, bytes, OVERHEAD_WAIT, "its context and libraries")
+        .map(drop)
+        .map_err(|source| MemoryError::Lease { region: "context and libraries".to_owned(), source })
+}
+
+/// How long a process waits for room for its context.
+const OVERHEAD_WAIT: Duration = Duration::from_mins(1);
 /// What is left of a GPU's free memory when nobody says how much of it to use.
 const HEADROOM: ByteCount = ByteCount::gib(1);
 

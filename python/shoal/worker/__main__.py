@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from shoal import BrokerClient
 
+    from .device import DeviceMemory
     from .loading import Progress
     from .serving import Assembled
     from .spec import WorkerSpec
@@ -107,10 +108,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     import torch
     import transformers
 
-    from shoal import MemoryManager
-
     from . import hooks, loading
-    from .device import DeviceMemory
     from .serving import assemble
 
     torch.set_num_threads(spec.threads)
@@ -121,10 +119,35 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
         raise LoadError("internal", str(error)) from error
     path = _prepared(spec, client.loading)
     files = loading.inspect(path)
-    memory = DeviceMemory(MemoryManager(broker=client))
+    memory = _open(client, spec)
     loaded = loading.load(files, spec, client.loading)
     weights = memory.place(loaded.model, path, lambda done, total: client.loading("placing", done, total))
-    return assemble(name, loaded, memory, spec, weights)
+    assembled = assemble(name, loaded, memory, spec, weights)
+    memory.warm_up(loaded.model.dtype)
+    return assembled
+
+
+def _open(client: BrokerClient, spec: WorkerSpec) -> DeviceMemory:
+    """Open the device, with a lease for what this process takes of it before anything is taken."""
+    from shoal import DeviceError, Error, MemoryManager
+
+    from .device import DeviceMemory, Overhead
+    from .errors import LoadError
+
+    if not spec.on_gpu:
+        return DeviceMemory(MemoryManager(broker=client))
+    overhead = Overhead(spec.device)
+    try:
+        mem = MemoryManager(broker=client, overhead=spec.overhead_bytes)
+    except DeviceError as error:
+        raise LoadError("device", str(error)) from error
+    except Error as error:
+        raise LoadError("internal", f"no room for this worker's own memory on {spec.device}: {error}") from error
+    try:
+        overhead.opened(mem)
+    except RuntimeError as error:
+        raise LoadError("device", f"torch cannot use {spec.device}: {error}") from error
+    return DeviceMemory(mem, overhead)
 
 
 def _require_extras() -> None:
@@ -156,7 +179,12 @@ async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
     from .usage import Counts, Reporter
 
     def report(counts: Counts) -> None:
-        client.usage(requests_running=counts.running, requests_waiting=counts.waiting, tokens_out=counts.tokens_out)
+        client.usage(
+            requests_running=counts.running,
+            requests_waiting=counts.waiting,
+            tokens_out=counts.tokens_out,
+            overhead_peak=assembled.memory.overhead_peak(),
+        )
 
     loop = asyncio.get_running_loop()
     ending = asyncio.Event()

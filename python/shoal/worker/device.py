@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 import shoal.torch
 from shoal import DeadlineError, Error, KvBacking, LeaseError, MemoryManager, OutOfMemoryError, TransferError
@@ -16,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    import torch
-
 
 logger = logging.getLogger(__name__)
+
+_CONTEXT_BYTES = 530 << 20  # an H100's, with our kernels and torch's; where it cannot be measured
+_PLAUSIBLE_BYTES_MAX = 1 << 30
 
 
 class DeviceKv:
@@ -57,6 +63,89 @@ class DeviceKv:
         return self._backing.live_bytes
 
 
+class Overhead:
+    """What a process takes of a GPU beside its regions: context, libraries, torch's own pool.
+
+    torch counts its pool exactly. For the rest there is only the GPU's free memory before and after, and other
+    processes move that too; so a difference that is not plausible is not believed, and the declared figure stands.
+
+    Parameters
+    ----------
+    device
+        ``"cuda:N"``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._free_before = _free_by_nvidia_smi(self._device.index or 0)
+        self._fixed = 0
+        self._peak = 0
+
+    def opened(self, mem: MemoryManager) -> None:
+        """Count the context, which is there now; make torch use it."""
+        torch.cuda.set_device(self._device)
+        torch.cuda.init()
+        self._mem = mem
+        self._count_since(self._free_before, "context", _CONTEXT_BYTES)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Make the libraries load, on small tensors; count what they keep."""
+        before = self._free()
+        start = time.monotonic()
+        with torch.inference_mode():
+            for kind in dict.fromkeys((dtype, torch.float32)):
+                square = torch.ones((256, 256), dtype=kind, device=self._device)
+                torch.nn.functional.linear(square, square, square[0])
+                heads = square.view(1, 4, 256, 64)
+                mask = torch.ones((256, 256), dtype=torch.bool, device=self._device)
+                torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+                torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+                torch.nn.functional.rms_norm(square, (256,))
+                torch.nn.functional.silu(square).float().softmax(-1).cumsum(-1).argmax(-1)
+            index = torch.arange(8, device=self._device)
+            square.index_copy_(0, index, square.index_select(0, index))
+            torch.sort(square[0], descending=True)
+            torch.topk(square[0], 8)
+        torch.cuda.synchronize(self._device)
+        del square, heads, mask, index
+        self._count_since(before, "libraries", None)
+        self.release_cached()
+        logger.info("libraries loaded in %.2f s; %d bytes beside the regions", time.monotonic() - start, self.peak())
+
+    def peak(self) -> int:
+        """Give the most that there was, in bytes."""
+        self._peak = max(self._peak, self._fixed + torch.cuda.max_memory_reserved(self._device))
+        return self._peak
+
+    def release_cached(self) -> None:
+        """Give back what torch keeps of its pool without using it."""
+        torch.cuda.empty_cache()
+
+    def _free(self) -> int:
+        return self._mem.device_memory()["free"] + torch.cuda.memory_reserved(self._device)
+
+    def _count_since(self, before: int | None, what: str, otherwise: int | None) -> None:
+        """Add what is gone of the free memory, where that can have been us."""
+        taken = None if before is None else before - self._free()
+        if taken is None or not 0 <= taken <= _PLAUSIBLE_BYTES_MAX or (otherwise and taken < otherwise // 2):
+            logger.info("%s: a difference of %s bytes is not believed", what, taken)
+            taken = otherwise or 0
+        self._fixed += taken
+
+
+def _free_by_nvidia_smi(ordinal: int) -> int | None:
+    """Ask for the free memory of a GPU without making a context on it; None where that cannot be asked."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    which = str(ordinal) if visible is None else [*visible.split(","), *[""] * ordinal, ""][ordinal].strip()
+    command = ["nvidia-smi", f"--id={which}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+        return int(said.stdout.strip()) << 20
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.info("nvidia-smi cannot be asked (%s)", error)
+        return None
+
+
 class DeviceMemory:
     """One worker's share of a device.
 
@@ -64,11 +153,23 @@ class DeviceMemory:
     ----------
     mem
         The process's memory manager.
+    overhead
+        On a GPU: what the process takes beside its regions.
     """
 
-    def __init__(self, mem: MemoryManager) -> None:
+    def __init__(self, mem: MemoryManager, overhead: Overhead | None = None) -> None:
         self._mem = mem
+        self._overhead = overhead
         self._kv: DeviceKv | None = None
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Load what the first step would load: libraries, kernels, workspaces. Needs no weights."""
+        if self._overhead is not None:
+            self._overhead.warm_up(dtype)
+
+    def overhead_peak(self) -> int | None:
+        """Device bytes that the process has taken at most beside its regions."""
+        return None if self._overhead is None else self._overhead.peak()
 
     @contextmanager
     def guard(self, timeout_s: float) -> Iterator[None]:
@@ -129,3 +230,5 @@ class DeviceMemory:
                 self._kv.trim()
             except Error as error:  # a reclaim finds these pages first anyway
                 logger.warning("KV pages without a block stay for now: %s", error)
+        if self._overhead is not None:
+            self._overhead.release_cached()

@@ -333,6 +333,9 @@ class CausalEngine:
 
     @torch.no_grad()
     def _run(self) -> None:
+        device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         try:
             while not self._stop.is_set():
                 if not self._prepared:
@@ -400,7 +403,7 @@ class CausalEngine:
 
     def _compute(self) -> None:
         """Run the prepared batch; inside a guard."""
-        self._cache.zero_padding()
+        self._cache.begin_step()
         self._processor._generation_step(self._model)
         self._processor.update_batch()
 

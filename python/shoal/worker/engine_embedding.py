@@ -170,7 +170,7 @@ class EmbeddingEngine:
                 raise ApiError("the model is shutting down", status=503, code="shutting_down")
             try:
                 with self._memory.guard(min(_GUARD_S, limit)):
-                    ids = torch.tensor([list(text)])
+                    ids = torch.tensor([list(text)], device=self._model.device)
                     states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
                     return self._pooling(states.float()).cpu()
             except ShortageError as shortage:

@@ -9,7 +9,8 @@ class LoadError(Exception):
     Attributes
     ----------
     code
-        ``"model_missing"``, ``"model_corrupt"``, ``"model_unsupported"``, ``"host_budget"`` or ``"internal"``.
+        ``"model_missing"``, ``"model_corrupt"``, ``"model_unsupported"``, ``"host_budget"``, ``"device"`` or
+        ``"internal"``.
     """
 
     def __init__(self, code: str, message: str) -> None:

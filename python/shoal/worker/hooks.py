@@ -67,11 +67,12 @@ def paged_attention(  # noqa: PLR0917 - the signature is transformers'
         write_index=kwargs["write_index"],
     )
     window = cache.sliding_windows[module.layer_idx]  # 1 stands for full attention
-    ends_k = kwargs["cu_seq_lens_k"]
-    if isinstance(ends_k, dict):
-        ends_k = ends_k["sliding_attention" if window > 1 else "full_attention"]
-    ends_q = kwargs["cu_seq_lens_q"].tolist()
-    ends_k = ends_k.tolist()
+    of_k, kind = kwargs["cu_seq_lens_k"], "full_attention"
+    if isinstance(of_k, dict):
+        kind = "sliding_attention" if window > 1 else kind
+        of_k = of_k[kind]
+    ends_q = cache.lengths("queries", kwargs["cu_seq_lens_q"])
+    ends_k = cache.lengths(kind, of_k)
     groups = query.shape[1] // key.shape[1]
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1]))
     for i in range(len(ends_q) - 1):

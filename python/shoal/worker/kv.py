@@ -231,6 +231,13 @@ class ElasticCache(cache_module.PagedAttentionCache):
         self._block_manager = self.blocks
         self._awake = False
         self._zeroed = False
+        self._lengths: dict[str, list[int]] = {}
+
+    def lengths(self, name: str, ends: torch.Tensor) -> list[int]:
+        """Give `ends` as numbers: fetched once a step, because fetching waits for the GPU."""
+        if name not in self._lengths:
+            self._lengths[name] = ends.tolist()
+        return self._lengths[name]
 
     @property
     def awake(self) -> bool:
@@ -252,8 +259,9 @@ class ElasticCache(cache_module.PagedAttentionCache):
         self._awake, self._zeroed = True, False
         return True
 
-    def zero_padding(self) -> None:
-        """Make the read-trash block read as zeros, once after each wake; inside a guard."""
+    def begin_step(self) -> None:
+        """Forget the last step's lengths; make the read-trash block read as zeros, once after each wake. In a guard."""
+        self._lengths.clear()
         if not self._zeroed:
             start = self.num_blocks * self.block_size
             for tensor in (*self.key_cache, *self.value_cache):

@@ -293,7 +293,6 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     LoadError
         transformers cannot make a model of the files.
     """
-    import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     progress("reading", 0, files.bytes)
@@ -305,7 +304,7 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     auto = AutoModelForCausalLM if files.kind == "causal" else AutoModel
     if files.kind == "embedding":
         options["add_pooling_layer"] = False
-    dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    dtype = _dtype(files, spec)
     try:
         model, info = _from_pretrained(auto, files.path, dtype=dtype, use_safetensors=True, **options)
     except LoadError:
@@ -336,6 +335,22 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
         _eos(files, tokenizer, generation_config),
         generation_config,
     )
+
+
+def _dtype(files: ModelFiles, spec: WorkerSpec) -> Any:
+    """Give what the specification says; without a word, that of the files, but no causal model in float32 on a GPU.
+
+    A GPU computes in bfloat16 several times as fast and in half the memory; the same choice as other engines make.
+    Embeddings stay as they are: their numbers are the answer.
+    """
+    import torch
+
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    kinds = {place.dtype for place in files.tensors.values()} & {"F64", "F32", "F16", "BF16"}
+    if spec.on_gpu and files.kind == "causal" and kinds <= {"F64", "F32"}:
+        return torch.bfloat16
+    return "auto"
 
 
 def _from_pretrained(auto: Any, path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -57,5 +57,8 @@ class Memory(Protocol):
     def kv(self, block_bytes: int, blocks: int) -> KvSpace:
         """Reserve address space for `blocks` KV blocks."""
 
+    def overhead_peak(self) -> int | None:
+        """Device bytes that the process has taken at most beside its regions; None where there is nothing to count."""
+
     def trim(self) -> None:
         """Give back device memory that nothing uses now, such as backed KV pages without a block."""

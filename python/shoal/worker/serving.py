@@ -32,6 +32,7 @@ class Assembled:
     served: Served
     engine: CausalEngine | EmbeddingEngine
     capabilities: dict[str, Any]
+    memory: Memory
 
 
 def assemble(name: str, loaded: LoadedModel, memory: Memory, spec: WorkerSpec, weights_bytes: int) -> Assembled:
@@ -81,7 +82,7 @@ def assemble(name: str, loaded: LoadedModel, memory: Memory, spec: WorkerSpec, w
     }
     engine = causal or embedding
     assert engine is not None
-    return Assembled(served, engine, capabilities)
+    return Assembled(served, engine, capabilities, memory)
 
 
 def _sampling_defaults(config: dict[str, Any]) -> SamplingDefaults:

@@ -34,7 +34,8 @@ class WorkerSpec:
     revision
         Revision of a hub source.
     dtype
-        ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the data type of the files.
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: that of the files, but on a GPU bfloat16 for
+        causal models whose files are float32.
     context
         Longest prompt plus answer in tokens; None takes what the model was trained for.
     kv_max_bytes
@@ -43,6 +44,9 @@ class WorkerSpec:
         Threads that torch computes with.
     device
         ``"sim"`` or ``"cuda:N"``.
+    overhead_bytes
+        Device memory that the process takes on a GPU besides weights and KV cache, as leased before it starts; the
+        measured figure corrects it upwards.
     block_tokens
         Tokens of one KV block.
     batch_tokens_max
@@ -62,6 +66,7 @@ class WorkerSpec:
     kv_max_bytes: int | None = None
     threads: int = min(2, os.cpu_count() or 1)
     device: str = "sim"
+    overhead_bytes: int = 832 << 20
     block_tokens: int = 16
     batch_tokens_max: int = 512
     requests_max: int = 256
@@ -77,6 +82,8 @@ class WorkerSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name}: {value} is less than 1")
+        if self.overhead_bytes < 0:
+            raise SpecError(f"overhead_bytes: {self.overhead_bytes} is negative")
         for name in ("threads", "batch_tokens_max", "requests_max", "body_bytes_max"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name}: {getattr(self, name)} is less than 1")
@@ -84,6 +91,11 @@ class WorkerSpec:
             raise SpecError(f"block_tokens: {self.block_tokens} is less than 4, the least a paged cache accepts")
         if self.stall_timeout_s <= 0:
             raise SpecError(f"stall_timeout_s: {self.stall_timeout_s} is not positive")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.startswith("cuda")
 
     @classmethod
     def from_welcome(cls, spec: dict[str, Any]) -> WorkerSpec:

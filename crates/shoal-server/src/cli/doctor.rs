@@ -12,7 +12,7 @@ use serde::Serialize;
 use shoal_core::bytes::ByteCount;
 
 use super::{Failure, Out};
-use crate::config::{ConfigError, ServerConfig, Surroundings, find_file};
+use crate::config::{ConfigError, DRIVER_MIN, DeviceChoice, ServerConfig, Surroundings, find_file};
 
 const PYTHON_WAIT_MAX: Duration = Duration::from_secs(30);
 const PYTHON_OUTPUT_BYTES_MAX: u64 = 1 << 16;
@@ -76,7 +76,7 @@ pub(super) fn doctor(file: Option<&Path>, json: bool, out: Out<'_>) -> Result<()
     for python in &pythons {
         checks.extend(python_checks(python));
     }
-    checks.push(nvidia(&surroundings));
+    checks.extend(nvidia(&surroundings, config.as_ref()));
     checks.extend(memory(&surroundings, config.as_ref()));
     checks.push(disk(&surroundings.cache_home));
     checks.extend(limits(surroundings.nvidia.is_some()));
@@ -185,16 +185,47 @@ fn python_checks(python: &Path) -> Vec<Check> {
     checks
 }
 
-fn nvidia(surroundings: &Surroundings) -> Check {
-    match &surroundings.nvidia {
-        None => Check::ok("NVIDIA device", "none: the device is simulated in RAM"),
-        Some(sign) => Check::not_ok(
-            Level::Warn,
-            "NVIDIA device",
-            sign.display().to_string(),
-            "this version has no CUDA device yet; write device = \"sim\" under [server]",
-        ),
+/// The GPUs, each with its driver and memory, and the one that would be served from.
+fn nvidia(surroundings: &Surroundings, config: Option<&ServerConfig>) -> Vec<Check> {
+    const NAME: &str = "NVIDIA device";
+    let (Some(sign), Some(gpus)) = (&surroundings.nvidia, &surroundings.gpus) else {
+        return vec![Check::ok(NAME, "none: the device is simulated in RAM")];
+    };
+    let is_wanted = config.is_none_or(|config| config.device != DeviceChoice::Sim);
+    let level = if is_wanted { Level::Fail } else { Level::Warn };
+    let listed = match &gpus.listed {
+        Ok(listed) => listed,
+        Err(why) => {
+            let remedy = format!(
+                "install NVIDIA's driver {DRIVER_MIN} or newer with nvidia-smi; in a container, give it the GPU and its \
+                 utilities (--gpus all); or write device = \"sim\" under [server]"
+            );
+            return vec![Check::not_ok(level, NAME, format!("{}, but {why}", sign.display()), remedy)];
+        }
+    };
+    let mut checks = Vec::new();
+    for gpu in listed {
+        let name = format!("GPU {}", gpu.index);
+        checks.push(Check::ok(&name, format!("{}, {} of {} free", gpu.name, gpu.free, gpu.total)));
     }
+    if let Some(gpu) = listed.first() {
+        let remedy = format!("install NVIDIA's driver {DRIVER_MIN} or newer");
+        let found = format!("{} ({DRIVER_MIN} is the least)", gpu.driver);
+        checks.push(Check::of(gpu.has_driver(), level, "NVIDIA driver", found, &remedy));
+    }
+    let ordinal = match config.map(|config| config.device) {
+        Some(DeviceChoice::Cuda(ordinal)) => ordinal,
+        _ => 0,
+    };
+    if let Some(visible) = &gpus.visible {
+        let (good, found) = match gpus.find(ordinal) {
+            Ok(gpu) => (true, format!("{visible:?}: workers see GPU {} as cuda:{ordinal}", gpu.index)),
+            Err(why) => (false, why),
+        };
+        let remedy = "unset it, or name GPUs by number or by their GPU-... id";
+        checks.push(Check::of(good, level, "CUDA_VISIBLE_DEVICES", found, remedy));
+    }
+    checks
 }
 
 fn memory(surroundings: &Surroundings, config: Option<&ServerConfig>) -> Vec<Check> {
@@ -217,17 +248,31 @@ fn memory(surroundings: &Surroundings, config: Option<&ServerConfig>) -> Vec<Che
         ));
     }
     if let Some(config) = config {
-        let wanted = ByteCount(config.device_budget.0.saturating_add(config.host_budget.0));
+        let is_simulated = config.device == DeviceChoice::Sim;
+        let on_device = if is_simulated { config.device_budget } else { ByteCount::ZERO };
+        let wanted = ByteCount(on_device.0.saturating_add(config.host_budget.0));
         checks.push(Check::of(
             wanted <= usable,
             Level::Warn,
             "budgets",
-            format!(
-                "{} simulated device + {} host, {usable} usable",
-                config.device_budget, config.host_budget
-            ),
+            format!("{on_device} of it for a simulated device, {} host, {usable} usable", config.host_budget),
             "lower device_budget or host_budget, or the kernel may end a worker",
         ));
+        let gpu = match config.device {
+            DeviceChoice::Cuda(ordinal) => {
+                surroundings.gpus.as_ref().and_then(|gpus| gpus.find(ordinal).ok())
+            }
+            _ => None,
+        };
+        if let Some(gpu) = gpu {
+            checks.push(Check::of(
+                config.device_budget <= gpu.free,
+                Level::Warn,
+                "device budget",
+                format!("{} of {} free on {}", config.device_budget, gpu.free, gpu.name),
+                "lower device_budget, or end what else uses the GPU (nvidia-smi lists it)",
+            ));
+        }
     }
     checks
 }
@@ -256,7 +301,7 @@ fn limits(has_gpu: bool) -> Vec<Check> {
     let mut checks = Vec::new();
     if let Ok(count) = read("/proc/sys/vm/max_map_count") {
         let enough = count.parse::<u64>().is_ok_and(|count| count >= 65_530);
-        let remedy = "sysctl -w vm.max_map_count=262144 (each extent on the device is one mapping)";
+        let remedy = "sysctl -w vm.max_map_count=262144 (each extent on a simulated device is a mapping, and so is each slab of host memory)";
         checks.push(Check::of(enough, Level::Warn, "vm.max_map_count", count, remedy));
     }
     let files = getrlimit(Resource::Nofile).current;

@@ -9,6 +9,7 @@
 
 mod directories;
 mod error;
+mod gpu;
 mod locate;
 mod parse;
 mod resolve;
@@ -25,6 +26,7 @@ use shoal_core::bytes::ByteCount;
 
 pub use directories::make_private;
 pub use error::{ConfigError, Problem, ProblemKind};
+pub use gpu::{DRIVER_MIN, Gpu, Gpus};
 pub use locate::{SAMPLE, find_file};
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
 pub use surroundings::{MachineMemory, Surroundings};

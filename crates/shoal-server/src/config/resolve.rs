@@ -1,7 +1,8 @@
 //! Sections and surroundings to a [`ServerConfig`]: defaults, directories, the device, sums that must hold.
 //!
 //! **Defaults of the budgets.** The simulated device takes its bytes from the same RAM as the host tier, so it gets a
-//! quarter of what may be used and the host tier half, the rest stays for the workers themselves.
+//! quarter of what may be used and the host tier half, the rest stays for the workers themselves. A GPU gets what is free
+//! on it now, less a gibibyte that is never leased.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,11 +10,18 @@ use std::time::Duration;
 use shoal_core::bytes::ByteCount;
 
 use super::error::{Problem, ProblemKind};
+use super::gpu::{DRIVER_MIN, Gpu};
 use super::parse::{ModelSection, ShoalFile, Sited};
 use super::surroundings::Surroundings;
 use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ServerConfig};
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
+/// What is left of a GPU's free memory, for what nobody foresees.
+const HEADROOM: ByteCount = ByteCount::gib(1);
+
+fn round_down(bytes: ByteCount) -> ByteCount {
+    ByteCount(bytes.0 / BUDGET_UNIT.0 * BUDGET_UNIT.0)
+}
 
 impl ShoalFile {
     /// Fills in what the file leaves open. `file` must be absolute: relative paths are relative to its directory.
@@ -37,16 +45,31 @@ impl ShoalFile {
         }
 
         let device = server.device.unwrap_or(Sited { value: DeviceChoice::Auto, line: 0, column: 0 });
-        if let Err(why) = usable_device(device.value, surroundings) {
-            problems.push(device.problem(ProblemKind::Device { why }));
-        }
+        let gpu = match usable_device(device.value, surroundings) {
+            Ok(gpu) => gpu,
+            Err(why) => {
+                problems.push(device.problem(ProblemKind::Device { why }));
+                None
+            }
+        };
 
         let usable = surroundings.memory.usable();
-        let part = |part: u64| ByteCount(usable.0 / part / BUDGET_UNIT.0 * BUDGET_UNIT.0).max(BUDGET_UNIT);
+        let part = |part: u64| round_down(ByteCount(usable.0 / part)).max(BUDGET_UNIT);
         let mut notes = Vec::new();
-        let device_budget = server.device_budget.as_ref().map_or_else(|| part(4), |bytes| bytes.value);
+        let default = || match gpu {
+            Some((_, gpu)) => round_down(gpu.free.saturating_sub(HEADROOM)).max(BUDGET_UNIT),
+            None => part(4),
+        };
+        let device_budget = server.device_budget.as_ref().map_or_else(default, |bytes| bytes.value);
         let host_budget = server.host_budget.as_ref().map_or_else(|| part(2), |bytes| bytes.value);
-        if device_budget > usable && !usable.is_zero() {
+        if let Some((_, gpu)) = gpu {
+            if device_budget > gpu.free {
+                notes.push(format!(
+                    "device_budget is {device_budget}, but only {} of {} is free on {} now",
+                    gpu.free, gpu.total, gpu.name
+                ));
+            }
+        } else if device_budget > usable && !usable.is_zero() {
             notes.push(format!(
                 "device_budget is {device_budget}, but only {usable} of RAM may be used, and the simulated device \
                  lives in RAM"
@@ -79,7 +102,7 @@ impl ShoalFile {
             listen: listen.value,
             api_key_file: server.api_key_file.map(|path| absolute(&path.value, directory, home)),
             allowed_hosts: server.allowed_hosts,
-            device: DeviceChoice::Sim,
+            device: gpu.map_or(DeviceChoice::Sim, |(ordinal, _)| DeviceChoice::Cuda(ordinal)),
             device_budget,
             host_budget,
             disk: server
@@ -103,19 +126,31 @@ impl ShoalFile {
     }
 }
 
-/// `auto` never falls back silently where an NVIDIA device exists but cannot be used.
-fn usable_device(choice: DeviceChoice, surroundings: &Surroundings) -> Result<(), String> {
-    const REMEDY: &str = "write device = \"sim\" under [server] for the simulated device, which lives in RAM";
-    match (choice, &surroundings.nvidia) {
-        (DeviceChoice::Sim, _) | (DeviceChoice::Auto, None) => Ok(()),
-        (DeviceChoice::Auto, Some(sign)) => Err(format!(
-            "there is an NVIDIA device here ({}), but this version of Shoal has no CUDA device yet; {REMEDY}",
-            sign.display()
-        )),
-        (DeviceChoice::Cuda(_), _) => {
-            Err(format!("device = \"{choice}\": this version of Shoal has no CUDA device yet; {REMEDY}"))
+/// The GPU to use and its ordinal, or none for the simulated device. `auto` never falls back silently where an NVIDIA
+/// device exists but cannot be used.
+fn usable_device(choice: DeviceChoice, surroundings: &Surroundings) -> Result<Option<(u32, &Gpu)>, String> {
+    const REMEDY: &str =
+        "`shoal doctor` tells more; device = \"sim\" under [server] is the simulated device, in RAM";
+    let (ordinal, there) = match (choice, &surroundings.nvidia) {
+        (DeviceChoice::Sim, _) | (DeviceChoice::Auto, None) => return Ok(None),
+        (DeviceChoice::Cuda(_), None) => {
+            return Err(format!("device = \"{choice}\", but there is no NVIDIA device here; {REMEDY}"));
         }
+        (DeviceChoice::Auto, Some(sign)) => {
+            (0, format!("there is an NVIDIA device here ({})", sign.display()))
+        }
+        (DeviceChoice::Cuda(ordinal), Some(_)) => (ordinal, format!("device = \"{choice}\"")),
+    };
+    let found = match &surroundings.gpus {
+        Some(gpus) => gpus.find(ordinal),
+        None => Err("nobody asked for the GPUs".to_owned()),
+    };
+    let gpu = found.map_err(|why| format!("{there}, but it cannot be used: {why}; {REMEDY}"))?;
+    if !gpu.has_driver() {
+        let driver = &gpu.driver;
+        return Err(format!("{there}, but its driver is {driver} and {DRIVER_MIN} is the least; {REMEDY}"));
     }
+    Ok(Some((ordinal, gpu)))
 }
 
 fn check_minimums(

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use shoal_core::bytes::ByteCount;
 
+use super::gpu::Gpus;
+
 /// The process's surroundings.
 #[derive(Clone, Debug)]
 pub struct Surroundings {
@@ -26,6 +28,8 @@ pub struct Surroundings {
     pub memory: MachineMemory,
     /// What shows that there is an NVIDIA device, if there is one.
     pub nvidia: Option<PathBuf>,
+    /// Its GPUs, asked for where there is such a sign.
+    pub gpus: Option<Gpus>,
 }
 
 /// Memory at the moment of asking.
@@ -106,6 +110,7 @@ impl Surroundings {
         let home = absolute("HOME");
         let under_home =
             |tail: &str| home.as_ref().map_or_else(|| fallback.join(tail), |home| home.join(tail));
+        let nvidia = nvidia_sign();
         Self {
             working_dir: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             config_home: absolute("XDG_CONFIG_HOME")
@@ -117,13 +122,25 @@ impl Surroundings {
                 .unwrap_or(fallback),
             python: set("SHOAL_PYTHON").unwrap_or_else(|| PathBuf::from("python3")),
             memory: MachineMemory::now(),
-            nvidia: ["/dev/nvidia0", "/proc/driver/nvidia/version"]
-                .iter()
-                .map(PathBuf::from)
-                .find(|path| path.exists()),
+            gpus: nvidia.is_some().then(|| Gpus::ask(std::env::var_os("CUDA_VISIBLE_DEVICES"))),
+            nvidia,
             home,
         }
     }
+}
+
+/// What shows that there is an NVIDIA device, whether or not it can be used. The Python package looks for the same.
+fn nvidia_sign() -> Option<PathBuf> {
+    let fixed = ["/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1"].map(PathBuf::from);
+    if let Some(sign) = fixed.into_iter().find(|path| path.exists()) {
+        return Some(sign);
+    }
+    let entries = std::fs::read_dir("/dev").ok()?;
+    let is_gpu = |path: &PathBuf| {
+        let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("nvidia"));
+        number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_gpu).min()
 }
 
 #[cfg(test)]

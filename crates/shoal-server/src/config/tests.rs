@@ -16,6 +16,7 @@ fn surroundings(dir: &Path) -> Surroundings {
         python: "python3".into(),
         memory: MachineMemory { total: ByteCount::gib(64), available: ByteCount::gib(32), cgroup_left: None },
         nvidia: None,
+        gpus: None,
     }
 }
 
@@ -114,10 +115,7 @@ fn mistakes_are_named_with_their_line() {
         ("[server]\ndevice_budget = '0'", "must be more than zero"),
         ("[server]\ndevice_budget = 1.5", "`device_budget` must be a size"),
         ("[server]\ndevice = 'gpu'", "write \"auto\", \"sim\" or \"cuda:0\""),
-        (
-            "[server]\ndevice = 'cuda:0'",
-            "this version of Shoal has no CUDA device yet; write device = \"sim\"",
-        ),
+        ("[server]\ndevice = 'cuda:0'", "device = \"cuda:0\", but there is no NVIDIA device here"),
         ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
         ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
         ("[server]\nparked_max = 0", "must lie between 1 and"),
@@ -192,6 +190,44 @@ fn auto_says_so_where_a_gpu_cannot_be_used() {
     assert!(said.contains("device = \"sim\""), "{said}");
     let config = load(&format!("[server]\ndevice = 'sim'\n{model}"), &here).expect("chosen");
     assert_eq!(config.device, DeviceChoice::Sim);
+    here.gpus = Some(Gpus { listed: Err("nvidia-smi cannot be run (not found)".to_owned()), visible: None });
+    for server in ["", "[server]\ndevice = 'cuda:1'\n"] {
+        let said = load(&format!("{server}{model}"), &here).expect_err("never silently");
+        assert!(said.contains("nvidia-smi cannot be run"), "{said}");
+    }
+    here.gpus = Some(Gpus { listed: Ok(vec![Gpu { driver: "460.32".to_owned(), ..gpu() }]), visible: None });
+    let said = load(model, &here).expect_err("too old");
+    assert!(said.contains("its driver is 460.32 and 470 is the least"), "{said}");
+}
+
+fn gpu() -> Gpu {
+    Gpu {
+        index: 0,
+        uuid: "GPU-a".to_owned(),
+        name: "NVIDIA H100".to_owned(),
+        driver: "580.65.06".to_owned(),
+        total: ByteCount::mib(81_559),
+        free: ByteCount::mib(81_008),
+    }
+}
+
+#[test]
+fn a_gpu_is_taken_with_what_is_free_on_it_less_a_gibibyte() {
+    let mut here = surroundings(Path::new("/nowhere"));
+    here.nvidia = Some("/dev/nvidia0".into());
+    here.gpus = Some(Gpus { listed: Ok(vec![gpu(), Gpu { index: 1, ..gpu() }]), visible: None });
+    let model = "[[model]]\nname = 'a'\nsource = 'org/a'\n";
+    let config = load(model, &here).expect("auto takes it");
+    assert_eq!(config.device, DeviceChoice::Cuda(0));
+    assert_eq!(config.device_budget, ByteCount::mib((81_008 - 1_024) / 64 * 64));
+    assert_eq!(config.host_budget, ByteCount::gib(16));
+    assert!(config.notes.is_empty(), "{:?}", config.notes);
+    let server = "[server]\ndevice = 'cuda:1'\ndevice_budget = '200GiB'\n";
+    let config = load(&format!("{server}{model}"), &here).expect("named");
+    assert_eq!((config.device, config.device_budget), (DeviceChoice::Cuda(1), ByteCount::gib(200)));
+    assert!(config.notes[0].contains("is free on NVIDIA H100 now"), "{:?}", config.notes);
+    let said = load(&format!("[server]\ndevice = 'cuda:2'\n{model}"), &here).expect_err("there are two");
+    assert!(said.contains("nvidia-smi lists 2 GPUs, counted from 0"), "{said}");
 }
 
 #[test]

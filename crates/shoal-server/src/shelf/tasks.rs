@@ -229,6 +229,8 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
     // A worker that finds another parent was orphaned before it could ask for a signal at our end.
     env.insert("SHOAL_SERVER_PID".to_owned(), std::process::id().to_string());
     env.insert("SHOAL_MODEL".to_owned(), model.name.clone());
+    // `nvidia-smi` counts GPUs in the order of the bus, so workers shall too.
+    env.entry("CUDA_DEVICE_ORDER".to_owned()).or_insert_with(|| "PCI_BUS_ID".to_owned());
     // Its output is a log: lines must not wait in a buffer for the process to end.
     env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
     (Launch { model: model.name, command, env, log }, socket)

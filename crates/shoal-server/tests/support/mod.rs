@@ -261,6 +261,7 @@ pub async fn start(models: Arc<FakeModels>, server: &str, with_keys: bool, setti
         python: "python3".into(),
         memory: MachineMemory::default(),
         nvidia: None,
+        gpus: None,
     };
     let text = format!("[server]\nlisten = '127.0.0.1:0'\n{server}\n[[model]]\nname='a'\nsource='a'\n");
     let config: ServerConfig =
