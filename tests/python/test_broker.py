@@ -123,6 +123,24 @@ def test_memory_is_leased_before_it_is_mapped_and_returned_after(server: Server)
     assert server.room == CAPACITY
 
 
+def test_overhead_is_leased_before_the_device_is_opened(server: Server) -> None:
+    client = shoal.BrokerClient.connect(str(server.path), "chat")
+    mem = shoal.MemoryManager(broker=client, overhead=3 * PAGE)
+    asked = server.wait_for("lease_request")
+    assert (asked["kind"], asked["bytes"]) == ("overhead", 3 * PAGE)
+    assert server.room == CAPACITY - 3 * PAGE
+    assert mem.usage()["overhead_device"] == 3 * PAGE
+
+
+def test_without_room_for_its_overhead_a_process_opens_nothing(server: Server) -> None:
+    server.room = PAGE
+    client = shoal.BrokerClient.connect(str(server.path), "chat")
+    # Refused before the device is looked at: else it would be the device's error.
+    with pytest.raises(shoal.LeaseError, match="context and libraries") as caught:
+        shoal.MemoryManager("cuda:0", broker=client, overhead=3 * PAGE)
+    assert caught.value.lease == "overhead"
+
+
 def test_a_refusal_is_an_error_with_its_reason(server: Server) -> None:
     server.room = PAGE
     client = shoal.BrokerClient.connect(str(server.path), "chat")
