@@ -158,6 +158,9 @@ async fn two_models_share_less_than_they_need() {
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert!(!served.dir.path().join("run/server.json").exists());
     assert!(pids.iter().all(|pid| !lives(*pid)), "no worker is left");
+    let mut log = String::new();
+    served.child.stderr.take().expect("piped").read_to_string(&mut log).expect("text");
+    assert!(log.contains("server_started") && !log.contains('\x1b'), "no colours but on a terminal: {log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

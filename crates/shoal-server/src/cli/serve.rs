@@ -5,6 +5,7 @@
 //! answers under way may finish, and the workers go last.
 
 use std::fmt::Write as _;
+use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -38,7 +39,9 @@ pub(super) fn serve(file: Option<&Path>, check: bool, out: Out<'_>, errors: Out<
     let filter = tracing_subscriber::EnvFilter::try_from_env("SHOAL_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,shoal_server=info"));
     // Whoever embeds us may have set up a log of their own; theirs stays.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let _ = log.with_ansi(colours).try_init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("shoal").build()?;
     let done = runtime.block_on(run(config, keys, out, errors));
     runtime.shutdown_timeout(SHUTDOWN_FAST_MAX);
