@@ -59,7 +59,7 @@ conformance)
     ;;
 python)
     status=0
-    python3 -X faulthandler -m pytest -v -p no:cacheprovider tests/gpu/test_python.py >"$OUT/python.log" 2>&1 ||
+    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider tests/gpu/test_python.py >"$OUT/python.log" 2>&1 ||
         status=$?
     python3 tests/gpu/report.py "$OUT/python.log" "$SHOAL_RESULT" || status=$?
     exit $status

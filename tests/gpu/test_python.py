@@ -280,6 +280,7 @@ def test_without_a_budget_a_gibibyte_is_left() -> None:
         region.commit(0, free - (1 << 29))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_after_a_fork_handles_raise(mem: MemoryManager) -> None:
     region = mem.region("r", "2MiB", kind="workspace")
     region.commit(0, 2 * MIB)

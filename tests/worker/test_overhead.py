@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,20 +45,20 @@ class Gpu:
     ],
 )
 def test_the_context_is_what_is_gone_where_that_can_be(
-    monkeypatch: pytest.MonkeyPatch, before: int | None, counted: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: int | None, counted: int
 ) -> None:
     monkeypatch.setattr(device, "_free_by_nvidia_smi", lambda _ordinal: before)
     gpu = Gpu(monkeypatch, 1000 * MIB)
-    overhead = device.Overhead("cuda:0")
-    overhead.opened(gpu)
+    overhead = device.Overhead("cuda:0", tmp_path)
+    assert overhead.open(lambda: gpu) is gpu
     assert overhead.peak() == counted
 
 
-def test_the_peak_holds_torchs_pool_and_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_holds_torchs_pool_and_never_falls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "_free_by_nvidia_smi", lambda _ordinal: 1600 * MIB)
     gpu = Gpu(monkeypatch, 1000 * MIB)
-    overhead = device.Overhead("cuda:1")
-    overhead.opened(gpu)
+    overhead = device.Overhead("cuda:1", tmp_path)
+    overhead.open(lambda: gpu)
     gpu.reserved_max = 100 * MIB
     assert overhead.peak() == 700 * MIB
     gpu.reserved_max = 50 * MIB
@@ -64,6 +66,24 @@ def test_the_peak_holds_torchs_pool_and_never_falls(monkeypatch: pytest.MonkeyPa
     memory = device.DeviceMemory(gpu, overhead)
     assert memory.overhead_peak() == 700 * MIB
     assert device.DeviceMemory(gpu).overhead_peak() is None
+
+
+def test_workers_measure_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "overhead.lock"
+    inside: list[int] = []
+
+    def enter(number: int) -> None:
+        with device._alone(path):
+            inside.append(number)
+            time.sleep(0.05)
+            assert inside[-1] == number, "another one was inside"
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(4)))
+    assert sorted(inside) == [0, 1, 2, 3]
+    monkeypatch.setattr(device, "_ALONE_S", 0.05)
+    with device._alone(path), device._alone(path):
+        pass  # waiting has an end
 
 
 def test_nvidia_smi_is_asked_for_the_gpu_the_process_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -136,16 +136,14 @@ def _open(client: BrokerClient, spec: WorkerSpec) -> DeviceMemory:
 
     if not spec.on_gpu:
         return DeviceMemory(MemoryManager(broker=client))
-    overhead = Overhead(spec.device)
+    overhead = Overhead(spec.device, Path(client.path).parent)
     try:
-        mem = MemoryManager(broker=client, overhead=spec.overhead_bytes)
+        mem = overhead.open(lambda: MemoryManager(broker=client, overhead=spec.overhead_bytes))
     except DeviceError as error:
         raise LoadError("device", str(error)) from error
     except Error as error:
         raise LoadError("internal", f"no room for this worker's own memory on {spec.device}: {error}") from error
-    try:
-        overhead.opened(mem)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torch's, also where it was built without CUDA
         raise LoadError("device", f"torch cannot use {spec.device}: {error}") from error
     return DeviceMemory(mem, overhead)
 

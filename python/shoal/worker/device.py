@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT_BYTES = 530 << 20  # an H100's, with our kernels and torch's; where it cannot be measured
 _PLAUSIBLE_BYTES_MAX = 1 << 30
+_ALONE_S = 20.0  # how long a worker waits for others to have measured
 
 
 class DeviceKv:
@@ -73,23 +75,32 @@ class Overhead:
     ----------
     device
         ``"cuda:N"``.
+    directory
+        Of the server: its workers measure one after another.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, directory: Path) -> None:
         self._device = torch.device(device)
-        self._free_before = _free_by_nvidia_smi(self._device.index or 0)
+        self._lock = directory / "overhead.lock"
         self._fixed = 0
         self._peak = 0
 
-    def opened(self, mem: MemoryManager) -> None:
-        """Count the context, which is there now; make torch use it."""
-        torch.cuda.set_device(self._device)
-        torch.cuda.init()
-        self._mem = mem
-        self._count_since(self._free_before, "context", _CONTEXT_BYTES)
+    def open(self, make: Callable[[], MemoryManager]) -> MemoryManager:
+        """Open the device by `make` and make torch use it; count the context."""
+        with _alone(self._lock):
+            before = _free_by_nvidia_smi(self._device.index or 0)
+            self._mem = make()
+            torch.cuda.set_device(self._device)
+            torch.cuda.init()
+            self._count_since(before, "context", _CONTEXT_BYTES)
+        return self._mem
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Make the libraries load, on small tensors; count what they keep."""
+        with _alone(self._lock):
+            self._warm_up(dtype)
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
         before = self._free()
         start = time.monotonic()
         with torch.inference_mode():
@@ -131,6 +142,24 @@ class Overhead:
             logger.info("%s: a difference of %s bytes is not believed", what, taken)
             taken = otherwise or 0
         self._fixed += taken
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep out the other workers of this server, so that what they take is not counted as ours; not for ever."""
+    deadline = time.monotonic() + _ALONE_S
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    logger.info("another worker measures for long; both measure now")
+                    break
+                time.sleep(0.02)
+            else:
+                break
+        yield
 
 
 def _free_by_nvidia_smi(ordinal: int) -> int | None:
