@@ -73,8 +73,9 @@ pub(super) fn doctor(file: Option<&Path>, json: bool, out: Out<'_>) -> Result<()
         Some(config) => config.models.iter().map(|model| config.python_of(model).to_owned()).collect(),
         None => BTreeSet::from([surroundings.python.clone()]),
     };
+    let on_gpu = matches!(config.as_ref().map(|config| config.device), Some(DeviceChoice::Cuda(_)));
     for python in &pythons {
-        checks.extend(python_checks(python));
+        checks.extend(python_checks(python, on_gpu));
     }
     checks.extend(nvidia(&surroundings, config.as_ref()));
     checks.extend(memory(&surroundings, config.as_ref()));
@@ -149,7 +150,7 @@ fn output_of(mut command: Command) -> Result<String, String> {
     if status.success() { Ok(text) } else { Err(format!("ended with {status}")) }
 }
 
-fn python_checks(python: &Path) -> Vec<Check> {
+fn python_checks(python: &Path, on_gpu: bool) -> Vec<Check> {
     let name = format!("python ({})", python.display());
     let mut command = Command::new(python);
     command.args(["-c", ASK_PYTHON]);
@@ -178,6 +179,11 @@ fn python_checks(python: &Path) -> Vec<Check> {
             checks.push(Check::not_ok(Level::Fail, package, "not installed", remedy));
             continue;
         };
+        if package == "torch" && on_gpu && version.ends_with("+cpu") {
+            let remedy = format!("{} -m pip install torch, in a build with CUDA", python.display());
+            checks.push(Check::not_ok(Level::Fail, package, format!("{version}, which has no CUDA"), remedy));
+            continue;
+        }
         let fits = package != "transformers" || version.starts_with("5.17.");
         let remedy = "the worker hooks into transformers 5.17; install \"transformers==5.17.*\"";
         checks.push(Check::of(fits, Level::Warn, package, version.to_owned(), remedy));
@@ -393,7 +399,7 @@ mod tests {
     #[test]
     fn a_python_that_is_none_fails_with_a_remedy() {
         for python in ["/nowhere/python", "/bin/false", "/bin/echo"] {
-            let checks = python_checks(Path::new(python));
+            let checks = python_checks(Path::new(python), false);
             assert_eq!((checks.len(), checks[0].level), (1, Level::Fail), "{checks:?}");
         }
     }
