@@ -13,7 +13,7 @@ use std::thread;
 
 use shoal_core::bytes::ByteCount;
 
-use crate::device::{Device, ForeignWork, RawEvent, RawFrame, RawStream, VirtAddr};
+use crate::device::{Device, ForeignWork, HostBacking, RawEvent, RawFrame, RawStream, VirtAddr};
 use crate::error::{DeviceError, ErrorKind};
 use crate::owned::{Event, Frame, HostBuffer, Mapping, Reservation, Span, Stream};
 
@@ -206,7 +206,10 @@ pub fn wrong_arguments_change_nothing(factory: Factory<'_>) {
         let created = device.create_frame(wrong);
         assert!(matches!(created, Err(DeviceError::Misaligned { .. })), "create {wrong}: {created:?}");
     }
-    assert!(matches!(device.allocate_host(ByteCount::ZERO), Err(DeviceError::Misaligned { .. })));
+    assert!(matches!(
+        device.allocate_host(ByteCount::ZERO, HostBacking::SmallPages),
+        Err(DeviceError::Misaligned { .. })
+    ));
     assert_eq!(used(&device), held);
 
     let reservation = Reservation::new(&device, ByteCount(page.0 * 2)).expect("reserve");

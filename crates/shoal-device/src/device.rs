@@ -11,7 +11,8 @@
 //! | `reserve`, `release` | `cuMemAddressReserve`, `cuMemAddressFree` |
 //! | `create_frame`, `destroy_frame` | `cuMemCreate`, `cuMemRelease` |
 //! | `map`, `unmap` | `cuMemMap` + `cuMemSetAccess`, `cuMemUnmap` |
-//! | `allocate_host`, `free_host` | page-locked memory: `cuMemHostRegister` of our own pages |
+//! | `allocate_host`, `free_host` | our own pages (`mmap`) |
+//! | `lock_host` | `cuMemHostRegister`, undone by `free_host` |
 //! | `create_stream`, `destroy_stream` | `cuStreamCreate` (non-blocking), `cuStreamDestroy` |
 //! | `copy` | `cuMemcpyAsync` |
 //! | `hash` | a kernel; the result goes to a page-locked slot and from there to the [`HashCell`] |
@@ -82,7 +83,7 @@ handle!(
     RawEvent
 );
 handle!(
-    /// Page-locked host memory, by its address in this process.
+    /// Host memory, by its address in this process.
     RawHost
 );
 
@@ -173,6 +174,21 @@ pub enum ForeignWork {
     All,
 }
 
+/// What host memory is made of. The first are the fastest to make; each wants something of the machine that the next
+/// does not ([`crate::host::survey`] says what it has).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum HostBacking {
+    /// A memory file of huge pages that an administrator set aside (`vm.nr_hugepages`).
+    ReservedHugePages,
+    /// A memory file with huge pages as the kernel finds them (`shmem_enabled`).
+    SharedHugePages,
+    /// Private memory with huge pages as the kernel finds them.
+    HugePages,
+    /// Private memory with small pages.
+    SmallPages,
+}
+
 /// What a queued job keeps alive until it has finished.
 pub type Keep = Box<dyn Any + Send>;
 
@@ -251,13 +267,21 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// `NotMapped`, `PartialMapping`.
     fn unmap(&self, at: VirtAddr, bytes: ByteCount) -> Result<(), DeviceError>;
 
-    /// Page-locked host memory, zeroed, at an address of this process aligned to at least 4 KiB.
+    /// Host memory, zeroed and there from the start, at an address of this process aligned to at least 4 KiB. Made by
+    /// several threads: a gibibyte takes from 40 ms on. It is not page-locked yet.
     ///
     /// # Errors
-    /// `Misaligned` for zero bytes, `HostMemory`.
-    fn allocate_host(&self, bytes: ByteCount) -> Result<RawHost, DeviceError>;
+    /// `Misaligned` for zero bytes, `HostMemory`, `System` where the machine has no such backing.
+    fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError>;
 
-    /// Gives host memory back. Waits for nobody.
+    /// Page-locks a whole piece of host memory, so that copies run at the speed of the link, beside their caller, and
+    /// kernels reach it. Without it copies work, slower.
+    ///
+    /// # Errors
+    /// `UnknownHandle`, `InUse` when it is locked, `LockLimit`, what the driver says.
+    fn lock_host(&self, host: RawHost) -> Result<(), DeviceError>;
+
+    /// Unlocks host memory and gives it back. Waits for nobody.
     ///
     /// # Errors
     /// `UnknownHandle`.
@@ -381,6 +405,7 @@ pub enum Verb {
     Map,
     Unmap,
     AllocateHost,
+    LockHost,
     FreeHost,
     CreateStream,
     DestroyStream,

@@ -40,6 +40,18 @@ pub enum DeviceError {
         /// What a person can do.
         remedy: &'static str,
     },
+    /// The limit on locked memory leaves no room.
+    #[error(
+        "locking {requested} beside {locked} would pass the limit of {limit}; raise it (ulimit -l, LimitMEMLOCK=, docker run --ulimit memlock=-1)"
+    )]
+    LockLimit {
+        /// Bytes to be locked.
+        requested: ByteCount,
+        /// Bytes locked already.
+        locked: ByteCount,
+        /// The limit.
+        limit: ByteCount,
+    },
     /// No run of virtual addresses of this length is left.
     #[error("{requested} of address space could not be reserved; {remedy}")]
     AddressSpace {
@@ -307,9 +319,10 @@ impl DeviceError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
-            Self::HostMemory { .. } | Self::AddressSpace { .. } | Self::MapLimit { .. } => {
-                ErrorKind::Exhausted
-            }
+            Self::HostMemory { .. }
+            | Self::LockLimit { .. }
+            | Self::AddressSpace { .. }
+            | Self::MapLimit { .. } => ErrorKind::Exhausted,
             Self::Misaligned { .. }
             | Self::OutOfRange { .. }
             | Self::LengthMismatch { .. }

@@ -17,8 +17,8 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 
 use crate::device::{
-    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost,
-    RawSpan, RawStream, Verb, VirtAddr,
+    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostBacking, HostFunction, Keep, RawEvent,
+    RawFrame, RawHost, RawSpan, RawStream, Verb, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -189,9 +189,14 @@ impl Device for FaultDevice {
         self.inner.unmap(at, bytes)
     }
 
-    fn allocate_host(&self, bytes: ByteCount) -> Result<RawHost, DeviceError> {
+    fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         self.enter(Verb::AllocateHost, bytes)?;
-        self.inner.allocate_host(bytes)
+        self.inner.allocate_host(bytes, backing)
+    }
+
+    fn lock_host(&self, host: RawHost) -> Result<(), DeviceError> {
+        self.enter(Verb::LockHost, ByteCount::ZERO)?;
+        self.inner.lock_host(host)
     }
 
     unsafe fn free_host(&self, host: RawHost) -> Result<(), DeviceError> {

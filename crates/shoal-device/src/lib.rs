@@ -8,6 +8,7 @@
 //! | `cuda` (feature `cuda`) | the CUDA device: an NVIDIA GPU through its driver |
 //! | [`fault`] | a device that fails on request and remembers what it was asked |
 //! | [`conformance`] | one suite that every device must pass |
+//! | [`host`] | memory of this machine: what it is made of, what is allowed |
 //! | [`hash`] | the one definition of a hash that host and devices share |
 //! | [`error`] | what a call can answer instead |
 //!
@@ -22,16 +23,18 @@ pub mod device;
 pub mod error;
 pub mod fault;
 pub mod hash;
+pub mod host;
 pub mod owned;
 pub mod sim;
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use device::{
-    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignStream, ForeignWork, HostFunction, VirtAddr,
+    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignStream, ForeignWork, HostBacking, HostFunction,
+    VirtAddr,
 };
 pub use error::{DeviceError, ErrorKind};
 pub use fault::FaultDevice;
 pub use hash::{Hasher, hash_bytes};
-pub use owned::{Event, Frame, HashTicket, HostBuffer, Mapping, Reservation, Span, Stream};
+pub use owned::{Event, Frame, HashTicket, HostBuffer, HostSlab, Mapping, Reservation, Span, Stream};
 pub use sim::{SimDevice, SimOptions};

@@ -8,7 +8,8 @@ use std::time::Duration;
 use shoal_core::bytes::ByteCount;
 use shoal_device::sim::LiveObjects;
 use shoal_device::{
-    Device, Frame, HostBuffer, Mapping, Reservation, SimDevice, SimOptions, Span, Stream, hash_bytes,
+    Device, DeviceError, Frame, HostBacking, HostBuffer, HostSlab, Mapping, Reservation, SimDevice,
+    SimOptions, Span, Stream, hash_bytes,
 };
 
 const MIB2: ByteCount = ByteCount::mib(2);
@@ -77,4 +78,56 @@ fn a_device_dropped_with_jobs_queued_lives_until_they_are_done() {
     assert!(gone, "the device outlived its last job");
     let (_, again) = open(&dir, ByteCount::mib(16));
     assert_eq!(again.memory().unwrap().free, ByteCount::mib(16));
+}
+
+#[test]
+fn parts_of_a_slab_never_overlap_and_are_free_when_their_last_job_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = SimOptions::new(ByteCount::mib(16), dir.path());
+    options.lock_limit = Some(ByteCount::mib(9));
+    let sim = SimDevice::open(options).unwrap();
+    let device: Arc<dyn Device> = Arc::clone(&sim) as _;
+    let slab = HostSlab::allocate(&device, ByteCount::mib(8), HostBacking::HugePages).unwrap();
+    assert!(!slab.is_locked());
+    slab.lock().unwrap();
+    assert!(slab.is_locked() && matches!(slab.lock(), Err(DeviceError::InUse { .. })));
+    // Past the limit a buffer is there all the same, and says so.
+    let over = HostBuffer::allocate(&device, MIB2).unwrap();
+    assert!(!over.is_locked());
+    over.write(ByteCount::ZERO, &[1, 2]).unwrap();
+
+    let claim = Arc::new(());
+    let part = slab.buffer(MIB2, MIB2, Arc::clone(&claim)).unwrap();
+    for (offset, bytes) in [(1, 4), (2, 2), (3, 1), (2, 1), (0, 3), (0, 8)] {
+        let refused = slab.buffer(ByteCount::mib(offset), ByteCount::mib(bytes), ()).map(|_| ());
+        assert!(matches!(refused, Err(DeviceError::InUse { .. })), "{offset} {bytes}");
+    }
+    assert!(matches!(slab.buffer(ByteCount::mib(7), MIB2, ()), Err(DeviceError::OutOfRange { .. })));
+    let (before, after) = (slab.buffer(ByteCount::ZERO, MIB2, ()), slab.buffer(ByteCount::mib(4), MIB2, ()));
+    let (before, after) = (before.unwrap(), after.unwrap());
+    part.access_mut(ByteCount::ZERO, MIB2, |bytes| bytes.fill(7)).unwrap();
+    for neighbour in [before, after] {
+        neighbour
+            .access(ByteCount::ZERO, MIB2, |bytes| assert!(bytes.iter().all(|byte| *byte == 0)))
+            .unwrap();
+    }
+
+    let stream = Stream::create(&device).unwrap();
+    let (go, held) = std::sync::mpsc::channel::<()>();
+    let wait = move || {
+        let _ = held.recv_timeout(SOON);
+    };
+    stream.launch_host((), wait).unwrap();
+    let reservation = Reservation::new(&device, MIB2).unwrap();
+    let frame = Frame::create(&device, MIB2).unwrap();
+    let mapping = Mapping::new(&reservation, ByteCount::ZERO, frame).unwrap();
+    stream.copy(Span::host(&part, ByteCount::ZERO, MIB2), Span::mapping(&mapping)).unwrap();
+    drop((part, slab, over));
+    assert_eq!(Arc::strong_count(&claim), 2, "free before its job was done");
+    assert_eq!(sim.live_objects().host_buffers, 1, "the slab went before its part");
+    go.send(()).unwrap();
+    assert!(stream.synchronize(SOON).unwrap());
+    assert_eq!(Arc::strong_count(&claim), 1);
+    assert_eq!(sim.live_objects().host_buffers, 0);
+    assert_eq!(device.take_errors(), []);
 }

@@ -114,11 +114,11 @@ fn touch(dir: &Path, part: &str) {
 
 /// Queues a raw job, unmaps under it (no fence, I5 broken on purpose), then lets the job run.
 fn copy_after_unmap(dir: &Path) {
-    use shoal_device::device::{RawSpan, Space};
+    use shoal_device::device::{HostBacking, RawSpan, Space};
     let device = open(dir);
     let reservation = Reservation::new(&device, MIB2).unwrap();
     let mapping = Mapping::new(&reservation, ByteCount::ZERO, Frame::create(&device, MIB2).unwrap()).unwrap();
-    let host = device.allocate_host(MIB2).unwrap();
+    let host = device.allocate_host(MIB2, HostBacking::SmallPages).unwrap();
     let stream = device.create_stream().unwrap();
     let pause = || thread::sleep(Duration::from_millis(200));
     device.launch_host(stream, Box::new(pause), Box::new(())).unwrap();

@@ -30,15 +30,15 @@ use std::time::Duration;
 use context::Context;
 pub use context::{CudaFacts, device_count};
 use hash::HashKernel;
-use host::HostMemory;
+use host::LockedMemory;
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use stream::Engine;
 use vmm::Vmm;
 
 use crate::device::{
-    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawFrame, RawHost,
-    RawSpan, RawStream, Space, VirtAddr,
+    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostBacking, HostFunction, Keep, RawEvent,
+    RawFrame, RawHost, RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
 use crate::sim::LiveObjects;
@@ -69,7 +69,7 @@ pub struct CudaDevice {
     engine: Engine,
     hasher: HashKernel,
     vmm: Vmm,
-    host: HostMemory,
+    host: LockedMemory,
     errors: SharedErrorLog,
     context: Arc<Context>,
 }
@@ -90,7 +90,7 @@ impl CudaDevice {
             engine: Engine::new(Arc::clone(&context), Arc::clone(&errors)),
             hasher: HashKernel::new(&context, &facts)?,
             vmm: Vmm::new(Arc::clone(&context), info.granularity, info.capacity),
-            host: HostMemory::new(Arc::clone(&context)),
+            host: LockedMemory::new(Arc::clone(&context)),
             errors,
             context,
             info,
@@ -113,7 +113,7 @@ impl CudaDevice {
         &self.facts
     }
 
-    /// Why the newest host buffer that could not be page-locked could not; `None` while all could.
+    /// Why the newest host memory that could not be page-locked could not; `None` while all could.
     #[must_use]
     pub fn host_fallback(&self) -> Option<DeviceError> {
         self.host.fallback()
@@ -124,7 +124,14 @@ impl CudaDevice {
     pub fn live_objects(&self) -> LiveObjects {
         let (reservations, frames, mappings) = self.vmm.count();
         let (streams, events) = self.engine.count();
-        LiveObjects { reservations, frames, mappings, host_buffers: self.host.count(), streams, events }
+        LiveObjects {
+            reservations,
+            frames,
+            mappings,
+            host_buffers: self.host.pages().count(),
+            streams,
+            events,
+        }
     }
 
     /// In a child made by `fork` the driver does not work.
@@ -234,9 +241,14 @@ impl Device for CudaDevice {
         self.vmm.unmap(at, bytes)
     }
 
-    fn allocate_host(&self, bytes: ByteCount) -> Result<RawHost, DeviceError> {
+    fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         self.check_process()?;
-        self.host.allocate(bytes)
+        self.host.pages().allocate(bytes, backing)
+    }
+
+    fn lock_host(&self, host: RawHost) -> Result<(), DeviceError> {
+        self.check_process()?;
+        self.host.lock(host)
     }
 
     unsafe fn free_host(&self, host: RawHost) -> Result<(), DeviceError> {
@@ -284,7 +296,7 @@ impl Device for CudaDevice {
         self.check_process()?;
         let is_in_reach = match span.space {
             Space::Device => true,
-            Space::Host => self.facts.reaches_host && self.host.is_locked(span.at, span.bytes.0),
+            Space::Host => self.facts.reaches_host && self.host.pages().is_locked(span.at, span.bytes.0),
         };
         if is_in_reach {
             // SAFETY: the caller's promise, word for word.

@@ -1,4 +1,4 @@
-//! Page-locked host memory, and who may touch which bytes of it when.
+//! Buffers of host memory, and who may touch which bytes of them when.
 //!
 //! Apart because it is the one kind of memory that both the host (through references) and queued jobs (through
 //! addresses) reach. Each access of the host and each queued job is entered in a small table by its range; an
@@ -7,6 +7,7 @@
 
 #![expect(unsafe_code, reason = "turns owned, range-checked and exclusively held host memory into slices")]
 
+use core::any::Any;
 use core::fmt;
 use core::ptr;
 use core::slice;
@@ -15,17 +16,30 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 
-use super::{check_range, record_leak};
-use crate::device::{Device, RawHost};
+use super::{HostSlab, check_range};
+use crate::device::{Device, HostBacking};
 use crate::error::DeviceError;
 
-/// Page-locked host memory, zeroed when new.
-#[derive(Debug)]
+/// Below this, huge pages would be mostly waste.
+const HUGE_BYTES_MIN: ByteCount = ByteCount::mib(2);
+
+/// A part of a [`HostSlab`] for one thing at a time.
 pub struct HostBuffer {
-    device: Arc<dyn Device>,
-    raw: RawHost,
+    offset: ByteCount,
     bytes: ByteCount,
     in_use: Mutex<Vec<Use>>,
+    // Dropped in this order: who gave the part away hears that it is free while the slab is still there.
+    _claim: Box<dyn Any + Send + Sync>,
+    slab: Arc<HostSlab>,
+}
+
+impl fmt::Debug for HostBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostBuffer")
+            .field("offset", &self.offset)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,13 +91,32 @@ impl Drop for JobUse {
 }
 
 impl HostBuffer {
-    /// Allocates `bytes` of host memory that the device can copy from and to.
+    /// Host memory of its own, zeroed, that the device can copy from and to; page-locked if that is allowed.
     ///
     /// # Errors
     /// As [`Device::allocate_host`].
     pub fn allocate(device: &Arc<dyn Device>, bytes: ByteCount) -> Result<Arc<Self>, DeviceError> {
-        let raw = device.allocate_host(bytes)?;
-        Ok(Arc::new(Self { device: Arc::clone(device), raw, bytes, in_use: Mutex::new(Vec::new()) }))
+        let backing = if bytes < HUGE_BYTES_MIN { HostBacking::SmallPages } else { HostBacking::HugePages };
+        let slab = HostSlab::allocate(device, bytes, backing)?;
+        if let Err(error) = slab.lock() {
+            tracing::warn!(%error, %bytes, "host memory is not page-locked, so copies are slower");
+        }
+        slab.buffer(ByteCount::ZERO, bytes, ())
+    }
+
+    pub(super) fn part(
+        slab: Arc<HostSlab>,
+        offset: ByteCount,
+        bytes: ByteCount,
+        claim: Box<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self { offset, bytes, in_use: Mutex::default(), _claim: claim, slab }
+    }
+
+    /// Whether it is page-locked: without that, copies are slower and kernels do not reach it.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.slab.is_locked()
     }
 
     /// Its length.
@@ -95,11 +128,11 @@ impl HostBuffer {
     /// Whose copies reach it.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn Device> {
-        &self.device
+        self.slab.device()
     }
 
     pub(super) fn address(&self) -> u64 {
-        self.raw.0
+        self.slab.address() + self.offset.0
     }
 
     /// Copies `from` into the buffer at `offset`.
@@ -130,7 +163,7 @@ impl HostBuffer {
     ) -> Result<R, DeviceError> {
         let _guard = self.enter_host(offset, bytes, false)?;
         let (start, length) = self.locate(offset, bytes);
-        // SAFETY: the range lies in this live allocation (checked in `enter_host`; freed only by our Drop), and
+        // SAFETY: the range lies in this part of a live slab (checked in `enter_host`), which no other buffer has, and
         // the entered use keeps every writer away from it until the guard drops.
         let slice = unsafe { slice::from_raw_parts(start, length) };
         Ok(reader(slice))
@@ -148,7 +181,7 @@ impl HostBuffer {
     ) -> Result<R, DeviceError> {
         let _guard = self.enter_host(offset, bytes, true)?;
         let (start, length) = self.locate(offset, bytes);
-        // SAFETY: the range lies in this live allocation (checked in `enter_host`; freed only by our Drop), and
+        // SAFETY: the range lies in this part of a live slab (checked in `enter_host`), which no other buffer has, and
         // the entered use keeps every other reader and writer away from it until the guard drops.
         let slice = unsafe { slice::from_raw_parts_mut(start, length) };
         Ok(writer(slice))
@@ -200,7 +233,7 @@ impl HostBuffer {
     }
 
     fn locate(&self, offset: ByteCount, bytes: ByteCount) -> (*mut u8, usize) {
-        let address = usize::try_from(self.raw.0 + offset.0).expect("an address of this process");
+        let address = usize::try_from(self.address() + offset.0).expect("an address of this process");
         let length = usize::try_from(bytes.0).expect("no longer than the buffer");
         (ptr::with_exposed_provenance_mut(address), length)
     }
@@ -208,10 +241,7 @@ impl HostBuffer {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // SAFETY: slices borrow `self` and queued jobs hold an `Arc` of it, so neither is left.
-        let freed = unsafe { self.device.free_host(self.raw) };
-        if let Err(cause) = freed {
-            record_leak(&self.device, "host buffer", self.raw.0, cause);
-        }
+        // Slices borrow `self` and queued jobs hold an `Arc` of it, so neither is left.
+        self.slab.part_is_free(self.offset);
     }
 }

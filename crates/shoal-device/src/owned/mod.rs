@@ -10,7 +10,8 @@
 //! | [`Reservation`] | reserve / release | device |
 //! | [`Frame`] | create / destroy | device |
 //! | [`Mapping`] | map / unmap | reservation, frame |
-//! | [`HostBuffer`] | allocate / free | device |
+//! | [`HostSlab`] | allocate, lock / free | device |
+//! | [`HostBuffer`] | a part of a slab | slab |
 //! | [`Stream`] | create / destroy | device |
 //! | [`Event`] | create + record / destroy | device |
 //!
@@ -19,6 +20,7 @@
 
 mod host;
 mod memory;
+mod slab;
 mod stream;
 
 use std::sync::Arc;
@@ -26,6 +28,7 @@ use std::sync::Arc;
 pub use host::HostBuffer;
 pub use memory::{Frame, Mapping, Reservation};
 use shoal_core::bytes::ByteCount;
+pub use slab::HostSlab;
 pub use stream::{Event, HashTicket, Span, Stream};
 
 use crate::device::Device;

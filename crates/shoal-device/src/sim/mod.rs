@@ -10,13 +10,11 @@
 //! | `arena` | address space and frames of this process |
 //! | `ledger` | how much each live process holds |
 //! | `stream` | queues, threads, events |
-//! | `host` | host buffers |
 //! | `ram` | how much RAM is left for all of it |
 //!
 //! No lock of one part is held while another is called, and none while a call blocks (I9).
 
 mod arena;
-mod host;
 mod ledger;
 pub(crate) mod ram;
 mod stream;
@@ -27,7 +25,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arena::Arena;
-use host::HostMemory;
 use ledger::Ledger;
 pub use ledger::{Holder, holders};
 use parking_lot::Mutex;
@@ -36,10 +33,11 @@ use shoal_core::ids::DeviceId;
 use stream::{Engine, Job};
 
 use crate::device::{
-    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignWork, HashCell, HostFunction, Keep, RawEvent,
-    RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
+    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignWork, HashCell, HostBacking, HostFunction, Keep,
+    RawEvent, RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
 };
 use crate::error::DeviceError;
+use crate::host::memory::HostMemory;
 
 /// How many recorded errors are kept until somebody takes them.
 const ERRORS_KEPT_MAX: usize = 256;
@@ -55,13 +53,15 @@ pub struct SimOptions {
     pub runtime_dir: PathBuf,
     /// Bytes per second that each direction of the link moves; `None`: as fast as memory allows.
     pub copy_bandwidth: Option<ByteCount>,
+    /// How much host memory this device object may lock; `None`: any amount.
+    pub lock_limit: Option<ByteCount>,
 }
 
 impl SimOptions {
     /// Device 0 with this capacity and an unlimited link.
     #[must_use]
     pub fn new(capacity: ByteCount, runtime_dir: impl Into<PathBuf>) -> Self {
-        Self { ordinal: 0, capacity, runtime_dir: runtime_dir.into(), copy_bandwidth: None }
+        Self { ordinal: 0, capacity, runtime_dir: runtime_dir.into(), copy_bandwidth: None, lock_limit: None }
     }
 }
 
@@ -91,6 +91,7 @@ pub struct SimDevice {
     ledger: Ledger,
     engine: Engine,
     host: HostMemory,
+    lock_limit: Option<ByteCount>,
     errors: SharedErrorLog,
 }
 
@@ -100,7 +101,7 @@ impl SimDevice {
     /// # Errors
     /// `Ledger`, `CapacityMismatch`, `System` when no memory file can be made.
     pub fn open(options: SimOptions) -> Result<Arc<Self>, DeviceError> {
-        let SimOptions { ordinal, capacity, runtime_dir, copy_bandwidth } = options;
+        let SimOptions { ordinal, capacity, runtime_dir, copy_bandwidth, lock_limit } = options;
         let id = DeviceId(ordinal);
         let errors = SharedErrorLog::default();
         let arena = Arena::open(id)?;
@@ -114,7 +115,8 @@ impl SimDevice {
             capacity,
         };
         let host = HostMemory::default();
-        Ok(Arc::new(Self { info, process: process::id(), arena, ledger, engine, host, errors }))
+        let process = process::id();
+        Ok(Arc::new(Self { info, process, arena, ledger, engine, host, lock_limit, errors }))
     }
 
     /// Opens it as the trait object that the owned layer takes.
@@ -216,15 +218,21 @@ impl Device for SimDevice {
         self.arena.unmap(at, bytes)
     }
 
-    fn allocate_host(&self, bytes: ByteCount) -> Result<RawHost, DeviceError> {
+    fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         self.check_process()?;
-        self.host.allocate(bytes)
+        self.host.allocate(bytes, backing)
+    }
+
+    fn lock_host(&self, host: RawHost) -> Result<(), DeviceError> {
+        self.check_process()?;
+        // Only counted: whether a page may be swapped makes no difference to a copy in RAM.
+        self.host.lock(self.info.id, host, self.lock_limit, |_, _| Ok(()))
     }
 
     unsafe fn free_host(&self, host: RawHost) -> Result<(), DeviceError> {
         self.check_process()?;
         // SAFETY: the caller promises that nothing refers to the buffer any more.
-        unsafe { self.host.free(self.info.id, host) }
+        unsafe { self.host.free(self.info.id, host, |_| Ok(())) }
     }
 
     fn create_stream(&self) -> Result<RawStream, DeviceError> {

@@ -90,7 +90,7 @@ fn available_of_machine() -> Option<u64> {
 }
 
 /// RAM that could be taken now, or `None` where the kernel does not say.
-fn available() -> Option<ByteCount> {
+pub(crate) fn available() -> Option<ByteCount> {
     static GROUPS: OnceLock<Vec<Group>> = OnceLock::new();
     let of_groups = GROUPS.get_or_init(|| {
         let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
