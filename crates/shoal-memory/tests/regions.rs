@@ -162,6 +162,32 @@ fn a_cancelled_wake_keeps_what_it_brought_and_goes_on_later() {
 }
 
 #[test]
+fn what_is_used_first_comes_first_and_leaves_last_and_writes_are_found_all_the_same() {
+    let world = world(32, 64);
+    let mut bytes = noise(8 * PAGE, 10);
+    let region = world.weights(8, &bytes);
+    assert!(region.set_order(&[(ByteCount(7 * PAGE), ByteCount(2 * PAGE))]).is_err(), "past the end");
+    region.set_order(&[(ByteCount(6 * PAGE + 1), ByteCount(1))]).expect("inside");
+    region.restore(ByteCount(2 * PAGE), WAIT).expect("started").wait(WAIT).expect("a part");
+    let mut last = [0; 8];
+    region.read(ByteCount(7 * PAGE), &mut last).expect("the last extent came first");
+    assert_eq!(last, bytes[bytes.len() - usize::try_from(PAGE).expect("small")..][..8]);
+    assert!(region.read(ByteCount::ZERO, &mut last).is_err(), "the first one did not");
+    region.wake(WAIT).expect("started").wait(WAIT).expect("awake");
+    // In the extent that is now evicted first.
+    region.write(ByteCount(5 * PAGE), b"changed").expect("on the device");
+    let at = usize::try_from(5 * PAGE).expect("small");
+    bytes[at..at + 7].copy_from_slice(b"changed");
+    let report = region.evict(ByteCount(PAGE), WAIT).expect("free");
+    assert_eq!((report.freed, report.copied), (ByteCount(2 * PAGE), ByteCount(2 * PAGE)));
+    region.sleep(0.25, false, WAIT).expect("a part stays");
+    region.read(ByteCount(7 * PAGE), &mut last).expect("used first, so it stayed");
+    region.wake(WAIT).expect("started").wait(WAIT).expect("awake");
+    assert_eq!(contents(&region, 8 * PAGE), bytes);
+    world.check();
+}
+
+#[test]
 fn a_guard_brings_back_what_is_missing_and_keeps_it() {
     let world = world(32, 64);
     let bytes = noise(4 * PAGE, 8);

@@ -8,8 +8,10 @@
 //! Methods are of four kinds: getters, `plan_*` (say what should move, change nothing), `begin`/`finish`/`abort` (one
 //! move of one extent), and the mutators `insert`, `take_out`, `add_copy`, `remove_copy`, `written`.
 
+mod order;
 mod plan;
 
+pub use order::UseOrder;
 pub use plan::{Backing, EvictPlan, PlannedMove, RefusedReason, RestorePlan};
 
 use crate::bytes::ByteCount;
@@ -88,6 +90,7 @@ pub struct RegionTable {
     entries: Vec<Option<Entry>>,
     slots_free: Vec<u32>,
     device_bytes: ByteCount,
+    order: UseOrder,
 }
 
 impl RegionTable {
@@ -103,6 +106,7 @@ impl RegionTable {
             entries: Vec::new(),
             slots_free: Vec::new(),
             device_bytes: ByteCount::ZERO,
+            order: UseOrder::default(),
         }
     }
 
@@ -135,7 +139,32 @@ impl RegionTable {
         self.device_bytes
     }
 
-    /// The extents in order of use.
+    /// Sets the order of use, by which restores bring back and (backwards) evictions take.
+    pub fn set_order(&mut self, order: UseOrder) {
+        self.order = order;
+    }
+
+    /// The order of use; empty where it is that of the extents' indices.
+    #[must_use]
+    pub const fn order(&self) -> &UseOrder {
+        &self.order
+    }
+
+    /// The extents in an order of use.
+    #[must_use]
+    pub fn extents_by<'a>(
+        &'a self,
+        order: &UseOrder,
+    ) -> Box<dyn DoubleEndedIterator<Item = (ExtentIndex, Extent, Residency)> + 'a> {
+        if order.is_empty() {
+            return Box::new(self.extents());
+        }
+        let mut extents: Vec<_> = self.extents().collect();
+        extents.sort_by_cached_key(|(_, extent, _)| order.rank(*extent));
+        Box::new(extents.into_iter())
+    }
+
+    /// The extents by index, which is the order of use of a region carved whole unless another was set.
     #[must_use]
     pub fn extents(&self) -> impl DoubleEndedIterator<Item = (ExtentIndex, Extent, Residency)> + '_ {
         self.entries.iter().enumerate().filter_map(|(slot, entry)| {

@@ -3,7 +3,7 @@
 //! Apart from the table because a plan reads it and changes nothing; how it is carried out, and in what it can fail, is
 //! for others.
 
-use super::RegionTable;
+use super::{RegionTable, UseOrder};
 use crate::bytes::ByteCount;
 use crate::ids::ExtentIndex;
 use crate::residency::Move;
@@ -74,7 +74,7 @@ impl RegionTable {
     pub fn plan_evict(&self, bytes: ByteCount, host_free: ByteCount) -> EvictPlan {
         let mut plan = EvictPlan::default();
         let mut free = host_free;
-        for (index, extent, residency) in self.extents().rev() {
+        for (index, extent, residency) in self.extents_by(self.order()).rev() {
             if plan.freed >= bytes {
                 break;
             }
@@ -109,8 +109,14 @@ impl RegionTable {
     /// Extents without bytes are left alone, unless they were discarded: those come back zeroed.
     #[must_use]
     pub fn plan_restore(&self, bytes: ByteCount) -> RestorePlan {
+        self.plan_restore_by(bytes, self.order())
+    }
+
+    /// The same, in another order of use.
+    #[must_use]
+    pub fn plan_restore_by(&self, bytes: ByteCount, order: &UseOrder) -> RestorePlan {
         let mut plan = RestorePlan::default();
-        for (index, extent, residency) in self.extents() {
+        for (index, extent, residency) in self.extents_by(order) {
             let valid = residency.valid();
             if valid.has(Tier::Device) || residency.under_way().is_some() {
                 continue;

@@ -36,6 +36,23 @@ fn evicts_from_the_end_and_restores_from_the_start() {
 }
 
 #[test]
+fn an_order_of_use_goes_before_that_of_addresses() {
+    let mut table = small(4);
+    for index in 0..4 {
+        table.add_copy(ExtentIndex(index), Tier::Host).expect("exists");
+    }
+    let page = |first| PageRun { first, count: 1 };
+    let order_of = |moves: &[PlannedMove]| moves.iter().map(|m| m.extent.0).collect::<Vec<_>>();
+    table.set_order(UseOrder::new(4, [page(2), page(0)]));
+    let restore = table.plan_restore(ALL);
+    assert_eq!(order_of(&restore.moves), [2, 0, 1, 3]);
+    let other = UseOrder::new(4, [page(3)]);
+    assert_eq!(order_of(&table.plan_restore_by(ByteCount::mib(4), &other).moves), [3, 0]);
+    run_all(&mut table, &restore.moves);
+    assert_eq!(order_of(&table.plan_evict(ALL, ByteCount::ZERO).moves), [3, 1, 0, 2]);
+}
+
+#[test]
 fn what_has_no_other_copy_goes_to_the_host_while_there_is_room() {
     let mut table = small(4);
     for index in 0..4 {

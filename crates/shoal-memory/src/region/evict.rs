@@ -114,7 +114,8 @@ impl Region {
             let is_on_device = |index: ExtentIndex| {
                 state.table.extent(index).is_ok_and(|(_, residency)| residency.valid().has(Tier::Device))
             };
-            let extents = state.table.extents().rev().filter(|(index, ..)| is_on_device(*index));
+            let extents =
+                state.table.extents_by(state.table.order()).rev().filter(|(index, ..)| is_on_device(*index));
             extents
                 .take_while(|(_, extent, _)| {
                     let more = !left.is_zero();

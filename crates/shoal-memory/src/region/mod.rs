@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::extent::{Extent, ExtentRule, PageRun};
 use shoal_core::ids::{ExtentIndex, RegionId};
-use shoal_core::page_table::{Backing, RegionTable, TableError};
+use shoal_core::page_table::{Backing, RegionTable, TableError, UseOrder};
 use shoal_core::protocol::LeaseKind;
 use shoal_core::source::SourceMap;
 use shoal_core::tier::Tier;
@@ -216,6 +216,19 @@ impl Region {
         &self.inner.manager
     }
 
+    /// Sets the order in which its bytes are used, as ranges of offset and length: wakes bring back what is used first,
+    /// evictions take what is used last. What is in no range comes last, by address. Without ranges: all by address.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`]; nothing is changed.
+    pub fn set_order(&self, ranges: &[(ByteCount, ByteCount)]) -> Result<(), MemoryError> {
+        ranges.iter().try_for_each(|(offset, bytes)| self.check_range(*offset, *bytes))?;
+        let runs = ranges.iter().map(|(offset, bytes)| PageRun::covering(*offset, *bytes));
+        let order = UseOrder::new(self.bytes().pages(), runs);
+        self.inner.state.lock().table.set_order(order);
+        Ok(())
+    }
+
     /// Bytes by place.
     #[must_use]
     pub fn usage(&self) -> RegionUsage {
@@ -335,8 +348,10 @@ impl Region {
 
     /// Drops host copies that a file holds too, from the last backwards, until `enough`. Call it in turn.
     pub(crate) fn drop_host_copies(&self, enough: impl Fn() -> bool) {
-        let indices: Vec<_> =
-            self.inner.state.lock().table.extents().rev().map(|(index, ..)| index).collect();
+        let indices: Vec<_> = {
+            let state = self.inner.state.lock();
+            state.table.extents_by(state.table.order()).rev().map(|(index, ..)| index).collect()
+        };
         for index in indices {
             if enough() {
                 return;
