@@ -37,7 +37,7 @@ HOMES = {
         "shoal-device/",
         "shoal-python/src/buffer.rs",
         "shoal-python/src/dlpack.rs",
-        "shoal-python/src/torch_hooks.rs",
+        "shoal-python/src/torch_hooks/",
     ),
     "pyo3": ("shoal-python/",),
     "cudarc": ("shoal-device/src/cuda/",),

@@ -6,6 +6,7 @@
 //! | [`region`] | [`Region`]: stage, seal, commit, sleep, wake |
 //! | [`transfer`] | what a wake under way tells, and how it is cancelled |
 //! | [`kv`] | [`KvBacking`]: memory for KV blocks on demand |
+//! | [`segments`] | [`Segments`]: a region that grows by what torch's allocator asks for |
 //! | [`lease`] | who grants device bytes: [`LeaseSource`], [`LocalBudget`] |
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
 //! | [`error`] | why something was not done |
@@ -24,6 +25,7 @@ pub mod kv;
 pub mod lease;
 pub mod manager;
 pub mod region;
+pub mod segments;
 pub mod transfer;
 
 pub use broker::{BrokerClient, ShutdownOrder, Welcome};
@@ -31,7 +33,8 @@ pub use error::{ErrorKind, LeaseError, MemoryError};
 pub use kv::KvBacking;
 pub use lease::{LeaseSource, LocalBudget};
 pub use manager::{Guard, ManagerOptions, MemoryManager};
-pub use region::{Region, RegionSpec, RegionUsage, Report, SealReport};
+pub use region::{Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};
+pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;
 pub use shoal_core::source::{Conversion, SourcePiece};
 pub use transfer::{Progress, Transfer};

@@ -164,8 +164,20 @@ impl MemoryManager {
     /// # Errors
     /// [`MemoryError::Device`], [`MemoryError::State`] for a region of no bytes.
     pub fn region(self: &Arc<Self>, spec: RegionSpec) -> Result<Region, MemoryError> {
+        self.enter_region(spec, false)
+    }
+
+    /// A region whose extents come and go by commit, whatever it is for.
+    ///
+    /// # Errors
+    /// As [`region`](Self::region).
+    pub(crate) fn growing_region(self: &Arc<Self>, spec: RegionSpec) -> Result<Region, MemoryError> {
+        self.enter_region(spec, true)
+    }
+
+    fn enter_region(self: &Arc<Self>, spec: RegionSpec, is_growing: bool) -> Result<Region, MemoryError> {
         let id = RegionId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let region = RegionInner::new(Arc::clone(self), id, spec)?;
+        let region = RegionInner::new(Arc::clone(self), id, spec, is_growing)?;
         self.regions.lock().insert(id, Arc::downgrade(&region.inner));
         Ok(region)
     }
@@ -281,6 +293,33 @@ impl MemoryManager {
         let deadline = start + timeout;
         tracing::debug!(%bytes, reason, "reclaim");
         let _gate = self.take_gate(deadline, timeout)?;
+        let mut report = self.give_up(bytes, None, deadline)?;
+        report.duration = start.elapsed();
+        Ok(report)
+    }
+
+    /// [`reclaim`](Self::reclaim) for a region that is about to grow, from the others, and only if no step runs at this
+    /// moment: the caller may hold what a step waits for. Returns the bytes freed.
+    pub(crate) fn evict_for(
+        &self,
+        region: &Region,
+        bytes: ByteCount,
+        deadline: Instant,
+    ) -> Result<ByteCount, MemoryError> {
+        let late = MemoryError::Deadline { doing: "finding no step running", waited: Duration::ZERO };
+        let _gate = self.gate.alone(Instant::now()).ok_or(late)?;
+        self.fence(deadline)?;
+        let report = self.give_up(bytes, Some(region.id()), deadline)?;
+        Ok(report.freed)
+    }
+
+    /// Frees memory of all that may yield, in the order of a reclaim. Needs the gate alone.
+    fn give_up(
+        &self,
+        bytes: ByteCount,
+        spared: Option<RegionId>,
+        deadline: Instant,
+    ) -> Result<Report, MemoryError> {
         let _turn = self.take_turn(deadline)?;
         let mut report = Report::new(bytes);
         for backing in self.backings() {
@@ -294,13 +333,13 @@ impl MemoryManager {
             _ => 2,
         };
         let mut regions = self.regions();
+        regions.retain(|region| Some(region.id()) != spared && region.may_yield());
         regions.sort_by_key(rank);
         for region in regions {
             if report.freed < bytes && Instant::now() < deadline {
                 report.absorb(region.evict_in_turn(bytes - report.freed, false, deadline));
             }
         }
-        report.duration = start.elapsed();
         Ok(report)
     }
 

@@ -10,6 +10,7 @@
 //! | `kv` | `KvBacking` |
 //! | `broker` | `BrokerClient`: a worker's line to the server |
 //! | `buffer`, `dlpack` | memory as the buffer protocol and as `DLPack` see it; the homes of `unsafe` |
+//! | `torch_hooks` | what torch's allocator calls |
 //! | `owner` | handles belong to the process that made them |
 //! | `convert`, `errors` | Python's words for our values and our failures |
 //!
@@ -28,6 +29,7 @@ mod kv;
 mod manager;
 mod owner;
 mod region;
+mod torch_hooks;
 
 /// The native half of the package; its documented face is `shoal`.
 #[pymodule]
@@ -45,7 +47,7 @@ mod _native {
     #[pymodule_export]
     use crate::manager::{PyGuard, PyMemoryManager};
     #[pymodule_export]
-    use crate::region::{PyRegion, PyTransfer};
+    use crate::region::{PyRegion, PyRegionUse, PyTransfer};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

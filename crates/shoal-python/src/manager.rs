@@ -12,7 +12,9 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{CudaDevice, Device, DeviceError, DeviceMemory, SimDevice, SimOptions};
-use shoal_memory::{Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager, RegionSpec};
+use shoal_memory::{
+    Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager, RegionSpec, Segments,
+};
 
 use crate::broker::PyBrokerClient;
 use crate::convert::{self, ReportTuple};
@@ -72,11 +74,16 @@ impl PyMemoryManager {
         &self,
         py: Python<'_>,
         name: String,
-        nbytes: u64,
+        nbytes: Option<u64>,
         kind: &str,
         backing: &str,
     ) -> PyResult<PyRegion> {
         let manager = self.manager.get()?;
+        let Some(nbytes) = nbytes else {
+            let (kind, backing) = (convert::lease_kind(kind)?, convert::backing(backing)?);
+            let made = py.detach(|| Segments::new(manager, name, kind, backing));
+            return Ok(PyRegion::growing(made.map_err(errors::of_memory)?));
+        };
         if nbytes == 0 {
             return Err(PyValueError::new_err(format!(
                 "region {name:?} of 0 bytes: a region needs a length"

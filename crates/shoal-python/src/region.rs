@@ -1,16 +1,20 @@
 //! `Region`, and the transfer that a wake is.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
-use shoal_memory::{MemoryError, Region, Transfer};
+use shoal_device::VirtAddr;
+use shoal_memory::{MemoryError, Region, RegionUse, Segments, Transfer};
 
 use crate::buffer::{Bytes, RegionBuffer};
 use crate::convert::{self, ReportTuple, SourceTuple};
 use crate::errors;
 use crate::owner::Owned;
+use crate::torch_hooks;
 
 /// How long a wait goes without looking for an interrupt.
 const SLICE: Duration = Duration::from_millis(100);
@@ -19,11 +23,24 @@ const SLICE: Duration = Duration::from_millis(100);
 #[pyclass(frozen, name = "Region", module = "shoal._native")]
 pub(crate) struct PyRegion {
     region: Owned<Region>,
+    /// Of a region that grows.
+    segments: Option<Owned<Arc<Segments>>>,
 }
 
 impl PyRegion {
     pub(crate) fn new(region: Region) -> Self {
-        Self { region: Owned::new(region) }
+        Self { region: Owned::new(region), segments: None }
+    }
+
+    pub(crate) fn growing(segments: Arc<Segments>) -> Self {
+        Self { region: Owned::new(segments.region().clone()), segments: Some(Owned::new(segments)) }
+    }
+
+    fn segments(&self, doing: &'static str) -> PyResult<&Arc<Segments>> {
+        let region = self.region.get()?.name();
+        let why = "it was made with a length; make it without one for torch to fill it";
+        let refused = || errors::of_memory(MemoryError::State { region: region.to_owned(), doing, why });
+        self.segments.as_ref().ok_or_else(refused)?.get()
     }
 
     pub(crate) fn get(&self) -> PyResult<&Region> {
@@ -52,6 +69,68 @@ impl PyRegion {
     #[getter]
     fn device(&self) -> PyResult<String> {
         Ok(convert::device(self.region.get()?.manager().device().info()))
+    }
+
+    /// Whether torch can fill it.
+    #[getter]
+    fn is_growing(&self) -> bool {
+        self.segments.is_some()
+    }
+
+    /// What went wrong most lately where nobody could be told.
+    fn last_error(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        let Some(segments) = &self.segments else { return Ok(None) };
+        let error = segments.get()?.last_error();
+        Ok(error.map(|error| errors::of_memory(error).into_value(py).into_any()))
+    }
+
+    /// The slot of torch's allocator that fills it.
+    fn torch_bind(&self) -> PyResult<usize> {
+        let segments = self.segments("use it with torch")?;
+        let region = segments.region().name().to_owned();
+        let (doing, why) = ("use it with torch", "64 regions are filled by torch already");
+        torch_hooks::bind(segments)
+            .ok_or_else(|| errors::of_memory(MemoryError::State { region, doing, why }))
+    }
+
+    /// Gives the slot back. In another process it is not ours to give.
+    fn torch_unbind(&self) {
+        if let Ok(segments) = self.segments("let go of it") {
+            torch_hooks::unbind(segments);
+        }
+    }
+
+    /// Says that it is being filled until the answer is released.
+    fn begin_use(&self, py: Python<'_>, timeout_s: f64) -> PyResult<PyRegionUse> {
+        let region = self.region.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let used = py.detach(|| region.begin_use(timeout)).map_err(errors::of_memory)?;
+        Ok(PyRegionUse { used: Mutex::new(Some(Owned::new(used))) })
+    }
+
+    /// Seals what is there; `dead` are segments in which nothing lives. Gives the bytes sealed now.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
+    fn freeze(&self, py: Python<'_>, dead: Vec<u64>, timeout_s: f64) -> PyResult<u64> {
+        let segments = self.segments("freeze")?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let dead: Vec<VirtAddr> = dead.iter().map(|at| VirtAddr(*at)).collect();
+        py.detach(|| segments.freeze(&dead, timeout)).map(|report| report.bytes.0).map_err(errors::of_memory)
+    }
+
+    /// Figures of a growing region.
+    fn segments_usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let segments = self.segments("show its segments")?;
+        let usage = py.detach(|| segments.usage());
+        let dict = PyDict::new(py);
+        dict.set_item("segments", usage.segments)?;
+        dict.set_item("segment_bytes", usage.segment_bytes.0)?;
+        dict.set_item("dropped", usage.dropped.0)?;
+        dict.set_item("retired", usage.retired.0)?;
+        dict.set_item("committed", usage.committed.0)?;
+        dict.set_item("allocations", usage.allocations)?;
+        dict.set_item("frees", usage.frees)?;
+        dict.set_item("refusals", usage.refusals)?;
+        Ok(dict)
     }
 
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -132,6 +211,20 @@ impl PyRegion {
                 region_bytes: region.bytes(),
             })),
         }
+    }
+}
+
+/// Somebody fills a region.
+#[pyclass(frozen, name = "RegionUse", module = "shoal._native")]
+pub(crate) struct PyRegionUse {
+    used: Mutex<Option<Owned<RegionUse>>>,
+}
+
+#[pymethods]
+impl PyRegionUse {
+    fn release(&self) {
+        let used = self.used.lock().take();
+        drop(used);
     }
 }
 

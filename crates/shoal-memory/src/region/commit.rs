@@ -1,5 +1,7 @@
 //! Device memory by range: zeroed now, or gone. For KV, for workspaces, and for weights that an engine writes itself.
 
+use std::time::Instant;
+
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::PageRun;
 use shoal_core::ids::ExtentIndex;
@@ -26,6 +28,24 @@ impl Region {
         let mut grant = self.ask(needed, self.manager().options.lease_wait, "memory for a range")?;
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
         self.commit_in_turn(&[run], &mut grant)
+    }
+
+    /// [`commit`](Self::commit) of whole pages by a deadline, and only while nothing of the region is off the device.
+    pub(crate) fn commit_by(&self, run: PageRun, deadline: Instant) -> Result<(), MemoryError> {
+        let needed = {
+            let _turn = self.manager().take_turn(deadline)?;
+            if !self.missing_bytes().is_zero() {
+                return Err(self.refuse("take memory for torch", "the region is asleep; wake it first"));
+            }
+            self.uncommitted(&[run])?
+        };
+        if needed.is_zero() {
+            return Ok(());
+        }
+        let wait = self.manager().options.lease_wait.min(deadline.saturating_duration_since(Instant::now()));
+        let mut grant = self.ask(needed, wait, "torch's memory")?;
+        let _turn = self.manager().take_turn(deadline)?;
+        self.commit_in_turn(&[run], &mut grant).map(drop)
     }
 
     /// Takes the device memory and the bytes of every extent that lies wholly within the range. Returns the device
@@ -102,7 +122,7 @@ impl Region {
 
     /// Needs the turn, and that what steps have queued is done.
     pub(crate) fn decommit_in_turn(&self, run: PageRun) -> Result<ByteCount, MemoryError> {
-        let is_carved = self.kind() == shoal_core::protocol::LeaseKind::Weights;
+        let is_carved = !self.inner.is_growing;
         let mut slots = Vec::new();
         {
             let mut state = self.inner.state.lock();

@@ -71,6 +71,10 @@ impl Region {
         if bytes.is_zero() {
             return report;
         }
+        if self.is_in_use() {
+            report.fail(self.refuse("evict", "somebody fills it right now (use_region)"));
+            return report;
+        }
         if !trust_clean && let Err(error) = self.find_written(bytes, deadline) {
             report.fail(error);
             return report;

@@ -11,7 +11,8 @@ mod stage;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
@@ -136,6 +137,10 @@ pub(crate) struct RegionInner {
     name: String,
     kind: LeaseKind,
     backing: Backing,
+    /// Extents come and go by commit; else weights are cut into extents at once.
+    is_growing: bool,
+    /// Who fills it right now; it does not yield meanwhile.
+    users: AtomicUsize,
     reservation: Arc<Reservation>,
     pub(crate) manager: Arc<MemoryManager>,
     pub(crate) state: Mutex<State>,
@@ -147,12 +152,25 @@ pub struct Region {
     pub(crate) inner: Arc<RegionInner>,
 }
 
+/// Somebody fills a region; made by [`Region::begin_use`].
+#[derive(Debug)]
+pub struct RegionUse {
+    region: Region,
+}
+
+impl Drop for RegionUse {
+    fn drop(&mut self) {
+        self.region.inner.users.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl RegionInner {
     #[expect(clippy::new_ret_no_self, reason = "the handle is what everybody holds")]
     pub(crate) fn new(
         manager: Arc<MemoryManager>,
         id: RegionId,
         spec: RegionSpec,
+        is_growing: bool,
     ) -> Result<Region, MemoryError> {
         let RegionSpec { name, bytes, kind, extent_rule, backing } = spec;
         let granularity = manager.device.info().granularity;
@@ -162,10 +180,12 @@ impl RegionInner {
         }
         let reservation = Reservation::new(&manager.device, bytes.round_up_to(PAGE_BYTES))
             .map_err(MemoryError::device("reserve addresses"))?;
-        let make = if kind == LeaseKind::Weights { RegionTable::carved } else { RegionTable::empty };
+        let is_growing = is_growing || kind != LeaseKind::Weights;
+        let make = if is_growing { RegionTable::empty } else { RegionTable::carved };
         let table = make(bytes.pages(), extent_rule, backing);
         let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
-        let inner = Self { id, name, kind, backing, reservation, manager, state: Mutex::new(state) };
+        let (users, state) = (AtomicUsize::new(0), Mutex::new(state));
+        let inner = Self { id, name, kind, backing, is_growing, users, reservation, manager, state };
         Ok(Region { inner: Arc::new(inner) })
     }
 }
@@ -208,6 +228,36 @@ impl Region {
     #[must_use]
     pub fn backing(&self) -> Backing {
         self.inner.backing
+    }
+
+    pub(crate) fn id(&self) -> RegionId {
+        self.inner.id
+    }
+
+    /// Says that somebody fills it until the answer is dropped: it does not yield meanwhile.
+    ///
+    /// # Errors
+    /// [`MemoryError::State`] while bytes of it are not on the device, [`MemoryError::Deadline`].
+    pub fn begin_use(&self, timeout: Duration) -> Result<RegionUse, MemoryError> {
+        // In turn, so that no eviction is in the middle of it.
+        let _turn = self.manager().take_turn(Instant::now() + timeout)?;
+        if !self.missing_bytes().is_zero() {
+            return Err(self.refuse("use", "it is asleep; wake it first"));
+        }
+        self.inner.users.fetch_add(1, Ordering::AcqRel);
+        Ok(RegionUse { region: self.clone() })
+    }
+
+    /// Whether somebody fills it right now.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.inner.users.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether it may lose memory without its owner's word: nobody fills it, and what is filled from outside (through
+    /// torch) was declared whole, so that whoever uses it holds a guard (I13).
+    pub(crate) fn may_yield(&self) -> bool {
+        !self.is_in_use()
+            && (self.kind() != LeaseKind::Weights || !self.inner.is_growing || self.inner.state.lock().sealed)
     }
 
     /// Its manager.

@@ -131,6 +131,28 @@ impl Region {
         Ok(report)
     }
 
+    /// [`seal`](Self::seal), also of a region that is sealed: then of the extents that came since.
+    pub(crate) fn seal_more(&self) -> Result<SealReport, MemoryError> {
+        if !self.inner.state.lock().sealed {
+            return self.seal();
+        }
+        let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
+        let fresh: Vec<_> = {
+            let state = self.inner.state.lock();
+            let has_hash = |index| state.slots.get(&index).is_some_and(|slot| slot.hash.is_some());
+            let extents = state.table.extents().filter(|(_, _, residency)| !residency.valid().is_empty());
+            extents.filter(|(index, ..)| !has_hash(*index)).collect()
+        };
+        let mut report = SealReport::default();
+        for (index, extent, residency) in fresh {
+            let hash = self.hash_of(index, extent, residency.valid())?;
+            self.inner.state.lock().slot(index).hash = Some(hash);
+            report.extents += 1;
+            report.bytes += extent.bytes();
+        }
+        Ok(report)
+    }
+
     pub(super) fn check_range(&self, offset: ByteCount, bytes: ByteCount) -> Result<(), MemoryError> {
         if offset.checked_add(bytes).is_none_or(|end| end > self.bytes()) {
             let (region, region_bytes) = (self.name().to_owned(), self.bytes());

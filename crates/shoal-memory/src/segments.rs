@@ -1,0 +1,401 @@
+//! [`Segments`]: a region that grows by what torch's allocator asks for.
+//!
+//! torch asks for *segments* (its word: what it cuts its blocks from) and gives them back long after. They are carved one
+//! after another from one range of addresses, and extents span them: memory is committed in few long extents, some of it
+//! ahead of need, because the driver's price is per extent. A segment that is given back is *retired*: its addresses and
+//! its memory are used again only after the work that was queued on its stream (I5).
+//!
+//! Callers are torch's allocator hooks: they hold torch's lock and perhaps the GIL. So nothing here waits for a thread
+//! that may want either: running steps (guards) are never waited for, and every other wait is for our own threads or for
+//! the device, and has a deadline.
+
+mod ranges;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::extent::{EXTENT_PAGES_MAX, ExtentRule, PageRun};
+use shoal_core::page_table::Backing;
+use shoal_core::protocol::LeaseKind;
+use shoal_device::device::{ForeignStream, ForeignWork};
+use shoal_device::{DeviceError, Event, VirtAddr};
+
+use crate::error::{ErrorKind, MemoryError};
+use crate::manager::MemoryManager;
+use crate::region::{Region, RegionSpec, SealReport};
+use ranges::Ranges;
+
+/// Addresses are cheap: room for holes between segments that live long.
+const RESERVED_PER_CAPACITY: u64 = 2;
+/// Committed ahead of need: this share of what is committed, at most one longest extent.
+const AHEAD_SHARE: u64 = 8;
+/// How long an allocation may take in all, its lease included.
+const ALLOCATE_WAIT: Duration = Duration::from_secs(10);
+/// How long giving a segment back waits for the work that was queued before it; the driver's own free waits for it too.
+const FREE_WAIT: Duration = Duration::from_secs(1);
+
+/// What a region of segments holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SegmentsUsage {
+    /// Segments that torch has.
+    pub segments: usize,
+    /// Their bytes.
+    pub segment_bytes: ByteCount,
+    /// Of these, bytes of segments in which nothing lived when the region was frozen: they have no memory any more.
+    pub dropped: ByteCount,
+    /// Bytes given back whose last work may still run.
+    pub retired: ByteCount,
+    /// Bytes of all extents, on whatever tier.
+    pub committed: ByteCount,
+    /// Allocations so far.
+    pub allocations: u64,
+    /// Segments given back so far.
+    pub frees: u64,
+    /// Allocations that could not be had.
+    pub refusals: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    bytes: ByteCount,
+    /// Nothing lived in it when the region was frozen: torch still has it in its books, but its memory is gone.
+    is_dropped: bool,
+    /// torch gave it back; its addresses stay taken until its last work is done.
+    is_retired: bool,
+}
+
+/// A segment that torch gave back, until its last work is done.
+#[derive(Debug)]
+struct Retired {
+    offset: u64,
+    /// Where none could be recorded (a capture was under way), one behind all work is, later.
+    fence: Option<Event>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Segments by offset, and which addresses below the frontier are free.
+    ranges: Ranges<Segment>,
+    retired: Vec<Retired>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Segments {
+    region: Region,
+    state: Mutex<State>,
+    last_error: Mutex<Option<MemoryError>>,
+    allocations: AtomicU64,
+    frees: AtomicU64,
+    refusals: AtomicU64,
+}
+
+impl Segments {
+    /// A growing region: addresses for twice the device's memory, and no memory yet.
+    ///
+    /// # Errors
+    /// [`MemoryError::Device`] if the addresses cannot be had.
+    pub fn new(
+        manager: &Arc<MemoryManager>,
+        name: String,
+        kind: LeaseKind,
+        backing: Backing,
+    ) -> Result<Arc<Self>, MemoryError> {
+        let capacity = manager.device().info().capacity;
+        let bytes = ByteCount(capacity.0 * RESERVED_PER_CAPACITY).round_up_to(PAGE_BYTES);
+        let spec = RegionSpec { name, bytes, kind, extent_rule: ExtentRule::default(), backing };
+        let region = manager.growing_region(spec)?;
+        Ok(Arc::new(Self {
+            region,
+            state: Mutex::default(),
+            last_error: Mutex::default(),
+            allocations: AtomicU64::new(0),
+            frees: AtomicU64::new(0),
+            refusals: AtomicU64::new(0),
+        }))
+    }
+
+    /// The region behind the segments.
+    #[must_use]
+    pub const fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// A segment of at least `bytes`, with memory behind all of it, for use on any stream. Where memory is short, what was
+    /// given back is waited for, then the manager's other regions that may yield give up theirs.
+    ///
+    /// # Errors
+    /// [`MemoryError::Lease`], [`MemoryError::Device`], [`MemoryError::State`] while the region is asleep; kept for
+    /// [`last_error`](Self::last_error). Nothing is changed then.
+    pub fn allocate(&self, bytes: ByteCount) -> Result<VirtAddr, MemoryError> {
+        let bytes = bytes.max(ByteCount(1)).round_up_to(PAGE_BYTES);
+        self.sweep(Duration::ZERO);
+        let outcome = self.carve(bytes).and_then(|offset| {
+            self.back(offset, bytes).map(|()| offset).inspect_err(|_| {
+                self.state.lock().ranges.remove(offset);
+            })
+        });
+        match outcome {
+            Ok(offset) => {
+                self.allocations.fetch_add(1, Ordering::Relaxed);
+                Ok(VirtAddr(self.region.address() + offset))
+            }
+            Err(error) => {
+                self.refusals.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(region = self.region.name(), %bytes, %error, "no segment");
+                *self.last_error.lock() = Some(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives a segment back. What was queued on `stream` (on every stream, without one) may still use it.
+    ///
+    /// # Errors
+    /// [`MemoryError::State`] for an address that is no segment's: nothing is changed (I7).
+    pub fn free(&self, at: VirtAddr, stream: Option<ForeignStream>) -> Result<(), MemoryError> {
+        let offset = at.0.wrapping_sub(self.region.address());
+        let found = {
+            let mut state = self.state.lock();
+            let segment = state.ranges.get_mut(offset).filter(|segment| !segment.is_retired);
+            segment.map(|segment| {
+                segment.is_retired = true;
+            })
+        };
+        let Some(()) = found else {
+            let error = self.region.refuse("free a segment", "no segment starts there");
+            self.set_last_error(error.clone());
+            return Err(error);
+        };
+        self.frees.fetch_add(1, Ordering::Relaxed);
+        let work = stream.map_or(ForeignWork::All, ForeignWork::Of);
+        let fence = Event::of_foreign(self.region.manager().device(), work).ok();
+        self.state.lock().retired.push(Retired { offset, fence });
+        self.sweep(FREE_WAIT);
+        Ok(())
+    }
+
+    /// Whether an address lies in the region.
+    #[must_use]
+    pub fn contains(&self, at: VirtAddr) -> bool {
+        at.0.checked_sub(self.region.address()).is_some_and(|offset| offset < self.region.bytes().0)
+    }
+
+    /// Whether torch has no segment of it any more.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.state.lock().ranges.is_empty()
+    }
+
+    /// Says that all bytes are in place: segments in which nothing lives lose their memory, memory that was committed
+    /// ahead goes back, and the checksum of every extent is recorded. Freezing again takes in what came since.
+    ///
+    /// # Errors
+    /// [`MemoryError::State`] while it is asleep, [`MemoryError::Deadline`] if work queued before does not end,
+    /// [`MemoryError::Device`]. Bytes that live are never touched.
+    pub fn freeze(&self, dead: &[VirtAddr], timeout: Duration) -> Result<SealReport, MemoryError> {
+        let manager = self.region.manager();
+        let deadline = Instant::now() + timeout;
+        if !self.region.missing_bytes().is_zero() {
+            return Err(self.region.refuse("freeze", "it is asleep; wake it first"));
+        }
+        manager.fence(deadline)?;
+        {
+            let mut state = self.state.lock();
+            for at in dead {
+                if let Some(segment) = state.ranges.get_mut(at.0.wrapping_sub(self.region.address())) {
+                    segment.is_dropped = true;
+                }
+            }
+        }
+        self.sweep(deadline.saturating_duration_since(Instant::now()));
+        self.release_unused(deadline)?;
+        self.region.seal_more()
+    }
+
+    /// What went wrong most lately.
+    #[must_use]
+    pub fn last_error(&self) -> Option<MemoryError> {
+        self.last_error.lock().clone()
+    }
+
+    /// Keeps an error that has no other way to a person.
+    pub fn set_last_error(&self, error: MemoryError) {
+        *self.last_error.lock() = Some(error);
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn usage(&self) -> SegmentsUsage {
+        self.sweep(Duration::ZERO);
+        let state = self.state.lock();
+        let mut usage = SegmentsUsage {
+            allocations: self.allocations.load(Ordering::Relaxed),
+            frees: self.frees.load(Ordering::Relaxed),
+            refusals: self.refusals.load(Ordering::Relaxed),
+            ..SegmentsUsage::default()
+        };
+        for (_, segment) in state.ranges.iter() {
+            if segment.is_retired {
+                usage.retired += segment.bytes;
+                continue;
+            }
+            usage.segments += 1;
+            usage.segment_bytes += segment.bytes;
+            if segment.is_dropped {
+                usage.dropped += segment.bytes;
+            }
+        }
+        drop(state);
+        usage.committed = self.region.usage().total;
+        usage
+    }
+
+    /// Says what is wrong, if anything is.
+    ///
+    /// # Errors
+    /// A sentence that names the first contradiction.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        self.region.check_invariants()?;
+        let state = self.state.lock();
+        state.ranges.check()?;
+        for (offset, segment) in state.ranges.iter() {
+            let run = PageRun::covering(ByteCount(offset), segment.bytes);
+            let bare = self.region.uncommitted(&[run]).map_err(|error| error.to_string())?;
+            if !segment.is_dropped && !segment.is_retired && !bare.is_zero() {
+                return Err(format!("{bare} of the segment at {offset:#x} have no bytes"));
+            }
+        }
+        Ok(())
+    }
+
+    fn carve(&self, bytes: ByteCount) -> Result<u64, MemoryError> {
+        let limit = self.region.bytes();
+        let segment = Segment { bytes, is_dropped: false, is_retired: false };
+        self.state.lock().ranges.insert(bytes, limit, segment).ok_or_else(|| MemoryError::OutOfRange {
+            region: self.region.name().to_owned(),
+            offset: limit,
+            bytes,
+            region_bytes: limit,
+        })
+    }
+
+    /// Commits what a new segment needs, by ever harder means.
+    fn back(&self, offset: u64, bytes: ByteCount) -> Result<(), MemoryError> {
+        let deadline = Instant::now() + ALLOCATE_WAIT;
+        let wanted = PageRun::covering(ByteCount(offset), bytes);
+        let ahead = self.ahead_of(wanted)?;
+        if ahead != wanted {
+            match self.region.commit_by(ahead, deadline) {
+                Err(error) if is_shortage(&error) => {}
+                outcome => return outcome,
+            }
+        }
+        match self.region.commit_by(wanted, deadline) {
+            Err(error) if is_shortage(&error) => {}
+            outcome => return outcome,
+        }
+        // What torch gave back just now, then what was committed ahead elsewhere.
+        self.sweep(deadline.saturating_duration_since(Instant::now()).min(FREE_WAIT));
+        if let Err(error) = self.release_unused(deadline) {
+            tracing::debug!(%error, "memory committed ahead stays for now");
+        }
+        match self.region.commit_by(wanted, deadline) {
+            Err(error) if is_shortage(&error) => {}
+            outcome => return outcome,
+        }
+        let needed = self.region.uncommitted(&[wanted])?;
+        match self.region.manager().evict_for(&self.region, needed, deadline) {
+            Ok(freed) => tracing::info!(region = self.region.name(), %needed, %freed, "made room for torch"),
+            Err(error) => tracing::info!(region = self.region.name(), %needed, %error, "no room for torch"),
+        }
+        self.region.commit_by(wanted, deadline)
+    }
+
+    /// The pages to commit for `wanted`: more than it, where it is the frontier that grows.
+    fn ahead_of(&self, wanted: PageRun) -> Result<PageRun, MemoryError> {
+        let free: u64 = self.region.uncommitted(&[wanted])?.pages();
+        if free == 0 {
+            return Ok(wanted);
+        }
+        let after = self.state.lock().ranges.frontier().div_ceil(PAGE_BYTES.0);
+        if after != wanted.end() {
+            return Ok(wanted);
+        }
+        let committed = self.region.usage().total.pages();
+        let step = 1 << (committed / AHEAD_SHARE).clamp(1, EXTENT_PAGES_MAX).ilog2();
+        let end = (wanted.end() - free + free.next_multiple_of(step)).min(self.region.bytes().pages());
+        Ok(PageRun { first: wanted.first, count: end.max(wanted.end()) - wanted.first })
+    }
+
+    /// Frees what is retired and no longer used; waits at most `wait` for it.
+    fn sweep(&self, wait: Duration) {
+        let retired = std::mem::take(&mut self.state.lock().retired);
+        if retired.is_empty() {
+            return;
+        }
+        let deadline = Instant::now() + wait;
+        let (mut done, mut later) = (Vec::new(), Vec::new());
+        for mut one in retired {
+            if one.fence.is_none() {
+                one.fence = Event::of_foreign(self.region.manager().device(), ForeignWork::All).ok();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let is_done = one.fence.as_ref().map_or(Ok(false), |fence| fence.wait(left));
+            match is_done {
+                Ok(true) => done.push(one),
+                Ok(false) => later.push(one),
+                Err(error) => {
+                    // A device that fails has nothing that could still be spoilt, but who knows: it stays taken.
+                    self.set_last_error(MemoryError::Device { doing: "fence a segment", source: error });
+                    later.push(one);
+                }
+            }
+        }
+        let any = !done.is_empty();
+        {
+            let mut state = self.state.lock();
+            for one in done {
+                state.ranges.remove(one.offset);
+            }
+            state.retired.extend(later);
+        }
+        if any && let Err(error) = self.release_unused(Instant::now() + FREE_WAIT) {
+            tracing::debug!(%error, "memory of freed segments stays for now");
+        }
+    }
+
+    /// Gives back the memory of every extent in which no segment lies.
+    fn release_unused(&self, deadline: Instant) -> Result<(), MemoryError> {
+        let manager = self.region.manager();
+        let _turn = manager.take_turn(deadline)?;
+        // In turn: a segment that is carved from here on commits what it needs after us.
+        let taken: Vec<PageRun> = {
+            let state = self.state.lock();
+            let kept = state.ranges.iter().filter(|(_, segment)| !segment.is_dropped);
+            kept.map(|(offset, segment)| PageRun::covering(ByteCount(offset), segment.bytes)).collect()
+        };
+        let mut from = 0;
+        for run in taken.into_iter().chain([PageRun { first: self.region.bytes().pages(), count: 0 }]) {
+            if run.first > from {
+                self.region.decommit_in_turn(PageRun { first: from, count: run.first - from })?;
+            }
+            from = run.end();
+        }
+        Ok(())
+    }
+}
+
+/// Whether evicting something may help.
+fn is_shortage(error: &MemoryError) -> bool {
+    match error {
+        MemoryError::Lease { .. } => true,
+        MemoryError::Device { source, .. } => {
+            matches!(source, DeviceError::OutOfMemory { .. } | DeviceError::HostMemory { .. })
+        }
+        other => other.kind() == ErrorKind::OutOfMemory,
+    }
+}
