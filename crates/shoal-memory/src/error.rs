@@ -151,6 +151,16 @@ pub enum MemoryError {
         /// What differs.
         what: String,
     },
+    /// Inside a guard nothing is brought back: whoever would give the memory up may wait for that guard to end.
+    #[error(
+        "{missing} of region {region:?} and those after it are missing, and this thread holds a guard already: enter one guard over all that the step needs"
+    )]
+    NestedGuard {
+        /// The first region of which something is missing.
+        region: String,
+        /// What is missing in all.
+        missing: ByteCount,
+    },
     /// A deadline passed.
     #[error("{doing} was not done within {waited:?}")]
     Deadline {
@@ -197,7 +207,9 @@ impl MemoryError {
             Self::Device { .. } => ErrorKind::Device,
             Self::Lease { .. } => ErrorKind::Lease,
             Self::HostBudget { .. } => ErrorKind::HostBudget,
-            Self::OutOfRange { .. } | Self::State { .. } | Self::Table { .. } => ErrorKind::Region,
+            Self::OutOfRange { .. } | Self::State { .. } | Self::Table { .. } | Self::NestedGuard { .. } => {
+                ErrorKind::Region
+            }
             Self::SourceRead { .. } | Self::SourceMismatch { .. } => ErrorKind::Source,
             Self::Deadline { .. } | Self::Cancelled { .. } | Self::TooManyTransfers { .. } => {
                 ErrorKind::Transfer

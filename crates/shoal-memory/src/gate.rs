@@ -1,18 +1,112 @@
-//! A gate that many may share or one may have alone, with deadlines (I13, I10).
+//! A gate that many may share or one may have alone, for all regions or for one, with deadlines (I13, I10).
 //!
 //! Apart because a pass is held across calls of a foreign language and given back on another thread, which the usual
-//! locks forbid. Who wants the gate alone is not starved: while one waits, nobody new may share it.
+//! locks forbid. Nobody is starved: who wants it alone keeps newcomers out, and when one who had it alone leaves, those
+//! who wait to share it come in before the next one who wants it alone.
+//!
+//! Why this cannot lock up: who has the gate alone waits for no pass and no lease, only for the turn, so it leaves by
+//! itself. A thread that shares the gate already never waits for one who waits for it to leave. And who comes first
+//! ([`Gate::share_first`]) has its leases, and so needs nothing that somebody behind the gate would have to give up.
 
 use std::sync::Arc;
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use shoal_core::ids::RegionId;
+
+/// What a pass speaks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    All,
+    Region(RegionId),
+}
+
+impl Scope {
+    fn covers(self, other: Self) -> bool {
+        self == Self::All || self == other
+    }
+
+    fn meets(self, other: Self) -> bool {
+        self.covers(other) || other == Self::All
+    }
+}
+
+#[derive(Debug)]
+struct Sharing {
+    ticket: u64,
+    scope: Scope,
+    thread: ThreadId,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    ticket: u64,
+    scope: Scope,
+    /// Whoever had the gate alone has left since it waits: the next one who wants it alone comes after it.
+    is_next: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Alone {
+    scope: Scope,
+    /// Regions that may be shared all the same, because they were when it came in.
+    spared: Vec<RegionId>,
+}
+
+impl Alone {
+    fn meets(&self, scope: Scope) -> bool {
+        self.scope.meets(scope) && !matches!(scope, Scope::Region(id) if self.spared.contains(&id))
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    ticket: u64,
+    scope: Scope,
+    /// Regions that are shared are not asked for.
+    spares: bool,
+}
+
+impl Wanted {
+    fn meets(self, scope: Scope) -> bool {
+        self.scope.meets(scope) && !(self.spares && scope != Scope::All)
+    }
+}
 
 #[derive(Debug, Default)]
 struct State {
-    shared: usize,
-    alone: bool,
-    waiting_alone: usize,
+    tickets: u64,
+    sharing: Vec<Sharing>,
+    waiting: Vec<Waiting>,
+    alone: Option<Alone>,
+    wanted: Vec<Wanted>,
+}
+
+impl State {
+    fn ticket(&mut self) -> u64 {
+        self.tickets += 1;
+        self.tickets
+    }
+
+    fn may_share(&self, ticket: u64, scope: Scope, thread: ThreadId) -> bool {
+        let held = |sharing: &&Sharing| sharing.thread == thread;
+        if self.sharing.iter().filter(held).any(|sharing| sharing.scope.covers(scope)) {
+            return true;
+        }
+        if self.alone.as_ref().is_some_and(|alone| alone.meets(scope)) {
+            return false;
+        }
+        self.sharing.iter().any(|sharing| held(&sharing))
+            || self.waiting.iter().any(|waiting| waiting.ticket == ticket && waiting.is_next)
+            || !self.wanted.iter().any(|wanted| wanted.meets(scope))
+    }
+
+    fn may_be_alone(&self, wanted: Wanted) -> bool {
+        self.alone.is_none()
+            && !self.sharing.iter().any(|sharing| wanted.meets(sharing.scope))
+            && !self.waiting.iter().any(|waiting| waiting.is_next && wanted.scope.meets(waiting.scope))
+    }
 }
 
 /// See the module's text.
@@ -26,90 +120,228 @@ pub(crate) struct Gate {
 #[derive(Debug)]
 pub(crate) struct Pass {
     gate: Arc<Gate>,
-    alone: bool,
+    /// `None`: it has the gate alone.
+    sharing: Option<u64>,
 }
 
 impl Gate {
-    /// Shares the gate; `None` if the deadline passes first.
-    pub(crate) fn share(self: &Arc<Self>, deadline: Instant) -> Option<Pass> {
+    /// Whether a pass that this thread took is held.
+    pub(crate) fn is_held_here(&self) -> bool {
+        let thread = thread::current().id();
+        self.state.lock().sharing.iter().any(|sharing| sharing.thread == thread)
+    }
+
+    /// Shares the gate; `None` if the deadline passes first. A thread that shares it already does not wait for those
+    /// who wait for it.
+    pub(crate) fn share(self: &Arc<Self>, scope: Scope, deadline: Instant) -> Option<Pass> {
+        self.share_as(scope, false, deadline)
+    }
+
+    /// Shares the gate ahead of all who wait to have it alone.
+    pub(crate) fn share_first(self: &Arc<Self>, scope: Scope, deadline: Instant) -> Option<Pass> {
+        self.share_as(scope, true, deadline)
+    }
+
+    fn share_as(self: &Arc<Self>, scope: Scope, is_next: bool, deadline: Instant) -> Option<Pass> {
+        let thread = thread::current().id();
         let mut state = self.state.lock();
-        while state.alone || state.waiting_alone > 0 {
-            if self.changed.wait_until(&mut state, deadline).timed_out()
-                && (state.alone || state.waiting_alone > 0)
-            {
-                return None;
-            }
+        let ticket = state.ticket();
+        state.waiting.push(Waiting { ticket, scope, is_next });
+        let came_in = self.wait(&mut state, deadline, |state| state.may_share(ticket, scope, thread));
+        state.waiting.retain(|waiting| waiting.ticket != ticket);
+        if came_in {
+            state.sharing.push(Sharing { ticket, scope, thread });
         }
-        state.shared += 1;
-        Some(Pass { gate: Arc::clone(self), alone: false })
+        drop(state);
+        // Those who want it alone wait for those who are next.
+        self.changed.notify_all();
+        came_in.then(|| Pass { gate: Arc::clone(self), sharing: Some(ticket) })
     }
 
     /// Whether somebody shares it at this moment.
     pub(crate) fn is_shared(&self) -> bool {
-        self.state.lock().shared > 0
+        !self.state.lock().sharing.is_empty()
     }
 
     /// Takes the gate alone; `None` if the deadline passes first.
-    pub(crate) fn alone(self: &Arc<Self>, deadline: Instant) -> Option<Pass> {
+    pub(crate) fn alone(self: &Arc<Self>, scope: Scope, deadline: Instant) -> Option<Pass> {
+        self.alone_as(scope, false, deadline).map(|(pass, _)| pass)
+    }
+
+    /// Takes the gate alone but for the regions that others share one by one: waits only for those who share it for all
+    /// regions. Says which regions are not had.
+    pub(crate) fn alone_sparing(self: &Arc<Self>, deadline: Instant) -> Option<(Pass, Vec<RegionId>)> {
+        self.alone_as(Scope::All, true, deadline)
+    }
+
+    fn alone_as(
+        self: &Arc<Self>,
+        scope: Scope,
+        spares: bool,
+        deadline: Instant,
+    ) -> Option<(Pass, Vec<RegionId>)> {
         let mut state = self.state.lock();
-        state.waiting_alone += 1;
-        while state.alone || state.shared > 0 {
-            if self.changed.wait_until(&mut state, deadline).timed_out() && (state.alone || state.shared > 0)
+        let ticket = state.ticket();
+        let wanted = Wanted { ticket, scope, spares };
+        state.wanted.push(wanted);
+        let came_in = self.wait(&mut state, deadline, |state| state.may_be_alone(wanted));
+        state.wanted.retain(|wanted| wanted.ticket != ticket);
+        if !came_in {
+            drop(state);
+            self.changed.notify_all();
+            return None;
+        }
+        let mut not_had: Vec<RegionId> = Vec::new();
+        for sharing in state.sharing.iter().filter(|_| spares) {
+            if let Scope::Region(id) = sharing.scope
+                && !not_had.contains(&id)
             {
-                state.waiting_alone -= 1;
-                self.changed.notify_all();
-                return None;
+                not_had.push(id);
             }
         }
-        state.waiting_alone -= 1;
-        state.alone = true;
-        Some(Pass { gate: Arc::clone(self), alone: true })
+        state.alone = Some(Alone { scope, spared: not_had.clone() });
+        Some((Pass { gate: Arc::clone(self), sharing: None }, not_had))
+    }
+
+    fn wait(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        deadline: Instant,
+        is_free: impl Fn(&State) -> bool,
+    ) -> bool {
+        while !is_free(state) {
+            if self.changed.wait_until(state, deadline).timed_out() {
+                return is_free(state);
+            }
+        }
+        true
     }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
         let mut state = self.gate.state.lock();
-        if self.alone {
-            state.alone = false;
+        if let Some(ticket) = self.sharing {
+            state.sharing.retain(|sharing| sharing.ticket != ticket);
         } else {
-            state.shared -= 1;
+            state.alone = None;
+            for waiting in &mut state.waiting {
+                waiting.is_next = true;
+            }
         }
+        drop(state);
         self.gate.changed.notify_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
     use std::time::Duration;
 
     use super::*;
+
+    const A: Scope = Scope::Region(RegionId(1));
+    const B: Scope = Scope::Region(RegionId(2));
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_millis(30)
     }
 
-    #[test]
-    fn alone_means_alone_and_a_waiting_one_comes_first() {
-        let gate = Arc::new(Gate::default());
-        let first = gate.share(soon()).expect("free");
-        let second = gate.share(soon()).expect("shared");
-        assert!(gate.alone(soon()).is_none());
-        drop(second);
-        let waiting = {
-            let gate = Arc::clone(&gate);
-            thread::spawn(move || gate.alone(Instant::now() + Duration::from_secs(10)).is_some())
-        };
-        while gate.state.lock().waiting_alone == 0 {
+    fn far() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    /// Runs `work` on a thread of its own; returns once `has_begun`.
+    fn aside<T: Send + 'static>(
+        gate: &Arc<Gate>,
+        has_begun: impl Fn(&State) -> bool,
+        work: impl FnOnce(Arc<Gate>) -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        let own = Arc::clone(gate);
+        let worker = thread::spawn(move || work(own));
+        while !has_begun(&gate.state.lock()) {
             thread::sleep(Duration::from_millis(1));
         }
-        assert!(gate.share(soon()).is_none(), "the one that waits is not starved");
+        worker
+    }
+
+    fn elsewhere<T: Send + 'static>(
+        gate: &Arc<Gate>,
+        work: impl FnOnce(Arc<Gate>) -> T + Send + 'static,
+    ) -> T {
+        aside(gate, |_| true, work).join().expect("no panic")
+    }
+
+    #[test]
+    fn alone_means_alone_and_a_waiting_one_comes_before_newcomers() {
+        let gate = Arc::new(Gate::default());
+        let first = gate.share(Scope::All, soon()).expect("free");
+        let second = gate.share(Scope::All, soon()).expect("shared");
+        assert!(gate.alone(Scope::All, soon()).is_none());
+        drop(second);
+        let waiting =
+            aside(&gate, |state| !state.wanted.is_empty(), |gate| gate.alone(Scope::All, far()).is_some());
+        assert!(
+            elsewhere(&gate, |gate| gate.share(Scope::All, soon()).is_none()),
+            "who waits is not starved"
+        );
+        assert!(elsewhere(&gate, |gate| gate.share_first(Scope::All, soon()).is_some()));
         drop(first);
         assert!(waiting.join().expect("no panic"));
-        assert!(gate.share(soon()).is_some());
-        let alone = gate.alone(soon()).expect("free");
-        assert!(gate.share(soon()).is_none());
+        assert!(gate.share(Scope::All, soon()).is_some());
+        let alone = gate.alone(Scope::All, soon()).expect("free");
+        assert!(gate.share(Scope::All, soon()).is_none());
+        assert!(gate.share_first(Scope::All, soon()).is_none());
         drop(alone);
+        let state = gate.state.lock();
+        assert!(state.sharing.is_empty() && state.waiting.is_empty() && state.wanted.is_empty());
+    }
+
+    #[test]
+    fn who_waits_to_share_comes_before_the_next_one_alone() {
+        let gate = Arc::new(Gate::default());
+        let alone = gate.alone(Scope::All, soon()).expect("free");
+        let sharer =
+            aside(&gate, |state| !state.waiting.is_empty(), |gate| gate.share(Scope::All, far()).map(Some));
+        let next =
+            aside(&gate, |state| !state.wanted.is_empty(), |gate| gate.alone(Scope::All, far()).is_some());
+        drop(alone);
+        let pass = sharer.join().expect("no panic").expect("it came in although another waited to be alone");
+        assert_eq!(gate.state.lock().wanted.len(), 1);
+        drop(pass);
+        assert!(next.join().expect("no panic"));
+    }
+
+    #[test]
+    fn one_thread_may_share_again_while_another_waits_for_it() {
+        let gate = Arc::new(Gate::default());
+        let outer = gate.share(A, soon()).expect("free");
+        assert!(gate.is_held_here() && !elsewhere(&gate, |gate| gate.is_held_here()));
+        let waiting = aside(&gate, |state| !state.wanted.is_empty(), |gate| gate.alone(A, far()).is_some());
+        for scope in [A, B, Scope::All] {
+            assert!(gate.share(scope, soon()).is_some(), "{scope:?}");
+        }
+        drop(outer);
+        assert!(waiting.join().expect("no panic"));
+    }
+
+    #[test]
+    fn regions_do_not_meet_and_a_sparing_one_waits_only_for_all() {
+        let gate = Arc::new(Gate::default());
+        let a = gate.share(A, soon()).expect("free");
+        assert!(gate.alone(A, soon()).is_none() && gate.alone(Scope::All, soon()).is_none());
+        drop(gate.alone(B, soon()).expect("another region"));
+        let (alone, spared) = gate.alone_sparing(soon()).expect("nobody shares all");
+        assert_eq!(spared, [RegionId(1)]);
+        assert!(elsewhere(&gate, |gate| {
+            gate.share(A, soon()).is_some()
+                && gate.share(B, soon()).is_none()
+                && gate.share(Scope::All, soon()).is_none()
+        }));
+        drop(alone);
+        drop(a);
+        let all = gate.share(Scope::All, soon()).expect("free");
+        assert!(gate.alone_sparing(soon()).is_none());
+        drop(all);
     }
 }

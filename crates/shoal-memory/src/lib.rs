@@ -2,7 +2,8 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`manager`] | [`MemoryManager`]: regions of one device, guards, reclaim, figures |
+//! | [`manager`] | [`MemoryManager`]: regions of one device, reclaim, figures |
+//! | [`guard`] | [`Guard`]: what a step holds so that nothing is evicted under it |
 //! | [`region`] | [`Region`]: stage, seal, commit, sleep, wake |
 //! | [`transfer`] | what a wake under way tells, and how it is cancelled |
 //! | [`kv`] | [`KvBacking`]: memory for KV blocks on demand |
@@ -18,9 +19,11 @@
 mod arena;
 mod gate;
 mod source;
+mod turn;
 
 pub mod broker;
 pub mod error;
+pub mod guard;
 pub mod kv;
 pub mod lease;
 pub mod manager;
@@ -30,9 +33,10 @@ pub mod transfer;
 
 pub use broker::{BrokerClient, ShutdownOrder, Welcome};
 pub use error::{ErrorKind, LeaseError, MemoryError};
+pub use guard::Guard;
 pub use kv::KvBacking;
 pub use lease::{LeaseSource, LocalBudget};
-pub use manager::{Guard, ManagerOptions, MemoryManager};
+pub use manager::{ManagerOptions, MemoryManager};
 pub use region::{Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};
 pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;

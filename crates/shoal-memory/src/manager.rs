@@ -17,12 +17,13 @@ use shoal_device::{Device, DeviceError, Event, ForeignWork, HostBuffer, Mapping,
 
 use crate::arena::HostArena;
 use crate::error::MemoryError;
-use crate::gate::{Gate, Pass};
+use crate::gate::{Gate, Pass, Scope};
 use crate::kv::KvBacking;
 use crate::lease::{Grant, LeaseSource};
 use crate::region::{Region, RegionInner, RegionSpec, Report};
 use crate::source::SourceFiles;
 use crate::transfer::Shared;
+use crate::turn::{Taken, Turn};
 
 /// How a manager behaves.
 #[derive(Clone, Debug)]
@@ -92,8 +93,8 @@ pub struct MemoryManager {
     pub(crate) up: Arc<Stream>,
     pub(crate) down: Arc<Stream>,
     gate: Arc<Gate>,
-    turn: Arc<Gate>,
-    restoring: Arc<Gate>,
+    turn: Arc<Turn>,
+    restoring: Arc<Turn>,
     regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
     backings: Mutex<Vec<Weak<KvBacking>>>,
     /// Gone as far as the page table goes, but something queued may still touch it (I5).
@@ -105,12 +106,6 @@ pub struct MemoryManager {
     onboarded: AtomicU64,
     evicted: AtomicU64,
     leaked: AtomicU64,
-}
-
-/// Permission to use the regions' memory: while it lives nothing is evicted (I13).
-#[derive(Debug)]
-pub struct Guard {
-    _pass: Pass,
 }
 
 impl MemoryManager {
@@ -213,46 +208,11 @@ impl MemoryManager {
         self.backings.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Lets a step use the regions' memory: brings back what is missing, then keeps everything in place until the
-    /// guard is dropped. Do not ask for memory (commit, back) inside: whoever gives it up may have to wait for you.
-    ///
-    /// # Errors
-    /// What restoring failed with; [`MemoryError::Deadline`].
-    pub fn guard(self: &Arc<Self>, timeout: Duration) -> Result<Guard, MemoryError> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            let late = MemoryError::Deadline { doing: "entering a guard", waited: timeout };
-            let pass = self.gate.share(deadline).ok_or_else(|| late.clone())?;
-            let missing: Vec<Region> =
-                self.regions().into_iter().filter(|region| !region.missing_bytes().is_zero()).collect();
-            if missing.is_empty() {
-                return Ok(Guard { _pass: pass });
-            }
-            drop(pass);
-            for region in missing {
-                region.restore_now(ByteCount(u64::MAX), deadline, &Shared::default(), "a step needs it")?;
-            }
-            // What another operation is bringing is there when its turn ends.
-            drop(self.take_turn(deadline)?);
-            if Instant::now() >= deadline {
-                return Err(late);
-            }
-        }
-    }
-
     /// One restore at a time: a second one would ask for a lease that the first has asked for already.
-    pub(crate) fn take_restore(&self, deadline: Instant) -> Result<Pass, MemoryError> {
+    pub(crate) fn take_restore(&self, deadline: Instant) -> Result<Taken, MemoryError> {
         let start = Instant::now();
         let late = || MemoryError::Deadline { doing: "waiting for another wake", waited: start.elapsed() };
-        self.restoring.alone(deadline).ok_or_else(late)
-    }
-
-    pub(crate) fn take_gate(&self, deadline: Instant, waited: Duration) -> Result<Pass, MemoryError> {
-        let late = MemoryError::Deadline { doing: "waiting for running steps", waited };
-        let pass = self.gate.alone(deadline).ok_or(late)?;
-        // The steps' calls have ended, not their kernels.
-        self.fence(deadline)?;
-        Ok(pass)
+        self.restoring.take(deadline).ok_or_else(late)
     }
 
     /// Waits for what has been queued on the device, on whoever's streams: engines leave a guard when they have launched
@@ -268,14 +228,32 @@ impl MemoryManager {
         Err(MemoryError::Deadline { doing: "waiting for running kernels", waited: start.elapsed() })
     }
 
-    pub(crate) fn take_turn(&self, deadline: Instant) -> Result<Pass, MemoryError> {
+    pub(crate) const fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Waits until no step uses what `scope` speaks for, and keeps them out.
+    pub(crate) fn take_gate(
+        &self,
+        scope: Scope,
+        deadline: Instant,
+        waited: Duration,
+    ) -> Result<Pass, MemoryError> {
+        let late = MemoryError::Deadline { doing: "waiting for running steps", waited };
+        let pass = self.gate.alone(scope, deadline).ok_or(late)?;
+        // The steps' calls have ended, not their kernels.
+        self.fence(deadline)?;
+        Ok(pass)
+    }
+
+    pub(crate) fn take_turn(&self, deadline: Instant) -> Result<Taken, MemoryError> {
         let start = Instant::now();
-        let pass = self.turn.alone(deadline).ok_or_else(|| MemoryError::Deadline {
+        let turn = self.turn.take(deadline).ok_or_else(|| MemoryError::Deadline {
             doing: "waiting for another operation",
             waited: start.elapsed(),
         })?;
         self.sweep();
-        Ok(pass)
+        Ok(turn)
     }
 
     pub(crate) fn operation_deadline(&self) -> Instant {
@@ -284,6 +262,7 @@ impl MemoryManager {
 
     /// Frees device memory on somebody's order, without any engine's help: first KV memory that no block uses, then
     /// what may be discarded, then weights from the last extent backwards, then KV contents (copied to the host).
+    /// Regions that a step holds for itself ([`Region::guard`]) come after all others.
     ///
     /// # Errors
     /// [`MemoryError::Deadline`] if running steps or another operation did not end in time. What stood in the way
@@ -292,8 +271,29 @@ impl MemoryManager {
         let start = Instant::now();
         let deadline = start + timeout;
         tracing::debug!(%bytes, reason, "reclaim");
-        let _gate = self.take_gate(deadline, timeout)?;
-        let mut report = self.give_up(bytes, None, deadline)?;
+        let mut report = Report::new(bytes);
+        let spared = {
+            let late = MemoryError::Deadline { doing: "waiting for running steps", waited: timeout };
+            let (_gate, spared) = self.gate.alone_sparing(deadline).ok_or(late)?;
+            self.fence(deadline)?;
+            let _turn = self.take_turn(deadline)?;
+            self.reclaim_from(&mut report, deadline, |id| !spared.contains(&id));
+            spared
+        };
+        // Regions that a step had for itself come last, each when its guard ends.
+        for id in spared {
+            if report.freed >= bytes {
+                break;
+            }
+            let freed = self.take_gate(Scope::Region(id), deadline, timeout).and_then(|_gate| {
+                let _turn = self.take_turn(deadline)?;
+                self.reclaim_from(&mut report, deadline, |region| region == id);
+                Ok(())
+            });
+            if let Err(error) = freed {
+                report.fail(error);
+            }
+        }
         report.duration = start.elapsed();
         Ok(report)
     }
@@ -307,24 +307,20 @@ impl MemoryManager {
         deadline: Instant,
     ) -> Result<ByteCount, MemoryError> {
         let late = MemoryError::Deadline { doing: "finding no step running", waited: Duration::ZERO };
-        let _gate = self.gate.alone(Instant::now()).ok_or(late)?;
+        let _gate = self.gate.alone(Scope::All, Instant::now()).ok_or(late)?;
         self.fence(deadline)?;
-        let report = self.give_up(bytes, Some(region.id()), deadline)?;
+        let _turn = self.take_turn(deadline)?;
+        let mut report = Report::new(bytes);
+        self.reclaim_from(&mut report, deadline, |id| id != region.id());
         Ok(report.freed)
     }
 
-    /// Frees memory of all that may yield, in the order of a reclaim. Needs the gate alone.
-    fn give_up(
-        &self,
-        bytes: ByteCount,
-        spared: Option<RegionId>,
-        deadline: Instant,
-    ) -> Result<Report, MemoryError> {
-        let _turn = self.take_turn(deadline)?;
-        let mut report = Report::new(bytes);
+    /// Frees what `report` still lacks, in order, from the regions that `is_had` takes. Needs the gate alone for them,
+    /// and the turn.
+    fn reclaim_from(&self, report: &mut Report, deadline: Instant, is_had: impl Fn(RegionId) -> bool) {
         for backing in self.backings() {
-            if report.freed < bytes && Instant::now() < deadline {
-                report.absorb(backing.release_idle(bytes - report.freed));
+            if report.freed < report.requested && Instant::now() < deadline && is_had(backing.region().id()) {
+                report.absorb(backing.release_idle(report.requested - report.freed));
             }
         }
         let rank = |region: &Region| match (region.backing(), region.kind()) {
@@ -333,14 +329,13 @@ impl MemoryManager {
             _ => 2,
         };
         let mut regions = self.regions();
-        regions.retain(|region| Some(region.id()) != spared && region.may_yield());
+        regions.retain(|region| is_had(region.id()) && region.may_yield());
         regions.sort_by_key(rank);
         for region in regions {
-            if report.freed < bytes && Instant::now() < deadline {
-                report.absorb(region.evict_in_turn(bytes - report.freed, false, deadline));
+            if report.freed < report.requested && Instant::now() < deadline {
+                report.absorb(region.evict_in_turn(report.requested - report.freed, false, deadline));
             }
         }
-        Ok(report)
     }
 
     /// Brings back the weights of all regions, whole.

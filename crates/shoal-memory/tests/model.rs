@@ -3,9 +3,7 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{PAGE, WAIT, World, noise, piece, source_file, world};
@@ -199,49 +197,4 @@ proptest! {
         }
         model.compare();
     }
-}
-
-/// I13: while a step holds its guard everything is on the device, whatever evicts meanwhile.
-#[test]
-fn steps_and_evictions_take_turns() {
-    // A budget that holds the weights once: two steps that wait for them must not ask for them twice.
-    let world = world(WEIGHTS_PAGES * 2, 64);
-    let bytes = noise(WEIGHTS_PAGES * PAGE, 3);
-    let region = world.weights(WEIGHTS_PAGES, &bytes);
-    let stop = Arc::new(AtomicBool::new(false));
-    let evictor = {
-        let (manager, stop) = (Arc::downgrade(&world.manager), Arc::clone(&stop));
-        thread::spawn(move || {
-            let mut freed = ByteCount::ZERO;
-            while !stop.load(Ordering::Relaxed) {
-                let Some(manager) = Weak::upgrade(&manager) else { break };
-                freed += manager.reclaim(ByteCount(2 * PAGE), WAIT, "a test").expect("steps are short").freed;
-                // Without a pause it could take the memory back before any step begins.
-                thread::sleep(Duration::from_millis(5));
-            }
-            freed
-        })
-    };
-    let steppers: Vec<_> = (0..2)
-        .map(|seed: u64| {
-            let (manager, region, bytes) = (Arc::clone(&world.manager), region.clone(), bytes.clone());
-            thread::spawn(move || {
-                for step in 0..15 {
-                    let _guard = manager.guard(WAIT).expect("restored in time");
-                    assert!(region.missing_bytes().is_zero(), "evicted under a guard (I13)");
-                    let at = usize::try_from((step * 7 + seed) * 400_000 % (WEIGHTS_PAGES * PAGE - 64))
-                        .expect("small");
-                    let mut read = [0; 64];
-                    region.read(ByteCount(at as u64), &mut read).expect("on the device");
-                    assert_eq!(read, bytes[at..at + 64]);
-                }
-            })
-        })
-        .collect();
-    for stepper in steppers {
-        stepper.join().expect("no step saw a hole");
-    }
-    stop.store(true, Ordering::Relaxed);
-    assert!(!evictor.join().expect("no panic").is_zero(), "the one that evicts was starved");
-    world.check();
 }

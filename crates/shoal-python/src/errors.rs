@@ -116,6 +116,12 @@ pub(crate) fn of_memory(error: MemoryError) -> PyErr {
         MemoryError::State { region, .. } => {
             raise("RegionError", "state", &message, vec![("region", region.as_str().into())])
         }
+        MemoryError::NestedGuard { region, missing } => raise(
+            "RegionError",
+            "nested",
+            &message,
+            vec![("region", region.as_str().into()), ("missing", missing.0.into())],
+        ),
         MemoryError::Table { region, .. } => {
             raise("RegionError", "table", &message, vec![("region", region.as_str().into())])
         }

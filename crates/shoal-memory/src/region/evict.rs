@@ -14,6 +14,7 @@ use shoal_device::{Event, HashTicket, Span};
 use super::{Region, Report};
 use crate::arena::HostCopy;
 use crate::error::MemoryError;
+use crate::gate::Scope;
 use crate::manager::Resident;
 
 /// Hashes computed at once.
@@ -54,7 +55,7 @@ impl Region {
     ) -> Result<Report, MemoryError> {
         let start = Instant::now();
         let deadline = start + timeout;
-        let _gate = self.manager().take_gate(deadline, timeout)?;
+        let _gate = self.manager().take_gate(Scope::Region(self.id()), deadline, timeout)?;
         let _turn = self.manager().take_turn(deadline)?;
         let mut report = self.evict_in_turn(bytes, trust_clean, deadline);
         report.duration = start.elapsed();

@@ -206,6 +206,10 @@ impl Region {
         &self.inner.name
     }
 
+    pub(crate) fn id(&self) -> RegionId {
+        self.inner.id
+    }
+
     /// Where it starts: an address of the device, which never changes.
     #[must_use]
     pub fn address(&self) -> u64 {
@@ -228,10 +232,6 @@ impl Region {
     #[must_use]
     pub fn backing(&self) -> Backing {
         self.inner.backing
-    }
-
-    pub(crate) fn id(&self) -> RegionId {
-        self.inner.id
     }
 
     /// Says that somebody fills it until the answer is dropped: it does not yield meanwhile.

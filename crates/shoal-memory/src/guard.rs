@@ -1,0 +1,151 @@
+//! [`Guard`]: permission to use regions' memory while nothing of it is evicted (I13).
+//!
+//! Apart from the manager because entering one is the only place where restores, leases and the gate meet, and their
+//! order is what keeps it from locking up or being starved:
+//!
+//! 1. Everything is there: share the gate, in fair order with those who evict. This is the usual case.
+//! 2. Something is missing: restore it region by region, as a wake does, and look again. Whoever evicts may come in
+//!    between, which is right while somebody else's need is greater.
+//! 3. It was taken away again: get the lease of all that is missing *first*, then share the gate ahead of those who
+//!    wait to evict, and restore inside. What was evicted before that adds to the lease; leases held here are not
+//!    evicted, so each round needs less, and the last one finds everything leased.
+//!
+//! A lease is asked for without sharing the gate (I9's spirit: the answer may need this process to evict), which is why
+//! a guard inside another one restores nothing: it is refused at once where something is missing.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+
+use crate::error::MemoryError;
+use crate::gate::{Pass, Scope};
+use crate::lease::Grant;
+use crate::manager::MemoryManager;
+use crate::region::Region;
+use crate::transfer::Shared;
+
+const REASON: &str = "a step needs it";
+
+/// Permission to use the memory of all regions, or of one: while it lives nothing of it is evicted (I13). Many may be
+/// held at a time; it may be dropped on another thread.
+#[derive(Debug)]
+pub struct Guard {
+    _pass: Pass,
+}
+
+impl Region {
+    /// Lets a step use this region's memory: as [`MemoryManager::guard`], but other regions are neither brought back nor
+    /// kept. Capture graphs under [`MemoryManager::guard`]: beside this one others are evicted, and the fence of that
+    /// ends a capture.
+    ///
+    /// # Errors
+    /// As [`MemoryManager::guard`].
+    pub fn guard(&self, timeout: Duration) -> Result<Guard, MemoryError> {
+        self.manager().enter(std::slice::from_ref(self), Scope::Region(self.id()), timeout)
+    }
+}
+
+impl MemoryManager {
+    /// Lets a step use the regions' memory: brings back what is missing, then keeps everything in place until the
+    /// guard is dropped. Do not ask for memory (commit, back) inside: whoever gives it up may have to wait for you.
+    ///
+    /// A thread that holds a guard may enter another one, and does not wait for those who wait for the first; but inside
+    /// a guard nothing is brought back.
+    ///
+    /// # Errors
+    /// What restoring failed with; [`MemoryError::Deadline`]; [`MemoryError::NestedGuard`] at once if this thread holds
+    /// a guard already and something that it does not cover is missing.
+    pub fn guard(self: &Arc<Self>, timeout: Duration) -> Result<Guard, MemoryError> {
+        self.enter(&self.regions(), Scope::All, timeout)
+    }
+
+    fn enter(&self, regions: &[Region], scope: Scope, timeout: Duration) -> Result<Guard, MemoryError> {
+        let deadline = Instant::now() + timeout;
+        let late = || MemoryError::Deadline { doing: "entering a guard", waited: timeout };
+        let is_nested = self.gate().is_held_here();
+        for is_first in [true, false] {
+            let pass = self.gate().share(scope, deadline).ok_or_else(late)?;
+            let missing: Vec<&Region> =
+                regions.iter().filter(|region| !region.missing_bytes().is_zero()).collect();
+            if missing.is_empty() {
+                return Ok(Guard { _pass: pass });
+            }
+            if is_nested {
+                let region = missing[0].name().to_owned();
+                let missing = missing.iter().map(|region| region.missing_bytes()).sum();
+                return Err(MemoryError::NestedGuard { region, missing });
+            }
+            drop(pass);
+            if is_first {
+                for region in missing {
+                    region.restore_now(ByteCount(u64::MAX), deadline, &Shared::default(), REASON)?;
+                }
+                // What another operation is bringing is there when its turn ends.
+                drop(self.take_turn(deadline)?);
+            }
+        }
+        self.enter_with_leases(regions, scope, deadline, late)
+    }
+
+    /// Step 3 of the module's text.
+    fn enter_with_leases(
+        &self,
+        regions: &[Region],
+        scope: Scope,
+        deadline: Instant,
+        late: impl Fn() -> MemoryError,
+    ) -> Result<Guard, MemoryError> {
+        let _restoring = self.take_restore(deadline)?;
+        let mut leases: Vec<(LeaseKind, Grant)> = Vec::new();
+        loop {
+            let asked = {
+                // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
+                let _turn = self.take_turn(deadline)?;
+                self.drop_idle_copies();
+                lacking(regions, &leases)
+            };
+            for (region, bytes) in asked {
+                let wait = deadline.saturating_duration_since(Instant::now());
+                let more = region.ask(bytes, wait, REASON)?;
+                match leases.iter_mut().find(|(kind, _)| *kind == region.kind()) {
+                    // Of the same kind, so it joins.
+                    Some((_, grant)) => drop(grant.join(more)),
+                    None => leases.push((region.kind(), more)),
+                }
+            }
+            let pass = self.gate().share_first(scope, deadline).ok_or_else(&late)?;
+            let _turn = self.take_turn(deadline)?;
+            if lacking(regions, &leases).is_empty() {
+                for region in regions.iter().filter(|region| !region.missing_bytes().is_zero()) {
+                    if let Some((_, grant)) = leases.iter_mut().find(|(kind, _)| *kind == region.kind()) {
+                        region.restore_in_turn(grant, deadline, &Shared::default())?;
+                    }
+                }
+                return Ok(Guard { _pass: pass });
+            }
+            if Instant::now() >= deadline {
+                return Err(late());
+            }
+        }
+    }
+}
+
+/// What is missing of each kind beyond these leases, each with a region of that kind to ask for.
+fn lacking<'a>(regions: &'a [Region], leases: &[(LeaseKind, Grant)]) -> Vec<(&'a Region, ByteCount)> {
+    let mut lacking: Vec<(&Region, ByteCount)> = Vec::new();
+    for region in regions {
+        let missing = region.missing_bytes();
+        match lacking.iter_mut().find(|(other, _)| other.kind() == region.kind()) {
+            Some((_, bytes)) => *bytes += missing,
+            None => lacking.push((region, missing)),
+        }
+    }
+    for (region, bytes) in &mut lacking {
+        let held = leases.iter().find(|(kind, _)| *kind == region.kind()).map(|(_, grant)| grant.bytes());
+        *bytes = bytes.saturating_sub(held.unwrap_or_default());
+    }
+    lacking.retain(|(_, bytes)| !bytes.is_zero());
+    lacking
+}
