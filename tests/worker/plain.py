@@ -51,17 +51,25 @@ class PlainKv:
 
 
 class PlainMemory:
-    """What the tests turn: `blocks_max` (KV blocks that may have memory), `closed` (no guard can be entered)."""
+    """What the tests turn.
+
+    `blocks_max`: KV blocks that may have memory; `closed`: no guard can be entered; `close_at`: numbers of guards
+    before which it closes by itself, so that the moment is the same in every run.
+    """
 
     def __init__(self, blocks_max: int = 1 << 30) -> None:
         self.blocks_max = blocks_max
         self.closed = False
+        self.close_at: set[int] = set()
         self.guards = 0
         self.held = threading.Lock()
         self.space: PlainKv | None = None
 
     @contextlib.contextmanager
     def guard(self, timeout_s):
+        if self.guards in self.close_at:
+            self.close_at.discard(self.guards)
+            self.closed = True
         if self.closed:
             raise ShortageError("the test holds the memory")
         with self.held:
