@@ -578,8 +578,8 @@ class MemoryManager:
         """Give a context in which every region is resident and stays so.
 
         Entering it brings back what is missing. No forward may run without one (I13). Do not ask for memory inside
-        (``commit``, ``KvBacking.back``): whoever gives memory up waits for this guard to end. A guard inside a guard brings
-        nothing back: where something is missing it raises at once.
+        (``commit``, ``KvBacking.back``): whoever gives memory up waits for this guard to end. A guard inside a guard
+        brings nothing back: where something is missing it raises at once.
 
         Parameters
         ----------
