@@ -76,7 +76,7 @@ class Stream:
 
 @pytest.mark.parametrize("moment", ["stream", "wake"])
 def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], moment: str) -> None:
-    """Five kills each: the client hears an answer or a clear error, the other model's stream goes on, memory returns."""
+    """Five kills each: the client hears an answer or a clear error, the other stream goes on, memory returns."""
     moments = random.Random(3)
     kills = 0
     with serve(tmp_path, models=model_tables[:2], device_budget="64MiB") as server:

@@ -112,7 +112,7 @@ class Witness:
     def check(self, budget_bytes: int, *, at_least: int = 5) -> int:
         """Assert I1 in every sample, of what is mapped and of what is allocated; gives the most ever mapped.
 
-        The two differ: memory can be allocated and not mapped (a frame kept), or mapped and not allocated (never touched).
+        The two differ: memory can be allocated and not mapped (a frame kept), or mapped and not allocated (untouched).
         """
         assert not self.errors, self.errors
         assert len(self.samples) >= at_least, f"only {len(self.samples)} samples were taken"

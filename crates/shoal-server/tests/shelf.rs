@@ -51,6 +51,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         python: PathBuf::from("python3"),
         limits: Limits::default(),
         notes: vec![],
+        unservable: vec![],
     }
 }
 

@@ -233,6 +233,37 @@ mod tests {
     }
 
     #[test]
+    fn a_check_tells_of_models_that_cannot_be_served() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("shelf.toml");
+        let header = r#"{"w":{"dtype":"F32","shape":[25165824],"data_offsets":[0,100663296]}}"#;
+        let mut weights = (header.len() as u64).to_le_bytes().to_vec();
+        weights.extend(header.as_bytes());
+        std::fs::create_dir(dir.path().join("big")).expect("made");
+        std::fs::write(dir.path().join("big/model.safetensors"), weights).expect("written");
+        let check = |budget: &str, models: &str| {
+            let text = format!("[server]\ndevice = 'sim'\ndevice_budget = '{budget}'\n{models}");
+            std::fs::write(&file, text).expect("written");
+            said(&["serve", "--check", file.to_str().expect("text")])
+        };
+        let big = "[[model]]\nname = 'big'\nsource = './big'\n";
+        let gone = "[[model]]\nname = 'gone'\nsource = './gone'\n";
+        let (code, _, errors) = check("96MiB", big);
+        assert_eq!(code, 0, "exactly enough: {errors}");
+        let (code, out, errors) = check("64MiB", &format!("{big}{gone}"));
+        assert_eq!(code, 2, "{errors}");
+        for expected in [
+            "need 100663296 bytes of device memory (96 MiB), and device_budget is 67108864 bytes",
+            "there is no /",
+        ] {
+            assert!(errors.contains(expected) && out.contains(expected), "{out}{errors}");
+        }
+        let (code, _, errors) = check("96MiB", &format!("{big}max = '90MiB'\n"));
+        assert_eq!(code, 2, "{errors}");
+        assert!(errors.contains("and its max is 94371840 bytes (90 MiB)"), "{errors}");
+    }
+
+    #[test]
     fn a_configuration_can_be_checked_without_serving_it() {
         let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("shelf.toml");

@@ -34,6 +34,9 @@ pub(super) fn serve(file: Option<&Path>, check: bool, out: Out<'_>, errors: Out<
     let keys = keys.map_err(|error| Failure { code: 2, message: error.to_string() })?;
     if check {
         write!(out, "{}", banner(&config, keys.as_ref(), None))?;
+        if !config.unservable.is_empty() {
+            return Err(Failure { code: 2, message: config.unservable.join("\n") });
+        }
         return Ok(());
     }
     let filter = tracing_subscriber::EnvFilter::try_from_env("SHOAL_LOG")
@@ -197,7 +200,8 @@ fn banner(config: &ServerConfig, keys: Option<&Keys>, url: Option<&str>) -> Stri
             line("note", "other users of this machine can read api_key_file; chmod 600 it");
         }
     }
-    for note in &config.notes {
+    // A server starts nevertheless: the other models can be served.
+    for note in config.notes.iter().chain(&config.unservable) {
         line("note", note);
     }
     if url.is_some() {

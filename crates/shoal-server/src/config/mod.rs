@@ -5,12 +5,14 @@
 //! [`ServerConfig`] with the help of [`Surroundings`] (directories, memory, devices), which is all the rest of the server
 //! sees. Every mistake is named with its line, all of them at once, and an unknown key with the nearest right one.
 //!
-//! Leaves to others: whether a model's files are good (the worker says), whether the address is free (the server binds).
+//! Leaves to others: whether a model's files are good (the worker says; only their sizes are looked at here), whether the
+//! address is free (the server binds).
 
 mod directories;
 mod error;
 mod gpu;
 mod locate;
+mod models;
 mod parse;
 mod resolve;
 mod surroundings;
@@ -71,6 +73,8 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// What the user should be told at start, a sentence each.
     pub notes: Vec<String>,
+    /// Which models cannot be served and why, a sentence each, as far as their directories show.
+    pub unservable: Vec<String>,
 }
 
 impl ServerConfig {

@@ -11,6 +11,7 @@ use shoal_core::bytes::ByteCount;
 
 use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
+use super::models::unservable;
 use super::parse::{ModelSection, ShoalFile, Sited};
 use super::surroundings::Surroundings;
 use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ServerConfig};
@@ -85,11 +86,9 @@ impl ShoalFile {
         let models: Vec<ModelConfig> =
             self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
         // The others can be served, so this is no reason to serve none.
-        for model in
-            models.iter().filter(|model| model.source.starts_with('/') && !Path::new(&model.source).exists())
-        {
-            notes.push(format!("model {:?} will fail: there is no {}", model.name, model.source));
-        }
+        let device = gpu.map_or(DeviceChoice::Sim, |(ordinal, _)| DeviceChoice::Cuda(ordinal));
+        let unservable: Vec<String> =
+            models.iter().filter_map(|model| unservable(model, device, device_budget)).collect();
         if !problems.is_empty() {
             problems.sort_by_key(|problem| (problem.line, problem.column));
             return Err(problems);
@@ -102,7 +101,7 @@ impl ShoalFile {
             listen: listen.value,
             api_key_file: server.api_key_file.map(|path| absolute(&path.value, directory, home)),
             allowed_hosts: server.allowed_hosts,
-            device: gpu.map_or(DeviceChoice::Sim, |(ordinal, _)| DeviceChoice::Cuda(ordinal)),
+            device,
             device_budget,
             host_budget,
             disk: server
@@ -122,6 +121,7 @@ impl ShoalFile {
                 parked_max: server.parked_max.unwrap_or(defaults.parked_max),
             },
             notes,
+            unservable,
         })
     }
 }

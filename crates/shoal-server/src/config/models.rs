@@ -1,0 +1,172 @@
+//! What a look at the models' directories tells before any worker starts: that one is not there, that one cannot fit.
+//!
+//! Only file headers are read. Whatever cannot be read here is left to the worker, which says exactly what is wrong.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use shoal_core::bytes::ByteCount;
+
+use super::{DeviceChoice, Engine, ModelConfig};
+
+/// The longest header that is read, as in the safetensors library.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+const FLOATS: [&str; 4] = ["F64", "F32", "F16", "BF16"];
+
+/// Why `model` cannot be served by a device with this budget (in bytes), as far as its directory shows; none where it can
+/// be, or where nothing is known (a hub id, a directory whose files cannot be read).
+pub(super) fn unservable(model: &ModelConfig, device: DeviceChoice, budget: ByteCount) -> Option<String> {
+    let (name, directory) = (&model.name, Path::new(&model.source));
+    if !directory.is_absolute() {
+        return None;
+    }
+    if !directory.exists() {
+        return Some(format!("model {name:?} will fail: there is no {}", model.source));
+    }
+    if model.engine != Engine::Transformers {
+        return None;
+    }
+    if !directory.is_dir() {
+        return Some(format!("model {name:?} will fail: {} is a file, not a directory", model.source));
+    }
+    let weights = weights_bytes(directory, model.dtype.as_deref(), matches!(device, DeviceChoice::Cuda(_)))?;
+    let (what, allowed) = match model.max {
+        Some(max) if max < budget => ("its max", max),
+        _ => ("device_budget", budget),
+    };
+    (weights > allowed).then(|| {
+        format!(
+            "model {name:?} will fail: its weights need {} bytes of device memory ({weights}), and {what} is {} bytes \
+             ({allowed})",
+            weights.0, allowed.0
+        )
+    })
+}
+
+/// What the weights need at least: those of the files, in `dtype` where one is set. On a GPU a worker left to choose may
+/// take floats of two bytes.
+fn weights_bytes(directory: &Path, dtype: Option<&str>, on_gpu: bool) -> Option<ByteCount> {
+    let float_bytes = |own: u64| match dtype {
+        Some("float32") => 4,
+        Some("bfloat16" | "float16") => 2,
+        _ if on_gpu => own.min(2),
+        _ => own,
+    };
+    let mut sum = 0u64;
+    for file in files(directory)? {
+        for (name, tensor) in header(&directory.join(file))? {
+            if name == "__metadata__" {
+                continue;
+            }
+            let Entry::Tensor { dtype, data_offsets: (begin, end) } = tensor else { return None };
+            let stored = end.checked_sub(begin)?;
+            let bytes = if FLOATS.contains(&dtype.as_str()) {
+                let own = match dtype.as_str() {
+                    "F64" => 8,
+                    "F32" => 4,
+                    _ => 2,
+                };
+                (stored / own).checked_mul(float_bytes(own))?
+            } else {
+                stored
+            };
+            sum = sum.checked_add(bytes)?;
+        }
+    }
+    Some(ByteCount(sum))
+}
+
+/// The weights' files: those the index names, where there is one.
+fn files(directory: &Path) -> Option<BTreeSet<String>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    match std::fs::read(directory.join("model.safetensors.index.json")) {
+        Ok(text) => {
+            let index: Index = serde_json::from_slice(&text).ok()?;
+            Some(index.weight_map.into_values().collect())
+        }
+        Err(_) => Some(BTreeSet::from(["model.safetensors".to_owned()])),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Entry {
+    Tensor { dtype: String, data_offsets: (u64, u64) },
+    Other(IgnoredAny),
+}
+
+fn header(path: &Path) -> Option<BTreeMap<String, Entry>> {
+    // Opening a pipe would wait for its writer.
+    if !std::fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
+    let mut file = File::open(path).ok()?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let length = u64::from_le_bytes(length);
+    if length > HEADER_BYTES_MAX {
+        return None;
+    }
+    let mut text = Vec::new();
+    file.take(length).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: &str = r#"{"__metadata__":{"format":"pt"},
+        "w":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]},
+        "i":{"dtype":"U8","shape":[16],"data_offsets":[4096,4112]}}"#;
+
+    fn write(path: &Path, header: &str) {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        std::fs::write(path, bytes).expect("written");
+    }
+
+    #[test]
+    fn weights_are_counted_in_the_type_they_will_have() {
+        let dir = tempfile::tempdir().expect("a directory");
+        write(&dir.path().join("model.safetensors"), HEADER);
+        let of = |dtype, on_gpu| weights_bytes(dir.path(), dtype, on_gpu).map(|bytes| bytes.0);
+        assert_eq!(of(None, false), Some(4096 + 16));
+        assert_eq!(of(Some("bfloat16"), false), Some(2048 + 16));
+        assert_eq!(of(Some("float32"), true), Some(4096 + 16));
+        assert_eq!(of(None, true), Some(2048 + 16), "the least it may need");
+    }
+
+    #[test]
+    fn an_index_names_the_files() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for file in ["1.safetensors", "2.safetensors", "unused.safetensors"] {
+            write(&dir.path().join(file), HEADER);
+        }
+        let index = r#"{"weight_map":{"a":"1.safetensors","b":"2.safetensors","c":"1.safetensors"}}"#;
+        std::fs::write(dir.path().join("model.safetensors.index.json"), index).expect("written");
+        assert_eq!(weights_bytes(dir.path(), None, false), Some(ByteCount(2 * 4112)));
+        std::fs::remove_file(dir.path().join("2.safetensors")).expect("removed");
+        assert_eq!(weights_bytes(dir.path(), None, false), None, "the worker says which is missing");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_left_to_the_worker() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("model.safetensors");
+        assert_eq!(weights_bytes(dir.path(), None, false), None);
+        std::fs::write(&path, u64::MAX.to_le_bytes()).expect("written");
+        assert_eq!(weights_bytes(dir.path(), None, false), None);
+        for bad in ["", "[]", r#"{"w":{"dtype":"F32"}}"#, r#"{"w":{"dtype":"F32","data_offsets":[9,1]}}"#] {
+            write(&path, bad);
+            assert_eq!(weights_bytes(dir.path(), None, false), None, "{bad}");
+        }
+    }
+}
