@@ -29,7 +29,10 @@ impl Drop for Served {
 fn command(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shoal"));
     command.current_dir(dir).env("HOME", dir).env("SHOAL_RUNTIME_DIR", dir.join("run"));
-    for name in ["XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "SHOAL_SERVER", "SHOAL_API_KEY"] {
+    for name in ["XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"] {
+        command.env_remove(name);
+    }
+    for name in ["SHOAL_SERVER", "SHOAL_API_KEY", "SHOAL_LOG", "SHOAL_LOG_FORMAT"] {
         command.env_remove(name);
     }
     command
@@ -37,6 +40,11 @@ fn command(dir: &Path) -> Command {
 
 /// Two models of 100 MiB each on a device of 160 MiB.
 fn serve() -> Served {
+    serve_with(&[])
+}
+
+/// The same with more in its environment.
+fn serve_with(environment: &[(&str, &str)]) -> Served {
     let dir = tempfile::tempdir_in("/tmp").expect("a directory");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
     let mut file =
@@ -49,6 +57,7 @@ fn serve() -> Served {
     std::fs::write(dir.path().join("shoal.toml"), file).expect("written");
     let mut child = command(dir.path())
         .arg("serve")
+        .envs(environment.iter().copied())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -160,7 +169,48 @@ async fn two_models_share_less_than_they_need() {
     assert!(pids.iter().all(|pid| !lives(*pid)), "no worker is left");
     let mut log = String::new();
     served.child.stderr.take().expect("piped").read_to_string(&mut log).expect("text");
-    assert!(log.contains("server_started") && !log.contains('\x1b'), "no colours but on a terminal: {log}");
+    assert!(!log.contains('\x1b'), "no colours but on a terminal: {log}");
+    assert!(
+        log.contains(r#"INFO server started on sim with 160 MiB to share event="server_started" id=1"#),
+        "{log}"
+    );
+    assert!(log.contains("one: awake: 100 MiB in "), "{log}");
+    assert!(!log.contains("ByteCount") && !log.contains("Some("), "words, not what the compiler sees: {log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_for_programs_is_one_object_a_line() {
+    let mut served = serve_with(&[("SHOAL_LOG_FORMAT", "json")]);
+    let (status, _) = text(post(served.address, "/v1/chat/completions", r#"{"model":"one"}"#).await).await;
+    assert_eq!(status, 200);
+    assert_eq!(served.interrupt().0, 0);
+    let mut log = String::new();
+    served.child.stderr.take().expect("piped").read_to_string(&mut log).expect("text");
+    let lines: Vec<Value> = log
+        .lines()
+        .filter(|line| !line.starts_with("shoal: "))
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    let woken = lines.iter().find(|line| line["event"] == "wake_done").expect("a line of the wake");
+    assert_eq!(woken["model"], "one");
+    assert_eq!(woken["level"], "INFO");
+    assert!(
+        woken["message"].as_str().is_some_and(|words| words.starts_with("one: awake: 100 MiB")),
+        "{woken}"
+    );
+    let ids: Vec<u64> = lines.iter().filter_map(|line| line["id"].as_u64()).collect();
+    assert!(ids.windows(2).all(|pair| pair[0] + 1 == pair[1]), "every event once, in order: {ids:?}");
+}
+
+#[test]
+fn a_format_of_logs_that_is_not_there_is_refused() {
+    let dir = tempfile::tempdir_in("/tmp").expect("a directory");
+    std::fs::write(dir.path().join("shoal.toml"), "[server]\ndevice='sim'\ndevice_budget='64MiB'\n")
+        .expect("written");
+    let output = command(dir.path()).arg("serve").env("SHOAL_LOG_FORMAT", "xml").output().expect("it starts");
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains(r#"SHOAL_LOG_FORMAT is "xml""#) && said.contains("text or json"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

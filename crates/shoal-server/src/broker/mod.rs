@@ -156,7 +156,13 @@ impl Core {
     fn tell(&mut self, now_ms: u64, place: Option<usize>, what: EventKind) {
         let at_ms = self.unix_ms(now_ms);
         let model = place.map(|place| self.models[place].name.as_str());
-        tracing::info!(model = model.unwrap_or("-"), event = what.name(), detail = ?what);
-        self.events.push(at_ms, model, what);
+        let event = self.events.push(at_ms, model, what);
+        let (id, name, what) = (event.id, event.what.name(), &event.what);
+        let subject = model.map_or_else(String::new, |model| format!("{model}: "));
+        if what.is_trouble() {
+            tracing::warn!(model, event = name, id, "{subject}{what}");
+        } else {
+            tracing::info!(model, event = name, id, "{subject}{what}");
+        }
     }
 }

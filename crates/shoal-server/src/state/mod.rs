@@ -8,6 +8,7 @@
 mod event;
 mod log;
 mod snapshot;
+mod words;
 
 pub use event::{Event, EventKind, SCHEMA_VERSION};
 pub use log::{EventLog, Missed};

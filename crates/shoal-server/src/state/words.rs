@@ -1,0 +1,190 @@
+//! Events in words, as the server's log has them: sizes and times with units, the reason at the end.
+//!
+//! For people; programs read the events themselves (`/api/v1/events`), whose numbers are exact.
+
+use std::fmt;
+
+use shoal_core::protocol::LeaseKind;
+
+use super::event::EventKind;
+use super::snapshot::ModelStatus;
+
+impl fmt::Display for EventKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ServerStarted { device, budget } => {
+                write!(f, "server started on {device} with {budget} to share")
+            }
+            Self::ServerStopping { reason } => write!(f, "server is stopping: {reason}"),
+            Self::StatusChanged { from, to } => write!(f, "{} -> {}", status(*from), status(*to)),
+            Self::WorkerStarted { pid, starts, reason } => {
+                write!(f, "worker {pid} started (start {starts}): {reason}")
+            }
+            Self::WorkerLoading { phase, done, total } => write!(f, "{phase}: {done} of {total}"),
+            Self::WorkerReady { pid, weights } => write!(f, "worker {pid} is ready, {weights} of weights"),
+            Self::WorkerExited { pid, status, returned } => {
+                write!(f, "worker {pid} ended ({status}); {returned} came back")
+            }
+            Self::RestartScheduled { delay_ms, reason } => {
+                write!(f, "starts again in {}: {reason}", Ms(*delay_ms))
+            }
+            Self::ModelFailed { code, reason } => write!(f, "cannot be served ({code}): {reason}"),
+            Self::RequestParked { parked } => write!(f, "{} for the model", waiting(*parked)),
+            Self::RequestRefused { reason } => write!(f, "a request was refused: {reason}"),
+            Self::WakeStarted { bytes, reason } => write!(f, "wakes, {bytes} to bring back: {reason}"),
+            Self::WakeDone { bytes, duration_ms, parked: 0 } => {
+                write!(f, "awake: {bytes} in {}", Ms(*duration_ms))
+            }
+            Self::WakeDone { bytes, duration_ms, parked } => {
+                write!(f, "awake: {bytes} in {}, {} for it", Ms(*duration_ms), waited(*parked))
+            }
+            Self::WakeFailed { reason } => write!(f, "did not wake: {reason}"),
+            Self::EvictStarted { bytes, reason, .. } => write!(f, "gives up {bytes}: {reason}"),
+            Self::EvictDone { bytes, copied, duration_ms, error } => {
+                write!(f, "gave up {bytes} in {}, ", Ms(*duration_ms))?;
+                if copied.is_zero() {
+                    f.write_str("nothing to copy")?;
+                } else {
+                    write!(f, "{copied} copied first")?;
+                }
+                error.as_ref().map_or(Ok(()), |error| write!(f, "; {error}"))
+            }
+            Self::EvictTimedOut { bytes, missing, after_ms } => {
+                write!(f, "gave up too little in {}: {missing} of {bytes} missing", Ms(*after_ms))
+            }
+            Self::LeaseGranted { lease, bytes, leased, reason, .. } => {
+                write!(f, "lease for {} +{bytes}, {leased} leased in all: {reason}", kind(*lease))
+            }
+            Self::LeaseDenied { lease, bytes, reason, .. } => {
+                write!(f, "no lease of {bytes} for {}: {reason}", kind(*lease))
+            }
+            Self::LeaseReturned { lease, bytes, leased } => {
+                write!(f, "lease for {} -{bytes}, {leased} leased in all", kind(*lease))
+            }
+            Self::OverheadCorrected { overhead, uncovered } if uncovered.is_zero() => {
+                write!(f, "takes {overhead} besides its regions")
+            }
+            Self::OverheadCorrected { overhead, uncovered } => {
+                write!(f, "takes {overhead} besides its regions, {uncovered} of it not covered yet")
+            }
+            Self::ProtocolError { reason } => write!(f, "broke the protocol and is ended: {reason}"),
+            Self::Pinned { pinned: true } => f.write_str("pinned"),
+            Self::Pinned { pinned: false } => f.write_str("no longer pinned"),
+        }
+    }
+}
+
+impl EventKind {
+    /// True for what whoever runs the server should look at.
+    #[must_use]
+    pub const fn is_trouble(&self) -> bool {
+        matches!(
+            self,
+            Self::ModelFailed { .. }
+                | Self::WakeFailed { .. }
+                | Self::EvictTimedOut { .. }
+                | Self::LeaseDenied { .. }
+                | Self::ProtocolError { .. }
+                | Self::RestartScheduled { .. }
+        )
+    }
+}
+
+/// Milliseconds, as seconds where that reads better.
+struct Ms(u64);
+
+impl fmt::Display for Ms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 < 1000 {
+            return write!(f, "{} ms", self.0);
+        }
+        write!(f, "{}.{} s", self.0 / 1000, self.0 % 1000 / 100)
+    }
+}
+
+fn waiting(requests: u64) -> String {
+    if requests == 1 { "1 request waits".to_owned() } else { format!("{requests} requests wait") }
+}
+
+fn waited(requests: u64) -> String {
+    if requests == 1 { "1 request waited".to_owned() } else { format!("{requests} requests waited") }
+}
+
+const fn kind(kind: LeaseKind) -> &'static str {
+    match kind {
+        LeaseKind::Weights => "weights",
+        LeaseKind::Kv => "KV",
+        LeaseKind::Overhead => "overhead",
+    }
+}
+
+const fn status(status: ModelStatus) -> &'static str {
+    match status {
+        ModelStatus::Waiting => "waiting",
+        ModelStatus::Starting => "starting",
+        ModelStatus::Asleep => "asleep",
+        ModelStatus::Waking => "waking",
+        ModelStatus::Awake => "awake",
+        ModelStatus::PartlyResident => "partly resident",
+        ModelStatus::Restarting => "restarting",
+        ModelStatus::Failed => "failed",
+        ModelStatus::Stopped => "stopped",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_core::bytes::ByteCount;
+
+    use super::*;
+
+    #[test]
+    fn events_are_told_in_words_with_units() {
+        let reason = || "because".to_owned();
+        for (event, words) in [
+            (
+                EventKind::ServerStarted { device: "sim".to_owned(), budget: ByteCount::mib(540) },
+                "server started on sim with 540 MiB to share",
+            ),
+            (
+                EventKind::StatusChanged { from: ModelStatus::Awake, to: ModelStatus::PartlyResident },
+                "awake -> partly resident",
+            ),
+            (EventKind::RequestParked { parked: 1 }, "1 request waits for the model"),
+            (
+                EventKind::WakeDone { bytes: ByteCount::mib(96), duration_ms: 1234, parked: 2 },
+                "awake: 96 MiB in 1.2 s, 2 requests waited for it",
+            ),
+            (
+                EventKind::WakeDone { bytes: ByteCount::mib(96), duration_ms: 999, parked: 0 },
+                "awake: 96 MiB in 999 ms",
+            ),
+            (
+                EventKind::EvictDone {
+                    bytes: ByteCount::mib(8),
+                    copied: ByteCount::mib(2),
+                    duration_ms: 3,
+                    error: Some("the rest is in use".to_owned()),
+                },
+                "gave up 8 MiB in 3 ms, 2 MiB copied first; the rest is in use",
+            ),
+            (
+                EventKind::LeaseGranted {
+                    lease: LeaseKind::Kv,
+                    bytes: ByteCount::mib(2),
+                    leased: ByteCount::mib(1536),
+                    reason: reason(),
+                    waited_ms: 0,
+                    decision: Some(3),
+                },
+                "lease for KV +2 MiB, 1.5 GiB leased in all: because",
+            ),
+            (
+                EventKind::OverheadCorrected { overhead: ByteCount::mib(3), uncovered: ByteCount::mib(1) },
+                "takes 3 MiB besides its regions, 1 MiB of it not covered yet",
+            ),
+        ] {
+            assert_eq!(event.to_string(), words);
+        }
+    }
+}
