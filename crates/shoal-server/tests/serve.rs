@@ -205,8 +205,11 @@ async fn a_log_for_programs_is_one_object_a_line() {
 #[test]
 fn a_format_of_logs_that_is_not_there_is_refused() {
     let dir = tempfile::tempdir_in("/tmp").expect("a directory");
-    std::fs::write(dir.path().join("shoal.toml"), "[server]\ndevice='sim'\ndevice_budget='64MiB'\n")
-        .expect("written");
+    std::fs::write(
+        dir.path().join("shoal.toml"),
+        "[server]\ndevice='sim'\ndevice_budget='64MiB'\n[[model]]\nname='a'\nsource='x/a'\n",
+    )
+    .expect("written");
     let output = command(dir.path()).arg("serve").env("SHOAL_LOG_FORMAT", "xml").output().expect("it starts");
     assert_eq!(output.status.code(), Some(2));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
