@@ -10,23 +10,24 @@ brings back what is missing and keeps it there.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from shoal import _native
 from shoal._native import BrokerClient
+from shoal.wake import TIMEOUT_S, Guard, RegionGuard, Report, Transfer
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Iterable
 
     from _typeshed import ReadableBuffer
 
-    from shoal.errors import Error
 
 __all__ = [
     "Backing",
@@ -35,6 +36,7 @@ __all__ = [
     "Kind",
     "MemoryManager",
     "Region",
+    "RegionGuard",
     "Report",
     "Size",
     "SourcePiece",
@@ -52,7 +54,6 @@ Backing: TypeAlias = Literal["keep", "discard"]
 """What happens to the bytes when device memory is taken away: copied first, or dropped."""
 
 _SIM_BYTES_MAX = 1 << 30
-_TIMEOUT_S = 60.0
 
 
 def parse_size(size: Size) -> int:
@@ -102,133 +103,6 @@ class SourcePiece:
     offset: int
     nbytes: int
     conversion: Literal["bf16_to_f32"] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What an eviction or a restore did.
-
-    Parameters
-    ----------
-    freed
-        Device bytes given up.
-    restored
-        Bytes brought back to the device.
-    copied
-        Bytes that had to be copied for it.
-    duration_s
-        How long it took, in seconds.
-    error
-        What stood in the way of doing all of it.
-    """
-
-    freed: int = 0
-    restored: int = 0
-    copied: int = 0
-    duration_s: float = 0.0
-    error: Error | None = None
-
-    @classmethod
-    def _of(cls, outcome: tuple[int, int, int, float, Error | None], *, whole: bool) -> Report:
-        """Read the native half's figures; raise what stood in the way if it was to be done whole."""
-        report = cls(*outcome)
-        if whole and report.error is not None:
-            raise report.error
-        return report
-
-
-class Transfer:
-    """A restore that is under way, or done. Made by :meth:`Region.wake`."""
-
-    __slots__ = ("_native",)
-
-    def __init__(self, native: _native.Transfer) -> None:
-        self._native = native
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._native.done()
-
-    def progress(self) -> tuple[int, int]:
-        """Give bytes done and bytes in all.
-
-        Returns
-        -------
-        tuple of (int, int)
-            Never more done than there are in all.
-
-        Raises
-        ------
-        ForkError
-            In a process other than the one that made it.
-        """
-        return self._native.progress()
-
-    def cancel(self) -> None:
-        """Stop before the next extent. What came back so far stays; :meth:`wait` then raises :class:`TransferError`.
-
-        Raises
-        ------
-        ForkError
-            In a process other than the one that made it.
-        """
-        self._native.cancel()
-
-    def wait(self, timeout_s: float | None = None) -> Report:
-        """Wait until it has ended.
-
-        Parameters
-        ----------
-        timeout_s
-            The longest wait in seconds. Without it: the deadline that the restore was begun with.
-
-        Returns
-        -------
-        Report
-            What it did.
-
-        Raises
-        ------
-        DeadlineError
-            If it has not ended in time. It goes on.
-        OutOfMemoryError, LeaseError
-            If there was no room for it. The region stays as it was.
-        TransferError
-            If a copy failed or was cancelled. The copy it was made from is still valid.
-        """
-        return Report._of(self._native.wait(timeout_s), whole=True)
-
-    def __repr__(self) -> str:
-        done, total = self.progress()
-        return f"<Transfer {done} of {total} bytes>"
-
-
-class Guard:
-    """While it is held, everything of its manager is resident and stays so. Made by :meth:`MemoryManager.guard`.
-
-    It is shared: many threads may hold one at a time. Eviction waits for all of them.
-    """
-
-    __slots__ = ("_held", "_manager", "_timeout_s")
-
-    def __init__(self, manager: _native.MemoryManager, timeout_s: float) -> None:
-        self._manager = manager
-        self._timeout_s = timeout_s
-        self._held: _native.Guard | None = None
-
-    def __enter__(self) -> Self:
-        if self._held is not None:
-            raise RuntimeError("this guard is already held; make another one")
-        self._held = self._manager.guard(self._timeout_s)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.release()
 
 
 class Region:
@@ -352,7 +226,7 @@ class Region:
         """
         self._native.decommit(offset, nbytes)
 
-    def sleep(self, keep: float = 0.0, *, trust_clean: bool = False, timeout_s: float = _TIMEOUT_S) -> Report:
+    def sleep(self, keep: float = 0.0, *, trust_clean: bool = False, timeout_s: float = TIMEOUT_S) -> Report:
         """Give up device memory; the address stays.
 
         Clean extents are unmapped without a copy. Waits for guards that are held.
@@ -382,7 +256,7 @@ class Region:
         """
         return Report._of(self._native.sleep(keep, trust_clean, timeout_s), whole=True)
 
-    def evict(self, nbytes: Size, *, timeout_s: float = _TIMEOUT_S) -> Report:
+    def evict(self, nbytes: Size, *, timeout_s: float = TIMEOUT_S) -> Report:
         """Give up at least so many bytes of device memory, from the last extent backwards.
 
         Parameters
@@ -430,10 +304,88 @@ class Region:
         DeadlineError
             If it took longer than ``timeout_s``.
         """
-        transfer = Transfer(self._native.wake(_TIMEOUT_S if timeout_s is None else timeout_s))
+        transfer = Transfer(self._native.wake(TIMEOUT_S if timeout_s is None else timeout_s))
         if wait:
             transfer.wait(timeout_s)
         return transfer
+
+    async def wake_async(self, timeout_s: float | None = None) -> Transfer:
+        """Bring back what is missing, without holding up the event loop.
+
+        A task that is cancelled meanwhile cancels the wake; what came back so far stays.
+
+        Parameters
+        ----------
+        timeout_s
+            How long it may take in all, in seconds; 60 without it.
+
+        Returns
+        -------
+        Transfer
+            It has ended.
+
+        Raises
+        ------
+        OutOfMemoryError, LeaseError, TransferError, DeadlineError
+            As :meth:`wake`.
+        """
+        transfer = self.wake(wait=False, timeout_s=timeout_s)
+        try:
+            await asyncio.to_thread(transfer.wait, timeout_s)
+        except asyncio.CancelledError:
+            transfer.cancel()
+            raise
+        return transfer
+
+    @property
+    def waking(self) -> Transfer | None:
+        """The wake that is under way, if one was started by :meth:`wake` or by a guard in order."""
+        native = self._native.waking
+        return None if native is None else Transfer(native)
+
+    def set_order(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Set the order in which its bytes are used: wakes bring what is used first, evictions take what is used last.
+
+        Parameters
+        ----------
+        ranges
+            Offset and length in bytes, in order of use. What is in none of them comes last, by address; without any,
+            all comes by address.
+
+        Raises
+        ------
+        RegionError
+            If one lies outside. Nothing has changed then.
+        """
+        self._native.set_order(list(ranges))
+
+    def guard(self, *, in_order: bool = False, timeout_s: float = TIMEOUT_S) -> RegionGuard:
+        """Give a context in which this region is resident and stays so.
+
+        Entering it brings back what is missing. Graphs are captured under :meth:`MemoryManager.guard`: beside
+        this one other regions are evicted.
+
+        Parameters
+        ----------
+        in_order
+            Enter as soon as a wake has all of its memory, while its bytes still come: the body uses a range only after
+            ``guard.wake.wait_stream(offset, nbytes, stream)``, if there is a :attr:`RegionGuard.wake`. Starts the wake
+            if none is under way. Until the guard is left, nothing that came is taken away, also if the wake fails.
+        timeout_s
+            How long entering may take, in seconds.
+
+        Returns
+        -------
+        RegionGuard
+            For one ``with`` statement. It raises, on entering: :class:`OutOfMemoryError` or :class:`LeaseError` if
+            there is no room, :class:`TransferError` if a copy failed, :class:`DeadlineError` if it took too long.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return RegionGuard(self._native, in_order, timeout_s)
 
     def buffer(self, offset: int = 0, nbytes: int | None = None) -> _native.RegionBuffer:
         """Give a range of addresses as an object that speaks DLPack and, on a simulated device, has a writable buffer.
@@ -574,7 +526,7 @@ class MemoryManager:
             backing = "discard" if kind == "workspace" else "keep"
         return Region(self._native.region(name, parse_size(nbytes), kind, backing))
 
-    def guard(self, timeout_s: float = _TIMEOUT_S) -> Guard:
+    def guard(self, timeout_s: float = TIMEOUT_S) -> Guard:
         """Give a context in which every region is resident and stays so.
 
         Entering it brings back what is missing. No forward may run without one (I13). Do not ask for memory inside
@@ -599,7 +551,7 @@ class MemoryManager:
         """
         return Guard(self._native, timeout_s)
 
-    def reclaim(self, nbytes: Size, *, timeout_s: float = _TIMEOUT_S, reason: str = "asked for") -> Report:
+    def reclaim(self, nbytes: Size, *, timeout_s: float = TIMEOUT_S, reason: str = "asked for") -> Report:
         """Give up device memory, in the order in which it is missed least.
 
         KV memory that no block uses, then what may be discarded, then weights from the last extent backwards, then KV

@@ -13,7 +13,9 @@ use std::thread;
 
 use shoal_core::bytes::ByteCount;
 
-use crate::device::{Device, ForeignWork, HostBacking, RawEvent, RawFrame, RawStream, VirtAddr};
+use crate::device::{
+    Device, ForeignStream, ForeignWork, HostBacking, RawEvent, RawFrame, RawStream, VirtAddr,
+};
 use crate::error::{DeviceError, ErrorKind};
 use crate::owned::{Event, Frame, HostBuffer, Mapping, Reservation, Span, Stream};
 
@@ -42,6 +44,7 @@ pub const CASES: &[Case] = &[
     ("events_complete_in_their_time", events_complete_in_their_time),
     ("all_work_can_be_marked", all_work_can_be_marked),
     ("streams_wait_for_one_another", streams_wait_for_one_another),
+    ("streams_of_others_wait_for_ours", streams_of_others_wait_for_ours),
     ("hashes_equal_the_hosts", hashes_equal_the_hosts),
     ("jobs_hold_what_they_touch", jobs_hold_what_they_touch),
     ("host_buffers_refuse_races", host_buffers_refuse_races),
@@ -444,6 +447,25 @@ pub fn all_work_can_be_marked(factory: Factory<'_>) {
     assert!(!all.is_complete().expect("query") && !all.wait(NOT_NOW).expect("wait"), "a job still runs");
     drop(release);
     assert!(all.wait(SOON).expect("wait"), "the job has ended");
+}
+
+/// A stream of others does nothing before our event, or the device says that the caller has to wait itself.
+pub fn streams_of_others_wait_for_ours(factory: Factory<'_>) {
+    let device = factory();
+    let stream = Stream::create(&device).expect("stream");
+    let theirs = ForeignStream::DEFAULT;
+    let release = hold(&stream);
+    let ours = stream.record().expect("record");
+    if ours.foreign_wait(theirs).expect("foreign_wait") {
+        let after = Event::of_foreign(&device, ForeignWork::Of(theirs)).expect("record");
+        assert!(!after.wait(NOT_NOW).expect("wait"), "did not wait for our stream");
+        drop((release, ours));
+        assert!(after.wait(SOON).expect("wait"));
+    } else {
+        assert!(!ours.is_complete().expect("query"), "said no although there was nothing to wait for");
+    }
+    let refused = device.foreign_wait(theirs, RawEvent(u64::MAX));
+    assert!(matches!(refused, Err(DeviceError::UnknownHandle { .. })), "{refused:?}");
 }
 
 /// A stream that waits for another's event does nothing before it; the others go on.

@@ -18,6 +18,7 @@
 //! | `hash` | a kernel; the result goes to a page-locked slot and from there to the [`HashCell`] |
 //! | `launch_host` | `cuLaunchHostFunc` |
 //! | `record_foreign` | `cuEventRecord` on the other's stream; for all of them `cuCtxRecordEvent` |
+//! | `foreign_wait` | `cuStreamWaitEvent` on the other's stream |
 //! | `create_event`, `record`, `query_event`, `wait_event`, `stream_wait` | `cuEventCreate`, `cuEventRecord`, `cuEventQuery`, polling `cuEventQuery` until the deadline, `cuStreamWaitEvent` |
 //!
 //! Rules for every implementation:
@@ -148,6 +149,9 @@ pub struct RawSpan {
 pub struct ForeignStream(u64);
 
 impl ForeignStream {
+    /// The default stream, which is always there.
+    pub const DEFAULT: Self = Self(0);
+
     /// Names a stream of others.
     ///
     /// # Safety
@@ -368,6 +372,14 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// `UnknownHandle`, `Capturing` while a graph is being captured there.
     fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError>;
 
+    /// Makes what others queue on `stream` from now on wait for the event's mark of this moment. The host does not wait.
+    /// False: others have no streams here, as on the simulated device, where their work is done by whoever calls it; then
+    /// the caller has to wait itself.
+    ///
+    /// # Errors
+    /// `UnknownHandle`, `Capturing` while a graph is being captured there.
+    fn foreign_wait(&self, stream: ForeignStream, event: RawEvent) -> Result<bool, DeviceError>;
+
     /// Whether everything before the mark is done. Never waits.
     ///
     /// # Errors
@@ -416,6 +428,7 @@ pub enum Verb {
     DestroyEvent,
     Record,
     RecordForeign,
+    ForeignWait,
     QueryEvent,
     WaitEvent,
     StreamWait,

@@ -17,8 +17,8 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 
 use crate::device::{
-    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostBacking, HostFunction, Keep, RawEvent,
-    RawFrame, RawHost, RawSpan, RawStream, Verb, VirtAddr,
+    Device, DeviceInfo, DeviceMemory, ForeignStream, ForeignWork, HashCell, HostBacking, HostFunction, Keep,
+    RawEvent, RawFrame, RawHost, RawSpan, RawStream, Verb, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -262,6 +262,11 @@ impl Device for FaultDevice {
     fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
         self.enter(Verb::RecordForeign, ByteCount::ZERO)?;
         self.inner.record_foreign(work, event)
+    }
+
+    fn foreign_wait(&self, stream: ForeignStream, event: RawEvent) -> Result<bool, DeviceError> {
+        self.enter(Verb::ForeignWait, ByteCount::ZERO)?;
+        self.inner.foreign_wait(stream, event)
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {

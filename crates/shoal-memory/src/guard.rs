@@ -10,6 +10,9 @@
 //!    wait to evict, and restore inside. What was evicted before that adds to the lease; leases held here are not
 //!    evicted, so each round needs less, and the last one finds everything leased.
 //!
+//! A step may also run beside a wake ([`Region::guard_in_order`]), once that wake has its lease, its turn and its memory: from
+//! then on it waits for nobody, so the step may wait for it, and whoever evicts waits for both.
+//!
 //! A lease is asked for without sharing the gate (I9's spirit: the answer may need this process to evict), which is why
 //! a guard inside another one restores nothing: it is refused at once where something is missing.
 
@@ -24,9 +27,11 @@ use crate::gate::{Pass, Scope};
 use crate::lease::Grant;
 use crate::manager::MemoryManager;
 use crate::region::Region;
-use crate::transfer::Shared;
+use crate::transfer::{Shared, Transfer};
 
 const REASON: &str = "a step needs it";
+/// How often a step tries to run beside a wake before it waits for the whole region.
+const ROUNDS_BESIDE_WAKES: u32 = 3;
 
 /// Permission to use the memory of all regions, or of one: while it lives nothing of it is evicted (I13). Many may be
 /// held at a time; it may be dropped on another thread.
@@ -44,6 +49,54 @@ impl Region {
     /// As [`MemoryManager::guard`].
     pub fn guard(&self, timeout: Duration) -> Result<Guard, MemoryError> {
         self.manager().enter(std::slice::from_ref(self), Scope::Region(self.id()), timeout)
+    }
+}
+
+impl Region {
+    /// Lets a step run while its bytes still come: as [`guard`](Self::guard), but once a wake has all of its memory, this
+    /// returns, with that wake. Before the step uses a range it waits for it by [`Transfer::wait_stream`] or
+    /// [`Transfer::wait_host`]; the wake brings in order of use ([`Region::set_order`]) and is started here if none runs.
+    /// Without a wake in the answer everything is there.
+    ///
+    /// # Errors
+    /// As [`guard`](Self::guard).
+    pub fn guard_in_order(&self, timeout: Duration) -> Result<(Guard, Option<Transfer>), MemoryError> {
+        let (deadline, scope) = (Instant::now() + timeout, Scope::Region(self.id()));
+        let late = || MemoryError::Deadline { doing: "entering a guard", waited: timeout };
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let gate = self.manager().gate();
+        let is_nested = gate.is_held_here();
+        for _ in 0..ROUNDS_BESIDE_WAKES {
+            let pass = gate.share(scope, deadline).ok_or_else(late)?;
+            if self.missing_bytes().is_zero() {
+                return Ok((Guard { _pass: pass }, None));
+            }
+            drop(pass);
+            let waking = self.waking().filter(Transfer::is_whole);
+            if is_nested && !waking.as_ref().is_some_and(|wake| wake.shared().is_open()) {
+                break;
+            }
+            let wake = waking.map_or_else(|| self.wake(left()), Ok)?;
+            if !wake.shared().step_in(deadline).ok_or_else(late)? {
+                wake.wait(left())?;
+                continue;
+            }
+            // Whoever waits to evict waits for the turn too, which the wake has.
+            let pass = gate.share_first(scope, deadline).ok_or_else(late)?;
+            if wake.shared().is_open() {
+                return Ok((Guard { _pass: pass }, Some(wake)));
+            }
+        }
+        self.guard(left()).map(|guard| (guard, None))
+    }
+
+    /// A wake that has all of its memory needs nothing that somebody who holds a guard would have to give up, so it may
+    /// be waited for inside one.
+    fn wait_for_open_wake(&self, deadline: Instant) {
+        if let Some(wake) = self.waking().filter(|wake| wake.shared().is_open()) {
+            // How it ended shows in what is missing.
+            let _ = wake.wait(deadline.saturating_duration_since(Instant::now()));
+        }
     }
 }
 
@@ -73,6 +126,12 @@ impl MemoryManager {
                 return Ok(Guard { _pass: pass });
             }
             if is_nested {
+                for region in &missing {
+                    region.wait_for_open_wake(deadline);
+                }
+                if missing.iter().all(|region| region.missing_bytes().is_zero()) {
+                    return Ok(Guard { _pass: pass });
+                }
                 let region = missing[0].name().to_owned();
                 let missing = missing.iter().map(|region| region.missing_bytes()).sum();
                 return Err(MemoryError::NestedGuard { region, missing });

@@ -104,7 +104,7 @@ impl PyMemoryManager {
         let manager = self.manager.get()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;
         let guard = py.detach(|| manager.guard(timeout)).map_err(errors::of_memory)?;
-        Ok(PyGuard { guard: Mutex::new(Some(Owned::new(guard))) })
+        Ok(PyGuard::new(guard))
     }
 
     fn reclaim(&self, py: Python<'_>, nbytes: u64, timeout_s: f64, reason: &str) -> PyResult<ReportTuple> {
@@ -195,6 +195,12 @@ impl Choice {
 #[pyclass(frozen, name = "Guard", module = "shoal._native")]
 pub(crate) struct PyGuard {
     guard: Mutex<Option<Owned<Guard>>>,
+}
+
+impl PyGuard {
+    pub(crate) fn new(guard: Guard) -> Self {
+        Self { guard: Mutex::new(Some(Owned::new(guard))) }
+    }
 }
 
 #[pymethods]

@@ -13,11 +13,14 @@ use shoal_memory::{MemoryError, Region, RegionUse, Segments, Transfer};
 use crate::buffer::{Bytes, RegionBuffer};
 use crate::convert::{self, ReportTuple, SourceTuple};
 use crate::errors;
+use crate::manager::PyGuard;
 use crate::owner::Owned;
 use crate::torch_hooks;
 
 /// How long a wait goes without looking for an interrupt.
 const SLICE: Duration = Duration::from_millis(100);
+/// How long a wait for somebody else's wake takes at most, if nothing else is said.
+const WAKE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A range of addresses with a name.
 #[pyclass(frozen, name = "Region", module = "shoal._native")]
@@ -199,6 +202,44 @@ impl PyRegion {
         Ok(PyTransfer { transfer: Owned::new(transfer), timeout })
     }
 
+    /// The wake under way.
+    #[getter]
+    fn waking(&self) -> PyResult<Option<PyTransfer>> {
+        let region = self.region.get()?;
+        let begun = |transfer| PyTransfer { transfer: Owned::new(transfer), timeout: WAKE_TIMEOUT };
+        Ok(region.waking().map(begun))
+    }
+
+    /// A guard of this region alone; in order, it is entered beside the wake that is given with it.
+    fn guard(
+        &self,
+        py: Python<'_>,
+        in_order: bool,
+        timeout_s: f64,
+    ) -> PyResult<(PyGuard, Option<PyTransfer>)> {
+        let region = self.region.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let enter = || {
+            if in_order {
+                region.guard_in_order(timeout)
+            } else {
+                region.guard(timeout).map(|guard| (guard, None))
+            }
+        };
+        let (guard, wake) = py.detach(enter).map_err(errors::of_memory)?;
+        let begun = |transfer| PyTransfer { transfer: Owned::new(transfer), timeout };
+        Ok((PyGuard::new(guard), wake.map(begun)))
+    }
+
+    /// The order in which its bytes are used: ranges of offset and length.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
+    fn set_order(&self, py: Python<'_>, ranges: Vec<(u64, u64)>) -> PyResult<()> {
+        let region = self.region.get()?;
+        let ranges: Vec<_> =
+            ranges.iter().map(|(offset, nbytes)| (ByteCount(*offset), ByteCount(*nbytes))).collect();
+        py.detach(|| region.set_order(&ranges)).map_err(errors::of_memory)
+    }
+
     fn buffer(&self, offset: u64, nbytes: u64) -> PyResult<RegionBuffer> {
         let region = self.region.get()?;
         let end = offset.checked_add(nbytes).filter(|end| *end <= region.bytes().0);
@@ -250,6 +291,30 @@ impl PyTransfer {
     fn cancel(&self) -> PyResult<()> {
         self.transfer.get()?.cancel();
         Ok(())
+    }
+
+    /// Waits until the copies of a range are queued.
+    fn wait_host(&self, py: Python<'_>, offset: u64, nbytes: u64, timeout_s: f64) -> PyResult<()> {
+        let transfer = self.transfer.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        py.detach(|| transfer.wait_host(ByteCount(offset), ByteCount(nbytes), timeout))
+            .map_err(errors::of_memory)
+    }
+
+    /// Makes the stream of that handle wait for a range.
+    fn wait_stream(
+        &self,
+        py: Python<'_>,
+        offset: u64,
+        nbytes: u64,
+        stream: u64,
+        timeout_s: f64,
+    ) -> PyResult<()> {
+        let transfer = self.transfer.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let stream = torch_hooks::stream_of(stream);
+        py.detach(|| transfer.wait_stream(ByteCount(offset), ByteCount(nbytes), stream, timeout))
+            .map_err(errors::of_memory)
     }
 
     /// Waits in slices, so that an interrupt is seen.

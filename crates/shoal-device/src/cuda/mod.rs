@@ -37,8 +37,8 @@ use stream::Engine;
 use vmm::Vmm;
 
 use crate::device::{
-    Device, DeviceInfo, DeviceMemory, ForeignWork, HashCell, HostBacking, HostFunction, Keep, RawEvent,
-    RawFrame, RawHost, RawSpan, RawStream, Space, VirtAddr,
+    Device, DeviceInfo, DeviceMemory, ForeignStream, ForeignWork, HashCell, HostBacking, HostFunction, Keep,
+    RawEvent, RawFrame, RawHost, RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
 use crate::sim::LiveObjects;
@@ -335,6 +335,11 @@ impl Device for CudaDevice {
     fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
         self.check_process()?;
         self.engine.record_foreign(work, event)
+    }
+
+    fn foreign_wait(&self, stream: ForeignStream, event: RawEvent) -> Result<bool, DeviceError> {
+        self.check_process()?;
+        self.engine.foreign_wait(stream, event)
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {

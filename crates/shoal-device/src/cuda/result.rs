@@ -372,6 +372,16 @@ impl Driver {
         self.check("cuStreamWaitEvent", code)
     }
 
+    pub(super) fn foreign_wait_event(
+        self,
+        stream: ForeignStream,
+        event: &EventHandle,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: the event lives, and whoever named the stream promised the same of it.
+        let code = unsafe { (self.symbols.stream_wait_event)(opaque(stream), event.0, 0) };
+        self.check("cuStreamWaitEvent", code)
+    }
+
     /// An event that takes no time stamps.
     pub(super) fn event_create(self) -> Result<EventHandle, DeviceError> {
         let mut event = 0;

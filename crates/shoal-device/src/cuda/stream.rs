@@ -30,7 +30,7 @@ use super::hash::PendingHash;
 use super::result::{Driver, EventHandle, StreamHandle, is_capture};
 use super::vmm::Block;
 use super::{SharedErrorLog, record};
-use crate::device::{ForeignWork, HostFunction, Keep, RawEvent, RawStream};
+use crate::device::{ForeignStream, ForeignWork, HostFunction, Keep, RawEvent, RawStream};
 use crate::error::DeviceError;
 
 /// Jobs that one stream holds; a submission waits for room.
@@ -574,6 +574,23 @@ impl Engine {
         let submit = state.submit.lock();
         let handle = submit.handle.as_ref().ok_or_else(|| self.unknown("stream", stream.0))?;
         self.context.driver().stream_wait_event(handle, mark)
+    }
+
+    pub(super) fn foreign_wait(&self, stream: ForeignStream, event: RawEvent) -> Result<bool, DeviceError> {
+        let recorded = self.recorded(event)?;
+        let (driver, capturing) =
+            (self.context.driver(), DeviceError::Capturing { device: self.context.id() });
+        let _bound = self.context.bind()?;
+        if driver.is_capturing(stream)? {
+            return Err(capturing);
+        }
+        let Some(mark) = recorded.as_ref().and_then(|recorded| recorded.mark.event.as_ref()) else {
+            return Ok(true);
+        };
+        match driver.foreign_wait_event(stream, mark) {
+            Ok(()) => Ok(true),
+            Err(error) => Err(if is_capture(&error) { capturing } else { error }),
+        }
     }
 }
 

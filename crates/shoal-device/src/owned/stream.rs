@@ -10,7 +10,9 @@ use shoal_core::bytes::ByteCount;
 
 use super::host::JobUse;
 use super::{HostBuffer, Mapping, check_range, record_leak};
-use crate::device::{Device, ForeignWork, HashCell, Keep, RawEvent, RawSpan, RawStream, Space};
+use crate::device::{
+    Device, ForeignStream, ForeignWork, HashCell, Keep, RawEvent, RawSpan, RawStream, Space,
+};
 use crate::error::DeviceError;
 
 /// A run of bytes that a job reads or writes; the job holds the `Arc` until it has finished.
@@ -227,6 +229,14 @@ impl Event {
     fn create(device: &Arc<dyn Device>) -> Result<Self, DeviceError> {
         let raw = device.create_event()?;
         Ok(Self { device: Arc::clone(device), raw })
+    }
+
+    /// Makes a stream of others wait for it. False: others have no streams here, so that the caller has to wait.
+    ///
+    /// # Errors
+    /// As [`Device::foreign_wait`].
+    pub fn foreign_wait(&self, stream: ForeignStream) -> Result<bool, DeviceError> {
+        self.device.foreign_wait(stream, self.raw)
     }
 
     /// Whether everything before it is done. Never waits.

@@ -33,8 +33,8 @@ use shoal_core::ids::DeviceId;
 use stream::{Engine, Job};
 
 use crate::device::{
-    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignWork, HashCell, HostBacking, HostFunction, Keep,
-    RawEvent, RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
+    Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignStream, ForeignWork, HashCell, HostBacking,
+    HostFunction, Keep, RawEvent, RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
 };
 use crate::error::DeviceError;
 use crate::host::memory::HostMemory;
@@ -294,6 +294,11 @@ impl Device for SimDevice {
     fn record_foreign(&self, work: ForeignWork, event: RawEvent) -> Result<(), DeviceError> {
         self.check_process()?;
         self.engine.record_foreign(work, event)
+    }
+
+    fn foreign_wait(&self, stream: ForeignStream, event: RawEvent) -> Result<bool, DeviceError> {
+        self.check_process()?;
+        self.engine.foreign_wait(stream, event)
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {

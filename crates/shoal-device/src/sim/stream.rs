@@ -24,7 +24,9 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::DeviceId;
 
 use super::{SharedErrorLog, record};
-use crate::device::{ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawSpan, RawStream, Space};
+use crate::device::{
+    ForeignStream, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawSpan, RawStream, Space,
+};
 use crate::error::DeviceError;
 
 /// Jobs that one stream holds; a submission waits for room.
@@ -293,6 +295,11 @@ impl Engine {
             Some(signal) => self.submit(stream, Job::Wait(signal)),
             None => Ok(()),
         }
+    }
+
+    /// Nobody but us has streams here.
+    pub(super) fn foreign_wait(&self, _stream: ForeignStream, event: RawEvent) -> Result<bool, DeviceError> {
+        self.signal(event).map(|_| false)
     }
 
     fn signal(&self, event: RawEvent) -> Result<Option<Arc<Signal>>, DeviceError> {

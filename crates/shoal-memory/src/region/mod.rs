@@ -6,6 +6,8 @@
 mod access;
 mod commit;
 mod evict;
+mod fill;
+mod incoming;
 mod restore;
 mod stage;
 
@@ -28,6 +30,7 @@ use crate::arena::HostCopy;
 use crate::error::MemoryError;
 use crate::lease::Grant;
 use crate::manager::{MemoryManager, Resident};
+use crate::transfer::Transfer;
 pub use stage::SealReport;
 
 /// What a new region shall be.
@@ -142,6 +145,8 @@ pub(crate) struct RegionInner {
     /// Who fills it right now; it does not yield meanwhile.
     users: AtomicUsize,
     reservation: Arc<Reservation>,
+    /// The wake that was started most lately, or one before it that has not ended.
+    waking: Mutex<Option<Transfer>>,
     pub(crate) manager: Arc<MemoryManager>,
     pub(crate) state: Mutex<State>,
 }
@@ -184,8 +189,8 @@ impl RegionInner {
         let make = if is_growing { RegionTable::empty } else { RegionTable::carved };
         let table = make(bytes.pages(), extent_rule, backing);
         let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
-        let (users, state) = (AtomicUsize::new(0), Mutex::new(state));
-        let inner = Self { id, name, kind, backing, is_growing, users, reservation, manager, state };
+        let (users, waking, state) = (AtomicUsize::new(0), Mutex::default(), Mutex::new(state));
+        let inner = Self { id, name, kind, backing, is_growing, users, reservation, waking, manager, state };
         Ok(Region { inner: Arc::new(inner) })
     }
 }

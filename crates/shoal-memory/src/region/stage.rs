@@ -153,7 +153,7 @@ impl Region {
         Ok(report)
     }
 
-    pub(super) fn check_range(&self, offset: ByteCount, bytes: ByteCount) -> Result<(), MemoryError> {
+    pub(crate) fn check_range(&self, offset: ByteCount, bytes: ByteCount) -> Result<(), MemoryError> {
         if offset.checked_add(bytes).is_none_or(|end| end > self.bytes()) {
             let (region, region_bytes) = (self.name().to_owned(), self.bytes());
             return Err(MemoryError::OutOfRange { region, offset, bytes, region_bytes });

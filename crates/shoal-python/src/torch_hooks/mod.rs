@@ -60,6 +60,12 @@ pub(crate) fn unbind(segments: &Arc<Segments>) {
     drop(forgotten);
 }
 
+/// A stream of torch's, by what `Stream.cuda_stream` says (0: the default stream).
+pub(crate) fn stream_of(handle: u64) -> ForeignStream {
+    // SAFETY: torch's streams live as long as the process; the Python package's words ask for no other.
+    unsafe { ForeignStream::new(handle) }
+}
+
 fn allocate(slot: usize, size: isize, device: c_int, _stream: *mut c_void) -> *mut c_void {
     let segments = {
         let known = KNOWN.read();
@@ -90,8 +96,7 @@ fn free(at: *mut c_void, stream: *mut c_void) {
             .map(|one| Arc::clone(&one.segments))
     };
     let Some(segments) = found else { return };
-    // SAFETY: torch's streams live as long as the process.
-    let stream = unsafe { ForeignStream::new(stream.addr() as u64) };
+    let stream = stream_of(stream.addr() as u64);
     // Its failure is kept by the region; torch has no way to hear of it.
     let _ = segments.free(at, Some(stream));
     if segments.is_empty() {

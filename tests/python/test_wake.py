@@ -1,0 +1,124 @@
+"""Wakes in the background: steps beside them, ranges that are waited for, event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from helpers import PAGE, pattern, read
+
+import shoal
+
+
+def asleep(mem: shoal.MemoryManager, pages: int = 16) -> tuple[shoal.Region, bytes]:
+    region = mem.region("weights", pages * PAGE)
+    data = pattern(pages * PAGE)
+    region.stage(0, data)
+    region.seal()
+    return region, data
+
+
+def test_a_step_beside_a_wake_sees_each_range_once_it_waited_for_it(mem: shoal.MemoryManager) -> None:
+    region, data = asleep(mem)
+    pages = list(range(16))[::-1]
+    region.set_order((page * PAGE, PAGE) for page in pages)
+    beside = 0
+    for _ in range(10):
+        with region.guard(in_order=True) as guard:
+            beside += guard.wake is not None
+            for page in pages:
+                if guard.wake is not None:
+                    guard.wake.wait_stream(page * PAGE, PAGE)
+                assert read(region, page * PAGE, PAGE) == data[page * PAGE :][:PAGE], page
+            with region.guard():
+                assert read(region) == data
+        assert guard.wake is None, "it was left"
+        assert region.sleep().freed == region.bytes
+    assert beside > 0
+
+
+def test_a_guard_of_one_region_leaves_the_others_asleep(mem: shoal.MemoryManager) -> None:
+    region, data = asleep(mem, 4)
+    other, _ = asleep(mem, 4)
+    with region.guard():
+        assert read(region) == data
+        assert other.usage()["device"] == 0
+        with pytest.raises(shoal.DeadlineError):
+            region.sleep(timeout_s=0.05)
+        assert other.sleep().freed == 0
+    guard = region.guard()
+    with guard, pytest.raises(RuntimeError, match="already held"):
+        guard.__enter__()
+
+
+def test_what_a_wake_does_not_bring_is_said(mem: shoal.MemoryManager) -> None:
+    region, _ = asleep(mem, 4)
+    wake = region.wake()
+    assert region.waking is None
+    wake.wait_host(0, 4 * PAGE)
+    with pytest.raises(shoal.RegionError):
+        wake.wait_host(PAGE, 4 * PAGE)
+    region.sleep()
+    with pytest.raises(shoal.RegionError, match="evicted since"):
+        wake.wait_stream(0, PAGE)
+    with pytest.raises(ValueError, match="timeout_s"):
+        wake.wait_host(0, PAGE, timeout_s=-1)
+
+
+def test_a_failed_wake_is_told_to_those_who_wait(mem: shoal.MemoryManager) -> None:
+    # The simulated device has 64 MiB.
+    full = mem.region("full", 60 << 20, kind="kv")
+    full.commit(0, 60 << 20)
+    region, data = asleep(mem, 8)
+    wake = region.wake(wait=False)
+    with pytest.raises((shoal.LeaseError, shoal.OutOfMemoryError)):
+        wake.wait_stream(0, PAGE)
+    with pytest.raises((shoal.LeaseError, shoal.OutOfMemoryError)), region.guard(in_order=True):
+        pass
+    with full.guard(), pytest.raises(shoal.RegionError, match="holds a guard already"), region.guard(in_order=True):
+        pass
+    assert region.usage()["device"] == 0
+    full.decommit(0, 60 << 20)
+    with region.guard():
+        assert read(region) == data
+
+
+def test_an_event_loop_goes_on_during_a_wake(mem: shoal.MemoryManager) -> None:
+    region, data = asleep(mem)
+
+    async def wake_both() -> int:
+        ticks = 0
+        woken = asyncio.create_task(region.wake_async(30))
+        while not woken.done():
+            ticks += 1
+            await asyncio.sleep(0)
+        assert (await woken).done
+        return ticks
+
+    assert asyncio.run(wake_both()) > 0
+    assert read(region) == data
+
+
+def test_cancelling_the_task_cancels_the_wake(mem: shoal.MemoryManager) -> None:
+    region, data = asleep(mem)
+    held = threading.Event()
+
+    async def give_up() -> None:
+        with mem.guard():
+            held.set()
+        region.sleep()
+        woken = asyncio.create_task(region.wake_async())
+        await asyncio.sleep(0)
+        woken.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await woken
+
+    asyncio.run(give_up())
+    deadline = time.monotonic() + 10
+    while region.waking is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert region.waking is None
+    with mem.guard():
+        assert read(region) == data
