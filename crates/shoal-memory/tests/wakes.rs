@@ -147,7 +147,7 @@ fn a_step_runs_beside_a_wake_in_order_of_use() {
     assert_eq!(read(&region, 0, PAGES), bytes);
     drop(guard);
     // What it was to free was counted when it was asked for, in the middle of the wake.
-    drop(evicted.join().expect("no panic").expect("clean"));
+    evicted.join().expect("no panic").expect("clean");
     region.sleep(0.0, false, WAIT).expect("clean");
     // It has ended and what it brought is gone again.
     let gone = beside.wait_host(at(0), ByteCount(PAGE), WAIT).expect_err("evicted");
