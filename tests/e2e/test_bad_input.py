@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -15,6 +14,14 @@ import httpx
 import pytest
 from tests.support.server import Server, environment, free_port, serve, write_config
 
+# Even root may then write only what its permissions say: drop CAP_DAC_OVERRIDE for good (PR_CAPBSET_DROP), then go on.
+MORTAL = """
+import ctypes, os, sys
+if os.geteuid() == 0:
+    assert ctypes.CDLL(None, use_errno=True).prctl(24, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 def refused(home: Path, server: dict[str, object], models: list[dict[str, object]]) -> str:
     """Start a server that must refuse to start; gives what it said."""
@@ -25,7 +32,7 @@ def refused(home: Path, server: dict[str, object], models: list[dict[str, object
 def refused_file(home: Path, config: Path) -> str:
     """The same for a written file."""
     run = subprocess.run(
-        [sys.executable, "-m", "shoal", "serve", str(config)],
+        [sys.executable, "-c", MORTAL, sys.executable, "-m", "shoal", "serve", str(config)],
         env=environment(home),
         capture_output=True,
         text=True,
@@ -69,11 +76,14 @@ def test_not_loopback_without_keys(tmp_path: Path, model_tables: list[dict[str, 
     assert "api_key_file" in refused(tmp_path, {"listen": f"0.0.0.0:{free_port()}"}, model_tables[:1])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission_to_write(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
-    """The runtime directory belongs to somebody else."""
-    (tmp_path / "run").mkdir(mode=0o500)
-    assert "run" in refused(tmp_path, {}, model_tables[:1])
+@pytest.mark.parametrize("directory", ["run", "state"])
+def test_no_permission_to_write(tmp_path: Path, model_tables: list[dict[str, object]], directory: str) -> None:
+    """A directory that the server needs may not be written."""
+    (tmp_path / directory).mkdir(mode=0o500)
+    said = refused(tmp_path, {}, model_tables[:1])
+    assert str(tmp_path / directory) in said, said
+    assert "denied" in said.lower(), said
+    assert not list((tmp_path / directory).iterdir())
 
 
 def test_runtime_directory_that_cannot_be_made(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
