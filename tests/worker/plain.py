@@ -82,3 +82,6 @@ class PlainMemory:
 
     def trim(self):
         pass
+
+    def overhead_peak(self):
+        return None

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from shoal.testing import simulated_memory
 from shoal.worker import loading
 from shoal.worker.device import DeviceMemory
-from shoal.worker.engine_causal import CausalEngine, CausalLimits
+from shoal.worker.engine_causal import CausalEngine
 from shoal.worker.engine_embedding import EmbeddingEngine
 from shoal.worker.errors import ApiError, LoadError
 from shoal.worker.kv import KvLayout
+from shoal.worker.limits import CausalLimits
 from shoal.worker.memory import ShortageError
 from shoal.worker.sampling import Sampling
 from shoal.worker.spec import WorkerSpec

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from shoal.worker.engine_causal import CausalEngine, CausalLimits
+from shoal.worker.engine_causal import CausalEngine
 from shoal.worker.errors import ApiError
 from shoal.worker.kv import PADDING_BLOCKS, KvLayout
+from shoal.worker.limits import CausalLimits
 from shoal.worker.sampling import Sampling
 from shoal.worker.spec import WorkerSpec
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,29 @@ def test_a_specification_that_is_wrong_says_why(llama_dir, start):
     worker = start(llama_dir, dtype="int3")
     failed = worker.broker.wait(lambda b: b.said("failed"))[0]
     assert "dtype: 'int3' is not one of" in failed["message"]
+
+
+@pytest.mark.parametrize(
+    ("module", "body", "said"),
+    [
+        ("aiohttp", "raise ModuleNotFoundError(name='aiohttp')", "aiohttp is not installed"),
+        ("jinja2", "import markupsafe_not_there", "markupsafe_not_there, which \\w+ needs, is not installed"),
+        ("transformers", "raise ImportError('torch is too old')", r"cannot be imported \(torch is too old\)"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named_with_its_remedy_and_no_restart(  # noqa: PLR0917 - a table's columns
+    llama_dir, start, tmp_path, monkeypatch, module, body, said
+):
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / f"{module}.py").write_text(f"{body}\n")
+    monkeypatch.setenv("PYTHONPATH", str(shadow))
+    worker = start(llama_dir)
+    failed = worker.broker.wait(lambda b: b.said("failed"))[0]
+    assert failed["code"] == "engine", "only 'internal' is started again"
+    assert re.search(said, failed["message"])
+    assert "pip install 'shoal[serve]'" in failed["message"]
+    assert worker.process.wait(10) == 1
 
 
 def test_it_ends_when_the_server_is_gone(llama_dir, start):

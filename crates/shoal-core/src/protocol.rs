@@ -177,7 +177,8 @@ pub enum FromWorker {
     },
     /// The model cannot be served; the worker exits after this.
     Failed {
-        /// `"model_missing"`, `"model_corrupt"`, `"model_unsupported"`, `"host_budget"`, `"internal"`.
+        /// `"model_missing"`, `"model_corrupt"`, `"model_unsupported"`, `"host_budget"`, `"device"`, `"engine"`, or
+        /// `"internal"`: the only one after which the worker is started again.
         code: String,
         /// What is wrong and what would be right.
         message: String,

@@ -33,6 +33,7 @@ logger = logging.getLogger("shoal.worker")
 _GRACE_S = 10.0  # how long running requests may take after SIGTERM
 _PARENT_CHECK_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_INSTALL = "pip install 'shoal[serve]' brings what serving needs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +99,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     from .spec import SpecError, WorkerSpec
 
     try:
-        spec = WorkerSpec.from_welcome(client.welcome["spec"])
+        spec = WorkerSpec.from_welcome({"device_bytes": client.welcome["device_bytes"], **client.welcome["spec"]})
     except SpecError as error:
         raise LoadError("model_unsupported", f"the model's configuration cannot be used: {error}") from error
     # Several workers share the cores. Threads that spin while they wait for the next operation take them from the other
@@ -116,15 +117,14 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     try:
         hooks.verify()
     except hooks.HookError as error:
-        raise LoadError("internal", str(error)) from error
+        raise LoadError("engine", f"{error}: {_INSTALL}") from error
     path = _prepared(spec, client.loading)
     files = loading.inspect(path)
     memory = _open(client, spec)
     loaded = loading.load(files, spec, client.loading)
     weights = memory.place(loaded.model, path, lambda done, total: client.loading("placing", done, total))
-    assembled = assemble(name, loaded, memory, spec, weights)
     memory.warm_up(loaded.model.dtype)
-    return assembled
+    return assemble(name, loaded, memory, spec, weights)
 
 
 def _open(client: BrokerClient, spec: WorkerSpec) -> DeviceMemory:
@@ -149,14 +149,20 @@ def _open(client: BrokerClient, spec: WorkerSpec) -> DeviceMemory:
 
 
 def _require_extras() -> None:
+    """Import what the `serve` extra brings; what is not there will not be there after a restart either."""
     from .errors import LoadError
 
     for module in ("torch", "transformers", "safetensors", "aiohttp", "jinja2"):
         try:
             __import__(module)
+        except ModuleNotFoundError as error:
+            missing = error.name or module
+            needed = "" if missing.partition(".")[0] == module else f", which {module} needs,"
+            message = f"the Python package {missing}{needed} is not installed for {sys.executable}: {_INSTALL}"
+            raise LoadError("engine", message) from error
         except ImportError as error:
-            message = f"{module} is not installed for {sys.executable}: pip install 'shoal[serve]' ({error})"
-            raise LoadError("internal", message) from error
+            message = f"the Python package {module} of {sys.executable} cannot be imported ({error}): {_INSTALL}"
+            raise LoadError("engine", message) from error
 
 
 def _prepared(spec: WorkerSpec, progress: Progress) -> Path:

@@ -222,7 +222,7 @@ class DeviceMemory:
     def place(
         self, module: torch.nn.Module, files: Path | None = None, progress: Callable[[int, int], None] | None = None
     ) -> int:
-        """Move the parameters of `module` into a region; returns their bytes. Needs no device memory.
+        """Move the parameters of `module` into a region; returns its bytes. Needs no device memory.
 
         Parameters
         ----------
@@ -245,7 +245,7 @@ class DeviceMemory:
             raise LoadError("host_budget", f"the weights do not fit into the host budget: {error}") from error
         except TransferError as error:
             raise LoadError("model_corrupt", f"{files}: the files changed while they were read: {error}") from error
-        return placement.nbytes
+        return placement.region.bytes
 
     def kv(self, block_bytes: int, blocks: int) -> DeviceKv:
         """Reserve address space for `blocks` KV blocks."""

@@ -22,7 +22,6 @@ import itertools
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +37,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from . import hooks, scheduling
 from .errors import ApiError
-from .kv import PADDING_BLOCKS, ElasticCache, KvLayout, UnboundedMemoryHandler
+from .kv import PADDING_BLOCKS, ElasticCache, UnboundedMemoryHandler
 from .memory import Memory, ShortageError
 from .sampling import RowSampler, Sampling
 from .usage import Counts
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
+    from .limits import CausalLimits
     from .spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -57,58 +57,6 @@ _LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a s
 _RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
 _PREEMPT_S = 2.0  # how long a prepared batch waits for its guard before its requests give their blocks up
-_KV_DEFAULT_MAX = 1 << 30
-_CONTEXTS_DEFAULT = 4
-_PAGE_BYTES = 2 << 20
-
-
-def _kv_bytes_min(first: int, blocks: int, block_bytes: int) -> int:
-    """Count the bytes of the pages under the `first` blocks and under the padding behind all `blocks`."""
-    front_end = -(-first * block_bytes // _PAGE_BYTES)
-    padding_start = max(front_end, blocks * block_bytes // _PAGE_BYTES)
-    padding_end = -(-(blocks + PADDING_BLOCKS) * block_bytes // _PAGE_BYTES)
-    return (front_end + padding_end - padding_start) * _PAGE_BYTES
-
-
-@dataclass(frozen=True)
-class CausalLimits:
-    """What fits.
-
-    Attributes
-    ----------
-    context_tokens
-        Longest prompt plus answer.
-    blocks
-        KV blocks that requests may use (padding is beside them).
-    kv_bytes_min
-        KV bytes with which one short request runs.
-    """
-
-    context_tokens: int
-    blocks: int
-    block_bytes: int
-    block_tokens: int
-    kv_bytes_min: int
-
-    @classmethod
-    def of(cls, layout: KvLayout, model_context: int, spec: WorkerSpec) -> CausalLimits:
-        """Fit the context into the KV space that the specification allows."""
-        context = min(model_context, spec.context or model_context)
-        block_bytes, tokens = layout.block_bytes, layout.block_tokens
-        # In each group, the scheduler takes up to two blocks more than a request's tokens need.
-        wanted = _CONTEXTS_DEFAULT * (-(-context // tokens) + 2) * layout.groups
-        default = min(wanted * block_bytes, _KV_DEFAULT_MAX)
-        blocks = (spec.kv_max_bytes or default) // block_bytes - PADDING_BLOCKS
-        if blocks < 3 * layout.groups:
-            need = (3 * layout.groups + PADDING_BLOCKS) * block_bytes
-            raise ValueError(f"kv_max_bytes is {spec.kv_max_bytes}; the least for this model is {need}")
-        return cls(
-            context_tokens=min(context, (blocks // layout.groups - 2) * tokens),
-            blocks=blocks,
-            block_bytes=block_bytes,
-            block_tokens=tokens,
-            kv_bytes_min=_kv_bytes_min(2 * layout.groups, blocks, block_bytes),
-        )
 
 
 class Generation:
@@ -207,7 +155,7 @@ class CausalEngine:
         self, model: PreTrainedModel, memory: Memory, spec: WorkerSpec, limits: CausalLimits, eos: Sequence[int] = ()
     ) -> None:
         hooks.verify()
-        self.limits = limits
+        self._limits = limits
         self.eos = frozenset(eos)
         self._model = model
         self._memory = memory
@@ -225,7 +173,7 @@ class CausalEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def _build(self) -> tuple[ContinuousBatchingManager, ContinuousBatchProcessor, ElasticCache]:
-        limits, spec = self.limits, self._spec
+        limits, spec = self._limits, self._spec
         self._model.set_attn_implementation(hooks.ATTENTION)
         manager = ContinuousBatchingManager(
             self._model,
@@ -247,11 +195,10 @@ class CausalEngine:
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
         manager.logit_processor.tensors_required = 1
         manager.output_router = _Router(self)
-        layout = KvLayout.of(self._model.config.get_text_config(), self._model.dtype, limits.block_tokens)
-        space = self._memory.kv(layout.block_bytes, limits.blocks + PADDING_BLOCKS)
+        space = self._memory.kv(limits.block_bytes, limits.blocks + PADDING_BLOCKS)
         with (
             torch.no_grad(),
-            hooks.elastic_cache(functools.partial(ElasticCache, space, layout), UnboundedMemoryHandler),
+            hooks.elastic_cache(functools.partial(ElasticCache, space, limits.layout), UnboundedMemoryHandler),
         ):
             processor = manager._create_batch_processor()
         manager.batch_processor = processor
@@ -272,6 +219,12 @@ class CausalEngine:
     def alive(self) -> bool:
         """Whether it can serve."""
         return self._thread.is_alive() and not self._stop.is_set()
+
+    @property
+    def limits(self) -> CausalLimits:
+        """What fits, as far as is known by now: the process's own memory is measured while it serves."""
+        self._limits = self._limits.with_overhead(self._memory.overhead_peak() or 0)
+        return self._limits
 
     def counts(self) -> Counts:
         """Count requests and tokens now."""
@@ -296,8 +249,7 @@ class CausalEngine:
         """
         if not prompt:
             raise ApiError("the prompt is empty: at least one token is needed", param="prompt", code="empty_prompt")
-        if len(prompt) + tokens_max > self.limits.context_tokens:
-            raise context_error(len(prompt), tokens_max, self.limits.context_tokens)
+        self.limits.check(len(prompt), tokens_max)
         eos = frozenset() if ignore_eos else self.eos
         generation = Generation(self, f"r{next(self._names)}", eos)
         with self._lock:
@@ -487,14 +439,4 @@ def _as_api_error(error: Exception | str) -> ApiError:
     return ApiError(f"the engine failed on this request: {detail}", status=500, code="engine_error")
 
 
-def context_error(prompt: int, answer: int, context: int) -> ApiError:
-    """OpenAI's error for what does not fit, with the numbers."""
-    return ApiError(
-        f"This model's maximum context length is {context} tokens. However, you requested {prompt + answer} tokens "
-        f"({prompt} in the prompt, {answer} in the completion). Please reduce the length of the prompt or completion.",
-        param="messages",
-        code="context_length_exceeded",
-    )
-
-
-__all__ = ["CausalEngine", "CausalLimits", "Generation", "context_error"]
+__all__ = ["CausalEngine", "Generation"]

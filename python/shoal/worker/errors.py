@@ -9,8 +9,9 @@ class LoadError(Exception):
     Attributes
     ----------
     code
-        ``"model_missing"``, ``"model_corrupt"``, ``"model_unsupported"``, ``"host_budget"``, ``"device"`` or
-        ``"internal"``.
+        ``"model_missing"``, ``"model_corrupt"``, ``"model_unsupported"``, ``"host_budget"``, ``"device"``,
+        ``"engine"`` (what it takes to serve is not installed) or ``"internal"``, the only one after which the server
+        starts the worker again.
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from . import chat, parsing
-from .engine_causal import CausalEngine, context_error
 from .errors import ApiError
 from .parsing import SamplingDefaults
 from .stopping import TextStream
@@ -29,7 +28,7 @@ from .stopping import TextStream
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .engine_causal import Generation
+    from .engine_causal import CausalEngine, Generation
     from .engine_embedding import EmbeddingEngine
     from .parsing import GenerationAsk
 
@@ -244,7 +243,7 @@ def _submit(served: Served, ask: GenerationAsk, prompts: list[list[int]], param:
     """Take all prompts in, or none."""
     engine = served.causal
     assert engine is not None
-    context = engine.limits.context_tokens
+    limits = engine.limits
     over = next((token for token in ask.sampling.logit_bias if token >= served.vocabulary), None)
     if over is not None:
         raise ApiError(f"'logit_bias' names token {over}; the vocabulary has {served.vocabulary}", param="logit_bias")
@@ -252,13 +251,7 @@ def _submit(served: Served, ask: GenerationAsk, prompts: list[list[int]], param:
     for prompt in prompts:
         if not prompt:
             raise ApiError(f"'{param}' has no tokens", param=param, code="empty_prompt")
-        room = context - len(prompt)
-        tokens_max = ask.tokens_max or room
-        if room < 1 or tokens_max > room:
-            error = context_error(len(prompt), ask.tokens_max or 1, context)
-            error.param = param
-            raise error
-        wanted.append(tokens_max)
+        wanted.append(limits.check(len(prompt), ask.tokens_max, param))
     generations: list[Generation] = []
     try:
         for prompt, tokens_max in zip(prompts, wanted, strict=True):

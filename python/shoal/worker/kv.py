@@ -40,6 +40,8 @@ class KvLayout:
         Layers of one group; layers of a group share their blocks.
     groups
         Groups of layers: 1, unless full and windowed attention are mixed. Each has blocks of its own.
+    windowed
+        Those of them whose attention has a window: there a request holds at most `window_blocks` blocks.
     """
 
     layers: int
@@ -48,11 +50,14 @@ class KvLayout:
     head_dim: int
     dtype: torch.dtype
     block_tokens: int
+    windowed: int = 0
+    window_blocks: int = 0
 
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype: torch.dtype, block_tokens: int) -> KvLayout:
         """Give the layout of a model; `layers` counts those that share a block table (all, if not mixed)."""
-        groups, _ = cache_module.group_layers_by_attn_type(config)
+        groups, kinds = cache_module.group_layers_by_attn_type(config)
+        windowed = kinds.count("sliding_attention")
         return cls(
             layers=len(groups[0]),
             groups=len(groups),
@@ -60,7 +65,13 @@ class KvLayout:
             head_dim=cache_module.find_head_dim(config),
             dtype=dtype,
             block_tokens=block_tokens,
+            windowed=windowed,
+            window_blocks=-(-config.sliding_window // block_tokens) if windowed else 0,
         )
+
+    def request_blocks(self, blocks: int) -> int:
+        """Count the blocks that a request has in all groups when it has asked for `blocks`."""
+        return (self.groups - self.windowed) * blocks + self.windowed * min(blocks, self.window_blocks)
 
     @property
     def token_elements(self) -> int:

@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .engine_causal import CausalEngine, CausalLimits
+from .engine_causal import CausalEngine
 from .engine_embedding import EmbeddingEngine, Pooling
 from .errors import LoadError
 from .http import Served
 from .kv import KvLayout
+from .limits import CausalLimits, Room
 from .parsing import SamplingDefaults
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def assemble(name: str, loaded: LoadedModel, memory: Memory, spec: WorkerSpec, w
     if files.kind == "causal":
         layout = KvLayout.of(model.config.get_text_config(), model.dtype, spec.block_tokens)
         try:
-            limits = CausalLimits.of(layout, loaded.context_tokens, spec)
+            room = Room.of(spec, weights_bytes, memory.overhead_peak() or 0)
+            limits = CausalLimits.of(layout, loaded.context_tokens, spec, room)
         except ValueError as error:
             raise LoadError("model_unsupported", f"{files.path}: {error}") from error
         causal = CausalEngine(model, memory, spec, limits, loaded.eos)

@@ -44,6 +44,10 @@ class WorkerSpec:
         Threads that torch computes with.
     device
         ``"sim"`` or ``"cuda:N"``.
+    device_bytes
+        The device's budget, which all models share; None where it is not known.
+    device_bytes_max
+        The most device memory that this model may have, all kinds together; None where only the budget is the limit.
     overhead_bytes
         Device memory that the process takes on a GPU besides weights and KV cache, as leased before it starts; the
         measured figure corrects it upwards.
@@ -66,6 +70,8 @@ class WorkerSpec:
     kv_max_bytes: int | None = None
     threads: int = min(2, os.cpu_count() or 1)
     device: str = "sim"
+    device_bytes: int | None = None
+    device_bytes_max: int | None = None
     overhead_bytes: int = 832 << 20
     block_tokens: int = 16
     batch_tokens_max: int = 512
@@ -78,7 +84,7 @@ class WorkerSpec:
             raise SpecError("source: the directory of the model's files is missing")
         if self.dtype not in DTYPES:
             raise SpecError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        for name in ("context", "kv_max_bytes"):
+        for name in ("context", "kv_max_bytes", "device_bytes", "device_bytes_max"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name}: {value} is less than 1")
@@ -129,7 +135,7 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SpecError(f"{key}: {value!r} is not a number of seconds")
         return float(value)
-    if key.endswith("bytes") or key == "body_bytes_max":
+    if key.endswith(("bytes", "bytes_max")):
         return parse_bytes(key, value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise SpecError(f"{key}: {value!r} is not a whole number")
