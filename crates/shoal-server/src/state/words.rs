@@ -83,7 +83,6 @@ impl EventKind {
             Self::ModelFailed { .. }
                 | Self::WakeFailed { .. }
                 | Self::EvictTimedOut { .. }
-                | Self::LeaseDenied { .. }
                 | Self::ProtocolError { .. }
                 | Self::RestartScheduled { .. }
         )
