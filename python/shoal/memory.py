@@ -551,6 +551,44 @@ class MemoryManager:
         """
         return Guard(self._native, timeout_s)
 
+    def swap(
+        self, out: Region, into: Region, *, trust_clean: bool = False, timeout_s: float = TIMEOUT_S
+    ) -> tuple[Report, Report]:
+        """Take one region off the device and bring another there, both ways at once, in the room of the first.
+
+        Waits for the guards of both; steps on other regions go on.
+
+        Parameters
+        ----------
+        out
+            What leaves: without a copy where it is clean, else to the host.
+        into
+            What comes, whole. What it needs beyond the room of the first is leased before anything moves.
+        trust_clean
+            As for :meth:`Region.sleep`.
+        timeout_s
+            How long it may take in all, in seconds.
+
+        Returns
+        -------
+        tuple of (Report, Report)
+            What left, and what came.
+
+        Raises
+        ------
+        RegionError
+            If the regions are of two kinds or managers, or the same. Nothing has moved then.
+        LeaseError
+            If ``into`` needs more than there is. Nothing has moved then.
+        OutOfMemoryError
+            If what must be copied does not fit into the host budget; nothing has moved then. Or if the device is full.
+        TransferError, DeadlineError
+            If a copy failed, or it took too long. What had left is on the host and what had come is on the device;
+            the same call goes on from there.
+        """
+        left, came = self._native.swap(out._native, into._native, trust_clean, timeout_s)
+        return Report._of(left, whole=True), Report._of(came, whole=True)
+
     def reclaim(self, nbytes: Size, *, timeout_s: float = TIMEOUT_S, reason: str = "asked for") -> Report:
         """Give up device memory, in the order in which it is missed least.
 

@@ -10,6 +10,7 @@ import pytest
 from helpers import PAGE, pattern, read
 
 import shoal
+from shoal import testing
 
 
 def asleep(mem: shoal.MemoryManager, pages: int = 16) -> tuple[shoal.Region, bytes]:
@@ -122,3 +123,28 @@ def test_cancelling_the_task_cancels_the_wake(mem: shoal.MemoryManager) -> None:
     assert region.waking is None
     with mem.guard():
         assert read(region) == data
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_two_regions_swap_in_the_room_of_one(is_written: bool) -> None:
+    with testing.simulated_memory("16MiB") as mem:
+        (one, first), (two, second) = asleep(mem, 8), asleep(mem, 8)
+        one.wake()
+        if is_written:
+            with one.guard():
+                memoryview(one.buffer())[:] = first = pattern(8 * PAGE, 9)
+        with pytest.raises((shoal.LeaseError, shoal.OutOfMemoryError)):
+            two.wake()
+        left, came = mem.swap(one, two)
+        assert (left.freed, came.restored) == (one.bytes, two.bytes)
+        assert left.copied == (one.bytes if is_written else 0)
+        assert one.usage()["device"] == 0
+        assert read(two) == second
+        with two.guard(), pytest.raises(shoal.DeadlineError):
+            mem.swap(two, one, timeout_s=0.05)
+        mem.swap(two, one, trust_clean=True)
+        assert read(one) == first
+        with pytest.raises(shoal.RegionError, match="own place"):
+            mem.swap(one, one)
+        with pytest.raises(shoal.RegionError, match="another kind"):
+            mem.swap(one, mem.region("kv", 2 * PAGE, kind="kv"))

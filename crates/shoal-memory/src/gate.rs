@@ -20,15 +20,32 @@ use shoal_core::ids::RegionId;
 pub(crate) enum Scope {
     All,
     Region(RegionId),
+    Pair(RegionId, RegionId),
 }
 
 impl Scope {
+    fn has(self, id: RegionId) -> bool {
+        match self {
+            Self::All => true,
+            Self::Region(one) => one == id,
+            Self::Pair(one, other) => one == id || other == id,
+        }
+    }
+
     fn covers(self, other: Self) -> bool {
-        self == Self::All || self == other
+        match other {
+            Self::All => self == Self::All,
+            Self::Region(id) => self.has(id),
+            Self::Pair(one, two) => self.has(one) && self.has(two),
+        }
     }
 
     fn meets(self, other: Self) -> bool {
-        self.covers(other) || other == Self::All
+        match self {
+            Self::All => true,
+            Self::Region(id) => other.has(id),
+            Self::Pair(one, two) => other.has(one) || other.has(two),
+        }
     }
 }
 
@@ -310,6 +327,25 @@ mod tests {
         assert_eq!(gate.state.lock().wanted.len(), 1);
         drop(pass);
         assert!(next.join().expect("no panic"));
+    }
+
+    #[test]
+    fn a_pair_meets_its_two_regions_and_all() {
+        let gate = Arc::new(Gate::default());
+        let (pair, c) = (Scope::Pair(RegionId(1), RegionId(2)), Scope::Region(RegionId(3)));
+        for scope in [A, B, Scope::All] {
+            let shared = gate.share(scope, soon()).expect("free");
+            assert!(gate.alone(pair, soon()).is_none(), "{scope:?}");
+            drop(shared);
+        }
+        let beside = gate.share(c, soon()).expect("free");
+        let alone = gate.alone(pair, soon()).expect("a third region is no hindrance");
+        for scope in [A, B, Scope::All] {
+            assert!(elsewhere(&gate, move |gate| gate.share(scope, soon()).is_none()), "{scope:?}");
+        }
+        assert!(elsewhere(&gate, move |gate| gate.share(c, soon()).is_some()));
+        drop((alone, beside));
+        assert!(gate.share(Scope::All, soon()).is_some());
     }
 
     #[test]

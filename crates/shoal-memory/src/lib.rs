@@ -19,6 +19,7 @@
 mod arena;
 mod gate;
 mod source;
+mod swap;
 mod turn;
 
 pub mod broker;
@@ -41,4 +42,5 @@ pub use region::{Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport}
 pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;
 pub use shoal_core::source::{Conversion, SourcePiece};
+pub use swap::SwapReport;
 pub use transfer::{Progress, Transfer};

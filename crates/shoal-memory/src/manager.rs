@@ -397,6 +397,12 @@ impl MemoryManager {
         self.regions().iter().try_for_each(Region::check_invariants)
     }
 
+    /// Never gives these bytes back: the device did not give up the memory behind them.
+    pub(crate) fn leak(&self, lease: Grant) {
+        self.leaked.fetch_add(lease.bytes().0, Ordering::Relaxed);
+        lease.leak();
+    }
+
     pub(crate) fn count_onboarded(&self, bytes: ByteCount) {
         self.onboarded.fetch_add(bytes.0, Ordering::Relaxed);
     }

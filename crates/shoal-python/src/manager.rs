@@ -107,6 +107,21 @@ impl PyMemoryManager {
         Ok(PyGuard::new(guard))
     }
 
+    fn swap(
+        &self,
+        py: Python<'_>,
+        out: &PyRegion,
+        into: &PyRegion,
+        trust_clean: bool,
+        timeout_s: f64,
+    ) -> PyResult<(ReportTuple, ReportTuple)> {
+        let (manager, out, into) = (self.manager.get()?, out.get()?, into.get()?);
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let report =
+            py.detach(|| manager.swap(out, into, trust_clean, timeout)).map_err(errors::of_memory)?;
+        Ok((convert::evicted(py, report.out), convert::restored(&report.into)))
+    }
+
     fn reclaim(&self, py: Python<'_>, nbytes: u64, timeout_s: f64, reason: &str) -> PyResult<ReportTuple> {
         let manager = self.manager.get()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;

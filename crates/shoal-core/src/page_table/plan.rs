@@ -57,6 +57,19 @@ pub struct EvictPlan {
     pub refused: Vec<(ExtentIndex, RefusedReason)>,
 }
 
+impl EvictPlan {
+    /// Bytes that the host tier lacks room for; `None` if it has room for all that must be copied.
+    #[must_use]
+    pub fn host_room_lacking(&self) -> Option<ByteCount> {
+        let lacking = |(_, reason): &(ExtentIndex, RefusedReason)| match reason {
+            RefusedReason::NoHostRoom { needed, .. } => Some(*needed),
+            RefusedReason::Moving => None,
+        };
+        let bytes: ByteCount = self.refused.iter().filter_map(lacking).sum();
+        (!bytes.is_zero()).then_some(bytes)
+    }
+}
+
 /// What to do to bring bytes back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RestorePlan {

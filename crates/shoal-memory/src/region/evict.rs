@@ -109,7 +109,7 @@ impl Region {
 
     /// Compares what lies on the device with the recorded checksums, for the extents that freeing `bytes` concerns.
     /// Where they differ the device copy is the only valid one from now on.
-    fn find_written(&self, bytes: ByteCount, deadline: Instant) -> Result<(), MemoryError> {
+    pub(crate) fn find_written(&self, bytes: ByteCount, deadline: Instant) -> Result<(), MemoryError> {
         let candidates: Vec<ExtentIndex> = {
             let state = self.inner.state.lock();
             if !state.sealed || self.backing() == Backing::Discard {

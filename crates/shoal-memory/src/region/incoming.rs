@@ -64,6 +64,20 @@ impl<'a> Incoming<'a> {
         Self { region, shared, planned, mapped, flying, flying_bytes, brought, leaving, has_begun: false }
     }
 
+    /// The next extent that has no memory yet.
+    pub(crate) fn next(&self) -> Option<PlannedMove> {
+        self.planned.front().copied()
+    }
+
+    pub(crate) fn is_flying(&self) -> bool {
+        !self.flying.is_empty()
+    }
+
+    /// What is on the device by now, in the order it came.
+    pub(crate) fn brought(&self) -> &[PlannedMove] {
+        &self.brought
+    }
+
     pub(crate) fn is_done(&self) -> bool {
         self.planned.is_empty() && self.mapped.is_empty() && self.flying.is_empty()
     }

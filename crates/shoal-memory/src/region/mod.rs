@@ -7,7 +7,8 @@ mod access;
 mod commit;
 mod evict;
 mod fill;
-mod incoming;
+pub(crate) mod incoming;
+pub(crate) mod outgoing;
 mod restore;
 mod stage;
 
@@ -209,6 +210,10 @@ impl Region {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    pub(crate) fn reservation(&self) -> &Arc<Reservation> {
+        &self.inner.reservation
     }
 
     pub(crate) fn id(&self) -> RegionId {

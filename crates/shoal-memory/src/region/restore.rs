@@ -161,8 +161,14 @@ impl Region {
         self.manager().release(leaving);
     }
 
+    /// Host bytes that [`drop_writable_copies`](Self::drop_writable_copies) frees when all of it has come.
+    pub(crate) fn writable_copies(&self) -> ByteCount {
+        let usage = self.usage();
+        if usage.sealed || self.backing() == Backing::Discard { ByteCount::ZERO } else { usage.host }
+    }
+
     /// What may be written on the device and has no checksum to find that out by: its other copies are stale from now on.
-    fn drop_writable_copies(&self, brought: &[PlannedMove]) {
+    pub(crate) fn drop_writable_copies(&self, brought: &[PlannedMove]) {
         let mut freed = Vec::new();
         let mut state = self.inner.state.lock();
         if state.sealed || self.backing() == Backing::Discard {
