@@ -1,7 +1,7 @@
-"""Write the figures in benches/results/ into README, between the markers.
+"""Write the figures in benches/results/ into README (the headlines and all losses) and docs/benchmarks.md (every row).
 
-A number in README therefore exists only as a row of a result file, with the commit and the machine it came from; rows
-that miss their target are printed like the others.
+A number in a document therefore exists only as a row of a result file, with the commit and the machine it came from;
+rows that miss their target are printed like the others, and README shows each of them whether it is a headline or not.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benches" / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTES = {
@@ -21,51 +23,127 @@ NOTES = {
     "they say nothing about a GPU.",
     "h100": "One H100 80GB HBM3 (SXM, PCIe Gen5), 16 virtual cores; ceilings measured in the same run.",
 }
+# What README shows besides losses: device, bench, case, metric.
+HEADLINES = [
+    ("cpu", "shelf_all_active", "75 % of 96 MiB", "tokens a second"),
+    ("cpu", "shelf_all_active", "75 % of 96 MiB", "first token p99"),
+    ("cpu", "shelf_all_active", "50 % of 96 MiB", "tokens a second"),
+    ("cpu", "shelf_all_active", "50 % of 96 MiB", "first token p99"),
+    ("h100", "shelf", "first token, awake", "time"),
+    ("h100", "shelf", "first token, asleep in host memory", "time"),
+    ("h100", "shelf", "first token of a model that another must yield to", "time"),
+    ("h100", "sleep_wake", "wake, first", "rate"),
+    ("h100", "sleep_wake", "sleep, clean, hash checked, later", "time"),
+    ("h100", "vmm", "grow 16 GiB, pooled 64 MiB frames", "rate"),
+]
+HEAD = ["| {first} | figure | ceiling | peer | target |", "|---|---|---|---|---|"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of a result file, and where it stands."""
+
+    device: str
+    bench: str
+    origin: str
+    row: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What it is called."""
+        return self.device, self.bench, self.row["case"], self.row["metric"]
+
+    @property
+    def missed(self) -> bool:
+        """Whether it has a target and is on the wrong side of it."""
+        return self.row.get("target") is not None and not self.row.get("met")
+
+    def cells(self) -> str:
+        """Return it as a row of a table."""
+        row, unit = self.row, self.row["unit"]
+        scale, unit = (1 << 20, "MiB") if unit == "bytes" else (1, unit)
+
+        def shown(value: float | None) -> str:
+            return number(None if value is None else value / scale)
+
+        peer = f"{row['peer']}: {shown(row.get('peer_value'))}" if row.get("peer") else ""
+        target = "" if row.get("target") is None else f"{shown(row['target'])} {'**missed**' if self.missed else 'met'}"
+        named = f"{row['case']}: {row['metric']}"
+        return f"| {named} | {shown(row['value'])} {unit} | {shown(row.get('ceiling'))} | {peer} | {target} |"
 
 
 def main() -> int:
-    """Render, or with ``--check`` tell whether README is up to date (exit status 1 if not)."""
-    parser = argparse.ArgumentParser(description="Render benches/results/ into README.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if README would change")
+    """Render, or with ``--check`` tell whether the documents are up to date (exit status 1 if not)."""
+    parser = argparse.ArgumentParser(description="Render benches/results/ into README and docs/benchmarks.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document would change")
     options = parser.parse_args()
-    before = README.read_text("utf-8")
+    found = figures()
+    try:
+        texts = {README: headlines(found), BENCHMARKS: tables(found)}
+        stale = [path for path, text in texts.items() if not put(path, text, keep=options.check)]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path in stale if options.check else []:
+        print(f"{path.name} is not what benches/results/ says; run scripts/render_results.py", file=sys.stderr)
+    return 1 if options.check and stale else 0
+
+
+def put(path: Path, text: str, *, keep: bool) -> bool:
+    """Put ``text`` between the markers of a document, or only look; gives whether it stood there already."""
+    before = path.read_text("utf-8")
     head, _, rest = before.partition(BEGIN)
     _, found, tail = rest.partition(END)
     if not found:
-        print(f"README has no lines {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    after = f"{head}{BEGIN}\n{render()}\n{END}{tail}"
-    if options.check:
-        return 0 if after == before else 1
-    README.write_text(after, "utf-8")
-    return 0
+        msg = f"{path.name} has no lines {BEGIN} and {END}"
+        raise ValueError(msg)
+    after = f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    if not keep:
+        path.write_text(after, "utf-8")
+    return after == before
 
 
-def render() -> str:
-    """Return all result files as Markdown tables, one section a device."""
+def figures() -> list[Figure]:
+    """Return every figure there is; what only passed or failed is none."""
+    found = []
+    for file in sorted(RESULTS.glob("*/*.json")):
+        result = json.loads(file.read_text("utf-8"))
+        origin = f"{result['date'][:10]}, commit {result['shoal_commit'][:9]}"
+        rows = [row for row in result["rows"] if row["unit"] != "bool"]
+        found += [Figure(file.parent.name, file.stem, origin, row) for row in rows]
+    return found
+
+
+def tables(found: list[Figure]) -> str:
+    """Return all figures as Markdown, a section a device and a table a bench."""
     sections = []
-    for device in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
-        rows = []
-        origin = ""
-        for file in sorted(device.glob("*.json")):
-            result = json.loads(file.read_text("utf-8"))
-            origin = f"{result['date'][:10]}, commit {result['shoal_commit'][:9]}"
-            # What passed or failed is no figure.
-            rows += [line(file.stem, row) for row in result["rows"] if row["unit"] != "bool"]
-        if rows:
-            note = NOTES.get(device.name, "")
-            table = ["| bench | case | figure | ceiling | peer | target |", "|---|---|---|---|---|---|", *rows]
-            sections.append("\n".join([f"**{device.name}** ({origin}). {note}".strip(), "", *table]))
+    for device in dict.fromkeys(figure.device for figure in found):
+        sections.append(f"## {device}\n\n{NOTES.get(device, '')}".strip())
+        for bench in dict.fromkeys(figure.bench for figure in found if figure.device == device):
+            own = [figure for figure in found if (figure.device, figure.bench) == (device, bench)]
+            head = [line.format(first="case") for line in HEAD]
+            table = [*head, *(figure.cells() for figure in own)]
+            sections.append("\n".join([f"### {bench} ({own[0].origin})", "", *table]))
     return "\n\n".join(sections) or "No figures yet."
 
 
-def line(bench: str, row: dict[str, Any]) -> str:
-    """Return one row of a result file as a row of a table."""
-    unit = row["unit"]
-    peer = f"{row['peer']} {number(row.get('peer_value'))}" if row.get("peer") else ""
-    target = "" if row.get("target") is None else f"{number(row['target'])} {'met' if row.get('met') else 'missed'}"
-    cells = [bench, f"{row['case']}: {row['metric']}", f"{number(row['value'])} {unit}", number(row.get("ceiling"))]
-    return "| " + " | ".join([*cells, peer, target]) + " |"
+def headlines(found: list[Figure]) -> str:
+    """Return the headlines of each device and, whatever they are, all figures that missed their target."""
+    gone = set(HEADLINES) - {figure.key for figure in found}
+    if found and gone:
+        msg = f"HEADLINES in scripts/render_results.py names figures that are in no result file: {sorted(gone)}"
+        raise ValueError(msg)
+    shown = [figure for figure in found if figure.key in HEADLINES or figure.missed]
+    sections = []
+    for device in dict.fromkeys(figure.device for figure in shown):
+        own = [figure for figure in shown if figure.device == device]
+        head = [line.format(first=f"{device}") for line in HEAD]
+        sections.append("\n".join([NOTES.get(device, ""), "", *head, *(figure.cells() for figure in own)]).strip())
+    aimed = [figure for figure in found if figure.row.get("target") is not None]
+    if aimed:
+        met = sum(not figure.missed for figure in aimed)
+        sections.append(f"Of {len(aimed)} figures with a target {met} meet it; those that do not are all above.")
+    return "\n\n".join(sections) or "No figures yet."
 
 
 def number(value: float | None) -> str:

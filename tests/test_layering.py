@@ -146,3 +146,13 @@ def test_import_of_torch_stands_in_its_home() -> None:
         if not str(path.relative_to(package)).startswith(homes) and pattern.search(path.read_text(encoding="utf-8"))
     ]
     assert not strays, strays
+
+
+def test_design_tells_where_unsafe_may_stand() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| `unsafe` in .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    for home in HOMES["unsafe"]:
+        crate, _, inside = home.partition("/")
+        assert crate in table[0], home
+        assert inside.removeprefix("src/") in table[0], home

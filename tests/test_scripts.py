@@ -22,6 +22,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
 
@@ -132,27 +133,57 @@ def test_dependencies_that_break_a_rule_are_found() -> None:
     assert check.origins(packages) == ["bad 1.0.0 comes from git+https://example.org/bad"]
 
 
-def test_figures_are_rendered_losses_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    render = load("render_results")
-    monkeypatch.setattr(render, "RESULTS", tmp_path)
-    assert render.render() == "No figures yet."
-    row = {
-        "case": "8 models",
-        "metric": "p50",
-        "value": 0.3512,
-        "unit": "ms",
-        "ceiling": None,
-        "target": 0.3,
-        "met": False,
-    }
-    result = {"date": "2026-01-02T03:04:05Z", "shoal_commit": "0123456789abcdef", "rows": [row]}
+def figure_rows() -> list[dict[str, Any]]:
+    empty = {"ceiling": None, "peer": None, "peer_value": None, "target": None, "met": None}
+    return [
+        {**empty, "case": "8 models", "metric": "p50", "value": 0.3512, "unit": "ms", "target": 0.3, "met": False},
+        {**empty, "case": "8 models", "metric": "p99", "value": 2.0, "unit": "ms", "target": 3, "met": True},
+        {
+            **empty,
+            "case": "asleep",
+            "metric": "held",
+            "value": 3 << 20,
+            "unit": "bytes",
+            "peer": "other",
+            "peer_value": 0,
+        },
+        {**empty, "case": "it holds", "metric": "passed", "value": 1, "unit": "bool", "target": 1, "met": True},
+    ]
+
+
+@pytest.fixture
+def render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that renders, over results of its own."""
+    script = load("render_results")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "HEADLINES", [("cpu", "gateway_latency", "8 models", "p99")])
+    result = {"date": "2026-01-02T03:04:05Z", "shoal_commit": "0123456789abcdef", "rows": figure_rows()}
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "gateway_latency.json").write_text(json.dumps(result))
-    text = render.render()
-    assert "**cpu** (2026-01-02, commit 012345678)" in text
-    assert "| gateway_latency | 8 models: p50 | 0.351 ms |  |  | 0.3 missed |" in text
+    return script
 
 
-def test_readme_shows_the_figures_there_are() -> None:
+def test_all_figures_are_rendered_with_where_they_come_from(render: ModuleType) -> None:
+    text = render.tables(render.figures())
+    assert "### gateway_latency (2026-01-02, commit 012345678)" in text
+    assert "| 8 models: p50 | 0.351 ms |  |  | 0.3 **missed** |" in text
+    assert "| 8 models: p99 | 2 ms |  |  | 3 met |" in text
+    assert "| asleep: held | 3 MiB |  | other: 0 |  |" in text
+    assert "it holds" not in text, "what passed is no figure"
+    assert render.tables([]) == "No figures yet."
+
+
+def test_readme_shows_headlines_and_every_loss(render: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = render.headlines(render.figures())
+    assert "p99 | 2 ms" in text
+    assert "p50 | 0.351 ms |  |  | 0.3 **missed** |" in text, "a loss is shown although it is no headline"
+    assert "asleep" not in text
+    assert "Of 2 figures with a target 1 meet it" in text
+    monkeypatch.setattr(render, "HEADLINES", [("cpu", "gateway_latency", "9 models", "p99")])
+    with pytest.raises(ValueError, match="9 models"):
+        render.headlines(render.figures())
+
+
+def test_documents_show_the_figures_there_are() -> None:
     command = [sys.executable, str(ROOT / "scripts/render_results.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0, "run scripts/render_results.py"
