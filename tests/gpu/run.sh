@@ -3,9 +3,10 @@
 #   tests/gpu/run.sh conformance    every promise of a device, on the GPU
 #   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
 #   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
+#   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
-# The last two use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake), which
+# The last two use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake, cuda_swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
@@ -27,8 +28,8 @@ program() {
         echo "$SHOAL_GPU_PROGRAMS/$1"
     elif [ "$1" = cuda ]; then
         build shoal-device "" test cuda
-    elif [ "$1" = cuda_sleep_wake ]; then
-        build shoal-memory --release bench cuda_sleep_wake
+    elif [ "$1" = cuda_sleep_wake ] || [ "$1" = cuda_swap ]; then
+        build shoal-memory --release bench "$1"
     else
         build shoal-device --release bench cuda_vmm
     fi
@@ -36,7 +37,7 @@ program() {
 
 if [ "$part" = build ]; then
     mkdir -p "$2"
-    for name in cuda cuda_vmm cuda_sleep_wake; do
+    for name in cuda cuda_vmm cuda_sleep_wake cuda_swap; do
         built=$(program $name)
         strip -o "$2/$name" "$built"
     done
@@ -67,8 +68,9 @@ python)
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
+swap) "$(program cuda_swap)" ;;
 *)
-    echo "no part named $part; there are conformance, vmm, sleep_wake, python and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, sleep_wake, swap, python and shelf" >&2
     exit 2
     ;;
 esac
