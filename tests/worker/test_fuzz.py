@@ -21,7 +21,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = sorted(parsing._COMMON | parsing._HARMLESS | set(parsing._UNSUPPORTED) | {"max_completion_tokens", "else"})
+FIELDS = sorted(
+    parsing._COMMON
+    | parsing._HARMLESS
+    | set(parsing._UNSUPPORTED)
+    | {"max_completion_tokens", "top_logprobs", "best_of", "else"}
+)
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.booleans())
@@ -34,7 +39,8 @@ def test_any_common_fields(body, is_chat):
         assert ask.tokens_max is None or ask.tokens_max > 0
         assert all(ask.stops)
         assert not body.get("tools")
-        assert not body.get("logprobs")
+        assert 1 <= ask.n <= 128
+        assert ask.sampling.logprobs is None or 0 <= ask.sampling.logprobs <= (20 if is_chat else 5)
 
 
 @given(JSON)
@@ -45,7 +51,7 @@ def test_any_prompt(value):
 
 
 MESSAGE = st.dictionaries(
-    st.sampled_from(["role", "content", "name", "tool_calls"]),
+    st.sampled_from(["role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content"]),
     JSON | st.sampled_from(["user", "system", "developer", "assistant", "tool"]),
 )
 

@@ -204,6 +204,10 @@ def test_a_client_that_goes_away_frees_its_blocks(llama_dir, tmp_path):
     with_worker(llama_dir, tmp_path, act, batch_tokens_max=32)
 
 
+def message(**fields):
+    return {"messages": [HELLO[0] | fields]}
+
+
 CHAT, TEXT = "chat/completions", "completions"
 BAD = [
     (CHAT, b"{", 400, "invalid_json", "could not parse"),
@@ -224,8 +228,32 @@ BAD = [
         "text only",
     ),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "no tools here"),
-    (CHAT, {"messages": HELLO, "n": 2}, 400, "unsupported_parameter", "'n' is not supported"),
-    (CHAT, {"messages": HELLO, "logprobs": True}, 400, "unsupported_parameter", "'logprobs' is not supported"),
+    (CHAT, {"messages": HELLO, "n": 0}, 400, None, "'n' is 0, it must lie between 1 and 128"),
+    (CHAT, {"messages": HELLO, "logprobs": 3}, 400, "invalid_type", "'logprobs' must be true or false"),
+    (CHAT, {"messages": HELLO, "top_logprobs": 3}, 400, None, "only allowed when 'logprobs' is true"),
+    (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, 400, None, "between 0 and 20"),
+    (TEXT, {"prompt": "a", "logprobs": 6}, 400, None, "between 0 and 5"),
+    (TEXT, {"prompt": "a", "top_logprobs": 1}, 400, "unknown_parameter", "top_logprobs"),
+    (TEXT, {"prompt": ["a"] * 100, "n": 3, "max_tokens": 1}, 400, None, "make 300 answers, the most at once is 256"),
+    (CHAT, message(name=3), 400, "invalid_type", "'messages.0.name' must be a string"),
+    (CHAT, message(role="system", name="Ann"), 400, "unsupported_parameter", "no use of it for system messages"),
+    (
+        CHAT,
+        message(reasoning_content="hm"),
+        400,
+        "unsupported_parameter",
+        "messages.0.reasoning_content' has no effect",
+    ),
+    (CHAT, message(role="assistant", tool_calls=[{"id": "a"}]), 400, "unsupported_parameter", "tool_calls"),
+    (CHAT, message(images=["x"]), 400, "unknown_parameter", "messages.0.images"),
+    (CHAT, message(content=[{"type": "text", "text": "a", "colour": 1}]), 400, "unknown_parameter", "content.colour"),
+    (
+        CHAT,
+        {"messages": HELLO, "chat_template_kwargs": {"chat_template": "x"}},
+        400,
+        "unsupported_parameter",
+        "not for a client",
+    ),
     (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "'tools'"),
     (
         CHAT,
@@ -331,7 +359,8 @@ def test_embeddings_are_plain_transformers(bert_dir, tmp_path):
         assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (tokens, tokens)
         _, one = await worker.post("embeddings", {"input": TEXTS[1]})
         assert one["data"][0]["embedding"] == answer.data[1].embedding, "a text's neighbours make no difference"
-        _, coded = await worker.post("embeddings", {"input": TEXTS[1], "encoding_format": "base64"})
+        own = {"input": TEXTS[1], "encoding_format": "base64", "dimensions": len(answer.data[1].embedding)}
+        _, coded = await worker.post("embeddings", own)
         raw = base64.b64decode(coded["data"][0]["embedding"])
         assert list(struct.unpack(f"<{len(raw) // 4}f", raw)) == answer.data[1].embedding
         ids = worker.tokenizer(TEXTS[1])["input_ids"]
@@ -349,7 +378,12 @@ def test_what_is_wrong_with_embeddings_is_said(bert_dir, tmp_path):
             ({"input": []}, None),
             ({"input": [1.5]}, "invalid_type"),
             ({"input": "the " * 20}, "context_length_exceeded"),
-            ({"input": "sea", "dimensions": 4}, "unsupported_parameter"),
+            ({"input": "sea", "dimensions": 4}, "unsupported_value"),
+            ({"input": "sea", "dimensions": "all"}, "invalid_type"),
+            ({"input": ""}, "empty_input"),
+            ({"input": ["sea", ""]}, "empty_input"),
+            ({"input": [[5], []]}, "empty_input"),
+            ({"input": [[]]}, "empty_input"),
             ({"input": "sea", "encoding_format": "hex"}, None),
             ({"input": "sea", "colour": 1}, "unknown_parameter"),
         ]:

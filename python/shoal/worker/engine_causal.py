@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
     from .limits import CausalLimits
+    from .logprobs import TokenLogprob
     from .spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,11 @@ class Generation:
     ----------
     finish_reason
         ``"stop"`` or ``"length"`` after the last token.
+    logprobs
+        How likely each token was, if that was asked for; never behind the tokens that were given out.
     """
 
-    def __init__(self, engine: CausalEngine, name: str, eos: frozenset[int]) -> None:
+    def __init__(self, engine: CausalEngine, name: str, eos: frozenset[int], told: int | None = None) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()  # bounded by the token limit
@@ -76,6 +79,8 @@ class Generation:
         self._closed = False
         self.name = name
         self.finish_reason: str | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.told = told
         self.delivered = 0
         self.created = time.monotonic()
         self.ended = False
@@ -169,6 +174,7 @@ class CausalEngine:
         self._preempted = False  # in this stall
         self._resting = True
         self._prepared = False  # a batch is scheduled and not computed yet: its requests must not change
+        self._sampler = RowSampler()
         self._manager, self._processor, self._cache = self._build()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -192,7 +198,7 @@ class CausalEngine:
                 seed=0,
             ),
         )
-        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._sampler]))
         manager.logit_processor.tensors_required = 1
         manager.output_router = _Router(self)
         space = self._memory.kv(limits.block_bytes, limits.blocks + PADDING_BLOCKS)
@@ -219,6 +225,11 @@ class CausalEngine:
     def alive(self) -> bool:
         """Whether it can serve."""
         return self._thread.is_alive() and not self._stop.is_set()
+
+    @property
+    def requests_max(self) -> int:
+        """Most requests inside at once."""
+        return self._spec.requests_max
 
     @property
     def limits(self) -> CausalLimits:
@@ -251,7 +262,7 @@ class CausalEngine:
             raise ApiError("the prompt is empty: at least one token is needed", param="prompt", code="empty_prompt")
         self.limits.check(len(prompt), tokens_max)
         eos = frozenset() if ignore_eos else self.eos
-        generation = Generation(self, f"r{next(self._names)}", eos)
+        generation = Generation(self, f"r{next(self._names)}", eos, sampling.logprobs)
         with self._lock:
             if self._stop.is_set():
                 raise ApiError("the model is shutting down", status=503, code="shutting_down")
@@ -418,6 +429,10 @@ class CausalEngine:
             return
         tokens = output.generated_tokens[generation.delivered :]
         generation.delivered += len(tokens)
+        if generation.told is not None and tokens:
+            told = self._sampler.tell(output.request_id, tokens[-1], generation.told)
+            if told is not None:
+                generation.logprobs.append(told)
         self._tokens_out += len(tokens)
         generation.push(tokens, last=last)
 

@@ -81,12 +81,18 @@ class EmbeddingEngine:
     ----------
     context_tokens
         Longest text; a longer one is an error, never cut.
+
+    Attributes
+    ----------
+    dimensions
+        Numbers of a vector.
     """
 
     def __init__(
         self, model: PreTrainedModel, memory: Memory, spec: WorkerSpec, pooling: Pooling, context_tokens: int
     ) -> None:
         self.context_tokens = context_tokens
+        self.dimensions = model.config.get_text_config().hidden_size * len(pooling.modes)
         self._model = model
         self._memory = memory
         self._spec = spec

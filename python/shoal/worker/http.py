@@ -15,13 +15,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from . import chat, parsing
+from . import chat, logprobs, parsing
 from .errors import ApiError
+from .logprobs import Words
 from .parsing import SamplingDefaults
 from .stopping import TextStream
 
@@ -158,15 +159,19 @@ class _Shape:
     prefix: str
     chat: bool
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         content: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         )
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def delta(self, index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
+    def delta(
+        self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         if not self.chat:
@@ -247,6 +252,12 @@ def _submit(served: Served, ask: GenerationAsk, prompts: list[list[int]], param:
     over = next((token for token in ask.sampling.logit_bias if token >= served.vocabulary), None)
     if over is not None:
         raise ApiError(f"'logit_bias' names token {over}; the vocabulary has {served.vocabulary}", param="logit_bias")
+    if len(prompts) * ask.n > engine.requests_max:
+        raise ApiError(
+            f"{len(prompts)} prompts with 'n' {ask.n} make {len(prompts) * ask.n} answers, the most at once is "
+            f"{engine.requests_max}",
+            param="n",
+        )
     wanted = []
     for prompt in prompts:
         if not prompt:
@@ -255,7 +266,9 @@ def _submit(served: Served, ask: GenerationAsk, prompts: list[list[int]], param:
     generations: list[Generation] = []
     try:
         for prompt, tokens_max in zip(prompts, wanted, strict=True):
-            generations.append(engine.submit(prompt, ask.sampling, tokens_max, ignore_eos=ask.ignore_eos))
+            for number in range(ask.n):  # a seed and the next: what one choice draws, it draws alone too
+                sampling = replace(ask.sampling, seed=ask.sampling.seed + number)
+                generations.append(engine.submit(prompt, sampling, tokens_max, ignore_eos=ask.ignore_eos))
     except BaseException:
         for generation in generations:
             generation.cancel()
@@ -269,19 +282,53 @@ async def _generate(
     served = request.app[_SERVED]
     answer = _Answer(shape, ask, shape.prefix + uuid.uuid4().hex, int(time.time()))
     generations = _submit(served, ask, prompts, param)
-    writers = [TextStream(served.tokenizer, ask.stops) for _ in generations]
+    writers = [_Writer(served.tokenizer, answer, generation) for generation in generations]
     try:
         if ask.stream:
             return await _streamed(request, answer, prompts, generations, writers)
         choices = []
         for index, (generation, writer) in enumerate(zip(generations, writers, strict=True)):
             pieces = [piece async for piece, _ in _texts(generation, writer)]
-            choices.append(shape.choice(index, "".join(pieces), _finish(generation, writer)))
+            choices.append(shape.choice(index, "".join(pieces), writer.finish_reason, writer.logprobs(last=True)))
         body = answer.frame(shape.object, choices) | {"usage": _usage(prompts, writers)}
         return web.json_response(body)
     finally:
         for generation in generations:
             generation.cancel()
+
+
+class _Writer(TextStream):
+    """The text of one choice, and what is told of its tokens."""
+
+    def __init__(self, tokenizer: Any, answer: _Answer, generation: Generation) -> None:
+        super().__init__(tokenizer, answer.ask.stops)
+        self._words = Words(tokenizer)
+        self._chat = answer.shape.chat
+        self._generation = generation
+        self._told = 0
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self.stopped else self._generation.finish_reason or "length"
+
+    def news(self, *, last: bool = False) -> dict[str, Any] | None:
+        """As `logprobs`, but None where there is nothing new to tell."""
+        before = self._told
+        told = self.logprobs(last=last)
+        return told if self._told > before else None
+
+    def logprobs(self, *, last: bool = False) -> dict[str, Any] | None:
+        """Tell of the tokens whose text was given out since the last time; the one that ended the answer is none."""
+        if self._generation.told is None:
+            return None
+        end = self.shown
+        if last and not self.stopped:
+            end = self.tokens - (self._generation.finish_reason == "stop")
+        first, self._told = self._told, max(end, self._told)
+        entries = self._generation.logprobs[first:end]
+        if self._chat:
+            return logprobs.chat_form(self._words, entries)
+        return logprobs.text_form(self._words, entries, self.starts[first:end])
 
 
 async def _texts(generation: Generation, writer: TextStream) -> AsyncIterator[tuple[str, bool]]:
@@ -297,11 +344,7 @@ async def _texts(generation: Generation, writer: TextStream) -> AsyncIterator[tu
     yield writer.finish(), True
 
 
-def _finish(generation: Generation, writer: TextStream) -> str:
-    return "stop" if writer.stopped else generation.finish_reason or "length"
-
-
-def _usage(prompts: list[list[int]], writers: list[TextStream]) -> dict[str, int]:
+def _usage(prompts: list[list[int]], writers: list[_Writer]) -> dict[str, int]:
     prompt, completion = sum(map(len, prompts)), sum(writer.tokens for writer in writers)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -311,7 +354,7 @@ async def _streamed(
     answer: _Answer,
     prompts: list[list[int]],
     generations: list[Generation],
-    writers: list[TextStream],
+    writers: list[_Writer],
 ) -> web.StreamResponse:
     """Server-sent events: an opening for each choice, pieces, a finish reason each, usage if asked for, [DONE]."""
     first = await _first_event(generations[0])  # an error before the first token is a plain HTTP error
@@ -328,13 +371,13 @@ async def _streamed(
             opening = shape.opening(index)
             if opening is not None:
                 await _event(response, answer.chunk(opening))
-        async for index, piece, last in _merged(generations, writers, first):
+        async for index, piece, told, last in _merged(generations, writers, first):
+            writer = writers[index]
             if piece:
-                await _event(response, answer.chunk(shape.delta(index, piece)))
+                await _event(response, answer.chunk(shape.delta(index, piece, told)))
             if last:
-                await _event(
-                    response, answer.chunk(shape.delta(index, "", _finish(generations[index], writers[index])))
-                )
+                rest = writer.news(last=True)
+                await _event(response, answer.chunk(shape.delta(index, "", rest, writer.finish_reason)))
         if answer.ask.include_usage:
             frame = answer.frame(shape.chunk_object, [])
             await _event(response, frame | {"usage": _usage(prompts, writers)})
@@ -360,10 +403,10 @@ async def _prepended(first: list[int], generation: Generation) -> AsyncIterator[
 
 
 async def _merged(
-    generations: list[Generation], writers: list[TextStream], first: list[int]
-) -> AsyncIterator[tuple[int, str, bool]]:
+    generations: list[Generation], writers: list[_Writer], first: list[int]
+) -> AsyncIterator[tuple[int, str, dict[str, Any] | None, bool]]:
     """Give the pieces of all choices, in the order in which they come."""
-    queue: asyncio.Queue[tuple[int, str, bool] | BaseException] = asyncio.Queue(maxsize=64)
+    queue: asyncio.Queue[tuple[int, str, dict[str, Any] | None, bool] | BaseException] = asyncio.Queue(maxsize=64)
 
     async def pump(index: int) -> None:
         try:
@@ -371,7 +414,7 @@ async def _merged(
             if index == 0:
                 source = _Resumed(generations[0], _prepended(first, generations[0]))
             async for piece, last in _texts(source, writers[index]):
-                await queue.put((index, piece, last))
+                await queue.put((index, piece, writers[index].news() if piece else None, last))
         except Exception as error:  # noqa: BLE001 - it is raised where the answer is written
             await queue.put(error)
 
@@ -382,7 +425,7 @@ async def _merged(
             item = await queue.get()
             if isinstance(item, BaseException):
                 raise item
-            ended += item[2]
+            ended += item[3]
             yield item
     finally:
         for task in tasks:
@@ -421,12 +464,21 @@ async def _embeddings(request: web.Request) -> web.Response:
     for name, value in body.items():
         if name not in _EMBEDDING_FIELDS and value is not None:
             raise ApiError(f"Unrecognized request argument supplied: {name}", param=name, code="unknown_parameter")
-    if body.get("dimensions") is not None:
-        raise parsing.unsupported("dimensions", "vectors have the model's own length")
+    dimensions = parsing.integer(body, "dimensions", engine.dimensions, 1, 1 << 31)
+    if dimensions != engine.dimensions:
+        raise ApiError(
+            f"'dimensions' is {dimensions}; this model's vectors have {engine.dimensions} and are not cut",
+            param="dimensions",
+            code="unsupported_value",
+        )
     encoding = parsing.text(body, "encoding_format", "float")
     if encoding not in ("float", "base64"):
         raise ApiError(f"'encoding_format' is {encoding!r}; it must be 'float' or 'base64'", param="encoding_format")
     inputs = parsing.one_or_many(body, "input", served.vocabulary, _TEXTS_MAX)
+    for index, value in enumerate(inputs):
+        if not value:  # also where the tokenizer would make special tokens of nothing
+            where = f"'input' {index}" if isinstance(body["input"], list) and len(inputs) > 1 else "'input'"
+            raise ApiError(f"{where} is empty: there is nothing to embed", param="input", code="empty_input")
     texts = await _tokenized(served.tokenizer, inputs)
     for index, text in enumerate(texts):
         if not text:

@@ -31,19 +31,16 @@ _HARMLESS = frozenset(
 _COMMON = frozenset(
     {
         "stream", "stream_options", "stop", "max_tokens", "temperature", "top_p", "top_k", "seed", "presence_penalty",
-        "frequency_penalty", "logit_bias", "n", "ignore_eos",
+        "frequency_penalty", "logit_bias", "n", "ignore_eos", "logprobs",
     }
 )  # fmt: skip
 # Fields that would change the answer, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "modalities": (["text"],),
@@ -53,7 +50,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
 }
+_TEXT_ONLY = frozenset({"prompt", "best_of"})
 _STOPS_MAX = 16
+_CHOICES_MAX = 128
+_TOP_MAX_CHAT, _TOP_MAX_TEXT = 20, 5  # as OpenAI's
 _BIAS_MAX = 100.0
 
 
@@ -68,6 +68,7 @@ class GenerationAsk:
     tokens_max: int | None
     sampling: Sampling
     ignore_eos: bool
+    n: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def generation_ask(body: Mapping[str, Any], model: str, defaults: SamplingDefaul
     ApiError
         A field has the wrong type, is out of range, or asks for what this worker cannot do.
     """
-    own = {"messages", "max_completion_tokens", "chat_template_kwargs"} if chat else {"prompt"}
+    own = {"messages", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"} if chat else _TEXT_ONLY
     _refuse_unsupported(body, _HARMLESS | _COMMON | own)
-    if integer(body, "n", 1, 1, 128) != 1:
-        raise unsupported("n", "one answer to a prompt; send the request again for another")
+    n = integer(body, "n", 1, 1, _CHOICES_MAX)
+    if not chat and integer(body, "best_of", n, 1, _CHOICES_MAX) != n:
+        raise unsupported("best_of", "answers are not ranked; 'n' gives as many as are made")
     limit = "max_completion_tokens" if chat and body.get("max_completion_tokens") is not None else "max_tokens"
     stream = boolean(body, "stream", False)
     return GenerationAsk(
@@ -99,9 +101,24 @@ def generation_ask(body: Mapping[str, Any], model: str, defaults: SamplingDefaul
         include_usage=_include_usage(body, stream),
         stops=_stops(body.get("stop")),
         tokens_max=integer(body, limit, None, 1, 1 << 31),
-        sampling=_sampling(body, defaults),
+        sampling=_sampling(body, defaults, _chat_logprobs(body) if chat else _text_logprobs(body)),
         ignore_eos=boolean(body, "ignore_eos", False),
+        n=n,
     )
+
+
+def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
+    count: int = integer(body, "top_logprobs", 0, 0, _TOP_MAX_CHAT)
+    if boolean(body, "logprobs", False):
+        return count
+    if count:
+        raise ApiError("'top_logprobs' is only allowed when 'logprobs' is true", param="top_logprobs")
+    return None
+
+
+def _text_logprobs(body: Mapping[str, Any]) -> int | None:
+    count: int | None = integer(body, "logprobs", None, 0, _TOP_MAX_TEXT)
+    return count
 
 
 def _refuse_unsupported(body: Mapping[str, Any], known: frozenset[str] | set[str]) -> None:
@@ -147,7 +164,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _sampling(body: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
+def _sampling(body: Mapping[str, Any], defaults: SamplingDefaults, logprobs: int | None) -> Sampling:
     seed = integer(body, "seed", None, -(1 << 63), (1 << 64) - 1)
     return Sampling(
         temperature=number(body, "temperature", defaults.temperature, 0.0, 2.0),
@@ -157,6 +174,7 @@ def _sampling(body: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
         presence_penalty=number(body, "presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=number(body, "frequency_penalty", 0.0, -2.0, 2.0),
         logit_bias=_logit_bias(body.get("logit_bias")),
+        logprobs=logprobs,
     )
 
 

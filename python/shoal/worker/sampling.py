@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from .logprobs import TokenLogprob
+
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
@@ -24,7 +26,13 @@ _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so distinct tokens of one seed get disti
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request chooses its tokens; temperature 0 is greedy."""
+    """How one request chooses its tokens; temperature 0 is greedy.
+
+    Attributes
+    ----------
+    logprobs
+        With how many alternatives it is told how likely each token was; None tells nothing.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,6 +41,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -97,7 +106,8 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Sampling, list[int]]] = []
+        self._rows: list[tuple[str, Sampling, list[int]]] = []
+        self._likely: dict[str, torch.Tensor] = {}  # of the last step, for those who want to know
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         """There is no tensor argument; transformers wants the storage filled."""
@@ -106,7 +116,11 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
         """Remember whose rows the next call sees, in order."""
         self._rows = [
-            (request.state.logit_processor_kwargs["sampling"], list(generated_tokens(request.state)))
+            (
+                request.state.request_id,
+                request.state.logit_processor_kwargs["sampling"],
+                list(generated_tokens(request.state)),
+            )
             for request in requests_with_new_token
         ]
         return torch.zeros(len(self._rows), dtype=torch.int32)
@@ -114,7 +128,15 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> Any:
         """Adjust the rows that belong to requests; what follows them in the batch is not read."""
         del tensor_arg
-        for row, (sampling, generated) in enumerate(self._rows):
+        self._likely.clear()
+        for row, (name, sampling, generated) in enumerate(self._rows):
+            if sampling.logprobs is not None:
+                self._likely[name] = scores[row].float().log_softmax(dim=-1)
             if not sampling.is_plain_greedy:
                 scores[row] = adjust(scores[row], sampling, generated)
         return scores
+
+    def tell(self, name: str, token: int, count: int) -> TokenLogprob | None:
+        """Tell how likely the token was that a request got in the last step; once."""
+        row = self._likely.pop(name, None)
+        return None if row is None else TokenLogprob.of(row, token, count)

@@ -5,6 +5,7 @@ Two small machines, used alike for streamed and whole answers, so that both give
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,12 +96,24 @@ class TextStream:
     ----------
     tokens
         Tokens taken in up to the one that completed a stop string.
+    starts
+        Where in the text each of them begins, in characters; a token after half a character begins where that did.
+    given
+        Characters given out.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._scanner = StopScanner(stops)
         self.tokens = 0
+        self.starts: list[int] = []
+        self.given = 0
+        self._decoded = 0
+
+    @property
+    def shown(self) -> int:
+        """How many tokens begin in the text that was given out."""
+        return bisect_left(self.starts, self.given)
 
     @property
     def stopped(self) -> bool:
@@ -114,10 +127,17 @@ class TextStream:
             if self.stopped:
                 break
             self.tokens += 1
-            pieces.append(self._scanner.feed(self._detokenizer.feed([token])))
-        return "".join(pieces)
+            self.starts.append(self._decoded)
+            text = self._detokenizer.feed([token])
+            self._decoded += len(text)
+            pieces.append(self._scanner.feed(text))
+        return self._giving("".join(pieces))
 
     def finish(self) -> str:
         """Give the rest, after the last token."""
         rest = self._scanner.feed(self._detokenizer.finish())
-        return rest + self._scanner.finish()
+        return self._giving(rest + self._scanner.finish())
+
+    def _giving(self, text: str) -> str:
+        self.given += len(text)
+        return text
