@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shoal import memory
+from shoal.memory import machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ IS_REQUIRED = bool(os.environ.get("SHOAL_REQUIRE_GPU"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if memory._has_nvidia_device() or IS_REQUIRED:
+    if machine.has_nvidia_device() or IS_REQUIRED:
         return
     for item in items:
         if "tests/gpu" in item.path.as_posix():

@@ -9,10 +9,10 @@ import pytest
 from helpers import run_python
 
 import shoal
-from shoal import memory
+from shoal.memory import machine
 
 no_driver = pytest.mark.skipif(
-    memory._has_nvidia_device() or Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA device here"
+    machine.has_nvidia_device() or Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA device here"
 )
 
 
@@ -28,7 +28,7 @@ def test_without_a_driver_cuda_says_what_is_missing_and_what_would_do() -> None:
 def test_auto_is_simulated_only_where_there_is_no_nvidia_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shoal.MemoryManager("auto").device == "sim"
     # A device that cannot be used: never a silent fall back.
-    monkeypatch.setattr(memory, "_has_nvidia_device", lambda: True)
+    monkeypatch.setattr(machine, "has_nvidia_device", lambda: True)
     with pytest.raises(shoal.DeviceError, match="no NVIDIA driver"):
         shoal.MemoryManager("auto")
 

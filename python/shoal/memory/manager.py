@@ -1,0 +1,263 @@
+"""One device's memory in this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal import _native
+from shoal.memory import machine
+from shoal.memory.region import Backing, Kind, Region
+from shoal.memory.sizes import Size, parse_size
+from shoal.wake import TIMEOUT_S, Guard, Report
+
+if TYPE_CHECKING:
+    from shoal._native import BrokerClient
+
+__all__ = ["MemoryManager"]
+
+
+class MemoryManager:
+    """One device's memory in this process.
+
+    Parameters
+    ----------
+    device
+        ``"sim"`` (host memory that behaves as a device), ``"cuda:N"`` (a GPU, numbered as the process sees them), or
+        ``"auto"``. ``"auto"`` takes the first GPU, and the simulated device only where there is no NVIDIA device.
+    device_budget
+        The most device bytes its regions may hold. By default: what is free, less 1 GiB; for a simulated device, its
+        capacity. With a broker, the broker decides.
+    host_budget
+        The most host bytes that copies may take. By default: half of what is available.
+    broker
+        The server's control connection, in a worker.
+    device_capacity
+        Bytes of the simulated device; by default, ``device_budget`` or at most 1 GiB.
+    runtime_dir
+        The directory that makes simulated devices of several processes one. By default: the broker's, else one for this
+        manager alone.
+
+    overhead
+        With a broker: what the process takes on the device besides its regions (context, libraries, torch's own pool).
+        It is leased before the device is opened, and held until the process ends.
+
+    Raises
+    ------
+    LeaseError, DeadlineError
+        If the broker has no room for the overhead.
+    DeviceError
+        If the device cannot be used; the message says why and what would help. Where a real one exists, ``"auto"`` says
+        so too, instead of simulating one.
+    ValueError
+        If a size cannot be read.
+    """
+
+    __slots__ = ("__weakref__", "_native", "device")
+
+    def __init__(
+        self,
+        device: str = "auto",
+        *,
+        device_budget: Size | None = None,
+        host_budget: Size | None = None,
+        broker: BrokerClient | None = None,
+        device_capacity: Size | None = None,
+        runtime_dir: str | os.PathLike[str] | None = None,
+        overhead: Size | None = None,
+    ) -> None:
+        welcome = None if broker is None else broker.welcome
+        if welcome is not None:
+            if device == "auto":
+                device = welcome["device"]
+            device_capacity = welcome["device_bytes"] if device_capacity is None else device_capacity
+            host_budget = welcome["host_budget"] if host_budget is None else host_budget
+            runtime_dir = Path(broker.path).parent if broker is not None and runtime_dir is None else runtime_dir
+        self.device = machine.choose_device(device)
+        budget = None if device_budget is None else parse_size(device_budget)
+        host = machine.host_budget_default() if host_budget is None else parse_size(host_budget)
+        if device_capacity is not None:
+            capacity = parse_size(device_capacity)
+        else:
+            capacity = budget if budget is not None else min(machine.SIM_BYTES_MAX, machine.host_budget_default())
+        own_dir = None
+        if runtime_dir is None:
+            runtime_dir = own_dir = tempfile.mkdtemp(prefix="shoal-")
+        # The directory's files are open as long as the device is: removing their names takes nothing from it.
+        if own_dir is not None:
+            weakref.finalize(self, _remove, own_dir, os.getpid())
+        self._native = _native.MemoryManager(
+            self.device,
+            capacity,
+            budget,
+            host,
+            os.fspath(runtime_dir),
+            broker,
+            0 if overhead is None else parse_size(overhead),
+        )
+
+    def region(self, name: str, nbytes: Size, *, kind: Kind = "weights", backing: Backing | None = None) -> Region:
+        """Reserve a range of addresses. It takes no memory.
+
+        Parameters
+        ----------
+        name
+            For messages and reports.
+        nbytes
+            How long it is; rounded up to whole pages.
+        kind
+            What it is for. Under pressure, KV memory that no block uses yields first, then regions whose bytes may be
+            discarded, then ``"weights"`` from the last extent backwards, then KV that is used.
+        backing
+            Whether its bytes are kept when device memory is taken away. By default they are, except a workspace's.
+
+        Returns
+        -------
+        Region
+            Its address stays the same for its life.
+
+        Raises
+        ------
+        DeviceError
+            If the range cannot be reserved.
+        ValueError
+            If ``kind`` or ``backing`` is unknown, or ``nbytes`` is 0.
+        """
+        if backing is None:
+            backing = "discard" if kind == "workspace" else "keep"
+        return Region(self._native.region(name, parse_size(nbytes), kind, backing))
+
+    def guard(self, timeout_s: float = TIMEOUT_S) -> Guard:
+        """Give a context in which every region is resident and stays so.
+
+        Entering it brings back what is missing. No forward may run without one (I13). Do not ask for memory inside
+        (``commit``, ``KvBacking.back``): whoever gives memory up waits for this guard to end. A guard inside a guard
+        brings nothing back: where something is missing it raises at once.
+
+        Parameters
+        ----------
+        timeout_s
+            How long entering may take, in seconds.
+
+        Returns
+        -------
+        Guard
+            For one ``with`` statement. It raises, on entering: :class:`OutOfMemoryError` or :class:`LeaseError` if
+            there is no room, :class:`TransferError` if a copy failed, :class:`DeadlineError` if it took too long.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the manager.
+        """
+        return Guard(self._native, timeout_s)
+
+    def swap(
+        self, out: Region, into: Region, *, trust_clean: bool = False, timeout_s: float = TIMEOUT_S
+    ) -> tuple[Report, Report]:
+        """Take one region off the device and bring another there, both ways at once, in the room of the first.
+
+        Waits for the guards of both; steps on other regions go on.
+
+        Parameters
+        ----------
+        out
+            What leaves: without a copy where it is clean, else to the host.
+        into
+            What comes, whole. What it needs beyond the room of the first is leased before anything moves.
+        trust_clean
+            As for :meth:`Region.sleep`.
+        timeout_s
+            How long it may take in all, in seconds.
+
+        Returns
+        -------
+        tuple of (Report, Report)
+            What left, and what came.
+
+        Raises
+        ------
+        RegionError
+            If the regions are of two kinds or managers, or the same. Nothing has moved then.
+        LeaseError
+            If ``into`` needs more than there is. Nothing has moved then.
+        OutOfMemoryError
+            If what must be copied does not fit into the host budget; nothing has moved then. Or if the device is full.
+        TransferError, DeadlineError
+            If a copy failed, or it took too long. What had left is on the host and what had come is on the device;
+            the same call goes on from there.
+        """
+        left, came = self._native.swap(out._native, into._native, trust_clean, timeout_s)
+        return Report._of(left, whole=True), Report._of(came, whole=True)
+
+    def reclaim(self, nbytes: Size, *, timeout_s: float = TIMEOUT_S, reason: str = "asked for") -> Report:
+        """Give up device memory, in the order in which it is missed least.
+
+        KV memory that no block uses, then what may be discarded, then weights from the last extent backwards, then KV
+        that is used (copied to the host first).
+
+        Parameters
+        ----------
+        nbytes
+            How many bytes; all there are, if there are fewer.
+        timeout_s
+            How long it may wait for guards, in seconds.
+        reason
+            Why, in a sentence, for logs.
+
+        Returns
+        -------
+        Report
+            What was freed: less than was asked if there was not more, or if something stood in the way of it (see
+            :attr:`Report.error`), such as a host budget that what must be copied does not fit into.
+
+        Raises
+        ------
+        DeadlineError
+            If running steps did not let go of their guards in time. Nothing was freed.
+        """
+        return Report._of(self._native.reclaim(parse_size(nbytes), timeout_s, reason), whole=False)
+
+    def usage(self) -> dict[str, Any]:
+        """Give bytes by kind and place.
+
+        Returns
+        -------
+        dict
+            ``weights_device``, ``weights_total``, ``kv_device``, ``kv_live``, ``overhead_device``, ``host``,
+            ``source_only``, and since the start ``onboarded`` and ``evicted``.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the manager.
+        """
+        return self._native.usage()
+
+    def device_memory(self) -> dict[str, int]:
+        """Give the device's own figures.
+
+        Returns
+        -------
+        dict
+            ``total``, ``free`` and ``used_by_this_process``, in bytes.
+
+        Raises
+        ------
+        DeviceError
+            If the device cannot be asked.
+        """
+        return self._native.device_memory()
+
+    def __repr__(self) -> str:
+        return f"<MemoryManager on {self.device}>"
+
+
+def _remove(directory: str, owner: int) -> None:
+    """Remove a manager's own directory, unless this process is a fork of the one that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,15 @@
+"""torch with regions: tensors that lie in one, and a module's weights placed there.
+
+This package is the only part of the library that imports torch. ``import shoal`` does not import it.
+
+A tensor made here is an ordinary tensor over a region's addresses. Making it touches nothing; reading or writing it
+while its region is not resident faults, so do it under ``mem.guard()``. Printing a tensor reads it.
+"""
+
+from __future__ import annotations
+
+from shoal.torch.placement import Placed, Placement, place
+from shoal.torch.safetensors import safetensors_sources
+from shoal.torch.tensors import device_of, tensor
+
+__all__ = ["Placed", "Placement", "device_of", "place", "safetensors_sources", "tensor"]
