@@ -35,12 +35,15 @@ class Worker:
 
 
 @asynccontextmanager
-async def working(path, tmp_path, **options):
+async def working(path, tmp_path, memory=None, start=True, **options):
+    """Serve a model; on `memory`, which places its weights, if it is given."""
     spec = WorkerSpec(source=str(path), **({"kv_max_bytes": 2 << 20, "dtype": "float32"} | options))
     loaded = loading.load(loading.inspect(path), spec)
-    memory = PlainMemory()
-    assembled = assemble("tiny", loaded, memory, spec, loaded.files.bytes)
-    assembled.engine.start()
+    weights = loaded.files.bytes if memory is None else memory.place(loaded.model, path)
+    memory = memory or PlainMemory()
+    assembled = assemble("tiny", loaded, memory, spec, weights)
+    if start:
+        assembled.engine.start()
     socket = tmp_path / "data.sock"
     runner = await serve(make_app(assembled.served), socket)
     transport = httpx.AsyncHTTPTransport(uds=str(socket))
