@@ -96,7 +96,7 @@ def test_modules_say_what_they_are() -> None:
 
 def rust_dependencies() -> set[str]:
     names: set[str] = set()
-    for path in [ROOT / "Cargo.toml", *ROOT.glob("crates/*/Cargo.toml")]:
+    for path in [ROOT / "Cargo.toml", ROOT / "fuzz/Cargo.toml", *ROOT.glob("crates/*/Cargo.toml")]:
         manifest = tomllib.loads(text_of(path))
         tables = [manifest, manifest.get("workspace", {}), *manifest.get("target", {}).values()]
         for table in tables:

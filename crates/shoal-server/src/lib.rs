@@ -14,6 +14,7 @@
 //! | `metrics` | `/metrics` |
 //! | `page` | `/` |
 //! | [`cli`] | the `shoal` command |
+//! | `fuzzing` | what must hold for any bytes, for tests and fuzzers |
 //!
 //! No CUDA, no Python and no page arithmetic here: those live in the workers.
 
@@ -23,6 +24,8 @@ pub mod cli;
 pub mod config;
 pub mod control;
 mod events;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod gateway;
 mod metrics;
 mod page;

@@ -47,7 +47,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Order<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let body = read_body(request.into_body(), ORDER_BYTES_MAX).await?;
+        Self::parse(&read_body(request.into_body(), ORDER_BYTES_MAX).await?)
+    }
+}
+
+impl<T: DeserializeOwned> Order<T> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let body = if body.trim_ascii().is_empty() { b"{}" } else { body.trim_ascii() };
         // serde takes a list for a struct; an order is an object.
         if body.first() != Some(&b'{') {

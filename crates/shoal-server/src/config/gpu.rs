@@ -114,7 +114,7 @@ fn listing(program: &Path) -> Result<String, String> {
     Err(format!("{shown} ended with {status} and said {said:?}"))
 }
 
-fn read_listing(text: &str) -> Result<Vec<Gpu>, String> {
+pub(crate) fn read_listing(text: &str) -> Result<Vec<Gpu>, String> {
     let mut gpus = Vec::new();
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();

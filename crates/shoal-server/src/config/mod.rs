@@ -28,8 +28,12 @@ use shoal_core::bytes::ByteCount;
 
 pub use directories::make_private;
 pub use error::{ConfigError, Problem, ProblemKind};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use gpu::read_listing;
 pub use gpu::{DRIVER_MIN, Gpu, Gpus};
 pub use locate::{SAMPLE, find_file};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use models::tensor_bytes;
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
 pub use surroundings::{MachineMemory, Surroundings};
 

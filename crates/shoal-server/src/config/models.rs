@@ -56,26 +56,31 @@ fn weights_bytes(directory: &Path, dtype: Option<&str>, on_gpu: bool) -> Option<
         _ if on_gpu => own.min(2),
         _ => own,
     };
+    files(directory)?.into_iter().try_fold(ByteCount::ZERO, |sum, file| {
+        sum.checked_add(tensor_bytes(open(&directory.join(file))?, float_bytes)?)
+    })
+}
+
+/// What the tensors of one file take, where floats of so many bytes take `float_bytes`; none where the header is not one.
+pub(crate) fn tensor_bytes(file: impl Read, float_bytes: impl Fn(u64) -> u64) -> Option<ByteCount> {
     let mut sum = 0u64;
-    for file in files(directory)? {
-        for (name, tensor) in header(&directory.join(file))? {
-            if name == "__metadata__" {
-                continue;
-            }
-            let Entry::Tensor { dtype, data_offsets: (begin, end) } = tensor else { return None };
-            let stored = end.checked_sub(begin)?;
-            let bytes = if FLOATS.contains(&dtype.as_str()) {
-                let own = match dtype.as_str() {
-                    "F64" => 8,
-                    "F32" => 4,
-                    _ => 2,
-                };
-                (stored / own).checked_mul(float_bytes(own))?
-            } else {
-                stored
-            };
-            sum = sum.checked_add(bytes)?;
+    for (name, tensor) in header(file)? {
+        if name == "__metadata__" {
+            continue;
         }
+        let Entry::Tensor { dtype, data_offsets: (begin, end) } = tensor else { return None };
+        let stored = end.checked_sub(begin)?;
+        let bytes = if FLOATS.contains(&dtype.as_str()) {
+            let own = match dtype.as_str() {
+                "F64" => 8,
+                "F32" => 4,
+                _ => 2,
+            };
+            (stored / own).checked_mul(float_bytes(own))?
+        } else {
+            stored
+        };
+        sum = sum.checked_add(bytes)?;
     }
     Some(ByteCount(sum))
 }
@@ -102,12 +107,15 @@ enum Entry {
     Other(IgnoredAny),
 }
 
-fn header(path: &Path) -> Option<BTreeMap<String, Entry>> {
+fn open(path: &Path) -> Option<File> {
     // Opening a pipe would wait for its writer.
     if !std::fs::metadata(path).ok()?.is_file() {
         return None;
     }
-    let mut file = File::open(path).ok()?;
+    File::open(path).ok()
+}
+
+fn header(mut file: impl Read) -> Option<BTreeMap<String, Entry>> {
     let mut length = [0; 8];
     file.read_exact(&mut length).ok()?;
     let length = u64::from_le_bytes(length);

@@ -37,13 +37,15 @@ use crate::api::Name;
 use crate::config::{Limits, ServerConfig};
 use crate::metrics::Metrics;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use ask::Ask;
 pub(crate) use ask::read_body;
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use guard::{KeyError, Keys};
 pub use models::Models;
 pub use serve::{bind, serve};
 
-use guard::Guard;
+pub(crate) use guard::Guard;
 use upstream::Lanes;
 
 const WATCHERS_MAX: usize = 64;
