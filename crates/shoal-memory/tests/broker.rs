@@ -10,7 +10,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, noise, sim};
+use common::{PAGE, WAIT, noise, open};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION};
 use shoal_memory::{
@@ -197,7 +197,7 @@ fn orders_are_carried_out_and_answered_once() {
     let dir = tempfile::tempdir().expect("a directory");
     let (client, mut fake) = pair(dir.path());
     let options = ManagerOptions::new(ByteCount::mib(64), Arc::clone(&client) as _);
-    let manager = MemoryManager::new(sim(dir.path(), 64), options).expect("a manager");
+    let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
     let region = manager
         .region(RegionSpec {
             name: "weights".to_owned(),
@@ -279,7 +279,7 @@ fn figures_are_said_when_they_change() {
     let dir = tempfile::tempdir().expect("a directory");
     let (client, mut fake) = pair(dir.path());
     let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
-    let manager = MemoryManager::new(sim(dir.path(), 64), options).expect("a manager");
+    let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
     client.serve(&manager).expect("threads");
     client.set_requests(2, 1, 40);
     client.set_overhead(ByteCount::mib(9));

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{PAGE, WAIT, World, noise, piece, sim, source_file, world_on};
+use common::{PAGE, WAIT, World, noise, open, piece, source_file, world_on};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
@@ -27,7 +27,7 @@ struct Scene {
 impl Scene {
     fn new(host_mib: u64) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let faults = FaultDevice::new(sim(dir.path(), 64));
+        let faults = FaultDevice::new(open(dir.path(), 64));
         let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, host_mib);
         Self { world, faults, failed: Arc::default() }
     }

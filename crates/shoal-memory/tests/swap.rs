@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{PAGE, WAIT, World, noise, sim, world, world_on};
+use common::{PAGE, WAIT, World, noise, open, world, world_on};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
@@ -95,7 +95,7 @@ fn two_regions_take_turns_in_the_room_of_one() {
 #[test]
 fn frames_change_regions_and_are_not_made_anew() {
     let dir = tempfile::tempdir().expect("a directory");
-    let faults = FaultDevice::new(sim(dir.path(), 64));
+    let faults = FaultDevice::new(open(dir.path(), 64));
     let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 2 * PAGES, 64);
     let (one, two) = (resident(&world, Origin::Clean, 1), world.weights(PAGES, &bytes(2)));
     faults.clear_history();
@@ -273,7 +273,7 @@ struct Scene {
 impl Scene {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let faults = FaultDevice::new(sim(dir.path(), 64));
+        let faults = FaultDevice::new(open(dir.path(), 64));
         let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 2 * PAGES, 128);
         Self { world, faults, failed: Arc::default() }
     }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, World, noise, sim, world, world_on};
+use common::{PAGE, WAIT, World, noise, open, world, world_on};
 use shoal_core::bytes::ByteCount;
 use shoal_device::device::Verb;
 use shoal_device::{Device, DeviceError, FaultDevice, ForeignStream};
@@ -19,7 +19,7 @@ const SOON: Duration = Duration::from_millis(30);
 
 fn faulty(device_mib: u64) -> (World, Arc<FaultDevice>) {
     let dir = tempfile::tempdir().expect("a directory");
-    let faults = FaultDevice::new(sim(dir.path(), 64));
+    let faults = FaultDevice::new(open(dir.path(), 64));
     let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, device_mib, 64);
     (world, faults)
 }

@@ -297,8 +297,8 @@ impl PyTransfer {
     fn wait_host(&self, py: Python<'_>, offset: u64, nbytes: u64, timeout_s: f64) -> PyResult<()> {
         let transfer = self.transfer.get()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;
-        py.detach(|| transfer.wait_host(ByteCount(offset), ByteCount(nbytes), timeout))
-            .map_err(errors::of_memory)
+        let (offset, bytes) = (ByteCount(offset), ByteCount(nbytes));
+        in_slices(py, transfer, timeout, |wait| transfer.wait_host(offset, bytes, wait))
     }
 
     /// Makes the stream of that handle wait for a range.
@@ -312,9 +312,8 @@ impl PyTransfer {
     ) -> PyResult<()> {
         let transfer = self.transfer.get()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;
-        let stream = torch_hooks::stream_of(stream);
-        py.detach(|| transfer.wait_stream(ByteCount(offset), ByteCount(nbytes), stream, timeout))
-            .map_err(errors::of_memory)
+        let (offset, bytes, stream) = (ByteCount(offset), ByteCount(nbytes), torch_hooks::stream_of(stream));
+        in_slices(py, transfer, timeout, |wait| transfer.wait_stream(offset, bytes, stream, wait))
     }
 
     /// Waits in slices, so that an interrupt is seen.
@@ -340,6 +339,29 @@ impl PyTransfer {
                         .map_err(errors::of_memory);
                 }
             }
+        }
+    }
+}
+
+/// Waits again and again for a little, so that an interrupt is seen.
+fn in_slices(
+    py: Python<'_>,
+    transfer: &Transfer,
+    timeout: Duration,
+    wait: impl Fn(Duration) -> Result<(), MemoryError> + Sync,
+) -> PyResult<()> {
+    let begun = Instant::now();
+    loop {
+        let left = timeout.saturating_sub(begun.elapsed());
+        match py.detach(|| wait(left.min(SLICE))) {
+            // Of a wake that has ended it is the outcome.
+            Err(MemoryError::Deadline { doing, .. }) if !transfer.progress().is_finished => {
+                if left <= SLICE {
+                    return Err(errors::of_memory(MemoryError::Deadline { doing, waited: timeout }));
+                }
+                py.check_signals()?;
+            }
+            outcome => return outcome.map_err(errors::of_memory),
         }
     }
 }

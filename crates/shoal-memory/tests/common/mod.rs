@@ -23,13 +23,18 @@ pub(crate) struct World {
     pub(crate) manager: Arc<MemoryManager>,
 }
 
-pub(crate) fn sim(dir: &Path, capacity_mib: u64) -> Arc<SimDevice> {
-    SimDevice::open(SimOptions::new(ByteCount::mib(capacity_mib), dir)).expect("a simulated device")
+/// A simulated device, or, with `$SHOAL_TEST_GPU`, the GPU: these tests hold for both.
+pub(crate) fn open(dir: &Path, capacity_mib: u64) -> Arc<dyn Device> {
+    #[cfg(feature = "cuda")]
+    if std::env::var_os("SHOAL_TEST_GPU").is_some() {
+        return shoal_device::CudaDevice::open_dyn(0).expect("a GPU");
+    }
+    SimDevice::open_dyn(SimOptions::new(ByteCount::mib(capacity_mib), dir)).expect("a simulated device")
 }
 
 pub(crate) fn world(device_mib: u64, host_mib: u64) -> World {
     let dir = tempfile::tempdir().expect("a directory");
-    let device: Arc<dyn Device> = sim(dir.path(), device_mib.max(64));
+    let device = open(dir.path(), device_mib.max(64));
     world_on(dir, device, device_mib, host_mib)
 }
 
