@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 from helpers import PAGE, pattern, read
 
 import shoal
 from shoal import testing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def asleep(mem: shoal.MemoryManager, pages: int = 16) -> tuple[shoal.Region, bytes]:
@@ -148,3 +153,67 @@ def test_two_regions_swap_in_the_room_of_one(is_written: bool) -> None:
             mem.swap(one, one)
         with pytest.raises(shoal.RegionError, match="another kind"):
             mem.swap(one, mem.region("kv", 2 * PAGE, kind="kv"))
+
+
+def test_steps_beside_wakes_among_evictions_cancellations_and_swaps() -> None:
+    # A step that touches what is not there ends this process: the device faults.
+    with testing.simulated_memory("48MiB") as mem:
+        (one, first), (two, second) = asleep(mem, 16), asleep(mem, 16)
+        ends = time.monotonic() + 3
+        failures: list[BaseException] = []
+        steps = beside = 0
+
+        def step(region: shoal.Region, data: bytes, seed: int) -> None:
+            nonlocal steps, beside
+            pages = list(range(16))
+            random.Random(seed).shuffle(pages)
+            with region.guard(in_order=True, timeout_s=5) as guard:
+                for page in pages:
+                    if guard.wake is not None:
+                        guard.wake.wait_stream(page * PAGE, PAGE)
+                    assert read(region, page * PAGE, 4096) == data[page * PAGE :][:4096]
+                steps += 1
+                beside += guard.wake is not None
+
+        def disturb(seed: int) -> None:
+            chance = random.Random(seed)
+            region, other = (one, two) if seed % 2 else (two, one)
+            match chance.randrange(5):
+                case 0:
+                    region.sleep(keep=chance.random(), timeout_s=5)
+                case 1:
+                    wake = region.wake(wait=False, timeout_s=5)
+                    time.sleep(chance.random() / 300)
+                    wake.cancel()
+                case 2:
+                    mem.swap(region, other, timeout_s=5)
+                case 3:
+                    mem.reclaim(chance.randrange(16) * PAGE, timeout_s=5)
+                case _:
+                    region.wake(timeout_s=5)
+
+        def repeat(act: Callable[[int], None], seed: int) -> None:
+            while time.monotonic() < ends and not failures:
+                seed += 2
+                try:
+                    act(seed)
+                except (shoal.LeaseError, shoal.OutOfMemoryError, shoal.TransferError, shoal.DeadlineError):
+                    continue
+                except BaseException as error:  # noqa: BLE001 - shown by the test
+                    failures.append(error)
+
+        acts = [lambda seed: step(one, first, seed), lambda seed: step(two, second, seed), disturb, disturb]
+        threads = [threading.Thread(target=repeat, args=(act, seed)) for seed, act in enumerate(acts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive(), "locked up"
+        assert not failures, failures
+        assert steps > 10
+        assert beside > 0
+        for region, data in ((one, first), (two, second)):
+            one.sleep()
+            two.sleep()
+            with region.guard():
+                assert read(region) == data
