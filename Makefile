@@ -2,7 +2,7 @@
 #
 # PYTHON=python3.12           the Python that .venv is made from
 # SHOAL_TORCH_INDEX=URL|DIR   where torch comes from, instead of pip's own choice
-# XDG_CACHE_HOME=DIR          where the demo's models are kept (in DIR/shoal/models)
+# XDG_CACHE_HOME=DIR          where the demo's models and torch's packages are kept (in DIR/shoal)
 # SHELF=FILE                  what `make serve` serves
 
 PYTHON ?= python3
@@ -84,4 +84,4 @@ preflight-%:
 
 clean: ## Remove all that was built here (the demo's models stay in the cache)
 	rm -rf target $(VENV) .shoal dist .pytest_cache .hypothesis .mypy_cache .ruff_cache python/shoal/_native*.so
-	@echo "The demo's models are kept in $${XDG_CACHE_HOME:-$$HOME/.cache}/shoal/models."
+	@echo "The demo's models and torch's packages are kept in $${XDG_CACHE_HOME:-$$HOME/.cache}/shoal."

@@ -3,16 +3,19 @@
 torch comes first and by itself, because where it comes from is the one thing people need to change: its build with
 CUDA libraries is over 2 GiB, and a machine without a GPU can do with far less. `SHOAL_TORCH_INDEX` names another index
 (a URL) or a directory of wheels; without it pip decides, so find-links and indexes that the user configured count.
+Its big files are fetched ahead of pip, which starts an interrupted file anew: see python/shoal/sources/wheels.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -37,7 +40,8 @@ def main() -> int:
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--progress-bar", "on"]
         constraints = ["--constraint", str(REQUIREMENTS / "constraints.txt")]
         print("Installing torch", flush=True)
-        run(*pip, *torch_from(os.environ.get("SHOAL_TORCH_INDEX")), *constraints, "torch")
+        torch = [*torch_from(os.environ.get("SHOAL_TORCH_INDEX")), *constraints, "torch"]
+        run(*pip, *ahead(str(python), torch), *torch)
         print("Installing what requirements/dev.txt names", flush=True)
         run(*pip, "--requirement", str(REQUIREMENTS / "dev.txt"))
     except subprocess.CalledProcessError as error:
@@ -52,6 +56,25 @@ def torch_from(place: str | None) -> list[str]:
     if not place:
         return []
     return ["--find-links", place] if Path(place).is_dir() else ["--index-url", place]
+
+
+def ahead(python: str, arguments: list[str]) -> list[str]:
+    """Fetch the big files of what is to be installed; return them, for pip prefers an index to a folder."""
+    wheels = by_path(ROOT / "python" / "shoal" / "sources" / "wheels.py")
+    if wheels.pip_is_old(python):  # it could not say what it would install; where there is none to be had, pip does it
+        upgrade = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--upgrade", "pip"]
+        subprocess.run([python, *upgrade], check=False, cwd=ROOT, capture_output=True)
+    return [str(wheel) for wheel in wheels.fetch_big(wheels.plan(python, arguments), wheels.folder())]
+
+
+def by_path(path: Path) -> ModuleType:
+    """Import a file that needs nothing but the standard library."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fingerprint() -> str:

@@ -212,7 +212,8 @@ def main() -> int:
     download = sum(entry[2] for entry in todo)
     minutes = (download / DOWNLOAD_BYTES_PER_S + sum(entry[3] for entry in todo)) / 60
     print("  {:<52} {:>5.0f} MB".format("in all", download / 1e6))
-    print(f"About {minutes:.0f} minutes on two cores at 20 MB/s. An interrupted run goes on where it stopped.")
+    print(f"About {minutes:.0f} minutes on two cores at 20 MB/s. An interrupted run goes on where it stopped,")
+    print("also within a big file if its server can send the rest alone; training begins anew.")
     if any(label.startswith("torch with") for label, *_ in todo):
         print("(SHOAL_TORCH_INDEX=URL takes torch from another index, for instance one with small CPU builds.)")
     print(flush=True)

@@ -12,6 +12,7 @@ import sys
 import zipfile
 from typing import TYPE_CHECKING
 
+from shoal.sources import wheels as big
 from shoal.sources.errors import SourceCorruptError, SourceMissingError, SourceUnreachableError
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def fetch_wheel(package: Package, directory: Path) -> Path:
         wheel.unlink()
     pins = directory / f"{stem}.txt"
     pins.write_text(package.requirement + "\n", "utf-8")
+    # Where pip can say what it would fetch, an interrupted download is gone on with; else pip does it whole.
+    asked = ["--no-deps", "--ignore-installed", "--only-binary", ":all:", f"{package.name}=={package.version}"]
+    listed = [found for found in big.plan(sys.executable, asked) if found[1] == package.sha256]
+    if fetched := big.fetch_big(listed, directory):
+        return fetched[0]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(directory), "--requirement", str(pins)]
     try:
