@@ -221,7 +221,10 @@ BAD = [
     (CHAT, {"messages": "hi"}, 400, "invalid_type", "must be a list"),
     (CHAT, {"messages": []}, 400, None, "at least one message"),
     (CHAT, {"messages": ["hi"]}, 400, "invalid_type", "'messages.0' must be an object"),
-    (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, 400, None, "'messages.0.role' is 'boss'"),
+    (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, 400, None, "'messages.0.role' is \"boss\""),
+    (CHAT, {"messages": [{"content": "x"}]}, 400, None, "'messages.0.role' is null; it must be one of"),
+    (CHAT, {"messages": [{"role": "user", "content": [3]}]}, 400, None, "a part that is no object: 3"),
+    (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, 400, "unsupported_content", "a part of type null"),
     (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, None, "'messages.0.content' must be"),
     (
         CHAT,

@@ -78,7 +78,7 @@ def _end_with_parent() -> bool:
 
 
 def _serve(client: BrokerClient, name: str, parent: int) -> int:
-    from .errors import LoadError
+    from .errors import LoadError, described
 
     try:
         assembled = _assemble(client, name)
@@ -88,7 +88,7 @@ def _serve(client: BrokerClient, name: str, parent: int) -> int:
         return 1
     except Exception as error:
         logger.exception("the model could not be made ready")
-        client.failed("internal", f"{type(error).__name__}: {error}")
+        client.failed("internal", described(error))
         return 1
     return asyncio.run(_run(client, assembled, parent))
 
@@ -199,7 +199,7 @@ async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
     reporter = Reporter(assembled.engine.counts, report)
     reporter.start()
     client.ready(assembled.capabilities)
-    logger.info("ready: %s", assembled.capabilities)
+    logger.info("ready: %s", _in_words(assembled.capabilities))
     watch = asyncio.create_task(_watch(client, assembled, ending, parent))
     await ending.wait()
     watch.cancel()
@@ -225,7 +225,7 @@ async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Eve
     while True:
         order: dict[str, Any] | None = await asyncio.to_thread(client.wait_shutdown, _PARENT_CHECK_S)
         if order is not None:
-            logger.info("the server says shutdown: %s", order.get("reason", ""))
+            logger.info("the server says shutdown: %s", order.get("reason") or "it gives no reason")
             ending.set()
             return min(float(order.get("deadline_ms", 0)) / 1000, _GRACE_S)
         if not assembled.engine.alive:
@@ -236,6 +236,17 @@ async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Eve
             logger.warning("the process that started this worker is gone")
             ending.set()
             return 0.0
+
+
+def _in_words(capabilities: dict[str, Any]) -> str:
+    routes = ", ".join(f"/v1/{route}" for route in capabilities["routes"])
+    said = (
+        f"answers {routes}; up to {capabilities['context_tokens']} tokens; {capabilities['weights_bytes']} bytes of "
+        f"weights in {capabilities['dtype']}"
+    )
+    if capabilities["kv_block_bytes"]:
+        said += f"; KV in blocks of {capabilities['kv_block_tokens']} tokens, {capabilities['kv_block_bytes']} bytes"
+    return said
 
 
 def _grace(watch: asyncio.Task[float]) -> float:

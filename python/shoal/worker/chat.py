@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from .errors import ApiError
+from .errors import ApiError, shown
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a message may say beside its role and content. The template gets the first kind; unless it makes use of it, the
@@ -45,7 +45,7 @@ def _checked_message(message: Any, where: str) -> dict[str, Any]:
         raise ApiError(f"'{where}' must be an object with 'role' and 'content'", param=where, code="invalid_type")
     role = message.get("role")
     if role not in _ROLES:
-        raise ApiError(f"'{where}.role' is {role!r}; it must be one of {', '.join(_ROLES)}", param=f"{where}.role")
+        raise ApiError(f"'{where}.role' is {shown(role)}; it must be one of {', '.join(_ROLES)}", param=f"{where}.role")
     checked = {"role": "system" if role == "developer" else role}
     for name, value in message.items():
         at = f"{where}.{name}"
@@ -70,10 +70,12 @@ def _content(content: Any, where: str) -> str:
         raise ApiError(f"'{where}.content' must be a string or a list of parts", param=f"{where}.content")
     pieces = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            raise ApiError(f"'{where}.content' has a part that is no object: {shown(part)}", param=f"{where}.content")
+        kind = part.get("type")
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ApiError(
-                f"'{where}.content' has a part of type {kind!r}; this model reads text only",
+                f"'{where}.content' has a part of type {shown(kind)}; this model reads text only",
                 param=f"{where}.content",
                 code="unsupported_content",
             )

@@ -139,7 +139,10 @@ class Overhead:
         """Add what is gone of the free memory, where that can have been us."""
         taken = None if before is None else before - self._free()
         if taken is None or not 0 <= taken <= _PLAUSIBLE_BYTES_MAX or (otherwise and taken < otherwise // 2):
-            logger.info("%s: a difference of %s bytes is not believed", what, taken)
+            difference = (
+                "no difference could be measured" if taken is None else f"a difference of {taken} bytes is not believed"
+            )
+            logger.info("%s: %s; %d are counted", what, difference, otherwise or 0)
             taken = otherwise or 0
         self._fixed += taken
 

@@ -36,7 +36,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
 
 from . import hooks, scheduling
-from .errors import ApiError
+from .errors import ApiError, described
 from .kv import PADDING_BLOCKS, ElasticCache, UnboundedMemoryHandler
 from .memory import Memory, ShortageError
 from .sampling import RowSampler, Sampling
@@ -450,7 +450,7 @@ class CausalEngine:
 
 
 def _as_api_error(error: Exception | str) -> ApiError:
-    detail = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+    detail = described(error) if isinstance(error, Exception) else error
     return ApiError(f"the engine failed on this request: {detail}", status=500, code="engine_error")
 
 

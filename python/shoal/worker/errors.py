@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+_SHOWN_MAX = 80
+
+
+def described(error: BaseException) -> str:
+    """Give the kind of an unexpected error and what it says, if it says anything."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """Give a value of a request as its author wrote it: in JSON, not too long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_MAX else text[: _SHOWN_MAX - 3] + "..."
+
 
 class LoadError(Exception):
     """The model cannot be served.

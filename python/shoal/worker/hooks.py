@@ -25,6 +25,8 @@ from transformers.generation.continuous_batching import cache_manager, continuou
 from transformers.generation.continuous_batching import cb_logits_processors as logits_module
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from .errors import described
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -214,7 +216,7 @@ def verify() -> None:
         try:
             stands = check()
         except Exception as error:  # noqa: BLE001 - whatever fails, the hook is not as it was
-            stands, reason = False, f" ({type(error).__name__}: {error})"
+            stands, reason = False, f" ({described(error)})"
         else:
             reason = ""
         if not stands:

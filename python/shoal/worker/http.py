@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from . import chat, logprobs, parsing
-from .errors import ApiError
+from .errors import ApiError, described, shown
 from .logprobs import Words
 from .parsing import SamplingDefaults
 from .stopping import TextStream
@@ -81,7 +81,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return web.json_response(problem.body(), status=error.status, headers=_allow(error))
     except Exception as error:
         logger.exception("%s %s failed", request.method, request.path)
-        problem = ApiError(f"internal error: {type(error).__name__}: {error}", status=500, code="internal_error")
+        problem = ApiError(f"internal error: {described(error)}", status=500, code="internal_error")
         return web.json_response(problem.body(), status=500)
 
 
@@ -473,7 +473,8 @@ async def _embeddings(request: web.Request) -> web.Response:
         )
     encoding = parsing.text(body, "encoding_format", "float")
     if encoding not in ("float", "base64"):
-        raise ApiError(f"'encoding_format' is {encoding!r}; it must be 'float' or 'base64'", param="encoding_format")
+        wrong = f"'encoding_format' is {shown(encoding)}; it must be 'float' or 'base64'"
+        raise ApiError(wrong, param="encoding_format")
     inputs = parsing.one_or_many(body, "input", served.vocabulary, _TEXTS_MAX)
     for index, value in enumerate(inputs):
         if not value:  # also where the tokenizer would make special tokens of nothing

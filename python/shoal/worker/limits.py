@@ -90,7 +90,12 @@ class CausalLimits:
         blocks = (spec.kv_max_bytes or default) // layout.block_bytes - PADDING_BLOCKS
         if blocks < 3 * layout.groups:
             need = (3 * layout.groups + PADDING_BLOCKS) * layout.block_bytes
-            raise ValueError(f"kv_max_bytes is {spec.kv_max_bytes}; the least for this model is {need}")
+            has = (
+                f"kv_max_bytes is {spec.kv_max_bytes}"
+                if spec.kv_max_bytes
+                else f"its KV cache may take {default} bytes"
+            )
+            raise ValueError(f"{has}; the least for this model is {need}")
         own = min(context, (blocks // layout.groups - _SPARE_BLOCKS) * tokens)
         return cls(own, blocks, layout, own)._within(room)
 

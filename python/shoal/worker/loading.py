@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine_embedding import POOLINGS, Pooling
-from .errors import LoadError
+from .errors import LoadError, described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +104,9 @@ def inspect(path: Path) -> ModelFiles:
     try:
         return _inspect(path)
     except OSError as error:
-        raise LoadError("model_missing", f"{error.filename or path} cannot be read: {error.strerror}") from error
+        raise LoadError(
+            "model_missing", f"{error.filename or path} cannot be read: {error.strerror or described(error)}"
+        ) from error
 
 
 def _inspect(path: Path) -> ModelFiles:
@@ -142,7 +144,7 @@ def read_json(path: Path, *, missing: str = "model_corrupt") -> Any:
     except FileNotFoundError:
         raise LoadError(missing, f"{path} is missing") from None
     except OSError as error:
-        raise LoadError("model_missing", f"{path} cannot be read: {error.strerror}") from error
+        raise LoadError("model_missing", f"{path} cannot be read: {error.strerror or described(error)}") from error
     except ValueError as error:
         raise _corrupt(f"{path} is not JSON: {error}") from error
     return value
@@ -275,7 +277,7 @@ def safetensors_places(path: Path) -> dict[str, TensorPlace]:
                 if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise _corrupt(f"{path} is corrupt: its header cannot be read ({type(error).__name__}: {error})") from error
+            raise _corrupt(f"{path} is corrupt: its header cannot be read ({described(error)})") from error
     end = max((place.offset + place.bytes for place in places.values()), default=8 + header_bytes)
     if any(place.bytes < 0 or place.offset < 8 + header_bytes for place in places.values()):
         raise _corrupt(f"{path} is corrupt: a tensor lies outside the file")
@@ -300,7 +302,7 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.path, **options)
     except Exception as error:
-        raise _corrupt(f"{files.path}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise _corrupt(f"{files.path}: the tokenizer cannot be loaded ({described(error)})") from error
     auto = AutoModelForCausalLM if files.kind == "causal" else AutoModel
     if files.kind == "embedding":
         options["add_pooling_layer"] = False
@@ -310,7 +312,7 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     except LoadError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise _corrupt(f"{files.path}: transformers cannot load the model ({_first_line(error)})") from error
+        raise _corrupt(f"{files.path}: transformers cannot load the model ({described(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise _corrupt(
@@ -398,8 +400,3 @@ def _eos(files: ModelFiles, tokenizer: Any, generation_config: dict[str, Any]) -
     tokens = set(stated) if isinstance(stated, list) else {stated}
     tokens.add(tokenizer.eos_token_id)
     return tuple(sorted(token for token in tokens if isinstance(token, int) and token >= 0))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
