@@ -50,6 +50,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         log_dir: directory.join("logs"),
         python: PathBuf::from("python3"),
         limits: Limits::default(),
+        quantum: Duration::from_secs(3),
         notes: vec![],
         unservable: vec![],
     }
@@ -413,13 +414,35 @@ async fn people_wake_pin_and_put_to_sleep() {
     assert_eq!((report.status, report.bytes), (ModelStatus::Awake, ByteCount(100 * MIB)));
     let report = shelf.sleep("chat", 0.4, soon()).await.expect("asleep");
     assert_eq!((report.status, report.bytes), (ModelStatus::PartlyResident, ByteCount(60 * MIB)));
-    shelf.wake("chat", soon()).await.expect("woken");
+    let report = shelf.wake("chat", soon()).await.expect("woken");
+    assert_eq!(
+        (report.bytes, report.copied),
+        (ByteCount(60 * MIB), ByteCount(60 * MIB)),
+        "only what was missing"
+    );
+    let report = shelf.wake("chat", soon()).await.expect("awake");
+    assert_eq!(report.bytes, ByteCount::ZERO);
     shelf.pin("chat", true).expect("pinned");
     assert!(matches!(shelf.sleep("chat", 0.0, soon()).await, Err(ShelfError::Refused { .. })));
     let denied = shelf.route("code", soon()).await.expect_err("chat is pinned");
     assert!(denied.to_string().contains("chat keeps 100 MiB (pinned)"), "{denied}");
     shelf.pin("chat", false).expect("unpinned");
     drop(shelf.route("code", soon()).await.expect("now it goes"));
+    // A pin brings its model back; here it can, because code is idle.
+    shelf.pin("chat", true).expect("pinned");
+    until(&shelf, "the pinned model", |shelf| status(shelf, "chat") == ModelStatus::Awake).await;
+    // Here it cannot: the pin stays, and the state says why it is not there.
+    shelf.pin("code", true).expect("pinned");
+    until(&shelf, "why not", |shelf| shelf.snapshot().model("code").is_some_and(|m| m.error.is_some())).await;
+    let code = shelf.snapshot().model("code").cloned().expect("configured");
+    let error = code.error.unwrap_or_default();
+    assert!(
+        code.pinned && error.starts_with("it is pinned, but could not be brought to the device"),
+        "{error}"
+    );
+    assert!(error.contains("chat keeps 100 MiB (pinned)"), "{error}");
+    shelf.pin("code", false).expect("unpinned");
+    assert_eq!(shelf.snapshot().model("code").and_then(|m| m.error.clone()), None);
     assert!(matches!(shelf.wake("nobody", soon()).await, Err(ShelfError::UnknownModel { .. })));
     check_ledger(&shelf);
     shelf.shutdown(soon()).await;

@@ -127,7 +127,8 @@ async fn sleep(
     Ok(Json(app.models.sleep(&name, order.keep, deadline(order.wait_s)?).await?))
 }
 
-/// Keep a model on the device, or let it go again.
+/// Keep a model on the device, or let it go again. Answers at once; a model that is not there is brought back meanwhile,
+/// and where that fails, `error` of the model and a `wake_failed` event say why. The pin stays.
 #[utoipa::path(post, path = "/api/v1/models/{name}/pin", tag = "orders",
     params(("name" = String, Path)), request_body = PinOrder,
     responses((status = 200, body = Report), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]

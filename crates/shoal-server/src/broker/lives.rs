@@ -109,6 +109,7 @@ impl Core {
                 "dtype": model.config.dtype,
                 "context": model.config.context,
                 "device": config.device.to_string(),
+                "device_bytes_max": model.config.max,
             }),
             device: config.device.to_string(),
             device_bytes: config.device_budget,

@@ -153,26 +153,41 @@ impl Core {
                 }
                 self.tell(now_ms, Some(place), EventKind::EvictDone { bytes, copied, duration_ms, error });
             }
-            Doing::Wake => match error {
-                None => {
-                    let held = self.book.held(model.id, LeaseKind::Weights);
-                    // Given back again while the answer was on its way: then it is not up after all.
-                    let partly = model.weights_total > held;
-                    let evicted_meanwhile = model.orders.values().any(Order::takes_weights);
-                    model.loaded = !(held.is_zero() || partly && evicted_meanwhile);
-                    if model.loaded {
-                        model.weights_total = held;
-                    }
-                    model.wake_failures = 0;
-                    model.counts.wakes += 1;
-                    model.counts.restored += bytes;
-                    model.wake_time.push(duration_ms as f64);
-                    let parked = model.parked.len() as u64;
-                    self.tell(now_ms, Some(place), EventKind::WakeDone { bytes, duration_ms, parked });
-                }
-                Some(reason) => self.wake_failed(place, reason, now_ms),
-            },
+            Doing::Wake => {
+                model.brought.0 += bytes;
+                model.brought.1 += copied;
+                self.wake_answered(place, bytes, duration_ms, error, now_ms);
+            }
         }
+    }
+
+    fn wake_answered(
+        &mut self,
+        place: usize,
+        bytes: ByteCount,
+        duration_ms: u64,
+        error: Option<String>,
+        now_ms: u64,
+    ) {
+        if let Some(reason) = error {
+            return self.wake_failed(place, reason, now_ms);
+        }
+        let model = &mut self.models[place];
+        let held = self.book.held(model.id, LeaseKind::Weights);
+        // Given back again while the answer was on its way: then it is not up after all.
+        let partly = model.weights_total > held;
+        let evicted_meanwhile = model.orders.values().any(Order::takes_weights);
+        model.loaded = !(held.is_zero() || partly && evicted_meanwhile);
+        if model.loaded {
+            model.weights_total = held;
+        }
+        model.wake_failures = 0;
+        model.error = None;
+        model.counts.wakes += 1;
+        model.counts.restored += bytes;
+        model.wake_time.push(duration_ms as f64);
+        let parked = model.parked.len() as u64;
+        self.tell(now_ms, Some(place), EventKind::WakeDone { bytes, duration_ms, parked });
     }
 
     fn wake_failed(&mut self, place: usize, reason: String, now_ms: u64) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::orders::Order;
 use super::requests::Parked;
@@ -90,6 +90,8 @@ pub(crate) struct Record {
     pub(crate) log: PathBuf,
     pub(crate) host_budget: ByteCount,
     pub(crate) pinned: bool,
+    /// It is being brought back because it was pinned; dropped when that is no longer wanted.
+    pub(crate) pin_wake: Option<oneshot::Sender<()>>,
 
     pub(crate) life: Life,
     pub(crate) backoff: Backoff,
@@ -130,6 +132,8 @@ pub(crate) struct Record {
     pub(crate) skip_until_ms: u64,
     /// KV granted so recently that the worker's figures may not show its use: bytes, and until when.
     pub(crate) fresh_kv: (ByteCount, u64),
+    /// What its wakes brought to the device in all, also those that failed in the end, and what they copied.
+    pub(crate) brought: (ByteCount, ByteCount),
     pub(crate) wake_failures: u32,
     pub(crate) wake_not_before_ms: u64,
     /// Why the newest request of the present wake can never be met.
@@ -148,6 +152,7 @@ impl Record {
             log: config.log_dir.join(format!("{}.log", model.name)),
             host_budget: ByteCount(config.host_budget.0 / config.models.len().max(1) as u64),
             pinned: model.pin,
+            pin_wake: None,
             life: Life::Waiting { at_ms: 0, reason: "the server starts".to_owned() },
             backoff: Backoff::default(),
             starts: 0,
@@ -177,6 +182,7 @@ impl Record {
             rising_until_ms: None,
             skip_until_ms: 0,
             fresh_kv: (ByteCount::ZERO, 0),
+            brought: (ByteCount::ZERO, ByteCount::ZERO),
             wake_failures: 0,
             wake_not_before_ms: 0,
             never: None,

@@ -21,6 +21,8 @@ pub(crate) struct Reached {
     pub(crate) socket: PathBuf,
     pub(crate) waited_ms: u64,
     pub(crate) was_asleep: bool,
+    /// Bytes that came to the device while it was waited for, and how many of them were copied.
+    pub(crate) brought: (ByteCount, ByteCount),
 }
 
 /// What a carried out order came to.
@@ -48,6 +50,8 @@ pub(crate) struct Parked {
     pub(crate) wanted: Wanted,
     pub(crate) since_ms: u64,
     pub(crate) deadline_ms: u64,
+    /// What wakes had brought and copied when it began to wait.
+    pub(crate) brought_before: (ByteCount, ByteCount),
     pub(crate) answer: oneshot::Sender<Result<Reached, RouteError>>,
 }
 
@@ -112,7 +116,15 @@ impl Core {
         let ticket = self.number();
         let (answer, receiver) = oneshot::channel();
         let model = &mut self.models[place];
-        model.parked.push_back(Parked { ticket, wanted, since_ms: now_ms, deadline_ms, answer });
+        let brought_before = model.brought;
+        model.parked.push_back(Parked {
+            ticket,
+            wanted,
+            since_ms: now_ms,
+            deadline_ms,
+            brought_before,
+            answer,
+        });
         let parked = model.parked.len() as u64;
         self.tell(now_ms, Some(place), EventKind::RequestParked { parked });
         self.settle(now_ms);
@@ -140,7 +152,8 @@ impl Core {
             model.turn_since_ms = Some(now_ms);
         }
         let waited_ms = now_ms.saturating_sub(since_ms);
-        Reached { place, socket: model.socket.clone(), waited_ms, was_asleep }
+        let brought = (ByteCount::ZERO, ByteCount::ZERO);
+        Reached { place, socket: model.socket.clone(), waited_ms, was_asleep, brought }
     }
 
     /// Answers those who waited for a model that is up now.
@@ -150,7 +163,10 @@ impl Core {
             if parked.answer.is_closed() {
                 continue;
             }
-            let reached = self.reach(place, parked.wanted, parked.since_ms, now_ms, true);
+            let mut reached = self.reach(place, parked.wanted, parked.since_ms, now_ms, true);
+            let (bytes, copied) = self.models[place].brought;
+            let (bytes_before, copied_before) = parked.brought_before;
+            reached.brought = (bytes.saturating_sub(bytes_before), copied.saturating_sub(copied_before));
             if parked.answer.send(Ok(reached)).is_err() && parked.wanted == Wanted::Route {
                 self.models[place].active -= 1;
             }
@@ -275,18 +291,47 @@ impl Core {
         Ok((place, Some(receiver)))
     }
 
-    /// Pins or unpins a model.
+    /// Pins or unpins a model. Where it is to be brought back for that, gives what ends when that is no longer wanted.
     ///
     /// # Errors
     /// [`ShelfError::UnknownModel`].
-    pub(crate) fn handle_pin(&mut self, name: &str, pinned: bool, now_ms: u64) -> Result<usize, ShelfError> {
+    pub(crate) fn handle_pin(
+        &mut self,
+        name: &str,
+        pinned: bool,
+        now_ms: u64,
+    ) -> Result<(usize, Option<oneshot::Receiver<()>>), ShelfError> {
         let place = self.shelf_place(name)?;
         if self.models[place].pinned != pinned {
             self.models[place].pinned = pinned;
             self.tell(now_ms, Some(place), EventKind::Pinned { pinned });
         }
+        let model = &mut self.models[place];
+        let mut wake = None;
+        if !pinned {
+            model.pin_wake = None;
+            if model.life == Life::Ready {
+                model.error = None;
+            }
+        } else if !model.is_up() && model.pin_wake.is_none() {
+            let (wanted, unwanted) = oneshot::channel();
+            model.pin_wake = Some(wanted);
+            wake = Some(unwanted);
+        }
         self.settle(now_ms);
-        Ok(place)
+        Ok((place, wake))
+    }
+
+    /// A pinned model came back, or `failed` to.
+    pub(crate) fn handle_pin_woke(&mut self, place: usize, failed: Option<String>, now_ms: u64) {
+        let model = &mut self.models[place];
+        model.pin_wake = None;
+        let Some(reason) = failed else { return };
+        let reason = format!("it is pinned, but could not be brought to the device: {reason}");
+        if model.life == Life::Ready {
+            model.error = Some(reason.clone());
+        }
+        self.tell(now_ms, Some(place), EventKind::WakeFailed { reason });
     }
 
     fn shelf_place(&self, name: &str) -> Result<usize, ShelfError> {

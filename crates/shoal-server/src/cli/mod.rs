@@ -55,7 +55,7 @@ enum Command {
         #[command(flatten)]
         order: Order,
     },
-    /// Keep a model on the device
+    /// Keep a model on the device; one that is asleep is brought back meanwhile (`ps` shows when it is there)
     Pin {
         model: String,
         #[command(flatten)]

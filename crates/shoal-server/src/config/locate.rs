@@ -10,6 +10,7 @@ pub const SAMPLE: &str = r#"# shoal.toml
 [server]
 device = "auto"                 # "sim" simulates a device in RAM
 device_budget = "2GiB"          # what all models together may hold on it
+quantum = "3s"                  # a busy model's turn, while another waits for its memory
 
 [[model]]
 name = "chat"

@@ -39,6 +39,12 @@ pub use surroundings::{MachineMemory, Surroundings};
 
 /// The address served by default.
 pub const LISTEN_DEFAULT: &str = "127.0.0.1:8000";
+/// How long a busy model runs, by default, before it yields to one that waits.
+pub const QUANTUM_DEFAULT: Duration = Duration::from_secs(3);
+/// The shortest quantum: below it, models would do little but move.
+pub const QUANTUM_MIN: Duration = Duration::from_millis(50);
+/// The longest quantum.
+pub const QUANTUM_MAX: Duration = Duration::from_hours(1);
 /// The longest model name.
 pub const MODEL_NAME_BYTES_MAX: usize = 64;
 
@@ -75,6 +81,8 @@ pub struct ServerConfig {
     pub python: PathBuf,
     /// Bounds on what clients may ask.
     pub limits: Limits,
+    /// How long a busy model runs before it yields to one that waits.
+    pub quantum: Duration,
     /// What the user should be told at start, a sentence each.
     pub notes: Vec<String>,
     /// Which models cannot be served and why, a sentence each, as far as their directories show.

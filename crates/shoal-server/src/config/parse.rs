@@ -8,13 +8,14 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::{Problem, ProblemKind};
-use super::{DeviceChoice, DiskTier, Engine, MODEL_NAME_BYTES_MAX};
+use super::{DeviceChoice, DiskTier, Engine, MODEL_NAME_BYTES_MAX, QUANTUM_MAX, QUANTUM_MIN};
 
 /// A value and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +57,7 @@ pub struct ServerSection {
     pub request_bytes_max: Option<ByteCount>,
     pub wait_s_max: Option<u64>,
     pub parked_max: Option<u32>,
+    pub quantum: Option<Duration>,
 }
 
 /// `[[model]]` as written.
@@ -79,7 +81,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 10] = [
+const SERVER_KEYS: [&str; 11] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -90,6 +92,7 @@ const SERVER_KEYS: [&str; 10] = [
     "request_bytes_max",
     "wait_s_max",
     "parked_max",
+    "quantum",
 ];
 const MODEL_KEYS: [&str; 14] = [
     "name",
@@ -235,6 +238,7 @@ impl<'i> Reader<'i> {
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),
             wait_s_max: self.seconds(table, "wait_s_max"),
             parked_max: self.whole(table, "parked_max"),
+            quantum: self.quantum(table),
         }
     }
 
@@ -376,6 +380,40 @@ impl<'i> Reader<'i> {
             self.bad(value, key, "write whole seconds, or a string such as \"90s\", \"10m\" or \"1h\"");
         }
         read
+    }
+
+    /// Whole seconds, or a string with a unit of milliseconds or more.
+    fn quantum(&mut self, table: &DeTable<'i>) -> Option<Duration> {
+        const KEY: &str = "quantum";
+        let value = table.get(KEY)?;
+        let read = match value.get_ref() {
+            DeValue::Integer(_) => whole(value.get_ref()).and_then(|seconds| u64::try_from(seconds).ok()),
+            DeValue::String(text) => {
+                let text = text.trim();
+                if let Some(ms) = text.strip_suffix("ms").and_then(|ms| ms.trim().parse().ok()) {
+                    return self.quantum_within(value, Duration::from_millis(ms));
+                }
+                seconds_of(text)
+            }
+            _ => {
+                self.wrong_type(value, KEY, "seconds, or a string such as \"500ms\", \"3s\" or \"1m\"");
+                return None;
+            }
+        };
+        let Some(seconds) = read else {
+            self.bad(value, KEY, "write whole seconds, or a string such as \"500ms\", \"3s\" or \"1m\"");
+            return None;
+        };
+        self.quantum_within(value, Duration::from_secs(seconds))
+    }
+
+    fn quantum_within(&mut self, value: &Value<'i>, quantum: Duration) -> Option<Duration> {
+        if (QUANTUM_MIN..=QUANTUM_MAX).contains(&quantum) {
+            return Some(quantum);
+        }
+        let (least, most) = (QUANTUM_MIN.as_millis(), QUANTUM_MAX.as_secs() / 3_600);
+        self.bad(value, "quantum", format!("{quantum:?} does not lie between {least} ms and {most} h"));
+        None
     }
 
     fn whole(&mut self, table: &DeTable<'i>, key: &str) -> Option<u32> {

@@ -14,7 +14,7 @@ use super::gpu::{DRIVER_MIN, Gpu};
 use super::models::unservable;
 use super::parse::{ModelSection, ShoalFile, Sited};
 use super::surroundings::Surroundings;
-use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ServerConfig};
+use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, QUANTUM_DEFAULT, ServerConfig};
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
 /// What is left of a GPU's free memory, for what nobody foresees.
@@ -120,6 +120,7 @@ impl ShoalFile {
                 wait_max: server.wait_s_max.map_or(defaults.wait_max, Duration::from_secs),
                 parked_max: server.parked_max.unwrap_or(defaults.parked_max),
             },
+            quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
             notes,
             unservable,
         })

@@ -38,6 +38,7 @@ fn the_shortest_file_gets_every_default() {
     assert_eq!(config.device, DeviceChoice::Sim);
     assert_eq!((config.device_budget, config.host_budget), (ByteCount::gib(8), ByteCount::gib(16)));
     assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.quantum, QUANTUM_DEFAULT);
     assert_eq!(config.runtime_dir, Path::new("/nowhere/run"));
     assert_eq!(config.log_dir, Path::new("/nowhere/state/shoal/logs"));
     assert!(config.notes.is_empty(), "{:?}", config.notes);
@@ -60,6 +61,7 @@ fn every_key_is_read() {
         disk = [{ path = "~/disk", bytes = "200GiB" }]
         request_bytes_max = "1MiB"
         wait_s_max = 30
+        quantum = "750ms"
         parked_max = 7
         [[model]]
         name = "code:v1"
@@ -285,5 +287,26 @@ fn no_text_makes_it_panic() {
     for end in (0..whole.len()).filter(|end| whole.is_char_boundary(*end)) {
         let _ = parse(&whole[..end]);
         let _ = parse(&whole[end..]);
+    }
+}
+
+#[test]
+fn a_quantum_has_a_unit_and_sane_bounds() {
+    let quantum = |value: &str| {
+        load_here(&format!("[server]\nquantum = {value}\n[[model]]\nname = 'a'\nsource = 'b'\n"))
+            .map(|config| config.quantum)
+    };
+    assert_eq!(quantum("'750ms'"), Ok(Duration::from_millis(750)));
+    assert_eq!(quantum("2"), Ok(Duration::from_secs(2)));
+    assert_eq!(quantum("'1m'"), Ok(Duration::from_mins(1)));
+    for (wrong, why) in [
+        ("0", "0ns does not lie between 50 ms and 1 h"),
+        ("'2h'", "does not lie between 50 ms and 1 h"),
+        ("'soon'", "write whole seconds, or a string such as \"500ms\""),
+        ("-1", "write whole seconds"),
+        ("true", "seconds, or a string such as"),
+    ] {
+        let said = quantum(wrong).expect_err(wrong);
+        assert!(said.contains(why) && said.contains("shoal.toml:2"), "{wrong}: {said}");
     }
 }

@@ -73,6 +73,36 @@ impl Shared {
         let now_ms = self.now_ms();
         act(&mut core, now_ms)
     }
+
+    /// Waits until `model` is there, as one who wants `wanted` of it.
+    async fn reach(
+        self: &Arc<Self>,
+        model: &str,
+        wanted: Wanted,
+        deadline: Instant,
+    ) -> Result<Reached, RouteError> {
+        let deadline_ms = self.at_ms(deadline);
+        let begun = self.with(|core, now_ms| core.handle_wanted(model, wanted, now_ms, deadline_ms))?;
+        let asked = Instant::now();
+        let (place, ticket, answer) = match begun {
+            Begun::Reached(reached) => return Ok(reached),
+            Begun::Parked { place, ticket, answer } => (place, ticket, answer),
+        };
+        // Gives the place up when this future is dropped; hands an answer that nobody took back.
+        let mut waiting = tasks::Waiting { shared: Arc::clone(self), place, ticket, wanted, answer };
+        match tokio::time::timeout_at(deadline.into(), &mut waiting.answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(RouteError::ShuttingDown),
+            // An answer that crossed the deadline counts.
+            Err(_) => {
+                if let Ok(answer) = waiting.answer.try_recv() {
+                    return answer;
+                }
+                let reason = waiting.give_up();
+                Err(RouteError::Deadline { model: model.to_owned(), waited: asked.elapsed(), reason })
+            }
+        }
+    }
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -101,7 +131,8 @@ impl Shelf {
         })?;
         let decisions = tasks::decision_log(&config.log_dir);
         let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let core = Core::new(config, Timing::default(), millis(unix), Some(decisions));
+        let timing = Timing { quantum_ms: millis(config.quantum), ..Timing::default() };
+        let core = Core::new(config, timing, millis(unix), Some(decisions));
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
             base: tokio::time::Instant::now(),
@@ -150,28 +181,7 @@ impl Shelf {
     }
 
     async fn reach(&self, model: &str, wanted: Wanted, deadline: Instant) -> Result<Reached, RouteError> {
-        let shared = self.shared();
-        let deadline_ms = shared.at_ms(deadline);
-        let begun = shared.with(|core, now_ms| core.handle_wanted(model, wanted, now_ms, deadline_ms))?;
-        let asked = Instant::now();
-        let (place, ticket, answer) = match begun {
-            Begun::Reached(reached) => return Ok(reached),
-            Begun::Parked { place, ticket, answer } => (place, ticket, answer),
-        };
-        // Gives the place up when this future is dropped; hands an answer that nobody took back.
-        let mut waiting = tasks::Waiting { shared: Arc::clone(shared), place, ticket, wanted, answer };
-        match tokio::time::timeout_at(deadline.into(), &mut waiting.answer).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(RouteError::ShuttingDown),
-            // An answer that crossed the deadline counts.
-            Err(_) => {
-                if let Ok(answer) = waiting.answer.try_recv() {
-                    return answer;
-                }
-                let reason = waiting.give_up();
-                Err(RouteError::Deadline { model: model.to_owned(), waited: asked.elapsed(), reason })
-            }
-        }
+        self.shared().reach(model, wanted, deadline).await
     }
 
     /// Brings a model's weights to the device. A failed model's worker is given another try.
@@ -189,10 +199,8 @@ impl Shelf {
             full @ RouteError::Full { .. } => refused(full.to_string()),
         })?;
         let summary = if reached.was_asleep { "it was woken" } else { "it was awake" }.to_owned();
-        let bytes = self.shared().with(|core, _| {
-            if reached.was_asleep { core.models[reached.place].weights_total } else { ByteCount::ZERO }
-        });
-        Ok(self.report(reached.place, bytes, bytes, began, summary))
+        let (bytes, copied) = reached.brought;
+        Ok(self.report(reached.place, bytes, copied, began, summary))
     }
 
     /// Takes a model's weights off the device, but for the part `keep` (0 to 1), and its KV.
@@ -225,14 +233,26 @@ impl Shelf {
         }
     }
 
-    /// Makes a model stay on the device once it is there, or lets it go again.
+    /// Makes a model stay on the device, or lets it go again. One that is not there is brought back meanwhile, within
+    /// the longest wait of requests; if that fails, an event and the model's `error` say why, and the pin stays. Must be
+    /// called inside a tokio runtime.
     ///
     /// # Errors
     /// [`ShelfError::UnknownModel`].
     pub fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
         let began = Instant::now();
-        let place = self.shared().with(|core, now_ms| core.handle_pin(model, pinned, now_ms))?;
-        let summary = if pinned { "it stays on the device once it is there" } else { "it may be evicted" };
+        let (place, wake) = self.shared().with(|core, now_ms| core.handle_pin(model, pinned, now_ms))?;
+        let summary = match (pinned, &wake) {
+            (true, None) => "it stays on the device",
+            (true, Some(_)) => {
+                "it is pinned and is being brought to the device; its status tells when it is there"
+            }
+            (false, _) => "it may be evicted",
+        };
+        if let Some(unwanted) = wake {
+            let (shared, name) = (Arc::clone(self.shared()), model.to_owned());
+            tokio::spawn(tasks::bring_pinned(shared, place, name, unwanted));
+        }
         Ok(self.report(place, ByteCount::ZERO, ByteCount::ZERO, began, summary.to_owned()))
     }
 

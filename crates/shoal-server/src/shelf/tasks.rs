@@ -236,6 +236,25 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
     (Launch { model: model.name, command, env, log }, socket)
 }
 
+/// Brings a model back because it was pinned, unless it is let go before.
+pub(super) async fn bring_pinned(
+    shared: Arc<Shared>,
+    place: usize,
+    name: String,
+    unwanted: oneshot::Receiver<()>,
+) {
+    let wait_max = shared.with(|core, _| core.config.limits.wait_max);
+    let deadline = std::time::Instant::now() + wait_max;
+    tokio::select! {
+        () = shared.cancel.cancelled() => {}
+        _ = unwanted => {}
+        reached = shared.reach(&name, Wanted::Wake, deadline) => {
+            let failed = reached.err().map(|error| error.to_string());
+            shared.with(|core, now_ms| core.handle_pin_woke(place, failed, now_ms));
+        }
+    }
+}
+
 /// A place in a model's queue, given up when dropped.
 #[derive(Debug)]
 pub(super) struct Waiting {
