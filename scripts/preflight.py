@@ -26,7 +26,8 @@ TORCH_OTHER = (1.0 * GIB, 300 << 20)
 PACKAGES = (0.6 * GIB, 110 << 20)
 BUILD = (1.6 * GIB, 25 << 20)
 MODELS = {"chat": (0.5 * GIB, 93_000_000), "documents": (0.2 * GIB, 84_000_000), "code": (0.1 * GIB, 0)}
-MODEL_S = {"chat": 40, "documents": 5, "code": 90}
+MODEL_S = {"chat": 40, "documents": 5, "code": 65}
+RECIPES = {"chat": 1, "documents": 1, "code": 2}
 BUILD_S = 420
 INSTALL_S = 90
 DOWNLOAD_BYTES_PER_S = 20_000_000
@@ -124,7 +125,7 @@ def existing(path: Path) -> Path:
 
 
 def is_prepared(name: str) -> bool:
-    for manifest in models_dir().glob(f"demo/{name}-*/shoal-demo.json"):
+    for manifest in models_dir().glob(f"demo/{name}-{RECIPES[name]}/shoal-demo.json"):
         try:
             sizes = json.loads(manifest.read_text())["files"]
             if all((manifest.parent / file).stat().st_size == size for file, size in sizes.items()):

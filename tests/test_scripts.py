@@ -78,6 +78,27 @@ def test_preflight_knows_what_is_still_to_be_had(tmp_path: Path, monkeypatch: py
     assert script.pending("test") == []
 
 
+def test_preflight_tells_of_the_demos_models_what_the_demo_says() -> None:
+    from shoal.demo.shelf import MODELS
+
+    script = load("preflight")
+    assert {model.name: model.recipe for model in MODELS.values()} == script.RECIPES
+    assert {model.name: model.seconds for model in MODELS.values()} == script.MODEL_S
+    for model in MODELS.values():
+        size = model.package.download_bytes if model.package else 0
+        assert script.MODELS[model.name][1] == pytest.approx(size, rel=0.01)
+
+
+def test_preflight_does_not_take_an_old_copy_for_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("preflight")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for recipe, prepared in ((script.RECIPES["code"] - 1, False), (script.RECIPES["code"], True)):
+        made = tmp_path / f"shoal/models/demo/code-{recipe}"
+        made.mkdir(parents=True)
+        (made / "shoal-demo.json").write_text('{"files": {}}')
+        assert script.is_prepared("code") == prepared
+
+
 def test_environment_takes_torch_from_where_it_is_told(tmp_path: Path) -> None:
     environment = load("environment")
     assert environment.torch_from(None) == []

@@ -43,6 +43,8 @@ def _prepare(name: str) -> Path:
         # Nothing here may ask a hub: all that is needed is in the wheel.
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["TQDM_DISABLE"] = "1"
+        # Read as torch loads: threads that spin while they wait take the cores from whatever else runs here.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from shoal.demo.recipes import MAKERS, describe
 
         started = time.monotonic()

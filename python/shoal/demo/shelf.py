@@ -67,14 +67,14 @@ MODELS = {
                 "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
                 83_506_384,
             ),
-            seconds=3,
+            seconds=5,
         ),
         DemoModel(
             name="code",
             title="a toy: a byte-level Llama of 0.8 million parameters, trained here on Python's standard library",
-            recipe=1,
+            recipe=2,
             package=None,
-            seconds=90,
+            seconds=65,
         ),
     )
 }
