@@ -73,7 +73,7 @@ environment:
 # A release build also for development: it is what the demo, the tests and the wheel share.
 $(STAMPS)/extension: $(SOURCES) | environment
 	@echo "Building the Rust half (some minutes the first time)"
-	@$(BIN)/maturin develop --release --locked --quiet
+	@PIP_QUIET=1 $(BIN)/maturin develop --release --locked --quiet
 	@mkdir -p $(@D) && touch $@
 
 models: setup ## Download or train the demo's models, once
