@@ -15,3 +15,15 @@ def test_errors_and_values_are_shown_in_words() -> None:
         {"routes": ["embeddings"], "context_tokens": 16, "weights_bytes": 9, "dtype": "float32", "kv_block_bytes": 0}
     )
     assert words == "answers /v1/embeddings; up to 16 tokens; 9 bytes of weights in float32"
+
+
+def test_progress_is_told_a_few_times_a_second(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(worker_main.time, "monotonic", lambda: now[0])
+    told: list[tuple[str, int, int]] = []
+    tell = worker_main._Telling(lambda *said: told.append(said))
+    for done in range(1001):
+        now[0] += 0.001
+        tell("placing", done, 1000)
+    tell("reading", 0, 5)
+    assert [said[:2] for said in told] == [("placing", 0), ("placing", 500), ("placing", 1000), ("reading", 0)]

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ logger = logging.getLogger("shoal.worker")
 
 _GRACE_S = 10.0  # how long running requests may take after SIGTERM
 _PARENT_CHECK_S = 1.0
+_TELL_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _INSTALL = "pip install 'shoal[serve]' brings what serving needs"
 
@@ -118,13 +120,29 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
         hooks.verify()
     except hooks.HookError as error:
         raise LoadError("engine", f"{error}: {_INSTALL}") from error
-    path = _prepared(spec, client.loading)
+    tell = _Telling(client.loading)
+    path = _prepared(spec, tell)
     files = loading.inspect(path)
     memory = _open(client, spec)
-    loaded = loading.load(files, spec, client.loading)
-    weights = memory.place(loaded.model, path, lambda done, total: client.loading("placing", done, total))
+    loaded = loading.load(files, spec, tell)
+    weights = memory.place(loaded.model, path, lambda done, total: tell("placing", done, total))
     memory.warm_up(loaded.model.dtype)
     return assemble(name, loaded, memory, spec, weights)
+
+
+class _Telling:
+    """Tells progress to people: each phase's begin and end, and a few times a second what is between."""
+
+    def __init__(self, tell: Progress) -> None:
+        self._tell = tell
+        self._phase = ""
+        self._told = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase or done >= total or now - self._told >= _TELL_S:
+            self._phase, self._told = phase, now
+            self._tell(phase, done, total)
 
 
 def _open(client: BrokerClient, spec: WorkerSpec) -> DeviceMemory:
