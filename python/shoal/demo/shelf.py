@@ -74,7 +74,7 @@ MODELS = {
             title="a toy: a byte-level Llama of 0.8 million parameters, trained here on Python's standard library",
             recipe=2,
             package=None,
-            seconds=65,
+            seconds=80,
         ),
     )
 }
