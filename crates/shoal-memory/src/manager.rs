@@ -36,8 +36,6 @@ pub struct ManagerOptions {
     pub lease_wait: Duration,
     /// How long an operation waits for its turn and for one extent's copy.
     pub operation_wait: Duration,
-    /// Extents copied at once.
-    pub in_flight_max: usize,
     /// Transfers at once, waiting ones included.
     pub transfers_max: usize,
 }
@@ -51,7 +49,6 @@ impl ManagerOptions {
             lease,
             lease_wait: Duration::from_secs(2),
             operation_wait: Duration::from_mins(1),
-            in_flight_max: 4,
             transfers_max: 16,
         }
     }

@@ -6,16 +6,14 @@ use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ExtentIndex;
-use shoal_core::page_table::{Backing, PlannedMove, RefusedReason};
-use shoal_core::residency::Move;
+use shoal_core::page_table::{Backing, RefusedReason};
 use shoal_core::tier::Tier;
-use shoal_device::{Event, HashTicket, Span};
+use shoal_device::{HashTicket, Span};
 
+use super::outgoing::Outgoing;
 use super::{Region, Report};
-use crate::arena::HostCopy;
 use crate::error::MemoryError;
 use crate::gate::Scope;
-use crate::manager::Resident;
 
 /// Hashes computed at once.
 const HASHES_MAX: usize = 8;
@@ -97,11 +95,15 @@ impl Region {
             let (free, budget) = (manager.arena.free(), manager.options.host_budget);
             report.fail(MemoryError::HostBudget { needed: *needed, free, budget });
         }
-        let mut leaving: Vec<Resident> = Vec::new();
-        if let Err(error) = self.run_moves(&plan.moves, deadline, &mut leaving, &mut report.copied) {
+        let mut outgoing = Outgoing::new(self, plan.moves);
+        let mut freed = ByteCount::ZERO;
+        let outcome = outgoing.run(deadline, |left| freed += manager.release_unused(left));
+        let (leaving, copied) = outgoing.end(outcome.is_err());
+        report.freed = freed + manager.release_unused(leaving);
+        report.copied = copied;
+        if let Err(error) = outcome {
             report.fail(error);
         }
-        report.freed = manager.release_unused(leaving);
         manager.count_evicted(report.freed);
         report.duration = start.elapsed();
         report
@@ -167,108 +169,6 @@ impl Region {
             state.slot(index).host.take()
         };
         drop(stale);
-        Ok(())
-    }
-
-    fn run_moves(
-        &self,
-        moves: &[PlannedMove],
-        deadline: Instant,
-        leaving: &mut Vec<Resident>,
-        copied: &mut ByteCount,
-    ) -> Result<(), MemoryError> {
-        let mut flying: VecDeque<(PlannedMove, HostCopy, Event)> = VecDeque::new();
-        let mut failed = None;
-        for planned in moves {
-            if Instant::now() >= deadline {
-                failed = Some(MemoryError::Deadline { doing: "an eviction", waited: Duration::ZERO });
-                break;
-            }
-            let result = match planned.step {
-                Move::Offload(_) => self.start_offload(*planned).map(|(copy, event)| {
-                    flying.push_back((*planned, copy, event));
-                }),
-                _ => self.give_up(*planned, leaving),
-            };
-            if let Err(error) = result {
-                failed = Some(error);
-                break;
-            }
-            if flying.len() >= self.manager().options.in_flight_max
-                && let Some(first) = flying.pop_front()
-                && let Err(error) = self.end_offload(first, leaving, copied)
-            {
-                failed = Some(error);
-                break;
-            }
-        }
-        for flight in flying {
-            if let Err(error) = self.end_offload(flight, leaving, copied) {
-                failed.get_or_insert(error);
-            }
-        }
-        match failed {
-            None => Ok(()),
-            Some(error) => {
-                self.manager().settle();
-                Err(error)
-            }
-        }
-    }
-
-    fn give_up(&self, planned: PlannedMove, leaving: &mut Vec<Resident>) -> Result<(), MemoryError> {
-        let mut state = self.inner.state.lock();
-        state.table.begin(planned).map_err(self.table_error())?;
-        state.table.finish(planned.extent).map_err(self.table_error())?;
-        leaving.extend(state.slot(planned.extent).resident.take());
-        Ok(())
-    }
-
-    fn start_offload(&self, planned: PlannedMove) -> Result<(HostCopy, Event), MemoryError> {
-        let manager = self.manager();
-        let copy = manager.arena.allocate(planned.bytes, false)?;
-        let mapping = {
-            let mut state = self.inner.state.lock();
-            state.table.begin(planned).map_err(self.table_error())?;
-            state.mapping(planned.extent)
-        };
-        let queued = match mapping {
-            None => Err(self.refuse("evict", "an extent lost its memory")),
-            Some(mapping) => manager
-                .down
-                .copy(Span::mapping(&mapping), Span::host(copy.buffer(), ByteCount::ZERO, planned.bytes))
-                .and_then(|()| manager.down.record())
-                .map_err(MemoryError::device("copy to the host")),
-        };
-        match queued {
-            Ok(event) => Ok((copy, event)),
-            Err(error) => {
-                self.inner.state.lock().table.abort(planned.extent).map_err(self.table_error())?;
-                Err(error)
-            }
-        }
-    }
-
-    fn end_offload(
-        &self,
-        (planned, copy, event): (PlannedMove, HostCopy, Event),
-        leaving: &mut Vec<Resident>,
-        copied: &mut ByteCount,
-    ) -> Result<(), MemoryError> {
-        let wait = self.manager().options.operation_wait;
-        let done = event.wait(wait).map_err(MemoryError::device("copy to the host")).and_then(|is_done| {
-            is_done.then_some(()).ok_or(MemoryError::Deadline { doing: "a copy to the host", waited: wait })
-        });
-        let mut state = self.inner.state.lock();
-        if let Err(error) = done {
-            state.table.abort(planned.extent).map_err(self.table_error())?;
-            return Err(error);
-        }
-        state.table.finish(planned.extent).map_err(self.table_error())?;
-        let slot = state.slot(planned.extent);
-        slot.host = Some(copy);
-        leaving.extend(slot.resident.take());
-        *copied += planned.bytes;
         Ok(())
     }
 }

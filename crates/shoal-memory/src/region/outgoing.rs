@@ -3,7 +3,7 @@
 //! Apart because a swap drives it hand in hand with [`super::incoming`]: what leaves makes room for what comes.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::page_table::PlannedMove;
@@ -45,14 +45,52 @@ pub(crate) struct Outgoing<'a> {
     planned: VecDeque<PlannedMove>,
     flying: VecDeque<Entry>,
     flying_bytes: ByteCount,
-    /// Bytes copied to the host.
-    pub(crate) copied: ByteCount,
+    copied: ByteCount,
+    /// Memory of what has left.
+    left: Vec<Resident>,
 }
 
 impl<'a> Outgoing<'a> {
     pub(crate) fn new(region: &'a Region, moves: Vec<PlannedMove>) -> Self {
         let (planned, flying) = (moves.into(), VecDeque::new());
-        Self { region, planned, flying, flying_bytes: ByteCount::ZERO, copied: ByteCount::ZERO }
+        let (flying_bytes, copied, left) = (ByteCount::ZERO, ByteCount::ZERO, Vec::new());
+        Self { region, planned, flying, flying_bytes, copied, left }
+    }
+
+    /// Takes everything off the device. `release` gets the memory of what has left, in as few parts as cost no time: while
+    /// there are copies to wait for. The rest of it is in the answer of [`end`](Self::end).
+    pub(crate) fn run(
+        &mut self,
+        deadline: Instant,
+        mut release: impl FnMut(Vec<Resident>),
+    ) -> Result<(), MemoryError> {
+        while !self.is_done() {
+            if Instant::now() >= deadline {
+                return Err(MemoryError::Deadline { doing: "an eviction", waited: Duration::ZERO });
+            }
+            while let Some(resident) = self.reap(Duration::ZERO)? {
+                self.left.push(resident);
+            }
+            match self.start_next()? {
+                Started::Free(resident) => self.left.push(resident),
+                Started::Queued => {}
+                Started::NoRoom(needed) if !self.is_flying() => {
+                    let manager = self.region.manager();
+                    let (free, budget) = (manager.arena.free(), manager.options.host_budget);
+                    return Err(MemoryError::HostBudget { needed, free, budget });
+                }
+                Started::NoRoom(_) | Started::Full | Started::Nothing if self.left.is_empty() => {
+                    let resident = self.reap_one()?;
+                    self.left.extend(resident);
+                }
+                Started::NoRoom(_) | Started::Full | Started::Nothing => {
+                    if self.is_flying() {
+                        release(std::mem::take(&mut self.left));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -153,9 +191,10 @@ impl<'a> Outgoing<'a> {
         Ok(resident)
     }
 
-    /// Ends what is under way, well or not; gives the memory of what left. Nothing of ours touches it any more.
+    /// Ends what is under way, well or not; gives the memory of what left and the bytes copied. Nothing of ours touches that memory
+    /// any more.
     pub(crate) fn end(mut self, has_failed: bool) -> (Vec<Resident>, ByteCount) {
-        let (mut leaving, mut has_failed) = (Vec::new(), has_failed);
+        let (mut leaving, mut has_failed) = (std::mem::take(&mut self.left), has_failed);
         while self.is_flying() {
             match self.reap_one() {
                 Ok(resident) => leaving.extend(resident),
