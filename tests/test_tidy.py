@@ -42,6 +42,15 @@ def test_files_stay_short() -> None:
     assert not long, f"more than {LINES_MAX} lines, so more than one subject: {long}"
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports a test file outside a package by its bare name: two of one name stop the whole run."""
+    seen: dict[str, Path] = {}
+    for path in tracked():
+        if path.match("tests/**/test_*.py") and not (path.parent / "__init__.py").exists():
+            other = seen.setdefault(path.name, path)
+            assert other == path, f"{short(path)} and {short(other)} are one module to pytest"
+
+
 def test_code_is_ascii() -> None:
     strange = {}
     for path in tracked():
