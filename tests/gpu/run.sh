@@ -5,8 +5,9 @@
 #   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
 #   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
+#   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
-# The last two use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake, cuda_swap), which
+# The last three use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake, cuda_swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
@@ -58,11 +59,13 @@ conformance)
     python3 tests/gpu/report.py "$OUT/conformance.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;
-python)
+python | torch)
     status=0
-    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider tests/gpu/test_python.py >"$OUT/python.log" 2>&1 ||
-        status=$?
-    python3 tests/gpu/report.py "$OUT/python.log" "$SHOAL_RESULT" || status=$?
+    files=tests/gpu/test_python.py
+    [ "$part" = python ] || files=tests/gpu/test_pools.py
+    # shellcheck disable=SC2086
+    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider $files >"$OUT/$part.log" 2>&1 || status=$?
+    python3 tests/gpu/report.py "$OUT/$part.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
@@ -70,7 +73,7 @@ vmm) "$(program cuda_vmm)" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
 *)
-    echo "no part named $part; there are conformance, vmm, sleep_wake, swap, python and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, sleep_wake, swap, python, torch and shelf" >&2
     exit 2
     ;;
 esac

@@ -244,13 +244,19 @@ impl MemoryManager {
     }
 
     pub(crate) fn take_turn(&self, deadline: Instant) -> Result<Taken, MemoryError> {
-        let start = Instant::now();
-        let turn = self.turn.take(deadline).ok_or_else(|| MemoryError::Deadline {
-            doing: "waiting for another operation",
-            waited: start.elapsed(),
-        })?;
+        let turn = self.take_turn_only(deadline)?;
         self.sweep();
         Ok(turn)
+    }
+
+    /// [`take_turn`](Self::take_turn) without freeing what could not be freed before, which may wait for kernels and marks
+    /// all work.
+    pub(crate) fn take_turn_only(&self, deadline: Instant) -> Result<Taken, MemoryError> {
+        let start = Instant::now();
+        self.turn.take(deadline).ok_or_else(|| MemoryError::Deadline {
+            doing: "waiting for another operation",
+            waited: start.elapsed(),
+        })
     }
 
     pub(crate) fn operation_deadline(&self) -> Instant {

@@ -11,13 +11,14 @@
 
 mod ranges;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
-use shoal_core::extent::{EXTENT_PAGES_MAX, ExtentRule, PageRun};
+use shoal_core::extent::{ExtentRule, PageRun};
 use shoal_core::page_table::Backing;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::device::{ForeignStream, ForeignWork};
@@ -30,8 +31,10 @@ use ranges::Ranges;
 
 /// Addresses are cheap: room for holes between segments that live long.
 const RESERVED_PER_CAPACITY: u64 = 2;
-/// Committed ahead of need: this share of what is committed, at most one longest extent.
+/// Committed ahead of need: this share of what is committed, at most so many pages. What is left of it when the region is
+/// frozen stays, since an extent cannot be cut.
 const AHEAD_SHARE: u64 = 8;
+const AHEAD_PAGES_MAX: u64 = 32;
 /// How long an allocation may take in all, its lease included.
 const ALLOCATE_WAIT: Duration = Duration::from_secs(10);
 /// How long giving a segment back waits for the work that was queued before it; the driver's own free waits for it too.
@@ -71,8 +74,15 @@ struct Segment {
 #[derive(Debug)]
 struct Retired {
     offset: u64,
-    /// Where none could be recorded (a capture was under way), one behind all work is, later.
-    fence: Option<Event>,
+    /// What its users had queued, each until it is done.
+    fences: Vec<Fence>,
+}
+
+#[derive(Debug)]
+struct Fence {
+    work: ForeignWork,
+    /// Where none could be recorded (a capture was under way there), it is later, which is never too early.
+    event: Option<Event>,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +90,8 @@ struct State {
     /// Segments by offset, and which addresses below the frontier are free.
     ranges: Ranges<Segment>,
     retired: Vec<Retired>,
+    /// Every stream that a segment was asked for on.
+    streams: BTreeSet<ForeignStream>,
 }
 
 /// See the module's text.
@@ -124,13 +136,18 @@ impl Segments {
         &self.region
     }
 
-    /// A segment of at least `bytes`, with memory behind all of it, for use on any stream. Where memory is short, what was
-    /// given back is waited for, then the manager's other regions that may yield give up theirs.
+    /// A segment of at least `bytes`, with memory behind all of it. `stream` is the one it is asked for on: what is freed
+    /// is used again only after the work of every such stream. Where memory is short, what was
+    /// given back is waited for, then the manager's other regions that may yield give up theirs, unless a graph is captured
+    /// on one of these streams: marking all work, which that takes, would end the capture.
     ///
     /// # Errors
     /// [`MemoryError::Lease`], [`MemoryError::Device`], [`MemoryError::State`] while the region is asleep; kept for
     /// [`last_error`](Self::last_error). Nothing is changed then.
-    pub fn allocate(&self, bytes: ByteCount) -> Result<VirtAddr, MemoryError> {
+    pub fn allocate(&self, bytes: ByteCount, stream: Option<ForeignStream>) -> Result<VirtAddr, MemoryError> {
+        if let Some(stream) = stream {
+            self.state.lock().streams.insert(stream);
+        }
         let bytes = bytes.max(ByteCount(1)).round_up_to(PAGE_BYTES);
         self.sweep(Duration::ZERO);
         let outcome = self.carve(bytes).and_then(|offset| {
@@ -152,7 +169,8 @@ impl Segments {
         }
     }
 
-    /// Gives a segment back. What was queued on `stream` (on every stream, without one) may still use it.
+    /// Gives a segment back. What was queued on `stream`, and on every stream that segments were asked for on, may still
+    /// use it; without one, what was queued on any.
     ///
     /// # Errors
     /// [`MemoryError::State`] for an address that is no segment's: nothing is changed (I7).
@@ -171,9 +189,18 @@ impl Segments {
             return Err(error);
         };
         self.frees.fetch_add(1, Ordering::Relaxed);
-        let work = stream.map_or(ForeignWork::All, ForeignWork::Of);
-        let fence = Event::of_foreign(self.region.manager().device(), work).ok();
-        self.state.lock().retired.push(Retired { offset, fence });
+        let works = match stream {
+            None => vec![ForeignWork::All],
+            Some(stream) => {
+                let mut streams = self.state.lock().streams.clone();
+                streams.insert(stream);
+                streams.into_iter().map(ForeignWork::Of).collect()
+            }
+        };
+        let device = self.region.manager().device();
+        let fence = |work| Fence { work, event: Event::of_foreign(device, work).ok() };
+        let fences = works.into_iter().map(fence).collect();
+        self.state.lock().retired.push(Retired { offset, fences });
         self.sweep(FREE_WAIT);
         Ok(())
     }
@@ -307,6 +334,9 @@ impl Segments {
             Err(error) if is_shortage(&error) => {}
             outcome => return outcome,
         }
+        if self.is_capturing() {
+            return self.region.commit_by(wanted, deadline);
+        }
         let needed = self.region.uncommitted(&[wanted])?;
         match self.region.manager().evict_for(&self.region, needed, deadline) {
             Ok(freed) => tracing::info!(region = self.region.name(), %needed, %freed, "made room for torch"),
@@ -326,7 +356,7 @@ impl Segments {
             return Ok(wanted);
         }
         let committed = self.region.usage().total.pages();
-        let step = 1 << (committed / AHEAD_SHARE).clamp(1, EXTENT_PAGES_MAX).ilog2();
+        let step = 1 << (committed / AHEAD_SHARE).clamp(1, AHEAD_PAGES_MAX).ilog2();
         let end = (wanted.end() - free + free.next_multiple_of(step)).min(self.region.bytes().pages());
         Ok(PageRun { first: wanted.first, count: end.max(wanted.end()) - wanted.first })
     }
@@ -340,20 +370,8 @@ impl Segments {
         let deadline = Instant::now() + wait;
         let (mut done, mut later) = (Vec::new(), Vec::new());
         for mut one in retired {
-            if one.fence.is_none() {
-                one.fence = Event::of_foreign(self.region.manager().device(), ForeignWork::All).ok();
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let is_done = one.fence.as_ref().map_or(Ok(false), |fence| fence.wait(left));
-            match is_done {
-                Ok(true) => done.push(one),
-                Ok(false) => later.push(one),
-                Err(error) => {
-                    // A device that fails has nothing that could still be spoilt, but who knows: it stays taken.
-                    self.set_last_error(MemoryError::Device { doing: "fence a segment", source: error });
-                    later.push(one);
-                }
-            }
+            one.fences.retain_mut(|fence| !self.is_done(fence, deadline));
+            if one.fences.is_empty() { done.push(one) } else { later.push(one) }
         }
         let any = !done.is_empty();
         {
@@ -368,10 +386,34 @@ impl Segments {
         }
     }
 
+    /// Whether what a fence stands for is over; waits for it until `deadline`.
+    fn is_done(&self, fence: &mut Fence, deadline: Instant) -> bool {
+        if fence.event.is_none() {
+            fence.event = Event::of_foreign(self.region.manager().device(), fence.work).ok();
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = fence.event.as_ref().map_or(Ok(false), |event| event.wait(left));
+        waited.unwrap_or_else(|source| {
+            // A device that fails has nothing that could still be spoilt, but who knows: it stays taken.
+            self.set_last_error(MemoryError::Device { doing: "fence a segment", source });
+            false
+        })
+    }
+
+    /// Whether a graph is being captured on a stream that a segment was asked for on.
+    fn is_capturing(&self) -> bool {
+        let streams = self.state.lock().streams.clone();
+        let device = self.region.manager().device();
+        streams.into_iter().any(|stream| {
+            let marked = Event::of_foreign(device, ForeignWork::Of(stream));
+            matches!(marked, Err(DeviceError::Capturing { .. }))
+        })
+    }
+
     /// Gives back the memory of every extent in which no segment lies.
     fn release_unused(&self, deadline: Instant) -> Result<(), MemoryError> {
         let manager = self.region.manager();
-        let _turn = manager.take_turn(deadline)?;
+        let _turn = manager.take_turn_only(deadline)?;
         // In turn: a segment that is carved from here on commits what it needs after us.
         let taken: Vec<PageRun> = {
             let state = self.state.lock();

@@ -22,7 +22,7 @@ fn offset(segments: &Segments, at: VirtAddr) -> ByteCount {
 }
 
 fn take(segments: &Segments, mib: u64) -> VirtAddr {
-    let at = segments.allocate(ByteCount::mib(mib)).expect("room");
+    let at = segments.allocate(ByteCount::mib(mib), None).expect("room");
     segments.check_invariants().expect("invariants");
     at
 }
@@ -42,7 +42,7 @@ fn segments_lie_one_after_another_and_outlive_a_sleep() {
     for _ in 0..3 {
         segments.region().sleep(0.0, false, WAIT).expect("asleep");
         assert_eq!(world.device_used(), ByteCount::ZERO);
-        let refused = segments.allocate(ByteCount::mib(2)).expect_err("asleep");
+        let refused = segments.allocate(ByteCount::mib(2), None).expect_err("asleep");
         assert_eq!(refused.kind(), ErrorKind::Region);
         segments.region().wake(WAIT).expect("begun").wait(WAIT).expect("awake");
         let mut read = vec![0; bytes.len()];
@@ -92,21 +92,21 @@ fn a_shortage_takes_from_frozen_regions_and_else_says_no() {
     let bytes = noise(20 * 1024 * 1024, 3);
     old.region().write(offset(&old, kept), &bytes).expect("there");
     let new = growing(&world, "new");
-    let refused = new.allocate(ByteCount::mib(20)).expect_err("nobody yields");
+    let refused = new.allocate(ByteCount::mib(20), None).expect_err("nobody yields");
     assert_eq!(refused.kind(), ErrorKind::Lease);
     assert!(new.last_error().is_some() && new.usage().refusals == 1);
     old.freeze(&[], WAIT).expect("frozen");
     {
         let _step = world.manager.guard(WAIT).expect("all is there");
         assert!(
-            new.allocate(ByteCount::mib(20)).is_err(),
+            new.allocate(ByteCount::mib(20), None).is_err(),
             "a step runs: nothing is taken from under it (I13)"
         );
     }
     take(&new, 20);
     assert!(!old.region().missing_bytes().is_zero());
     world.check();
-    assert!(new.allocate(ByteCount::mib(64)).is_err(), "more than the device has");
+    assert!(new.allocate(ByteCount::mib(64), None).is_err(), "more than the device has");
     new.check_invariants().expect("as before");
     new.free(VirtAddr(new.region().address()), None).expect("a segment");
     old.region().wake(WAIT).expect("begun").wait(WAIT).expect("awake");

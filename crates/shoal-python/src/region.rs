@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use shoal_core::bytes::ByteCount;
 use shoal_device::VirtAddr;
 use shoal_memory::{MemoryError, Region, RegionUse, Segments, Transfer};
@@ -118,6 +118,23 @@ impl PyRegion {
         let timeout = convert::seconds("timeout_s", timeout_s)?;
         let dead: Vec<VirtAddr> = dead.iter().map(|at| VirtAddr(*at)).collect();
         py.detach(|| segments.freeze(&dead, timeout)).map(|report| report.bytes.0).map_err(errors::of_memory)
+    }
+
+    /// A range as its copies on the host have it; `None` where not all of it has one.
+    fn host_copy<'py>(
+        &self,
+        py: Python<'py>,
+        offset: u64,
+        nbytes: usize,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let region = self.region.get()?;
+        let mut is_whole = false;
+        let bytes = PyBytes::new_with(py, nbytes, |into| {
+            is_whole =
+                py.detach(|| region.read_host_copy(ByteCount(offset), into)).map_err(errors::of_memory)?;
+            Ok(())
+        })?;
+        Ok(is_whole.then_some(bytes))
     }
 
     /// Figures of a growing region.

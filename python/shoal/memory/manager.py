@@ -100,7 +100,9 @@ class MemoryManager:
             0 if overhead is None else parse_size(overhead),
         )
 
-    def region(self, name: str, nbytes: Size, *, kind: Kind = "weights", backing: Backing | None = None) -> Region:
+    def region(
+        self, name: str, nbytes: Size | None = None, *, kind: Kind = "weights", backing: Backing | None = None
+    ) -> Region:
         """Reserve a range of addresses. It takes no memory.
 
         Parameters
@@ -108,7 +110,8 @@ class MemoryManager:
         name
             For messages and reports.
         nbytes
-            How long it is; rounded up to whole pages.
+            How long it is; rounded up to whole pages. Without it the region grows: torch fills it, inside
+            :func:`shoal.torch.use_region`.
         kind
             What it is for. Under pressure, KV memory that no block uses yields first, then regions whose bytes may be
             discarded, then ``"weights"`` from the last extent backwards, then KV that is used.
@@ -129,7 +132,8 @@ class MemoryManager:
         """
         if backing is None:
             backing = "discard" if kind == "workspace" else "keep"
-        return Region(self._native.region(name, parse_size(nbytes), kind, backing))
+        length = None if nbytes is None else parse_size(nbytes)
+        return Region(self._native.region(name, length, kind, backing), self._native)
 
     def guard(self, timeout_s: float = TIMEOUT_S) -> Guard:
         """Give a context in which every region is resident and stays so.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from shoal.memory.sizes import Size, parse_size
 from shoal.wake import TIMEOUT_S, RegionGuard, Report, Transfer
@@ -48,6 +48,13 @@ class SourcePiece:
     conversion: Literal["bf16_to_f32"] | None = None
 
 
+class Filling(Protocol):
+    """Who cuts a growing region into pieces for others, as torch's allocator does."""
+
+    def seal(self) -> list[int]:
+        """Use what was handed out for nothing new; give the addresses of segments in which nothing lives."""
+
+
 class Region:
     """A range of addresses with a name. Made by :meth:`MemoryManager.region`.
 
@@ -55,10 +62,12 @@ class Region:
     extent.
     """
 
-    __slots__ = ("__weakref__", "_native")
+    __slots__ = ("__weakref__", "_filling", "_manager", "_native")
 
-    def __init__(self, native: _native.Region) -> None:
+    def __init__(self, native: _native.Region, manager: _native.MemoryManager) -> None:
         self._native = native
+        self._manager = manager
+        self._filling: Filling | None = None
 
     @property
     def name(self) -> str:
@@ -136,6 +145,38 @@ class Region:
             If it is sealed already.
         """
         self._native.seal()
+
+    def freeze(self, *, timeout_s: float = TIMEOUT_S) -> int:
+        """Declare that all bytes of a growing region are in place, for torch too.
+
+        Later allocations into it lie apart from these. Segments in which nothing lives lose their memory, and each
+        extent's checksum is recorded: it is clean from here on. Freezing again takes in what came since. From the first
+        time on the region yields under pressure, so use what lies in it under a guard.
+
+        Parameters
+        ----------
+        timeout_s
+            How long it may wait for kernels and other operations, in seconds.
+
+        Returns
+        -------
+        int
+            Bytes that are sealed now and were not before.
+
+        Raises
+        ------
+        RegionError
+            If it was made with a length (:meth:`seal` it), is asleep, or is being filled.
+        DeadlineError
+            If kernels did not end in time.
+        """
+        dead = [] if self._filling is None else self._filling.seal()
+        return self._native.freeze(dead, timeout_s)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it was made without a length, for torch to fill."""
+        return self._native.is_growing
 
     def commit(self, offset: int, nbytes: int) -> None:
         """Give a range zeroed device memory now. Pages that have it keep it.

@@ -1,4 +1,4 @@
-"""torch with regions: tensors that lie in one, and a module's weights placed there.
+"""torch with regions: tensors that lie in one, a module's weights placed there, and torch's own allocations.
 
 This package is the only part of the library that imports torch. ``import shoal`` does not import it.
 
@@ -9,7 +9,20 @@ while its region is not resident faults, so do it under ``mem.guard()``. Printin
 from __future__ import annotations
 
 from shoal.torch.placement import Placed, Placement, place
+from shoal.torch.pools import disable, graph, pool, stats, use_region
 from shoal.torch.safetensors import safetensors_sources
 from shoal.torch.tensors import device_of, tensor
 
-__all__ = ["Placed", "Placement", "device_of", "place", "safetensors_sources", "tensor"]
+__all__ = [
+    "Placed",
+    "Placement",
+    "device_of",
+    "disable",
+    "graph",
+    "place",
+    "pool",
+    "safetensors_sources",
+    "stats",
+    "tensor",
+    "use_region",
+]

@@ -32,6 +32,33 @@ impl Region {
         Ok(())
     }
 
+    /// Reads bytes from their copies on the host, without bringing anything anywhere. False: not all of them have one.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`], [`MemoryError::Device`].
+    pub fn read_host_copy(&self, offset: ByteCount, into: &mut [u8]) -> Result<bool, MemoryError> {
+        self.check_range(offset, ByteCount(into.len() as u64))?;
+        let (mut from, mut left) = (offset, into);
+        while !left.is_empty() {
+            let found = {
+                let state = self.inner.state.lock();
+                state.table.extent_at(from.0 / PAGE_BYTES.0).and_then(|index| {
+                    let (extent, _) = state.table.extent(index).ok()?;
+                    let host = state.slots.get(&index)?.host.as_ref()?;
+                    Some((extent, Arc::clone(host.buffer())))
+                })
+            };
+            let Some((extent, buffer)) = found else { return Ok(false) };
+            let within = from - extent.offset();
+            let bytes = (extent.bytes() - within).min(ByteCount(left.len() as u64));
+            let (now, later) = left.split_at_mut(index_of(bytes.0));
+            buffer.read(within, now).map_err(MemoryError::device("read host memory"))?;
+            from += bytes;
+            left = later;
+        }
+        Ok(true)
+    }
+
     /// Writes bytes that lie on the device. Hold a guard.
     ///
     /// # Errors

@@ -30,10 +30,11 @@ impl Region {
         self.commit_in_turn(&[run], &mut grant)
     }
 
-    /// [`commit`](Self::commit) of whole pages by a deadline, and only while nothing of the region is off the device.
+    /// [`commit`](Self::commit) of whole pages by a deadline, and only while nothing of the region is off the device. It
+    /// fences nothing: a graph may be captured.
     pub(crate) fn commit_by(&self, run: PageRun, deadline: Instant) -> Result<(), MemoryError> {
         let needed = {
-            let _turn = self.manager().take_turn(deadline)?;
+            let _turn = self.manager().take_turn_only(deadline)?;
             if !self.missing_bytes().is_zero() {
                 return Err(self.refuse("take memory for torch", "the region is asleep; wake it first"));
             }
@@ -44,7 +45,7 @@ impl Region {
         }
         let wait = self.manager().options.lease_wait.min(deadline.saturating_duration_since(Instant::now()));
         let mut grant = self.ask(needed, wait, "torch's memory")?;
-        let _turn = self.manager().take_turn(deadline)?;
+        let _turn = self.manager().take_turn_only(deadline)?;
         self.commit_in_turn(&[run], &mut grant).map(drop)
     }
 

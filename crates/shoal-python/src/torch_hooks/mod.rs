@@ -15,6 +15,7 @@ use std::ffi::{c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::Arc;
+use std::thread;
 
 use parking_lot::RwLock;
 use shoal_core::bytes::ByteCount;
@@ -66,7 +67,7 @@ pub(crate) fn stream_of(handle: u64) -> ForeignStream {
     unsafe { ForeignStream::new(handle) }
 }
 
-fn allocate(slot: usize, size: isize, device: c_int, _stream: *mut c_void) -> *mut c_void {
+fn allocate(slot: usize, size: isize, device: c_int, stream: *mut c_void) -> *mut c_void {
     let segments = {
         let known = KNOWN.read();
         let found = known.values().find(|one| one.slot == Some(slot) && one.owner == process::id());
@@ -80,7 +81,7 @@ fn allocate(slot: usize, size: isize, device: c_int, _stream: *mut c_void) -> *m
         segments.set_last_error(shoal_memory::MemoryError::State { region, doing, why });
         return std::ptr::null_mut();
     }
-    match segments.allocate(ByteCount(bytes)) {
+    match segments.allocate(ByteCount(bytes), Some(stream_of(stream.addr() as u64))) {
         Ok(at) => usize::try_from(at.0).map_or(std::ptr::null_mut(), std::ptr::with_exposed_provenance_mut),
         Err(_) => std::ptr::null_mut(),
     }
@@ -105,7 +106,12 @@ fn free(at: *mut c_void, stream: *mut c_void) {
         let forgotten =
             if known.get(&first).is_some_and(|one| one.slot.is_none()) { known.remove(&first) } else { None };
         drop(known);
-        drop(forgotten);
+        if let Some(forgotten) = forgotten {
+            // The last of a region may wait for kernels, which torch must not.
+            let gone = thread::Builder::new().name("shoal-torch-drop".to_owned());
+            // Without a thread for it, it ends here.
+            let _ = gone.spawn(move || drop((forgotten, segments)));
+        }
     }
 }
 

@@ -1,0 +1,386 @@
+"""torch's allocations in a region: pools of its caching allocator whose memory is the region's.
+
+torch's allocator keeps blocks of what it got and hands them out again without asking, pool by pool. So what goes into a
+region goes into pools of its own (``torch.cuda.MemPool``), and freezing a region means never handing out from its pools
+again. torch refuses one pool for two threads at a time, so there are as many as are used at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from shoal import _native
+from shoal.errors import RegionError
+from shoal.torch.tensors import device_of
+from shoal.wake import TIMEOUT_S, Guard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from shoal.memory import Region
+
+__all__ = ["disable", "graph", "pool", "stats", "use_region"]
+
+_lock = threading.Lock()
+_allocators: dict[int, Any] = {}
+"""torch's allocator objects by slot. They are never dropped: torch's pools point to them without keeping them."""
+_abandoned: list[_Filling] = []
+"""What regions that are gone have left: tensors may still lie in it."""
+
+
+class _Filling:
+    """What torch has of one region."""
+
+    def __init__(self, region: Region) -> None:
+        self.native = region._native
+        self.name = region.name
+        self.device = device_of(region)
+        self.slot = self.native.torch_bind()
+        self.lock = threading.Lock()
+        self.users = 0
+        self.idle: list[Any] = []
+        self.sealed: list[Any] = []
+        # A graph uses blocks at every replay that torch counts as free: what these have is never given up for dead.
+        self.kept: list[Any] = []
+
+    def make(self) -> Any:
+        """Make a pool that fills the region."""
+        from torch.cuda.memory import CUDAPluggableAllocator
+
+        with _lock:
+            allocator = _allocators.get(self.slot)
+            if allocator is None:
+                name = f"shoal_torch_alloc_{self.slot}"
+                allocator = _allocators[self.slot] = CUDAPluggableAllocator(_native.__file__, name, "shoal_torch_free")
+        with torch.cuda.device(self.device):
+            return torch.cuda.MemPool(allocator.allocator())
+
+    def take(self) -> Any:
+        """Take a pool for one thread."""
+        with self.lock:
+            self.users += 1
+            if self.idle:
+                return self.idle.pop()
+        try:
+            return self.make()
+        except BaseException:
+            with self.lock:
+                self.users -= 1
+            raise
+
+    def put(self, used: Any) -> None:
+        """Give a thread's pool back."""
+        with self.lock:
+            self.users -= 1
+            self.idle.append(used)
+
+    def seal(self) -> list[int]:
+        """Use these pools for nothing new; give the addresses of segments in which nothing lives."""
+        with self.lock:
+            if self.users:
+                raise RegionError(f"region {self.name!r}: cannot freeze it while it is being filled", kind="state")
+            self.sealed += self.idle
+            self.idle = []
+            return [
+                segment["address"] for one in self.sealed for segment in _segments(one) if not segment["active_size"]
+            ]
+
+    def live(self) -> tuple[int, int]:
+        """Give bytes in tensors, and bytes of free blocks that torch keeps."""
+        with self.lock:
+            pools = [*self.idle, *self.sealed, *self.kept]
+        segments = [segment for one in pools for segment in _segments(one)]
+        active = sum(segment["active_size"] for segment in segments)
+        return active, sum(segment["total_size"] for segment in segments) - active
+
+    def drop(self) -> bool:
+        """Let go of pools in which nothing lives and that no graph has; whether none is left."""
+        with self.lock:
+            for pools in (self.idle, self.sealed, self.kept):
+                for one in list(pools):
+                    if one.use_count() <= 1 and not any(segment["active_size"] for segment in _segments(one)):
+                        pools.remove(one)
+            empty = not (self.users or self.idle or self.sealed or self.kept)
+        if empty:
+            self.native.torch_unbind()
+        return empty
+
+
+def _segments(one: Any) -> list[dict[str, Any]]:
+    """Give what a pool has, without the trace of every allocation where that can be left out."""
+    try:
+        return list(one.snapshot(include_traces=False))
+    except TypeError:
+        return list(one.snapshot())
+
+
+def _abandon(filling: _Filling) -> None:
+    """Keep what a region that is gone has left in torch until nothing lives in it."""
+    with _lock:
+        _abandoned.append(filling)
+
+
+def _sweep() -> None:
+    """Let go of what regions have left in which nothing lives any more."""
+    with _lock:
+        candidates, _abandoned[:] = list(_abandoned), []
+    left = [filling for filling in candidates if not filling.drop()]
+    with _lock:
+        _abandoned.extend(left)
+
+
+def _filling(region: Region) -> _Filling:
+    """Give what torch has of a region; the first call makes it."""
+    filling = region._filling
+    if isinstance(filling, _Filling):
+        return filling
+    if not region.grows:
+        raise RegionError(
+            f"region {region.name!r} was made with a length; make it without one (`mem.region({region.name!r})`) for "
+            "torch to fill it",
+            kind="state",
+        )
+    if device_of(region).type != "cuda":
+        raise RegionError(
+            f"region {region.name!r} lies on a simulated device, and torch's CPU allocator has no pools: put a "
+            "module's weights there with shoal.torch.place, or a tensor with shoal.torch.tensor",
+            kind="state",
+        )
+    _sweep()
+    made = _Filling(region)
+    with _lock:
+        filling = region._filling
+        if isinstance(filling, _Filling):
+            return filling
+        region._filling = made
+    weakref.finalize(region, _abandon, made)
+    return made
+
+
+class _Stack(threading.local):
+    """What this thread's allocations go to: the innermost entry. None: torch's own memory."""
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+
+
+class _Entry:
+    """One ``with`` of a thread; it is begun while it is the innermost one."""
+
+    def __init__(self, device: torch.device | None, pool: Any) -> None:
+        self.device = device
+        self.pool = pool
+        self.begun: contextlib.AbstractContextManager[None] | None = None
+
+    def begin(self) -> None:
+        if self.pool is not None:
+            self.begun = torch.cuda.use_mem_pool(self.pool, self.device)
+            self.begun.__enter__()
+
+    def end(self) -> None:
+        begun, self.begun = self.begun, None
+        if begun is not None:
+            begun.__exit__(None, None, None)
+
+
+_stack = _Stack()
+
+
+def _push(entry: _Entry) -> None:
+    """Make an entry the one that allocations go to. Only one is begun at a time, so that none can mask another."""
+    entries = _stack.entries
+    if entries:
+        entries[-1].end()
+    try:
+        entry.begin()
+    except BaseException:
+        if entries:
+            entries[-1].begin()
+        raise
+    entries.append(entry)
+
+
+def _pop(entry: _Entry) -> None:
+    entries = _stack.entries
+    if not entries or entries[-1] is not entry:
+        raise RuntimeError("use_region and disable must be left in the reverse order, on the thread that entered them")
+    entries.pop()
+    entry.end()
+    if entries:
+        entries[-1].begin()
+
+
+class use_region:  # noqa: N801  (it is called, as torch.no_grad is)
+    """Let every CUDA tensor that this thread makes lie in a region. Made by calling it: ``with use_region(region):``.
+
+    May be nested: the innermost counts. Other threads enter it themselves, also for the same region; threads that torch
+    starts (a backward pass) make their tensors in torch's own memory. The region does not sleep or yield meanwhile. A
+    shortage first takes from the manager's regions that may yield, and is then ``torch.OutOfMemoryError``.
+
+    Parameters
+    ----------
+    region
+        A region made without a length, on a GPU.
+    timeout_s
+        How long entering may wait for another operation, in seconds.
+
+    Raises
+    ------
+    RegionError
+        On entering: if the region is asleep, was made with a length, or lies on a simulated device.
+    DeadlineError
+        On entering: if it waited too long.
+    """
+
+    def __init__(self, region: Region, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._region = region
+        self._timeout_s = timeout_s
+        self._held: list[tuple[_Filling, _native.RegionUse, _Entry]] = []
+
+    def __enter__(self) -> Self:
+        filling = _filling(self._region)
+        use = filling.native.begin_use(self._timeout_s)
+        taken = None
+        try:
+            taken = filling.take()
+            entry = _Entry(filling.device, taken)
+            _push(entry)
+        except BaseException:
+            if taken is not None:
+                filling.put(taken)
+            use.release()
+            raise
+        self._held.append((filling, use, entry))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        filling, use, entry = self._held.pop()
+        try:
+            _pop(entry)
+        finally:
+            filling.put(entry.pool)
+            use.release()
+        if isinstance(error, torch.OutOfMemoryError):
+            why = filling.native.last_error()
+            if why is not None:
+                error.add_note(f"Shoal had no memory for region {filling.name!r}: {why}")
+
+
+@contextlib.contextmanager
+def disable() -> Iterator[None]:
+    """Let tensors lie in torch's own memory again, inside :class:`use_region`."""
+    entry = _Entry(None, None)
+    _push(entry)
+    try:
+        yield
+    finally:
+        _pop(entry)
+
+
+def pool(region: Region) -> Any:
+    """Make a pool whose memory is the region's, for what takes one: ``torch.cuda.graph(g, pool=pool(region).id)``.
+
+    Unlike what :class:`use_region` fills, nothing of it is ever taken for dead, since a graph uses at every replay what
+    torch counts as free. Graphs that are replayed in the order of their capture may share one.
+
+    Parameters
+    ----------
+    region
+        A region made without a length, on a GPU.
+
+    Returns
+    -------
+    torch.cuda.MemPool
+        The region keeps it too.
+
+    Raises
+    ------
+    RegionError
+        If the region was made with a length, or lies on a simulated device.
+    """
+    filling = _filling(region)
+    made = filling.make()
+    with filling.lock:
+        filling.kept.append(made)
+    return made
+
+
+@contextlib.contextmanager
+def graph(
+    cuda_graph: torch.cuda.CUDAGraph, region: Region, *, pool: Any = None, timeout_s: float = TIMEOUT_S, **options: Any
+) -> Iterator[Any]:
+    """Capture a CUDA graph whose own memory lies in a region, so that it sleeps with it and replays after waking.
+
+    As ``torch.cuda.graph``, under a guard of everything the region's manager has: nothing is evicted meanwhile, since
+    the fence of an eviction would end the capture. Replay under a guard too.
+
+    Parameters
+    ----------
+    cuda_graph
+        The graph.
+    region
+        Where its memory lies; it is awake.
+    pool
+        What :func:`pool` gave, for graphs that share their memory; a new one without it.
+    timeout_s
+        How long entering may take, in seconds.
+    options
+        Given to ``torch.cuda.graph``: ``stream``, ``capture_error_mode``.
+
+    Yields
+    ------
+    torch.cuda.MemPool
+        Its pool.
+
+    Raises
+    ------
+    RegionError
+        If the region is asleep, was made with a length, or lies on a simulated device.
+    DeadlineError, OutOfMemoryError, LeaseError, TransferError
+        As :meth:`shoal.MemoryManager.guard`.
+    """
+    own = globals()["pool"](region) if pool is None else pool
+    use = region._native.begin_use(timeout_s)
+    try:
+        with Guard(region._manager, timeout_s), torch.cuda.graph(cuda_graph, pool=own.id, **options):
+            yield own
+    finally:
+        use.release()
+
+
+def stats(region: Region) -> dict[str, int]:
+    """Give what torch has of a region.
+
+    Parameters
+    ----------
+    region
+        The region.
+
+    Returns
+    -------
+    dict
+        ``segments`` and ``segment_bytes`` that torch got, ``dropped`` bytes of these that lost their memory by
+        freezing, ``committed`` bytes of memory, ``retired`` bytes that are freed once their last work ends,
+        ``allocations``, ``frees`` and ``refusals`` so far; ``active`` bytes in tensors, ``cached`` bytes of segments
+        that no tensor has, and ``users`` that fill it at this moment.
+
+    Raises
+    ------
+    RegionError
+        If the region was made with a length.
+    """
+    figures = dict(region._native.segments_usage())
+    filling = region._filling
+    figures.update(active=0, cached=0, users=0)
+    if isinstance(filling, _Filling):
+        figures["active"], figures["cached"] = filling.live()
+        figures["users"] = filling.users
+    return figures

@@ -1,0 +1,198 @@
+"""What torch's allocator calls, called by hand on a simulated device: segments, refusals, threads, forks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers import PAGE
+
+import shoal
+from shoal import _native, testing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+MIB = 1 << 20
+_library = ctypes.CDLL(_native.__file__)
+_free = _library.shoal_torch_free
+_free.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p]
+_free.restype = None
+
+
+def alloc_of(region: shoal.Region) -> Callable[..., int | None]:
+    """Give the function that torch would call for a region."""
+    function = getattr(_library, f"shoal_torch_alloc_{region._native.torch_bind()}")
+    function.argtypes = [ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p]
+    function.restype = ctypes.c_void_p
+
+    def alloc(nbytes: int, device: int = 0, stream: int = 0) -> int | None:
+        return function(nbytes, device, stream)
+
+    return alloc
+
+
+def free(address: int, nbytes: int, stream: int = 0) -> None:
+    _free(address, nbytes, 0, stream)
+
+
+@pytest.fixture
+def mem() -> Iterator[shoal.MemoryManager]:
+    with testing.simulated_machine("64MiB") as device:
+        yield device.manager(host_budget="128MiB")
+
+
+def test_segments_lie_in_the_region_and_hold_their_bytes_through_sleep(mem: shoal.MemoryManager) -> None:
+    region = mem.region("weights")
+    assert region.grows
+    alloc = alloc_of(region)
+    first, second = alloc(20 * MIB), alloc(2 * MIB, 0, 0)
+    assert first == region.address
+    assert second == first + 20 * MIB
+    view = memoryview(region.buffer(20 * MIB, 2 * MIB))
+    view[:5] = b"bytes"
+    assert region.freeze() >= 22 * MIB
+    for _ in range(3):
+        region.sleep()
+        assert region.usage()["device"] == 0
+        assert alloc(MIB) is None, "it is asleep"
+        assert "asleep" in str(region._native.last_error())
+        region.wake()
+        assert bytes(view[:5]) == b"bytes"
+    free(first, 20 * MIB)
+    free(second, 2 * MIB)
+    figures = region._native.segments_usage()
+    assert (figures["segments"], figures["allocations"], figures["frees"], figures["refusals"]) == (0, 2, 2, 3)
+    assert mem.device_memory()["used_by_this_process"] == 0
+
+
+def test_a_refusal_is_a_null_pointer_with_a_reason_and_changes_nothing(mem: shoal.MemoryManager) -> None:
+    region = mem.region("weights")
+    alloc = alloc_of(region)
+    assert alloc(65 * MIB) is None
+    assert isinstance(region._native.last_error(), shoal.OutOfMemoryError | shoal.LeaseError)
+    assert alloc(-1) is None
+    kept = alloc(64 * MIB)
+    assert kept is not None
+    assert alloc(PAGE) is None
+    free(kept, 64 * MIB)
+    assert alloc(64 * MIB) == kept, "the room is there again"
+
+
+def test_what_is_no_segment_is_not_freed(mem: shoal.MemoryManager) -> None:
+    region = mem.region("weights")
+    alloc = alloc_of(region)
+    first = alloc(4 * MIB)
+    assert first is not None
+    free(first + PAGE, PAGE)
+    free(0x1000, PAGE)
+    free(first, 4 * MIB)
+    free(first, 4 * MIB)
+    assert region._native.segments_usage()["frees"] == 1
+
+
+def test_a_shortage_takes_from_a_frozen_region(mem: shoal.MemoryManager) -> None:
+    old, new = mem.region("old"), mem.region("new")
+    at = alloc_of(old)(40 * MIB)
+    assert at is not None
+    memoryview(old.buffer(0, 40 * MIB))[:3] = b"old"
+    assert alloc_of(new)(40 * MIB) is None, "nothing yields that was not frozen"
+    old.freeze()
+    assert alloc_of(new)(40 * MIB) is not None
+    assert old.usage()["device"] < 40 * MIB
+
+
+def test_threads_fill_several_regions_at_once(mem: shoal.MemoryManager) -> None:
+    regions = [mem.region(f"r{number}") for number in range(4)]
+    allocs = [alloc_of(region) for region in regions]
+    failures: list[str] = []
+
+    def work(number: int) -> None:
+        for turn in range(60):
+            region, nbytes = regions[(number + turn) % 4], (1 + turn % 3) * PAGE
+            at = allocs[(number + turn) % 4](nbytes, 0, number)
+            if at is None or not region.address <= at < region.address + region.bytes:
+                failures.append(f"{at} in {region}: {region._native.last_error()}")
+                return
+            buffer = memoryview(region.buffer(at - region.address, 8))
+            buffer[:] = bytes([number] * 8)
+            if bytes(buffer) != bytes([number] * 8):
+                failures.append("two threads have the same bytes")
+            free(at, nbytes, number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert all(region._native.segments_usage()["segments"] == 0 for region in regions)
+
+
+def test_a_fork_gets_nothing_and_frees_nothing(mem: shoal.MemoryManager) -> None:
+    region = mem.region("weights")
+    alloc = alloc_of(region)
+    at = alloc(4 * MIB)
+    assert at is not None
+    child = os.fork()
+    if child == 0:
+        free(at, 4 * MIB)
+        os._exit(0 if alloc(PAGE) is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert region._native.segments_usage()["frees"] == 0
+    memoryview(region.buffer(0, 4))[:] = b"here"
+
+
+def test_a_region_that_is_gone_lives_until_torch_has_no_segment_of_it(mem: shoal.MemoryManager) -> None:
+    region = mem.region("weights")
+    at = alloc_of(region)(4 * MIB)
+    assert at is not None
+    view = memoryview(region.buffer(0, 4))
+    region._native.torch_unbind()
+    del region
+    view[:] = b"here"
+    view.release()
+    assert mem.device_memory()["used_by_this_process"] >= 4 * MIB
+    free(at, 4 * MIB)
+    assert mem.device_memory()["used_by_this_process"] == 0
+
+
+def test_slots_run_out_and_come_back(mem: shoal.MemoryManager) -> None:
+    regions = [mem.region(f"r{number}") for number in range(65)]
+    bound: list[shoal.Region] = []
+    try:
+        with pytest.raises(shoal.RegionError, match="64 regions"):
+            for region in regions:
+                region._native.torch_bind()
+                bound.append(region)
+    finally:
+        for region in bound:
+            region._native.torch_unbind()
+    assert regions[-1]._native.torch_bind() == 0 or bound
+
+
+def test_a_region_with_a_length_is_not_frozen(mem: shoal.MemoryManager) -> None:
+    region = mem.region("weights", "4MiB")
+    assert not region.grows
+    with pytest.raises(shoal.RegionError, match="without"):
+        region.freeze()
+
+
+def test_a_simulated_device_says_what_to_use_instead(mem: shoal.MemoryManager) -> None:
+    pytest.importorskip("torch")
+    import shoal.torch as st
+
+    with (
+        pytest.raises(shoal.RegionError, match=r"shoal\.torch\.place"),
+        st.use_region(mem.region("weights")),
+    ):
+        pass
+    with pytest.raises(shoal.RegionError, match="with a length"), st.use_region(mem.region("short", "4MiB")):
+        pass
+    with st.disable():
+        pass
