@@ -210,7 +210,7 @@ impl MemoryManager {
         deadline: Instant,
     ) -> Result<Plan, MemoryError> {
         if !trust_clean {
-            out.find_written(ALL, deadline)?;
+            out.find_written(deadline)?;
         }
         // Copies of what may be written on the device go as it comes, and make room for those of what leaves.
         let recycled = into.writable_copies();

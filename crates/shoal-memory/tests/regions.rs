@@ -7,7 +7,7 @@ use std::time::Duration;
 use common::{PAGE, WAIT, noise, piece, source_file, world};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
-use shoal_memory::{Conversion, ErrorKind, KvBacking, SourcePiece};
+use shoal_memory::{Conversion, ErrorKind, KvBacking, MemoryError, SourcePiece};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
 
@@ -66,6 +66,51 @@ fn what_was_written_after_sealing_is_found_and_kept() {
     bytes[at..at + 7].copy_from_slice(b"changed");
     let report = region.sleep(0.0, false, WAIT).expect("asleep");
     assert_eq!(report.copied, ByteCount(2 * PAGE), "one extent of two pages was dirty");
+    region.wake(WAIT).expect("started").wait(WAIT).expect("awake");
+    assert_eq!(contents(&region, 8 * PAGE), bytes);
+    world.check();
+}
+
+#[test]
+fn what_takes_the_place_of_a_refused_extent_is_compared_too() {
+    let world = world(64, 8);
+    let mut bytes = noise(8 * PAGE, 31);
+    let path = source_file(world.dir.path(), &bytes);
+    let region = world.region("read from a file", 8, LeaseKind::Weights);
+    let step = 300_000;
+    for (index, part) in bytes.chunks(step).enumerate() {
+        let at = (index * step) as u64;
+        region.stage(ByteCount(at), part, Some(piece(&path, at, part.len() as u64))).expect("staged");
+    }
+    region.seal().expect("sealed");
+    region.wake(WAIT).expect("started").wait(WAIT).expect("awake");
+
+    // The host is full of what has no other copy; the two extents that would go first are written in place.
+    let other = noise(3 * PAGE, 32);
+    let keeper = world.weights(3, &other);
+    for page in [4, 6] {
+        region.write(ByteCount(page * PAGE + 5), b"changed").expect("on the device");
+        let at = usize::try_from(page * PAGE + 5).expect("small");
+        bytes[at..at + 7].copy_from_slice(b"changed");
+    }
+    let report = region.evict(ByteCount(2 * PAGE), WAIT).expect("another extent is clean");
+    assert_eq!((report.freed, report.copied), (ByteCount(2 * PAGE), ByteCount::ZERO));
+    assert_eq!(region.usage().device, ByteCount(6 * PAGE));
+    let mut kept = vec![0; usize::try_from(4 * PAGE).expect("small")];
+    region.read(ByteCount(4 * PAGE), &mut kept).expect("still there");
+    assert_eq!(kept, bytes[bytes.len() / 2..], "what was written is lost (I6)");
+
+    // What is left but the first extent has no other copy: that is said, with the figures, and nothing is lost.
+    let error = region.sleep(0.0, false, WAIT).expect_err("no host room");
+    let MemoryError::HostBudget { needed, free, budget } = error else { panic!("{error}") };
+    assert_eq!((needed, budget), (ByteCount(2 * PAGE), ByteCount(4 * PAGE)));
+    assert!(free < needed, "{free} free");
+    assert_eq!(region.usage().device, ByteCount(4 * PAGE));
+    world.check();
+
+    drop(keeper);
+    let report = region.evict(ByteCount(2 * PAGE), WAIT).expect("room for one of the two");
+    assert_eq!((report.freed, report.copied), (ByteCount(2 * PAGE), ByteCount(2 * PAGE)));
     region.wake(WAIT).expect("started").wait(WAIT).expect("awake");
     assert_eq!(contents(&region, 8 * PAGE), bytes);
     world.check();

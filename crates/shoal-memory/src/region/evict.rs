@@ -1,12 +1,12 @@
 //! Giving device memory up: verify what is believed to be clean, drop what has another copy, copy the rest to the host.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ExtentIndex;
-use shoal_core::page_table::{Backing, RefusedReason};
+use shoal_core::page_table::{Backing, EvictPlan, RefusedReason};
 use shoal_core::tier::Tier;
 use shoal_device::{HashTicket, Span};
 
@@ -74,19 +74,12 @@ impl Region {
             report.fail(self.refuse("evict", "somebody fills it right now (use_region)"));
             return report;
         }
-        if !trust_clean && let Err(error) = self.find_written(bytes, deadline) {
-            report.fail(error);
-            return report;
-        }
         let manager = Arc::clone(self.manager());
-        let plan = {
-            let plan = |free| self.inner.state.lock().table.plan_evict(bytes, free);
-            let first = plan(manager.arena.free());
-            if first.refused.is_empty() {
-                first
-            } else {
-                manager.make_host_room(first.copied + refused_bytes(&first.refused));
-                plan(manager.arena.free())
+        let plan = match self.plan_verified(bytes, trust_clean, deadline) {
+            Ok(plan) => plan,
+            Err(error) => {
+                report.fail(error);
+                return report;
             }
         };
         if plan.freed < bytes
@@ -109,31 +102,60 @@ impl Region {
         report
     }
 
-    /// Compares what lies on the device with the recorded checksums, for the extents that freeing `bytes` concerns.
-    /// Where they differ the device copy is the only valid one from now on.
-    pub(crate) fn find_written(&self, bytes: ByteCount, deadline: Instant) -> Result<(), MemoryError> {
-        let candidates: Vec<ExtentIndex> = {
-            let state = self.inner.state.lock();
-            if !state.sealed || self.backing() == Backing::Discard {
-                return Ok(());
+    /// What leaves so that `bytes` come free. Each extent in it was compared with its recorded checksum, unless the region
+    /// is trusted: one that turns out to be written may find no room on the host, and then another takes its place, which
+    /// has to be compared as well before it is believed (I6).
+    fn plan_verified(
+        &self,
+        bytes: ByteCount,
+        trust_clean: bool,
+        deadline: Instant,
+    ) -> Result<EvictPlan, MemoryError> {
+        let manager = self.manager();
+        let mut verified = HashSet::new();
+        loop {
+            let plan = |free| self.inner.state.lock().table.plan_evict(bytes, free);
+            let mut planned = plan(manager.arena.free());
+            let refused = refused_bytes(&planned.refused);
+            if !refused.is_zero() {
+                manager.make_host_room(planned.copied + refused);
+                planned = plan(manager.arena.free());
             }
-            let mut left = bytes;
-            let is_on_device = |index: ExtentIndex| {
-                state.table.extent(index).is_ok_and(|(_, residency)| residency.valid().has(Tier::Device))
-            };
-            let extents =
-                state.table.extents_by(state.table.order()).rev().filter(|(index, ..)| is_on_device(*index));
+            if trust_clean {
+                return Ok(planned);
+            }
+            let new =
+                planned.moves.iter().map(|planned| planned.extent).filter(|index| verified.insert(*index));
+            let new: Vec<ExtentIndex> = new.collect();
+            if new.is_empty() {
+                return Ok(planned);
+            }
+            self.compare(new, deadline)?;
+        }
+    }
+
+    /// Compares all that lies on the device with the recorded checksums. Where they differ the device copy is the only
+    /// valid one from now on.
+    pub(crate) fn find_written(&self, deadline: Instant) -> Result<(), MemoryError> {
+        let on_device: Vec<ExtentIndex> = {
+            let state = self.inner.state.lock();
+            let extents = state.table.extents_by(state.table.order()).rev();
             extents
-                .take_while(|(_, extent, _)| {
-                    let more = !left.is_zero();
-                    left = left.saturating_sub(extent.bytes());
-                    more
-                })
+                .filter(|(_, _, residency)| residency.valid().has(Tier::Device))
                 .map(|(index, ..)| index)
                 .collect()
         };
+        self.compare(on_device, deadline)
+    }
+
+    /// As [`find_written`](Self::find_written), for these extents. Before sealing nothing is recorded that could be
+    /// compared, and what may be discarded needs no comparison.
+    fn compare(&self, extents: Vec<ExtentIndex>, deadline: Instant) -> Result<(), MemoryError> {
+        if self.backing() == Backing::Discard || !self.inner.state.lock().sealed {
+            return Ok(());
+        }
         let mut asked: VecDeque<(ExtentIndex, HashTicket)> = VecDeque::new();
-        for index in candidates {
+        for index in extents {
             let mapping = self.inner.state.lock().mapping(index);
             if let Some(mapping) = mapping {
                 let ticket = self.manager().down.hash(Span::mapping(&mapping));
