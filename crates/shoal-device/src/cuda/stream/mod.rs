@@ -11,42 +11,35 @@
 
 #![expect(unsafe_code, reason = "hands a boxed function through the driver")]
 
-use core::any::Any;
+mod host;
+mod janitor;
+mod jobs;
+mod marks;
+
 use core::ffi::c_void;
-use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::collections::{HashMap, VecDeque};
-use std::mem;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use host::{HostCall, run_host_call};
+use janitor::start_janitor;
+pub(super) use jobs::Submission;
+use jobs::{Entry, StreamState, Submit};
+use marks::{Mark, Spares};
 use parking_lot::Mutex;
-use rustix::io::Errno;
 
 use super::context::Context;
-use super::hash::PendingHash;
-use super::result::{Driver, EventHandle, StreamHandle, is_capture};
-use super::vmm::Block;
+use super::result::is_capture;
 use super::{SharedErrorLog, record};
 use crate::device::{ForeignStream, ForeignWork, HostFunction, Keep, RawEvent, RawStream};
 use crate::error::DeviceError;
 
-/// Jobs that one stream holds; a submission waits for room.
-const QUEUE_DEPTH_MAX: usize = 1024;
-/// How long a submission waits for room.
-const SUBMIT_WAIT_MAX: Duration = Duration::from_secs(30);
-/// A mark of our own after this many jobs, so that they can end without an event of the caller's.
-const JOBS_PER_MARK: u64 = 16;
-/// Driver events kept for the next marks.
-const SPARES_MAX: usize = 256;
 /// A wait asks in a loop for this long, then sleeps between questions.
 const EAGER_WAIT: Duration = Duration::from_micros(30);
 const NAP_MIN: Duration = Duration::from_micros(20);
 const NAP_MAX: Duration = Duration::from_micros(500);
-/// How often the janitor asks while it has something to ask about.
-const JANITOR_NAP: Duration = Duration::from_millis(5);
 
 /// Sleeps a little, in proportion to how long one has waited: late by a sixteenth at most, or by [`NAP_MAX`].
 fn nap(waited: Duration, left: Duration) {
@@ -54,250 +47,6 @@ fn nap(waited: Duration, left: Duration) {
         thread::yield_now();
     } else {
         thread::sleep((waited / 16).clamp(NAP_MIN, NAP_MAX).min(left));
-    }
-}
-
-/// Events of the driver's that no mark uses now.
-#[derive(Debug)]
-struct Spares {
-    context: Arc<Context>,
-    events: Mutex<Vec<EventHandle>>,
-}
-
-impl Spares {
-    fn take(&self) -> Result<EventHandle, DeviceError> {
-        let spare = self.events.lock().pop();
-        spare.map_or_else(|| self.context.driver().event_create(), Ok)
-    }
-
-    fn put(&self, event: EventHandle) {
-        let mut events = self.events.lock();
-        if events.len() < SPARES_MAX {
-            events.push(event);
-            return;
-        }
-        drop(events);
-        self.destroy(vec![event]);
-    }
-
-    fn destroy(&self, events: Vec<EventHandle>) {
-        let outcome = self.context.bind().and_then(|_bound| {
-            events.into_iter().try_for_each(|event| self.context.driver().event_destroy(event))
-        });
-        if let Err(error) = outcome {
-            tracing::debug!(%error, "an event could not be given back");
-        }
-    }
-}
-
-impl Drop for Spares {
-    fn drop(&mut self) {
-        let events = mem::take(self.events.get_mut());
-        self.destroy(events);
-    }
-}
-
-/// A point of a stream: everything up to job number `sequence`.
-#[derive(Debug)]
-struct Mark {
-    event: Option<EventHandle>,
-    sequence: u64,
-    is_done: AtomicBool,
-    spares: Arc<Spares>,
-}
-
-impl Mark {
-    /// Whether the stream has passed it. Needs a bound thread.
-    fn is_passed(&self, driver: Driver) -> Result<bool, DeviceError> {
-        if self.is_done.load(Ordering::Acquire) {
-            return Ok(true);
-        }
-        let Some(event) = &self.event else { return Ok(true) };
-        let is_passed = driver.event_query(event)?;
-        if is_passed {
-            self.is_done.store(true, Ordering::Release);
-        }
-        Ok(is_passed)
-    }
-}
-
-impl Drop for Mark {
-    fn drop(&mut self) {
-        // It may be recorded again while a stream still waits for it: that wait is for the old record.
-        if let Some(event) = self.event.take() {
-            self.spares.put(event);
-        }
-    }
-}
-
-/// A job that is queued or running.
-struct Entry {
-    sequence: u64,
-    hash: Option<PendingHash>,
-    #[expect(dead_code, reason = "held for its Drop")]
-    keep: Keep,
-}
-
-#[derive(Default)]
-struct Pending {
-    jobs: VecDeque<Entry>,
-    marks: VecDeque<Arc<Mark>>,
-    /// Jobs up to this number are done.
-    done: u64,
-    /// Somebody is ending jobs.
-    is_ending: bool,
-}
-
-#[derive(Default)]
-struct Submit {
-    handle: Option<StreamHandle>,
-    submitted: u64,
-    marked: u64,
-    scratch: Option<Arc<Block>>,
-}
-
-/// What a submission may use while it queues.
-pub(super) struct Submission<'a> {
-    /// Where to queue.
-    pub(super) stream: &'a StreamHandle,
-    /// The stream's scratch memory.
-    pub(super) scratch: &'a mut Option<Arc<Block>>,
-    /// A hash whose answer is fetched when the job has ended.
-    pub(super) hash: Option<PendingHash>,
-    /// Something was queued, even if the submission fails in the end.
-    pub(super) is_queued: bool,
-}
-
-struct StreamState {
-    number: u64,
-    context: Arc<Context>,
-    spares: Arc<Spares>,
-    submit: Mutex<Submit>,
-    pending: Mutex<Pending>,
-    /// Jobs up to this number have ended.
-    ended: AtomicU64,
-}
-
-impl fmt::Debug for StreamState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StreamState").field("number", &self.number).finish_non_exhaustive()
-    }
-}
-
-/// Ends the state of ending, also when something that a job kept panics in its Drop.
-struct Ending<'a>(&'a StreamState);
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        self.0.pending.lock().is_ending = false;
-    }
-}
-
-impl StreamState {
-    /// Puts a mark behind what is queued.
-    fn mark(&self, stream: &StreamHandle, sequence: u64) -> Result<Arc<Mark>, DeviceError> {
-        let event = self.spares.take()?;
-        if let Err(error) = self.context.driver().event_record(&event, stream) {
-            self.spares.put(event);
-            return Err(error);
-        }
-        let (event, spares) = (Some(event), Arc::clone(&self.spares));
-        Ok(Arc::new(Mark { event, sequence, is_done: AtomicBool::new(false), spares }))
-    }
-
-    /// Ends all jobs up to a number that is known to be done. Where another thread is at it, that one ends these too.
-    fn end_jobs(&self, done: u64) {
-        let mut guard = None;
-        loop {
-            let mut pending = self.pending.lock();
-            pending.done = pending.done.max(done);
-            if guard.is_none() {
-                if pending.is_ending || self.ended.load(Ordering::Relaxed) >= pending.done {
-                    return;
-                }
-                pending.is_ending = true;
-                guard = Some(Ending(self));
-            }
-            let done = pending.done;
-            let count = pending.jobs.partition_point(|job| job.sequence <= done);
-            if count == 0 {
-                self.ended.store(done, Ordering::Release);
-                // Under the lock, so that nobody's `done` is overlooked between this and the next.
-                pending.is_ending = false;
-                mem::forget(guard);
-                return;
-            }
-            let mut ended: Vec<Entry> = pending.jobs.drain(..count).collect();
-            let marks = pending.marks.partition_point(|mark| mark.sequence <= done);
-            let marks: Vec<_> = pending.marks.drain(..marks).collect();
-            drop(pending);
-            drop(marks);
-            for hash in ended.iter_mut().filter_map(|job| job.hash.take()) {
-                hash.settle();
-            }
-            drop(ended);
-        }
-    }
-
-    /// Ends what our own marks show to be done.
-    fn reap(&self) -> Result<(), DeviceError> {
-        let mut done = None;
-        loop {
-            let first = {
-                let pending = self.pending.lock();
-                pending.marks.iter().find(|mark| Some(mark.sequence) > done).cloned()
-            };
-            match first {
-                Some(mark) if mark.is_passed(self.context.driver())? => done = Some(mark.sequence),
-                _ => break,
-            }
-        }
-        if let Some(done) = done {
-            self.end_jobs(done);
-        }
-        Ok(())
-    }
-
-    /// Waits until the queue has room.
-    fn make_room(&self) -> Result<(), DeviceError> {
-        let start = Instant::now();
-        loop {
-            let queued = self.pending.lock().jobs.len() as u64;
-            if queued < JOBS_PER_MARK {
-                return Ok(());
-            }
-            self.reap()?;
-            if self.pending.lock().jobs.len() < QUEUE_DEPTH_MAX {
-                return Ok(());
-            }
-            let waited = start.elapsed();
-            if waited >= SUBMIT_WAIT_MAX {
-                let (stream, depth) = (self.number, QUEUE_DEPTH_MAX);
-                return Err(DeviceError::QueueFull { stream, depth, waited: SUBMIT_WAIT_MAX });
-            }
-            nap(waited, SUBMIT_WAIT_MAX);
-        }
-    }
-}
-
-impl Drop for StreamState {
-    fn drop(&mut self) {
-        let pending = mem::take(self.pending.get_mut());
-        if !pending.jobs.is_empty() {
-            // Nobody knows that they are done, so what they touch must stay (I5).
-            tracing::error!(
-                stream = self.number,
-                jobs = pending.jobs.len(),
-                "jobs without an end were leaked"
-            );
-            mem::forget(pending.jobs);
-        }
-        if let Some(stream) = self.submit.get_mut().handle.take()
-            && let Err(error) =
-                self.context.bind().and_then(|_b| self.context.driver().stream_destroy(stream))
-        {
-            tracing::debug!(%error, "a stream could not be given back");
-        }
     }
 }
 
@@ -324,7 +73,6 @@ impl Recorded {
         Ok(stream.ended.load(Ordering::Acquire) >= sequence)
     }
 }
-
 /// All streams and events of one device object.
 #[derive(Debug)]
 pub(super) struct Engine {
@@ -339,7 +87,7 @@ pub(super) struct Engine {
 
 impl Engine {
     pub(super) fn new(context: Arc<Context>, errors: SharedErrorLog) -> Self {
-        let spares = Arc::new(Spares { context: Arc::clone(&context), events: Mutex::default() });
+        let spares = Spares::new(&context);
         Self {
             context,
             errors,
@@ -449,7 +197,7 @@ impl Engine {
         submit.submitted += 1;
         let sequence = submit.submitted;
         state.pending.lock().jobs.push_back(Entry { sequence, hash, keep });
-        if sequence - submit.marked >= JOBS_PER_MARK {
+        if sequence - submit.marked >= jobs::JOBS_PER_MARK {
             // Without it the next one stands for these jobs too.
             match state.mark(handle, sequence) {
                 Ok(mark) => {
@@ -542,9 +290,7 @@ impl Engine {
             self.spares.put(handle);
             return Err(if is_capture(&error) { capturing } else { error });
         }
-        let (event_handle, spares) = (Some(handle), Arc::clone(&self.spares));
-        let mark = Mark { event: event_handle, sequence: 0, is_done: AtomicBool::new(false), spares };
-        self.set_recorded(event, Recorded { stream: None, mark: Arc::new(mark) })
+        self.set_recorded(event, Recorded { stream: None, mark: Mark::new(handle, 0, &self.spares) })
     }
 
     pub(super) fn query_event(&self, event: RawEvent) -> Result<bool, DeviceError> {
@@ -592,63 +338,4 @@ impl Engine {
             Err(error) => Err(if is_capture(&error) { capturing } else { error }),
         }
     }
-}
-
-/// What travels through the driver to its thread.
-struct HostCall {
-    function: HostFunction,
-    stream: u64,
-    errors: SharedErrorLog,
-}
-
-/// The driver's thread comes here; a panic must not go back into it.
-unsafe extern "C" fn run_host_call(data: *mut c_void) {
-    // SAFETY: `launch_host` gave this box away, and the driver calls once.
-    let call = unsafe { Box::from_raw(data.cast::<HostCall>()) };
-    let HostCall { function, stream, errors } = *call;
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(function)) {
-        let message = panic_message(panic.as_ref());
-        record(&errors, DeviceError::HostFunctionPanicked { stream, message });
-    }
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "(not a text)".to_owned())
-}
-
-/// A thread that ends the jobs of closed streams; it ends itself when the device object is gone.
-fn start_janitor(ordinal: u32, errors: &SharedErrorLog) -> Result<mpsc::Sender<Recorded>, DeviceError> {
-    let (sender, closed) = mpsc::channel::<Recorded>();
-    let errors = Arc::clone(errors);
-    let run = move || {
-        let mut waiting: Vec<Recorded> = Vec::new();
-        loop {
-            if waiting.is_empty() {
-                match closed.recv() {
-                    Ok(first) => waiting.push(first),
-                    Err(_) => return,
-                }
-            }
-            waiting.extend(closed.try_iter());
-            waiting.retain(|last| match last.is_complete() {
-                Ok(is_complete) => !is_complete,
-                Err(cause) => {
-                    let (what, handle) =
-                        ("the jobs of a stream", last.stream.as_ref().map_or(0, |one| one.number));
-                    record(&errors, DeviceError::Leaked { what, handle, cause: Box::new(cause) });
-                    false
-                }
-            });
-            if !waiting.is_empty() {
-                thread::sleep(JANITOR_NAP);
-            }
-        }
-    };
-    thread::Builder::new().name(format!("shoal-cuda{ordinal}-end")).spawn(run).map(|_| sender).map_err(
-        |error| {
-            let source = error.raw_os_error().map_or(Errno::AGAIN, Errno::from_raw_os_error);
-            DeviceError::system("starting a device's thread", source)
-        },
-    )
 }
