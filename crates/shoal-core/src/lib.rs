@@ -5,6 +5,7 @@
 //! | module | subject |
 //! |---|---|
 //! | [`bytes`] | byte counts that print and parse the way people write them |
+//! | [`copy_plan`] | how a list of copies is carried out, by what each way of copying costs |
 //! | [`ids`] | names for devices, regions, extents, transfers, models |
 //! | [`tier`] | the four places bytes can be |
 //! | [`extent`] | runs of pages with one frame each, and the rule for their sizes |
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bytes;
+pub mod copy_plan;
 pub mod extent;
 pub mod ids;
 pub mod kv;
