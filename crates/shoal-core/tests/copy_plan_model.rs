@@ -73,7 +73,8 @@ fn total(costs: &Costs, runs: &[Run], has_batch: bool, has_kernel: bool) -> Opti
             least = least.min(price(batch, run.bytes));
         }
         if let Some(kernel) = kernel.filter(|_| run.source % 16 == run.target % 16) {
-            least = least.min(price(kernel, run.bytes));
+            // It has to be better by a sixteenth.
+            least = least.min(price(kernel, run.bytes) + price(kernel, run.bytes) / 16);
         }
         least
     });

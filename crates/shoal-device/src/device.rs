@@ -15,6 +15,7 @@
 //! | `lock_host` | `cuMemHostRegister`, undone by `free_host` |
 //! | `create_stream`, `destroy_stream` | `cuStreamCreate` (non-blocking), `cuStreamDestroy` |
 //! | `copy` | `cuMemcpyAsync` |
+//! | `copy_many` | the same in a loop, `cuMemcpyBatchAsync`, or a kernel, by what each costs |
 //! | `hash` | a kernel; the result goes to a page-locked slot and from there to the [`HashCell`] |
 //! | `launch_host` | `cuLaunchHostFunc` |
 //! | `record_foreign` | `cuEventRecord` on the other's stream; for all of them `cuCtxRecordEvent` |
@@ -142,6 +143,15 @@ pub struct RawSpan {
     pub at: u64,
     /// Its length.
     pub bytes: ByteCount,
+}
+
+/// One of many copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawCopy {
+    /// What is read.
+    pub source: RawSpan,
+    /// What is written, as long.
+    pub target: RawSpan,
 }
 
 /// A stream that others made, such as torch, by the driver's handle (0 is the default stream).
@@ -323,6 +333,18 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
         keep: Keep,
     ) -> Result<(), DeviceError>;
 
+    /// Queues many copies at once, of any sizes and directions. They are done in any order, all of them after what is
+    /// queued before and before what is queued later. The first list may take a moment longer: how the device copies
+    /// blocks of each size best is measured then. On an error some of the copies may be queued; `keep` is dropped once
+    /// those have finished.
+    ///
+    /// # Errors
+    /// `UnknownHandle`, `LengthMismatch` (before anything is queued), `QueueFull`.
+    ///
+    /// # Safety
+    /// As for `copy`, for each of them.
+    unsafe fn copy_many(&self, stream: RawStream, copies: &[RawCopy], keep: Keep) -> Result<(), DeviceError>;
+
     /// Queues a hash of `span` (see [`crate::hash_bytes`] for which), put into `result`. On an error `keep` is dropped and nothing is queued.
     ///
     /// # Errors
@@ -422,6 +444,7 @@ pub enum Verb {
     CreateStream,
     DestroyStream,
     Copy,
+    CopyMany,
     Hash,
     LaunchHost,
     CreateEvent,

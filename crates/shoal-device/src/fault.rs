@@ -18,7 +18,7 @@ use shoal_core::bytes::ByteCount;
 
 use crate::device::{
     Device, DeviceInfo, DeviceMemory, ForeignStream, ForeignWork, HashCell, HostBacking, HostFunction, Keep,
-    RawEvent, RawFrame, RawHost, RawSpan, RawStream, Verb, VirtAddr,
+    RawCopy, RawEvent, RawFrame, RawHost, RawSpan, RawStream, Verb, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -225,6 +225,12 @@ impl Device for FaultDevice {
         self.enter(Verb::Copy, source.bytes)?;
         // SAFETY: the contract is the same and the caller keeps it.
         unsafe { self.inner.copy(stream, source, target, keep) }
+    }
+
+    unsafe fn copy_many(&self, stream: RawStream, copies: &[RawCopy], keep: Keep) -> Result<(), DeviceError> {
+        self.enter(Verb::CopyMany, copies.iter().map(|copy| copy.source.bytes).sum())?;
+        // SAFETY: the contract is the same and the caller keeps it.
+        unsafe { self.inner.copy_many(stream, copies, keep) }
     }
 
     unsafe fn hash(

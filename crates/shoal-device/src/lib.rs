@@ -17,6 +17,8 @@
 //! this crate only, one operation a block.
 
 pub mod conformance;
+#[cfg(any(feature = "cuda", test))]
+mod copy_cache;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device;

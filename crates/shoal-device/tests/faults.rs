@@ -42,6 +42,17 @@ fn round_trip(device: &Arc<dyn Device>) -> Result<(), DeviceError> {
     first.copy(Span::host(&buffer, ByteCount::ZERO, MIB2), Span::mapping(&mapping))?;
     second.wait_for(&first.record()?)?;
     assert_eq!(second.hash(Span::mapping(&mapping))?.wait(SOON)?, hash_bytes(&bytes));
+    let blocks = |back: bool| {
+        let block = |index: u64| {
+            let (offset, bytes) = (ByteCount(index * 8192), ByteCount(4096));
+            let host = Span::host(&buffer, offset, bytes);
+            let on_device = Span::Device { mapping: Arc::clone(&mapping), offset, bytes };
+            if back { (on_device, host) } else { (host, on_device) }
+        };
+        (0..64).map(block).collect::<Vec<_>>()
+    };
+    second.copy_many(&blocks(false))?;
+    second.copy_many(&blocks(true))?;
     second.launch_host(Arc::clone(&mapping), || ())?;
     assert!(second.synchronize(SOON)?);
     device.memory().map(|_| ())

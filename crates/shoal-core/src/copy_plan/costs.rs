@@ -18,6 +18,8 @@ pub const SIZES: [u64; 11] = {
 };
 /// No copy of these sizes takes longer on anything that copies at all: a minute.
 const NANOS_MAX: u64 = 60_000_000_000;
+/// A kernel takes multiprocessors from others' work, so it is chosen only where it is faster by more than this part.
+const KERNEL_HANDICAP: u64 = 16;
 /// What a file of another layout says here.
 const VERSION: u32 = 1;
 
@@ -152,7 +154,11 @@ impl Costs {
 
     fn of_run(&self, method: Method, run: &Run) -> u64 {
         match self.of(method) {
-            Some(costs) if method != Method::Kernel || run.is_wide() => costs.of(run.bytes),
+            Some(costs) if method == Method::Kernel && run.is_wide() => {
+                let nanos = costs.of(run.bytes);
+                nanos.saturating_add(nanos / KERNEL_HANDICAP)
+            }
+            Some(costs) if method != Method::Kernel => costs.of(run.bytes),
             _ => u64::MAX,
         }
     }

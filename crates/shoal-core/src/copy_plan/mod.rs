@@ -39,6 +39,19 @@ impl Run {
     pub const fn is_wide(&self) -> bool {
         (self.source ^ self.target).is_multiple_of(WIDE_BYTES)
     }
+
+    /// Its parts: each ends where the target is a multiple of `unit_bytes`, or with the run.
+    pub fn units(self, unit_bytes: u64) -> impl Iterator<Item = Self> {
+        let mut left = self;
+        core::iter::from_fn(move || {
+            let bytes = (unit_bytes - left.target % unit_bytes).min(left.bytes);
+            let unit = Self { bytes, ..left };
+            left.source += bytes;
+            left.target += bytes;
+            left.bytes -= bytes;
+            (bytes > 0).then_some(unit)
+        })
+    }
 }
 
 /// Sorts runs by target, joins neighbours and drops what is empty.
@@ -83,26 +96,11 @@ impl CopyPlan {
             match choose.method(&run) {
                 Method::Dma => plan.dma.push(run),
                 Method::Batch => plan.batch.push(run),
-                Method::Kernel => plan.units.extend(units(run, unit_bytes)),
+                Method::Kernel => plan.units.extend(run.units(unit_bytes)),
             }
         }
         plan
     }
-}
-
-/// The parts of a run that end where its target is a multiple of `unit_bytes`.
-fn units(mut run: Run, unit_bytes: u64) -> impl Iterator<Item = Run> {
-    core::iter::from_fn(move || {
-        let bytes = (unit_bytes - run.target % unit_bytes).min(run.bytes);
-        let unit = Run { bytes, ..run };
-        run = Run {
-            source: run.source + bytes,
-            target: run.target + bytes,
-            bytes: run.bytes - bytes,
-            seam: run.seam,
-        };
-        (bytes > 0).then_some(unit)
-    })
 }
 
 #[cfg(test)]
@@ -137,7 +135,7 @@ mod tests {
 
     #[test]
     fn units_end_where_the_target_is_aligned() {
-        let parts: Vec<_> = units(run(40, 1000, 100), 64).collect();
+        let parts: Vec<_> = run(40, 1000, 100).units(64).collect();
         assert_eq!(parts, [run(40, 1000, 24), run(64, 1024, 64), run(128, 1088, 12)]);
     }
 }

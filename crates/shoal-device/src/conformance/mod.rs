@@ -5,6 +5,7 @@
 //! filled (a GPU may be in use by others); cases take a few dozen MiB.
 
 mod copies;
+mod lists;
 mod lives;
 mod memory;
 mod streams;
@@ -46,6 +47,12 @@ pub const CASES: &[Case] = &[
     ("hashes_equal_the_hosts", copies::hashes_equal_the_hosts),
     ("jobs_hold_what_they_touch", copies::jobs_hold_what_they_touch),
     ("host_buffers_refuse_races", copies::host_buffers_refuse_races),
+    ("lists_are_exact_for_every_size", lists::lists_are_exact_for_every_size),
+    ("lists_may_hold_anything", lists::lists_may_hold_anything),
+    ("lists_keep_the_streams_order", lists::lists_keep_the_streams_order),
+    ("refused_lists_change_nothing", lists::refused_lists_change_nothing),
+    ("lists_hold_what_they_touch", lists::lists_hold_what_they_touch),
+    ("lists_of_many_threads", lists::lists_of_many_threads),
     ("a_panic_on_a_stream_is_recorded", streams::a_panic_on_a_stream_is_recorded),
     ("any_order_of_dropping_is_safe", lives::any_order_of_dropping_is_safe),
     ("devices_are_independent", lives::devices_are_independent),

@@ -150,6 +150,17 @@ impl Context {
         self.ordinal
     }
 
+    /// This device with this driver, in a line: what was measured on it holds for no other.
+    pub(super) fn key(&self, info: &DeviceInfo, facts: &CudaFacts) -> Result<String, DeviceError> {
+        let uuid = self.driver.device_uuid(self.device)?;
+        let uuid = u128::from_be_bytes(uuid);
+        // The driver's own number, where it is told; its CUDA version changes less often.
+        let version = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+        let version = version.lines().next().unwrap_or_default().trim();
+        let (major, minor) = facts.cuda;
+        Ok(format!("{} {uuid:032x}, CUDA {major}.{minor}, {version}", info.name))
+    }
+
     /// Makes this thread ready for calls until the answer is dropped.
     pub(super) fn bind(&self) -> Result<Bound, DeviceError> {
         let driver = self.driver;

@@ -227,7 +227,7 @@ impl Drop for HashKernel {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     const SOURCE: &[u8] = include_bytes!("kernels/hash.cu");
@@ -238,19 +238,25 @@ mod tests {
         })
     }
 
-    fn stamped(word: &str) -> &'static str {
+    fn stamped<'a>(ptx: &'a str, word: &str) -> &'a str {
         let prefix = format!("// {word} ");
-        PTX.lines().find_map(|line| line.strip_prefix(prefix.as_str())).expect("a stamped header")
+        ptx.lines().find_map(|line| line.strip_prefix(prefix.as_str())).expect("a stamped header")
+    }
+
+    /// Panics where a kernel's PTX is not what its source was compiled to, or not for every driver and GPU.
+    pub(in crate::cuda) fn check_ptx(name: &str, source: &[u8], ptx: &str) {
+        let remedy = "run crates/shoal-device/src/cuda/kernels/regenerate.py and commit both";
+        let (of_source, of_ptx) = (stamped(ptx, "source"), stamped(ptx, "ptx"));
+        assert_eq!(of_source, format!("{:016x}", fnv1a(source)), "{name}.cu changed; {remedy}");
+        let header: usize = ptx.split_inclusive('\n').take(3).map(str::len).sum();
+        let body = &ptx.as_bytes()[header..];
+        assert_eq!(of_ptx, format!("{:016x}", fnv1a(body)), "{name}.ptx was edited; {remedy}");
+        assert!(ptx.contains("\n.version 7.4\n.target sm_75\n"), "PTX for another driver or GPU; {remedy}");
     }
 
     #[test]
     fn the_committed_ptx_is_of_this_source() {
-        let remedy = "run crates/shoal-device/src/cuda/kernels/regenerate.py and commit both";
-        assert_eq!(stamped("source"), format!("{:016x}", fnv1a(SOURCE)), "hash.cu changed; {remedy}");
-        let header: usize = PTX.split_inclusive('\n').take(3).map(str::len).sum();
-        let body = &PTX.as_bytes()[header..];
-        assert_eq!(stamped("ptx"), format!("{:016x}", fnv1a(body)), "hash.ptx was edited; {remedy}");
-        assert!(PTX.contains("\n.version 7.4\n.target sm_75\n"), "PTX for another driver or GPU; {remedy}");
+        check_ptx("hash", SOURCE, PTX);
     }
 
     #[test]

@@ -8,13 +8,14 @@
 //! | `vmm` | address space, frames, mappings |
 //! | `host` | page-locked host memory |
 //! | `stream` | streams, events, what jobs hold |
-//! | `copy`, `hash` | what is queued on streams |
+//! | `copy`, `copies`, `hash` | what is queued on streams |
 //!
 //! Three levels, as cudarc has them for the rest of CUDA: the driver's functions, the same with results, and the
 //! objects. Where there is no usable driver or device, opening answers [`DeviceError::Unavailable`] with the
 //! reason and the remedy. The least driver is 470 (CUDA 11.4), the least GPU of compute capability 7.5.
 
 mod context;
+mod copies;
 mod copy;
 mod hash;
 mod host;
@@ -29,16 +30,18 @@ use std::time::Duration;
 
 use context::Context;
 pub use context::{CudaFacts, device_count};
+use copies::{Copies, Parts};
 use hash::HashKernel;
 use host::LockedMemory;
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
+use shoal_core::copy_plan::costs::CopyCosts;
 use stream::Engine;
 use vmm::Vmm;
 
 use crate::device::{
     Device, DeviceInfo, DeviceMemory, ForeignStream, ForeignWork, HashCell, HostBacking, HostFunction, Keep,
-    RawEvent, RawFrame, RawHost, RawSpan, RawStream, Space, VirtAddr,
+    RawCopy, RawEvent, RawFrame, RawHost, RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
 use crate::sim::LiveObjects;
@@ -65,9 +68,12 @@ fn record(log: &SharedErrorLog, error: DeviceError) {
 pub struct CudaDevice {
     info: DeviceInfo,
     facts: CudaFacts,
+    /// This device with this driver, in a line.
+    key: String,
     process: u32,
     engine: Engine,
     hasher: HashKernel,
+    copies: Copies,
     vmm: Vmm,
     host: LockedMemory,
     errors: SharedErrorLog,
@@ -85,10 +91,12 @@ impl CudaDevice {
         let context = Arc::new(context);
         let errors = SharedErrorLog::default();
         let device = Self {
+            key: context.key(&info, &facts)?,
             facts,
             process: process::id(),
             engine: Engine::new(Arc::clone(&context), Arc::clone(&errors)),
             hasher: HashKernel::new(&context, &facts)?,
+            copies: Copies::new(&context, &facts)?,
             vmm: Vmm::new(Arc::clone(&context), info.granularity, info.capacity),
             host: LockedMemory::new(Arc::clone(&context)),
             errors,
@@ -132,6 +140,17 @@ impl CudaDevice {
             streams,
             events,
         }
+    }
+
+    /// What copies cost on this device, by size and way; measured now if no earlier process has.
+    #[must_use]
+    pub fn copy_costs(&self) -> Arc<CopyCosts> {
+        self.copies.costs(self.parts())
+    }
+
+    fn parts(&self) -> Parts<'_> {
+        let (engine, vmm, host, facts) = (&self.engine, &self.vmm, &self.host, &self.facts);
+        Parts { engine, vmm, host, facts, key: &self.key }
     }
 
     /// In a child made by `fork` the driver does not work.
@@ -284,6 +303,12 @@ impl Device for CudaDevice {
             // SAFETY: the caller's promise, word for word.
             unsafe { copy::enqueue(driver, submission.stream, source, target) }
         })
+    }
+
+    unsafe fn copy_many(&self, stream: RawStream, copies: &[RawCopy], keep: Keep) -> Result<(), DeviceError> {
+        self.check_process()?;
+        // SAFETY: the caller's promise, word for word.
+        unsafe { self.copies.copy_many(self.parts(), stream, copies, keep) }
     }
 
     unsafe fn hash(

@@ -1,6 +1,6 @@
 //! One function for each call of the driver that we use, with a `Result`.
 //!
-//! Apart because it is the only place that passes pointers to the driver. Streams, events and modules are types
+//! Apart because it is the only place, with [`super::copies::calls`], that passes pointers to the driver. Streams, events and modules are types
 //! without `Clone`, made here and destroyed by value here, so that whoever has one has a live one; what can make
 //! memory vanish or be written behind a reference is an unsafe function.
 
@@ -28,7 +28,7 @@ const CAPTURE_RELAXED: c_uint = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE
 /// The loaded driver.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Driver {
-    symbols: &'static Symbols,
+    pub(super) symbols: &'static Symbols,
 }
 
 /// The primary context of a device, retained.
@@ -36,7 +36,7 @@ pub(super) struct Driver {
 pub(super) struct ContextHandle(Opaque);
 /// A stream.
 #[derive(Debug)]
-pub(super) struct StreamHandle(Opaque);
+pub(super) struct StreamHandle(pub(super) Opaque);
 /// An event.
 #[derive(Debug)]
 pub(super) struct EventHandle(Opaque);
@@ -82,11 +82,11 @@ fn location(ordinal: c_int) -> sys::CUmemLocation {
     sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: ordinal }
 }
 
-fn length(bytes: u64) -> usize {
+pub(super) fn length(bytes: u64) -> usize {
     usize::try_from(bytes).expect("64-bit sizes")
 }
 
-fn pointer(at: u64) -> *mut c_void {
+pub(super) fn pointer(at: u64) -> *mut c_void {
     ptr::with_exposed_provenance_mut(length(at))
 }
 
@@ -110,7 +110,7 @@ impl Driver {
         Ok(Self { symbols: symbols()? })
     }
 
-    fn check(self, call: &'static str, code: Code) -> Result<(), DeviceError> {
+    pub(super) fn check(self, call: &'static str, code: Code) -> Result<(), DeviceError> {
         if code == SUCCESS {
             return Ok(());
         }
@@ -173,6 +173,14 @@ impl Driver {
         // SAFETY: writes one number of ours.
         let code = unsafe { (self.symbols.device_total_memory)(&raw mut bytes, device) };
         self.check("cuDeviceTotalMem", code).map(|()| bytes as u64)
+    }
+
+    /// A number of this device that no other has.
+    pub(super) fn device_uuid(self, device: c_int) -> Result<[u8; 16], DeviceError> {
+        let mut uuid = [0; 16];
+        // SAFETY: writes 16 bytes of ours.
+        let code = unsafe { (self.symbols.device_uuid)(&raw mut uuid, device) };
+        self.check("cuDeviceGetUuid", code).map(|()| uuid)
     }
 
     pub(super) fn attribute(
@@ -453,64 +461,6 @@ impl Driver {
             return Ok(false);
         }
         self.check("cuEventQuery", code).map(|()| true)
-    }
-
-    /// # Safety
-    /// As for [`crate::Device::copy`]: both ranges stay, and unreferenced, until the job has finished.
-    pub(super) unsafe fn copy_up(
-        self,
-        source: u64,
-        target: u64,
-        bytes: u64,
-        stream: &StreamHandle,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        let code = unsafe { (self.symbols.copy_up)(target, pointer(source), length(bytes), stream.0) };
-        self.check("cuMemcpyHtoDAsync", code)
-    }
-
-    /// # Safety
-    /// As for [`Driver::copy_up`].
-    pub(super) unsafe fn copy_down(
-        self,
-        source: u64,
-        target: u64,
-        bytes: u64,
-        stream: &StreamHandle,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        let code = unsafe { (self.symbols.copy_down)(pointer(target), source, length(bytes), stream.0) };
-        self.check("cuMemcpyDtoHAsync", code)
-    }
-
-    /// # Safety
-    /// As for [`Driver::copy_up`].
-    pub(super) unsafe fn copy_inside(
-        self,
-        source: u64,
-        target: u64,
-        bytes: u64,
-        stream: &StreamHandle,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        let code = unsafe { (self.symbols.copy_inside)(target, source, length(bytes), stream.0) };
-        self.check("cuMemcpyDtoDAsync", code)
-    }
-
-    /// Between any two places that unified addressing knows (here: two of the host).
-    ///
-    /// # Safety
-    /// As for [`Driver::copy_up`].
-    pub(super) unsafe fn copy_anywhere(
-        self,
-        source: u64,
-        target: u64,
-        bytes: u64,
-        stream: &StreamHandle,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        let code = unsafe { (self.symbols.copy)(target, source, length(bytes), stream.0) };
-        self.check("cuMemcpyAsync", code)
     }
 
     /// # Safety

@@ -29,6 +29,34 @@ pub(super) enum Absent {
 /// `cuCtxRecordEvent`, which drivers have from CUDA 12.5 on.
 pub(super) type ContextRecordEvent = unsafe extern "C" fn(Opaque, Opaque) -> Code;
 
+/// `cuMemcpyBatchAsync` as of CUDA 12.8: targets, sources, lengths, how many, attributes, the first copy that each is
+/// for, how many of those, which copy failed, the stream.
+pub(super) type CopyBatch = unsafe extern "C" fn(
+    *const u64,
+    *const u64,
+    *const usize,
+    usize,
+    *const CopyAttributes,
+    *const usize,
+    usize,
+    *mut usize,
+    Opaque,
+) -> Code;
+/// The version of CUDA in which it has that signature.
+const COPY_BATCH_VERSION: c_int = 12_080;
+
+/// `CUmemcpyAttributes`: in which order sources are read, and where both ends lie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CopyAttributes {
+    pub(super) source_order: c_uint,
+    /// Type and number.
+    pub(super) source_at: [c_int; 2],
+    /// Type and number.
+    pub(super) target_at: [c_int; 2],
+    pub(super) flags: c_uint,
+}
+
 macro_rules! symbols {
     ($($field:ident = $name:literal ($($argument:ty),*);)*) => {
         /// Every function we call, by what it does; signatures are those of cuda.h.
@@ -37,6 +65,8 @@ macro_rules! symbols {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> Code,)*
             /// Only newer drivers have it.
             pub(super) context_record_event: Option<ContextRecordEvent>,
+            /// Only newer drivers have it.
+            pub(super) copy_batch: Option<CopyBatch>,
         }
 
         impl Symbols {
@@ -58,7 +88,21 @@ macro_rules! symbols {
                 // SAFETY: as above.
                 let found = unsafe { library.get::<ContextRecordEvent>(b"cuCtxRecordEvent\0") };
                 let context_record_event = found.ok().map(|found| *found);
-                Ok(Self { $($field,)* context_record_event })
+                let mut found = Self { $($field,)* context_record_event, copy_batch: None };
+                found.copy_batch = found.find_copy_batch();
+                Ok(found)
+            }
+
+            /// Asks the driver for a newer function by the version in which it has the signature that we know.
+            fn find_copy_batch(&self) -> Option<CopyBatch> {
+                let (name, mut address) = (c"cuMemcpyBatchAsync", core::ptr::null_mut());
+                // SAFETY: a name that ends with a zero, and a pointer of ours that is written.
+                let code = unsafe { (self.address_of)(name.as_ptr(), &raw mut address, COPY_BATCH_VERSION, 0) };
+                if code != 0 || address.is_null() {
+                    return None;
+                }
+                // SAFETY: the function of this name in this version of cuda.h has this type.
+                Some(unsafe { core::mem::transmute::<*mut c_void, CopyBatch>(address) })
             }
         }
     };
@@ -67,12 +111,14 @@ macro_rules! symbols {
 symbols! {
     init = "cuInit"(c_uint);
     driver_version = "cuDriverGetVersion"(*mut c_int);
+    address_of = "cuGetProcAddress"(*const c_char, *mut *mut c_void, c_int, c_ulonglong);
     error_name = "cuGetErrorName"(Code, *mut *const c_char);
     device_count = "cuDeviceGetCount"(*mut c_int);
     device_get = "cuDeviceGet"(*mut c_int, c_int);
     device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int);
     device_total_memory = "cuDeviceTotalMem_v2"(*mut usize, c_int);
     device_attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int);
+    device_uuid = "cuDeviceGetUuid"(*mut [u8; 16], c_int);
     primary_context_retain = "cuDevicePrimaryCtxRetain"(*mut Opaque, c_int);
     primary_context_release = "cuDevicePrimaryCtxRelease_v2"(c_int);
     context_current = "cuCtxGetCurrent"(*mut Opaque);

@@ -97,6 +97,13 @@ impl Vmm {
         DeviceError::UnknownHandle { device: self.context.id(), what: "frame", handle: raw.0 }
     }
 
+    /// The reservation that an address lies in: its first byte and the one after its last.
+    pub(super) fn reservation_of(&self, at: u64) -> Option<(u64, u64)> {
+        let book = self.book.lock();
+        let (start, bytes) = book.reservations.range(..=at).next_back()?;
+        (at < start + bytes).then_some((*start, start + bytes))
+    }
+
     pub(super) fn reserve(&self, bytes: ByteCount) -> Result<VirtAddr, DeviceError> {
         self.check_size("a reservation of bytes", bytes.0)?;
         let _bound = self.context.bind()?;

@@ -79,6 +79,14 @@ impl HostMemory {
             .is_some_and(|(start, piece)| piece.lock == Lock::Done && at + bytes <= start + piece.bytes)
     }
 
+    /// The page-locked piece that an address lies in: its first byte and the one after its last.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the CUDA device asks"))]
+    pub(crate) fn locked_piece_of(&self, at: u64) -> Option<(u64, u64)> {
+        let live = self.live.lock();
+        let (start, piece) = live.range(..=at).next_back()?;
+        (piece.lock == Lock::Done && at < start + piece.bytes).then_some((*start, start + piece.bytes))
+    }
+
     /// Maps memory and fills it with zeroes.
     pub(crate) fn allocate(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         if bytes.is_zero() {

@@ -27,7 +27,7 @@ const HUGE_BYTES_MIN: ByteCount = ByteCount::mib(2);
 pub struct HostBuffer {
     offset: ByteCount,
     bytes: ByteCount,
-    in_use: Mutex<Vec<Use>>,
+    in_use: Mutex<Uses>,
     // Dropped in this order: who gave the part away hears that it is free while the slab is still there.
     _claim: Box<dyn Any + Send + Sync>,
     slab: Arc<HostSlab>,
@@ -42,21 +42,42 @@ impl fmt::Debug for HostBuffer {
     }
 }
 
+/// A range that somebody reads or writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Use {
+pub(super) struct Use {
     start: u64,
     end: u64,
     writes: bool,
-    by_job: bool,
 }
 
 impl Use {
-    /// Two uses exclude one another when they meet, one of them writes, and they are not both jobs.
+    /// Two uses exclude one another when they meet and one of them writes.
     fn excludes(self, other: Self) -> bool {
-        self.start < other.end
-            && other.start < self.end
-            && (self.writes || other.writes)
-            && !(self.by_job && other.by_job)
+        self.start < other.end && other.start < self.end && (self.writes || other.writes)
+    }
+}
+
+/// Who uses a buffer now. Jobs do not exclude one another, so theirs are looked through only when the host comes.
+#[derive(Default)]
+struct Uses {
+    by_host: Vec<Use>,
+    by_jobs: Vec<JobUses>,
+    job_next: u64,
+}
+
+/// What one job uses of a buffer: one range, or many.
+struct JobUses {
+    job: u64,
+    /// From the first to the last byte of all of them, written if any is.
+    hull: Use,
+    /// Empty where the hull is the only one.
+    ranges: Vec<Use>,
+}
+
+impl JobUses {
+    fn excludes(&self, other: Use) -> bool {
+        self.hull.excludes(other)
+            && (self.ranges.is_empty() || self.ranges.iter().any(|range| range.excludes(other)))
     }
 }
 
@@ -75,18 +96,23 @@ impl Drop for UseGuard<'_> {
 /// The use of a range by a queued job: holds the buffer until the job has finished.
 pub(super) struct JobUse {
     buffer: Arc<HostBuffer>,
-    entry: Use,
+    job: u64,
 }
 
 impl fmt::Debug for JobUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.entry, f)
+        f.debug_struct("JobUse").field("job", &self.job).finish_non_exhaustive()
     }
 }
 
 impl Drop for JobUse {
     fn drop(&mut self) {
-        self.buffer.leave(self.entry);
+        let left = {
+            let by_jobs = &mut self.buffer.in_use.lock().by_jobs;
+            let index = by_jobs.iter().position(|uses| uses.job == self.job);
+            index.map(|index| by_jobs.swap_remove(index))
+        };
+        drop(left);
     }
 }
 
@@ -187,6 +213,17 @@ impl HostBuffer {
         Ok(writer(slice))
     }
 
+    /// The use of a range of it, which is checked.
+    pub(super) fn use_of(
+        &self,
+        offset: ByteCount,
+        bytes: ByteCount,
+        writes: bool,
+    ) -> Result<Use, DeviceError> {
+        check_range("host buffer", offset, bytes, self.bytes)?;
+        Ok(Use { start: offset.0, end: offset.0 + bytes.0, writes })
+    }
+
     /// Enters the use of a range by a job that is about to be queued.
     pub(super) fn enter_job(
         self: &Arc<Self>,
@@ -194,8 +231,31 @@ impl HostBuffer {
         bytes: ByteCount,
         writes: bool,
     ) -> Result<JobUse, DeviceError> {
-        let entry = self.enter(offset, bytes, writes, true)?;
-        Ok(JobUse { buffer: Arc::clone(self), entry })
+        let hull = self.use_of(offset, bytes, writes)?;
+        self.enter_job_uses(hull, Vec::new())
+    }
+
+    /// Enters the use of many ranges by a job that is about to be queued: of all, or on an error of none.
+    pub(super) fn enter_job_many(self: &Arc<Self>, ranges: Vec<Use>) -> Result<JobUse, DeviceError> {
+        let hull = ranges.iter().copied().reduce(|one, other| Use {
+            start: one.start.min(other.start),
+            end: one.end.max(other.end),
+            writes: one.writes || other.writes,
+        });
+        self.enter_job_uses(hull.unwrap_or(Use { start: 0, end: 0, writes: false }), ranges)
+    }
+
+    fn enter_job_uses(self: &Arc<Self>, hull: Use, ranges: Vec<Use>) -> Result<JobUse, DeviceError> {
+        let mut in_use = self.in_use.lock();
+        let uses = JobUses { job: in_use.job_next, hull, ranges };
+        if in_use.by_host.iter().any(|other| uses.excludes(*other)) {
+            return Err(busy(hull));
+        }
+        in_use.job_next += 1;
+        let job = uses.job;
+        in_use.by_jobs.push(uses);
+        drop(in_use);
+        Ok(JobUse { buffer: Arc::clone(self), job })
     }
 
     fn enter_host(
@@ -204,31 +264,22 @@ impl HostBuffer {
         bytes: ByteCount,
         writes: bool,
     ) -> Result<UseGuard<'_>, DeviceError> {
-        let entry = self.enter(offset, bytes, writes, false)?;
+        let entry = self.use_of(offset, bytes, writes)?;
+        let mut in_use = self.in_use.lock();
+        if in_use.by_host.iter().any(|other| other.excludes(entry))
+            || in_use.by_jobs.iter().any(|uses| uses.excludes(entry))
+        {
+            return Err(busy(entry));
+        }
+        in_use.by_host.push(entry);
+        drop(in_use);
         Ok(UseGuard { buffer: self, entry })
     }
 
-    fn enter(
-        &self,
-        offset: ByteCount,
-        bytes: ByteCount,
-        writes: bool,
-        by_job: bool,
-    ) -> Result<Use, DeviceError> {
-        check_range("host buffer", offset, bytes, self.bytes)?;
-        let entry = Use { start: offset.0, end: offset.0 + bytes.0, writes, by_job };
-        let mut in_use = self.in_use.lock();
-        if in_use.iter().any(|other| entry.excludes(*other)) {
-            return Err(DeviceError::Busy { offset, bytes });
-        }
-        in_use.push(entry);
-        Ok(entry)
-    }
-
     fn leave(&self, entry: Use) {
-        let mut in_use = self.in_use.lock();
-        if let Some(index) = in_use.iter().position(|other| *other == entry) {
-            in_use.swap_remove(index);
+        let by_host = &mut self.in_use.lock().by_host;
+        if let Some(index) = by_host.iter().position(|other| *other == entry) {
+            by_host.swap_remove(index);
         }
     }
 
@@ -237,6 +288,10 @@ impl HostBuffer {
         let length = usize::try_from(bytes.0).expect("no longer than the buffer");
         (ptr::with_exposed_provenance_mut(address), length)
     }
+}
+
+fn busy(range: Use) -> DeviceError {
+    DeviceError::Busy { offset: ByteCount(range.start), bytes: ByteCount(range.end - range.start) }
 }
 
 impl Drop for HostBuffer {

@@ -18,6 +18,7 @@
 //! A Drop that fails records [`DeviceError::Leaked`] on the device ([`Device::take_errors`]) and leaks what the
 //! object held on purpose: a frame that may still be mapped must not be destroyed, nor its address given away.
 
+mod copies;
 mod host;
 mod memory;
 mod slab;

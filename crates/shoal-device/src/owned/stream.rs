@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use shoal_core::bytes::ByteCount;
 
+use super::copies::HeldCopies;
 use super::host::JobUse;
 use super::{HostBuffer, Mapping, check_range, record_leak};
 use crate::device::{
@@ -138,6 +139,22 @@ impl Stream {
         // SAFETY: both ranges were checked against the mapping or buffer that `keep` holds until the job has
         // finished; host ranges are entered as in use, so no slice of them exists meanwhile.
         unsafe { self.device.copy(self.raw, source, target, keep) }
+    }
+
+    /// Queues many copies, each from the first span to the second, of any sizes and directions, as one job: they are
+    /// done in any order, in the way that is cheapest on this device, so their targets must not overlap one another or
+    /// a source. The spans are held until all have finished.
+    ///
+    /// # Errors
+    /// As [`Stream::copy`], before anything is queued; on `QueueFull` and what a driver says, some may be queued.
+    pub fn copy_many(&self, copies: &[(Span, Span)]) -> Result<(), DeviceError> {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let (copies, keep) = HeldCopies::new(&self.device, copies)?.enter()?;
+        // SAFETY: each range was checked against a mapping or buffer that `keep` holds until the job has finished; host
+        // ranges are entered as in use, so no slice of them exists meanwhile.
+        unsafe { self.device.copy_many(self.raw, &copies, Box::new(keep)) }
     }
 
     /// Queues a hash of a span ([`crate::hash_bytes`]). The span is held until it has finished.

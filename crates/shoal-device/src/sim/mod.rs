@@ -9,12 +9,14 @@
 //! |---|---|
 //! | `arena` | address space and frames of this process |
 //! | `ledger` | how much each live process holds |
+//! | `copies` | lists of copies |
 //! | `stream` | queues, threads, events |
 //! | `ram` | how much RAM is left for all of it |
 //!
 //! No lock of one part is held while another is called, and none while a call blocks (I9).
 
 mod arena;
+mod copies;
 mod ledger;
 pub(crate) mod ram;
 mod stream;
@@ -34,7 +36,7 @@ use stream::{Engine, Job};
 
 use crate::device::{
     Device, DeviceInfo, DeviceKind, DeviceMemory, ForeignStream, ForeignWork, HashCell, HostBacking,
-    HostFunction, Keep, RawEvent, RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
+    HostFunction, Keep, RawCopy, RawEvent, RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
 };
 use crate::error::DeviceError;
 use crate::host::memory::HostMemory;
@@ -258,6 +260,11 @@ impl Device for SimDevice {
             return Err(DeviceError::LengthMismatch { source_bytes, target_bytes });
         }
         self.engine.submit(stream, Job::Copy { source, target, keep })
+    }
+
+    unsafe fn copy_many(&self, stream: RawStream, copies: &[RawCopy], keep: Keep) -> Result<(), DeviceError> {
+        self.check_process()?;
+        self.engine.submit(stream, Job::CopyMany { parts: copies::joined(copies)?, keep })
     }
 
     unsafe fn hash(

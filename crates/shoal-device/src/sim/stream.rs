@@ -38,9 +38,25 @@ const COPY_STEP_BYTES: u64 = 4 << 20;
 
 /// One thing for a stream to do.
 pub(super) enum Job {
-    Copy { source: RawSpan, target: RawSpan, keep: Keep },
-    Hash { span: RawSpan, result: Arc<HashCell>, keep: Keep },
-    Host { function: HostFunction, keep: Keep },
+    Copy {
+        source: RawSpan,
+        target: RawSpan,
+        keep: Keep,
+    },
+    /// Source and target of each.
+    CopyMany {
+        parts: Vec<(RawSpan, RawSpan)>,
+        keep: Keep,
+    },
+    Hash {
+        span: RawSpan,
+        result: Arc<HashCell>,
+        keep: Keep,
+    },
+    Host {
+        function: HostFunction,
+        keep: Keep,
+    },
     Signal(Arc<Signal>),
     Wait(Arc<Signal>),
 }
@@ -333,6 +349,12 @@ impl Worker {
             match job {
                 Job::Copy { source, target, keep } => {
                     self.copy(source, target);
+                    drop(keep);
+                }
+                Job::CopyMany { parts, keep } => {
+                    for (source, target) in parts {
+                        self.copy(source, target);
+                    }
                     drop(keep);
                 }
                 Job::Hash { span, result, keep } => {

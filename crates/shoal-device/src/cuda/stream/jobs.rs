@@ -59,6 +59,10 @@ pub(in crate::cuda) struct Submission<'a> {
     pub(in crate::cuda) scratch: &'a mut Option<Arc<Block>>,
     /// A hash whose answer is fetched when the job has ended.
     pub(in crate::cuda) hash: Option<PendingHash>,
+    /// A mark is put behind it, so that whoever needs what it holds can end it as soon as it is done.
+    pub(in crate::cuda) wants_mark: bool,
+    /// It brings bytes to the device, and others may yield to it. Wants a mark.
+    pub(in crate::cuda) is_load: bool,
     /// Something was queued, even if the submission fails in the end.
     pub(in crate::cuda) is_queued: bool,
 }

@@ -83,6 +83,7 @@ pub(super) struct Engine {
     streams: Mutex<HashMap<u64, Arc<StreamState>>>,
     events: Mutex<HashMap<u64, Option<Recorded>>>,
     janitor: Mutex<Option<mpsc::Sender<Recorded>>>,
+    newest_load: Mutex<Option<Arc<Mark>>>,
 }
 
 impl Engine {
@@ -96,6 +97,7 @@ impl Engine {
             streams: Mutex::default(),
             events: Mutex::default(),
             janitor: Mutex::default(),
+            newest_load: Mutex::default(),
         }
     }
 
@@ -110,6 +112,11 @@ impl Engine {
 
     fn stream(&self, stream: RawStream) -> Result<Arc<StreamState>, DeviceError> {
         self.streams.lock().get(&stream.0).cloned().ok_or_else(|| self.unknown("stream", stream.0))
+    }
+
+    /// Whether there is such a stream.
+    pub(super) fn check_stream(&self, stream: RawStream) -> Result<(), DeviceError> {
+        self.stream(stream).map(drop)
     }
 
     pub(super) fn create_stream(&self) -> Result<RawStream, DeviceError> {
@@ -184,10 +191,16 @@ impl Engine {
             drop(guard);
             return Err(self.unknown("stream", stream.0));
         };
-        let mut submission =
-            Submission { stream: handle, scratch: &mut submit.scratch, hash: None, is_queued: false };
+        let mut submission = Submission {
+            stream: handle,
+            scratch: &mut submit.scratch,
+            hash: None,
+            wants_mark: false,
+            is_load: false,
+            is_queued: false,
+        };
         let outcome = enqueue(&mut submission);
-        let Submission { hash, is_queued, .. } = submission;
+        let Submission { hash, is_queued, wants_mark, is_load, .. } = submission;
         if outcome.is_err() && !is_queued {
             drop(guard);
             // What the job kept may call the device when dropped: after the lock.
@@ -197,17 +210,35 @@ impl Engine {
         submit.submitted += 1;
         let sequence = submit.submitted;
         state.pending.lock().jobs.push_back(Entry { sequence, hash, keep });
-        if sequence - submit.marked >= jobs::JOBS_PER_MARK {
+        if wants_mark || sequence - submit.marked >= jobs::JOBS_PER_MARK {
             // Without it the next one stands for these jobs too.
             match state.mark(handle, sequence) {
                 Ok(mark) => {
                     submit.marked = sequence;
-                    state.pending.lock().marks.push_back(mark);
+                    state.pending.lock().marks.push_back(Arc::clone(&mark));
+                    if is_load {
+                        let before = self.newest_load.lock().replace(mark);
+                        drop(before);
+                    }
                 }
                 Err(error) => tracing::debug!(%error, "a stream could not be marked"),
             }
         }
         outcome
+    }
+
+    /// Whether a job that brings bytes to the device is queued or running.
+    pub(super) fn has_loads(&self) -> Result<bool, DeviceError> {
+        let Some(mark) = self.newest_load.lock().clone() else { return Ok(false) };
+        let _bound = self.context.bind()?;
+        Ok(!mark.is_passed(self.context.driver())?)
+    }
+
+    /// Ends the jobs that are done, of every stream.
+    pub(super) fn reap_all(&self) -> Result<(), DeviceError> {
+        let _bound = self.context.bind()?;
+        let streams: Vec<_> = self.streams.lock().values().cloned().collect();
+        streams.iter().try_for_each(|state| state.reap())
     }
 
     /// Queues a function of the host.
