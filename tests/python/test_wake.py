@@ -45,6 +45,18 @@ def test_a_step_beside_a_wake_sees_each_range_once_it_waited_for_it(mem: shoal.M
     assert beside > 0
 
 
+def test_a_sleep_takes_what_a_wake_under_way_will_have_brought(mem: shoal.MemoryManager) -> None:
+    region, data = asleep(mem)
+    for _ in range(20):
+        region.wake(wait=False)
+        with region.guard(in_order=True):
+            pass
+        assert region.sleep().freed == region.bytes
+        assert region.usage()["device"] == 0
+    with region.guard():
+        assert read(region) == data
+
+
 def test_a_guard_of_one_region_leaves_the_others_asleep(mem: shoal.MemoryManager) -> None:
     region, data = asleep(mem, 4)
     other, _ = asleep(mem, 4)

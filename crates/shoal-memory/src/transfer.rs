@@ -87,6 +87,8 @@ pub(crate) struct Shared {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
+    /// More is missing than it has a lease for: something was evicted since it asked.
+    is_short: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -94,6 +96,10 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn set_total(&self, bytes: ByteCount) {
         self.total.store(bytes.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_short(&self) {
+        self.is_short.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
@@ -157,7 +163,8 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits until a step may run beside it (true) or it has ended (false). `None`: neither by the deadline.
+    /// Waits until a step may run beside it (true) or it has ended, or will not bring everything (false). `None`: neither
+    /// by the deadline.
     pub(crate) fn step_in(&self, deadline: Instant) -> Option<bool> {
         let mut state = self.state.lock();
         loop {
@@ -165,8 +172,9 @@ impl Shared {
                 return Some(false);
             }
             if state.arrivals.is_some() {
-                state.has_guests = true;
-                return Some(true);
+                let is_whole = !self.is_short.load(Ordering::Relaxed);
+                state.has_guests |= is_whole;
+                return Some(is_whole);
             }
             if self.changed.wait_until(&mut state, deadline).timed_out() {
                 return None;
@@ -177,7 +185,7 @@ impl Shared {
     /// Whether a step may run beside it at this moment.
     pub(crate) fn is_open(&self) -> bool {
         let state = self.state.lock();
-        state.outcome.is_none() && state.arrivals.is_some()
+        state.outcome.is_none() && state.arrivals.is_some() && !self.is_short.load(Ordering::Relaxed)
     }
 }
 

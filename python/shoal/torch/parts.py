@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Entry", "collect", "order_of_use"]
+__all__ = ["Entry", "collect", "order_of_use", "rank"]
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ def collect(module: torch.nn.Module, used: list[torch.nn.Module] | None) -> tupl
     left_out: list[str] = []
     parts = list(module.named_modules(remove_duplicate=True))
     if used is None:
-        parts.sort(key=lambda part: _rank(module, *part))
+        parts.sort(key=lambda part: rank(module, *part))
     else:
         place_of = {id(part): index for index, part in enumerate(used)}
         parts.sort(key=lambda part: place_of.get(id(part[1]), len(used)))
@@ -73,7 +73,7 @@ def _all_names(module: torch.nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _rank(module: torch.nn.Module, name: str, part: torch.nn.Module) -> int:
+def rank(module: torch.nn.Module, name: str, part: torch.nn.Module) -> int:
     """Sort parts that are used first to the front and the head to the end; sorting is stable."""
     get_head = getattr(module, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from shoal.memory import Region
 
-__all__ = ["disable", "graph", "pool", "stats", "use_region"]
+__all__ = ["disable", "graph", "live_spans", "pool", "stats", "use_region"]
 
 _lock = threading.Lock()
 _allocators: dict[int, Any] = {}
@@ -98,6 +98,19 @@ class _Filling:
         segments = [segment for one in pools for segment in _segments(one)]
         active = sum(segment["active_size"] for segment in segments)
         return active, sum(segment["total_size"] for segment in segments) - active
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Give the addresses of blocks that live: the first byte, and the byte after the last that was asked for."""
+        with self.lock:
+            pools = [*self.idle, *self.sealed, *self.kept]
+        found = []
+        for segment in (segment for one in pools for segment in _segments(one)):
+            at = segment["address"]
+            for block in segment["blocks"]:
+                if block["state"] != "inactive":
+                    found.append((at, at + (block.get("requested_size") or block["size"])))
+                at += block["size"]
+        return found
 
     def drop(self) -> bool:
         """Let go of pools in which nothing lives and that no graph has; whether none is left."""
@@ -354,6 +367,14 @@ def graph(
             yield own
     finally:
         use.release()
+
+
+def live_spans(region: Region) -> list[tuple[int, int]]:
+    """Give what torch counts as used of a region, as offsets of the first byte and the byte after the last."""
+    filling = region._filling
+    if not isinstance(filling, _Filling):
+        return []
+    return [(first - region.address, end - region.address) for first, end in filling.blocks()]
 
 
 def stats(region: Region) -> dict[str, int]:

@@ -11,7 +11,7 @@ use shoal_core::tier::Tier;
 use shoal_device::{HashTicket, Span};
 
 use super::outgoing::Outgoing;
-use super::{Region, Report};
+use super::{Region, RegionUsage, Report};
 use crate::error::MemoryError;
 use crate::gate::Scope;
 
@@ -26,7 +26,7 @@ impl Region {
     /// [`MemoryError::Deadline`], [`MemoryError::HostBudget`], [`MemoryError::Device`]; what was freed before stays
     /// freed, all else is as it was.
     pub fn evict(&self, bytes: ByteCount, timeout: Duration) -> Result<Report, MemoryError> {
-        self.evict_with(bytes, false, timeout)
+        self.evict_with(|_| bytes, false, timeout)
     }
 
     /// Frees all device memory but the share `keep` (0.0 to 1.0) that is used first. `trust_clean` skips the comparison
@@ -35,19 +35,18 @@ impl Region {
     /// # Errors
     /// As [`evict`](Self::evict).
     pub fn sleep(&self, keep: f64, trust_clean: bool, timeout: Duration) -> Result<Report, MemoryError> {
-        let usage = self.usage();
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "a share of a byte count, clamped"
         )]
-        let kept = ByteCount((usage.total.0 as f64 * keep.clamp(0.0, 1.0)) as u64);
-        self.evict_with(usage.device.saturating_sub(kept), trust_clean, timeout)
+        let kept = |total: ByteCount| ByteCount((total.0 as f64 * keep.clamp(0.0, 1.0)) as u64);
+        self.evict_with(|usage| usage.device.saturating_sub(kept(usage.total)), trust_clean, timeout)
     }
 
     fn evict_with(
         &self,
-        bytes: ByteCount,
+        bytes: impl FnOnce(RegionUsage) -> ByteCount,
         trust_clean: bool,
         timeout: Duration,
     ) -> Result<Report, MemoryError> {
@@ -55,6 +54,8 @@ impl Region {
         let deadline = start + timeout;
         let _gate = self.manager().take_gate(Scope::Region(self.id()), deadline, timeout)?;
         let _turn = self.manager().take_turn(deadline)?;
+        // In turn: in the middle of a wake, what it brings is not there yet, and will be when it ends.
+        let bytes = bytes(self.usage());
         let mut report = self.evict_in_turn(bytes, trust_clean, deadline);
         report.duration = start.elapsed();
         match report.error.take() {

@@ -112,7 +112,14 @@ impl Region {
         shared: &Shared,
     ) -> Result<Report, MemoryError> {
         // Since the lease was asked for, others may have brought back some of it; none of it can be more.
-        let plan = self.inner.state.lock().table.plan_restore(grant.bytes());
+        let (plan, missing) = {
+            let state = self.inner.state.lock();
+            (state.table.plan_restore(grant.bytes()), state.table.missing_bytes())
+        };
+        if plan.bytes < missing {
+            // Or something was evicted: who steps in beside this wake would miss it.
+            shared.set_short();
+        }
         let mut report = Report::new(plan.bytes);
         let mut incoming = Incoming::new(self, plan.moves, shared);
         let outcome = incoming.run(grant, deadline);
