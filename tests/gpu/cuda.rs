@@ -5,6 +5,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
+mod lists;
+
 use std::env;
 use std::fs;
 use std::sync::Arc;

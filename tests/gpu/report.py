@@ -40,12 +40,11 @@ def query(what: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
 
 
-def main() -> None:
-    """Write the file; fail when a test failed or none ran."""
-    log, target = Path(sys.argv[1]).read_text("utf-8", "replace"), Path(sys.argv[2])
+def result(rows: list[dict[str, object]]) -> dict[str, object]:
+    """Say where and when rows were measured."""
     overview = subprocess.run(["nvidia-smi"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"CUDA Version: *([\d.]+)", overview)
-    report = {
+    return {
         "device": query("name"),
         "driver": query("driver_version"),
         "cuda": version[1] if version else None,
@@ -53,8 +52,14 @@ def main() -> None:
         "python": None,
         "shoal_commit": os.environ.get("SHOAL_COMMIT") or None,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "rows": rows(log),
+        "rows": rows,
     }
+
+
+def main() -> None:
+    """Write the file; fail when a test failed or none ran."""
+    log, target = Path(sys.argv[1]).read_text("utf-8", "replace"), Path(sys.argv[2])
+    report = result(rows(log))
     target.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     # cargo's last line, or pytest's.
     summary = re.search(r"^(?:test result: .*|=+ .*\b(?:passed|failed|error).* =+)$", log, re.MULTILINE)

@@ -2,12 +2,14 @@
 # Runs one part of the GPU tests and writes $OUT/PART.json (default: the folder gpu-results); a part takes minutes.
 #   tests/gpu/run.sh conformance    every promise of a device, on the GPU
 #   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
+#   tests/gpu/run.sh copies         blocks from 4 KiB to 64 MiB up, down and both ways at once, against the link
+#   tests/gpu/run.sh sanitizer      our kernels under compute-sanitizer: memory, races, barriers
 #   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
 #   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
-# The last three use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_sleep_wake, cuda_swap), which
+# The last three use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
@@ -32,13 +34,13 @@ program() {
     elif [ "$1" = cuda_sleep_wake ] || [ "$1" = cuda_swap ]; then
         build shoal-memory --release bench "$1"
     else
-        build shoal-device --release bench cuda_vmm
+        build shoal-device --release bench "$1"
     fi
 }
 
 if [ "$part" = build ]; then
     mkdir -p "$2"
-    for name in cuda cuda_vmm cuda_sleep_wake cuda_swap; do
+    for name in cuda cuda_vmm cuda_copies cuda_sleep_wake cuda_swap; do
         built=$(program $name)
         strip -o "$2/$name" "$built"
     done
@@ -70,10 +72,12 @@ python | torch)
     ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
+copies) "$(program cuda_copies)" ;;
+sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$SHOAL_RESULT" "$OUT" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
 *)
-    echo "no part named $part; there are conformance, vmm, sleep_wake, swap, python, torch and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, python, torch and shelf" >&2
     exit 2
     ;;
 esac

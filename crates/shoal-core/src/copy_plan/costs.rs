@@ -144,6 +144,20 @@ impl Costs {
         }
     }
 
+    /// Costs that send all one way, where a run can go it: for those who want to try one.
+    #[must_use]
+    pub fn only(method: Method) -> Self {
+        let costs = |is_cheap: bool| MethodCosts {
+            start: 0,
+            each: [if is_cheap { 1 } else { NANOS_MAX }; SIZES.len()],
+        };
+        Self {
+            dma: costs(method == Method::Dma),
+            batch: (method == Method::Batch).then(|| costs(true)),
+            kernel: (method == Method::Kernel).then(|| costs(true)),
+        }
+    }
+
     fn of(&self, method: Method) -> Option<&MethodCosts> {
         match method {
             Method::Dma => Some(&self.dma),
@@ -315,6 +329,20 @@ mod tests {
         let skewed: Vec<_> =
             runs(1000, 4096).iter().map(|run| Run { source: run.source + 1, ..*run }).collect();
         assert!(costs.best_methods(&skewed).is_only(Method::Dma));
+    }
+
+    #[test]
+    fn one_way_only_is_that_way_for_every_size() {
+        for method in Method::ALL {
+            let costs = Costs::only(method);
+            for bytes in [1, 4096, 5000, 8 << 20] {
+                let runs = runs(1, bytes);
+                let methods = costs.best_methods(&runs);
+                assert_eq!(costs.chooser(methods).method(&runs[0]), method, "{bytes}");
+            }
+            let table = CopyCosts::new(costs.clone(), costs);
+            assert_eq!(CopyCosts::parse(&table.text().unwrap()).unwrap(), table);
+        }
     }
 
     #[test]

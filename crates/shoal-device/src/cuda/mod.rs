@@ -148,6 +148,11 @@ impl CudaDevice {
         self.copies.costs(self.parts())
     }
 
+    /// Goes by these costs from now on, whatever was measured: for those who want to try a way of copying.
+    pub fn set_copy_costs(&self, costs: CopyCosts) {
+        self.copies.set_costs(costs);
+    }
+
     fn parts(&self) -> Parts<'_> {
         let (engine, vmm, host, facts) = (&self.engine, &self.vmm, &self.host, &self.facts);
         Parts { engine, vmm, host, facts, key: &self.key }

@@ -150,6 +150,11 @@ impl Copies {
         Arc::clone(&self.costs.lock())
     }
 
+    pub(super) fn set_costs(&self, costs: CopyCosts) {
+        self.is_asked.store(true, Ordering::Release);
+        *self.costs.lock() = Arc::new(costs);
+    }
+
     /// Queues a list.
     ///
     /// # Safety
