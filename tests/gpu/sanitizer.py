@@ -1,4 +1,4 @@
-"""Run every kernel of ours, a few MiB each, under NVIDIA's compute-sanitizer; a row of how many errors each tool found."""
+"""Run every kernel of ours, a few MiB each, under compute-sanitizer; a row of how many errors each tool found."""
 
 from __future__ import annotations
 
