@@ -7,6 +7,7 @@ is missed is printed as missed.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -97,16 +98,39 @@ def save(bench: str, rows: list[Row], *, device: str = "cpu") -> Path:
     for row in rows:
         print(row.line())
     path = ROOT / "benches" / "results" / device / f"{bench}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, rows, device=processor(), shoal_commit=commit())
+    return path
+
+
+def save_gpu(path: Path, rows: list[Row]) -> None:
+    """Print the rows and write the file of a part of `tests/gpu/run.sh`, which names driver and commit."""
+    for row in rows:
+        print(row.line())
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    write(
+        path,
+        rows,
+        device=next(iter(asked.stdout.splitlines()), None) if asked.returncode == 0 else processor(),
+        driver=os.environ.get("SHOAL_DRIVER") or None,
+        cuda=(torch_version() or "").partition("+cu")[2] or None,
+        shoal_commit=os.environ.get("SHOAL_COMMIT") or None,
+    )
+
+
+def write(path: Path, rows: list[Row], **facts: str | None) -> None:
+    """Write rows and what they were measured on."""
     record = {
-        "device": processor(),
+        "device": None,
         "driver": None,
         "cuda": None,
         "torch": torch_version(),
         "python": platform.python_version(),
-        "shoal_commit": commit(),
+        "shoal_commit": None,
         "date": datetime.now(UTC).date().isoformat(),
+        **facts,
         "rows": [asdict(row) for row in rows],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    return path

@@ -6,6 +6,7 @@ torch is in :mod:`shoal.torch`; a simulated device for tests is in :mod:`shoal.t
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from shoal import _native
@@ -36,6 +37,14 @@ from shoal.memory import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+else:
+
+    def __getattr__(name):  # noqa: ANN001, ANN202  (a type checker shall see the names there are, and no others)
+        """Import what needs torch when it is first spoken of: ``import shoal`` is enough to say ``shoal.torch``."""
+        if name == "torch":
+            return importlib.import_module("shoal.torch")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BrokerClient",

@@ -8,8 +8,9 @@
 #   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
+#   tests/gpu/run.sh first_token    first token of a sleeping 8B, woken in order of use; needs transformers
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
-# The last three use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap), which
+# The last four use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
@@ -64,12 +65,13 @@ conformance)
 python | torch)
     status=0
     files=tests/gpu/test_python.py
-    [ "$part" = python ] || files=tests/gpu/test_pools.py
+    [ "$part" = python ] || files="tests/gpu/test_pools.py tests/gpu/test_attached.py"
     # shellcheck disable=SC2086
     python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider $files >"$OUT/$part.log" 2>&1 || status=$?
     python3 tests/gpu/report.py "$OUT/$part.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;
+first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
 copies) "$(program cuda_copies)" ;;
@@ -77,7 +79,7 @@ sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$SHOAL_RESULT" "$OU
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, python, torch and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, python, torch, first_token and shelf" >&2
     exit 2
     ;;
 esac
