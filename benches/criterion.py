@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 from benches.results import Row, save  # noqa: E402
 
 BENCHES = {
+    "copy_plan": ("shoal-core", "copy_plan"),
     "page_table": ("shoal-core", "page_table"),
     "policy": ("shoal-core", "policy"),
     "simulator_device": ("shoal-device", "sim"),

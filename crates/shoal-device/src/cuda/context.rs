@@ -19,6 +19,7 @@ use super::result::{CaptureMode, ContextHandle, Driver};
 use super::symbols::Absent;
 use crate::device::{DeviceInfo, DeviceKind};
 use crate::error::DeviceError;
+use crate::hash::hash_bytes;
 
 /// The oldest CUDA version of a driver that will do: our PTX is in its dialect. Drivers 470 and later.
 const CUDA_MIN: i32 = 11_040;
@@ -150,7 +151,7 @@ impl Context {
         self.ordinal
     }
 
-    /// This device with this driver, in a line: what was measured on it holds for no other.
+    /// This device with this driver and our kernels, in a line: what was measured on it holds for no other.
     pub(super) fn key(&self, info: &DeviceInfo, facts: &CudaFacts) -> Result<String, DeviceError> {
         let uuid = self.driver.device_uuid(self.device)?;
         let uuid = u128::from_be_bytes(uuid);
@@ -158,7 +159,8 @@ impl Context {
         let version = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
         let version = version.lines().next().unwrap_or_default().trim();
         let (major, minor) = facts.cuda;
-        Ok(format!("{} {uuid:032x}, CUDA {major}.{minor}, {version}", info.name))
+        let kernels = hash_bytes(super::copies::PTX.as_bytes());
+        Ok(format!("{} {uuid:032x}, CUDA {major}.{minor}, {version}, kernels {kernels:016x}", info.name))
     }
 
     /// Makes this thread ready for calls until the answer is dropped.

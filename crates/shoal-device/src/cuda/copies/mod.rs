@@ -22,6 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kernels::CopyKernels;
+pub(super) use kernels::PTX;
 use parking_lot::Mutex;
 use pieces::{PIECES_MAX, Pieces};
 use shoal_core::copy_plan::costs::{CopyCosts, Costs};
@@ -378,6 +379,6 @@ mod tests {
 
     #[test]
     fn the_committed_ptx_is_of_this_source() {
-        check_ptx("copy", include_bytes!("../kernels/copy.cu"), super::kernels::PTX);
+        check_ptx("copy", include_bytes!("../kernels/copy.cu"), super::PTX);
     }
 }
