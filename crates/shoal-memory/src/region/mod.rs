@@ -1,9 +1,10 @@
 //! [`Region`]: a range of addresses that never changes, and memory behind it that comes and goes.
 //!
 //! This file: what a region is and its figures. [`stage`] fills it without device memory, [`commit`] gives and takes
-//! device memory by range, [`evict`] and [`restore`] move it down and up.
+//! device memory by range, [`evict`] and [`restore`] move it down and up, [`blocks`] copies small ranges of it.
 
 mod access;
+mod blocks;
 mod commit;
 mod evict;
 mod fill;
@@ -32,6 +33,7 @@ use crate::error::MemoryError;
 use crate::lease::Grant;
 use crate::manager::{MemoryManager, Resident};
 use crate::transfer::Transfer;
+pub use blocks::BlockCopy;
 pub use stage::SealReport;
 
 /// What a new region shall be.
