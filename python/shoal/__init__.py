@@ -25,6 +25,8 @@ from shoal.errors import (
 from shoal.kv import KvBacking
 from shoal.memory import (
     BrokerClient,
+    Flush,
+    FlushReport,
     Guard,
     MemoryManager,
     Region,
@@ -52,6 +54,8 @@ __all__ = [
     "DeadlineError",
     "DeviceError",
     "Error",
+    "Flush",
+    "FlushReport",
     "ForkError",
     "Guard",
     "KvBacking",

@@ -42,11 +42,13 @@ def test_tensors_made_in_a_region_lie_there_and_sleep(mem: MemoryManager) -> Non
     x = torch.randn(4, 1024, device="cuda")
     with torch.no_grad():
         expected = model(x).clone()
-        assert region.freeze() >= 8 * 4 * MIB
-        for turn in range(5):
+        flush = region.freeze()
+        assert flush.sealed >= 8 * 4 * MIB
+        assert flush.wait().dirty == 0
+        for _ in range(5):
             report = region.sleep()
             assert region.usage()["device"] == 0
-            assert turn == 0 or report.copied == 0, "clean"
+            assert report.copied == 0, "clean"
             region.wake()
             with mem.guard():
                 assert torch.equal(model(x), expected)

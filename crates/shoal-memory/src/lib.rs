@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`manager`] | [`MemoryManager`]: regions of one device, reclaim, figures |
 //! | [`guard`] | [`Guard`]: what a step holds so that nothing is evicted under it |
-//! | [`region`] | [`Region`]: stage, seal, commit, sleep, wake |
+//! | [`region`] | [`Region`]: stage, seal, freeze, commit, sleep, wake |
 //! | [`transfer`] | what a wake under way tells, and how it is cancelled |
 //! | [`kv`] | [`KvBacking`]: memory for KV blocks on demand |
 //! | [`segments`] | [`Segments`]: a region that grows by what torch's allocator asks for |
@@ -38,7 +38,7 @@ pub use guard::Guard;
 pub use kv::KvBacking;
 pub use lease::{LeaseSource, LocalBudget};
 pub use manager::{ManagerOptions, MemoryManager};
-pub use region::{Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};
+pub use region::{Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};
 pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;
 pub use shoal_core::source::{Conversion, SourcePiece};

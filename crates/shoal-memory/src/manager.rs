@@ -92,6 +92,7 @@ pub struct MemoryManager {
     gate: Arc<Gate>,
     turn: Arc<Turn>,
     restoring: Arc<Turn>,
+    flushing: Arc<Turn>,
     regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
     backings: Mutex<Vec<Weak<KvBacking>>>,
     /// Gone as far as the page table goes, but something queued may still touch it (I5).
@@ -126,6 +127,7 @@ impl MemoryManager {
             gate: Arc::default(),
             turn: Arc::default(),
             restoring: Arc::default(),
+            flushing: Arc::default(),
             regions: Mutex::default(),
             backings: Mutex::default(),
             retired: Mutex::default(),
@@ -189,6 +191,24 @@ impl MemoryManager {
         for backing in self.backings() {
             backing.drop_idle_copies();
         }
+    }
+
+    /// Counts one more transfer that goes on by itself; whoever ends it takes it off again.
+    pub(crate) fn claim_transfer(&self) -> Result<(), MemoryError> {
+        let limit = self.options.transfers_max;
+        self.transfers
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| (count < limit).then_some(count + 1))
+            .map(drop)
+            .map_err(|_| MemoryError::TooManyTransfers { limit })
+    }
+
+    pub(crate) const fn turn(&self) -> &Arc<Turn> {
+        &self.turn
+    }
+
+    /// One copy in the background at a time: each holds host memory for an extent that is not whole yet.
+    pub(crate) const fn flushing(&self) -> &Arc<Turn> {
+        &self.flushing
     }
 
     pub(crate) fn next_transfer(&self) -> TransferId {
@@ -524,10 +544,14 @@ impl MemoryManager {
         Ok(scratch)
     }
 
-    /// Makes room in the host tier by dropping copies that a file holds too, from the last extents backwards (what is
-    /// used first comes back fastest). Returns whether `bytes` are free now. Call it in turn.
+    /// Makes room in the host tier: by giving up copies in the background that are not whole, then by dropping copies that
+    /// a file holds too, from the last extents backwards (what is used first comes back fastest). Returns whether `bytes` are free now. Call it in turn.
     pub(crate) fn make_host_room(&self, bytes: ByteCount) -> bool {
-        for region in self.regions().into_iter().rev() {
+        let regions = self.regions();
+        if self.arena.free() < bytes {
+            regions.iter().for_each(Region::drop_unfinished);
+        }
+        for region in regions.into_iter().rev() {
             if self.arena.free() >= bytes {
                 return true;
             }

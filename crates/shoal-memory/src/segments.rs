@@ -26,7 +26,7 @@ use shoal_device::{DeviceError, Event, VirtAddr};
 
 use crate::error::{ErrorKind, MemoryError};
 use crate::manager::MemoryManager;
-use crate::region::{Region, RegionSpec, SealReport};
+use crate::region::{Flush, Region, RegionSpec};
 use ranges::Ranges;
 
 /// Addresses are cheap: room for holes between segments that live long.
@@ -218,14 +218,17 @@ impl Segments {
     }
 
     /// Says that all bytes are in place: segments in which nothing lives lose their memory, memory that was committed
-    /// ahead goes back, and the checksum of every extent is recorded. Freezing again takes in what came since.
+    /// ahead goes back, and the rest is as [`Region::freeze`] says. Freezing again takes in what came since.
     ///
     /// # Errors
     /// [`MemoryError::State`] while it is asleep, [`MemoryError::Deadline`] if work queued before does not end,
     /// [`MemoryError::Device`]. Bytes that live are never touched.
-    pub fn freeze(&self, dead: &[VirtAddr], timeout: Duration) -> Result<SealReport, MemoryError> {
+    pub fn freeze(&self, dead: &[VirtAddr], timeout: Duration) -> Result<Flush, MemoryError> {
         let manager = self.region.manager();
         let deadline = Instant::now() + timeout;
+        if self.region.is_in_use() {
+            return Err(self.region.refuse("freeze", "somebody fills it right now (use_region)"));
+        }
         if !self.region.missing_bytes().is_zero() {
             return Err(self.region.refuse("freeze", "it is asleep; wake it first"));
         }
@@ -240,7 +243,8 @@ impl Segments {
         }
         self.sweep(deadline.saturating_duration_since(Instant::now()));
         self.release_unused(deadline)?;
-        self.region.seal_more()
+        let sealed = self.region.seal_more()?;
+        self.region.flush(sealed)
     }
 
     /// What went wrong most lately.

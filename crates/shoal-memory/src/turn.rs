@@ -52,6 +52,13 @@ impl Turn {
     }
 }
 
+impl Taken {
+    /// Whether somebody waits for it.
+    pub(crate) fn is_wanted(&self) -> bool {
+        !self.turn.state.lock().waiting.is_empty()
+    }
+}
+
 impl Drop for Taken {
     fn drop(&mut self) {
         self.turn.state.lock().is_taken = false;

@@ -193,6 +193,22 @@ fn sleeping_dirty() {
 }
 
 #[test]
+fn freezing() {
+    let prepare = |scene: &Scene| {
+        let region = scene.world.region("weights", PAGES, LeaseKind::Overhead);
+        region.commit(ByteCount::ZERO, ByteCount(PAGES * PAGE)).expect("room");
+        region.write(ByteCount::ZERO, &noise(PAGES * PAGE, 8)).expect("on the device");
+        region
+    };
+    let act = |_: &Scene, region: &Region| region.freeze(WAIT)?.wait(WAIT).map(drop);
+    sweep("freeze", 64, prepare, act, |_, region| {
+        assert!(region.usage().sealed);
+        assert_eq!(region.sleep(0.0, false, WAIT).expect("clean").copied, ByteCount::ZERO);
+        holds(region, 8);
+    });
+}
+
+#[test]
 fn committing_and_decommitting() {
     let prepare = |scene: &Scene| scene.world.region("workspace", 7, LeaseKind::Overhead);
     let act = |_: &Scene, region: &Region| {

@@ -122,12 +122,12 @@ fn freezing_drops_what_nothing_lives_in_and_takes_in_what_comes_later() {
     let segments = growing(&world, "weights");
     let (dead, live) = (take(&segments, 20), take(&segments, 2));
     let report = segments.freeze(&[dead], WAIT).expect("frozen");
-    assert_eq!(report.bytes, ByteCount::mib(2));
+    assert_eq!(report.sealed().bytes, ByteCount::mib(2));
     assert_eq!((segments.usage().dropped, world.device_used()), (ByteCount::mib(20), ByteCount::mib(2)));
     let later = take(&segments, 4);
     assert!(later.0 >= live.0, "torch still has the dropped addresses in its books");
-    assert_eq!(segments.freeze(&[], WAIT).expect("again").bytes, ByteCount::mib(4));
-    assert_eq!(segments.freeze(&[], WAIT).expect("and again").bytes, ByteCount::ZERO);
+    assert_eq!(segments.freeze(&[], WAIT).expect("again").sealed().bytes, ByteCount::mib(4));
+    assert_eq!(segments.freeze(&[], WAIT).expect("and again").sealed().bytes, ByteCount::ZERO);
     segments.free(dead, None).expect("torch lets go of it at last");
     assert_eq!(take(&segments, 20), dead);
     world.check();

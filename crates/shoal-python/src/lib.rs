@@ -47,7 +47,7 @@ mod _native {
     #[pymodule_export]
     use crate::manager::{PyGuard, PyMemoryManager};
     #[pymodule_export]
-    use crate::region::{PyRegion, PyRegionUse, PyTransfer};
+    use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use shoal_core::bytes::ByteCount;
 use shoal_device::VirtAddr;
-use shoal_memory::{MemoryError, Region, RegionUse, Segments, Transfer};
+use shoal_memory::{Flush, MemoryError, Region, RegionUse, Segments, Transfer};
 
 use crate::buffer::{Bytes, RegionBuffer};
 use crate::convert::{self, ReportTuple, SourceTuple};
@@ -16,6 +16,9 @@ use crate::errors;
 use crate::manager::PyGuard;
 use crate::owner::Owned;
 use crate::torch_hooks;
+
+/// Sealed, copied and dirty bytes, seconds, and why bytes stayed dirty.
+type FlushTuple = (u64, u64, u64, f64, Option<Py<PyAny>>);
 
 /// How long a wait goes without looking for an interrupt.
 const SLICE: Duration = Duration::from_millis(100);
@@ -111,13 +114,19 @@ impl PyRegion {
         Ok(PyRegionUse { used: Mutex::new(Some(Owned::new(used))) })
     }
 
-    /// Seals what is there; `dead` are segments in which nothing lives. Gives the bytes sealed now.
+    /// Seals what is there and begins to copy it to the host; `dead` are segments in which nothing lives.
     #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
-    fn freeze(&self, py: Python<'_>, dead: Vec<u64>, timeout_s: f64) -> PyResult<u64> {
-        let segments = self.segments("freeze")?;
+    fn freeze(&self, py: Python<'_>, dead: Vec<u64>, timeout_s: f64) -> PyResult<PyFlush> {
+        let region = self.region.get()?;
+        let segments = self.segments.as_ref().map(Owned::get).transpose()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;
         let dead: Vec<VirtAddr> = dead.iter().map(|at| VirtAddr(*at)).collect();
-        py.detach(|| segments.freeze(&dead, timeout)).map(|report| report.bytes.0).map_err(errors::of_memory)
+        let begin = || match segments {
+            Some(segments) => segments.freeze(&dead, timeout),
+            None => region.freeze(timeout),
+        };
+        let flush = py.detach(begin).map_err(errors::of_memory)?;
+        Ok(PyFlush { flush: Owned::new(flush), timeout })
     }
 
     /// A range as its copies on the host have it; `None` where not all of it has one.
@@ -286,6 +295,48 @@ impl PyRegionUse {
     }
 }
 
+/// What of a freeze goes on in the background.
+#[pyclass(frozen, name = "Flush", module = "shoal._native")]
+pub(crate) struct PyFlush {
+    flush: Owned<Flush>,
+    /// What it was begun with.
+    timeout: Duration,
+}
+
+#[pymethods]
+impl PyFlush {
+    #[getter]
+    fn sealed(&self) -> PyResult<u64> {
+        Ok(self.flush.get()?.sealed().bytes.0)
+    }
+
+    fn done(&self) -> PyResult<bool> {
+        Ok(self.flush.get()?.progress().is_finished)
+    }
+
+    fn progress(&self) -> PyResult<(u64, u64)> {
+        let progress = self.flush.get()?.progress();
+        Ok((progress.done.0, progress.total.0))
+    }
+
+    fn cancel(&self) -> PyResult<()> {
+        self.flush.get()?.cancel();
+        Ok(())
+    }
+
+    /// Waits in slices, so that an interrupt is seen.
+    #[pyo3(signature = (timeout_s))]
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<FlushTuple> {
+        let flush = self.flush.get()?;
+        let timeout = timeout_s.map_or(Ok(self.timeout), |value| convert::seconds("timeout_s", value))?;
+        let is_over = || flush.progress().is_finished;
+        let report = in_slices(py, timeout, is_over, |wait| flush.wait(wait))?;
+        let error = report.error.map(|error| errors::of_memory(*error).into_value(py).into_any());
+        let (sealed, copied, dirty) = (report.sealed.bytes.0, report.copied.0, report.dirty.0);
+        Ok((sealed, copied, dirty, report.duration.as_secs_f64(), error))
+    }
+}
+
 /// A wake under way.
 #[pyclass(frozen, name = "Transfer", module = "shoal._native")]
 pub(crate) struct PyTransfer {
@@ -315,7 +366,7 @@ impl PyTransfer {
         let transfer = self.transfer.get()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;
         let (offset, bytes) = (ByteCount(offset), ByteCount(nbytes));
-        in_slices(py, transfer, timeout, |wait| transfer.wait_host(offset, bytes, wait))
+        in_slices(py, timeout, is_over_of(transfer), |wait| transfer.wait_host(offset, bytes, wait))
     }
 
     /// Makes the stream of that handle wait for a range.
@@ -330,7 +381,7 @@ impl PyTransfer {
         let transfer = self.transfer.get()?;
         let timeout = convert::seconds("timeout_s", timeout_s)?;
         let (offset, bytes, stream) = (ByteCount(offset), ByteCount(nbytes), torch_hooks::stream_of(stream));
-        in_slices(py, transfer, timeout, |wait| transfer.wait_stream(offset, bytes, stream, wait))
+        in_slices(py, timeout, is_over_of(transfer), |wait| transfer.wait_stream(offset, bytes, stream, wait))
     }
 
     /// Waits in slices, so that an interrupt is seen.
@@ -338,41 +389,28 @@ impl PyTransfer {
     fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<ReportTuple> {
         let transfer = self.transfer.get()?;
         let timeout = timeout_s.map_or(Ok(self.timeout), |value| convert::seconds("timeout_s", value))?;
-        let begun = Instant::now();
-        loop {
-            let left = timeout.saturating_sub(begun.elapsed());
-            match py.detach(|| transfer.wait(left.min(SLICE))) {
-                Err(MemoryError::Deadline { doing, .. }) if !transfer.progress().is_finished => {
-                    if left <= SLICE {
-                        return Err(errors::of_memory(MemoryError::Deadline { doing, waited: timeout }));
-                    }
-                    py.check_signals()?;
-                }
-                outcome => {
-                    return outcome
-                        .as_ref()
-                        .map(convert::restored)
-                        .map_err(Clone::clone)
-                        .map_err(errors::of_memory);
-                }
-            }
-        }
+        in_slices(py, timeout, is_over_of(transfer), |wait| transfer.wait(wait))
+            .map(|report| convert::restored(&report))
     }
 }
 
+fn is_over_of(transfer: &Transfer) -> impl Fn() -> bool {
+    || transfer.progress().is_finished
+}
+
 /// Waits again and again for a little, so that an interrupt is seen.
-fn in_slices(
+fn in_slices<T: Send>(
     py: Python<'_>,
-    transfer: &Transfer,
     timeout: Duration,
-    wait: impl Fn(Duration) -> Result<(), MemoryError> + Sync,
-) -> PyResult<()> {
+    is_over: impl Fn() -> bool,
+    wait: impl Fn(Duration) -> Result<T, MemoryError> + Sync,
+) -> PyResult<T> {
     let begun = Instant::now();
     loop {
         let left = timeout.saturating_sub(begun.elapsed());
         match py.detach(|| wait(left.min(SLICE))) {
             // Of a wake that has ended it is the outcome.
-            Err(MemoryError::Deadline { doing, .. }) if !transfer.progress().is_finished => {
+            Err(MemoryError::Deadline { doing, .. }) if !is_over() => {
                 if left <= SLICE {
                     return Err(errors::of_memory(MemoryError::Deadline { doing, waited: timeout }));
                 }

@@ -11,6 +11,7 @@ brings back what is missing and keeps it there.
 from __future__ import annotations
 
 from shoal._native import BrokerClient
+from shoal.memory.flush import Flush, FlushReport
 from shoal.memory.manager import MemoryManager
 from shoal.memory.region import Backing, Kind, Region, SourcePiece
 from shoal.memory.sizes import Size, parse_size
@@ -19,6 +20,8 @@ from shoal.wake import Guard, RegionGuard, Report, Transfer
 __all__ = [
     "Backing",
     "BrokerClient",
+    "Flush",
+    "FlushReport",
     "Guard",
     "Kind",
     "MemoryManager",

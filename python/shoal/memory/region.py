@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from shoal.memory.flush import Flush
 from shoal.memory.sizes import Size, parse_size
 from shoal.wake import TIMEOUT_S, RegionGuard, Report, Transfer
 
@@ -146,32 +147,41 @@ class Region:
         """
         self._native.seal()
 
-    def freeze(self, *, timeout_s: float = TIMEOUT_S) -> int:
-        """Declare that all bytes of a growing region are in place, for torch too.
+    def freeze(self, wait: bool = False, *, timeout_s: float = TIMEOUT_S) -> Flush:
+        """Declare that all bytes are in place, and copy them to the host in the background.
 
-        Later allocations into it lie apart from these. Segments in which nothing lives lose their memory, and each
-        extent's checksum is recorded: it is clean from here on. Freezing again takes in what came since. From the first
-        time on the region yields under pressure, so use what lies in it under a guard.
+        Each extent's checksum is recorded at once, so that later writes are found. What lies only on the device is then
+        copied to the host, as far as the host budget has room; once that has ended, sleeping copies nothing. It may be
+        used and written meanwhile: what is not clean yet is copied by a sleep.
+
+        Where torch fills the region, later allocations into it lie apart from these, and segments in which nothing
+        lives lose their memory. Freezing again takes in what came since. From the first time on such a region yields
+        under pressure, so use what lies in it under a guard.
 
         Parameters
         ----------
+        wait
+            Whether to return only when all is copied. Otherwise :meth:`Flush.wait` does.
         timeout_s
-            How long it may wait for kernels and other operations, in seconds.
+            How long it may wait for kernels and other operations, in seconds; with ``wait``, and then for the copying.
 
         Returns
         -------
-        int
-            Bytes that are sealed now and were not before.
+        Flush
+            Its progress, and its outcome.
 
         Raises
         ------
         RegionError
-            If it was made with a length (:meth:`seal` it), is asleep, or is being filled.
+            If it is being filled, or if torch fills it and it is asleep.
         DeadlineError
             If kernels did not end in time.
         """
         dead = [] if self._filling is None else self._filling.seal()
-        return self._native.freeze(dead, timeout_s)
+        flush = Flush(self._native.freeze(dead, timeout_s))
+        if wait:
+            flush.wait(timeout_s)
+        return flush
 
     @property
     def grows(self) -> bool:

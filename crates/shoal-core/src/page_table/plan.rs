@@ -5,8 +5,9 @@
 
 use super::{RegionTable, UseOrder};
 use crate::bytes::ByteCount;
+use crate::extent::Extent;
 use crate::ids::ExtentIndex;
-use crate::residency::Move;
+use crate::residency::{Move, Residency, TierSet};
 use crate::tier::Tier;
 
 /// What happens to bytes whose device memory is taken.
@@ -116,6 +117,18 @@ impl RegionTable {
             plan.freed += needed;
         }
         plan
+    }
+
+    /// What an eviction would have to copy, in the order in which evictions take it. None of it where bytes may be discarded.
+    #[must_use]
+    pub fn plan_flush(&self) -> Vec<(ExtentIndex, Extent)> {
+        let is_dirty = |residency: Residency| {
+            self.backing() == Backing::Keep
+                && residency.valid() == TierSet::of(Tier::Device)
+                && residency.under_way().is_none()
+        };
+        let extents = self.extents_by(self.order()).rev().filter(|(_, _, residency)| is_dirty(*residency));
+        extents.map(|(index, extent, _)| (index, extent)).collect()
     }
 
     /// Plans to bring back what is missing on the device, in order of use: whole extents while they fit into `bytes`.

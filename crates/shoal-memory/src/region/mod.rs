@@ -1,13 +1,15 @@
 //! [`Region`]: a range of addresses that never changes, and memory behind it that comes and goes.
 //!
 //! This file: what a region is and its figures. [`stage`] fills it without device memory, [`commit`] gives and takes
-//! device memory by range, [`evict`] and [`restore`] move it down and up, [`blocks`] copies small ranges of it.
+//! device memory by range, [`evict`] and [`restore`] move it down and up, [`flush`] copies it down before anybody asks,
+//! [`blocks`] copies small ranges of it.
 
 mod access;
 mod blocks;
 mod commit;
 mod evict;
 mod fill;
+mod flush;
 pub(crate) mod incoming;
 pub(crate) mod outgoing;
 mod restore;
@@ -34,6 +36,7 @@ use crate::lease::Grant;
 use crate::manager::{MemoryManager, Resident};
 use crate::transfer::Transfer;
 pub use blocks::BlockCopy;
+pub use flush::{Flush, FlushReport};
 pub use stage::SealReport;
 
 /// What a new region shall be.
@@ -114,6 +117,8 @@ pub struct RegionUsage {
 pub(crate) struct Slot {
     pub(crate) resident: Option<Resident>,
     pub(crate) host: Option<HostCopy>,
+    /// A copy in the background that is not whole yet, and counts for nothing.
+    pub(crate) unfinished: Option<HostCopy>,
     /// The hash of its bytes ([`shoal_device::hash_bytes`]), once sealed.
     pub(crate) hash: Option<u64>,
 }

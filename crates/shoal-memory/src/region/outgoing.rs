@@ -117,6 +117,9 @@ impl<'a> Outgoing<'a> {
         if count > 0 && (self.flying_bytes + planned.bytes > IN_FLIGHT_BYTES || count >= IN_FLIGHT_MAX) {
             return Ok(Started::Full);
         }
+        // A copy in the background has not got to its end.
+        let unfinished = region.inner.state.lock().slot(planned.extent).unfinished.take();
+        drop(unfinished);
         if region.manager().arena.free() < planned.bytes {
             return Ok(Started::NoRoom(planned.bytes));
         }

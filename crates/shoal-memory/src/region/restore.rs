@@ -47,13 +47,7 @@ impl Region {
     /// As [`wake`](Self::wake).
     pub fn restore(&self, bytes: ByteCount, timeout: Duration) -> Result<Transfer, MemoryError> {
         let manager = Arc::clone(self.manager());
-        let limit = manager.options.transfers_max;
-        let claimed = manager
-            .transfers
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| (count < limit).then_some(count + 1));
-        if claimed.is_err() {
-            return Err(MemoryError::TooManyTransfers { limit });
-        }
+        manager.claim_transfer()?;
         let shared = Arc::new(Shared::default());
         let (weak, is_whole) = (Arc::downgrade(&self.inner), bytes == ByteCount(u64::MAX));
         let transfer = Transfer::new(manager.next_transfer(), weak, is_whole, Arc::clone(&shared));

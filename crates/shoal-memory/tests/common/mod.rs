@@ -32,6 +32,17 @@ pub(crate) fn open(dir: &Path, capacity_mib: u64) -> Arc<dyn Device> {
     SimDevice::open_dyn(SimOptions::new(ByteCount::mib(capacity_mib), dir)).expect("a simulated device")
 }
 
+/// The same with a link of so many bytes a second; a GPU's is as fast as it is.
+pub(crate) fn open_slow(dir: &Path, capacity_mib: u64, copy_bandwidth: ByteCount) -> Arc<dyn Device> {
+    #[cfg(feature = "cuda")]
+    if std::env::var_os("SHOAL_TEST_GPU").is_some() {
+        return open(dir, capacity_mib);
+    }
+    let options = SimOptions::new(ByteCount::mib(capacity_mib), dir);
+    SimDevice::open_dyn(SimOptions { copy_bandwidth: Some(copy_bandwidth), ..options })
+        .expect("a simulated device")
+}
+
 pub(crate) fn world(device_mib: u64, host_mib: u64) -> World {
     let dir = tempfile::tempdir().expect("a directory");
     let device = open(dir.path(), device_mib.max(64));
