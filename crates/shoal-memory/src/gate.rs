@@ -24,7 +24,7 @@ pub(crate) enum Scope {
 }
 
 impl Scope {
-    fn has(self, id: RegionId) -> bool {
+    pub(crate) fn has(self, id: RegionId) -> bool {
         match self {
             Self::All => true,
             Self::Region(one) => one == id,

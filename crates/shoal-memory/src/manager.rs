@@ -3,7 +3,7 @@
 //! Apart from [`crate::region`] because it speaks of all regions: the gate (I13), the turn, the order of a reclaim, the
 //! figures.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::{RegionId, TransferId};
 use shoal_core::page_table::Backing;
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
-use shoal_device::{Device, DeviceError, Event, ForeignWork, HostBuffer, Mapping, Stream};
+use shoal_device::{Device, DeviceError, Event, ForeignStream, ForeignWork, HostBuffer, Mapping, Stream};
 
 use crate::arena::HostArena;
 use crate::error::MemoryError;
@@ -21,6 +21,7 @@ use crate::gate::{Gate, Pass, Scope};
 use crate::kv::KvBacking;
 use crate::lease::{Grant, LeaseSource};
 use crate::region::{Region, RegionInner, RegionSpec, Report};
+use crate::segments::Segments;
 use crate::source::SourceFiles;
 use crate::transfer::Shared;
 use crate::turn::{Taken, Turn};
@@ -77,6 +78,8 @@ pub(crate) struct Scratch {
 
 const SCRATCH_BYTES_MAX: ByteCount = ByteCount::mib(4);
 const SCRATCH_UNIT: ByteCount = ByteCount(4096);
+/// Streams of others that are remembered; torch has about a hundred.
+const FOREIGN_MAX: usize = 1024;
 /// How long an operation waits for kernels on behalf of what others could not free.
 const SWEEP_WAIT: Duration = Duration::from_millis(20);
 
@@ -95,8 +98,11 @@ pub struct MemoryManager {
     flushing: Arc<Turn>,
     regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
     backings: Mutex<Vec<Weak<KvBacking>>>,
+    pub(crate) growing: Mutex<Vec<Weak<Segments>>>,
     /// Gone as far as the page table goes, but something queued may still touch it (I5).
     retired: Mutex<Vec<Retired>>,
+    /// Streams of others that we were told of: a graph that is captured on one must not be ended by a fence.
+    foreign: Mutex<BTreeSet<ForeignStream>>,
     scratch: Mutex<Option<Arc<Scratch>>>,
     scratch_bytes: ByteCount,
     next_id: AtomicU64,
@@ -130,7 +136,9 @@ impl MemoryManager {
             flushing: Arc::default(),
             regions: Mutex::default(),
             backings: Mutex::default(),
+            growing: Mutex::default(),
             retired: Mutex::default(),
+            foreign: Mutex::default(),
             scratch: Mutex::default(),
             scratch_bytes,
             next_id: AtomicU64::new(1),
@@ -233,16 +241,64 @@ impl MemoryManager {
     }
 
     /// Waits for what has been queued on the device, on whoever's streams: engines leave a guard when they have launched
-    /// their kernels, and nobody tells us which stream those are on (I5).
+    /// their kernels, and nobody tells us which stream those are on (I5). Refused while a graph is captured on a stream
+    /// that we know of: marking all work would end the capture.
     pub(crate) fn fence(&self, deadline: Instant) -> Result<(), MemoryError> {
+        let known = self.foreign.lock().clone();
+        for stream in known {
+            if let Err(error @ DeviceError::Capturing { .. }) =
+                Event::of_foreign(&self.device, ForeignWork::Of(stream))
+            {
+                return Err(MemoryError::device("wait for running kernels")(error));
+            }
+        }
+        self.fence_work([ForeignWork::All], deadline)
+    }
+
+    /// As [`fence`](Self::fence), for what regions are used by: where all of them were told of their streams
+    /// ([`Region::record_use`]), only these count.
+    fn fence_scope(&self, scope: Scope, deadline: Instant) -> Result<(), MemoryError> {
+        let told: Option<BTreeSet<ForeignStream>> = match scope {
+            Scope::All => None,
+            Scope::Region(_) | Scope::Pair(..) => {
+                let regions = self.regions().into_iter().filter(|region| scope.has(region.id()));
+                regions.map(|region| region.told_streams()).try_fold(BTreeSet::new(), |mut all, told| {
+                    all.extend(told?);
+                    Some(all)
+                })
+            }
+        };
+        match told {
+            None => self.fence(deadline),
+            Some(streams) => self.fence_work(streams.into_iter().map(ForeignWork::Of), deadline),
+        }
+    }
+
+    fn fence_work(
+        &self,
+        works: impl IntoIterator<Item = ForeignWork>,
+        deadline: Instant,
+    ) -> Result<(), MemoryError> {
         let start = Instant::now();
-        let failed = MemoryError::device("wait for running kernels");
-        let marked = Event::of_foreign(&self.device, ForeignWork::All)
-            .and_then(|event| event.wait(deadline.saturating_duration_since(Instant::now())));
-        if marked.map_err(failed)? {
+        let marked = works.into_iter().map(|work| Event::of_foreign(&self.device, work));
+        let events = marked.collect::<Result<Vec<_>, _>>();
+        let ended = events.and_then(|events| {
+            events.iter().try_fold(true, |all, event| {
+                Ok(all && event.wait(deadline.saturating_duration_since(Instant::now()))?)
+            })
+        });
+        if ended.map_err(MemoryError::device("wait for running kernels"))? {
             return Ok(());
         }
         Err(MemoryError::Deadline { doing: "waiting for running kernels", waited: start.elapsed() })
+    }
+
+    /// Remembers a stream of others.
+    pub(crate) fn note_stream(&self, stream: ForeignStream) {
+        let mut foreign = self.foreign.lock();
+        if foreign.len() < FOREIGN_MAX {
+            foreign.insert(stream);
+        }
     }
 
     pub(crate) const fn gate(&self) -> &Arc<Gate> {
@@ -259,7 +315,7 @@ impl MemoryManager {
         let late = MemoryError::Deadline { doing: "waiting for running steps", waited };
         let pass = self.gate.alone(scope, deadline).ok_or(late)?;
         // The steps' calls have ended, not their kernels.
-        self.fence(deadline)?;
+        self.fence_scope(scope, deadline)?;
         Ok(pass)
     }
 

@@ -3,7 +3,8 @@
 //! torch asks for *segments* (its word: what it cuts its blocks from) and gives them back long after. They are carved one
 //! after another from one range of addresses, and extents span them: memory is committed in few long extents, some of it
 //! ahead of need, because the driver's price is per extent. A segment that is given back is *retired*: its addresses and
-//! its memory are used again only after the work that was queued on its stream (I5).
+//! its memory are used again only after the work that was queued on its stream (I5). Giving back never waits: where that
+//! work still runs, a thread of ours waits for it.
 //!
 //! Callers are torch's allocator hooks: they hold torch's lock and perhaps the GIL. So nothing here waits for a thread
 //! that may want either: running steps (guards) are never waited for, and every other wait is for our own threads or for
@@ -12,8 +13,9 @@
 mod ranges;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -37,8 +39,10 @@ const AHEAD_SHARE: u64 = 8;
 const AHEAD_PAGES_MAX: u64 = 32;
 /// How long an allocation may take in all, its lease included.
 const ALLOCATE_WAIT: Duration = Duration::from_secs(10);
-/// How long giving a segment back waits for the work that was queued before it; the driver's own free waits for it too.
+/// How long an allocation that is short of memory waits for work on what torch gave back.
 const FREE_WAIT: Duration = Duration::from_secs(1);
+/// How long the thread that frees what is retired waits at a time.
+const REAP_WAIT: Duration = Duration::from_millis(50);
 
 /// What a region of segments holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,13 +94,53 @@ struct State {
     /// Segments by offset, and which addresses below the frontier are free.
     ranges: Ranges<Segment>,
     retired: Vec<Retired>,
+    /// Segments are gone whose memory is still there: somebody else had the turn.
+    is_unreleased: bool,
+    /// What some thread is freeing at this moment.
+    in_hand: usize,
+    /// A thread frees what is retired.
+    is_reaped: bool,
     /// Every stream that a segment was asked for on.
     streams: BTreeSet<ForeignStream>,
+}
+
+impl MemoryManager {
+    /// Frees what torch gave back, as soon as its last work is done, within bounds. Whether something was freed. Hold
+    /// neither turn nor data lock.
+    pub(crate) fn free_segments(&self, wait: Duration) -> bool {
+        let growing: Vec<_> = self.growing.lock().iter().filter_map(Weak::upgrade).collect();
+        let deadline = Instant::now() + wait.min(FREE_WAIT);
+        let mut any = false;
+        for segments in growing {
+            let leftovers = || segments.state.lock().leftovers();
+            let before = leftovers();
+            while leftovers() > 0 && Instant::now() < deadline {
+                segments.sweep(deadline.saturating_duration_since(Instant::now()).min(REAP_WAIT));
+                if leftovers() > 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            any |= leftovers() < before;
+        }
+        any
+    }
+}
+
+impl State {
+    /// Whether something waits to be freed.
+    const fn has_leftovers(&self) -> bool {
+        self.leftovers() > 0
+    }
+
+    const fn leftovers(&self) -> usize {
+        self.retired.len() + self.is_unreleased as usize + self.in_hand
+    }
 }
 
 /// See the module's text.
 #[derive(Debug)]
 pub struct Segments {
+    itself: Weak<Self>,
     region: Region,
     state: Mutex<State>,
     last_error: Mutex<Option<MemoryError>>,
@@ -120,14 +164,20 @@ impl Segments {
         let bytes = ByteCount(capacity.0 * RESERVED_PER_CAPACITY).round_up_to(PAGE_BYTES);
         let spec = RegionSpec { name, bytes, kind, extent_rule: ExtentRule::default(), backing };
         let region = manager.growing_region(spec)?;
-        Ok(Arc::new(Self {
+        let made = Arc::new_cyclic(|itself| Self {
+            itself: Weak::clone(itself),
             region,
             state: Mutex::default(),
             last_error: Mutex::default(),
             allocations: AtomicU64::new(0),
             frees: AtomicU64::new(0),
             refusals: AtomicU64::new(0),
-        }))
+        });
+        let mut growing = manager.growing.lock();
+        growing.retain(|segments| segments.strong_count() > 0);
+        growing.push(Arc::downgrade(&made));
+        drop(growing);
+        Ok(made)
     }
 
     /// The region behind the segments.
@@ -147,6 +197,7 @@ impl Segments {
     pub fn allocate(&self, bytes: ByteCount, stream: Option<ForeignStream>) -> Result<VirtAddr, MemoryError> {
         if let Some(stream) = stream {
             self.state.lock().streams.insert(stream);
+            self.region.note_stream(stream);
         }
         let bytes = bytes.max(ByteCount(1)).round_up_to(PAGE_BYTES);
         self.sweep(Duration::ZERO);
@@ -169,8 +220,8 @@ impl Segments {
         }
     }
 
-    /// Gives a segment back. What was queued on `stream`, and on every stream that segments were asked for on, may still
-    /// use it; without one, what was queued on any.
+    /// Gives a segment back, without waiting for anything. What was queued on `stream`, and on every stream that segments
+    /// were asked for on, may still use it; without one, what was queued on any. Until that is done it is retired.
     ///
     /// # Errors
     /// [`MemoryError::State`] for an address that is no segment's: nothing is changed (I7).
@@ -201,7 +252,7 @@ impl Segments {
         let fence = |work| Fence { work, event: Event::of_foreign(device, work).ok() };
         let fences = works.into_iter().map(fence).collect();
         self.state.lock().retired.push(Retired { offset, fences });
-        self.sweep(FREE_WAIT);
+        self.sweep(Duration::ZERO);
         Ok(())
     }
 
@@ -211,10 +262,10 @@ impl Segments {
         at.0.checked_sub(self.region.address()).is_some_and(|offset| offset < self.region.bytes().0)
     }
 
-    /// Whether torch has no segment of it any more.
+    /// Whether torch has no segment of it any more; some may still be retired.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.state.lock().ranges.is_empty()
+        self.state.lock().ranges.iter().all(|(_, segment)| segment.is_retired)
     }
 
     /// Says that all bytes are in place: segments in which nothing lives lose their memory, memory that was committed
@@ -365,10 +416,15 @@ impl Segments {
         Ok(PageRun { first: wanted.first, count: end.max(wanted.end()) - wanted.first })
     }
 
-    /// Frees what is retired and no longer used; waits at most `wait` for it.
+    /// Frees what is retired and no longer used; waits at most `wait` for it, and as long again for the turn.
     fn sweep(&self, wait: Duration) {
-        let retired = std::mem::take(&mut self.state.lock().retired);
-        if retired.is_empty() {
+        let (retired, was_unreleased, in_hand) = {
+            let mut state = self.state.lock();
+            let in_hand = state.retired.len() + usize::from(state.is_unreleased);
+            state.in_hand += in_hand;
+            (std::mem::take(&mut state.retired), std::mem::take(&mut state.is_unreleased), in_hand)
+        };
+        if retired.is_empty() && !was_unreleased {
             return;
         }
         let deadline = Instant::now() + wait;
@@ -377,7 +433,7 @@ impl Segments {
             one.fences.retain_mut(|fence| !self.is_done(fence, deadline));
             if one.fences.is_empty() { done.push(one) } else { later.push(one) }
         }
-        let any = !done.is_empty();
+        let any = was_unreleased || !done.is_empty();
         {
             let mut state = self.state.lock();
             for one in done {
@@ -385,8 +441,45 @@ impl Segments {
             }
             state.retired.extend(later);
         }
-        if any && let Err(error) = self.release_unused(Instant::now() + FREE_WAIT) {
-            tracing::debug!(%error, "memory of freed segments stays for now");
+        let released = if any { self.release_unused(Instant::now() + wait) } else { Ok(()) };
+        {
+            let mut state = self.state.lock();
+            state.in_hand -= in_hand;
+            if let Err(error) = released {
+                tracing::debug!(%error, "memory of freed segments stays for now");
+                state.is_unreleased = true;
+            }
+        }
+        self.reap_later();
+    }
+
+    /// Lets a thread free what could not be freed at once: torch holds its lock here, and waits for nothing.
+    fn reap_later(&self) {
+        {
+            let mut state = self.state.lock();
+            if state.is_reaped || !state.has_leftovers() {
+                return;
+            }
+            state.is_reaped = true;
+        }
+        let itself = Weak::clone(&self.itself);
+        let reap = move || {
+            while let Some(segments) = itself.upgrade() {
+                segments.sweep(REAP_WAIT);
+                {
+                    let mut state = segments.state.lock();
+                    state.is_reaped = state.has_leftovers();
+                    if !state.is_reaped {
+                        return;
+                    }
+                }
+                drop(segments);
+                thread::sleep(REAP_WAIT / 10);
+            }
+        };
+        if thread::Builder::new().name("shoal-retire".to_owned()).spawn(reap).is_err() {
+            // Then whatever torch does next frees it.
+            self.state.lock().is_reaped = false;
         }
     }
 

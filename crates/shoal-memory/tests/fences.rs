@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{PAGE, WAIT, World, noise, world};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
-use shoal_device::Stream;
+use shoal_device::{ForeignStream, Stream};
 use shoal_memory::{KvBacking, MemoryError, Region};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
@@ -72,6 +72,29 @@ fn an_eviction_that_kernels_outlast_changes_nothing() {
     assert_eq!(weights.missing_bytes(), ByteCount::ZERO);
     drop(release);
     assert_eq!(weights.sleep(0.0, false, WAIT).expect("asleep").freed, ByteCount(4 * PAGE));
+    world.check();
+}
+
+#[test]
+fn a_region_that_was_told_of_its_streams_waits_for_these_alone() {
+    let world = world(64, 64);
+    let theirs = Stream::create(&world.device).expect("a stream");
+    let weights = world.weights(4, &noise(4 * PAGE, 1));
+    let other = world.weights(2, &noise(2 * PAGE, 2));
+    drop(weights.wake(WAIT).expect("begun").wait(WAIT).expect("awake"));
+    drop(other.wake(WAIT).expect("begun").wait(WAIT).expect("awake"));
+    let (release, held) = mpsc::channel::<()>();
+    theirs.launch_host((), move || held.recv_timeout(WAIT).unwrap_or(())).expect("launched");
+    let short = Duration::from_millis(30);
+    weights.sleep(0.0, false, short).expect_err("by default it waits for all");
+    weights.record_use(ForeignStream::DEFAULT);
+    assert_eq!(weights.sleep(0.0, false, WAIT).expect("asleep").freed, ByteCount(4 * PAGE));
+    other.sleep(0.0, false, short).expect_err("nobody vouched for the other region");
+    world.manager.swap(&other, &weights, false, short).expect_err("nor for both");
+    drop(weights.wake(WAIT).expect("begun").wait(WAIT).expect("awake"));
+    world.manager.reclaim(ALL, short, "a test").expect_err("of all regions: all work");
+    drop(release);
+    world.manager.reclaim(ALL, WAIT, "a test").expect("reclaimed");
     world.check();
 }
 

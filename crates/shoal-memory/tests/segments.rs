@@ -27,6 +27,60 @@ fn take(segments: &Segments, mib: u64) -> VirtAddr {
     at
 }
 
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < WAIT, "{what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn giving_back_waits_for_nothing_and_the_memory_comes_back_by_itself() {
+    let world = world(64, 64);
+    let segments = growing(&world, "weights");
+    let other = world.weights(4, &noise(4 * PAGE, 1));
+    let stream = Stream::create(&world.device).expect("a stream of torch's");
+    let taken: Vec<_> = (0..8).map(|_| take(&segments, 2)).collect();
+    let (release, held) = mpsc::channel::<()>();
+    stream.launch_host((), move || held.recv_timeout(WAIT).unwrap_or(())).expect("queued");
+    // An operation that waits for the same kernel has the turn or waits for it.
+    let sleeper = thread::spawn(move || other.sleep(0.0, false, WAIT));
+    let start = Instant::now();
+    for at in taken {
+        segments.free(at, None).expect("a segment");
+    }
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    assert!(segments.is_empty(), "torch has none of them");
+    assert_eq!(segments.usage().retired, ByteCount::mib(16));
+    assert!(world.device_used() >= ByteCount::mib(16), "still used (I5)");
+    drop(release);
+    until("nobody asks, and yet it is freed", || world.device_used().is_zero());
+    sleeper.join().expect("no panic").expect("asleep");
+    world.check();
+}
+
+#[test]
+fn what_is_frozen_keeps_little_that_nothing_lives_in() {
+    let world = world(512, 64);
+    let segments = growing(&world, "weights");
+    let (mut live, mut dead) = (ByteCount::ZERO, Vec::new());
+    for turn in 0..40 {
+        let mib = [2, 20, 6, 14][turn % 4];
+        let at = take(&segments, mib);
+        if turn % 5 == 4 {
+            dead.push(at);
+        } else {
+            live += ByteCount::mib(mib);
+        }
+    }
+    segments.freeze(&dead, WAIT).expect("frozen");
+    let committed = segments.usage().committed;
+    // Four stretches died, and an extent is never cut.
+    assert!(committed <= live + ByteCount::mib(128), "{committed} for {live}");
+    world.check();
+}
+
 #[test]
 fn segments_lie_one_after_another_and_outlive_a_sleep() {
     let world = world(64, 128);
@@ -54,7 +108,7 @@ fn segments_lie_one_after_another_and_outlive_a_sleep() {
         segments.free(at, None).expect("a segment");
     }
     assert!(segments.is_empty());
-    assert_eq!(world.device_used(), ByteCount::ZERO);
+    until("its memory comes back by itself", || world.device_used().is_zero());
     world.check();
 }
 
@@ -129,6 +183,7 @@ fn freezing_drops_what_nothing_lives_in_and_takes_in_what_comes_later() {
     assert_eq!(segments.freeze(&[], WAIT).expect("again").sealed().bytes, ByteCount::mib(4));
     assert_eq!(segments.freeze(&[], WAIT).expect("and again").sealed().bytes, ByteCount::ZERO);
     segments.free(dead, None).expect("torch lets go of it at last");
+    until("its addresses come back", || segments.usage().retired.is_zero());
     assert_eq!(take(&segments, 20), dead);
     world.check();
 }

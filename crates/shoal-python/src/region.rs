@@ -106,6 +106,20 @@ impl PyRegion {
         }
     }
 
+    /// Vouches for the streams that use it.
+    fn record_use(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        let region = self.region.get()?;
+        py.detach(|| region.record_use(torch_hooks::stream_of(stream)));
+        Ok(())
+    }
+
+    /// Remembers a stream that uses it.
+    fn note_stream(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        let region = self.region.get()?;
+        py.detach(|| region.note_stream(torch_hooks::stream_of(stream)));
+        Ok(())
+    }
+
     /// Says that it is being filled until the answer is released.
     fn begin_use(&self, py: Python<'_>, timeout_s: f64) -> PyResult<PyRegionUse> {
         let region = self.region.get()?;

@@ -220,18 +220,23 @@ class _Running:
         self.wake: Transfer | None = None
         self.state = attachment._state
         self.watch: _Watch | None = None
+        self._is_captured = False
         self._is_whole = part is attachment._model
         self._done: set[tuple[torch.nn.Module | Span, int]] = set()
 
     def begin(self) -> None:
         """Enter the guard; start the wake where something is missing."""
         attachment = self.attachment
+        self._is_captured = attachment._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._is_captured:
+            # So that no eviction elsewhere ends the capture.
+            attachment._region._native.note_stream(self._stream())
         self.guard.__enter__()
         try:
             self.wake = self.guard.wake
             if self.wake is not None:
                 self._begin_beside()
-            if attachment._watches and self._is_whole:
+            if attachment._watches and self._is_whole and not self._is_captured:
                 self._begin_watching()
         except BaseException:
             self.guard.__exit__(None, None, None)
@@ -239,7 +244,7 @@ class _Running:
 
     def _begin_beside(self) -> None:
         region = self.attachment._region
-        if self.attachment._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._is_captured:
             raise RegionError(
                 f"region {region.name!r} is not whole on the device while a graph is captured: wake it first",
                 kind="state",

@@ -15,7 +15,7 @@ pub(crate) mod outgoing;
 mod restore;
 mod stage;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ use shoal_core::page_table::{Backing, RegionTable, TableError, UseOrder};
 use shoal_core::protocol::LeaseKind;
 use shoal_core::source::SourceMap;
 use shoal_core::tier::Tier;
-use shoal_device::{Frame, Mapping, Reservation};
+use shoal_device::{ForeignStream, Frame, Mapping, Reservation};
 
 use crate::arena::HostCopy;
 use crate::error::MemoryError;
@@ -153,6 +153,8 @@ pub(crate) struct RegionInner {
     /// Who fills it right now; it does not yield meanwhile.
     users: AtomicUsize,
     reservation: Arc<Reservation>,
+    /// Streams that use it, as far as we know, and whether somebody vouched that there are no others.
+    streams: Mutex<(BTreeSet<ForeignStream>, bool)>,
     /// The wake that was started most lately, or one before it that has not ended.
     waking: Mutex<Option<Transfer>>,
     pub(crate) manager: Arc<MemoryManager>,
@@ -198,7 +200,9 @@ impl RegionInner {
         let table = make(bytes.pages(), extent_rule, backing);
         let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
         let (users, waking, state) = (AtomicUsize::new(0), Mutex::default(), Mutex::new(state));
-        let inner = Self { id, name, kind, backing, is_growing, users, reservation, waking, manager, state };
+        let streams = Mutex::default();
+        let inner =
+            Self { id, name, kind, backing, is_growing, users, reservation, streams, waking, manager, state };
         Ok(Region { inner: Arc::new(inner) })
     }
 }
@@ -275,6 +279,26 @@ impl Region {
     pub(crate) fn may_yield(&self) -> bool {
         !self.is_in_use()
             && (self.kind() != LeaseKind::Weights || !self.inner.is_growing || self.inner.state.lock().sealed)
+    }
+
+    /// Vouches that what uses the region runs on streams that it was told of, by this or by torch asking for memory on
+    /// one: from now on its own eviction waits for what is queued on these, not for all work on the device, and so may
+    /// run beside a capture elsewhere. Reclaims of all regions still wait for all work.
+    pub fn record_use(&self, stream: ForeignStream) {
+        self.note_stream(stream);
+        self.inner.streams.lock().1 = true;
+    }
+
+    /// Remembers a stream that uses the region, without a word on others.
+    pub fn note_stream(&self, stream: ForeignStream) {
+        self.manager().note_stream(stream);
+        self.inner.streams.lock().0.insert(stream);
+    }
+
+    /// The streams that use it, if somebody vouched for them.
+    pub(crate) fn told_streams(&self) -> Option<BTreeSet<ForeignStream>> {
+        let streams = self.inner.streams.lock();
+        streams.1.then(|| streams.0.clone())
     }
 
     /// Its manager.
@@ -365,8 +389,14 @@ impl Region {
         timeout: Duration,
         reason: &str,
     ) -> Result<Grant, MemoryError> {
-        Grant::acquire(self.manager().lease(), self.kind(), bytes, timeout, reason)
-            .map_err(|source| MemoryError::Lease { region: self.name().to_owned(), source })
+        let deadline = Instant::now() + timeout;
+        let acquire = |wait| Grant::acquire(self.manager().lease(), self.kind(), bytes, wait, reason);
+        let granted = acquire(timeout).or_else(|error| {
+            // What torch gave back just now may be on its way still.
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.manager().free_segments(left) { acquire(left) } else { Err(error) }
+        });
+        granted.map_err(|source| MemoryError::Lease { region: self.name().to_owned(), source })
     }
 
     /// Takes a frame and maps it at its extent's place, within `grant`.

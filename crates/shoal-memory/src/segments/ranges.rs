@@ -68,10 +68,6 @@ impl<T> Ranges<T> {
         self.taken.iter().map(|(begin, (_, value))| (*begin, value))
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.taken.is_empty()
-    }
-
     /// The end of the last stretch.
     pub(super) const fn frontier(&self) -> u64 {
         self.frontier
