@@ -358,11 +358,11 @@ class Region:
     def record_use(self, stream: Any) -> None:
         """Vouch that what uses the region runs on streams that it was told of.
 
-        An eviction waits for the kernels of the steps before it. Which streams these are on nobody says, so by default it
-        waits for all work on the device, and is refused while a graph is captured. Once this was called, putting the
-        region to sleep, evicting and swapping it wait only for what is queued on the streams that were given here, or
-        that torch asked for memory on, and so go on beside another stream's capture. Work on a stream that it was not
-        told of may then find its memory gone. What is reclaimed from several regions still waits for all work.
+        An eviction waits for the kernels of the steps before it. Which streams these are on nobody says, so by default
+        it waits for all work on the device, and is refused while a graph is captured. Once this was called, putting
+        the region to sleep, evicting and swapping it wait only for what is queued on the streams that were given here,
+        or that torch asked for memory on, and so go on beside another stream's capture. Work on a stream that it was
+        not told of may then find its memory gone. What is reclaimed from several regions still waits for all work.
 
         Parameters
         ----------
