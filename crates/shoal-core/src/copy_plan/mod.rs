@@ -54,12 +54,30 @@ impl Run {
     }
 }
 
+/// Bits of a place in a list that is sorted by one number each.
+const PLACE_BITS: u32 = 16;
+
+/// Sorts runs by target. Numbers sort in half the time that runs do, and addresses leave room for a place beside them.
+fn sort(runs: &mut Vec<Run>) {
+    if runs.is_sorted_by_key(|run| run.target) {
+        return;
+    }
+    let fits = runs.len() <= 1 << PLACE_BITS && runs.iter().all(|run| run.target >> (64 - PLACE_BITS) == 0);
+    if !fits {
+        runs.sort_unstable_by_key(|run| run.target);
+        return;
+    }
+    let mut keys: Vec<u64> =
+        (0..).zip(runs.iter()).map(|(place, run): (u64, _)| run.target << PLACE_BITS | place).collect();
+    keys.sort_unstable();
+    let places = keys.into_iter().map(|key| usize::from((key & 0xFFFF) as u16));
+    *runs = places.map(|place| runs[place]).collect();
+}
+
 /// Sorts runs by target, joins neighbours and drops what is empty.
 pub fn coalesce(runs: &mut Vec<Run>) {
     runs.retain(|run| run.bytes > 0);
-    if !runs.is_sorted_by_key(|run| run.target) {
-        runs.sort_unstable_by_key(|run| run.target);
-    }
+    sort(runs);
     runs.dedup_by(|next, run| {
         let joins = run.joins(next);
         if joins {
@@ -96,6 +114,8 @@ impl CopyPlan {
             match choose.method(&run) {
                 Method::Dma => plan.dma.push(run),
                 Method::Batch => plan.batch.push(run),
+                // Most of them are one unit already.
+                Method::Kernel if run.target % unit_bytes + run.bytes <= unit_bytes => plan.units.push(run),
                 Method::Kernel => plan.units.extend(run.units(unit_bytes)),
             }
         }
@@ -116,6 +136,14 @@ mod tests {
         let mut runs = vec![run(300, 1300, 50), run(100, 1100, 100), run(0, 0, 0), run(200, 1200, 100)];
         coalesce(&mut runs);
         assert_eq!(runs, [run(100, 1100, 250)]);
+    }
+
+    #[test]
+    fn addresses_of_any_size_are_sorted() {
+        let high = 1 << 63;
+        let mut runs = vec![run(300, high + 200, 100), run(100, 7, 1), run(200, high + 100, 100)];
+        coalesce(&mut runs);
+        assert_eq!(runs, [run(100, 7, 1), run(200, high + 100, 200)]);
     }
 
     #[test]

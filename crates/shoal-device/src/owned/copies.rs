@@ -1,5 +1,6 @@
 //! What one job of many copies holds: each mapping and buffer once, however many of its blocks are copied.
 
+use core::hash::{BuildHasherDefault, Hasher};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -9,17 +10,38 @@ use super::{HostBuffer, Mapping, check_range};
 use crate::device::{Device, RawCopy, RawSpan, Space};
 use crate::error::DeviceError;
 
+/// Addresses of live objects differ as they are: one multiplication spreads them.
+#[derive(Clone, Copy, Debug, Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_usize(usize::from(*byte));
+        }
+    }
+
+    fn write_usize(&mut self, address: usize) {
+        let mixed = (self.0 ^ address as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
 /// Things found by their address; the last one found is found at once.
 #[derive(Debug)]
 struct Distinct<T, E> {
     found: Vec<(Arc<T>, E)>,
-    places: HashMap<usize, usize>,
+    places: HashMap<usize, usize, BuildHasherDefault<AddressHasher>>,
     last: Option<(usize, usize)>,
 }
 
 impl<T, E> Default for Distinct<T, E> {
     fn default() -> Self {
-        Self { found: Vec::new(), places: HashMap::new(), last: None }
+        Self { found: Vec::new(), places: HashMap::default(), last: None }
     }
 }
 
