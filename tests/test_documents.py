@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +31,16 @@ def test_readme_has_one_block_for_clients_and_one_for_programs() -> None:
 @pytest.mark.parametrize("block", [block for block in blocks("python") if block.startswith("import shoal")])
 def test_readme_program_runs(block: str) -> None:
     done = run("-c", block)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.torch
+def test_the_page_on_torch_runs_without_a_gpu() -> None:
+    pytest.importorskip("torch")
+    # The first block wants a GPU: tests/gpu runs it.
+    on_gpu, simulated = blocks("python", (ROOT / "docs/torch.md").read_text("utf-8"))
+    assert "cuda:0" in on_gpu
+    done = run("-W", "ignore", "-c", simulated)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,8 +24,8 @@ import shoal.torch as st  # noqa: E402
 
 MIB = 1 << 20
 
-USAGE = """
-import transformers
+BUILD = """
+import torch, transformers
 
 def build_and_load():
     torch.manual_seed(0)
@@ -31,34 +34,28 @@ def build_and_load():
     with torch.device("cuda:0"):
         return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
-import shoal, torch
-mem = shoal.MemoryManager(device="cuda:0", host_budget="48GiB")
-weights = mem.region("weights")
-with shoal.torch.use_region(weights):
-    model = build_and_load()                 # every CUDA tensor made here lies in the region
 x = torch.arange(64, device="cuda:0")[None]
 with torch.no_grad():
-    want = model(x).logits
-weights.freeze()                             # sealed; copied to the host in the background, hash recorded
-shoal.torch.attach(model, weights)           # learns the order of use, installs the hooks
-weights.sleep()                              # hash checked, VRAM free in milliseconds, addresses stay
-assert weights.usage()["device"] == 0
-weights.wake(wait=False); model(x)           # layers compute as their bytes arrive
-
+    want = build_and_load()(x).logits
+"""
+AGAIN = """
 with torch.no_grad():
     for _ in range(10):
+        assert torch.equal(model(x).logits, want)
         weights.sleep()
         assert weights.usage()["device"] == 0
         weights.wake(wait=False)
         assert torch.equal(model(x).logits, want)
         weights.sleep(keep=0.5)
-        assert torch.equal(model(x).logits, want)
 print("fine")
 """
 
 
 def test_the_usage_that_the_docs_show(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    said = run_python(USAGE)
+    page = (Path(__file__).parents[2] / "docs/torch.md").read_text("utf-8")
+    usage = page.split("```python\n")[1].split("```")[0]
+    assert "cuda:0" in usage
+    said = run_python(BUILD + usage + AGAIN)
     assert said.returncode == 0, said.stderr[-3000:]
     assert "fine" in said.stdout
 
@@ -184,6 +181,98 @@ def test_a_sleeping_model_in_a_capture_is_refused_by_name(mem: MemoryManager) ->
     assert any("wake it first" in one for one in chain), chain
     torch.cuda.synchronize()
     assert torch.equal(model(x).logits, want)
+
+
+def test_a_region_that_was_told_of_its_streams(mem: MemoryManager) -> None:
+    region, other = mem.region("weights"), mem.region("other")
+    mine = torch.cuda.Stream()
+    with torch.cuda.stream(mine), st.use_region(region):
+        value = torch.full((32 * MIB,), 3, dtype=torch.uint8, device="cuda")
+    with st.use_region(other):
+        kept = torch.full((32 * MIB,), 4, dtype=torch.uint8, device="cuda")
+    region.freeze()
+    other.freeze()
+    region.record_use(mine)
+    for number in range(4, 8):
+        torch.cuda._sleep(300_000_000)
+        with region.guard(), torch.cuda.stream(mine):
+            value.fill_(number)
+        region.sleep()
+        busy = not torch.cuda.current_stream().query()
+        assert busy, "it waited for the other stream"
+        with pytest.raises(shoal.DeadlineError):
+            other.sleep(timeout_s=0.01)
+        torch.cuda.synchronize()
+        with region.guard(), torch.cuda.stream(mine):
+            assert int(value.min()) == int(value.max()) == number, "its own stream was not waited for"
+    assert int(kept.min()) == 4
+
+
+def test_an_eviction_beside_a_capture_of_somebody_elses(mem: MemoryManager) -> None:
+    region, other = mem.region("graph"), mem.region("other")
+    with st.use_region(other):
+        kept = torch.ones(8 * MIB, device="cuda")
+    other.freeze()
+    captured, said = torch.cuda.CUDAGraph(), []
+
+    def sleep() -> None:
+        try:
+            other.sleep(timeout_s=5)
+        except shoal.Error as error:
+            said.append(error)
+
+    own = st.pool(region)
+    with torch.cuda.graph(captured, pool=own.id, capture_error_mode="thread_local"):
+        value = torch.ones(MIB, device="cuda") * 2
+        thread = threading.Thread(target=sleep)
+        thread.start()
+        thread.join(30)
+        value += 1
+    assert [type(error) for error in said] == [shoal.DeviceError], said
+    assert "captur" in str(said[0])
+    captured.replay()
+    torch.cuda.synchronize()
+    assert float(value.min()) == float(value.max()) == 3.0
+    other.sleep()
+    with mem.guard():
+        assert float(kept.min()) == 1.0
+
+
+def test_giving_segments_back_beside_running_kernels_waits_for_nothing(mem: MemoryManager) -> None:
+    region = mem.region("weights")
+    with st.use_region(region):
+        values = [torch.ones(8 * MIB, device="cuda") for _ in range(8)]
+    before = mem.device_memory()["used_by_this_process"]
+    del region
+    gc.collect()
+    torch.cuda._sleep(1_500_000_000)
+    for value in values:
+        value.add_(1)
+    values.clear()
+    del value
+    began = time.monotonic()
+    st.use_region(mem.region("another")).__enter__().__exit__(None, None, None)
+    seconds = time.monotonic() - began
+    busy = not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    until = time.monotonic() + 20
+    while mem.device_memory()["used_by_this_process"] > before - 8 * 32 * MIB and time.monotonic() < until:
+        time.sleep(0.01)
+    assert mem.device_memory()["used_by_this_process"] <= before - 8 * 32 * MIB
+    assert busy
+    assert seconds < 0.5, seconds
+
+
+def test_ordinary_tensors_do_not_make_a_region_yield(mem: MemoryManager) -> None:
+    region = mem.region("weights")
+    with st.use_region(region):
+        torch.ones(256 * MIB, dtype=torch.uint8, device="cuda")
+    region.freeze()
+    figures = st.stats(region)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+    assert not getattr(caught.value, "__notes__", [])
+    assert st.stats(region) == figures
 
 
 def test_autograd_through_an_attached_model(mem: MemoryManager) -> None:
