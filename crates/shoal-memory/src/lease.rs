@@ -164,11 +164,6 @@ impl Grant {
         other.bytes = ByteCount::ZERO;
         Ok(())
     }
-
-    /// Never gives the bytes back: the memory behind them could not be freed.
-    pub(crate) fn leak(mut self) {
-        self.bytes = ByteCount::ZERO;
-    }
 }
 
 impl Drop for Grant {

@@ -18,6 +18,7 @@
 
 mod arena;
 mod gate;
+mod retire;
 mod source;
 mod swap;
 mod turn;

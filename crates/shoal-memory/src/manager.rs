@@ -13,14 +13,15 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::{RegionId, TransferId};
 use shoal_core::page_table::Backing;
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
-use shoal_device::{Device, DeviceError, Event, ForeignStream, ForeignWork, HostBuffer, Mapping, Stream};
+use shoal_device::{Device, DeviceError, Event, ForeignStream, ForeignWork, HostBuffer, Stream};
 
 use crate::arena::HostArena;
 use crate::error::MemoryError;
 use crate::gate::{Gate, Pass, Scope};
 use crate::kv::KvBacking;
-use crate::lease::{Grant, LeaseSource};
+use crate::lease::LeaseSource;
 use crate::region::{Region, RegionInner, RegionSpec, Report};
+use crate::retire::Retired;
 use crate::segments::Segments;
 use crate::source::SourceFiles;
 use crate::transfer::Shared;
@@ -55,21 +56,6 @@ impl ManagerOptions {
     }
 }
 
-/// Device memory of one extent, with the lease it lives on.
-#[derive(Debug)]
-pub(crate) struct Resident {
-    pub(crate) mapping: Arc<Mapping>,
-    pub(crate) lease: Grant,
-}
-
-/// Memory that cannot be freed yet.
-#[derive(Debug)]
-struct Retired {
-    resident: Resident,
-    /// What steps had queued is known to be done; only a copy of ours may still hold it.
-    is_fenced: bool,
-}
-
 /// Two buffers through which files are read to the device.
 #[derive(Debug)]
 pub(crate) struct Scratch {
@@ -80,8 +66,6 @@ const SCRATCH_BYTES_MAX: ByteCount = ByteCount::mib(4);
 const SCRATCH_UNIT: ByteCount = ByteCount(4096);
 /// Streams of others that are remembered; torch has about a hundred.
 const FOREIGN_MAX: usize = 1024;
-/// How long an operation waits for kernels on behalf of what others could not free.
-const SWEEP_WAIT: Duration = Duration::from_millis(20);
 
 /// The regions of one device in this process.
 #[derive(Debug)]
@@ -100,7 +84,7 @@ pub struct MemoryManager {
     backings: Mutex<Vec<Weak<KvBacking>>>,
     pub(crate) growing: Mutex<Vec<Weak<Segments>>>,
     /// Gone as far as the page table goes, but something queued may still touch it (I5).
-    retired: Mutex<Vec<Retired>>,
+    pub(crate) retired: Mutex<Vec<Retired>>,
     /// Streams of others that we were told of: a graph that is captured on one must not be ended by a fence.
     foreign: Mutex<BTreeSet<ForeignStream>>,
     scratch: Mutex<Option<Arc<Scratch>>>,
@@ -109,7 +93,6 @@ pub struct MemoryManager {
     pub(crate) transfers: AtomicUsize,
     onboarded: AtomicU64,
     evicted: AtomicU64,
-    leaked: AtomicU64,
 }
 
 impl MemoryManager {
@@ -145,7 +128,6 @@ impl MemoryManager {
             transfers: AtomicUsize::new(0),
             onboarded: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
-            leaked: AtomicU64::new(0),
         }))
     }
 
@@ -320,14 +302,20 @@ impl MemoryManager {
     }
 
     pub(crate) fn take_turn(&self, deadline: Instant) -> Result<Taken, MemoryError> {
-        let turn = self.take_turn_only(deadline)?;
-        self.sweep();
+        let turn = self.take_bare_turn(deadline)?;
+        self.sweep(true);
         Ok(turn)
     }
 
-    /// [`take_turn`](Self::take_turn) without freeing what could not be freed before, which may wait for kernels and marks
-    /// all work.
+    /// [`take_turn`](Self::take_turn) without freeing what steps may still touch, which may wait for kernels and marks all
+    /// work.
     pub(crate) fn take_turn_only(&self, deadline: Instant) -> Result<Taken, MemoryError> {
+        let turn = self.take_bare_turn(deadline)?;
+        self.sweep(false);
+        Ok(turn)
+    }
+
+    fn take_bare_turn(&self, deadline: Instant) -> Result<Taken, MemoryError> {
         let start = Instant::now();
         self.turn.take(deadline).ok_or_else(|| MemoryError::Deadline {
             doing: "waiting for another operation",
@@ -462,12 +450,6 @@ impl MemoryManager {
         usage
     }
 
-    /// Device bytes whose memory could not be freed (the device refused); their lease is never given back.
-    #[must_use]
-    pub fn leaked_bytes(&self) -> ByteCount {
-        ByteCount(self.leaked.load(Ordering::Relaxed))
-    }
-
     /// Says what is wrong, if anything is: every page table, and leases against residents.
     ///
     /// # Errors
@@ -476,96 +458,12 @@ impl MemoryManager {
         self.regions().iter().try_for_each(Region::check_invariants)
     }
 
-    /// Never gives these bytes back: the device did not give up the memory behind them.
-    pub(crate) fn leak(&self, lease: Grant) {
-        self.leaked.fetch_add(lease.bytes().0, Ordering::Relaxed);
-        lease.leak();
-    }
-
     pub(crate) fn count_onboarded(&self, bytes: ByteCount) {
         self.onboarded.fetch_add(bytes.0, Ordering::Relaxed);
     }
 
     pub(crate) fn count_evicted(&self, bytes: ByteCount) {
         self.evicted.fetch_add(bytes.0, Ordering::Relaxed);
-    }
-
-    /// Frees memory that steps may have used, once their kernels are done. Returns the bytes freed now; what cannot be
-    /// freed yet is freed by a later operation.
-    pub(crate) fn release(&self, residents: Vec<Resident>) -> ByteCount {
-        if residents.is_empty() {
-            return ByteCount::ZERO;
-        }
-        match self.fence(self.operation_deadline()) {
-            Ok(()) => self.release_unused(residents),
-            Err(error) => {
-                tracing::warn!(%error, "device memory stays until what runs has ended");
-                self.retire(residents, false);
-                ByteCount::ZERO
-            }
-        }
-    }
-
-    /// Frees the memory of a region that nobody has any more. While a step runs it is kept: a graph may be captured,
-    /// which a fence would break.
-    pub(crate) fn release_dropped(&self, residents: Vec<Resident>) {
-        if self.gate.is_shared() {
-            self.retire(residents, false);
-        } else {
-            self.release(residents);
-        }
-    }
-
-    fn retire(&self, residents: impl IntoIterator<Item = Resident>, is_fenced: bool) {
-        let retired = residents.into_iter().map(|resident| Retired { resident, is_fenced });
-        self.retired.lock().extend(retired);
-    }
-
-    /// Frees memory that nothing queued by steps touches: fenced, or not in anybody's hands yet. Unmaps; gives the lease
-    /// back once it is true (I1). Returns the bytes freed now. What a copy of ours still holds is freed later.
-    pub(crate) fn release_unused(&self, residents: impl IntoIterator<Item = Resident>) -> ByteCount {
-        let mut freed = ByteCount::ZERO;
-        let mut grants: Vec<Grant> = Vec::new();
-        for Resident { mapping, lease } in residents {
-            if Arc::strong_count(&mapping) > 1 {
-                self.retire([Resident { mapping, lease }], true);
-                continue;
-            }
-            drop(mapping);
-            let mut is_leaked = false;
-            for error in self.device.take_errors() {
-                tracing::error!(%error, "the device could not give something back");
-                is_leaked |= matches!(error, DeviceError::Leaked { what: "mapping" | "frame", .. });
-            }
-            if is_leaked {
-                self.leaked.fetch_add(lease.bytes().0, Ordering::Relaxed);
-                lease.leak();
-                continue;
-            }
-            freed += lease.bytes();
-            let rest = grants.iter_mut().try_fold(lease, |lease, grant| match grant.join(lease) {
-                Ok(()) => Err(()),
-                Err(lease) => Ok(lease),
-            });
-            grants.extend(rest);
-        }
-        freed
-    }
-
-    /// Frees what was retired and is no longer touched.
-    pub(crate) fn sweep(&self) {
-        let retired = std::mem::take(&mut *self.retired.lock());
-        if retired.is_empty() {
-            return;
-        }
-        let (fenced, others): (Vec<_>, Vec<_>) = retired.into_iter().partition(|entry| entry.is_fenced);
-        self.release_unused(fenced.into_iter().map(|entry| entry.resident));
-        let is_quiet = || !self.gate.is_shared() && self.fence(Instant::now() + SWEEP_WAIT).is_ok();
-        if !others.is_empty() && is_quiet() {
-            self.release_unused(others.into_iter().map(|entry| entry.resident));
-        } else {
-            self.retired.lock().extend(others);
-        }
     }
 
     /// Waits, within bounds, until neither stream touches anything: before memory of a failed copy is freed (I5).
@@ -619,13 +517,6 @@ impl MemoryManager {
 
 impl Drop for MemoryManager {
     fn drop(&mut self) {
-        self.settle();
-        self.sweep();
-        let left = std::mem::take(self.retired.get_mut());
-        if left.iter().all(|entry| entry.is_fenced) || self.fence(self.operation_deadline()).is_ok() {
-            return;
-        }
-        tracing::error!(extents = left.len(), "device memory in use was leaked");
-        std::mem::forget(left);
+        self.release_last();
     }
 }

@@ -16,15 +16,16 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::extent::Extent;
 use shoal_core::page_table::PlannedMove;
 use shoal_core::residency::Move;
-use shoal_device::{DeviceError, Frame, Mapping};
+use shoal_device::{Frame, Mapping};
 
 use crate::error::MemoryError;
 use crate::gate::{Pass, Scope};
 use crate::lease::Grant;
-use crate::manager::{MemoryManager, Resident};
+use crate::manager::MemoryManager;
 use crate::region::incoming::{Arrived, Incoming};
 use crate::region::outgoing::{Outgoing, Started};
 use crate::region::{Region, Report};
+use crate::retire::{Bare, Released, Resident};
 use crate::transfer::Shared;
 use crate::turn::Taken;
 
@@ -54,28 +55,29 @@ struct Room<'a> {
     grant: Grant,
     frames: Vec<Arc<Frame>>,
     freed: ByteCount,
+    /// The region that the frames come from.
+    region: Arc<str>,
 }
 
 impl Room<'_> {
     /// Takes over what an extent lay on.
-    fn take(&mut self, resident: Resident) {
-        let Resident { mapping, lease } = resident;
-        if Arc::strong_count(&mapping) > 1 {
-            // Somebody still reads it; it is freed later, with its lease.
-            self.manager.release_unused([Resident { mapping, lease }]);
-            return;
-        }
-        let frame = Arc::clone(mapping.frame());
-        drop(mapping);
-        if self.manager.has_leaked() {
-            self.manager.leak(lease);
-            return;
-        }
-        self.freed += lease.bytes();
-        match self.grant.join(lease) {
-            Ok(()) => self.frames.push(frame),
-            // Of another kind, which the caller excludes: it goes back.
-            Err(lease) => drop((frame, lease)),
+    fn take(&mut self, resident: Resident) -> Result<(), MemoryError> {
+        match resident.unmap() {
+            Ok(Bare { frame, lease, .. }) => {
+                self.freed += lease.bytes();
+                match self.grant.join(lease) {
+                    Ok(()) => self.frames.push(frame),
+                    // Of another kind, which the caller excludes: it goes back.
+                    Err(lease) => drop((frame, lease)),
+                }
+                Ok(())
+            }
+            // Somebody still reads it, or the device refused: it is freed later, with its lease.
+            Err(retired) => {
+                let error = retired.error();
+                self.manager.retire(retired);
+                error.map_or(Ok(()), Err)
+            }
         }
     }
 
@@ -91,19 +93,24 @@ impl Room<'_> {
         let held = |frames: &[Arc<Frame>]| frames.iter().map(|frame| frame.bytes()).sum::<ByteCount>();
         while self.grant.bytes() < held(&self.frames) + bytes {
             let Some(frame) = self.frames.pop() else { break };
-            self.give_up(frame);
+            self.give_up(frame)?;
         }
         Frame::create(&self.manager.device, bytes).map_err(MemoryError::device("take device memory"))
     }
 
-    fn give_up(&mut self, frame: Arc<Frame>) {
-        let bytes = frame.bytes();
-        drop(frame);
-        if self.manager.has_leaked()
-            && let Some(lease) = self.grant.split(bytes)
-        {
-            self.manager.leak(lease);
+    /// Gives a frame back; its lease stays in the room.
+    fn give_up(&mut self, frame: Arc<Frame>) -> Result<(), MemoryError> {
+        let Some(lease) = self.grant.split(frame.bytes()) else { return Ok(()) };
+        match (Bare { frame, lease, region: Arc::clone(&self.region) }).destroy() {
+            // Of the same kind, so it joins.
+            Ok(lease) => drop(self.grant.join(lease)),
+            Err(retired) => {
+                let error = retired.error();
+                self.manager.retire(retired);
+                return error.map_or(Ok(()), Err);
+            }
         }
+        Ok(())
     }
 
     fn make(&mut self, region: &Region, extent: Extent, is_zeroed: bool) -> Result<Resident, MemoryError> {
@@ -111,17 +118,20 @@ impl Room<'_> {
         let mapping = Mapping::new(region.reservation(), extent.offset(), frame)
             .map_err(MemoryError::device("map device memory"))?;
         match self.grant.split(extent.bytes()) {
-            Some(lease) => Ok(Resident { mapping, lease }),
+            Some(lease) => Ok(region.resident(mapping, lease)),
             None => Err(region.refuse("map an extent", "the lease is too small for it")),
         }
     }
 
     /// Gives back what nobody took: memory first, then its lease (I1).
-    fn close(mut self) -> ByteCount {
+    fn close(mut self) -> Released {
+        let mut released = Released::default();
         while let Some(frame) = self.frames.pop() {
-            self.give_up(frame);
+            let error = self.give_up(frame).err();
+            released.error = released.error.or(error);
         }
-        self.freed
+        released.freed = self.freed;
+        released
     }
 }
 
@@ -237,20 +247,23 @@ impl MemoryManager {
         report: &mut SwapReport,
     ) -> Result<(), MemoryError> {
         let shared = Shared::default();
-        let mut room = Room { manager: self, grant, frames: Vec::new(), freed: ByteCount::ZERO };
+        let (frames, region) = (Vec::new(), Arc::from(out.name()));
+        let mut room = Room { manager: self, grant, frames, freed: ByteCount::ZERO, region };
         let mut outgoing = Outgoing::new(out, plan.leaving);
         let mut incoming = Incoming::new(into, plan.coming, &shared);
         let outcome = self.drive(into, &mut outgoing, &mut incoming, &mut room, deadline);
         let (left, copied) = outgoing.end(outcome.is_err());
         let Arrived { brought, leaving } = incoming.end();
+        let mut refused = None;
         for resident in left {
-            room.take(resident);
+            refused = refused.or(room.take(resident).err());
         }
-        self.release_unused(leaving);
+        refused = refused.or(self.release_unused(leaving).error);
         into.drop_writable_copies(&brought);
         report.into.copied = brought.iter().map(|planned| planned.bytes).sum();
-        (report.out.copied, report.out.freed) = (copied, room.close());
-        outcome
+        let Released { freed, error } = room.close();
+        (report.out.copied, report.out.freed) = (copied, freed);
+        outcome.and(refused.or(error).map_or(Ok(()), Err))
     }
 
     fn drive(
@@ -268,7 +281,7 @@ impl MemoryManager {
             }
             let mut has_moved = false;
             while let Some(resident) = outgoing.reap(Duration::ZERO)? {
-                room.take(resident);
+                room.take(resident)?;
                 has_moved = true;
             }
             while incoming.reap(Duration::ZERO)? {
@@ -280,7 +293,7 @@ impl MemoryManager {
             let lacking = if let Started::NoRoom(bytes) = started { bytes } else { ByteCount::ZERO };
             match started {
                 Started::Free(resident) => {
-                    room.take(resident);
+                    room.take(resident)?;
                     has_moved = true;
                 }
                 Started::Queued => has_moved = true,
@@ -298,7 +311,7 @@ impl MemoryManager {
             }
             if outgoing.is_flying() {
                 if let Some(resident) = outgoing.reap_one()? {
-                    room.take(resident);
+                    room.take(resident)?;
                 }
             } else if incoming.is_flying() {
                 incoming.reap_one()?;
@@ -310,16 +323,6 @@ impl MemoryManager {
             }
         }
         Ok(())
-    }
-
-    /// Whether the device could not give something back since it was asked last.
-    fn has_leaked(&self) -> bool {
-        let mut has_leaked = false;
-        for error in self.device.take_errors() {
-            tracing::error!(%error, "the device could not give something back");
-            has_leaked |= matches!(error, DeviceError::Leaked { what: "mapping" | "frame", .. });
-        }
-        has_leaked
     }
 }
 

@@ -182,6 +182,24 @@ impl Shared {
         }
     }
 
+    /// Waits until what of a range is on its way counts as being there, or the wake has ended. Returns at once where nothing
+    /// of it is on its way, or some of it has not been queued.
+    pub(crate) fn wait_counted(&self, from: u64, to: u64, deadline: Instant) {
+        let mut state = self.state.lock();
+        let mut was_queued = false;
+        loop {
+            match state.answer(from, to) {
+                Answer::After(events) if !events.is_empty() => was_queued = true,
+                // Queued before, and now nobody may step in: it is about to end.
+                Answer::NotYet if was_queued => {}
+                Answer::After(_) | Answer::NotYet | Answer::Elsewhere => return,
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                return;
+            }
+        }
+    }
+
     /// Whether a step may run beside it at this moment.
     pub(crate) fn is_open(&self) -> bool {
         let state = self.state.lock();

@@ -8,11 +8,15 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, World, noise, open, world, world_on};
+use common::{PAGE, WAIT, World, noise, open, open_slow, piece, source_file, world, world_on};
 use shoal_core::bytes::ByteCount;
+use shoal_core::extent::ExtentRule;
+use shoal_core::protocol::LeaseKind;
 use shoal_device::device::Verb;
 use shoal_device::{Device, DeviceError, FaultDevice, ForeignStream};
-use shoal_memory::{ErrorKind, MemoryError, Region, Transfer};
+use shoal_memory::{
+    Backing, ErrorKind, LocalBudget, ManagerOptions, MemoryError, MemoryManager, Region, RegionSpec, Transfer,
+};
 
 const PAGES: u64 = 8;
 const SOON: Duration = Duration::from_millis(30);
@@ -158,6 +162,64 @@ fn a_step_runs_beside_a_wake_in_order_of_use() {
     let outside = beside.wait_host(at(PAGES), ByteCount(PAGE), WAIT).expect_err("outside");
     assert!(matches!(outside, MemoryError::OutOfRange { .. }), "{outside}");
     world.check();
+}
+
+#[test]
+fn what_has_come_can_be_read_before_the_wake_has_counted_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let faults = FaultDevice::new(open_slow(dir.path(), 64, ByteCount::mib(100)));
+    let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, 64);
+    let bytes = noise(PAGES * PAGE, 9);
+    let region = world.weights(PAGES, &bytes);
+    // Four extents, so that none has come when the last copy is queued; then the wake's thread stands still.
+    let (release, stopped) = hold_copy(&faults, 4);
+    let wake = region.wake(WAIT).expect("a thread");
+    stopped.recv_timeout(WAIT).expect("the last copy");
+    let (guard, beside) = region.guard_in_order(WAIT).expect("room");
+    beside.expect("a wake").wait_host(at(0), ByteCount(PAGE), WAIT).expect("queued");
+    thread::sleep(Duration::from_millis(200));
+    let reader = {
+        let region = region.clone();
+        thread::spawn(move || {
+            let mut read = vec![0; usize::try_from(PAGE).expect("small")];
+            region.read(at(0), &mut read).map(|()| read)
+        })
+    };
+    // What has not been queued is refused all the same.
+    let error = region.read(at(PAGES - 1), &mut [0; 1]).expect_err("not on its way");
+    assert_eq!(error.kind(), ErrorKind::Region, "{error}");
+    thread::sleep(SOON);
+    drop(release);
+    assert!(reader.join().expect("no panic").expect("it has come") == part(&bytes, 0, 1));
+    wake.wait(WAIT).expect("room");
+    drop(guard);
+    world.check();
+}
+
+#[test]
+fn a_copy_from_a_file_that_takes_too_long_is_a_deadline_and_frees_nothing_under_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let device = open_slow(dir.path(), 64, ByteCount::mib(1));
+    let bytes = noise(PAGES * PAGE, 10);
+    let path = source_file(dir.path(), &bytes);
+    let mut options = ManagerOptions::new(ByteCount::mib(4), LocalBudget::new(ByteCount::mib(32)) as _);
+    options.operation_wait = Duration::from_millis(80);
+    let manager = MemoryManager::new(Arc::clone(&device), options).expect("a manager");
+    let spec = RegionSpec {
+        name: "weights".to_owned(),
+        bytes: at(PAGES),
+        kind: LeaseKind::Weights,
+        extent_rule: ExtentRule { pieces_min: 4, ..ExtentRule::default() },
+        backing: Backing::Keep,
+    };
+    let region = manager.region(spec).expect("addresses");
+    region.stage(ByteCount::ZERO, &bytes, Some(piece(&path, 0, PAGES * PAGE))).expect("verified");
+    region.seal().expect("sealed");
+    let error = region.wake(WAIT).expect("a thread").wait(WAIT).expect_err("250 ms a chunk");
+    let is_late = matches!(&error, MemoryError::Device { source: DeviceError::Timeout { .. }, .. });
+    assert!(is_late, "{error}");
+    assert_eq!(region.usage().device, ByteCount::ZERO);
+    manager.check_invariants().expect("invariants");
 }
 
 #[test]

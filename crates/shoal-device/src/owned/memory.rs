@@ -60,6 +60,7 @@ pub struct Frame {
     device: Arc<dyn Device>,
     raw: RawFrame,
     bytes: ByteCount,
+    is_gone: bool,
 }
 
 impl Frame {
@@ -69,7 +70,7 @@ impl Frame {
     /// As [`Device::create_frame`]; [`DeviceError::OutOfMemory`] is the one that evicting may cure.
     pub fn create(device: &Arc<dyn Device>, bytes: ByteCount) -> Result<Arc<Self>, DeviceError> {
         let raw = device.create_frame(bytes)?;
-        Ok(Arc::new(Self { device: Arc::clone(device), raw, bytes }))
+        Ok(Arc::new(Self { device: Arc::clone(device), raw, bytes, is_gone: false }))
     }
 
     /// Its length.
@@ -83,10 +84,27 @@ impl Frame {
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
+
+    /// Gives the memory back, as dropping it does, and says so where the device refuses: the frame is as before then.
+    ///
+    /// # Errors
+    /// The frame, and what [`Device::destroy_frame`] said.
+    pub fn destroy(mut self) -> Result<(), (Self, DeviceError)> {
+        match self.device.destroy_frame(self.raw) {
+            Ok(()) => {
+                self.is_gone = true;
+                Ok(())
+            }
+            Err(error) => Err((self, error)),
+        }
+    }
 }
 
 impl Drop for Frame {
     fn drop(&mut self) {
+        if self.is_gone {
+            return;
+        }
         if let Err(cause) = self.device.destroy_frame(self.raw) {
             record_leak(&self.device, "frame", self.raw.0, cause);
         }
@@ -99,6 +117,7 @@ impl Drop for Frame {
 pub struct Mapping {
     at: VirtAddr,
     offset: ByteCount,
+    is_gone: bool,
     // Dropped after the unmap in `drop`, in this order.
     frame: Arc<Frame>,
     reservation: Arc<Reservation>,
@@ -123,7 +142,7 @@ impl Mapping {
         }
         let at = reservation.at.offset(offset);
         device.map(at, frame.raw)?;
-        Ok(Arc::new(Self { at, offset, frame, reservation: Arc::clone(reservation) }))
+        Ok(Arc::new(Self { at, offset, is_gone: false, frame, reservation: Arc::clone(reservation) }))
     }
 
     /// Where it begins.
@@ -161,10 +180,27 @@ impl Mapping {
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.reservation.device
     }
+
+    /// Unmaps, as dropping it does, and says so where the device refuses: the mapping is as before then. Gives the frame.
+    ///
+    /// # Errors
+    /// The mapping, and what [`Device::unmap`] said.
+    pub fn unmap(mut self) -> Result<Arc<Frame>, (Self, DeviceError)> {
+        match self.device().unmap(self.at, self.bytes()) {
+            Ok(()) => {
+                self.is_gone = true;
+                Ok(Arc::clone(&self.frame))
+            }
+            Err(error) => Err((self, error)),
+        }
+    }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if self.is_gone {
+            return;
+        }
         if let Err(cause) = self.device().unmap(self.at, self.bytes()) {
             record_leak(self.device(), "mapping", self.at.0, cause);
             // Still mapped, as far as anyone knows: neither the memory nor the addresses may go.

@@ -10,7 +10,7 @@ use super::stage::index_of;
 use crate::error::MemoryError;
 
 impl Region {
-    /// Reads bytes that lie on the device. Hold a guard: nothing brings them there.
+    /// Reads bytes that lie on the device, or are on their way. Hold a guard: nothing else brings them there.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`], [`MemoryError::State`] where there is no memory, [`MemoryError::Device`].
@@ -85,17 +85,28 @@ impl Region {
 
     /// The device memory from `offset` to the end of its extent, at most `bytes_max`.
     fn span_at(&self, offset: ByteCount, bytes_max: ByteCount) -> Result<(Span, ByteCount), MemoryError> {
+        if let Some(found) = self.span_now(offset, bytes_max) {
+            return Ok(found);
+        }
+        // Beside a wake, a range that it has queued may be used; it counts a little later.
+        if let Some(wake) = self.waking() {
+            let deadline = self.manager().operation_deadline();
+            wake.shared().wait_counted(offset.0, offset.0 + 1, deadline);
+        }
+        self.span_now(offset, bytes_max)
+            .ok_or_else(|| self.refuse("read or write", "there is no device memory"))
+    }
+
+    fn span_now(&self, offset: ByteCount, bytes_max: ByteCount) -> Option<(Span, ByteCount)> {
         let state = self.inner.state.lock();
         let found = state.table.extent_at(offset.0 / PAGE_BYTES.0).and_then(|index| {
             let (extent, _) = state.table.extent(index).ok()?;
             Some((extent, state.mapping(index)?))
         });
-        let Some((extent, mapping)) = found else {
-            return Err(self.refuse("read or write", "there is no device memory"));
-        };
+        let (extent, mapping) = found?;
         let within = offset - extent.offset();
         let bytes = bytes_max.min(extent.bytes() - within);
-        Ok((Span::Device { mapping, offset: within, bytes }, bytes))
+        Some((Span::Device { mapping, offset: within, bytes }, bytes))
     }
 
     fn copy_and_wait(&self, source: Span, target: Span) -> Result<(), MemoryError> {

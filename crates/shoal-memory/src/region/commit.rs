@@ -53,7 +53,8 @@ impl Region {
     /// bytes freed.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] for sealed weights; nothing is changed.
+    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] for sealed weights; nothing is changed. [`MemoryError::Device`]
+    /// where the device refuses to give memory up: the bytes are gone, and the next operation asks for the memory again.
     pub fn decommit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
         if self.inner.state.lock().sealed {
@@ -117,7 +118,8 @@ impl Region {
             }
         }
         drop(state);
-        self.manager().release_unused(residents);
+        // What the device refused is told already, and kept.
+        let _ = self.manager().release_unused(residents);
         Err(error)
     }
 
@@ -135,7 +137,8 @@ impl Region {
                 }
             }
         }
-        Ok(self.manager().release_unused(slots.into_iter().filter_map(|slot| slot.resident)))
+        let released = self.manager().release_unused(slots.into_iter().filter_map(|slot| slot.resident));
+        released.error.map_or(Ok(released.freed), Err)
     }
 
     /// The extents of these runs that have no bytes, and those of them that are new in the table.

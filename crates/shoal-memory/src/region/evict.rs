@@ -14,6 +14,7 @@ use super::outgoing::Outgoing;
 use super::{Region, RegionUsage, Report};
 use crate::error::MemoryError;
 use crate::gate::Scope;
+use crate::retire::Released;
 
 /// Hashes computed at once.
 const HASHES_MAX: usize = 8;
@@ -24,7 +25,7 @@ impl Region {
     ///
     /// # Errors
     /// [`MemoryError::Deadline`], [`MemoryError::HostBudget`], [`MemoryError::Device`]; what was freed before stays
-    /// freed, all else is as it was.
+    /// freed, all else is as it was. Memory that the device refuses to give back is asked for again by the next operation.
     pub fn evict(&self, bytes: ByteCount, timeout: Duration) -> Result<Report, MemoryError> {
         self.evict_with(|_| bytes, false, timeout)
     }
@@ -90,12 +91,12 @@ impl Region {
             report.fail(MemoryError::HostBudget { needed: *needed, free, budget });
         }
         let mut outgoing = Outgoing::new(self, plan.moves);
-        let mut freed = ByteCount::ZERO;
-        let outcome = outgoing.run(deadline, |left| freed += manager.release_unused(left));
+        let mut released = Released::default();
+        let outcome = outgoing.run(deadline, |left| released.absorb(manager.release_unused(left)));
         let (leaving, copied) = outgoing.end(outcome.is_err());
-        report.freed = freed + manager.release_unused(leaving);
-        report.copied = copied;
-        if let Err(error) = outcome {
+        released.absorb(manager.release_unused(leaving));
+        (report.freed, report.copied) = (released.freed, copied);
+        if let Some(error) = outcome.err().or(released.error) {
             report.fail(error);
         }
         manager.count_evicted(report.freed);

@@ -10,11 +10,11 @@ use shoal_core::extent::Extent;
 use shoal_core::page_table::PlannedMove;
 use shoal_core::residency::Move;
 use shoal_core::tier::Tier;
-use shoal_device::{Event, Mapping, Span};
+use shoal_device::{DeviceError, Event, Mapping, Span};
 
 use super::Region;
 use crate::error::MemoryError;
-use crate::manager::Resident;
+use crate::retire::Resident;
 
 impl Region {
     /// Queues what fills an extent's memory. Reading from a file is done here, whole.
@@ -70,9 +70,7 @@ impl Region {
         while done < extent.bytes() {
             let buffer = &scratch.buffers[turn];
             if let Some(event) = events[turn].take() {
-                event
-                    .wait(manager.options.operation_wait)
-                    .map_err(MemoryError::device("copy to the device"))?;
+                self.await_copy(&event)?;
             }
             let bytes = buffer.bytes().min(extent.bytes() - done);
             let from = extent.offset() + done;
@@ -105,8 +103,17 @@ impl Region {
             return Err(MemoryError::SourceMismatch { path, offset, what });
         }
         for event in events.into_iter().flatten() {
-            event.wait(manager.options.operation_wait).map_err(MemoryError::device("copy to the device"))?;
+            self.await_copy(&event)?;
         }
         manager.up.record().map_err(MemoryError::device("copy to the device"))
+    }
+    /// Waits for a copy to the device, as long as any copy may take.
+    fn await_copy(&self, event: &Event) -> Result<(), MemoryError> {
+        let wait = self.manager().options.operation_wait;
+        if event.wait(wait).map_err(MemoryError::device("copy to the device"))? {
+            return Ok(());
+        }
+        let source = DeviceError::Timeout { what: "a copy", waited: wait };
+        Err(MemoryError::Device { doing: "copy to the device", source })
     }
 }

@@ -15,7 +15,7 @@ use shoal_device::{DeviceError, Event};
 use super::Region;
 use crate::error::MemoryError;
 use crate::lease::Grant;
-use crate::manager::Resident;
+use crate::retire::Resident;
 use crate::transfer::Shared;
 
 /// Bytes that one direction of the link has before it.

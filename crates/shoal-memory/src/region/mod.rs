@@ -33,7 +33,8 @@ use shoal_device::{ForeignStream, Frame, Mapping, Reservation};
 use crate::arena::HostCopy;
 use crate::error::MemoryError;
 use crate::lease::Grant;
-use crate::manager::{MemoryManager, Resident};
+use crate::manager::MemoryManager;
+use crate::retire::Resident;
 use crate::transfer::Transfer;
 pub use blocks::BlockCopy;
 pub use flush::{Flush, FlushReport};
@@ -145,7 +146,7 @@ impl State {
 #[derive(Debug)]
 pub(crate) struct RegionInner {
     id: RegionId,
-    name: String,
+    name: Arc<str>,
     kind: LeaseKind,
     backing: Backing,
     /// Extents come and go by commit; else weights are cut into extents at once.
@@ -200,7 +201,7 @@ impl RegionInner {
         let table = make(bytes.pages(), extent_rule, backing);
         let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
         let (users, waking, state) = (AtomicUsize::new(0), Mutex::default(), Mutex::new(state));
-        let streams = Mutex::default();
+        let (streams, name) = (Mutex::default(), name.into());
         let inner =
             Self { id, name, kind, backing, is_growing, users, reservation, streams, waking, manager, state };
         Ok(Region { inner: Arc::new(inner) })
@@ -411,13 +412,17 @@ impl Region {
                 .map_err(MemoryError::device("map device memory"))
         });
         match mapped {
-            Ok(mapping) => Ok(Resident { mapping, lease }),
+            Ok(mapping) => Ok(self.resident(mapping, lease)),
             Err(error) => {
                 // `lease` is of the same kind, so it joins.
                 let _ = grant.join(lease);
                 Err(error)
             }
         }
+    }
+
+    pub(crate) fn resident(&self, mapping: Arc<Mapping>, lease: Grant) -> Resident {
+        Resident { mapping, lease, region: Arc::clone(&self.inner.name) }
     }
 
     /// The page runs of the extents that lie wholly within `run`.

@@ -14,7 +14,7 @@ use super::Region;
 use super::incoming::{IN_FLIGHT_BYTES, IN_FLIGHT_MAX};
 use crate::arena::HostCopy;
 use crate::error::MemoryError;
-use crate::manager::Resident;
+use crate::retire::Resident;
 
 #[derive(Debug)]
 struct Entry {

@@ -122,7 +122,8 @@ impl Region {
         if has_guests {
             self.manager().release_dropped(leaving);
         } else {
-            self.manager().release_unused(leaving);
+            // What the device refuses is told, and kept.
+            let _ = self.manager().release_unused(leaving);
         }
         let is_stopped = matches!(outcome, Err(MemoryError::Cancelled { .. } | MemoryError::Deadline { .. }));
         if outcome.is_err() && !is_stopped && !has_guests {
@@ -159,7 +160,7 @@ impl Region {
                 leaving.extend(state.slot(planned.extent).resident.take());
             }
         }
-        self.manager().release(leaving);
+        let _ = self.manager().release(leaving);
     }
 
     /// Host bytes that [`drop_writable_copies`](Self::drop_writable_copies) frees when all of it has come.
