@@ -317,3 +317,28 @@ def test_torchs_own_layers(mem: shoal.MemoryManager) -> None:
         for _ in range(3):
             region.sleep()
             assert torch.equal(model(x), want)
+
+
+def test_a_transformers_model_generates_across_sleeps(mem: shoal.MemoryManager) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=6, vocab_size=500, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    x = torch.arange(16)[None]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want, logits = model.generate(x, **options), model(x).logits.detach()
+    region, attached = placed(model, mem)
+    blocks = {"model.embed_tokens", "model.norm", "lm_head", *(f"model.layers.{i}" for i in range(6))}
+    assert set(attached.blocks) == blocks
+    for turn in range(3):
+        region.wake(wait=False)
+        assert torch.equal(model.generate(x, **options), want)
+        region.sleep(keep=turn / 4)
+        with torch.no_grad():
+            assert torch.equal(model(x).logits, logits)
+        region.sleep()
+    assert attached.order[0] in {"model.embed_tokens.weight", "lm_head.weight"}
+    assert attached.order[-1] == "model.norm.weight"
