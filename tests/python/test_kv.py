@@ -98,6 +98,23 @@ def test_kv_content_survives_when_everything_is_reclaimed() -> None:
             assert bytes(memoryview(region.buffer(3 * PAGE, 4))) == b"this"
 
 
+def test_new_blocks_are_refused_where_old_ones_could_not_come_back() -> None:
+    with testing.simulated_memory(4 * PAGE) as mem:
+        region = mem.region("kv", 8 * PAGE, kind="kv")
+        kv = shoal.KvBacking(region, block_bytes=PAGE, blocks=8)
+        assert kv.back([0, 1, 2])
+        with mem.guard():
+            memoryview(region.buffer(2 * PAGE, 4))[:] = b"kept"
+        assert mem.reclaim("1GiB").freed == 3 * PAGE
+        assert kv.back([3, 4]) is False, "five pages on a budget of four"
+        assert kv.live_bytes == 3 * PAGE
+        with mem.guard():
+            assert bytes(memoryview(region.buffer(2 * PAGE, 4))) == b"kept"
+        assert kv.back([3])
+        with mem.guard():
+            assert bytes(memoryview(region.buffer(2 * PAGE, 4))) == b"kept"
+
+
 class Blocks(RuleBasedStateMachine):
     """Any order of backing, giving back, writing, reclaiming and waking leaves what a dictionary would hold."""
 
@@ -118,17 +135,10 @@ class Blocks(RuleBasedStateMachine):
     def wanted_bytes(self) -> int:
         return len(set().union(*map(pages_of, self.held), set())) * PAGE
 
-    def enter(self) -> shoal.Guard | None:
-        """Enter a guard; it may be refused only while what is committed is more than there is room for.
-
-        Blocks can be backed while the contents of others are on the host, so that all of them together are too many.
-        """
-        try:
-            return self.mem.guard(20).__enter__()
-        except (shoal.LeaseError, shoal.OutOfMemoryError):
-            assert self.kv.backed_bytes > self.room
-        self.kv.trim()
-        return None if self.wanted_bytes() > self.room else self.mem.guard(20).__enter__()
+    def enter(self) -> shoal.Guard:
+        """Enter a guard. It is never refused: memory for blocks is granted together with that for all before them."""
+        assert self.kv.backed_bytes <= self.room
+        return self.mem.guard(20).__enter__()
 
     @rule(ids=st.sets(st.integers(0, BLOCKS - 1), min_size=1, max_size=6))
     def back(self, ids: set[int]) -> None:
@@ -155,8 +165,6 @@ class Blocks(RuleBasedStateMachine):
     def write(self, data: st.DataObject, content: bytes) -> None:
         block = data.draw(st.sampled_from(sorted(self.held)))
         guard = self.enter()
-        if guard is None:
-            return
         with contextlib.ExitStack() as stack:
             stack.push(guard.__exit__)
             view = memoryview(self.region.buffer(block * BLOCK_BYTES, BLOCK_BYTES))
@@ -175,8 +183,6 @@ class Blocks(RuleBasedStateMachine):
     @rule()
     def check(self) -> None:
         guard = self.enter()
-        if guard is None:
-            return
         with contextlib.ExitStack() as stack:
             stack.push(guard.__exit__)
             for block, content in self.held.items():
