@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::device::Verb;
-use shoal_device::{Device, DeviceError, FaultDevice};
+use shoal_device::{Device, DeviceError, FaultDevice, ForeignStream};
 use shoal_memory::{ErrorKind, KvBacking, MemoryError, Region};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
@@ -32,13 +32,19 @@ impl Scene {
         Self { world, faults, failed: Arc::default() }
     }
 
-    fn arm(&self, n: u64) {
+    fn arm(&self, n: u64, is_full: bool) {
         let (mut left, failed) = (n, Arc::clone(&self.failed));
+        let device = self.world.device.info().id;
         self.faults.fail_when(move |call| {
             left = left.checked_sub(1)?;
             (left == 0).then(|| {
                 *failed.lock() = Some(call.verb);
-                DeviceError::Injected { call: call.number, verb: call.verb }
+                let (free, capacity) = (ByteCount::ZERO, ByteCount(PAGE));
+                if is_full {
+                    DeviceError::OutOfMemory { device, requested: call.bytes, free, capacity }
+                } else {
+                    DeviceError::Injected { call: call.number, verb: call.verb }
+                }
             })
         });
     }
@@ -72,38 +78,76 @@ fn sweep<S>(
     act: impl Fn(&Scene, &S) -> Result<(), MemoryError>,
     verify: impl Fn(&Scene, &S),
 ) {
+    sweep_as(what, host_mib, false, prepare, |scene, state| act(scene, state).map(|()| true), |_| (), verify);
+}
+
+/// As [`sweep`], with errors of their own and as if the device were full; and after a failure all is as before, by what
+/// `shape` says of it.
+fn sweep_both<S, T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    prepare: impl Fn(&Scene) -> S,
+    act: impl Fn(&Scene, &S) -> Result<bool, MemoryError>,
+    shape: impl Fn(&S) -> T,
+    verify: impl Fn(&Scene, &S),
+) {
+    for is_full in [false, true] {
+        sweep_as(what, 64, is_full, &prepare, &act, &shape, &verify);
+    }
+}
+
+/// `act` gives false where it was refused for want of memory.
+fn sweep_as<S, T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    host_mib: u64,
+    is_full: bool,
+    prepare: impl Fn(&Scene) -> S,
+    act: impl Fn(&Scene, &S) -> Result<bool, MemoryError>,
+    shape: impl Fn(&S) -> T,
+    verify: impl Fn(&Scene, &S),
+) {
     for n in 1..CALLS_MAX {
         let scene = Scene::new(host_mib);
         let state = prepare(&scene);
         scene.check();
         let host_before = scene.world.manager.usage().host;
-        scene.arm(n);
+        let shape_before = shape(&state);
+        scene.arm(n, is_full);
         let outcome = act(&scene, &state);
         scene.faults.heal();
         let failed = *scene.failed.lock();
         let Some(verb) = failed else {
-            outcome.unwrap_or_else(|error| panic!("{what}: no fault, but {error}"));
+            assert!(outcome.unwrap_or_else(|error| panic!("{what}: no fault, but {error}")));
             verify(&scene, &state);
             scene.check();
             assert!(n > 3, "{what} made only {n} calls");
             return;
         };
         scene.check();
-        if let Err(error) = &outcome {
-            assert!(
-                matches!(error.kind(), ErrorKind::Device | ErrorKind::Region),
-                "{what} {n} {verb}: {error}"
-            );
-        } else {
-            assert!(
+        let has_failed = match &outcome {
+            Err(error) => {
+                let kinds: &[ErrorKind] =
+                    if is_full { &[ErrorKind::OutOfMemory] } else { &[ErrorKind::Device, ErrorKind::Region] };
+                assert!(kinds.contains(&error.kind()), "{what} {n} {verb}: {error}");
+                true
+            }
+            Ok(false) => {
+                assert!(is_full, "{what} {n} {verb}: refused");
+                true
+            }
+            Ok(true) => {
                 // Memory that may not be locked is used unlocked.
-                verb.is_teardown() || matches!(verb, Verb::WaitEvent | Verb::Memory | Verb::LockHost),
-                "{what} {n} {verb}: no error"
-            );
+                let is_borne = matches!(verb, Verb::WaitEvent | Verb::Memory | Verb::LockHost);
+                assert!(verb.is_teardown() || is_borne, "{what} {n} {verb}: no error");
+                false
+            }
+        };
+        if has_failed && !verb.is_teardown() {
+            assert_eq!(shape(&state), shape_before, "{what} {n} {verb}: not as before");
         }
         assert!(scene.world.manager.usage().host <= host_before + ByteCount(16 * PAGE), "{what} {n} {verb}");
-        if outcome.is_err() {
-            act(&scene, &state).unwrap_or_else(|error| panic!("{what} {n} {verb}: again, {error}"));
+        if has_failed {
+            let again = act(&scene, &state);
+            assert!(again.unwrap_or_else(|error| panic!("{what} {n} {verb}: again, {error}")), "{what} {n}");
         }
         verify(&scene, &state);
         scene.check();
@@ -145,7 +189,7 @@ fn staging_and_sealing() {
     for n in 1..=PAGES {
         let scene = Scene::new(64);
         let region = prepare(&scene);
-        scene.arm(2 * n - 1);
+        scene.arm(2 * n - 1, false);
         let error = act(&scene, &region).expect_err("injected");
         assert_eq!(error.kind(), ErrorKind::Device);
         scene.faults.heal();
@@ -158,7 +202,77 @@ fn staging_and_sealing() {
 
 #[test]
 fn waking_from_the_host() {
-    sweep("wake", 64, |scene| staged(scene, 2), |_, region| wake(region), |_, region| holds(region, 2));
+    let act = |_: &Scene, region: &Region| wake(region).map(|()| true);
+    let prepare = |scene: &Scene| staged(scene, 2);
+    sweep_both("wake", prepare, act, Region::usage, |_, region| holds(region, 2));
+    // What is there already stays there.
+    let prepare = |scene: &Scene| {
+        let region = awake(scene, 2);
+        region.sleep(0.4, false, WAIT).expect("clean");
+        assert!(!region.usage().device.is_zero());
+        region
+    };
+    sweep_both("wake the rest", prepare, act, Region::usage, |_, region| holds(region, 2));
+}
+
+#[test]
+fn a_step_beside_a_wake() {
+    let act = |_: &Scene, region: &Region| {
+        let (guard, wake) = region.guard_in_order(WAIT)?;
+        if let Some(wake) = &wake {
+            for page in 0..PAGES {
+                wake.wait_stream(ByteCount(page * PAGE), ByteCount(PAGE), ForeignStream::DEFAULT, WAIT)?;
+            }
+            wake.wait(WAIT)?;
+        }
+        drop(guard);
+        Ok(true)
+    };
+    // What came under a step stays, so not all is as before.
+    sweep_both("step", |scene| staged(scene, 9), act, |_| (), |_, region| holds(region, 9));
+}
+
+#[test]
+fn growing() {
+    let prepare = |scene: &Scene| {
+        let region = scene.world.region("workspace", 9, LeaseKind::Overhead);
+        region.commit(ByteCount::ZERO, ByteCount(2 * PAGE)).expect("room");
+        region.write(ByteCount(PAGE), b"kept").expect("there");
+        region
+    };
+    let act = |_: &Scene, region: &Region| region.commit(ByteCount::ZERO, ByteCount(9 * PAGE)).map(|_| true);
+    sweep_both("commit more", prepare, act, Region::usage, |_, region| {
+        let bytes = read(region);
+        let (from, to) = (usize::try_from(PAGE).expect("small"), usize::try_from(2 * PAGE).expect("small"));
+        assert_eq!(&bytes[from..from + 4], b"kept");
+        assert!(bytes[to..].iter().all(|byte| *byte == 0));
+    });
+}
+
+#[test]
+fn backing_more_blocks_while_others_lie_on_the_host() {
+    let prepare = |scene: &Scene| {
+        let region = scene.world.region("kv", 8, LeaseKind::Kv);
+        let kv = KvBacking::new(&region, ByteCount(PAGE / 2), 16).expect("fits");
+        assert!(kv.back(&[0, 1, 2, 9]).expect("room"));
+        region.write(ByteCount(PAGE), b"kept").expect("backed");
+        scene.world.manager.reclaim(ALL, WAIT, "a test").expect("no step runs");
+        assert!(region.usage().device.is_zero());
+        kv
+    };
+    let act = |_: &Scene, kv: &Arc<KvBacking>| {
+        if kv.live_bytes() > ByteCount(2 * PAGE) { Ok(true) } else { kv.back(&[3, 4, 5]) }
+    };
+    let shape = |kv: &Arc<KvBacking>| {
+        (kv.live_bytes(), kv.backed_bytes(), kv.idle_bytes(), kv.region().usage().total)
+    };
+    sweep_both("back", prepare, act, shape, |scene, kv| {
+        let _guard = scene.world.manager.guard(WAIT).expect("all comes back");
+        let mut kept = [0; 4];
+        kv.region().read(ByteCount(PAGE), &mut kept).expect("backed");
+        assert_eq!(&kept, b"kept");
+        assert_eq!(kv.live_bytes(), ByteCount(7 * PAGE / 2));
+    });
 }
 
 #[test]
@@ -200,8 +314,10 @@ fn freezing() {
         region.write(ByteCount::ZERO, &noise(PAGES * PAGE, 8)).expect("on the device");
         region
     };
-    let act = |_: &Scene, region: &Region| region.freeze(WAIT)?.wait(WAIT).map(drop);
-    sweep("freeze", 64, prepare, act, |_, region| {
+    let act = |_: &Scene, region: &Region| region.freeze(WAIT)?.wait(WAIT).map(|_| true);
+    // What was copied counts, whatever came after.
+    let shape = |region: &Region| (region.usage().device, region.usage().total);
+    sweep_both("freeze", prepare, act, shape, |_, region| {
         assert!(region.usage().sealed);
         assert_eq!(region.sleep(0.0, false, WAIT).expect("clean").copied, ByteCount::ZERO);
         holds(region, 8);
