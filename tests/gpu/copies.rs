@@ -307,7 +307,7 @@ fn beside_work(report: &mut Report, device: &Arc<dyn Device>, pools: [(&Pool, &s
         (0..5).map(|_| sample()).collect::<Vec<f64>>()
     };
     let work = || {
-        start_work(20).last().unwrap().wait(LONG).unwrap();
+        start_work(8).last().unwrap().wait(LONG).unwrap();
     };
     let nothing = || ();
     let alone = time(&nothing, &work, &nothing);
@@ -322,7 +322,7 @@ fn beside_work(report: &mut Report, device: &Arc<dyn Device>, pools: [(&Pool, &s
             let bounds = Bounds { ceiling, ..Bounds::default() };
             report.add(&format!("the same work beside blocks of {what} {way}"), "ms", beside, bounds);
             let copies = time(
-                &|| drop(start_work(60)),
+                &|| drop(start_work(30)),
                 &|| {
                     pool.queue(&short);
                     pool.finish();

@@ -5,7 +5,7 @@
 //! goes which way is decided by [`shoal_core::copy_plan`]. Memory that is not page-locked goes by the copy engine, one by
 //! one: a kernel does not reach it.
 //!
-//! A list is done in windows, small ones first, so that the device works on one while the next is planned; none of them
+//! A list is done in windows, a small one first, so that the device works on one while the next is planned; none of them
 //! is long, so that what others queue is not held up. Stores yield to loads: while bytes are on their way to the device,
 //! kernels that take bytes off it run on fewer multiprocessors, since both want the same link.
 
@@ -36,9 +36,11 @@ use super::vmm::Vmm;
 use crate::device::{Keep, RawCopy, RawStream, Space};
 use crate::error::DeviceError;
 
-/// Copies of the first window, and of the last of a long list.
+/// Copies of the first window of a list that nothing is before, so that the device begins soon; and of a long one.
 const WINDOW_MIN: usize = 512;
 const WINDOW_MAX: usize = 8192;
+/// How much longer each window is than the one before, which is copied while it is planned.
+const WINDOW_GROWTH: usize = 4;
 /// What one warp copies at a time.
 const UNIT_BYTES: u64 = 8 << 10;
 /// Copies of the engine's that are queued in one go: a stream takes nothing else meanwhile.
@@ -173,14 +175,14 @@ impl Copies {
                 return Err(DeviceError::LengthMismatch { source_bytes, target_bytes });
             }
         }
-        parts.engine.check_stream(stream)?;
+        let is_idle = parts.engine.is_idle(stream)?;
         let (keep, costs) = (Arc::new(Mutex::new(keep)), self.costs(parts));
-        let (mut left, mut window) = (copies, WINDOW_MIN);
+        let (mut left, mut window) = (copies, if is_idle { WINDOW_MIN } else { WINDOW_MAX });
         while !left.is_empty() {
             let (now, later) = left.split_at(window.min(left.len()));
             // SAFETY: the caller's promise for the whole list; every job holds `keep`.
             unsafe { self.queue_window(parts, stream, now, &costs, &keep) }?;
-            (left, window) = (later, (window * 2).min(WINDOW_MAX));
+            (left, window) = (later, (window * WINDOW_GROWTH).min(WINDOW_MAX));
         }
         Ok(())
     }

@@ -114,9 +114,9 @@ impl Engine {
         self.streams.lock().get(&stream.0).cloned().ok_or_else(|| self.unknown("stream", stream.0))
     }
 
-    /// Whether there is such a stream.
-    pub(super) fn check_stream(&self, stream: RawStream) -> Result<(), DeviceError> {
-        self.stream(stream).map(drop)
+    /// Whether nothing is known to be queued or running on a stream.
+    pub(super) fn is_idle(&self, stream: RawStream) -> Result<bool, DeviceError> {
+        Ok(self.stream(stream)?.pending.lock().jobs.is_empty())
     }
 
     pub(super) fn create_stream(&self) -> Result<RawStream, DeviceError> {
