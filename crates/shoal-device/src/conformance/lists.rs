@@ -263,7 +263,8 @@ pub(super) fn lists_of_many_threads(factory: Factory<'_>) {
                     down.copy_many(&here).expect("copy down");
                     let done = down.record().expect("record");
                     up.wait_for(&done).expect("wait_for");
-                    assert!(done.wait(SOON).expect("wait"));
+                    // The loads too have ended then, not only finished.
+                    assert!(done.wait(SOON).expect("wait") && up.synchronize(SOON).expect("synchronize"));
                     assert!(content(&back) == expected, "slot {slot} round {round}");
                 }
             });
