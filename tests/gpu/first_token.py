@@ -68,8 +68,8 @@ class Bench:
                 self.model = build()
             self.say(f"built, {st.stats(self.region)}", began)
             began = time.perf_counter()
-            self.region.freeze()
-            self.say("frozen", began)
+            self.region.freeze(wait=True, timeout_s=120)
+            self.say("frozen, and copied to the host", began)
         else:
             self.model = build()
             self.region = st.place(self.model, self.mem).region

@@ -190,8 +190,8 @@ def test_a_region_that_was_told_of_its_streams(mem: MemoryManager) -> None:
         value = torch.full((32 * MIB,), 3, dtype=torch.uint8, device="cuda")
     with st.use_region(other):
         kept = torch.full((32 * MIB,), 4, dtype=torch.uint8, device="cuda")
-    region.freeze()
-    other.freeze()
+    region.freeze(wait=True)
+    other.freeze(wait=True)
     region.record_use(mine)
     for number in range(4, 8):
         torch.cuda._sleep(300_000_000)
@@ -212,7 +212,7 @@ def test_an_eviction_beside_a_capture_of_somebody_elses(mem: MemoryManager) -> N
     region, other = mem.region("graph"), mem.region("other")
     with st.use_region(other):
         kept = torch.ones(8 * MIB, device="cuda")
-    other.freeze()
+    other.freeze(wait=True)
     captured, said = torch.cuda.CUDAGraph(), []
 
     def sleep() -> None:
@@ -284,7 +284,7 @@ def test_autograd_through_an_attached_model(mem: MemoryManager) -> None:
     model(x).square().sum().backward()
     want = [value.grad.clone() for value in model.parameters()]
     model.zero_grad()
-    region.freeze()
+    region.freeze(wait=True)
     st.attach(model, region)
     for _ in range(3):
         region.sleep()
