@@ -8,6 +8,7 @@ R. Jain, D. Chiu, W. Hawe, 1984).
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import threading
@@ -103,6 +104,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--seconds", type=float, default=30)
     arguments.add_argument("--clients", type=int, default=2, help="clients a model")
+    arguments.add_argument("--percent", type=int, nargs="+", default=[100, 75, 50], help="of the memory needed")
+    arguments.add_argument("--keep", type=Path, help="where to leave the servers' logs")
     options = arguments.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,7 +117,7 @@ def main() -> None:
         weights = sum((path / "model.safetensors").stat().st_size for path in paths.values())
         need = weights + len(NAMES) * KV_ROOM_BYTES
         base: dict[str, float] = {}
-        for percent in (100, 75, 50):
+        for percent in options.percent:
             directory = home / f"at-{percent}"
             directory.mkdir()
             with serve(directory, models=tables, device_budget=need * percent // 100) as server:
@@ -122,6 +125,8 @@ def main() -> None:
                     server.wait_for(name, "asleep", "awake", "partly_resident")
                     server.complete(name, "warm", 4)
                 run = drive(server, options.seconds, options.clients)
+            if options.keep:
+                shutil.copytree(directory, options.keep / directory.name, ignore=shutil.ignore_patterns("*.sock"))
             fresh = rows_of(f"{percent} % of {need >> 20} MiB", run)
             for row in fresh:
                 if row.metric in {"first token p50", "first token p99", "tokens a second"}:

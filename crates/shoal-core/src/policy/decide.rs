@@ -86,7 +86,7 @@ impl Decision<'_> {
             let victim = &self.field.state.models[candidate.model];
             let reason = reason::evict(&self.field, candidate.class, victim, model, request, free);
             self.field.take(candidate, bytes);
-            self.act(Action::Evict { model: victim.id, bytes, reason });
+            self.act(Action::Evict { model: victim.id, requester: Some(model.id), bytes, reason });
         }
         // What is free and on its way now belongs to this request.
         let rest = target.saturating_sub(free);
@@ -103,10 +103,13 @@ impl Decision<'_> {
         request: &PendingRequest,
         wanted: ByteCount,
     ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
-        let age = self.field.age(request);
+        let age = self.field.seniority(request);
         let mut found = self.field.free + self.field.incoming;
         let mut picks: Vec<(Candidate, ByteCount)> = Vec::new();
-        for &candidate in self.field.candidates() {
+        // Nobody is disturbed for what the model has itself and does not use.
+        let own = |candidate: &&Candidate| self.field.state.models[candidate.model].id == request.model;
+        let candidates = self.field.candidates();
+        for &candidate in candidates.iter().filter(own).chain(candidates.iter().filter(|other| !own(other))) {
             // Running models are disturbed only for the least that is of use.
             let goal = if candidate.class == Class::TurnOver { request.bytes_min } else { wanted };
             if found >= goal {
@@ -174,7 +177,7 @@ impl Decision<'_> {
                 continue;
             }
             let reason = reason::keep_alive_over(model, self.field.now_ms);
-            self.act(Action::Evict { model: model.id, bytes, reason });
+            self.act(Action::Evict { model: model.id, requester: None, bytes, reason });
         }
     }
 

@@ -7,13 +7,17 @@
 //! Requests are served by age. A model that wants to come back counts from when it began to want, not from its newest
 //! request; each step of priority counts as [`PRIORITY_HEAD_START_MS`] of age, within [`PRIORITY_STEPS_MAX`] steps.
 //! 1. **Free bytes**, if they do for the least that is of use.
-//! 2. **Surplus**: KV that is backed and that nobody uses, of any model.
+//! 2. **Surplus**: KV that is backed and that nobody uses; the asking model's own first, then that of any model.
 //! 3. **Idle models**, by what a byte is worth (the time it takes to bring it back, doubled with each step of priority,
 //!    over the time it has been idle); those within their `keep_alive` after all others.
 //! 4. **Models that wait behind** the request and hold bytes they cannot run with.
 //! 5. **Busy models whose turn is over**, longest turn first, and only for the least that is of use. A turn is a
-//!    quantum, counted from the moment a model became wholly resident and used; the caller does not begin a new one
-//!    while somebody waits.
+//!    quantum, counted from the moment a model became wholly resident, had the KV of a request and was used; the caller
+//!    does not begin a new one while somebody waits. Until then a model is as old as its wake, and has no turn: weights
+//!    without KV would wear the turn out in waiting.
+//!
+//! A model whose requests follow each other sooner than it could be brought back counts as busy in the pause between
+//! two, within its turn: the pauses of a few clients do not end it.
 //!
 //! Only what is needed is taken, in whole extents. Pinned models give nothing, no model is taken below its minimum.
 //!

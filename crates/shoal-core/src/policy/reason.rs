@@ -50,6 +50,7 @@ pub(super) fn evict(
     let idle = seconds(field.now_ms.saturating_sub(victim.last_used_ms));
     let name = &victim.name;
     let why = match class {
+        Class::Surplus if victim.id == model.id => format!("{name} uses its own free KV memory"),
         Class::Surplus => format!(
             "{name} holds {} of KV that no request uses",
             victim.kv_held.saturating_sub(victim.kv_live)
@@ -162,6 +163,8 @@ fn busy_holders(field: &Field<'_>, model: &ModelState) -> String {
             "did not answer when asked".to_owned()
         } else if let Some(until) = field.protected_until(other).filter(|_| other.is_busy()) {
             format!("its turn ends in {}", seconds(until - field.now_ms))
+        } else if other.is_busy() && !other.can_run() {
+            "waits as well".to_owned()
         } else if other.is_busy() {
             "busy".to_owned()
         } else {

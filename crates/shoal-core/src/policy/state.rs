@@ -39,6 +39,8 @@ pub struct ModelState {
     pub kv_held: ByteCount,
     /// KV that some request uses.
     pub kv_live: ByteCount,
+    /// KV without which it cannot run any request.
+    pub kv_min: ByteCount,
     /// Its lease for what its process takes besides; cannot be ordered back.
     pub overhead_held: ByteCount,
     /// Bytes it was ordered to give back and has not yet.
@@ -57,12 +59,14 @@ pub struct ModelState {
     pub parked: u32,
     /// When a request last began or ended.
     pub last_used_ms: u64,
-    /// When its turn began: wholly resident and used.
+    /// When its turn began: wholly resident, with the KV of a request, and used.
     pub turn_since_ms: Option<u64>,
-    /// Since when it has had requests without being wholly resident.
+    /// Since when it has had requests without being able to run them.
     pub wanting_since_ms: Option<u64>,
     /// It has its lease and its bytes are being brought back; protected until then at the latest.
     pub rising_until_ms: Option<u64>,
+    /// How soon a request has lately followed the end of the one before; none where that is not known.
+    pub pause_ms: Option<u64>,
     /// All its weights are on the device and none were ordered away since.
     pub up: bool,
     /// An order to wake was given and not answered yet.
@@ -86,6 +90,18 @@ impl ModelState {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.weights_held >= self.weights_total
+    }
+
+    /// Its lease is what it takes to run a request; a model in its turn stays one that can, whatever KV it gives back.
+    #[must_use]
+    pub fn can_run(&self) -> bool {
+        self.is_whole() && (self.kv_held >= self.kv_min || self.turn_since_ms.is_some())
+    }
+
+    /// How long it takes to bring all its weights back, in milliseconds.
+    #[must_use]
+    pub const fn restore_ms(&self) -> u64 {
+        (self.weights_total.0 >> 20).saturating_mul(self.restore_us_per_mib) / 1_000
     }
 
     /// Somebody wants something of it.
@@ -131,6 +147,9 @@ pub enum Action {
     Evict {
         /// Who yields.
         model: ModelId,
+        /// For whose request; `model` itself where it gives up KV that it does not use, to have it as weights. None
+        /// where nobody asked (`keep_alive`).
+        requester: Option<ModelId>,
         /// How much.
         bytes: ByteCount,
         /// Why, and why this one.

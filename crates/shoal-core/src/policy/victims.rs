@@ -8,6 +8,9 @@ use crate::bytes::ByteCount;
 use crate::ids::ModelId;
 use crate::protocol::LeaseKind;
 
+/// How much longer than twice its usual pause an idle model in its turn is waited for.
+const LINGER_SLACK_MS: u64 = 10;
+
 /// Why a model may be asked, the first before the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Class {
@@ -66,7 +69,8 @@ impl<'a> Field<'a> {
             index,
         };
         let changes = state.models.iter().flat_map(|model| {
-            [field.protected_until(model), Some(model.skip_until_ms).filter(|until| *until > now_ms)]
+            let skip_until = Some(model.skip_until_ms).filter(|until| *until > now_ms);
+            [field.protected_until(model), field.lingers_until(model), skip_until]
         });
         let next_change_ms = changes.flatten().min().unwrap_or(u64::MAX);
         field.next_change_ms = next_change_ms;
@@ -92,12 +96,10 @@ impl<'a> Field<'a> {
     pub(super) fn seniority(&self, request: &PendingRequest) -> Seniority {
         let asked = request.asked_ms;
         let (since, priority) = self.model(request.model).map_or((asked, 0), |model| {
-            let since = if model.is_whole() { None } else { model.wanting_since_ms };
+            let since = if model.can_run() { None } else { model.wanting_since_ms };
             (since.unwrap_or(asked).min(asked), model.priority)
         });
-        let steps = i64::from(priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
-        let age = i64::try_from(since).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS;
-        (age, request.model, asked, request.request)
+        (head_start(since, priority), request.model, asked, request.request)
     }
 
     fn rank_all(&self) -> Vec<Candidate> {
@@ -112,11 +114,14 @@ impl<'a> Field<'a> {
                 let rank = (u64::from(model.is_busy()), model.last_used_ms);
                 candidates.push(Candidate { class: Class::Surplus, model: place, rank });
             }
-            let demand = model.is_busy() || self.senior[place].is_some() || model.wake_ordered;
+            let demand = model.is_busy()
+                || self.senior[place].is_some()
+                || model.wake_ordered
+                || self.lingers_until(model).is_some();
             let (class, rank) = if !demand {
                 let kept = kept_until(model).is_some_and(|until| until > self.now_ms);
                 (if kept { Class::IdleKept } else { Class::Idle }, (value, model.last_used_ms))
-            } else if model.is_whole() {
+            } else if model.can_run() || self.protected_until(model).is_some() {
                 (Class::TurnOver, (model.turn_since_ms.unwrap_or(0), value))
             } else {
                 // The youngest first: it would come back last.
@@ -137,22 +142,23 @@ impl<'a> Field<'a> {
         !model.ready || model.skip_until_ms > self.now_ms
     }
 
-    /// How old `request` is, in both ways in which that is compared.
-    pub(super) fn age(&self, request: &PendingRequest) -> (Seniority, u64) {
+    /// Since when `request`, or the wake that it belongs to, has waited.
+    fn since(&self, request: &PendingRequest) -> u64 {
         let wanting = self
             .model(request.model)
-            .filter(|model| !model.is_whole())
+            .filter(|model| !model.can_run())
             .and_then(|model| model.wanting_since_ms);
-        (self.seniority(request), wanting.unwrap_or(request.asked_ms).min(request.asked_ms))
+        wanting.unwrap_or(request.asked_ms).min(request.asked_ms)
+    }
+
+    /// The seniority of a model that wants to come back, whether or not it asks for something now.
+    fn standing(&self, model: &ModelState) -> Seniority {
+        let since = model.wanting_since_ms.unwrap_or(self.now_ms);
+        (head_start(since, model.priority), model.id, u64::MAX, u64::MAX)
     }
 
     /// How much `candidate` may give for `request`, which is so old, now.
-    pub(super) fn offer(
-        &self,
-        candidate: Candidate,
-        request: &PendingRequest,
-        (age, since): (Seniority, u64),
-    ) -> ByteCount {
+    pub(super) fn offer(&self, candidate: Candidate, request: &PendingRequest, age: Seniority) -> ByteCount {
         let model = &self.state.models[candidate.model];
         let (takeable, surplus) = self.left[candidate.model];
         if candidate.class == Class::Surplus {
@@ -163,12 +169,11 @@ impl<'a> Field<'a> {
         if model.id == request.model {
             return ByteCount::ZERO;
         }
-        let senior = self.senior[candidate.model];
-        let younger = senior.is_none_or(|senior| senior > age);
+        let younger = self.senior[candidate.model].is_none_or(|senior| senior > age);
         let now = match candidate.class {
             Class::Surplus | Class::Idle | Class::IdleKept => true,
-            Class::WaitsBehind if senior.is_some() => younger,
-            Class::WaitsBehind => self.waits_since(candidate.model) >= since,
+            // Between two requests of one wake it waits as well.
+            Class::WaitsBehind => younger && self.standing(model) > age,
             Class::TurnOver => younger && self.protected_until(model).is_none(),
         };
         if now { takeable } else { ByteCount::ZERO }
@@ -178,6 +183,18 @@ impl<'a> Field<'a> {
     pub(super) fn protected_until(&self, model: &ModelState) -> Option<u64> {
         let turn = model.turn_since_ms.map(|since| since.saturating_add(self.state.quantum_ms));
         [turn, model.rising_until_ms].into_iter().flatten().max().filter(|until| *until > self.now_ms)
+    }
+
+    /// Until when an idle model in its turn counts as busy, because its requests have followed each other sooner than
+    /// it could be brought back; none where it does not.
+    pub(super) fn lingers_until(&self, model: &ModelState) -> Option<u64> {
+        let pause_ms = model.pause_ms.filter(|pause| pause.saturating_mul(2) <= model.restore_ms())?;
+        if model.is_busy() || !model.up {
+            return None;
+        }
+        let turn_ends = model.turn_since_ms?.saturating_add(self.state.quantum_ms);
+        let linger_ms = (2 * pause_ms + LINGER_SLACK_MS).min(model.restore_ms());
+        Some(model.last_used_ms.saturating_add(linger_ms).min(turn_ends)).filter(|until| *until > self.now_ms)
     }
 
     /// The model at `place` asks for bytes.
@@ -201,7 +218,7 @@ impl<'a> Field<'a> {
     /// had begun when it was asked, and everybody answered. A turn that began since does not count: were younger models
     /// let in on the strength of one another, some turn would always be running, and `request` would wait for ever.
     pub(super) fn eventual(&self, request: &PendingRequest) -> ByteCount {
-        let (_, asked_ms) = self.age(request);
+        let asked_ms = self.since(request);
         let others = self.state.models.iter().zip(&self.left).map(|(model, (takeable, surplus))| {
             if !model.ready {
                 // Its process is ending: all it holds comes back.
@@ -232,8 +249,16 @@ impl<'a> Field<'a> {
 
     /// True where the model is running in its turn.
     pub(super) fn in_turn(&self, model: &ModelState) -> bool {
-        model.is_whole() && model.is_busy() && self.protected_until(model).is_some()
+        model.is_whole()
+            && (model.is_busy() || self.lingers_until(model).is_some())
+            && self.protected_until(model).is_some()
     }
+}
+
+/// `since_ms`, moved by what a priority counts.
+fn head_start(since_ms: u64, priority: i32) -> i64 {
+    let steps = i64::from(priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
+    i64::try_from(since_ms).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS
 }
 
 /// When `keep_alive` ends for an idle model.

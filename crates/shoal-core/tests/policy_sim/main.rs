@@ -62,6 +62,7 @@ prop_compose! {
         (active, parked, priority) in (0..3u32, 0..3u32, -10..10i32),
         (used, turn, wanting, rising) in (0..9_000u64, prop::option::of(0..9_000u64), prop::option::of(0..9_000u64), prop::option::of(0..15_000u64)),
         (keep_alive_ms, skip_until_ms, restore_us_per_mib) in (prop::option::of(0..9_000u64), 0..12_000u64, 0..100_000u64),
+        (kv_min, pause_ms) in (bytes(10), prop::option::of(0..2_000u64)),
     ) -> ModelState {
         ModelState {
             ready, pinned, up, wake_ordered, min, max, ordered, active, parked, priority,
@@ -74,7 +75,7 @@ prop_compose! {
             turn_since_ms: turn,
             wanting_since_ms: wanting,
             rising_until_ms: rising,
-            keep_alive_ms, skip_until_ms, restore_us_per_mib,
+            keep_alive_ms, skip_until_ms, restore_us_per_mib, kv_min, pause_ms,
             ..ModelState::default()
         }
     }
@@ -131,7 +132,7 @@ proptest! {
         let mut answers = vec![0; state.requests.len()];
         for action in &said.actions {
             match action {
-                Action::Evict { model, bytes, reason } => {
+                Action::Evict { model, bytes, reason, .. } => {
                     let place = model.0 as usize;
                     let model = &state.models[place];
                     ordered[place] += *bytes;

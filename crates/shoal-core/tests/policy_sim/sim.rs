@@ -272,7 +272,8 @@ impl Sim {
     /// Something from outside: mostly requests of clients.
     fn load(&mut self) {
         let place = usize::try_from(self.random.below(self.workers.len() as u64)).unwrap_or(0);
-        let job = Job { left_ms: 1 + self.random.below(2_500), kv: self.random.mib(1, 24), runs: false };
+        let kv = self.random.mib(1, 24).max(self.workers[place].state.kv_min);
+        let job = Job { left_ms: 1 + self.random.below(2_500), kv, runs: false };
         let dies = self.random.one_in(40);
         let pin = self.random.one_in(20).then(|| self.random.one_in(3));
         let comes_back_ms = self.now_ms + 1 + self.random.below(1_500);
@@ -363,7 +364,7 @@ impl Sim {
                 worker.jobs.append(&mut worker.parked);
                 worker.state.last_used_ms = now_ms;
                 if was_idle && !contended {
-                    worker.state.turn_since_ms = Some(now_ms);
+                    worker.state.turn_since_ms = None;
                 }
                 worker.settle_kv();
             }
@@ -371,11 +372,11 @@ impl Sim {
         let state = &mut worker.state;
         state.active = u32::try_from(worker.jobs.len()).unwrap_or(u32::MAX);
         state.parked = u32::try_from(worker.parked.len()).unwrap_or(u32::MAX);
-        let wants = state.ready && !whole && (asks_weights || asks_kv || state.is_busy());
+        let wants = state.ready && !state.can_run() && (asks_weights || asks_kv || state.is_busy());
         state.wanting_since_ms = wants.then(|| state.wanting_since_ms.unwrap_or(now_ms));
         if !whole {
             state.turn_since_ms = None;
-        } else if worker.loaded && state.is_busy() && state.turn_since_ms.is_none() {
+        } else if worker.loaded && state.is_busy() && state.can_run() && state.turn_since_ms.is_none() {
             state.turn_since_ms = Some(now_ms);
         }
         let comes_back = state.wake_ordered || state.active > 0;
@@ -421,7 +422,7 @@ impl Sim {
 
     fn obey(&mut self, action: Action) -> Result<(), String> {
         match action {
-            Action::Evict { model, bytes, reason } => {
+            Action::Evict { model, bytes, reason, .. } => {
                 let due_ms = self.now_ms + 1 + self.random.below(ANSWER_MS_MAX);
                 let worker = &mut self.workers[model.0 as usize];
                 let state = &worker.state;
@@ -517,7 +518,7 @@ fn restore_ms(bytes: ByteCount) -> u64 {
 /// As the policy documents it; less is older.
 fn age(state: &ShelfState, request: &PendingRequest) -> (i64, ModelId, u64, u64) {
     let model = &state.models[request.model.0 as usize];
-    let since = if model.is_whole() { None } else { model.wanting_since_ms };
+    let since = if model.can_run() { None } else { model.wanting_since_ms };
     let since = since.unwrap_or(request.asked_ms).min(request.asked_ms);
     let steps = i64::from(model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
     let age = i64::try_from(since).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS;
@@ -536,10 +537,12 @@ fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
         name: format!("model-{number}"),
         ready: true,
         weights_total,
+        kv_min: random.mib(0, 4),
         overhead_held,
         min,
         max,
         priority,
+        pause_ms: random.one_in(2).then(|| random.below(200)),
         keep_alive_ms,
         restore_us_per_mib: RESTORE_US_PER_MIB,
         ..ModelState::default()

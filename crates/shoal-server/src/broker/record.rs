@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use shoal_core::bytes::ByteCount;
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -81,6 +81,7 @@ impl Latencies {
 }
 
 /// One model.
+#[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) id: ModelId,
@@ -127,8 +128,14 @@ pub(crate) struct Record {
     pub(crate) weights_total: ByteCount,
     pub(crate) last_used_ms: Option<u64>,
     pub(crate) turn_since_ms: Option<u64>,
+    /// That turn had the KV of a request from its beginning.
+    pub(crate) turn_had_kv: bool,
     pub(crate) wanting_since_ms: Option<u64>,
     pub(crate) rising_until_ms: Option<u64>,
+    /// How soon a request has lately followed the end of the one before.
+    pub(crate) pause_ms: Option<u64>,
+    /// When it last became idle.
+    pub(crate) idle_since_ms: Option<u64>,
     pub(crate) skip_until_ms: u64,
     /// KV granted so recently that the worker's figures may not show its use: bytes, and until when.
     pub(crate) fresh_kv: (ByteCount, u64),
@@ -178,8 +185,11 @@ impl Record {
             weights_total: ByteCount::ZERO,
             last_used_ms: None,
             turn_since_ms: None,
+            turn_had_kv: false,
             wanting_since_ms: None,
             rising_until_ms: None,
+            pause_ms: None,
+            idle_since_ms: None,
             skip_until_ms: 0,
             fresh_kv: (ByteCount::ZERO, 0),
             brought: (ByteCount::ZERO, ByteCount::ZERO),
@@ -224,6 +234,21 @@ impl Record {
         self.active > 0
             || !self.parked.is_empty()
             || self.usage.requests_running + self.usage.requests_waiting > 0
+    }
+
+    /// KV without which it cannot run any request, in whole pages.
+    pub(crate) fn kv_min(&self) -> ByteCount {
+        let declared = self.capabilities.as_ref().map_or(ByteCount::ZERO, |can| can.kv_bytes_min);
+        declared.round_up_to(PAGE_BYTES)
+    }
+
+    /// A request came: notes how soon after the one before, where none was left.
+    pub(crate) fn note_pause(&mut self, now_ms: u64) {
+        if let Some(since_ms) = self.idle_since_ms.take() {
+            let newest = now_ms.saturating_sub(since_ms);
+            // What was long ago counts half with each pause.
+            self.pause_ms = Some(self.pause_ms.map_or(newest, |known| known.midpoint(newest)));
+        }
     }
 
     /// Sends a message; false where the worker does not read or is gone.

@@ -142,14 +142,15 @@ impl Core {
         let contended = !self.asked.is_empty();
         let model = &mut self.models[place];
         let was_idle = !model.is_busy();
+        model.note_pause(now_ms);
         model.last_used_ms = Some(now_ms);
         if wanted == Wanted::Route {
             model.active += 1;
             model.counts.requests += 1;
         }
-        // While somebody waits for memory, no turn begins anew.
-        if model.turn_since_ms.is_none() || (was_idle && !contended) {
-            model.turn_since_ms = Some(now_ms);
+        // While somebody waits for memory, no turn begins anew. It begins once there is KV for a request.
+        if was_idle && !contended {
+            model.turn_since_ms = None;
         }
         let waited_ms = now_ms.saturating_sub(since_ms);
         let brought = (ByteCount::ZERO, ByteCount::ZERO);
@@ -249,6 +250,9 @@ impl Core {
         let model = &mut self.models[place];
         model.active = model.active.saturating_sub(1);
         model.last_used_ms = Some(now_ms);
+        if model.active == 0 && model.parked.is_empty() {
+            model.idle_since_ms = Some(now_ms);
+        }
         self.settle(now_ms);
     }
 

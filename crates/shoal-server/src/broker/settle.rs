@@ -73,9 +73,25 @@ impl Core {
             self.asked.iter().any(|asked| asked.pending.model == id)
         };
         let held = self.book.held(self.models[place].id, LeaseKind::Weights);
+        let kv_held = self.book.held(self.models[place].id, LeaseKind::Kv);
         let model = &mut self.models[place];
         let whole = held >= model.weights_total && !held.is_zero();
-        let wants = model.life == Life::Ready && !whole && (asks || model.is_busy());
+        let has_kv = kv_held >= model.kv_min();
+        if !whole {
+            model.turn_since_ms = None;
+        } else if model.loaded && model.is_busy() {
+            // Waiting for the first KV is no part of a turn; one that runs and never asks for any has its turn too.
+            match model.turn_since_ms {
+                None if has_kv || !asks => (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), has_kv),
+                Some(_) if !model.turn_had_kv && has_kv => {
+                    (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), true);
+                }
+                Some(_) if !model.turn_had_kv && asks => model.turn_since_ms = None,
+                _ => {}
+            }
+        }
+        let can_run = whole && (has_kv || model.turn_since_ms.is_some());
+        let wants = model.life == Life::Ready && !can_run && (asks || model.is_busy());
         if !wants {
             model.wanting_since_ms = None;
         } else if model.wanting_since_ms.is_none() {
@@ -87,11 +103,6 @@ impl Core {
         } else if model.rising_until_ms.is_none() {
             let order = model.orders.values().find(|order| order.is_wake()).map(|order| order.deadline_ms);
             model.rising_until_ms = Some(order.unwrap_or(now_ms + RISING_MS_MAX).min(now_ms + RISING_MS_MAX));
-        }
-        if !whole {
-            model.turn_since_ms = None;
-        } else if model.loaded && model.is_busy() && model.turn_since_ms.is_none() {
-            model.turn_since_ms = Some(now_ms);
         }
         self.unpark(place, now_ms);
     }
@@ -120,6 +131,7 @@ impl Core {
             weights_held: held(LeaseKind::Weights),
             kv_held: held(LeaseKind::Kv),
             kv_live: (model.usage.kv_live + fresh).min(held(LeaseKind::Kv)),
+            kv_min: model.kv_min(),
             overhead_held: held(LeaseKind::Overhead),
             ordered: model.ordered(),
             pinned: model.pinned,
@@ -132,6 +144,7 @@ impl Core {
             turn_since_ms: model.turn_since_ms,
             wanting_since_ms: model.wanting_since_ms,
             rising_until_ms: model.rising_until_ms,
+            pause_ms: model.pause_ms,
             up: model.is_up(),
             wake_ordered: model.wake_ordered() || model.wake_not_before_ms > now_ms,
             keep_alive_ms: model.config.keep_alive_s.map(|seconds| seconds.saturating_mul(1_000)),
@@ -159,7 +172,7 @@ impl Core {
         let mut changed = false;
         for action in plan.actions {
             match action {
-                Action::Evict { model, bytes, reason } => {
+                Action::Evict { model, bytes, reason, .. } => {
                     self.order_reclaim(model.0 as usize, bytes, reason, Some(decision), None, now_ms);
                     changed = true;
                 }
