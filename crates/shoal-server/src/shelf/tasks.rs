@@ -13,7 +13,7 @@ use super::{RouteError, RouteSink, Shared};
 use crate::broker::{Core, Reached, Wanted};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
-use crate::supervisor::{Launch, WorkerProcess, open_log};
+use crate::supervisor::{LOG_BYTES_MAX, Launch, WorkerProcess, bound_log, open_log};
 
 /// Messages that may wait for a worker to read them.
 const MESSAGES_MAX: usize = 256;
@@ -21,16 +21,42 @@ const MESSAGES_MAX: usize = 256;
 const DECISIONS_MAX: usize = 1_024;
 /// After how many decisions the log's length is looked at.
 const DECISIONS_BETWEEN_LOOKS: u32 = 256;
+/// How often the length of the workers' logs is looked at.
+const LOGS_LOOK: Duration = Duration::from_secs(5);
 /// How long to wait before accepting again when that failed (no descriptors left).
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
 /// Starts them all. They end with the shared token.
 pub(super) fn start(shared: &Arc<Shared>, listener: Listener) {
     tokio::spawn(keep_time(Arc::clone(shared)));
+    tokio::spawn(keep_logs(Arc::clone(shared)));
     tokio::spawn(accept(Arc::clone(shared), listener));
     let models = shared.with(|core, _| core.models.len());
     for place in 0..models {
         tokio::spawn(keep_process(Arc::clone(shared), place));
+    }
+}
+
+/// Workers' logs stay bounded also while their workers live.
+async fn keep_logs(shared: Arc<Shared>) {
+    let logs: Vec<PathBuf> =
+        shared.with(|core, _| core.models.iter().map(|model| model.log.clone()).collect());
+    loop {
+        tokio::select! {
+            () = shared.cancel.cancelled() => return,
+            () = tokio::time::sleep(LOGS_LOOK) => {}
+        }
+        let logs = logs.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            for path in logs {
+                if let Err(error) = bound_log(&path, LOG_BYTES_MAX) {
+                    tracing::warn!(%error, log = %path.display(), "a long log could not be put aside");
+                }
+            }
+        });
+        if looked.await.is_err() {
+            return;
+        }
     }
 }
 

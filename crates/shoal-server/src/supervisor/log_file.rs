@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// A log longer than this is put aside (as `NAME.log.1`, replacing the one before) when its worker next starts.
+/// A log longer than this is put aside (as `NAME.log.1`, replacing the one before), also while its worker writes.
 pub const LOG_BYTES_MAX: u64 = 16 << 20;
 
 /// How far back the last line of a log is looked for.
@@ -24,6 +24,27 @@ pub fn open_log(path: &Path) -> io::Result<File> {
         std::fs::rename(path, aside)?;
     }
     OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+}
+
+/// Put a long log that somebody appends to aside: copied, then cut to nothing, because its writer keeps it open. Lines
+/// that are written between the two are lost. True where it was long.
+///
+/// # Errors
+/// The directory cannot be written, or is full. The log is cut then too: it must not grow without an end.
+pub fn bound_log(path: &Path, bytes_max: u64) -> io::Result<bool> {
+    let log = match OpenOptions::new().write(true).open(path) {
+        Ok(log) => log,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    if log.metadata()?.len() <= bytes_max {
+        return Ok(false);
+    }
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".1");
+    let copied = std::fs::copy(path, aside);
+    log.set_len(0)?;
+    copied.map(|_| true)
 }
 
 /// The last lines of a log, `bytes_max` at most, from the first whole line on. Empty where there is no log.
@@ -46,7 +67,10 @@ pub fn tail(path: &Path, bytes_max: u64) -> String {
 #[must_use]
 pub fn last_line(path: &Path, from: u64) -> Option<String> {
     let mut log = File::open(path).ok()?;
-    let near = log.metadata().ok()?.len().saturating_sub(LAST_BYTES_MAX);
+    let length = log.metadata().ok()?.len();
+    let near = length.saturating_sub(LAST_BYTES_MAX);
+    // Put aside since: all that is there now is newer.
+    let from = if from > length { 0 } else { from };
     log.seek(SeekFrom::Start(from.max(near))).ok()?;
     let mut bytes = Vec::new();
     log.take(LAST_BYTES_MAX).read_to_end(&mut bytes).ok()?;
@@ -65,6 +89,23 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn a_long_log_is_put_aside_under_its_writer() -> io::Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let path = scratch.path().join("ash.log");
+        assert!(!bound_log(&path, 8)?, "there is none");
+        let mut writer = open_log(&path)?;
+        writer.write_all(b"12345678")?;
+        assert!(!bound_log(&path, 8)?);
+        writer.write_all(b"9\n")?;
+        assert!(bound_log(&path, 8)?);
+        writer.write_all(b"new\n")?;
+        assert_eq!(std::fs::read(&path)?, b"new\n", "the writer goes on at the beginning");
+        assert_eq!(std::fs::read(scratch.path().join("ash.log.1"))?, b"123456789\n");
+        assert_eq!(last_line(&path, 9).as_deref(), Some("new"));
+        Ok(())
+    }
 
     #[test]
     fn appends_turns_and_tails() -> io::Result<()> {

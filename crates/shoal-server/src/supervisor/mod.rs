@@ -12,5 +12,5 @@ mod log_file;
 mod process;
 
 pub use backoff::Backoff;
-pub use log_file::{LOG_BYTES_MAX, last_line, open_log, tail};
+pub use log_file::{LOG_BYTES_MAX, bound_log, last_line, open_log, tail};
 pub use process::{Exit, Launch, SupervisorError, WorkerProcess};
