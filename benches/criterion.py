@@ -15,6 +15,7 @@ from benches.results import Row, save  # noqa: E402
 
 BENCHES = {
     "copy_plan": ("shoal-core", "copy_plan"),
+    "kv_core": ("shoal-core", "kv_blocks"),
     "page_table": ("shoal-core", "page_table"),
     "policy": ("shoal-core", "policy"),
     "simulator_device": ("shoal-device", "sim"),

@@ -12,7 +12,7 @@
 //! | [`residency`] | in which tiers the bytes of an extent are valid |
 //! | [`page_table`] | the extents of a region; what should move |
 //! | [`source`] | files that bytes can be read from again |
-//! | [`kv`] | which pages KV blocks need |
+//! | [`kv`] | KV blocks: who owns them, which memory they need, what comes and goes |
 //! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
 //! | [`policy`] | who gives bytes up for whom, each with its reason |
 //! | [`protocol`] | what a worker and the server say to each other on the control socket |

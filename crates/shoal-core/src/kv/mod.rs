@@ -1,3 +1,24 @@
-//! KV blocks: which pages they need.
+//! KV blocks: who owns them, which memory they need, and what comes and goes.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`layout`] | groups, planes and strides: where each block lies |
+//! | [`blocks`] | the blocks of one group: free, owned by so many, cached; the granules they lie in |
+//! | [`ids`] | the integer types that ids are kept in |
+//! | [`limit`] | how much memory a cache may have |
+//! | [`demand`] | how many blocks to keep mapped ahead of need |
+//! | [`compact`] | which blocks to move so that memory can go back |
+//! | [`state`] | all of it together: [`KvState`](state::KvState) |
+//! | [`backing`] | which pages blocks need whose ids somebody else chooses |
+
+mod bits;
+mod fill;
 
 pub mod backing;
+pub mod blocks;
+pub mod compact;
+pub mod demand;
+pub mod ids;
+pub mod layout;
+pub mod limit;
+pub mod state;

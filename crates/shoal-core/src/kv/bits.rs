@@ -1,0 +1,168 @@
+//! A set of block ids as bits, in two levels: which of a run are in it is found without looking at what is not.
+//!
+//! Apart because it is the inner loop of allocating: the second level has one bit a word of the first, so the cost of
+//! taking `n` ids from a run hardly depends on how many of its ids are absent.
+
+/// See the module's text.
+#[derive(Clone, Debug)]
+pub(super) struct Bits {
+    words: Vec<u64>,
+    /// One bit a word: whether it has any.
+    summary: Vec<u64>,
+}
+
+const WORD: usize = 64;
+
+impl Bits {
+    /// None of `length` ids.
+    pub(super) fn new(length: u32) -> Self {
+        let words = (length as usize).div_ceil(WORD);
+        Self { words: vec![0; words], summary: vec![0; words.div_ceil(WORD)] }
+    }
+
+    pub(super) fn has(&self, id: u32) -> bool {
+        let id = id as usize;
+        self.words.get(id / WORD).is_some_and(|word| word >> (id % WORD) & 1 == 1)
+    }
+
+    #[inline]
+    pub(super) fn set(&mut self, id: u32) {
+        let (word, bit) = (id as usize / WORD, id as usize % WORD);
+        self.words[word] |= 1 << bit;
+        self.summary[word / WORD] |= 1 << (word % WORD);
+    }
+
+    /// Puts in the ids of one word ([`split`](Self::split)) that `bits` says.
+    #[inline]
+    pub(super) fn set_word(&mut self, word: usize, bits: u64) {
+        self.words[word] |= bits;
+        self.summary[word / WORD] |= 1 << (word % WORD);
+    }
+
+    /// The word of an id, and its bit there.
+    #[inline]
+    pub(super) const fn split(id: u32) -> (usize, u64) {
+        (id as usize / WORD, 1 << (id as usize % WORD))
+    }
+
+    #[inline]
+    pub(super) fn clear(&mut self, id: u32) {
+        let (word, bit) = (id as usize / WORD, id as usize % WORD);
+        self.words[word] &= !(1 << bit);
+        if self.words[word] == 0 {
+            self.summary[word / WORD] &= !(1 << (word % WORD));
+        }
+    }
+
+    /// Takes the first `count` ids of `from..to` out, lowest first; fewer if there are fewer. Returns how many.
+    #[inline]
+    pub(super) fn take(&mut self, from: u32, to: u32, count: u32, mut each: impl FnMut(u32)) -> u32 {
+        let mut left = count;
+        let (first, last) = (from as usize / WORD, (to as usize).saturating_sub(1) / WORD);
+        if from >= to {
+            return 0;
+        }
+        let mut next = Some(first);
+        while let Some(word) = next.filter(|word| *word <= last && left > 0) {
+            let mut mask = u64::MAX;
+            if word == first {
+                mask <<= from as usize % WORD;
+            }
+            if word == last {
+                mask &= u64::MAX >> (WORD - 1 - (to as usize - 1) % WORD);
+            }
+            let all = self.words[word];
+            let mut open = all & mask;
+            let mut taken = 0_u64;
+            while open != 0 && left > 0 {
+                let bit = open.trailing_zeros();
+                each(Self::id(word, bit));
+                taken |= 1 << bit;
+                open &= open - 1;
+                left -= 1;
+            }
+            self.words[word] = all & !taken;
+            if self.words[word] == 0 {
+                self.summary[word / WORD] &= !(1 << (word % WORD));
+            }
+            next = self.next_word(word + 1);
+        }
+        count - left
+    }
+
+    /// Calls `each` for the ids of `from..to`, lowest first.
+    pub(super) fn each(&self, from: u32, to: u32, mut each: impl FnMut(u32)) {
+        let mut next = self.next_word(from as usize / WORD);
+        while let Some(word) = next.filter(|word| word * WORD < to as usize) {
+            let mut open = self.words[word];
+            while open != 0 {
+                let id = Self::id(word, open.trailing_zeros());
+                if (from..to).contains(&id) {
+                    each(id);
+                }
+                open &= open - 1;
+            }
+            next = self.next_word(word + 1);
+        }
+    }
+
+    /// The first word from `word` on that has any.
+    #[inline]
+    fn next_word(&self, word: usize) -> Option<usize> {
+        let mut index = word / WORD;
+        let mut open = self.summary.get(index)? & (u64::MAX << (word % WORD));
+        while open == 0 {
+            index += 1;
+            open = *self.summary.get(index)?;
+        }
+        Some(index * WORD + open.trailing_zeros() as usize)
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are at most u32::MAX ids, so words are fewer still"
+    )]
+    const fn id(word: usize, bit: u32) -> u32 {
+        (word * WORD) as u32 + bit
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_plain_set(
+            length in 1_u32..9000,
+            ops in proptest::collection::vec((0_u8..4, 0_u32..9000, 0_u32..9000, 0_u32..200), 1..60),
+        ) {
+            let (mut bits, mut plain) = (Bits::new(length), BTreeSet::new());
+            for (kind, one, two, count) in ops {
+                let (one, two) = (one % length, two % length);
+                match kind {
+                    0 => { bits.set(one); plain.insert(one); }
+                    1 => { bits.clear(one); plain.remove(&one); }
+                    2 => (one..two).step_by(3).for_each(|id| { bits.set(id); plain.insert(id); }),
+                    _ => {
+                        let mut found = Vec::new();
+                        let taken = bits.take(one, two, count, |id| found.push(id));
+                        let from_to = if one < two { one..two } else { 0..0 };
+                        let wanted: Vec<u32> = plain.range(from_to).copied().take(count as usize).collect();
+                        prop_assert_eq!(taken as usize, found.len());
+                        prop_assert_eq!(&found, &wanted);
+                        plain.retain(|id| !wanted.contains(id));
+                    }
+                }
+                let mut all = Vec::new();
+                bits.each(0, length, |id| all.push(id));
+                prop_assert!(all.iter().eq(&plain));
+                prop_assert!(all.iter().all(|id| bits.has(*id)));
+            }
+        }
+    }
+}

@@ -1,0 +1,552 @@
+//! [`KvState`]: all that a cache knows, and every decision about it, without a byte of memory.
+//!
+//! Apart from [`super::blocks`] because here groups meet: they share one limit and one reservation. Whoever maps asks
+//! what should come ([`plan_growth`](KvState::plan_growth), [`plan_spare`](KvState::plan_spare)) and go
+//! ([`plan_release`](KvState::plan_release)), does it, and says so. Time is an argument.
+
+use core::time::Duration;
+
+use super::blocks::{BlockError, BlockFigures, BlockPool, Freed, GranuleError};
+use super::compact::{self, BlockMove};
+use super::demand::Demand;
+use super::ids::BlockId;
+use super::layout::{CacheLayout, GroupLayout};
+use super::limit::{Limit, LimitError};
+use crate::bytes::ByteCount;
+use crate::extent::PageRun;
+
+/// Why a call was refused. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvError {
+    /// There is no such group.
+    #[error("group {group} does not exist: there are {groups}")]
+    UnknownGroup {
+        /// The number given.
+        group: usize,
+        /// How many there are.
+        groups: usize,
+    },
+    /// Wrong block ids.
+    #[error(transparent)]
+    Blocks(#[from] BlockError),
+    /// A granule is not where it should be: a bug of whoever maps.
+    #[error(transparent)]
+    Granule(#[from] GranuleError),
+    /// A limit that does not hold.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+}
+
+/// Names one granule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GranuleId {
+    /// Its group.
+    pub group: usize,
+    /// Its slot there.
+    pub slot: u32,
+}
+
+/// The moments up to which granules are looked at, one a group ([`KvState::clocks`]).
+pub type Clocks = Vec<u64>;
+
+#[derive(Clone, Debug)]
+struct Group {
+    pool: BlockPool,
+    demand: Demand,
+    block_bytes: u64,
+    unit_bytes: u64,
+    /// Free and mapped blocks to have.
+    spare: u32,
+    /// Below so many available blocks, and above so many empty units, somebody should look.
+    low: u32,
+    high_units: u32,
+}
+
+/// One group's figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupUsage {
+    /// How many blocks are what.
+    pub blocks: BlockFigures,
+    /// Free blocks that are kept mapped for what is expected.
+    pub spare_target: u32,
+    /// Its memory, mapped or on its way.
+    pub mapped: ByteCount,
+}
+
+/// Bytes of a whole cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvUsage {
+    /// The most memory it may have now.
+    pub limit: ByteCount,
+    /// The revision of that.
+    pub revision: u64,
+    /// The most a limit can be.
+    pub reservation: ByteCount,
+    /// Memory that is mapped or on its way; above the limit until blocks in use become free.
+    pub mapped: ByteCount,
+    /// Bytes of blocks that somebody owns.
+    pub live: ByteCount,
+    /// Bytes of blocks that nobody owns and whose content can be found again.
+    pub cached: ByteCount,
+    /// Memory in which nothing lies.
+    pub empty: ByteCount,
+    /// By group.
+    pub groups: Vec<GroupUsage>,
+}
+
+/// See the module's text.
+#[derive(Clone, Debug)]
+pub struct KvState {
+    layout: CacheLayout,
+    groups: Vec<Group>,
+    limit: Limit,
+    /// The most that is kept ahead of need, over all groups.
+    spare_bytes_max: ByteCount,
+}
+
+impl KvState {
+    /// A cache without memory. It keeps at most `spare_bytes_max` mapped ahead of need.
+    #[must_use]
+    pub fn new(layout: CacheLayout, spare_bytes_max: ByteCount) -> Self {
+        let group = |layout: &GroupLayout| Group {
+            pool: BlockPool::new(layout),
+            demand: Demand::default(),
+            block_bytes: layout.block_bytes().0,
+            unit_bytes: layout.unit_bytes().0,
+            spare: 0,
+            low: 0,
+            high_units: 0,
+        };
+        let groups = layout.groups().iter().map(group).collect();
+        Self { limit: Limit::new(layout.bytes()), layout, groups, spare_bytes_max }
+    }
+
+    /// Where everything lies.
+    #[must_use]
+    pub const fn layout(&self) -> &CacheLayout {
+        &self.layout
+    }
+
+    /// The blocks of one group.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn pool(&self, group: usize) -> Result<&BlockPool, KvError> {
+        let groups = self.groups.len();
+        self.groups.get(group).map(|group| &group.pool).ok_or(KvError::UnknownGroup { group, groups })
+    }
+
+    #[inline]
+    fn group_mut(&mut self, group: usize) -> Result<&mut Group, KvError> {
+        let groups = self.groups.len();
+        self.groups.get_mut(group).ok_or(KvError::UnknownGroup { group, groups })
+    }
+
+    /// Fills `ids` with blocks of a group. False, and nothing is changed: so many cannot be had now, because fewer have
+    /// memory or because of the limit.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    #[inline]
+    pub fn alloc<T: BlockId>(&mut self, group: usize, ids: &mut [T]) -> Result<bool, KvError> {
+        let owned = self.owned_bytes();
+        let limit = self.limit.bytes().0;
+        let group = self.group_mut(group)?;
+        if owned + group.block_bytes * ids.len() as u64 > limit || !group.pool.alloc(ids) {
+            return Ok(false);
+        }
+        group.demand.rose_to(group.pool.used());
+        Ok(true)
+    }
+
+    /// Takes one owner from each of these blocks; `cached` hears of those that are cached by it.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Blocks`]; nothing is changed.
+    #[inline]
+    pub fn free<T: BlockId>(
+        &mut self,
+        group: usize,
+        ids: &[T],
+        cached: impl FnMut(u32),
+    ) -> Result<Freed, KvError> {
+        let group = self.group_mut(group)?;
+        let freed = group.pool.free(ids, cached)?;
+        group.demand.fell_to(group.pool.used());
+        Ok(freed)
+    }
+
+    /// One owner more for each of these blocks.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Blocks`]; nothing is changed.
+    pub fn fork<T: BlockId>(&mut self, group: usize, ids: &[T]) -> Result<(), KvError> {
+        Ok(self.group_mut(group)?.pool.fork(ids)?)
+    }
+
+    /// The blocks of one group, to be changed by whoever knows what they hold.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn pool_mut(&mut self, group: usize) -> Result<&mut BlockPool, KvError> {
+        Ok(&mut self.group_mut(group)?.pool)
+    }
+
+    /// Whether somebody should look at what is mapped: too little is free for what is expected, or too much.
+    #[inline]
+    #[must_use]
+    pub fn wants_attention(&self, group: usize) -> bool {
+        self.groups.get(group).is_some_and(|group| {
+            group.pool.available() < group.low || group.pool.figures().units_empty > group.high_units
+        })
+    }
+
+    /// The next step will take so many blocks.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn hint(&mut self, group: usize, blocks: u32, now: Duration) -> Result<(), KvError> {
+        self.group_mut(group)?.demand.hint(blocks, now);
+        self.advance(now);
+        Ok(())
+    }
+
+    /// Goes on to the time `now`. True if nothing has been asked for lately: it need not be called again before something
+    /// is.
+    pub fn advance(&mut self, now: Duration) -> bool {
+        let mut is_quiet = true;
+        let most = self.spare_bytes_max.0;
+        for group in &mut self.groups {
+            group.demand.advance(now, group.pool.used());
+            let blocks_max = u32::try_from(most / group.block_bytes).unwrap_or(u32::MAX);
+            let left = group.pool.blocks() - group.pool.used();
+            group.spare = group.demand.target(group.pool.used()).min(blocks_max).min(left);
+            group.low = group.spare.div_ceil(2);
+            let units = u64::from(group.spare) * group.block_bytes / group.unit_bytes;
+            group.high_units = u32::try_from(2 * units).unwrap_or(u32::MAX);
+            is_quiet &= group.demand.is_quiet();
+        }
+        is_quiet
+    }
+
+    /// Sets the limit on the memory of all groups together.
+    ///
+    /// # Errors
+    /// [`KvError::Limit`]; nothing is changed.
+    pub fn set_limit(&mut self, limit: ByteCount, revision: Option<u64>) -> Result<(), KvError> {
+        self.limit.set(limit, revision)?;
+        Ok(())
+    }
+
+    /// The limit.
+    #[must_use]
+    pub const fn limit(&self) -> &Limit {
+        &self.limit
+    }
+
+    /// Memory that is mapped or on its way.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> ByteCount {
+        let bytes = |group: &Group| u64::from(group.pool.figures().units) * group.unit_bytes;
+        ByteCount(self.groups.iter().map(bytes).sum())
+    }
+
+    #[inline]
+    fn owned_bytes(&self) -> u64 {
+        self.groups.iter().map(|group| u64::from(group.pool.figures().owned) * group.block_bytes).sum()
+    }
+
+    /// Memory above the limit, which goes when blocks in use become free.
+    #[must_use]
+    pub fn overage(&self) -> ByteCount {
+        self.mapped_bytes().saturating_sub(self.limit.bytes())
+    }
+
+    /// How many more blocks of a group an allocation could be given, with memory that is mapped or that the limit allows:
+    /// exactly so many where blocks do not straddle granules, at most so many where they do.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn allocatable(&self, group: usize) -> Result<u32, KvError> {
+        let figures = self.pool(group)?.figures();
+        let open = self.limit.bytes().saturating_sub(self.mapped_bytes()).0;
+        let owned = self.owned_bytes();
+        let (units, group) = (self.layout.groups()[group].units(), &self.groups[group]);
+        let units = (u64::from(figures.units) + open / group.unit_bytes).min(units);
+        let with_memory = (units * group.unit_bytes / group.block_bytes).min(u64::from(group.pool.blocks()));
+        let by_limit = self.limit.bytes().0.saturating_sub(owned) / group.block_bytes;
+        let most = with_memory.saturating_sub(u64::from(figures.owned)).min(by_limit);
+        Ok(u32::try_from(most).unwrap_or(u32::MAX))
+    }
+
+    /// Granules that must come before `blocks` blocks of a group can be had; none needed is an empty list. `None`, and
+    /// nothing is changed: not all of them would find room under the limit. They are on their way from now on: say of each
+    /// that it is [mapped](Self::mapped) or [gone](Self::gone).
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn plan_growth(&mut self, group: usize, blocks: u32) -> Result<Option<Vec<GranuleId>>, KvError> {
+        let pool = self.pool(group)?;
+        let missing = blocks.saturating_sub(pool.available());
+        let owned = self.owned_bytes() + u64::from(blocks) * self.groups[group].block_bytes;
+        if owned > self.limit.bytes().0 {
+            return Ok(None);
+        }
+        let (planned, yielded) = self.plan(group, missing)?;
+        if yielded >= missing {
+            return Ok(Some(planned));
+        }
+        for granule in planned {
+            self.gone(granule)?;
+        }
+        Ok(None)
+    }
+
+    /// Granules that should come so that what is expected finds memory; as many as there is room for.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn plan_spare(&mut self) -> Result<Vec<GranuleId>, KvError> {
+        let mut planned = Vec::new();
+        for group in 0..self.groups.len() {
+            let spare = self.groups[group].spare;
+            let available = self.groups[group].pool.available();
+            planned.extend(self.plan(group, spare.saturating_sub(available))?.0);
+        }
+        Ok(planned)
+    }
+
+    /// Plans granules for `missing` blocks, each as long as what is still missing, the limit and the addresses allow.
+    /// Returns them and the blocks they will bring.
+    fn plan(&mut self, at: usize, missing: u32) -> Result<(Vec<GranuleId>, u32), KvError> {
+        let layout = &self.layout.groups()[at];
+        let (piece, planes) = (layout.piece_bytes().0, u64::from(layout.planes()));
+        let units_max = layout.granule_units_max();
+        let limit = self.limit.bytes();
+        let (mut planned, mut yielded) = (Vec::new(), 0_u32);
+        while yielded < missing {
+            let room = limit.saturating_sub(self.mapped_bytes()).0;
+            let group = &mut self.groups[at];
+            let plane_unit = group.unit_bytes / planes;
+            let wanted = (u64::from(missing - yielded) * piece).div_ceil(plane_unit);
+            let most = wanted.min(units_max).min(room / group.unit_bytes);
+            if most == 0 {
+                break;
+            }
+            let found = (0..=most.ilog2()).rev().find_map(|log| {
+                let units = 1_u32 << log;
+                Some((group.pool.open_run(units)?, units))
+            });
+            let Some((first, units)) = found else { break };
+            yielded += group.pool.yields(first, units);
+            planned.push(GranuleId { group: at, slot: group.pool.coming(first, units)? });
+        }
+        Ok((planned, yielded))
+    }
+
+    /// The pages of a granule, one run a plane.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Granule`].
+    pub fn runs(&self, granule: GranuleId) -> Result<Vec<PageRun>, KvError> {
+        let pool = self.pool(granule.group)?;
+        let stage = GranuleError::Stage { slot: granule.slot, wanted: "there" };
+        let (first, units) = pool.units_of(granule.slot).ok_or(stage)?;
+        Ok(self.layout.groups()[granule.group].runs(u64::from(first), u64::from(units)))
+    }
+
+    /// Its memory in all planes.
+    #[must_use]
+    pub fn bytes_of(&self, granule: GranuleId) -> ByteCount {
+        let units = self.groups.get(granule.group).and_then(|group| {
+            let (_, units) = group.pool.units_of(granule.slot)?;
+            Some(u64::from(units) * group.unit_bytes)
+        });
+        ByteCount(units.unwrap_or(0))
+    }
+
+    /// A granule that was coming has its memory.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Granule`]; nothing is changed.
+    pub fn mapped(&mut self, granule: GranuleId) -> Result<(), KvError> {
+        Ok(self.group_mut(granule.group)?.pool.mapped(granule.slot)?)
+    }
+
+    /// A granule that was coming did not come, or one that was leaving has left.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Granule`]; nothing is changed.
+    pub fn gone(&mut self, granule: GranuleId) -> Result<(), KvError> {
+        Ok(self.group_mut(granule.group)?.pool.gone(granule.slot)?)
+    }
+
+    /// This moment, for [`plan_release`](Self::plan_release): what is empty now.
+    #[must_use]
+    pub fn clocks(&self) -> Clocks {
+        self.groups.iter().map(|group| group.pool.clock()).collect()
+    }
+
+    /// Whether [`plan_release`](Self::plan_release) of this moment would find something.
+    #[must_use]
+    pub fn has_surplus(&self) -> bool {
+        let clocks = self.clocks();
+        self.groups.iter().zip(&clocks).any(|(group, clock)| {
+            group.pool.figures().units_empty > 0
+                && Self::surplus(group, *clock, self.overage().0 > 0).next().is_some()
+        })
+    }
+
+    fn surplus(group: &Group, clock: u64, is_over: bool) -> impl Iterator<Item = u32> + '_ {
+        let mut left = if is_over { u32::MAX } else { group.pool.available().saturating_sub(group.spare) };
+        group.pool.empty(clock).filter(move |slot| {
+            let free = group.pool.free_count(*slot);
+            let is_surplus = free <= left;
+            if is_surplus {
+                left -= free;
+            }
+            is_surplus
+        })
+    }
+
+    /// Granules in which nothing lies since `clocks` and that nothing is expected for; above the limit, all of them. They
+    /// are leaving from now on: say of each that it is [gone](Self::gone) when its memory is.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn plan_release(&mut self, clocks: &[u64]) -> Result<Vec<GranuleId>, KvError> {
+        let mut planned = Vec::new();
+        let mut overage = self.overage().0;
+        for (at, clock) in (0..self.groups.len()).zip(clocks) {
+            let group = &mut self.groups[at];
+            let slots: Vec<u32> = Self::surplus(group, *clock, overage > 0).collect();
+            for slot in slots {
+                let units = group.pool.units_of(slot).map_or(0, |(_, units)| u64::from(units));
+                group.pool.leaving(slot)?;
+                overage = overage.saturating_sub(units * group.unit_bytes);
+                planned.push(GranuleId { group: at, slot });
+            }
+        }
+        Ok(planned)
+    }
+
+    /// Granules in which nothing lies, of at least `bytes` as far as there are any, whatever is expected. They are leaving
+    /// from now on.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn plan_reclaim(&mut self, bytes: ByteCount) -> Result<Vec<GranuleId>, KvError> {
+        let (mut planned, mut found) = (Vec::new(), 0);
+        for at in 0..self.groups.len() {
+            let group = &mut self.groups[at];
+            let slots: Vec<u32> = group.pool.empty(u64::MAX).collect();
+            for slot in slots {
+                if found >= bytes.0 {
+                    return Ok(planned);
+                }
+                let units = group.pool.units_of(slot).map_or(0, |(_, units)| u64::from(units));
+                group.pool.leaving(slot)?;
+                found += units * group.unit_bytes;
+                planned.push(GranuleId { group: at, slot });
+            }
+        }
+        Ok(planned)
+    }
+
+    /// Moves of a group's blocks that empty granules, at most `moves_max`.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn plan_compaction(&self, group: usize, moves_max: usize) -> Result<Vec<BlockMove>, KvError> {
+        Ok(compact::plan(self.pool(group)?, moves_max))
+    }
+
+    /// Begins moves: the targets are taken, and the sources stay whatever their owners do meanwhile. All or none.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Blocks`]; nothing is changed.
+    pub fn begin_moves(&mut self, group: usize, moves: &[BlockMove]) -> Result<(), KvError> {
+        let pool = self.pool_mut(group)?;
+        let mut cached = Vec::new();
+        for (at, planned) in moves.iter().enumerate() {
+            let begun = pool.share(planned.from).and_then(|was_cached| {
+                cached.push(was_cached);
+                pool.take(planned.to)
+            });
+            if let Err(error) = begun {
+                let shared = cached.len();
+                for (place, undone) in moves[..shared].iter().enumerate() {
+                    if place < at {
+                        pool.free(&[undone.to], |_| ())?;
+                    }
+                    pool.free(&[undone.from], |_| ())?;
+                }
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends moves that were begun: with `is_done` the targets hold what the sources held, and the sources are free;
+    /// without, all is as before. What nobody owns any more is free or cached then, and `cached` hears of the latter.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`], [`KvError::Blocks`] for moves that were not begun.
+    pub fn end_moves(
+        &mut self,
+        group: usize,
+        moves: &[BlockMove],
+        is_done: bool,
+        mut cached: impl FnMut(u32),
+    ) -> Result<(), KvError> {
+        let pool = self.pool_mut(group)?;
+        for planned in moves {
+            if is_done {
+                pool.renumber(planned.from, planned.to)?;
+                pool.free(&[planned.to], &mut cached)?;
+            } else {
+                pool.free(&[planned.to], &mut cached)?;
+                pool.free(&[planned.from], &mut cached)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Figures.
+    #[must_use]
+    pub fn usage(&self) -> KvUsage {
+        let mut usage = KvUsage {
+            limit: self.limit.bytes(),
+            revision: self.limit.revision(),
+            reservation: self.limit.reservation(),
+            mapped: self.mapped_bytes(),
+            live: ByteCount(self.owned_bytes()),
+            cached: ByteCount::ZERO,
+            empty: ByteCount::ZERO,
+            groups: Vec::with_capacity(self.groups.len()),
+        };
+        for group in &self.groups {
+            let blocks = group.pool.figures();
+            usage.cached += ByteCount(u64::from(blocks.cached) * group.block_bytes);
+            usage.empty += ByteCount(u64::from(blocks.units_empty) * group.unit_bytes);
+            let mapped = ByteCount(u64::from(blocks.units) * group.unit_bytes);
+            usage.groups.push(GroupUsage { blocks, spare_target: group.spare, mapped });
+        }
+        usage
+    }
+
+    /// Says what is wrong, if anything is.
+    ///
+    /// # Errors
+    /// A sentence that names the first contradiction.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        for (at, group) in self.groups.iter().enumerate() {
+            group.pool.check_invariants().map_err(|wrong| format!("group {at}: {wrong}"))?;
+        }
+        if self.limit.bytes() > self.limit.reservation() {
+            return Err(format!("limit {} above {}", self.limit.bytes(), self.limit.reservation()));
+        }
+        Ok(())
+    }
+}
