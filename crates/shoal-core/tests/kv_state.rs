@@ -39,7 +39,9 @@ fn alloc(state: &mut KvState, group: usize, count: usize) -> Option<Vec<u32>> {
 fn release(state: &mut KvState) -> u64 {
     let leaving = state.plan_release(&state.clocks()).expect("planned");
     let bytes = leaving.iter().map(|granule| state.bytes_of(*granule).0).sum();
-    leaving.into_iter().for_each(|granule| state.gone(granule).expect("leaving"));
+    for granule in leaving {
+        state.gone(granule).expect("leaving");
+    }
     bytes
 }
 
@@ -228,7 +230,9 @@ proptest! {
                     let leaving = state.plan_reclaim(ByteCount::mib(mib)).expect("planned");
                     let bytes: u64 = leaving.iter().map(|granule| state.bytes_of(*granule).0).sum();
                     prop_assert!(bytes >= empty.min(mib * MIB));
-                    leaving.into_iter().for_each(|granule| state.gone(granule).expect("leaving"));
+                    for granule in leaving {
+                        state.gone(granule).expect("leaving");
+                    }
                 }
                 Op::Fail(group, count) => {
                     for granule in state.plan_growth(group, count).expect("a group").into_iter().flatten() {
