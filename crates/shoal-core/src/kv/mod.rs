@@ -8,6 +8,8 @@
 //! | [`limit`] | how much memory a cache may have |
 //! | [`demand`] | how many blocks to keep mapped ahead of need |
 //! | [`compact`] | which blocks to move so that memory can go back |
+//! | [`prefix`] | which blocks hold the beginning of a sequence already |
+//! | [`eviction`] | which cached blocks, or whole extents of them, go first |
 //! | [`state`] | all of it together: [`KvState`](state::KvState) |
 //! | [`backing`] | which pages blocks need whose ids somebody else chooses |
 
@@ -18,7 +20,9 @@ pub mod backing;
 pub mod blocks;
 pub mod compact;
 pub mod demand;
+pub mod eviction;
 pub mod ids;
 pub mod layout;
 pub mod limit;
+pub mod prefix;
 pub mod state;

@@ -1,0 +1,122 @@
+//! The longest prefix of a sequence that every group of layers can go on from.
+//!
+//! Apart from the tree because the groups differ: full attention needs every block, a sliding window the last few,
+//! recurrent state the last one ([`GroupRule`](super::GroupRule)). A prefix counts if all groups have what they need.
+
+use super::index::{Kind, Position, PrefixIndex, Start, Step, check_key};
+use super::options::PrefixError;
+use super::{NO_BLOCK, NO_NODE};
+
+/// What one group holds of a prefix.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GroupFound {
+    /// The first block of the sequence that `blocks` names: 0 for full attention.
+    pub first: usize,
+    /// The blocks from there to the end of the prefix.
+    pub blocks: Vec<u32>,
+}
+
+/// A prefix that was found. Reuse it: its lists keep their memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Its length in blocks.
+    pub blocks: usize,
+    /// Its length in tokens.
+    pub tokens: usize,
+    /// The blocks of each group.
+    pub groups: Vec<GroupFound>,
+    /// Its end, for sealing what comes after it; none at the start of a sequence.
+    pub position: Option<Position>,
+}
+
+impl PrefixIndex {
+    /// Finds the longest prefix of `tokens`, sealed for this salt, that all groups can go on from. Only full blocks
+    /// count. An engine must compute at least one token itself: it gives all but the last.
+    pub fn find(&mut self, salt: &[u8], tokens: &[u32], found: &mut Found) {
+        let block_tokens = self.options.block_tokens as usize;
+        let mut walk = Walk::new(self);
+        if let Ok(Some(root)) = self.start_node(Start::Salt(salt), Kind::Tokens) {
+            let mut node = root;
+            for block in tokens.chunks_exact(block_tokens) {
+                let Step::Node(child) = self.step(node, block) else { break };
+                node = child;
+                if !walk.goes_on(self, node) {
+                    break;
+                }
+            }
+        }
+        walk.end(self, found);
+    }
+
+    /// The same for a sequence of keys that an engine sealed.
+    ///
+    /// # Errors
+    /// [`PrefixError::KeyLength`].
+    pub fn find_keys(&mut self, salt: &[u8], keys: &[&[u8]], found: &mut Found) -> Result<(), PrefixError> {
+        keys.iter().copied().try_for_each(check_key)?;
+        let mut walk = Walk::new(self);
+        if let Some(root) = self.start_node(Start::Salt(salt), Kind::Engine)? {
+            for key in keys {
+                let Step::Node(node) = self.step_by_key(root, key) else { break };
+                if !walk.goes_on(self, node) {
+                    break;
+                }
+            }
+        }
+        walk.end(self, found);
+        Ok(())
+    }
+}
+
+/// How far a walk has come, and what each group had on the way.
+struct Walk {
+    path: Vec<u32>,
+    /// Blocks in a row that each group had, up to here. 64 groups at most.
+    runs: [u32; 64],
+    best: usize,
+}
+
+impl Walk {
+    fn new(index: &mut PrefixIndex) -> Self {
+        let mut path = std::mem::take(&mut index.path);
+        path.clear();
+        Self { path, runs: [0; 64], best: 0 }
+    }
+
+    /// Takes the next node; false when nothing further can count.
+    fn goes_on(&mut self, index: &PrefixIndex, node: u32) -> bool {
+        self.path.push(node);
+        let length = u32::try_from(self.path.len()).unwrap_or(u32::MAX);
+        let mut all = true;
+        for (group, options) in index.options.groups.iter().enumerate() {
+            let run = &mut self.runs[group];
+            *run = if index.nodes.block(node, group) == NO_BLOCK { 0 } else { *run + 1 };
+            let needed = options.rule.blocks_needed(index.options.block_tokens);
+            if needed.is_none() && *run < length {
+                return false;
+            }
+            all &= *run >= needed.unwrap_or(length).min(length);
+        }
+        if all {
+            self.best = self.path.len();
+        }
+        true
+    }
+
+    fn end(self, index: &mut PrefixIndex, found: &mut Found) {
+        found.blocks = self.best;
+        found.tokens = self.best * index.options.block_tokens as usize;
+        found.groups.resize_with(index.options.groups.len(), GroupFound::default);
+        for (group, (found, options)) in found.groups.iter_mut().zip(&index.options.groups).enumerate() {
+            let needed = options.rule.blocks_needed(index.options.block_tokens);
+            let needed = needed.map_or(self.best, |needed| self.best.min(needed as usize));
+            found.first = self.best - needed;
+            found.blocks.clear();
+            let path = &self.path[found.first..self.best];
+            found.blocks.extend(path.iter().map(|node| index.nodes.block(*node, group)));
+        }
+        let last = self.best.checked_sub(1).map_or(NO_NODE, |last| self.path[last]);
+        found.position = (last != NO_NODE).then(|| index.position(last));
+        index.path = self.path;
+    }
+}
