@@ -67,7 +67,7 @@ python | torch)
     files=tests/gpu/test_python.py
     [ "$part" = python ] || files="tests/gpu/test_pools.py tests/gpu/test_attached.py"
     # shellcheck disable=SC2086
-    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider $files >"$OUT/$part.log" 2>&1 || status=$?
+    python3 -X faulthandler -m pytest -v --capture=sys -W default -p no:cacheprovider $files >"$OUT/$part.log" 2>&1 || status=$?
     python3 tests/gpu/report.py "$OUT/$part.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;

@@ -51,7 +51,8 @@ pub struct SegmentsUsage {
     pub segments: usize,
     /// Their bytes.
     pub segment_bytes: ByteCount,
-    /// Of these, bytes of segments in which nothing lived when the region was frozen: they have no memory any more.
+    /// Of these, bytes of segments in which nothing lived when the region was frozen, or that were discarded: they have no
+    /// memory any more.
     pub dropped: ByteCount,
     /// Bytes given back whose last work may still run.
     pub retired: ByteCount,
@@ -68,16 +69,21 @@ pub struct SegmentsUsage {
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     bytes: ByteCount,
+    /// Tells it from whatever has the same addresses before or after it.
+    serial: u64,
     /// Nothing lived in it when the region was frozen: torch still has it in its books, but its memory is gone.
     is_dropped: bool,
     /// torch gave it back; its addresses stay taken until its last work is done.
     is_retired: bool,
 }
 
-/// A segment that torch gave back, until its last work is done.
+/// A segment that torch gave back, or will never use again, until its last work is done.
 #[derive(Debug)]
 struct Retired {
     offset: u64,
+    serial: u64,
+    /// torch still has it in its books: only its memory goes.
+    keeps_addresses: bool,
     /// What its users had queued, each until it is done.
     fences: Vec<Fence>,
 }
@@ -102,6 +108,8 @@ struct State {
     is_reaped: bool,
     /// Every stream that a segment was asked for on.
     streams: BTreeSet<ForeignStream>,
+    /// Segments so far.
+    serials: u64,
 }
 
 impl MemoryManager {
@@ -232,28 +240,54 @@ impl Segments {
             let segment = state.ranges.get_mut(offset).filter(|segment| !segment.is_retired);
             segment.map(|segment| {
                 segment.is_retired = true;
+                segment.serial
             })
         };
-        let Some(()) = found else {
+        let Some(serial) = found else {
             let error = self.region.refuse("free a segment", "no segment starts there");
             self.set_last_error(error.clone());
             return Err(error);
         };
         self.frees.fetch_add(1, Ordering::Relaxed);
-        let works = match stream {
-            None => vec![ForeignWork::All],
-            Some(stream) => {
-                let mut streams = self.state.lock().streams.clone();
-                streams.insert(stream);
-                streams.into_iter().map(ForeignWork::Of).collect()
-            }
-        };
-        let device = self.region.manager().device();
-        let fence = |work| Fence { work, event: Event::of_foreign(device, work).ok() };
-        let fences = works.into_iter().map(fence).collect();
-        self.state.lock().retired.push(Retired { offset, fences });
+        let streams = stream.map(|stream| {
+            let mut streams = self.state.lock().streams.clone();
+            streams.insert(stream);
+            streams
+        });
+        let fences = self.mark(streams);
+        self.state.lock().retired.push(Retired { offset, serial, keeps_addresses: false, fences });
         self.sweep(Duration::ZERO);
         Ok(())
+    }
+
+    /// Takes the memory of segments that torch still has in its books, but in which nothing lives and which it will hand
+    /// nothing out of any more, once what was queued on every stream that segments were asked for on is done. Waits for
+    /// nothing. Addresses that are no segment's are passed over: torch may have given it back meanwhile.
+    pub fn discard(&self, dead: &[VirtAddr]) {
+        let streams = self.state.lock().streams.clone();
+        for at in dead {
+            let offset = at.0.wrapping_sub(self.region.address());
+            let found = {
+                let mut state = self.state.lock();
+                let segment = state.ranges.get_mut(offset).filter(|one| !one.is_retired && !one.is_dropped);
+                segment.map(|segment| segment.serial)
+            };
+            if let Some(serial) = found {
+                let fences = self.mark(if streams.is_empty() { None } else { Some(streams.clone()) });
+                self.state.lock().retired.push(Retired { offset, serial, keeps_addresses: true, fences });
+            }
+        }
+        self.sweep(Duration::ZERO);
+    }
+
+    /// Marks what is queued now on these streams; without any, on all.
+    fn mark(&self, streams: Option<BTreeSet<ForeignStream>>) -> Vec<Fence> {
+        let device = self.region.manager().device();
+        let fence = |work| Fence { work, event: Event::of_foreign(device, work).ok() };
+        match streams {
+            None => vec![fence(ForeignWork::All)],
+            Some(streams) => streams.into_iter().map(ForeignWork::Of).map(fence).collect(),
+        }
     }
 
     /// Whether an address lies in the region.
@@ -356,8 +390,10 @@ impl Segments {
 
     fn carve(&self, bytes: ByteCount) -> Result<u64, MemoryError> {
         let limit = self.region.bytes();
-        let segment = Segment { bytes, is_dropped: false, is_retired: false };
-        self.state.lock().ranges.insert(bytes, limit, segment).ok_or_else(|| MemoryError::OutOfRange {
+        let mut state = self.state.lock();
+        state.serials += 1;
+        let segment = Segment { bytes, serial: state.serials, is_dropped: false, is_retired: false };
+        state.ranges.insert(bytes, limit, segment).ok_or_else(|| MemoryError::OutOfRange {
             region: self.region.name().to_owned(),
             offset: limit,
             bytes,
@@ -437,7 +473,12 @@ impl Segments {
         {
             let mut state = self.state.lock();
             for one in done {
-                state.ranges.remove(one.offset);
+                // What has the addresses now may be another, where torch gave back what was discarded here.
+                match state.ranges.get_mut(one.offset).filter(|segment| segment.serial == one.serial) {
+                    Some(segment) if one.keeps_addresses => segment.is_dropped = true,
+                    Some(_) => drop(state.ranges.remove(one.offset)),
+                    None => {}
+                }
             }
             state.retired.extend(later);
         }

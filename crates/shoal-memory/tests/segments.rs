@@ -199,3 +199,22 @@ fn who_fills_a_region_keeps_it_awake() {
     segments.region().sleep(0.0, false, WAIT).expect("asleep");
     assert_eq!(segments.region().begin_use(WAIT).expect_err("asleep").kind(), ErrorKind::Region);
 }
+
+#[test]
+fn what_is_discarded_loses_its_memory_and_keeps_its_addresses_until_torch_gives_it_back() {
+    let world = world(64, 64);
+    let segments = growing(&world, "weights");
+    let (dead, live) = (take(&segments, 8), take(&segments, 8));
+    segments.discard(&[dead, VirtAddr(live.0 + PAGE as u64), VirtAddr(1)]);
+    until("its memory goes", || segments.usage().dropped == ByteCount::mib(8));
+    until("and the device has it back", || world.device_used() <= ByteCount::mib(8));
+    assert_eq!(segments.usage().segments, 2, "torch has both in its books");
+    assert_ne!(take(&segments, 8), dead, "its addresses are taken");
+    segments.discard(&[dead]);
+    segments.free(dead, None).expect("torch gives it back");
+    segments.free(dead, None).expect_err("once");
+    until("its addresses are free", || segments.usage().retired.is_zero());
+    assert_eq!(take(&segments, 8), dead);
+    segments.check_invariants().expect("what came later at its addresses has memory");
+    world.check();
+}

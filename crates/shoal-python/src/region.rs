@@ -90,6 +90,14 @@ impl PyRegion {
         Ok(error.map(|error| errors::of_memory(error).into_value(py).into_any()))
     }
 
+    /// Takes the memory of segments that torch will hand nothing out of any more, once their last work is done.
+    fn torch_discard(&self, py: Python<'_>, addresses: Vec<u64>) -> PyResult<()> {
+        let segments = self.segments("discard its segments")?;
+        let dead: Vec<_> = addresses.into_iter().map(VirtAddr).collect();
+        py.detach(|| segments.discard(&dead));
+        Ok(())
+    }
+
     /// The slot of torch's allocator that fills it.
     fn torch_bind(&self) -> PyResult<usize> {
         let segments = self.segments("use it with torch")?;

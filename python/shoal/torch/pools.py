@@ -8,6 +8,7 @@ again. torch refuses one pool for two threads at a time, so there are as many as
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
@@ -59,7 +60,17 @@ class _Filling:
                 name = f"shoal_torch_alloc_{self.slot}"
                 allocator = _allocators[self.slot] = CUDAPluggableAllocator(_native.__file__, name, "shoal_torch_free")
         with torch.cuda.device(self.device):
-            return torch.cuda.MemPool(allocator.allocator())
+            made = torch.cuda.MemPool(allocator.allocator())
+        # A MemPool that is destroyed while any thread of the process is inside torch.cuda.use_mem_pool, or captures a
+        # graph, ends the process: its destructor empties the pool, which asserts that nobody is. So none of ours is
+        # ever destroyed; `end` takes from a pool what its destructor would have given back.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+        return made
+
+    def end(self, used: Any) -> None:
+        """Take the memory of a pool in which nothing lives, for good: torch keeps the books of it, and no memory."""
+        self.native.torch_discard([segment["address"] for segment in _segments(used)])
+        torch._C._cuda_releasePool(self.device.index, used.id)
 
     def take(self) -> Any:
         """Take a pool for one thread."""
@@ -119,6 +130,7 @@ class _Filling:
                 for one in list(pools):
                     if one.use_count() <= 1 and not any(segment["active_size"] for segment in _segments(one)):
                         pools.remove(one)
+                        self.end(one)
             empty = not (self.users or self.idle or self.sealed or self.kept)
         if empty:
             self.native.torch_unbind()
