@@ -34,6 +34,9 @@ HEADLINES = [
     ("h100", "shelf", "first token of a model that another must yield to", "time"),
     ("h100", "sleep_wake", "wake, first", "rate"),
     ("h100", "sleep_wake", "sleep, clean, hash checked, later", "time"),
+    ("h100", "first_token", "first token, 256 tokens: asleep, woken in order", "seconds"),
+    ("h100", "first_token", "first token, 8192 tokens: asleep, woken in order", "seconds"),
+    ("h100", "copies", "blocks of 16 KiB, host to device", "rate"),
     ("h100", "vmm", "grow 16 GiB, pooled 64 MiB frames", "rate"),
 ]
 HEAD = ["| {first} | figure | ceiling | peer | target |", "|---|---|---|---|---|"]
