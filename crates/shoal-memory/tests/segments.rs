@@ -205,7 +205,7 @@ fn what_is_discarded_loses_its_memory_and_keeps_its_addresses_until_torch_gives_
     let world = world(64, 64);
     let segments = growing(&world, "weights");
     let (dead, live) = (take(&segments, 8), take(&segments, 8));
-    segments.discard(&[dead, VirtAddr(live.0 + PAGE as u64), VirtAddr(1)]);
+    segments.discard(&[dead, VirtAddr(live.0 + PAGE), VirtAddr(1)]);
     until("its memory goes", || segments.usage().dropped == ByteCount::mib(8));
     until("and the device has it back", || world.device_used() <= ByteCount::mib(8));
     assert_eq!(segments.usage().segments, 2, "torch has both in its books");

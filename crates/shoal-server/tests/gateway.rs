@@ -308,6 +308,27 @@ async fn bad_requests_are_told_at_once() {
 }
 
 #[tokio::test]
+async fn an_answer_before_the_body_was_read_says_that_the_connection_closes() {
+    let models = FakeModels::new();
+    worker(&models, "worker", Router::new().fallback(mirror));
+    let server = start(Arc::clone(&models), "request_bytes_max = '64KiB'", false, settings()).await;
+    let long = |bytes| format!(r#"{{"model":"chat","x":"{}"}}"#, "y".repeat(bytes));
+    let foreign = [support::JSON, ("origin", "http://elsewhere.example")];
+    for (path, headers, body, expected, closes) in [
+        (CHAT, &foreign[..1], long(1_000_000), 413, true),
+        (CHAT, &foreign[..], long(1_000_000), 403, true),
+        ("/nowhere", &foreign[..1], long(10), 404, true),
+        ("/nowhere", &foreign[..1], String::new(), 404, false),
+        (CHAT, &foreign[..1], long(10), 200, false),
+        (CHAT, &foreign[..1], "{}".to_owned(), 400, false),
+    ] {
+        let (status, headers, _) = whole(ask(server.address, "POST", path, headers, body).await).await;
+        let says = headers.get("connection").is_some_and(|value| value == "close");
+        assert_eq!((status.as_u16(), says), (expected, closes), "{path}");
+    }
+}
+
+#[tokio::test]
 async fn a_worker_that_dies_before_its_first_byte_is_replaced_once() {
     for torn in ["", "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n"] {
         let models = FakeModels::new();

@@ -9,6 +9,7 @@
 //! | `ask` | the two fields that are read |
 //! | `forward` | waiting, passing on, trying again |
 //! | `passing` | an answer on its way back |
+//! | `unread` | answers to requests whose body nobody read |
 //! | `upstream` | connections to the workers |
 //! | `error` | the one form of every error |
 //!
@@ -21,6 +22,7 @@ mod guard;
 mod models;
 mod passing;
 mod serve;
+mod unread;
 mod upstream;
 
 use std::sync::Arc;
@@ -125,6 +127,7 @@ impl App {
             .fallback(nothing_here)
             .method_not_allowed_fallback(wrong_method)
             .layer(axum::middleware::from_fn_with_state(Arc::clone(self), guard::check))
+            .layer(axum::middleware::from_fn(unread::close))
             .with_state(Arc::clone(self))
     }
 
