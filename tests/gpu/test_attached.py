@@ -142,13 +142,14 @@ def test_a_graph_of_an_attached_model(mem: MemoryManager) -> None:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
-            model(x, use_cache=False)
+            want_called = model(x, use_cache=False).logits
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with st.graph(captured, region):
         out = model(x, use_cache=False).logits
     captured.replay()
     torch.cuda.synchronize()
+    # Not what a call gives: in a capture transformers builds a mask that it leaves out otherwise.
     want = out.clone()
     region.freeze()
     for _ in range(4):
@@ -158,7 +159,7 @@ def test_a_graph_of_an_attached_model(mem: MemoryManager) -> None:
             torch.cuda.synchronize()
             assert torch.equal(out, want)
             out.zero_()
-        assert torch.equal(model(x, use_cache=False).logits, want)
+        assert torch.equal(model(x, use_cache=False).logits, want_called)
 
 
 def test_a_sleeping_model_in_a_capture_is_refused_by_name(mem: MemoryManager) -> None:
