@@ -44,3 +44,8 @@ id!(
     TransferId(u64),
     "transfer "
 );
+id!(
+    /// A slab of host memory of one arena, in the order they were made.
+    SlabId(u64),
+    "slab "
+);

@@ -11,6 +11,7 @@
 //! | [`extent`] | runs of pages with one frame each, and the rule for their sizes |
 //! | [`residency`] | in which tiers the bytes of an extent are valid |
 //! | [`page_table`] | the extents of a region; what should move |
+//! | [`slabs`] | which part of which slab of host memory is whose, and what moves so that a large part fits |
 //! | [`source`] | files that bytes can be read from again |
 //! | [`kv`] | KV blocks: who owns them, which memory they need, what comes and goes |
 //! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
@@ -29,5 +30,6 @@ pub mod page_table;
 pub mod policy;
 pub mod protocol;
 pub mod residency;
+pub mod slabs;
 pub mod source;
 pub mod tier;

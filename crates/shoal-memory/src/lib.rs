@@ -33,6 +33,7 @@ pub mod region;
 pub mod segments;
 pub mod transfer;
 
+pub use arena::HostUsage;
 pub use broker::{BrokerClient, ShutdownOrder, Welcome};
 pub use error::{ErrorKind, LeaseError, MemoryError};
 pub use guard::Guard;

@@ -15,7 +15,7 @@ use shoal_core::page_table::Backing;
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
 use shoal_device::{Device, DeviceError, Event, ForeignStream, ForeignWork, HostBuffer, Stream};
 
-use crate::arena::HostArena;
+use crate::arena::{HostArena, HostUsage};
 use crate::error::MemoryError;
 use crate::gate::{Gate, Pass, Scope};
 use crate::kv::KvBacking;
@@ -107,7 +107,7 @@ impl MemoryManager {
         let scratch_bytes = ByteCount(per_buffer - per_buffer % SCRATCH_UNIT.0);
         let for_copies = options.host_budget - scratch_bytes - scratch_bytes;
         Ok(Arc::new(Self {
-            arena: HostArena::new(Arc::clone(&device), for_copies),
+            arena: HostArena::new(Arc::clone(&device), for_copies, options.operation_wait),
             device,
             options,
             files: SourceFiles::default(),
@@ -448,6 +448,12 @@ impl MemoryManager {
         }
         usage.kv_live = self.backings().iter().map(|backing| backing.held_bytes()).sum();
         usage
+    }
+
+    /// How much memory of the host tier there is, and why it is as it is. Buffers for reading files count apart.
+    #[must_use]
+    pub fn host_usage(&self) -> HostUsage {
+        self.arena.usage()
     }
 
     /// Says what is wrong, if anything is: every page table, and leases against residents.

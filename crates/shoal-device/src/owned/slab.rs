@@ -26,6 +26,7 @@ pub struct HostSlab {
     bytes: ByteCount,
     backing: HostBacking,
     is_locked: AtomicBool,
+    is_given_back: bool,
     /// Offset to length of each live buffer.
     parts: Mutex<BTreeMap<u64, u64>>,
 }
@@ -41,8 +42,16 @@ impl HostSlab {
         backing: HostBacking,
     ) -> Result<Arc<Self>, DeviceError> {
         let raw = device.allocate_host(bytes, backing)?;
-        let (is_locked, parts) = (AtomicBool::new(false), Mutex::default());
-        Ok(Arc::new(Self { device: Arc::clone(device), raw, bytes, backing, is_locked, parts }))
+        let (is_locked, is_given_back, parts) = (AtomicBool::new(false), false, Mutex::default());
+        Ok(Arc::new(Self {
+            device: Arc::clone(device),
+            raw,
+            bytes,
+            backing,
+            is_locked,
+            is_given_back,
+            parts,
+        }))
     }
 
     /// Page-locks all of it.
@@ -102,6 +111,26 @@ impl HostSlab {
         Ok(Arc::new(HostBuffer::part(Arc::clone(self), offset, bytes, Box::new(claim))))
     }
 
+    /// Unlocks it and gives it back. Dropping it does so too, but has nobody to tell what went wrong.
+    ///
+    /// # Errors
+    /// The slab itself, and `InUse` while it has buffers or other holders, or as [`Device::free_host`]; it can be asked
+    /// again.
+    pub fn give_back(self: Arc<Self>) -> Result<(), (Arc<Self>, DeviceError)> {
+        let mut slab = Arc::try_unwrap(self).map_err(|slab| {
+            let held = DeviceError::InUse { what: "a host slab", handle: slab.raw.0 };
+            (slab, held)
+        })?;
+        // SAFETY: every buffer holds the slab, slices borrow their buffer and queued jobs hold it, so none is left.
+        match unsafe { slab.device.free_host(slab.raw) } {
+            Ok(()) => {
+                slab.is_given_back = true;
+                Ok(())
+            }
+            Err(error) => Err((Arc::new(slab), error)),
+        }
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.raw.0
     }
@@ -114,6 +143,9 @@ impl HostSlab {
 
 impl Drop for HostSlab {
     fn drop(&mut self) {
+        if self.is_given_back {
+            return;
+        }
         // SAFETY: every buffer holds the slab, slices borrow their buffer and queued jobs hold it, so none is left.
         let freed = unsafe { self.device.free_host(self.raw) };
         if let Err(cause) = freed {

@@ -45,7 +45,7 @@ impl Region {
                 state.table.extent_at(from.0 / PAGE_BYTES.0).and_then(|index| {
                     let (extent, _) = state.table.extent(index).ok()?;
                     let host = state.slots.get(&index)?.host.as_ref()?;
-                    Some((extent, Arc::clone(host.buffer())))
+                    Some((extent, host.buffer()))
                 })
             };
             let Some((extent, buffer)) = found else { return Ok(false) };

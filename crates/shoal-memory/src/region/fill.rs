@@ -13,6 +13,7 @@ use shoal_core::tier::Tier;
 use shoal_device::{DeviceError, Event, Mapping, Span};
 
 use super::Region;
+use crate::arena::HostCopy;
 use crate::error::MemoryError;
 use crate::retire::Resident;
 
@@ -28,7 +29,7 @@ impl Region {
             let mut state = self.inner.state.lock();
             let extent = state.table.begin(planned).map_err(self.table_error())?;
             let slot = state.slot(planned.extent);
-            (extent, slot.host.as_ref().map(|copy| Arc::clone(copy.buffer())), slot.hash)
+            (extent, slot.host.as_ref().map(HostCopy::buffer), slot.hash)
         };
         let started = match (planned.step, host) {
             (Move::Zero, _) => Ok(None),

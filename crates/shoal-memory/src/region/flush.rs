@@ -22,6 +22,7 @@ use shoal_core::tier::Tier;
 use shoal_device::{DeviceError, Event, Hasher, HostBuffer, Mapping, Span};
 
 use super::{Region, RegionInner, SealReport};
+use crate::arena::Filled;
 use crate::error::MemoryError;
 use crate::transfer::Progress;
 use crate::turn::{Taken, Turn};
@@ -176,6 +177,7 @@ impl Region {
             return Ok(flush);
         }
         manager.claim_transfer()?;
+        manager.arena.expect(total);
         let worker = Worker {
             region: Arc::downgrade(&self.inner),
             turn: Arc::clone(manager.turn()),
@@ -296,7 +298,7 @@ impl Worker {
                 self.count(extent);
                 continue;
             }
-            match manager.arena.allocate(extent.bytes(), false) {
+            match manager.arena.allocate(extent.bytes(), Filled::ByDevice) {
                 Ok(copy) => {
                     region.inner.state.lock().slot(index).unfinished = Some(copy);
                     self.current = Some(Current::new(index, extent, 1));
@@ -410,7 +412,7 @@ fn is_recorded(region: &Region, index: ExtentIndex, hash: u64) -> bool {
 /// The memory that an extent is copied from and to.
 fn ends_of(region: &Region, index: ExtentIndex) -> Option<(Arc<Mapping>, Arc<HostBuffer>)> {
     let state = region.inner.state.lock();
-    let buffer = Arc::clone(state.slots.get(&index)?.unfinished.as_ref()?.buffer());
+    let buffer = state.slots.get(&index)?.unfinished.as_ref()?.buffer();
     Some((state.mapping(index)?, buffer))
 }
 

@@ -12,7 +12,7 @@ use shoal_device::{DeviceError, Event, Span};
 
 use super::Region;
 use super::incoming::{IN_FLIGHT_BYTES, IN_FLIGHT_MAX};
-use crate::arena::HostCopy;
+use crate::arena::{Filled, HostCopy};
 use crate::error::MemoryError;
 use crate::retire::Resident;
 
@@ -52,6 +52,8 @@ pub(crate) struct Outgoing<'a> {
 
 impl<'a> Outgoing<'a> {
     pub(crate) fn new(region: &'a Region, moves: Vec<PlannedMove>) -> Self {
+        let offloads = moves.iter().filter(|planned| matches!(planned.step, Move::Offload(_)));
+        region.manager().arena.expect(offloads.map(|planned| planned.bytes).sum());
         let (planned, flying) = (moves.into(), VecDeque::new());
         let (flying_bytes, copied, left) = (ByteCount::ZERO, ByteCount::ZERO, Vec::new());
         Self { region, planned, flying, flying_bytes, copied, left }
@@ -123,7 +125,11 @@ impl<'a> Outgoing<'a> {
         if region.manager().arena.free() < planned.bytes {
             return Ok(Started::NoRoom(planned.bytes));
         }
-        let (copy, event) = self.start_offload(planned)?;
+        let (copy, event) = match self.start_offload(planned) {
+            // Copies that are in use hold what is free apart.
+            Err(MemoryError::HostBudget { needed, .. }) => return Ok(Started::NoRoom(needed)),
+            started => started?,
+        };
         self.planned.pop_front();
         self.flying_bytes += planned.bytes;
         self.flying.push_back(Entry { planned, copy, event });
@@ -132,7 +138,7 @@ impl<'a> Outgoing<'a> {
 
     fn start_offload(&self, planned: PlannedMove) -> Result<(HostCopy, Event), MemoryError> {
         let (region, manager) = (self.region, self.region.manager());
-        let copy = manager.arena.allocate(planned.bytes, false)?;
+        let copy = manager.arena.allocate(planned.bytes, Filled::ByDevice)?;
         let mapping = {
             let mut state = region.inner.state.lock();
             state.table.begin(planned).map_err(region.table_error())?;
@@ -142,7 +148,7 @@ impl<'a> Outgoing<'a> {
             None => Err(region.refuse("evict", LOST)),
             Some(mapping) => manager
                 .down
-                .copy(Span::mapping(&mapping), Span::host(copy.buffer(), ByteCount::ZERO, planned.bytes))
+                .copy(Span::mapping(&mapping), Span::host(&copy.buffer(), ByteCount::ZERO, planned.bytes))
                 .and_then(|()| manager.down.record())
                 .map_err(MemoryError::device("copy to the host")),
         };

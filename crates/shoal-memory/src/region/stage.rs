@@ -9,7 +9,7 @@ use shoal_core::source::{PlacedPiece, SourcePiece};
 use shoal_core::tier::Tier;
 
 use super::Region;
-use crate::arena::HostCopy;
+use crate::arena::{Filled, HostCopy};
 use crate::error::MemoryError;
 
 /// What sealing found.
@@ -74,7 +74,7 @@ impl Region {
             let from = extent.offset().0.max(offset.0);
             let to = (extent.offset() + extent.bytes()).0.min((offset + length).0);
             let part = &bytes[index_of(from - offset.0)..index_of(to - offset.0)];
-            let buffer = state.slot(*index).host.as_ref().map(|copy| copy.buffer().clone());
+            let buffer = state.slot(*index).host.as_ref().map(HostCopy::buffer);
             let tier = if let Some(buffer) = buffer {
                 buffer
                     .write(ByteCount(from - extent.offset().0), part)
@@ -213,7 +213,9 @@ impl Region {
         if !is_sourced {
             manager.make_host_room(extent.bytes());
         }
-        let copy = match manager.arena.allocate(extent.bytes(), true) {
+        // Files are mostly read from the first byte to the last.
+        manager.arena.expect(self.bytes().saturating_sub(extent.offset()));
+        let copy = match manager.arena.allocate(extent.bytes(), Filled::ByHost) {
             Ok(copy) => copy,
             Err(MemoryError::HostBudget { .. }) if is_sourced => return Ok(None),
             Err(error) => return Err(error),
@@ -242,8 +244,7 @@ impl Region {
                     .map_err(MemoryError::device("hash device memory"))
             }
             Some(Tier::Host) => {
-                let buffer =
-                    self.inner.state.lock().slot(index).host.as_ref().map(|copy| copy.buffer().clone());
+                let buffer = self.inner.state.lock().slot(index).host.as_ref().map(HostCopy::buffer);
                 let buffer = buffer.ok_or_else(|| self.refuse("seal", "an extent lost its host copy"))?;
                 buffer
                     .access(ByteCount::ZERO, extent.bytes(), shoal_device::hash_bytes)
