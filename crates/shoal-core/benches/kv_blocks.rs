@@ -22,7 +22,8 @@ fn mapped() -> KvState {
         bytes: ByteCount::mib(u64::from(GRANULES) * 2),
         granule_bytes_max: ByteCount::mib(2),
     };
-    let mut state = KvState::new(CacheLayout::new(&spec).expect("a layout"), ByteCount::ZERO);
+    let mut state =
+        KvState::new(CacheLayout::new(&spec).expect("a layout"), ByteCount::ZERO, None).expect("no index");
     let blocks = state.pool(0).expect("a group").blocks();
     for granule in state.plan_growth(0, blocks).expect("a group").expect("room") {
         state.mapped(granule).expect("coming");
@@ -36,7 +37,7 @@ fn fragmented() -> KvState {
     let mut ids = vec![0_u32; 400 * 64];
     assert!(state.alloc(0, &mut ids).expect("a group"));
     let free: Vec<u32> = ids.into_iter().step_by(3).collect();
-    state.free(0, &free, |_| ()).expect("owned");
+    state.free(0, &free).expect("owned");
     state
 }
 
@@ -49,7 +50,7 @@ fn blocks(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::from_parameter(count), |bencher| {
                 bencher.iter(|| {
                     assert!(state.alloc(0, &mut ids).expect("a group"));
-                    state.free(0, &ids, |_| ()).expect("owned")
+                    state.free(0, &ids).expect("owned")
                 });
             });
         }
@@ -64,7 +65,7 @@ fn plans(criterion: &mut Criterion) {
     });
     let group = || {
         let mut state = mapped();
-        for granule in state.plan_reclaim(ByteCount(u64::MAX)).expect("planned") {
+        for granule in state.plan_reclaim(ByteCount(u64::MAX), &state.clocks()).expect("planned") {
             state.gone(granule).expect("leaving");
         }
         state

@@ -18,7 +18,7 @@ fn group(name: &str, layers: u32, layer_kib: u32) -> GroupSpec {
 
 fn state(groups: Vec<GroupSpec>, order: PlaneOrder, mib: u64) -> KvState {
     let spec = CacheSpec { groups, order, bytes: ByteCount::mib(mib), granule_bytes_max: ByteCount::mib(16) };
-    KvState::new(CacheLayout::new(&spec).expect("a layout"), ByteCount::mib(32))
+    KvState::new(CacheLayout::new(&spec).expect("a layout"), ByteCount::mib(32), None).expect("no index")
 }
 
 /// Grows until `count` blocks can be had, as whoever maps does.
@@ -54,7 +54,7 @@ fn a_limit_shrinks_as_blocks_become_free_and_grows_back_exactly() {
     assert_eq!((state.overage(), state.allocatable(0)), (ByteCount::mib(50), Ok(0)));
     assert_eq!(alloc(&mut state, 0, 1), None);
     assert_eq!(release(&mut state), 0, "everything is in use");
-    state.free(0, &ids[..70], |_| ()).expect("owned");
+    state.free(0, &ids[..70]).expect("owned");
     release(&mut state);
     assert!(state.mapped_bytes().0 <= 50 * MIB, "{:?}", state.usage());
     assert!(alloc(&mut state, 0, 20).is_some());
@@ -77,7 +77,7 @@ fn limits_above_the_reservation_and_late_ones_change_nothing() {
     assert!(state.set_limit(ByteCount::mib(20), Some(4)).is_err());
     assert_eq!(state.usage().limit, ByteCount::mib(10));
     // An id beyond what the limit leaves is no owned one.
-    assert!(state.free(0, &[90_u32], |_| ()).is_err());
+    assert!(state.free(0, &[90_u32]).is_err());
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn groups_share_the_memory_and_none_can_starve_the_limit() {
     assert_eq!(alloc(&mut state, 2, 3), None, "15 MiB in units of 8");
     assert_eq!(alloc(&mut state, 2, 1).map(|ids| ids.len()), Some(1));
     assert!(state.mapped_bytes() <= ByteCount::mib(64));
-    state.free(0, &full, |_| ()).expect("owned");
+    state.free(0, &full).expect("owned");
     release(&mut state);
     assert!(alloc(&mut state, 2, 7).is_some());
     assert!(matches!(state.alloc(3, &mut [0_u32]), Err(KvError::UnknownGroup { group: 3, groups: 3 })));
@@ -116,7 +116,7 @@ fn what_was_needed_lately_is_kept_and_then_goes() {
     let mut state = state(vec![group("full", 32, 64)], PlaneOrder::BlockMajor, 256);
     let at = |seconds: f64| Duration::from_secs_f64(seconds);
     let ids = alloc(&mut state, 0, 12).expect("24 MiB");
-    state.free(0, &ids, |_| ()).expect("owned");
+    state.free(0, &ids).expect("owned");
     assert!(!state.advance(at(0.3)));
     assert_eq!(release(&mut state), 0, "it may come back");
     assert!(state.advance(at(4.0)));
@@ -135,7 +135,7 @@ fn what_was_needed_lately_is_kept_and_then_goes() {
 fn moves_that_cannot_all_begin_change_nothing() {
     let mut state = state(vec![group("full", 2, 512)], PlaneOrder::BlockMajor, 32);
     let ids = alloc(&mut state, 0, 12).expect("room");
-    state.free(0, &[ids[1], ids[5]], |_| ()).expect("owned");
+    state.free(0, &[ids[1], ids[5]]).expect("owned");
     let was = state.usage();
     let moves = |pairs: &[(u32, u32)]| -> Vec<_> {
         let pair = |(from, to): &(u32, u32)| shoal_core::kv::compact::BlockMove { from: *from, to: *to };
@@ -147,8 +147,8 @@ fn moves_that_cannot_all_begin_change_nothing() {
     }
     let good = moves(&[(ids[0], ids[1])]);
     state.begin_moves(0, &good).expect("free target");
-    state.free(0, &[ids[0]], |_| ()).expect("its owner leaves while it moves");
-    state.end_moves(0, &good, true, |_| ()).expect("begun");
+    state.free(0, &[ids[0]]).expect("its owner leaves while it moves");
+    state.end_moves(0, &good, true).expect("begun");
     assert_eq!(state.usage().live, was.live - ByteCount::mib(1), "freed at its new place");
     state.check_invariants().expect("figures");
 }
@@ -210,7 +210,7 @@ proptest! {
                 Op::Free(skip, count) => {
                     let ids: Vec<_> = owned.keys().copied().skip(skip).take(count).collect();
                     for (group, id) in ids {
-                        state.free(group, &[i64::from(id)], |_| ()).expect("owned");
+                        state.free(group, &[i64::from(id)]).expect("owned");
                         let owners = owned.get_mut(&(group, id)).expect("owned");
                         *owners -= 1;
                         owned.retain(|_, owners| *owners > 0);
@@ -227,7 +227,7 @@ proptest! {
                 Op::Release => { release(&mut state); }
                 Op::Reclaim(mib) => {
                     let empty = state.usage().empty.0;
-                    let leaving = state.plan_reclaim(ByteCount::mib(mib)).expect("planned");
+                    let leaving = state.plan_reclaim(ByteCount::mib(mib), &state.clocks()).expect("planned");
                     let bytes: u64 = leaving.iter().map(|granule| state.bytes_of(*granule).0).sum();
                     prop_assert!(bytes >= empty.min(mib * MIB));
                     for granule in leaving {
@@ -244,7 +244,7 @@ proptest! {
                     let moves = state.plan_compaction(0, most).expect("a group");
                     let empty = state.usage().empty;
                     state.begin_moves(0, &moves).expect("planned just now");
-                    state.end_moves(0, &moves, true, |_| ()).expect("begun");
+                    state.end_moves(0, &moves, true).expect("begun");
                     for planned in &moves {
                         let owners = owned.remove(&(0, planned.from)).expect("owned");
                         owned.insert((0, planned.to), owners);

@@ -529,6 +529,14 @@ impl BlockPool {
         Ok(self.settle(&[from], |_| ()))
     }
 
+    /// Whether somebody owns it.
+    ///
+    /// # Errors
+    /// [`BlockError::Unknown`], [`BlockError::NotOwned`].
+    pub fn check_owned<T: BlockId>(&self, id: T) -> Result<(), BlockError> {
+        self.owned_place(id).map(drop)
+    }
+
     /// Where an owned block's word is.
     #[inline]
     fn owned_place<T: BlockId>(&self, id: T) -> Result<usize, BlockError> {

@@ -88,10 +88,10 @@ impl Demand {
         rise.max(peak.saturating_sub(used)).max(hint)
     }
 
-    /// Whether a whole window has passed without anything.
+    /// Whether nothing would change by waiting.
     #[must_use]
-    pub fn is_quiet(&self) -> bool {
-        self.hint.is_none() && self.past.iter().chain([&self.now]).all(|moment| moment.rise == 0)
+    pub fn is_quiet(&self, used: u32) -> bool {
+        self.target(used) == 0
     }
 }
 
@@ -135,7 +135,7 @@ mod tests {
         }
         demand.advance(at(9), 20);
         assert_eq!(demand.target(20), 0);
-        assert!(demand.is_quiet());
+        assert!(demand.is_quiet(20));
         demand.hint(64, at(9));
         assert_eq!(demand.target(20), 64);
         demand.advance(at(18), 20);

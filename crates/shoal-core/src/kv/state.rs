@@ -7,11 +7,12 @@
 use core::time::Duration;
 
 use super::blocks::{BlockError, BlockFigures, BlockPool, Freed, GranuleError};
-use super::compact::{self, BlockMove};
 use super::demand::Demand;
 use super::ids::BlockId;
 use super::layout::{CacheLayout, GroupLayout};
 use super::limit::{Limit, LimitError};
+use super::prefix::PrefixError;
+use super::reuse::{Reuse, ReuseOptions};
 use crate::bytes::ByteCount;
 use crate::extent::PageRun;
 
@@ -36,6 +37,14 @@ pub enum KvError {
     /// A limit that does not hold.
     #[error(transparent)]
     Limit(#[from] LimitError),
+    /// Blocks that cannot be sealed or looked for like this.
+    #[error(transparent)]
+    Prefix(#[from] PrefixError),
+    /// What blocks hold is not remembered in this cache.
+    #[error(
+        "this cache finds nothing again: it was made without it, or its groups have blocks of different tokens"
+    )]
+    NoReuse,
 }
 
 /// Names one granule.
@@ -51,11 +60,11 @@ pub struct GranuleId {
 pub type Clocks = Vec<u64>;
 
 #[derive(Clone, Debug)]
-struct Group {
-    pool: BlockPool,
-    demand: Demand,
+pub(super) struct Group {
+    pub(super) pool: BlockPool,
+    pub(super) demand: Demand,
     block_bytes: u64,
-    unit_bytes: u64,
+    pub(super) unit_bytes: u64,
     /// Free and mapped blocks to have.
     spare: u32,
     /// Below so many available blocks, and above so many empty units, somebody should look.
@@ -96,19 +105,31 @@ pub struct KvUsage {
 }
 
 /// See the module's text.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct KvState {
     layout: CacheLayout,
-    groups: Vec<Group>,
+    pub(super) groups: Vec<Group>,
     limit: Limit,
     /// The most that is kept ahead of need, over all groups.
     spare_bytes_max: ByteCount,
+    /// What sealed blocks hold.
+    pub(super) reuse: Option<Reuse>,
+    /// Blocks that a free leaves cached.
+    pub(super) scratch: Vec<u32>,
 }
 
 impl KvState {
-    /// A cache without memory. It keeps at most `spare_bytes_max` mapped ahead of need.
-    #[must_use]
-    pub fn new(layout: CacheLayout, spare_bytes_max: ByteCount) -> Self {
+    /// A cache without memory. It keeps at most `spare_bytes_max` mapped ahead of need; with `reuse`, what blocks hold can be
+    /// found again ([`seal`](Self::seal)).
+    ///
+    /// # Errors
+    /// [`KvError::Prefix`] for options that make no index.
+    pub fn new(
+        layout: CacheLayout,
+        spare_bytes_max: ByteCount,
+        reuse: Option<ReuseOptions>,
+    ) -> Result<Self, KvError> {
+        let reuse = reuse.and_then(|options| Reuse::new(&layout, options).transpose()).transpose()?;
         let group = |layout: &GroupLayout| Group {
             pool: BlockPool::new(layout),
             demand: Demand::default(),
@@ -119,7 +140,8 @@ impl KvState {
             high_units: 0,
         };
         let groups = layout.groups().iter().map(group).collect();
-        Self { limit: Limit::new(layout.bytes()), layout, groups, spare_bytes_max }
+        let limit = Limit::new(layout.bytes());
+        Ok(Self { limit, layout, groups, spare_bytes_max, reuse, scratch: Vec::new() })
     }
 
     /// Where everything lies.
@@ -138,7 +160,7 @@ impl KvState {
     }
 
     #[inline]
-    fn group_mut(&mut self, group: usize) -> Result<&mut Group, KvError> {
+    pub(super) fn group_mut(&mut self, group: usize) -> Result<&mut Group, KvError> {
         let groups = self.groups.len();
         self.groups.get_mut(group).ok_or(KvError::UnknownGroup { group, groups })
     }
@@ -160,21 +182,23 @@ impl KvState {
         Ok(true)
     }
 
-    /// Takes one owner from each of these blocks; `cached` hears of those that are cached by it.
+    /// Takes one owner from each of these blocks. What nobody owns any more is free, or cached if it was sealed: give the
+    /// blocks of a sequence in its order, so that its end is evicted before its beginning.
     ///
     /// # Errors
     /// [`KvError::UnknownGroup`], [`KvError::Blocks`]; nothing is changed.
     #[inline]
-    pub fn free<T: BlockId>(
-        &mut self,
-        group: usize,
-        ids: &[T],
-        cached: impl FnMut(u32),
-    ) -> Result<Freed, KvError> {
+    pub fn free<T: BlockId>(&mut self, group: usize, ids: &[T]) -> Result<Freed, KvError> {
+        let mut cached = core::mem::take(&mut self.scratch);
+        let at = group;
         let group = self.group_mut(group)?;
-        let freed = group.pool.free(ids, cached)?;
+        let freed = group.pool.free(ids, |block| cached.push(block));
         group.demand.fell_to(group.pool.used());
-        Ok(freed)
+        self.scratch = cached;
+        if !self.scratch.is_empty() {
+            self.released(at);
+        }
+        Ok(freed?)
     }
 
     /// One owner more for each of these blocks.
@@ -183,14 +207,6 @@ impl KvState {
     /// [`KvError::UnknownGroup`], [`KvError::Blocks`]; nothing is changed.
     pub fn fork<T: BlockId>(&mut self, group: usize, ids: &[T]) -> Result<(), KvError> {
         Ok(self.group_mut(group)?.pool.fork(ids)?)
-    }
-
-    /// The blocks of one group, to be changed by whoever knows what they hold.
-    ///
-    /// # Errors
-    /// [`KvError::UnknownGroup`].
-    pub fn pool_mut(&mut self, group: usize) -> Result<&mut BlockPool, KvError> {
-        Ok(&mut self.group_mut(group)?.pool)
     }
 
     /// Whether somebody should look at what is mapped: too little is free for what is expected, or too much.
@@ -225,7 +241,7 @@ impl KvState {
             group.low = group.spare.div_ceil(2);
             let units = u64::from(group.spare) * group.block_bytes / group.unit_bytes;
             group.high_units = u32::try_from(2 * units).unwrap_or(u32::MAX);
-            is_quiet &= group.demand.is_quiet();
+            is_quiet &= group.demand.is_quiet(group.pool.used());
         }
         is_quiet
     }
@@ -253,7 +269,7 @@ impl KvState {
     }
 
     #[inline]
-    fn owned_bytes(&self) -> u64 {
+    pub(super) fn owned_bytes(&self) -> u64 {
         self.groups.iter().map(|group| u64::from(group.pool.figures().owned) * group.block_bytes).sum()
     }
 
@@ -261,6 +277,16 @@ impl KvState {
     #[must_use]
     pub fn overage(&self) -> ByteCount {
         self.mapped_bytes().saturating_sub(self.limit.bytes())
+    }
+
+    /// Whether so many more blocks of a group may be owned.
+    ///
+    /// # Errors
+    /// [`KvError::UnknownGroup`].
+    pub fn fits_limit(&self, group: usize, blocks: u32) -> Result<bool, KvError> {
+        self.pool(group)?;
+        let owned = self.owned_bytes() + u64::from(blocks) * self.groups[group].block_bytes;
+        Ok(owned <= self.limit.bytes().0)
     }
 
     /// How many more blocks of a group an allocation could be given, with memory that is mapped or that the limit allows:
@@ -289,8 +315,7 @@ impl KvState {
     pub fn plan_growth(&mut self, group: usize, blocks: u32) -> Result<Option<Vec<GranuleId>>, KvError> {
         let pool = self.pool(group)?;
         let missing = blocks.saturating_sub(pool.available());
-        let owned = self.owned_bytes() + u64::from(blocks) * self.groups[group].block_bytes;
-        if owned > self.limit.bytes().0 {
+        if !self.fits_limit(group, blocks)? {
             return Ok(None);
         }
         let (planned, yielded) = self.plan(group, missing)?;
@@ -431,16 +456,16 @@ impl KvState {
         Ok(planned)
     }
 
-    /// Granules in which nothing lies, of at least `bytes` as far as there are any, whatever is expected. They are leaving
-    /// from now on.
+    /// Granules in which nothing lies since `clocks`, of at least `bytes` as far as there are any, whatever is expected. They
+    /// are leaving from now on.
     ///
     /// # Errors
     /// None that a caller can cause.
-    pub fn plan_reclaim(&mut self, bytes: ByteCount) -> Result<Vec<GranuleId>, KvError> {
+    pub fn plan_reclaim(&mut self, bytes: ByteCount, clocks: &[u64]) -> Result<Vec<GranuleId>, KvError> {
         let (mut planned, mut found) = (Vec::new(), 0);
-        for at in 0..self.groups.len() {
+        for (at, clock) in (0..self.groups.len()).zip(clocks) {
             let group = &mut self.groups[at];
-            let slots: Vec<u32> = group.pool.empty(u64::MAX).collect();
+            let slots: Vec<u32> = group.pool.empty(*clock).collect();
             for slot in slots {
                 if found >= bytes.0 {
                     return Ok(planned);
@@ -454,63 +479,23 @@ impl KvState {
         Ok(planned)
     }
 
-    /// Moves of a group's blocks that empty granules, at most `moves_max`.
+    /// Granules in which nothing lies and whose pages `is_had` takes. They are leaving from now on.
     ///
     /// # Errors
-    /// [`KvError::UnknownGroup`].
-    pub fn plan_compaction(&self, group: usize, moves_max: usize) -> Result<Vec<BlockMove>, KvError> {
-        Ok(compact::plan(self.pool(group)?, moves_max))
-    }
-
-    /// Begins moves: the targets are taken, and the sources stay whatever their owners do meanwhile. All or none.
-    ///
-    /// # Errors
-    /// [`KvError::UnknownGroup`], [`KvError::Blocks`]; nothing is changed.
-    pub fn begin_moves(&mut self, group: usize, moves: &[BlockMove]) -> Result<(), KvError> {
-        let pool = self.pool_mut(group)?;
-        let mut cached = Vec::new();
-        for (at, planned) in moves.iter().enumerate() {
-            let begun = pool.share(planned.from).and_then(|was_cached| {
-                cached.push(was_cached);
-                pool.take(planned.to)
-            });
-            if let Err(error) = begun {
-                let shared = cached.len();
-                for (place, undone) in moves[..shared].iter().enumerate() {
-                    if place < at {
-                        pool.free(&[undone.to], |_| ())?;
-                    }
-                    pool.free(&[undone.from], |_| ())?;
+    /// None that a caller can cause.
+    pub fn plan_drop(&mut self, is_had: impl Fn(&[PageRun]) -> bool) -> Result<Vec<GranuleId>, KvError> {
+        let mut planned = Vec::new();
+        for at in 0..self.groups.len() {
+            let slots: Vec<u32> = self.groups[at].pool.empty(u64::MAX).collect();
+            for slot in slots {
+                let granule = GranuleId { group: at, slot };
+                if is_had(&self.runs(granule)?) {
+                    self.groups[at].pool.leaving(slot)?;
+                    planned.push(granule);
                 }
-                return Err(error.into());
             }
         }
-        Ok(())
-    }
-
-    /// Ends moves that were begun: with `is_done` the targets hold what the sources held, and the sources are free;
-    /// without, all is as before. What nobody owns any more is free or cached then, and `cached` hears of the latter.
-    ///
-    /// # Errors
-    /// [`KvError::UnknownGroup`], [`KvError::Blocks`] for moves that were not begun.
-    pub fn end_moves(
-        &mut self,
-        group: usize,
-        moves: &[BlockMove],
-        is_done: bool,
-        mut cached: impl FnMut(u32),
-    ) -> Result<(), KvError> {
-        let pool = self.pool_mut(group)?;
-        for planned in moves {
-            if is_done {
-                pool.renumber(planned.from, planned.to)?;
-                pool.free(&[planned.to], &mut cached)?;
-            } else {
-                pool.free(&[planned.to], &mut cached)?;
-                pool.free(&[planned.from], &mut cached)?;
-            }
-        }
-        Ok(())
+        Ok(planned)
     }
 
     /// Figures.
@@ -543,6 +528,9 @@ impl KvState {
     pub fn check_invariants(&self) -> Result<(), String> {
         for (at, group) in self.groups.iter().enumerate() {
             group.pool.check_invariants().map_err(|wrong| format!("group {at}: {wrong}"))?;
+        }
+        if let Some(reuse) = &self.reuse {
+            reuse.check_invariants(&self.groups)?;
         }
         if self.limit.bytes() > self.limit.reservation() {
             return Err(format!("limit {} above {}", self.limit.bytes(), self.limit.reservation()));

@@ -229,16 +229,18 @@ impl BlockPool {
         found
     }
 
-    /// The cached blocks of a granule.
+    /// The blocks that begin in a granule, and its units.
     #[must_use]
-    pub fn cached_in(&self, slot: u32) -> Vec<u32> {
-        self.blocks_in(slot, |state| state == BlockState::Cached)
+    pub fn blocks_and_units(&self, slot: u32) -> Option<(Range<u32>, u32)> {
+        let granule = self.granules.get(slot as usize).filter(|_| self.is_at(slot))?;
+        Some((granule.first_block..granule.end_block, granule.units))
     }
 
     /// The blocks of a granule that are owned or cached.
     #[must_use]
     pub fn used_in(&self, slot: u32) -> Vec<u32> {
-        self.blocks_in(slot, |state| state != BlockState::Free)
+        let blocks = self.blocks_and_units(slot).map_or(0..0, |(blocks, _)| blocks);
+        blocks.filter(|block| self.state(*block).is_ok_and(|state| state != BlockState::Free)).collect()
     }
 
     /// How many blocks of a granule can be had.
@@ -303,13 +305,6 @@ impl BlockPool {
             }
             None
         })
-    }
-
-    fn blocks_in(&self, slot: u32, wanted: impl Fn(BlockState) -> bool) -> Vec<u32> {
-        let Some(granule) = self.granules.get(slot as usize) else { return Vec::new() };
-        (granule.first_block..granule.end_block)
-            .filter(|block| self.state(*block).is_ok_and(&wanted))
-            .collect()
     }
 
     fn at(&self, slot: u32, stage: Stage, wanted: &'static str) -> Result<&Granule, GranuleError> {

@@ -1,0 +1,235 @@
+//! Blocks that are found again, over random histories: whatever is evicted, moved, shared or forgotten, a block that is
+//! found holds exactly the tokens that were asked for, and nobody else writes to it.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::blocks::BlockState;
+use shoal_core::kv::eviction::EvictionKind;
+use shoal_core::kv::layout::{BlockShape, CacheLayout, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::prefix::{Found, Start};
+use shoal_core::kv::reuse::ReuseOptions;
+use shoal_core::kv::state::{KvError, KvState};
+
+const BLOCK_TOKENS: usize = 2;
+
+/// 24 blocks of 700 KiB.
+fn state(eviction: EvictionKind) -> KvState {
+    let group = GroupSpec {
+        name: "full".to_owned(),
+        layers: 1,
+        shape: BlockShape::Latent { tokens: 2, dim: 350 << 10 },
+        element_bytes: 1,
+    };
+    let spec = CacheSpec {
+        groups: vec![group],
+        order: PlaneOrder::BlockMajor,
+        bytes: ByteCount::mib(17),
+        granule_bytes_max: ByteCount::mib(4),
+    };
+    let reuse = ReuseOptions { eviction, ..ReuseOptions::default() };
+    KvState::new(CacheLayout::new(&spec).expect("a layout"), ByteCount::ZERO, Some(reuse)).expect("an index")
+}
+
+/// As whoever maps does, and evicts where nothing else helps.
+fn alloc(state: &mut KvState, count: usize) -> Option<Vec<u32>> {
+    let mut ids = vec![0; count];
+    let wanted = u32::try_from(count).expect("few");
+    for _ in 0..3 {
+        if state.alloc(0, &mut ids).expect("a group") {
+            return Some(ids);
+        }
+        match state.plan_growth(0, wanted).expect("a group") {
+            Some(planned) if !planned.is_empty() => {
+                for granule in planned {
+                    state.mapped(granule).expect("coming");
+                }
+            }
+            _ => {
+                let missing = wanted.saturating_sub(state.pool(0).expect("a group").available());
+                if state.evict(0, missing).expect("a group") == 0 {
+                    return None;
+                }
+            }
+        }
+    }
+    None
+}
+
+#[derive(Debug)]
+struct Sequence {
+    salt: u8,
+    tokens: Vec<u32>,
+    blocks: Vec<u32>,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Start(u8, Vec<u32>),
+    End(usize),
+    Fork(usize),
+    Evict(u32),
+    EvictGranules(u64),
+    Release,
+    Compact,
+    Forget(usize, usize),
+    ForgetAll,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let tokens = proptest::collection::vec(0_u32..3, 1..12);
+    prop_oneof![
+        8 => (0_u8..2, tokens).prop_map(|(salt, tokens)| Op::Start(salt, tokens)),
+        6 => (0_usize..9).prop_map(Op::End),
+        1 => (0_usize..9).prop_map(Op::Fork),
+        1 => (0_u32..6).prop_map(Op::Evict),
+        1 => (0_u64..9).prop_map(Op::EvictGranules),
+        1 => Just(Op::Release),
+        1 => Just(Op::Compact),
+        1 => (0_usize..9, 0_usize..6).prop_map(|(at, place)| Op::Forget(at, place)),
+        1 => Just(Op::ForgetAll),
+    ]
+}
+
+#[expect(clippy::too_many_lines, reason = "one arm for each operation")]
+fn play(eviction: EvictionKind, ops: Vec<Op>) -> Result<(), TestCaseError> {
+    let mut state = state(eviction);
+    // What was written to each block most lately: a salt and all tokens up to its end.
+    let mut content: BTreeMap<u32, (u8, Vec<u32>)> = BTreeMap::new();
+    let mut running: Vec<Sequence> = Vec::new();
+    let mut found = Found::default();
+    for op in ops {
+        match op {
+            Op::Start(salt, tokens) => {
+                state.find(&[salt], &tokens, &mut found).expect("an index");
+                let mut blocks = found.groups[0].blocks.clone();
+                for (place, block) in blocks.iter().enumerate() {
+                    let wanted = (salt, tokens[..(place + 1) * BLOCK_TOKENS].to_vec());
+                    prop_assert_eq!(
+                        content.get(block),
+                        Some(&wanted),
+                        "block {} holds something else",
+                        block
+                    );
+                }
+                let full = tokens.len() / BLOCK_TOKENS;
+                let Some(new) = alloc(&mut state, full - blocks.len()) else {
+                    state.free(0, &blocks).expect("owned");
+                    continue;
+                };
+                for (place, block) in (blocks.len()..).zip(&new) {
+                    let is_owned = running.iter().any(|other| other.blocks.contains(block));
+                    prop_assert!(!is_owned, "block {} has an owner", block);
+                    content.insert(*block, (salt, tokens[..(place + 1) * BLOCK_TOKENS].to_vec()));
+                }
+                blocks.extend(new);
+                state.seal(Start::Salt(&[salt]), &tokens, &[&blocks]).expect("each is owned");
+                running.push(Sequence { salt, tokens, blocks });
+            }
+            Op::End(at) => {
+                if at < running.len() {
+                    state.free(0, &running.swap_remove(at).blocks).expect("owned");
+                }
+            }
+            Op::Fork(at) => {
+                if let Some(Sequence { salt, tokens, blocks }) = running.get(at) {
+                    state.fork(0, blocks).expect("owned");
+                    running.push(Sequence { salt: *salt, tokens: tokens.clone(), blocks: blocks.clone() });
+                }
+            }
+            Op::Evict(count) => {
+                let cached = state.pool(0).expect("a group").figures().cached;
+                prop_assert_eq!(state.evict(0, count), Ok(count.min(cached)));
+            }
+            Op::EvictGranules(mib) => {
+                let (empty, all) = (state.usage().empty, state.evictable_bytes());
+                let emptied = state.evict_granules(ByteCount::mib(mib)).expect("planned");
+                prop_assert!(emptied >= ByteCount::mib(mib).min(all));
+                prop_assert!(state.usage().empty >= empty + emptied);
+            }
+            Op::Release => {
+                for granule in state.plan_release(&state.clocks()).expect("planned") {
+                    state.gone(granule).expect("leaving");
+                }
+            }
+            Op::Compact => {
+                let moves = state.plan_compaction(0, 100).expect("a group");
+                state.begin_moves(0, &moves).expect("planned just now");
+                // Somebody finds what moves, and lets it go again.
+                for running in &running {
+                    state.find(&[running.salt], &running.tokens, &mut found).expect("an index");
+                    state.free(0, &found.groups[0].blocks).expect("owned");
+                }
+                state.end_moves(0, &moves, true).expect("begun");
+                for planned in moves {
+                    if let Some(held) = content.remove(&planned.from) {
+                        content.insert(planned.to, held);
+                    }
+                    for block in running.iter_mut().flat_map(|running| &mut running.blocks) {
+                        if *block == planned.from {
+                            *block = planned.to;
+                        }
+                    }
+                }
+            }
+            Op::Forget(at, place) => {
+                if let Some(block) = running.get(at).and_then(|running| running.blocks.get(place)) {
+                    state.forget(0, *block).expect("a group");
+                    prop_assert_eq!(state.forget(0, *block), Ok(false));
+                }
+            }
+            Op::ForgetAll => {
+                state.forget_all().expect("an index");
+                prop_assert_eq!(state.pool(0).expect("a group").figures().cached, 0);
+            }
+        }
+        state.check_invariants().map_err(TestCaseError::fail)?;
+        let mut owners: BTreeMap<u32, u32> = BTreeMap::new();
+        for block in running.iter().flat_map(|running| &running.blocks) {
+            *owners.entry(*block).or_default() += 1;
+        }
+        for block in 0..state.pool(0).expect("a group").blocks() {
+            let is = match state.pool(0).expect("a group").state(block) {
+                Ok(BlockState::Owned(count)) => count,
+                _ => 0,
+            };
+            prop_assert_eq!(is, owners.get(&block).copied().unwrap_or(0), "owners of block {}", block);
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_found_is_what_was_asked_for(
+        kind in 0_u8..3, ops in proptest::collection::vec(op(), 1..80),
+    ) {
+        let eviction = match kind {
+            0 => EvictionKind::Lru,
+            1 => EvictionKind::S3Fifo,
+            _ => EvictionKind::CostAware(shoal_core::kv::eviction::CostModel::default()),
+        };
+        play(eviction, ops)?;
+    }
+}
+
+#[test]
+fn what_cannot_be_sealed_changes_nothing() {
+    let mut state = state(EvictionKind::Lru);
+    let ids = alloc(&mut state, 3).expect("room");
+    state.free(0, &ids[2..]).expect("owned");
+    let sealed = state.seal(Start::Salt(b""), &[1, 2, 3, 4], &[&[ids[0], ids[2]]]).map(drop);
+    assert!(matches!(sealed, Err(KvError::Blocks(_))), "{sealed:?}");
+    let mut found = Found::default();
+    state.find(b"", &[1, 2, 3, 4], &mut found).expect("an index");
+    assert_eq!(found.tokens, 0);
+    state.seal(Start::Salt(b""), &[1, 2, 3, 4], &[&ids[..2]]).expect("owned");
+    state.find(b"other", &[1, 2, 3, 4], &mut found).expect("an index");
+    assert_eq!(found.tokens, 0, "another tenant's");
+    state.find(b"", &[1, 2, 3], &mut found).expect("an index");
+    assert_eq!((found.tokens, found.groups[0].blocks.as_slice()), (2, &ids[..1]));
+    assert_eq!(state.events_since(0, 9).expect("an index").events.len(), 2);
+}
