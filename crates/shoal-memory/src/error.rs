@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::backing::BackingError;
+use shoal_core::kv::layout::LayoutError;
+use shoal_core::kv::state::KvError;
 use shoal_core::page_table::TableError;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::DeviceError;
@@ -186,6 +188,12 @@ pub enum MemoryError {
     /// Wrong KV block ids; nothing was changed (I7).
     #[error(transparent)]
     Blocks(#[from] BackingError),
+    /// A KV cache refused: wrong ids, a wrong group, a wrong limit.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    /// A KV cache cannot be laid out like this.
+    #[error(transparent)]
+    KvLayout(#[from] LayoutError),
     /// The control socket cannot be used.
     #[error("control socket {}: {what}", path.display())]
     Broker {
@@ -214,7 +222,7 @@ impl MemoryError {
             Self::Deadline { .. } | Self::Cancelled { .. } | Self::TooManyTransfers { .. } => {
                 ErrorKind::Transfer
             }
-            Self::Blocks(_) => ErrorKind::Blocks,
+            Self::Blocks(_) | Self::Kv(_) | Self::KvLayout(_) => ErrorKind::Blocks,
             Self::Broker { .. } => ErrorKind::Broker,
         }
     }

@@ -7,6 +7,7 @@
 //! | [`region`] | [`Region`]: stage, seal, freeze, commit, sleep, wake |
 //! | [`transfer`] | what a wake under way tells, and how it is cancelled |
 //! | [`kv`] | [`KvBacking`]: memory for KV blocks on demand |
+//! | [`kv_cache`] | [`KvCache`]: KV blocks with memory behind them, for engines |
 //! | [`segments`] | [`Segments`]: a region that grows by what torch's allocator asks for |
 //! | [`lease`] | who grants device bytes: [`LeaseSource`], [`LocalBudget`] |
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
@@ -27,6 +28,7 @@ pub mod broker;
 pub mod error;
 pub mod guard;
 pub mod kv;
+pub mod kv_cache;
 pub mod lease;
 pub mod manager;
 pub mod region;
@@ -38,6 +40,7 @@ pub use broker::{BrokerClient, ShutdownOrder, Welcome};
 pub use error::{ErrorKind, LeaseError, MemoryError};
 pub use guard::Guard;
 pub use kv::KvBacking;
+pub use kv_cache::{KvCache, KvCacheSpec};
 pub use lease::{LeaseSource, LocalBudget};
 pub use manager::{ManagerOptions, MemoryManager};
 pub use region::{Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};

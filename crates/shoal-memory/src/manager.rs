@@ -19,6 +19,7 @@ use crate::arena::{HostArena, HostUsage};
 use crate::error::MemoryError;
 use crate::gate::{Gate, Pass, Scope};
 use crate::kv::KvBacking;
+use crate::kv_cache;
 use crate::lease::LeaseSource;
 use crate::region::{Region, RegionInner, RegionSpec, Report};
 use crate::retire::Retired;
@@ -82,6 +83,7 @@ pub struct MemoryManager {
     flushing: Arc<Turn>,
     regions: Mutex<BTreeMap<RegionId, Weak<RegionInner>>>,
     backings: Mutex<Vec<Weak<KvBacking>>>,
+    caches: Mutex<Vec<Weak<kv_cache::Shared>>>,
     pub(crate) growing: Mutex<Vec<Weak<Segments>>>,
     /// Gone as far as the page table goes, but something queued may still touch it (I5).
     pub(crate) retired: Mutex<Vec<Retired>>,
@@ -119,6 +121,7 @@ impl MemoryManager {
             flushing: Arc::default(),
             regions: Mutex::default(),
             backings: Mutex::default(),
+            caches: Mutex::default(),
             growing: Mutex::default(),
             retired: Mutex::default(),
             foreign: Mutex::default(),
@@ -176,8 +179,21 @@ impl MemoryManager {
         backings.push(Arc::downgrade(backing));
     }
 
+    pub(crate) fn register_cache(&self, cache: &Arc<kv_cache::Shared>) {
+        let mut caches = self.caches.lock();
+        caches.retain(|cache| cache.strong_count() > 0);
+        caches.push(Arc::downgrade(cache));
+    }
+
+    fn caches(&self) -> Vec<Arc<kv_cache::Shared>> {
+        self.caches.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// Forgets KV contents off the device that no block uses any more. Needs the turn.
     pub(crate) fn drop_idle_copies(&self) {
+        for cache in self.caches() {
+            cache.drop_idle_copies();
+        }
         for backing in self.backings() {
             backing.drop_idle_copies();
         }
@@ -328,7 +344,7 @@ impl MemoryManager {
     }
 
     /// Frees device memory on somebody's order, without any engine's help: first KV memory that no block uses, then
-    /// what may be discarded, then weights from the last extent backwards, then KV contents (copied to the host).
+    /// memory in which blocks are only cached, then what may be discarded, then weights from the last extent backwards, then KV contents (copied to the host).
     /// Regions that a step holds for itself ([`Region::guard`]) come after all others.
     ///
     /// # Errors
@@ -390,6 +406,15 @@ impl MemoryManager {
                 report.absorb(backing.release_idle(report.requested - report.freed));
             }
         }
+        let caches = self.caches();
+        for release in [kv_cache::Shared::release_idle, kv_cache::Shared::release_cached] {
+            for cache in &caches {
+                if report.freed < report.requested && Instant::now() < deadline && is_had(cache.region().id())
+                {
+                    report.absorb(release(cache, report.requested - report.freed));
+                }
+            }
+        }
         let rank = |region: &Region| match (region.backing(), region.kind()) {
             (Backing::Discard, _) => 0,
             (_, LeaseKind::Weights) => 1,
@@ -447,6 +472,7 @@ impl MemoryManager {
             usage.source_only += figures.source_only;
         }
         usage.kv_live = self.backings().iter().map(|backing| backing.held_bytes()).sum();
+        usage.kv_live += self.caches().iter().map(|cache| cache.held_bytes()).sum::<ByteCount>();
         usage
     }
 

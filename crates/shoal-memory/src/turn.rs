@@ -52,6 +52,13 @@ impl Turn {
     }
 }
 
+impl Turn {
+    /// Whether nobody has it at this moment.
+    pub(crate) fn is_free(&self) -> bool {
+        !self.state.lock().is_taken
+    }
+}
+
 impl Taken {
     /// Whether somebody waits for it.
     pub(crate) fn is_wanted(&self) -> bool {

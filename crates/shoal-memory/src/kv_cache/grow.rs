@@ -1,0 +1,292 @@
+//! Memory comes and goes under a cache's blocks.
+//!
+//! Apart because this is the slow side, which asks for leases, takes the manager's turn and calls the device. A plan is
+//! made under the state's lock, carried out without it, and then said to be done: until then nobody is given its blocks.
+//!
+//! A reclaim may have moved what blocks hold to the host. As in [`crate::kv`], memory for more blocks is granted only
+//! together with the memory for all of that: else no guard could be entered any more.
+
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::extent::PageRun;
+use shoal_core::kv::ids::BlockId;
+use shoal_core::kv::state::GranuleId;
+
+use super::Shared;
+use crate::error::{ErrorKind, MemoryError};
+use crate::region::Report;
+use crate::transfer::Shared as TransferShared;
+
+/// How often an allocation maps again because others took what it had mapped.
+const ATTEMPTS_MAX: u32 = 4;
+/// How long the cache's own thread waits for what is in its way.
+const AHEAD_WAIT: Duration = Duration::from_millis(100);
+
+impl Shared {
+    pub(super) fn alloc<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
+        let deadline = Instant::now() + self.patience;
+        for _ in 0..ATTEMPTS_MAX {
+            {
+                let mut state = self.state.lock();
+                if state.alloc(group, ids)? {
+                    let wants_attention = state.wants_attention(group);
+                    drop(state);
+                    if wants_attention {
+                        self.call();
+                    }
+                    return Ok(true);
+                }
+            }
+            let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX);
+            match self.grow(group, wanted, deadline) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) if is_not_now(&error) => {
+                    tracing::debug!(%error, blocks = ids.len(), "no memory for blocks now");
+                }
+                Err(error) => return Err(error),
+            }
+            if !self.state.lock().evict_for(group, wanted)? && !self.make_room(group, wanted, deadline)? {
+                return Ok(false);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes memory from what is empty or only cached in other groups, so that this one can grow under the limit. False: no
+    /// such memory, or it is not known that no step uses it.
+    fn make_room(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
+        let (bytes, clocks) = {
+            let mut state = self.state.lock();
+            if state.layout().groups().len() < 2 || !state.fits_limit(group, blocks)? {
+                return Ok(false);
+            }
+            let layout = &state.layout().groups()[group];
+            let bytes =
+                ByteCount(layout.block_bytes().0 * u64::from(blocks)).round_up_to(layout.unit_bytes());
+            let empty = state.usage().empty;
+            let evicted = state.evict_granules(bytes.saturating_sub(empty))?;
+            if (empty + evicted).is_zero() {
+                return Ok(false);
+            }
+            (bytes, state.clocks())
+        };
+        if !self.fence(deadline)? {
+            return Ok(false);
+        }
+        let _turn = self.manager().take_turn_only(deadline)?;
+        let planned = self.state.lock().plan_reclaim(bytes, &clocks)?;
+        let mut report = Report::new(bytes);
+        self.unmap(&planned, &mut report);
+        Ok(!report.freed.is_zero())
+    }
+
+    /// Maps what `blocks` blocks lack. False: there is no room for it under the limit.
+    fn grow(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
+        let late =
+            || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
+        let _growing = self.growing.take(deadline).ok_or_else(late)?;
+        let Some(planned) = self.state.lock().plan_growth(group, blocks)? else { return Ok(false) };
+        self.map(&planned, deadline, true)?;
+        Ok(true)
+    }
+
+    /// Maps what is expected. True if that was anything.
+    pub(super) fn map_spare(&self) -> Result<bool, MemoryError> {
+        let deadline = Instant::now() + AHEAD_WAIT;
+        // Whoever maps right now maps for somebody who waits.
+        let Some(_growing) = self.growing.take(deadline) else { return Ok(false) };
+        // What is on the host comes first, and when it is needed.
+        if !self.region.missing_bytes().is_zero() {
+            return Ok(false);
+        }
+        let planned = self.state.lock().plan_spare()?;
+        if planned.is_empty() {
+            return Ok(false);
+        }
+        self.map(&planned, deadline, false)?;
+        Ok(true)
+    }
+
+    /// Gives planned granules memory, all or none, and says so. `may_restore`: what lies on the host comes with it.
+    fn map(&self, planned: &[GranuleId], deadline: Instant, may_restore: bool) -> Result<(), MemoryError> {
+        let runs = {
+            let state = self.state.lock();
+            let runs = planned.iter().map(|granule| state.runs(*granule));
+            runs.collect::<Result<Vec<_>, _>>()
+        };
+        let done = runs
+            .map_err(MemoryError::from)
+            .and_then(|runs| self.map_runs(&runs.concat(), deadline, may_restore));
+        let mut state = self.state.lock();
+        for granule in planned {
+            if done.is_ok() {
+                state.mapped(*granule)?;
+            } else {
+                state.gone(*granule)?;
+            }
+        }
+        done
+    }
+
+    fn map_runs(&self, runs: &[PageRun], deadline: Instant, may_restore: bool) -> Result<(), MemoryError> {
+        let manager = self.manager();
+        // One at a time, or two would ask for the same missing bytes. Neither turn nor data lock is held while asking.
+        let restoring = match self.region.missing_bytes() {
+            ByteCount::ZERO => None,
+            _ if may_restore => Some(manager.take_restore(deadline)?),
+            _ => return Err(self.region.refuse("map ahead", "something of it is on the host")),
+        };
+        let needed = {
+            // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
+            let _turn = manager.take_turn_only(deadline)?;
+            self.drop_idle_copies();
+            self.region.uncommitted(runs)? + self.region.missing_bytes()
+        };
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let mut grant = self.region.ask(needed, wait, "KV blocks")?;
+        let _turn = manager.take_turn_only(deadline.max(Instant::now() + AHEAD_WAIT))?;
+        let missing = self.region.missing_bytes();
+        if self.region.uncommitted(runs)? + missing > grant.bytes()
+            || (restoring.is_none() && !missing.is_zero())
+        {
+            let waited = self.patience;
+            return Err(MemoryError::Deadline { doing: "growing while a reclaim took memory", waited });
+        }
+        if !missing.is_zero() {
+            let shared = TransferShared::default();
+            self.region.restore_in_turn(&mut grant, manager.operation_deadline(), &shared)?;
+        }
+        self.region.commit_in_turn(runs, &mut grant).map(drop)
+    }
+
+    /// Gives back what was empty at `clocks` and nothing is expected for. False: a step runs, and which ones have ended is
+    /// not known.
+    pub(super) fn release_surplus(&self, clocks: &[u64]) -> Result<bool, MemoryError> {
+        let deadline = Instant::now() + AHEAD_WAIT;
+        if !self.fence(deadline)? {
+            return Ok(false);
+        }
+        let _turn = self.manager().take_turn_only(deadline)?;
+        let planned = self.state.lock().plan_release(clocks)?;
+        let mut report = Report::new(ByteCount::ZERO);
+        self.unmap(&planned, &mut report);
+        report.error.map_or(Ok(true), |error| Err(*error))
+    }
+
+    /// Waits until the steps recorded last have ended, or, where none was, everything queued on the device: not while a
+    /// step holds a guard then, as it may capture a graph, which marking all work would end. False: not now.
+    fn fence(&self, deadline: Instant) -> Result<bool, MemoryError> {
+        let mut events: Vec<_> = self.steps.lock().values().cloned().collect();
+        events.extend(self.step.lock().clone());
+        if events.is_empty() {
+            if self.manager().gate().is_shared() {
+                return Ok(false);
+            }
+            return match self.manager().fence(deadline) {
+                Ok(()) => Ok(true),
+                Err(MemoryError::Deadline { .. }) => Ok(false),
+                Err(error) => Err(error),
+            };
+        }
+        for event in events {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !event.wait(left).map_err(MemoryError::device("wait for a step"))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    pub(super) fn trim(&self, bytes: ByteCount) -> Result<Report, MemoryError> {
+        let start = Instant::now();
+        let (manager, deadline) = (self.manager(), self.manager().operation_deadline());
+        // What becomes empty from here on is not fenced by what is waited for below.
+        let clocks = self.state.lock().clocks();
+        if !self.fence(deadline)? {
+            return Err(MemoryError::Deadline {
+                doing: "waiting for running steps",
+                waited: start.elapsed(),
+            });
+        }
+        let _turn = manager.take_turn(deadline)?;
+        let planned = self.state.lock().plan_reclaim(bytes, &clocks)?;
+        let mut report = Report::new(bytes);
+        self.unmap(&planned, &mut report);
+        manager.count_evicted(report.freed);
+        report.duration = start.elapsed();
+        Ok(report)
+    }
+
+    /// Frees memory in which nothing lies. Needs the turn, and that what steps have queued is done.
+    pub(crate) fn release_idle(&self, bytes: ByteCount) -> Report {
+        self.release(bytes, false)
+    }
+
+    /// Frees memory in which nothing is owned: what is cached there is evicted. Needs the same.
+    pub(crate) fn release_cached(&self, bytes: ByteCount) -> Report {
+        self.release(bytes, true)
+    }
+
+    fn release(&self, bytes: ByteCount, may_evict: bool) -> Report {
+        let start = Instant::now();
+        let mut report = Report::new(bytes);
+        let planned = {
+            let mut state = self.state.lock();
+            let evicted = if may_evict { state.evict_granules(bytes).map(drop) } else { Ok(()) };
+            let clocks = state.clocks();
+            evicted.and_then(|()| state.plan_reclaim(bytes, &clocks))
+        };
+        match planned {
+            Ok(planned) => self.unmap(&planned, &mut report),
+            Err(error) => report.fail(error.into()),
+        }
+        self.manager().count_evicted(report.freed);
+        self.pause();
+        report.duration = start.elapsed();
+        report
+    }
+
+    /// Forgets what lies off the device although no block uses it. Needs the turn.
+    pub(crate) fn drop_idle_copies(&self) {
+        if self.region.missing_bytes().is_zero() {
+            return;
+        }
+        let planned = self
+            .state
+            .lock()
+            .plan_drop(|runs| runs.iter().any(|run| !self.region.missing_within(*run).is_empty()));
+        let mut report = Report::new(ByteCount::ZERO);
+        match planned {
+            Ok(planned) => self.unmap(&planned, &mut report),
+            Err(error) => report.fail(error.into()),
+        }
+        if let Some(error) = report.error {
+            tracing::error!(%error, "cannot drop a copy that no block uses");
+        }
+    }
+
+    /// Unmaps granules that are leaving. What the device refuses is kept by the manager, with its lease, and asked for
+    /// again: the granule is gone all the same, and its place can be mapped anew once that is over.
+    fn unmap(&self, planned: &[GranuleId], report: &mut Report) {
+        for granule in planned {
+            let runs = self.state.lock().runs(*granule);
+            for run in runs.unwrap_or_default() {
+                match self.region.decommit_in_turn(run) {
+                    Ok(freed) => report.freed += freed,
+                    Err(error) => report.fail(error),
+                }
+            }
+            if let Err(error) = self.state.lock().gone(*granule) {
+                report.fail(error.into());
+            }
+        }
+    }
+}
+
+/// Whether it means that there is no memory now, and nothing worse.
+fn is_not_now(error: &MemoryError) -> bool {
+    matches!(error.kind(), ErrorKind::Lease | ErrorKind::OutOfMemory)
+        || matches!(error, MemoryError::Deadline { .. })
+}

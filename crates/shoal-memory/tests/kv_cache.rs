@@ -1,0 +1,477 @@
+//! A KV cache with memory behind it: growth, limits, reclaims, fences, threads, and a failure at every device call.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PAGE, WAIT, World, open, world, world_on};
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::blocks::BlockError;
+use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::prefix::{Found, Start};
+use shoal_core::kv::state::KvError;
+use shoal_core::protocol::LeaseKind;
+use shoal_device::device::DeviceKind;
+use shoal_device::{Device, DeviceError, FaultDevice, Stream};
+use shoal_memory::kv_cache::Attempt;
+use shoal_memory::{ErrorKind, KvCache, KvCacheSpec, MemoryError};
+
+const ALL: ByteCount = ByteCount(u64::MAX);
+
+fn group(name: &str, layers: u32, layer_kib: u32) -> GroupSpec {
+    let shape = BlockShape::State { elements: layer_kib << 10 };
+    GroupSpec { name: name.to_owned(), layers, shape, element_bytes: 1 }
+}
+
+fn spec(groups: Vec<GroupSpec>, order: PlaneOrder, mib: u64) -> KvCacheSpec {
+    let cache = CacheSpec { groups, order, bytes: ByteCount::mib(mib), granule_bytes_max: ByteCount::mib(8) };
+    KvCacheSpec::new("kv", cache)
+}
+
+/// Blocks of 512 KiB in two layers.
+fn cache(world: &World, mib: u64) -> KvCache {
+    world.manager.kv_cache(spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, mib)).expect("addresses")
+}
+
+fn alloc(cache: &KvCache, count: usize) -> Option<Vec<u32>> {
+    let mut ids = vec![u32::MAX; count];
+    cache.alloc(0, &mut ids).expect("the device works").then_some(ids)
+}
+
+/// Fills each piece of a block with a byte.
+fn write(cache: &KvCache, group: usize, block: u32, byte: u8) {
+    let layout = cache.layout(group).expect("a group");
+    for (at, bytes) in layout.pieces(block) {
+        let length = usize::try_from(bytes.0).expect("small");
+        cache.region().write(at, &vec![byte; length]).expect("it has memory");
+    }
+}
+
+fn holds(cache: &KvCache, group: usize, block: u32, byte: u8) -> bool {
+    let layout = cache.layout(group).expect("a group");
+    layout.pieces(block).all(|(at, bytes)| {
+        let mut read = vec![!byte; usize::try_from(bytes.0).expect("small")];
+        cache.region().read(at, &mut read).expect("it has memory");
+        read.iter().all(|found| *found == byte)
+    })
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + WAIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn check(world: &World, cache: &KvCache) {
+    cache.check_invariants().expect("invariants");
+    world.check();
+}
+
+#[test]
+fn blocks_of_every_layout_have_memory_of_their_own() {
+    for order in [PlaneOrder::BlockMajor, PlaneOrder::LayerMajor] {
+        let world = world(64, 64);
+        let groups = vec![group("full", 3, 100), group("window", 2, 64), group("state", 1, 3 << 10)];
+        let cache = world.manager.kv_cache(spec(groups, order, 40)).expect("addresses");
+        let _guard = world.manager.guard(WAIT).expect("nothing is missing");
+        let mut owned = Vec::new();
+        for (group, count) in [(0, 20), (1, 30), (2, 2)] {
+            let mut ids = vec![0_i64; count];
+            assert!(cache.alloc(group, &mut ids).expect("the device works"), "{order:?} {group}");
+            owned.extend(ids.into_iter().map(|id| (group, u32::try_from(id).expect("a block"))));
+        }
+        for (number, (group, block)) in owned.iter().enumerate() {
+            assert!(holds(&cache, *group, *block, 0), "new memory is zero");
+            write(&cache, *group, *block, u8::try_from(number + 1).expect("few"));
+        }
+        for (number, (group, block)) in owned.iter().enumerate() {
+            assert!(holds(&cache, *group, *block, u8::try_from(number + 1).expect("few")), "{order:?}");
+        }
+        check(&world, &cache);
+    }
+}
+
+#[test]
+fn not_now_is_an_answer_and_changes_nothing() {
+    let world = world(8, 64);
+    let cache = cache(&world, 64);
+    let ids = alloc(&cache, 12).expect("6 of 8 MiB");
+    let was = cache.usage();
+    assert_eq!(alloc(&cache, 8), None, "4 MiB more are not in the budget");
+    let now = cache.usage();
+    assert_eq!((now.live, now.mapped), (was.live, was.mapped));
+    assert_eq!(alloc(&cache, 4).map(|ids| ids.len()), Some(4));
+    cache.free(0, &ids).expect("owned");
+    assert_eq!(alloc(&cache, 12).map(|ids| ids.len()), Some(12), "without mapping");
+    check(&world, &cache);
+}
+
+#[test]
+fn refused_calls_change_nothing() {
+    let world = world(32, 64);
+    let cache = cache(&world, 32);
+    let ids = alloc(&cache, 6).expect("room");
+    let was = cache.usage();
+    let refused =
+        |result: Result<(), MemoryError>| matches!(result, Err(MemoryError::Kv(KvError::Blocks(_))));
+    assert!(refused(cache.free(0, &[ids[0], ids[1], ids[0]])), "named twice");
+    assert!(refused(cache.free(0, &[i64::from(ids[0]), -1])));
+    assert!(refused(cache.free(0, &[ids[0], 64])), "there are 64 blocks");
+    assert!(refused(cache.free(0, &[ids[0], 40])), "never allocated");
+    assert!(refused(cache.fork(0, &[ids[0], 40])));
+    assert!(matches!(
+        cache.free(1, &ids),
+        Err(MemoryError::Kv(KvError::UnknownGroup { group: 1, groups: 1 }))
+    ));
+    assert_eq!(cache.usage(), was);
+    cache.fork(0, &ids[..2]).expect("owned");
+    cache.free(0, &ids).expect("owned");
+    cache.free(0, &ids[..2]).expect("twice owned");
+    let again = cache.free(0, &ids[..1]).expect_err("a double free");
+    assert!(matches!(again, MemoryError::Kv(KvError::Blocks(BlockError::NotOwned { .. }))), "{again}");
+    assert_eq!((cache.usage().live, again.kind()), (ByteCount::ZERO, ErrorKind::Blocks));
+}
+
+#[test]
+fn memory_goes_back_when_it_is_empty_and_nothing_is_expected() {
+    let world = world(64, 64);
+    let cache = cache(&world, 64);
+    let ids = alloc(&cache, 40).expect("20 MiB");
+    cache.free(0, &ids[4..]).expect("owned");
+    assert!(world.device_used() >= ByteCount::mib(20), "it may come back");
+    until("what is empty goes", || world.device_used() <= ByteCount::mib(10));
+    let report = cache.trim(ALL).expect("no step runs");
+    assert!(report.error.is_none());
+    let usage = cache.usage();
+    assert_eq!((usage.live, usage.empty), (ByteCount::mib(2), ByteCount::ZERO));
+    cache.free(0, &ids[..4]).expect("owned");
+    until("all of it goes", || world.device_used().is_zero());
+    check(&world, &cache);
+}
+
+#[test]
+fn a_hint_maps_before_anybody_asks() {
+    let world = world(64, 64);
+    let cache = cache(&world, 64);
+    cache.hint(0, 16).expect("a group");
+    until("it is mapped", || cache.usage().groups[0].blocks.available >= 16);
+    let mut ids = [0_i32; 16];
+    assert_eq!(cache.try_alloc(0, &mut ids).expect("a group"), Attempt::Done);
+    let mut more = [0_i32; 60];
+    assert_eq!(cache.try_alloc(0, &mut more).expect("a group"), Attempt::Unmapped);
+    assert_eq!(cache.try_free(0, &ids).expect("owned"), Attempt::Done);
+    until("the step did not come", || world.device_used().is_zero());
+}
+
+#[test]
+fn a_limit_shrinks_by_itself_and_grows_back_exactly() {
+    let world = world(64, 64);
+    let cache = cache(&world, 32);
+    assert_eq!(cache.available(0).expect("a group"), 64);
+    let ids = alloc(&cache, 64).expect("all");
+    cache.set_limit(ByteCount::mib(8), Some(3)).expect("newer");
+    assert!(cache.set_limit(ByteCount::mib(32), Some(2)).is_err(), "a late word");
+    assert!(cache.set_limit(ByteCount::mib(320), Some(9)).is_err(), "above the reservation");
+    assert_eq!(alloc(&cache, 1), None);
+    cache.free(0, &ids[8..]).expect("owned");
+    until("it is under its limit", || cache.usage().mapped <= ByteCount::mib(8));
+    assert_eq!(cache.available(0).expect("a group"), 8);
+    assert_eq!(alloc(&cache, 9), None);
+    assert_eq!(alloc(&cache, 8).map(|ids| ids.len()), Some(8));
+    cache.set_limit(ByteCount::mib(32), Some(4)).expect("newer");
+    assert_eq!(cache.available(0).expect("a group"), 48);
+    assert_eq!(alloc(&cache, 48).map(|ids| ids.len()), Some(48));
+    assert_eq!(alloc(&cache, 1), None);
+    check(&world, &cache);
+}
+
+#[test]
+fn a_reclaim_takes_what_is_unused_first_and_contents_come_back() {
+    let world = world(16, 64);
+    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
+    spec.cache.granule_bytes_max = ByteCount::mib(2);
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    let ids = alloc(&cache, 16).expect("8 MiB");
+    {
+        let _guard = world.manager.guard(WAIT).expect("in");
+        ids.iter().zip(1_u8..).for_each(|(id, byte)| write(&cache, 0, *id, byte));
+    }
+    cache.free(0, &ids[4..]).expect("owned");
+    let report = world.manager.reclaim(ByteCount::mib(2), WAIT, "a test").expect("no step runs");
+    assert!(report.freed >= ByteCount::mib(2) && report.copied.is_zero(), "{report:?}");
+    let report = world.manager.reclaim(ALL, WAIT, "a test").expect("no step runs");
+    assert_eq!(report.copied, world.manager.usage().host);
+    assert!(world.device_used().is_zero());
+    // New blocks come together with what is on the host, or not at all.
+    let other = LeaseKind::Overhead;
+    let lease = world.manager.lease();
+    lease.acquire(other, ByteCount::mib(14), ByteCount::mib(14), WAIT, "").expect("free");
+    assert_eq!(alloc(&cache, 40), None);
+    lease.give_back(other, ByteCount::mib(14));
+    let more = alloc(&cache, 20).expect("12 of 16 MiB");
+    assert!(cache.region().missing_bytes().is_zero());
+    let _guard = world.manager.guard(WAIT).expect("in");
+    for (id, byte) in ids[..4].iter().zip(1_u8..) {
+        assert!(holds(&cache, 0, *id, byte), "block {id} came back wrong");
+    }
+    cache.free(0, &more).expect("owned");
+    check(&world, &cache);
+}
+
+#[test]
+fn what_became_empty_on_the_host_is_not_brought_back() {
+    let world = world(16, 64);
+    let cache = cache(&world, 64);
+    let ids = alloc(&cache, 16).expect("8 MiB");
+    world.manager.reclaim(ALL, WAIT, "a test").expect("no step runs");
+    assert_eq!(cache.region().missing_bytes(), ByteCount::mib(8));
+    cache.free(0, &ids).expect("owned");
+    let _guard = world.manager.guard(WAIT).expect("nothing is wanted");
+    assert!(world.device_used().is_zero());
+    check(&world, &cache);
+}
+
+/// A slow kernel on a stream of the engine's own that writes to a block, and holds nothing of it.
+#[test]
+fn memory_goes_only_after_the_newest_step() {
+    let world = world(64, 64);
+    if world.device.info().kind != DeviceKind::Sim {
+        return; // A GPU's host functions may not call the driver.
+    }
+    let cache = Arc::new(cache(&world, 64));
+    let engine = Stream::create(&world.device).expect("a stream");
+    let ids = alloc(&cache, 4).expect("2 MiB");
+    let go = Arc::new(AtomicBool::new(false));
+    let kernel = {
+        let (region, go) = (cache.region().clone(), Arc::clone(&go));
+        let at = cache.layout(0).expect("a group").pieces(ids[0]).next().expect("one").0;
+        move || {
+            while !go.load(Ordering::Acquire) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            region.write(at, &[7; 4096]).expect("mapped while the kernel runs");
+        }
+    };
+    engine.launch_host((), kernel).expect("launched");
+    cache.record_step_event(engine.record().expect("marked"));
+    cache.free(0, &ids).expect("owned");
+    assert!(
+        cache.try_alloc(0, &mut [0_u32; 4]).expect("a group") == Attempt::Done,
+        "the ids can be had at once"
+    );
+    cache.free(0, &ids).expect("owned");
+    thread::sleep(Duration::from_millis(300));
+    assert!(world.device_used() >= ByteCount::mib(2));
+    thread::sleep(Duration::from_millis(2500));
+    // Long after the demand has gone the kernel still holds everything up.
+    assert!(world.device_used() >= ByteCount::mib(2));
+    go.store(true, Ordering::Release);
+    until("the step has ended", || world.device_used().is_zero());
+    check(&world, &cache);
+}
+
+#[test]
+fn eight_threads_never_share_a_block_unasked() {
+    let world = world(64, 64);
+    let cache = Arc::new(cache(&world, 48));
+    let owners: Arc<Vec<AtomicU32>> = Arc::new((0..96).map(|_| AtomicU32::new(0)).collect());
+    let threads: Vec<_> = (1..=8_u32)
+        .map(|me| {
+            let (cache, owners) = (Arc::clone(&cache), Arc::clone(&owners));
+            thread::spawn(move || {
+                let mut seed = u64::from(me);
+                let mut held: Vec<u32> = Vec::new();
+                let mut done = 0;
+                for _ in 0..600 {
+                    seed =
+                        seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let count = usize::try_from(seed >> 33).expect("32 bits") % 12;
+                    if seed >> 63 == 0 {
+                        let mut ids = vec![0_u32; count];
+                        if cache.alloc(0, &mut ids).expect("the device works") {
+                            for id in &ids {
+                                let was = owners[*id as usize].swap(me, Ordering::AcqRel);
+                                assert_eq!(was, 0, "block {id} is another thread's");
+                            }
+                            held.extend(ids);
+                            done += count;
+                        }
+                    } else {
+                        let ids: Vec<u32> = held.drain(held.len().saturating_sub(count)..).collect();
+                        for id in &ids {
+                            assert_eq!(owners[*id as usize].swap(0, Ordering::AcqRel), me);
+                        }
+                        cache.free(0, &ids).expect("owned");
+                    }
+                }
+                for id in &held {
+                    owners[*id as usize].store(0, Ordering::Release);
+                }
+                cache.free(0, &held).expect("owned");
+                done
+            })
+        })
+        .collect();
+    let reclaims = {
+        let manager = Arc::clone(&world.manager);
+        thread::spawn(move || {
+            for _ in 0..20 {
+                manager.reclaim(ByteCount::mib(6), WAIT, "a test").expect("no step runs");
+                thread::sleep(Duration::from_millis(3));
+            }
+        })
+    };
+    let done: usize = threads.into_iter().map(|thread| thread.join().expect("no panic")).sum();
+    reclaims.join().expect("no panic");
+    assert!(done > 1000, "only {done} blocks were ever had");
+    assert_eq!(cache.usage().live, ByteCount::ZERO);
+    until("nothing is on its way", || cache.check_invariants().is_ok());
+    cache.trim(ALL).expect("no step runs");
+    check(&world, &cache);
+}
+
+#[test]
+fn a_cache_that_is_dropped_gives_everything_back() {
+    let world = world(32, 64);
+    let cache = cache(&world, 32);
+    alloc(&cache, 10).expect("room");
+    cache.hint(0, 30).expect("a group");
+    drop(cache);
+    until("its memory is back", || world.device_used().is_zero());
+    world.check();
+}
+
+/// The n-th device call of a growth, a shrink and a reclaim fails, for every n, as an error and as a full device.
+#[test]
+fn a_failure_at_any_device_call_leaves_everything_consistent() {
+    for is_full in [false, true] {
+        let mut failures = 0;
+        for n in 1..200_u64 {
+            let dir = tempfile::tempdir().expect("a directory");
+            let faults = FaultDevice::new(open(dir.path(), 64));
+            let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, 64);
+            let order = if n % 2 == 0 { PlaneOrder::LayerMajor } else { PlaneOrder::BlockMajor };
+            let mut spec = spec(vec![group("full", 2, 256)], order, 24);
+            // Its thread does nothing, so that which call is the n-th does not depend on time.
+            spec.spare_bytes_max = ByteCount::ZERO;
+            let cache = world.manager.kv_cache(spec).expect("addresses");
+            let kept = alloc(&cache, 5).expect("room");
+            kept.iter().zip(1_u8..).for_each(|(id, byte)| write(&cache, 0, *id, byte));
+            let device = world.device.info().id;
+            let mut left = n;
+            faults.fail_when(move |call| {
+                left = left.checked_sub(1)?;
+                let (free, capacity) = (ByteCount::ZERO, ByteCount(PAGE));
+                let injected = DeviceError::Injected { call: call.number, verb: call.verb };
+                let full = DeviceError::OutOfMemory { device, requested: call.bytes, free, capacity };
+                (left == 0).then_some(if is_full { full } else { injected })
+            });
+            let before = faults.injected();
+            let was = cache.usage();
+            let mut ids = [0_u32; 20];
+            match cache.alloc(0, &mut ids) {
+                Ok(true) => cache.free(0, &ids).expect("owned"),
+                Ok(false) => assert!(is_full, "a failure was taken for a lack of memory"),
+                Err(error) => assert!(matches!(error.kind(), ErrorKind::Device), "{error}"),
+            }
+            assert_eq!(cache.usage().live, was.live);
+            drop(cache.trim(ALL));
+            drop(world.manager.reclaim(ALL, WAIT, "a test"));
+            let failed = faults.injected() > before;
+            faults.heal();
+            until("nothing is on its way", || cache.check_invariants().is_ok());
+            // What could not be given back is asked for again by the next operation.
+            cache.trim(ALL).expect("the device works again");
+            assert!(cache.alloc(0, &mut ids).expect("the device works again"), "call {n}");
+            {
+                let _guard = world.manager.guard(WAIT).expect("in");
+                for (id, byte) in kept.iter().zip(1_u8..) {
+                    assert!(holds(&cache, 0, *id, byte), "block {id} is wrong after a failure at call {n}");
+                }
+            }
+            check(&world, &cache);
+            if !failed {
+                failures = n - 1;
+                break;
+            }
+        }
+        assert!(failures > 20, "only {failures} calls were ever failed");
+    }
+}
+
+/// Blocks of 512 KiB with one token each.
+fn tokens_cache(world: &World, mib: u64) -> KvCache {
+    let shape = BlockShape::Latent { tokens: 1, dim: 512 << 10 };
+    let group = GroupSpec { name: "full".to_owned(), layers: 1, shape, element_bytes: 1 };
+    let mut spec = spec(vec![group], PlaneOrder::BlockMajor, mib);
+    spec.cache.granule_bytes_max = ByteCount::mib(2);
+    world.manager.kv_cache(spec).expect("addresses")
+}
+
+#[test]
+fn cached_blocks_yield_before_anything_that_is_owned() {
+    let world = world(16, 64);
+    let cache = tokens_cache(&world, 64);
+    let tokens: Vec<u32> = (0..16).collect();
+    let ids = alloc(&cache, 16).expect("8 MiB");
+    {
+        let _guard = world.manager.guard(WAIT).expect("in");
+        ids.iter().zip(1_u8..).for_each(|(id, byte)| write(&cache, 0, *id, byte));
+    }
+    cache.seal(Start::Salt(b""), &tokens, &[&ids]).expect("owned");
+    cache.free(0, &ids).expect("owned");
+    let usage = cache.usage();
+    assert_eq!((usage.live, usage.cached), (ByteCount::ZERO, ByteCount::mib(8)));
+    let mut found = Found::default();
+    cache.find(b"", &tokens[..6], &mut found).expect("an index");
+    assert_eq!((found.tokens, found.groups[0].blocks.as_slice()), (6, &ids[..6]));
+    assert_eq!(world.manager.usage().kv_live, ByteCount::mib(4), "two granules are owned in part");
+
+    let report = world.manager.reclaim(ByteCount::mib(1), WAIT, "a test").expect("no step runs");
+    assert!(report.copied.is_zero(), "what is cached goes without a copy: {report:?}");
+    assert!(cache.usage().cached < ByteCount::mib(5), "{:?}", cache.usage());
+    // More blocks than there is memory for, but for what is cached.
+    let left = usize::try_from((ByteCount::mib(16) - cache.usage().live).0 >> 19).expect("small");
+    let more = alloc(&cache, left - 2).expect("what is cached is evicted");
+    assert!(cache.usage().cached <= ByteCount::mib(1));
+    let _guard = world.manager.guard(WAIT).expect("in");
+    for (id, byte) in found.groups[0].blocks.iter().zip(1_u8..) {
+        assert!(holds(&cache, 0, *id, byte), "block {id} was written by somebody else");
+    }
+    cache.free(0, &more).expect("owned");
+    check(&world, &cache);
+}
+
+#[test]
+fn a_lower_limit_evicts_what_is_only_cached() {
+    let world = world(64, 64);
+    let cache = tokens_cache(&world, 32);
+    let ids = alloc(&cache, 32).expect("16 MiB");
+    cache.seal(Start::Salt(b"tenant"), &(0..32).collect::<Vec<u32>>(), &[&ids]).expect("owned");
+    cache.free(0, &ids).expect("owned");
+    cache.set_limit(ByteCount::mib(4), None).expect("newer");
+    until("it is under its limit", || cache.usage().mapped <= ByteCount::mib(4));
+    let events = cache.events_since(0, 100).expect("an index").events.len();
+    assert!(events >= 32 + 24, "{events} events");
+    cache.forget_all().expect("an index");
+    until("nothing is kept", || cache.usage().mapped.is_zero());
+    check(&world, &cache);
+}
+
+#[test]
+fn one_group_grows_into_what_another_has_no_use_for() {
+    let world = world(64, 64);
+    let groups = vec![group("one", 1, 512), group("two", 1, 1024)];
+    let cache = world.manager.kv_cache(spec(groups, PlaneOrder::BlockMajor, 16)).expect("addresses");
+    let ids = alloc(&cache, 32).expect("all 16 MiB");
+    cache.free(0, &ids).expect("owned");
+    let mut others = [0_u32; 10];
+    assert!(cache.alloc(1, &mut others).expect("the device works"), "{:?}", cache.usage());
+    assert!(cache.usage().mapped <= ByteCount::mib(16));
+    check(&world, &cache);
+}
