@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,10 @@ class Overhead:
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Make the libraries load, on small tensors; count what they keep."""
-        with _alone(self._lock):
-            self._warm_up(dtype)
+        # On a thread that ends: torch keeps a cuBLAS handle, some 100 MiB, for each thread that needed one, and gives
+        # those of threads that ended to the next. Else this one's would lie idle beside the engine's.
+        with _alone(self._lock), ThreadPoolExecutor(max_workers=1, thread_name_prefix="warm-up") as executor:
+            executor.submit(self._warm_up, dtype).result()
 
     def _warm_up(self, dtype: torch.dtype) -> None:
         before = self._free()
@@ -129,7 +132,8 @@ class Overhead:
         return self._peak
 
     def release_cached(self) -> None:
-        """Give back what torch keeps of its pool without using it."""
+        """Give back what torch keeps of its pool without using it, cuBLAS's workspaces included."""
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
     def _free(self) -> int:
