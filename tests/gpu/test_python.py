@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +40,27 @@ def no_fault() -> Iterator[None]:
     """A fault of a kernel ends the context: the test that caused it must be the one that fails."""
     yield
     torch.cuda.synchronize()
+
+
+def test_weights_that_the_host_has_no_room_for_come_from_their_file(tmp_path: Path) -> None:
+    narrow = pattern(40 * MIB)
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"header" + narrow)
+    data = torch.frombuffer(bytearray(narrow), dtype=torch.bfloat16)
+    wide = data.float().view(torch.uint8)
+    mem = shoal.MemoryManager("cuda:0", device_budget="1GiB", host_budget="16MiB")
+    region, widened = mem.region("weights", len(narrow)), mem.region("widened", len(wide))
+    region.stage(0, narrow, shoal.SourcePiece(file, 6, len(narrow)))
+    widened.stage(0, wide.numpy(), shoal.SourcePiece(file, 6, len(wide), "bf16_to_f32"))
+    for one, expected in ((region, data.view(torch.uint8)), (widened, wide)):
+        one.seal()
+        view = st.tensor(one, 0, (len(expected),), torch.uint8)
+        assert one.usage()["source_only"] >= len(expected) - 16 * MIB
+        for _ in range(3):
+            with one.guard():
+                assert torch.equal(view.cpu(), expected)
+            assert one.sleep().copied == 0
+            assert mem.usage()["host"] <= 16 * MIB
 
 
 def test_staged_weights_come_up_by_a_guard_and_are_what_was_staged(mem: MemoryManager) -> None:
