@@ -1,9 +1,10 @@
 //! The index: sealing blocks, forgetting them, and what must hold in between.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::events::{EventBatch, EventKind, Events};
-use super::key::{BlockKey, block_key, engine_key, root_key};
+use super::key::{BlockKey, KeyState, block_key, engine_key, root_key};
 use super::nodes::{Content, Nodes};
 use super::options::{PrefixError, PrefixOptions};
 use super::{ENGINE_KEY_BYTES_MAX, NO_BLOCK, NO_NODE};
@@ -103,7 +104,7 @@ pub(super) enum Step {
 pub struct PrefixIndex {
     pub(super) options: PrefixOptions,
     pub(super) nodes: Nodes,
-    pub(super) by_key: HashMap<u128, u32>,
+    pub(super) by_key: HashMap<u128, u32, KeyState>,
     /// Roots by salt: of tokens, and of engines' keys.
     pub(super) roots: [HashMap<Box<[u8]>, u32>; 2],
     /// The salts of roots.
@@ -146,7 +147,7 @@ impl PrefixIndex {
         };
         Ok(Self {
             nodes: Nodes::new(stride, groups),
-            by_key: HashMap::new(),
+            by_key: HashMap::default(),
             roots: Default::default(),
             salts: HashMap::new(),
             groups: options.groups.iter().map(|group| blocks(group.blocks)).collect(),
@@ -238,22 +239,15 @@ impl PrefixIndex {
             _ => return Ok(()),
         };
         for (at, block) in tokens.chunks_exact(block_tokens).enumerate() {
-            node = if let Some(known) = self.path.get(at) {
-                *known
-            } else {
-                match self.step(node, block) {
-                    Step::Node(child) => child,
-                    Step::Missing(key) if self.nodes.len() < self.nodes_max => {
-                        let child = self.nodes.insert(key, node, Content::Tokens(block));
-                        self.by_key.insert(key, child);
-                        child
-                    }
-                    step => {
-                        self.refuse(step, full - at, sealed);
-                        break;
-                    }
-                }
+            let next = match self.path.get(at) {
+                Some(known) => Step::Node(*known),
+                None => self.grow(node, block),
             };
+            let Step::Node(child) = next else {
+                self.refuse(next, full - at, sealed);
+                break;
+            };
+            node = child;
             self.hold(node, at, blocks, sealed);
         }
         self.end(node, sealed);
@@ -415,6 +409,21 @@ impl PrefixIndex {
                 Step::Node(*node)
             }
             Some(_) => Step::Collision,
+        }
+    }
+
+    /// A new child of `parent` with these tokens, which has none with them yet.
+    fn grow(&mut self, parent: u32, tokens: &[u32]) -> Step {
+        let above = self.nodes.at(parent).key;
+        let key = block_key(self.options.seed, above, tokens, &mut self.scratch) & self.key_mask;
+        match self.by_key.entry(key) {
+            Entry::Occupied(_) => Step::Collision,
+            Entry::Vacant(_) if self.nodes.len() >= self.nodes_max => Step::Missing(key),
+            Entry::Vacant(place) => {
+                let child = self.nodes.insert(key, parent, Content::Tokens(tokens));
+                place.insert(child);
+                Step::Node(child)
+            }
         }
     }
 
