@@ -1,8 +1,10 @@
 """All models busy at once with 100, 75 and 50 % of the memory they need together.
 
-Closed-loop clients, equally many a model, for a fixed time. The ceiling is the same traffic with all the memory needed:
-what less memory costs is the ratio to it. Fairness is Jain's index over the tokens each model was given (1 = equal;
-R. Jain, D. Chiu, W. Hawe, 1984).
+Closed-loop clients, equally many a model, for a fixed time. The ceiling of tokens and first tokens is the same traffic
+with all the memory needed: what less memory costs is the ratio to it. Their peer is plain transformers with all models
+loaded in one process, which answers such prompts in batches of a model's clients. Beside the bytes moved stands what
+a memcpy of them takes here. Fairness is Jain's index over the tokens each model was given (1 = equal; R. Jain, D. Chiu,
+W. Hawe, 1984).
 """
 
 from __future__ import annotations
@@ -24,11 +26,17 @@ import httpx  # noqa: E402
 from tests.support import models  # noqa: E402
 from tests.support.server import Server, serve  # noqa: E402
 
+from benches.ceilings import memcpy_s, plain_tokens_per_s  # noqa: E402
 from benches.client import Timed, stream  # noqa: E402
-from benches.results import Row, percentile, save  # noqa: E402
+from benches.results import Row, of_samples, percentile, save  # noqa: E402
 
 NAMES = ["ash", "birch", "cedar"]
 KV_ROOM_BYTES = 8 << 20
+TOKENS = 32
+PROMPT = "# client {client}, turn {turn}\ndef work(items):\n    "
+PLAIN = "plain transformers"
+WHOLE = 100
+AGAINST_WHOLE = {"first token p50", "first token p99", "tokens a second"}
 
 
 @dataclass
@@ -38,13 +46,18 @@ class Run:
     seconds: float
     answers: dict[str, list[Timed]] = field(default_factory=lambda: defaultdict(list))
     moved_bytes: int = 0
+    wakes: int = 0
     evictions: int = 0
 
 
-def moved(server: Server) -> tuple[int, int]:
-    """Bytes copied to the device and evictions so far."""
-    state = server.state()["models"]
-    return sum(model["counts"]["restored"] for model in state), sum(model["counts"]["evictions"] for model in state)
+def moved(server: Server) -> tuple[int, int, int]:
+    """Bytes copied to the device, wakes and evictions so far."""
+    counts = [model["counts"] for model in server.state()["models"]]
+    return (
+        sum(count["restored"] for count in counts),
+        sum(count["wakes"] for count in counts),
+        sum(count["evictions"] for count in counts),
+    )
 
 
 def drive(server: Server, seconds: float, clients_per_model: int) -> Run:
@@ -59,8 +72,8 @@ def drive(server: Server, seconds: float, clients_per_model: int) -> Run:
             turn = 0
             while time.monotonic() < end:
                 turn += 1
-                prompt = f"# client {number}, turn {turn}\ndef work(items):\n    "
-                answer = stream(http, f"{server.url}/v1/completions", name, prompt, 32)
+                prompt = PROMPT.format(client=number, turn=turn)
+                answer = stream(http, f"{server.url}/v1/completions", name, prompt, TOKENS)
                 with lock:
                     run.answers[name].append(answer)
 
@@ -72,7 +85,7 @@ def drive(server: Server, seconds: float, clients_per_model: int) -> Run:
         thread.join()
     run.seconds = time.monotonic() - start
     after = moved(server)
-    run.moved_bytes, run.evictions = after[0] - before[0], after[1] - before[1]
+    run.moved_bytes, run.wakes, run.evictions = (now - then for now, then in zip(after, before, strict=True))
     return run
 
 
@@ -82,7 +95,7 @@ def jain(values: list[float]) -> float:
     return sum(values) ** 2 / squares if squares else 0.0
 
 
-def rows_of(case: str, run: Run) -> list[Row]:
+def rows_of(case: str, run: Run, memcpy_bytes_per_s: float) -> list[Row]:
     """Turn one stretch into rows."""
     every = [answer for answers in run.answers.values() for answer in answers]
     good = [answer for answer in every if answer.status == httpx.codes.OK]
@@ -93,6 +106,8 @@ def rows_of(case: str, run: Run) -> list[Row]:
         Row(case, "first token p99", percentile(first, 0.99), "s", "lower", samples=len(good)),
         Row(case, "tokens a second", sum(per_model) / run.seconds, "tokens/s", "higher", samples=len(good)),
         Row(case, "moved to the device", run.moved_bytes / 2**20, "MiB", "lower"),
+        Row(case, "a memcpy of what moved", run.moved_bytes / memcpy_bytes_per_s, "s", "lower"),
+        Row(case, "wakes", run.wakes, "count", "lower"),
         Row(case, "evictions", run.evictions, "count", "lower"),
         Row(case, "refused", len(every) - len(good), "requests", "lower", samples=len(every)),
         Row(case, "fairness", jain(per_model), "Jain index", "higher", ceiling=1.0),
@@ -116,8 +131,14 @@ def main() -> None:
         ]
         weights = sum((path / "model.safetensors").stat().st_size for path in paths.values())
         need = weights + len(NAMES) * KV_ROOM_BYTES
+        one = weights // len(NAMES)
+        copy = of_samples(f"memcpy of {one / 2**20:.0f} MiB", "time", memcpy_s(one), "s", "lower")
+        alone_s = max(1.0, options.seconds / 3)
+        prompt = PROMPT.format(client=0, turn=1)
+        alone = plain_tokens_per_s(list(paths.values()), prompt, options.clients, TOKENS, alone_s)
+        rows += [copy, Row(f"{PLAIN}, all models loaded", "tokens a second", alone, "tokens/s", "higher")]
         base: dict[str, float] = {}
-        for percent in options.percent:
+        for percent in sorted(options.percent, reverse=True):
             directory = home / f"at-{percent}"
             directory.mkdir()
             with serve(directory, models=tables, device_budget=need * percent // 100) as server:
@@ -127,10 +148,13 @@ def main() -> None:
                 run = drive(server, options.seconds, options.clients)
             if options.keep:
                 shutil.copytree(directory, options.keep / directory.name, ignore=shutil.ignore_patterns("*.sock"))
-            fresh = rows_of(f"{percent} % of {need >> 20} MiB", run)
+            fresh = rows_of(f"{percent} % of {need >> 20} MiB", run, one / copy.value)
+            if percent == WHOLE:
+                base = {row.metric: row.value for row in fresh if row.metric in AGAINST_WHOLE}
             for row in fresh:
-                if row.metric in {"first token p50", "first token p99", "tokens a second"}:
-                    row.ceiling = base.setdefault(row.metric, row.value)
+                row.ceiling = base.get(row.metric, row.ceiling)
+                if row.metric == "tokens a second":
+                    row.peer, row.peer_value = PLAIN, alone
             rows += fresh
     save("shelf_all_active", rows)
 

@@ -7,7 +7,6 @@ of a wake is a plain memcpy of the same bytes in the same run; the peer of `awak
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
 import tempfile
 import time
@@ -18,43 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
 from tests.support import models  # noqa: E402
-from tests.support.server import Server, serve, wait_until_up  # noqa: E402, F401
+from tests.support.server import Server, serve  # noqa: E402
 
+from benches.ceilings import memcpy_s, plain_first_token_s  # noqa: E402
 from benches.client import stream  # noqa: E402
 from benches.results import Row, of_samples, save  # noqa: E402
 
 PROMPT = "def main(argv):\n    "
-
-
-def memcpy_s(nbytes: int, repeats: int = 7) -> list[float]:
-    """Copy as many bytes between two touched buffers, as fast as this machine does it on one thread."""
-    source, target = ctypes.create_string_buffer(nbytes), ctypes.create_string_buffer(nbytes)
-    ctypes.memset(source, 1, nbytes)
-    ctypes.memset(target, 2, nbytes)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        ctypes.memmove(target, source, nbytes)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def plain_first_token_s(path: Path, repeats: int) -> list[float]:
-    """Plain transformers, model loaded: tokenise, prefill, one token."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.set_num_threads(2)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        ids = torch.tensor([tokenizer(PROMPT).input_ids])
-        with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
-        times.append(time.perf_counter() - start)
-    return times[2:]
 
 
 def first_token_s(server: Server, name: str, repeats: int, *, sleep: bool) -> list[float]:
@@ -86,9 +55,8 @@ def main() -> None:
         weights = (path / "model.safetensors").stat().st_size
         table: dict[str, object] = {"name": "model", "source": str(path), "dtype": "float32", "context": 512}
         copy = of_samples(f"memcpy of {weights >> 20} MiB", "time", memcpy_s(weights), "s", "lower")
-        plain = of_samples(
-            "plain transformers, loaded", "first token", plain_first_token_s(path, options.repeats), "s", "lower"
-        )
+        alone = plain_first_token_s(path, PROMPT, options.repeats)
+        plain = of_samples("plain transformers, loaded", "first token", alone, "s", "lower")
         rows += [copy, plain]
         for case, host in (("asleep in host memory", "4GiB"), ("asleep, only in its file", "2MiB")):
             start = time.perf_counter()
