@@ -353,6 +353,8 @@ impl Core {
         let weights = self.book.held(model.id, LeaseKind::Weights);
         match &model.life {
             Life::Waiting { .. } if model.starts == 0 => ModelStatus::Waiting,
+            // Nothing is started again by a server that is ending.
+            Life::Waiting { .. } | Life::Ending if self.stopping => ModelStatus::Stopped,
             Life::Waiting { .. } | Life::Ending => ModelStatus::Restarting,
             Life::Starting { .. } => ModelStatus::Starting,
             Life::Failed { .. } => ModelStatus::Failed,

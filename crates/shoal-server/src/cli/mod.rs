@@ -6,6 +6,7 @@
 
 mod client;
 mod doctor;
+mod log;
 mod orders;
 mod serve;
 

@@ -5,7 +5,6 @@
 //! answers under way may finish, and the workers go last.
 
 use std::fmt::Write as _;
-use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -39,33 +38,11 @@ pub(super) fn serve(file: Option<&Path>, check: bool, out: Out<'_>, errors: Out<
         }
         return Ok(());
     }
-    set_up_log()?;
+    super::log::set_up()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("shoal").build()?;
     let done = runtime.block_on(run(config, keys, out, errors));
     runtime.shutdown_timeout(SHUTDOWN_FAST_MAX);
     done
-}
-
-/// Words on standard error, or JSON for programs (`SHOAL_LOG_FORMAT=json`).
-fn set_up_log() -> Result<(), Failure> {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("SHOAL_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,shoal_server=info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Whoever embeds us may have set up a log of their own; theirs stays.
-    match std::env::var("SHOAL_LOG_FORMAT").as_deref() {
-        Ok("json") => {
-            let _ = log.json().flatten_event(true).try_init();
-        }
-        Err(_) | Ok("" | "text") => {
-            let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            let _ = log.with_ansi(colours).with_target(false).try_init();
-        }
-        Ok(other) => {
-            let message = format!("SHOAL_LOG_FORMAT is {other:?}; it may be text or json");
-            return Err(Failure { code: 2, message });
-        }
-    }
-    Ok(())
 }
 
 fn load(file: Option<&Path>, surroundings: &Surroundings, errors: Out<'_>) -> Result<ServerConfig, Failure> {
