@@ -66,6 +66,18 @@ async fn a_request_passes_unchanged_but_for_what_belongs_to_the_connection() {
 }
 
 #[tokio::test]
+async fn a_refusal_by_the_worker_passes_and_is_no_first_byte() {
+    let models = FakeModels::new();
+    let refuse = || async { (axum::http::StatusCode::BAD_REQUEST, r#"{"error":{"message":"no"}}"#) };
+    worker(&models, "worker", Router::new().route(CHAT, on_post(refuse)));
+    let server = start(Arc::clone(&models), "", false, settings()).await;
+    let (status, _, body) = whole(post(server.address, CHAT, for_model("chat", true)).await).await;
+    assert_eq!((status.as_u16(), body.as_ref()), (400, br#"{"error":{"message":"no"}}"#.as_slice()));
+    until("the route ends with its answer", || models.sink.ended.load(Ordering::SeqCst) == 1).await;
+    assert_eq!(models.sink.first_bytes.load(Ordering::SeqCst), 0, "it would look like a very fast model");
+}
+
+#[tokio::test]
 async fn a_stream_passes_byte_for_byte_as_it_comes() {
     let models = FakeModels::new();
     let (send, receive) = tokio::sync::mpsc::channel::<Bytes>(1);

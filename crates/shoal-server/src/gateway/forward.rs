@@ -154,6 +154,7 @@ impl Errand {
                         model: self.ask.model.clone(),
                         route,
                         asked: self.asked,
+                        is_answer: head.status.is_success(),
                         lanes: Arc::clone(&self.app.lanes),
                         metrics: Arc::clone(&self.app.metrics),
                     };

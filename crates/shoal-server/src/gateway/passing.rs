@@ -26,6 +26,8 @@ pub(crate) struct Journey {
     pub(crate) model: String,
     pub(crate) route: Route,
     pub(crate) asked: Instant,
+    /// The worker answered what was asked; a refusal says nothing of how fast a model is.
+    pub(crate) is_answer: bool,
     pub(crate) lanes: Arc<Lanes>,
     pub(crate) metrics: Arc<Metrics>,
 }
@@ -88,7 +90,7 @@ impl Passing {
     fn passed(&mut self, frame: &Frame<Bytes>) {
         let Some(data) = frame.data_ref().filter(|data| !data.is_empty()) else { return };
         if self.bytes_passed == 0
-            && let Some(journey) = &self.journey
+            && let Some(journey) = self.journey.as_ref().filter(|journey| journey.is_answer)
         {
             journey.route.first_byte();
             journey.metrics.first_byte(&journey.model, journey.route.was_asleep(), journey.asked.elapsed());
