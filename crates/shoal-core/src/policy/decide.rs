@@ -191,7 +191,9 @@ impl Decision<'_> {
             .collect();
         wanted.sort_by_key(|model| (model.wanting_since_ms, model.id));
         for model in wanted {
-            let bytes = model.weights_total.saturating_sub(model.weights_held);
+            // What was ordered away and is not gone yet will be missing too. An order takes unused KV first.
+            let leaving = model.ordered.saturating_sub(model.kv_held.saturating_sub(model.kv_live));
+            let bytes = model.weights_total.saturating_sub(model.weights_held.saturating_sub(leaving));
             let reason = reason::restore(model, bytes);
             self.act(Action::Restore { model: model.id, bytes, reason });
         }

@@ -164,6 +164,20 @@ fn a_model_in_its_turn_may_grow_while_others_wait() {
 }
 
 #[test]
+fn a_wake_counts_what_was_ordered_away_as_missing() {
+    let mut asked_again = model(0, "chat", 60, 60);
+    (asked_again.up, asked_again.parked) = (false, 1);
+    (asked_again.kv_held, asked_again.kv_live, asked_again.ordered) = (MIB(6), MIB(2), MIB(24));
+    let plan = plan(&shelf(100, vec![asked_again], vec![]), 10);
+    assert!(
+        matches!(&plan.actions[..], [Action::Restore { bytes, reason, .. }]
+            if *bytes == MIB(20) && reason == "1 request waits for chat; 20 MiB of its 60 MiB are missing"),
+        "{}",
+        reasons(&plan)
+    );
+}
+
+#[test]
 fn what_is_ordered_is_not_ordered_twice() {
     let mut idle = model(1, "idle", 80, 80);
     idle.ordered = MIB(40);
