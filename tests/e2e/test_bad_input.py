@@ -14,6 +14,8 @@ import httpx
 import pytest
 from tests.support.server import Server, environment, free_port, serve, write_config
 
+from shoal.demo.shelf import MODELS
+
 # Even root may then write only what its permissions say: drop CAP_DAC_OVERRIDE for good (PR_CAPBSET_DROP), then go on.
 MORTAL = """
 import ctypes, os, sys
@@ -60,6 +62,25 @@ def test_configuration(tmp_path: Path, model_tables: list[dict[str, object]]) ->
     assert "much" in said
     said = refused_file(tmp_path, tmp_path / "nowhere.toml")
     assert "nowhere.toml" in said
+
+
+def test_models_of_the_demo_are_known_before_anything_starts(tmp_path: Path) -> None:
+    """A name that the demo does not have is told with those it has; one that it has is not prepared here."""
+    models: list[dict[str, object]] = [{"name": "poem", "source": "demo:poem"}]
+    models += [{"name": name, "source": f"demo:{name}"} for name in MODELS]
+    config = write_config(tmp_path, {"device": "sim"}, models)
+    run = subprocess.run(
+        [sys.executable, "-m", "shoal", "serve", "--check", str(config)],
+        env=environment(tmp_path) | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert f'the demo has no model "poem"; it has {", ".join(MODELS)}' in run.stderr
+    for name in MODELS:
+        assert f'the demo\'s model "{name}" is not prepared yet' in run.stderr
 
 
 def test_port_in_use(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -16,11 +16,41 @@ use super::{DeviceChoice, Engine, ModelConfig};
 /// The longest header that is read, as in the safetensors library.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 const FLOATS: [&str; 4] = ["F64", "F32", "F16", "BF16"];
+/// What `shoal.demo` can make.
+const DEMO_MODELS: [&str; 3] = ["chat", "documents", "code"];
+
+/// Where a model of the demo lies, of the newest recipe there is; none where it is not prepared.
+fn prepared_demo(name: &str, cache: &Path) -> Option<PathBuf> {
+    let recipe = |path: &PathBuf| {
+        path.file_name()?.to_str()?.strip_prefix(name)?.strip_prefix('-')?.parse::<u32>().ok()
+    };
+    let entries = std::fs::read_dir(cache.join("models/demo")).ok()?;
+    let found = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| recipe(path).is_some());
+    found.filter(|path| path.join("shoal-demo.json").is_file()).max_by_key(recipe)
+}
 
 /// Why `model` cannot be served by a device with this budget (in bytes), as far as its directory shows; none where it can
 /// be, or where nothing is known (a hub id, a directory whose files cannot be read).
-pub(super) fn unservable(model: &ModelConfig, device: DeviceChoice, budget: ByteCount) -> Option<String> {
-    let (name, directory) = (&model.name, Path::new(&model.source));
+pub(super) fn unservable(
+    model: &ModelConfig,
+    device: DeviceChoice,
+    budget: ByteCount,
+    cache: &Path,
+) -> Option<String> {
+    let (name, mut directory) = (&model.name, PathBuf::from(&model.source));
+    if let Some(demo) = model.source.strip_prefix("demo:") {
+        if !DEMO_MODELS.contains(&demo) {
+            let known = DEMO_MODELS.join(", ");
+            return Some(format!("model {name:?} will fail: the demo has no model {demo:?}; it has {known}"));
+        }
+        let Some(prepared) = prepared_demo(demo, cache) else {
+            return Some(format!(
+                "model {name:?} will fail: the demo's model {demo:?} is not prepared yet; run `python -m shoal.demo \
+                 prepare {demo}` (`make models` in a clone)"
+            ));
+        };
+        directory = prepared;
+    }
     if !directory.is_absolute() {
         return None;
     }
@@ -33,7 +63,7 @@ pub(super) fn unservable(model: &ModelConfig, device: DeviceChoice, budget: Byte
     if !directory.is_dir() {
         return Some(format!("model {name:?} will fail: {} is a file, not a directory", model.source));
     }
-    let weights = weights_bytes(directory, model.dtype.as_deref(), matches!(device, DeviceChoice::Cuda(_)))?;
+    let weights = weights_bytes(&directory, model.dtype.as_deref(), matches!(device, DeviceChoice::Cuda(_)))?;
     let (what, allowed) = match model.max {
         Some(max) if max < budget => ("its max", max),
         _ => ("device_budget", budget),
@@ -150,6 +180,21 @@ mod tests {
         assert_eq!(of(Some("bfloat16"), false), Some(2048 + 16));
         assert_eq!(of(Some("float32"), true), Some(4096 + 16));
         assert_eq!(of(None, true), Some(2048 + 16), "the least it may need");
+    }
+
+    #[test]
+    fn models_of_the_demo_are_known_by_name_and_found_where_they_are_made() {
+        let cache = tempfile::tempdir().expect("a directory");
+        for made in ["chat-2", "chat-10", "chat-11", "chat-10.partial"] {
+            std::fs::create_dir_all(cache.path().join("models/demo").join(made)).expect("made");
+        }
+        assert_eq!(prepared_demo("chat", cache.path()), None, "no manifest: not made to its end");
+        for made in ["chat-2", "chat-10", "chat-10.partial"] {
+            std::fs::write(cache.path().join("models/demo").join(made).join("shoal-demo.json"), "{}")
+                .expect("written");
+        }
+        assert_eq!(prepared_demo("chat", cache.path()), Some(cache.path().join("models/demo/chat-10")));
+        assert_eq!(prepared_demo("code", cache.path()), None);
     }
 
     #[test]

@@ -87,8 +87,9 @@ impl ShoalFile {
             self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
         // The others can be served, so this is no reason to serve none.
         let device = gpu.map_or(DeviceChoice::Sim, |(ordinal, _)| DeviceChoice::Cuda(ordinal));
+        let cache_dir = surroundings.cache_home.join("shoal");
         let unservable: Vec<String> =
-            models.iter().filter_map(|model| unservable(model, device, device_budget)).collect();
+            models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
         if !problems.is_empty() {
             problems.sort_by_key(|problem| (problem.line, problem.column));
             return Err(problems);
@@ -113,7 +114,7 @@ impl ShoalFile {
             runtime_dir: surroundings.runtime_dir.clone(),
             log_dir: state_dir.join("logs"),
             state_dir,
-            cache_dir: surroundings.cache_home.join("shoal"),
+            cache_dir,
             python: surroundings.python.clone(),
             limits: Limits {
                 request_bytes_max: server.request_bytes_max.unwrap_or(defaults.request_bytes_max),
