@@ -44,6 +44,9 @@ def main() -> int:
         run(*pip, *ahead(str(python), torch), *torch)
         print("Installing what requirements/dev.txt names", flush=True)
         run(*pip, "--requirement", str(REQUIREMENTS / "dev.txt"))
+    except ValueError as error:
+        print(f"Stopped: {error}", file=sys.stderr)
+        return 1
     except subprocess.CalledProcessError as error:
         print(f"Stopped: {' '.join(map(str, error.cmd))} failed; its message is above.", file=sys.stderr)
         return 1
@@ -52,9 +55,11 @@ def main() -> int:
 
 
 def torch_from(place: str | None) -> list[str]:
-    """Return the options that make pip take torch from ``place``."""
+    """Return the options that make pip take torch from ``place``; ValueError where that is no place."""
     if not place:
         return []
+    if "://" not in place and not Path(place).is_dir():
+        raise ValueError(f"SHOAL_TORCH_INDEX is {place}, which is neither a folder nor an address")
     return ["--find-links", place] if Path(place).is_dir() else ["--index-url", place]
 
 

@@ -143,6 +143,17 @@ def folder_with_torch() -> str | None:
     return None
 
 
+def check_torch_index(findings: Findings) -> None:
+    place = os.environ.get("SHOAL_TORCH_INDEX")
+    if place:
+        findings.check(
+            "://" in place or Path(place).is_dir(),
+            f"SHOAL_TORCH_INDEX ({place})",
+            "it is neither a folder nor an address: name a folder with torch's wheels, or an index such as\n"
+            "            https://download.pytorch.org/whl/cpu",
+        )
+
+
 def pending(purpose: str) -> list[tuple[str, float, int, int]]:
     """Return what is still to do: a label, bytes on disk, bytes to download, seconds of work."""
     todo = []  # type: list[tuple[str, float, int, int]]
@@ -197,6 +208,7 @@ def main() -> int:
     findings.check(sys.platform == "linux", f"Linux on {platform.machine()}", "Shoal runs on Linux only")
     check_python(findings)
     check_rust(findings)
+    check_torch_index(findings)
     todo = pending(purpose)
     check_room(findings, todo)
     if findings.problems:

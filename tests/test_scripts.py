@@ -40,6 +40,27 @@ def test_preflight_names_the_remedy_for_what_is_missing(tmp_path: Path) -> None:
     assert "sudo apt-get install build-essential" in said.stdout
 
 
+def test_preflight_refuses_a_place_for_torch_that_is_none(tmp_path: Path) -> None:
+    said = preflight("test", PATH=str(tmp_path), HOME=str(tmp_path), SHOAL_TORCH_INDEX=str(tmp_path / "nowhere"))
+    assert said.returncode == 1
+    assert f"MISSING SHOAL_TORCH_INDEX ({tmp_path / 'nowhere'})" in said.stdout
+    assert "neither a folder nor an address" in said.stdout
+    for place in (str(tmp_path), "https://example.org/cpu"):
+        said = preflight("test", PATH=str(tmp_path), HOME=str(tmp_path), SHOAL_TORCH_INDEX=place)
+        assert f"ok      SHOAL_TORCH_INDEX ({place})" in said.stdout
+
+
+def test_gpu_tests_say_that_they_need_one(tmp_path: Path) -> None:
+    for name in ("sh", "dirname"):
+        (tmp_path / name).symlink_to(Path("/usr/bin") / name)
+    command = ["/bin/sh", str(ROOT / "tests/gpu/run.sh"), "vmm"]
+    environment = {"PATH": str(tmp_path), "OUT": str(tmp_path / "results")}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 1
+    assert "need an NVIDIA GPU" in said.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_preflight_refuses_an_old_compiler(tmp_path: Path) -> None:
     for name in ("rustc", "cargo", "cc"):
         program = tmp_path / name
@@ -105,6 +126,8 @@ def test_environment_takes_torch_from_where_it_is_told(tmp_path: Path) -> None:
     assert environment.torch_from("") == []
     assert environment.torch_from("https://example.org/cpu") == ["--index-url", "https://example.org/cpu"]
     assert environment.torch_from(str(tmp_path)) == ["--find-links", str(tmp_path)]
+    with pytest.raises(ValueError, match="neither a folder nor an address"):
+        environment.torch_from(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(

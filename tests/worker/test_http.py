@@ -260,7 +260,7 @@ BAD = [
         "unsupported_parameter",
         "not for a client",
     ),
-    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "'tools'"),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "no functions"),
     (
         CHAT,
         {"messages": HELLO, "response_format": {"type": "json_object"}},

@@ -50,6 +50,17 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
 }
+_PLAIN_TEXT = "its answers are plain text"
+_NO_TOOLS = f"{_PLAIN_TEXT} and name no functions to call; leave it out"
+_INSTEAD = {
+    "tools": _NO_TOOLS,
+    "tool_choice": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "response_format": f"{_PLAIN_TEXT}, bound to no form",
+    "modalities": _PLAIN_TEXT,
+    "audio": _PLAIN_TEXT,
+}
 _TEXT_ONLY = frozenset({"prompt", "best_of"})
 _STOPS_MAX = 16
 _CHOICES_MAX = 128
@@ -128,7 +139,7 @@ def _refuse_unsupported(body: Mapping[str, Any], known: frozenset[str] | set[str
         if name not in _UNSUPPORTED:
             raise ApiError(f"Unrecognized request argument supplied: {name}", param=name, code="unknown_parameter")
         if not any(value == harmless and type(value) is type(harmless) for harmless in _UNSUPPORTED[name]):
-            raise unsupported(name, None)
+            raise unsupported(name, _INSTEAD.get(name))
 
 
 def unsupported(name: str, instead: str | None) -> ApiError:
