@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -99,3 +101,33 @@ def test_a_host_budget_smaller_than_the_weights(tmp_path: Path, model_tables: li
         assert first == {name: server.complete(name, "x = ", 8) for name in names}
         state = server.state()
         assert sum(model["bytes"]["host"] for model in state["models"]) <= 16 << 20
+
+
+def test_host_memory_goes_where_the_weights_are(tmp_path: Path) -> None:
+    """A large model beside small ones has all its weights in host memory, in a budget whose third is too small for it."""
+    made = {"big": models.make_llama(tmp_path / "big", seed=0, hidden=512)}
+    made |= {name: models.make_llama(tmp_path / name, seed=1, layers=1, hidden=64) for name in ("small", "tiny")}
+    tables: list[dict[str, object]] = [
+        {"name": name, "source": str(path), "dtype": "float32", "context": 512} for name, path in made.items()
+    ]
+    weights = (made["big"] / "model.safetensors").stat().st_size
+    with serve(tmp_path, models=tables, device_budget="256MiB", host_budget=weights + (64 << 20)) as server:
+        for name in made:
+            server.wait_for(name, "asleep")
+        until(lambda: server.model("big")["bytes"]["host"] >= weights, 5, "the big model says where its bytes are")
+        state = server.state()
+        assert weights > (weights + (64 << 20)) // 3, "an even split would do: nothing is tested"
+        assert [model["bytes"]["source_only"] for model in state["models"]] == [0, 0, 0], state["models"]
+        shares = {model["name"]: model["lease"]["host"] for model in state["models"]}
+        assert sum(shares.values()) <= weights + (64 << 20), shares
+        for model in state["models"]:
+            assert 0 < model["bytes"]["host"] <= shares[model["name"]], model
+        answer = server.complete("big", "x = ", 8)
+        assert server.order("big", "sleep").status_code == 200
+        assert server.complete("big", "x = ", 8) == answer
+        # A worker that is started again gets as much as the one before.
+        os.kill(server.workers()["big"], signal.SIGKILL)
+        until(lambda: server.model("big")["starts"] == 2, 30, "another worker starts")
+        server.wait_for("big", "asleep")
+        assert server.model("big")["lease"]["host"] >= weights
+        assert server.complete("big", "x = ", 8) == answer

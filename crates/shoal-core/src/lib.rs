@@ -15,6 +15,7 @@
 //! | [`source`] | files that bytes can be read from again |
 //! | [`kv`] | KV blocks: who owns them, which memory they need, what comes and goes |
 //! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
+//! | [`shares`] | how a budget that nobody gives back is divided |
 //! | [`policy`] | who gives bytes up for whom, each with its reason |
 //! | [`protocol`] | what a worker and the server say to each other on the control socket |
 
@@ -30,6 +31,7 @@ pub mod page_table;
 pub mod policy;
 pub mod protocol;
 pub mod residency;
+pub mod shares;
 pub mod slabs;
 pub mod source;
 pub mod tier;

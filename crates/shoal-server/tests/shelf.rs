@@ -16,20 +16,9 @@ fn model(name: &str, args: &[&str]) -> ModelConfig {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
     let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
     ModelConfig {
-        name: name.to_owned(),
-        source: "/none".to_owned(),
-        revision: None,
         engine: Engine::Command,
-        python: None,
-        env: BTreeMap::new(),
         args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
-        dtype: None,
-        context: None,
-        pin: false,
-        min: None,
-        max: None,
-        priority: 0,
-        keep_alive_s: None,
+        ..ModelConfig::new(name, "/none")
     }
 }
 

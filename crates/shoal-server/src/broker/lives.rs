@@ -2,8 +2,10 @@
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::protocol::{FromServer, LeaseKind, VERSION, WorkerCapabilities};
+use shoal_core::shares::fair_shares;
 use tokio::sync::mpsc;
 
+use super::record::host_need;
 use super::{Core, Life, Record, STARTING_MAX};
 use crate::state::EventKind;
 use crate::supervisor::Exit;
@@ -94,6 +96,7 @@ impl Core {
     ) -> Result<Greeting, String> {
         let place = *self.by_name.get(name).ok_or_else(|| format!("there is no model {name:?}"))?;
         let config = self.config.clone();
+        let share = self.share_host(place);
         let model = &mut self.models[place];
         if model.pid != Some(pid) {
             return Err(format!("process {pid} was not started for model {name:?}"));
@@ -113,16 +116,37 @@ impl Core {
             }),
             device: config.device.to_string(),
             device_bytes: config.device_budget,
-            host_budget: model.host_budget,
+            host_budget: share,
             data_socket: model.socket.to_string_lossy().into_owned(),
         };
         if connection.try_send(welcome).is_err() {
             return Err("its connection closed at once".to_owned());
         }
         model.connection = Some(connection);
+        model.host_share = share;
         model.life = Life::Starting { heard_ms: now_ms, greeted: true };
         self.settle(now_ms);
         Ok(Greeting { place, pid })
+    }
+
+    /// Host bytes for a worker that starts: what it needs where that fits, else as much as the others that lack some. A
+    /// share is its worker's until that ends, so what was given away before is not given again (I1).
+    fn share_host(&self, place: usize) -> ByteCount {
+        let is_lost = |model: &Record| matches!(model.life, Life::Failed { permanent: true, .. });
+        let needs: Vec<_> = self
+            .models
+            .iter()
+            .map(|model| if is_lost(model) { Some(model.host_share) } else { model.host_need })
+            .collect();
+        let given: ByteCount = self
+            .models
+            .iter()
+            .enumerate()
+            .filter(|(other, _)| *other != place)
+            .map(|(_, model)| model.host_share)
+            .sum();
+        let shares = fair_shares(self.config.host_budget, &needs);
+        shares[place].min(self.config.host_budget.saturating_sub(given))
     }
 
     pub(super) fn ready(&mut self, place: usize, capabilities: WorkerCapabilities, now_ms: u64) {
@@ -136,6 +160,7 @@ impl Core {
         let needed = weights + kv + overhead;
         let pid = model.pid.unwrap_or_default();
         model.weights_total = capabilities.weights_bytes;
+        model.host_need = Some(host_need(capabilities.weights_bytes));
         model.capabilities = Some(capabilities);
         model.progress = None;
         let (what, allowed) = match model.config.max {

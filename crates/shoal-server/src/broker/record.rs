@@ -15,6 +15,9 @@ use crate::config::{Engine, ModelConfig, ServerConfig};
 use crate::state::{LatencySnapshot, ModelStatus};
 use crate::supervisor::Backoff;
 
+/// What a worker's copies need beside the weights' own bytes: the scratch of its transfers, the ends of extents.
+const HOST_SPARE: ByteCount = ByteCount::mib(16);
+const HOST_SPARE_PART: u64 = 64;
 /// How many times a distribution keeps.
 const LATENCIES_KEPT: usize = 512;
 
@@ -80,6 +83,11 @@ impl Latencies {
     }
 }
 
+/// Host bytes that a worker needs so that none of its weights have to be read from their files again.
+pub(crate) fn host_need(weights: ByteCount) -> ByteCount {
+    weights.round_up_to(PAGE_BYTES) + ByteCount(weights.0 / HOST_SPARE_PART) + HOST_SPARE
+}
+
 /// One model.
 #[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
 #[derive(Debug)]
@@ -89,7 +97,10 @@ pub(crate) struct Record {
     pub(crate) config: ModelConfig,
     pub(crate) socket: PathBuf,
     pub(crate) log: PathBuf,
-    pub(crate) host_budget: ByteCount,
+    /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
+    pub(crate) host_need: Option<ByteCount>,
+    /// Host bytes that its present process may use.
+    pub(crate) host_share: ByteCount,
     pub(crate) pinned: bool,
     /// It is being brought back because it was pinned; dropped when that is no longer wanted.
     pub(crate) pin_wake: Option<oneshot::Sender<()>>,
@@ -157,7 +168,8 @@ impl Record {
             name: model.name.clone(),
             socket: config.runtime_dir.join(format!("worker-{place}.sock")),
             log: config.log_dir.join(format!("{}.log", model.name)),
-            host_budget: ByteCount(config.host_budget.0 / config.models.len().max(1) as u64),
+            host_need: model.weights.map(host_need),
+            host_share: ByteCount::ZERO,
             pinned: model.pin,
             pin_wake: None,
             life: Life::Waiting { at_ms: 0, reason: "the server starts".to_owned() },
@@ -259,6 +271,7 @@ impl Record {
     /// Forgets what belonged to one process.
     pub(crate) fn forget_process(&mut self) {
         self.connection = None;
+        self.host_share = ByteCount::ZERO;
         self.counts.tokens_before += self.usage.tokens_out;
         self.usage = WorkerUsage { weights_total: self.usage.weights_total, ..WorkerUsage::default() };
         self.loaded = false;

@@ -84,6 +84,7 @@ impl Core {
                 overhead: held(LeaseKind::Overhead),
                 total: self.book.total(model.id),
                 reclaiming: model.ordered(),
+                host: model.host_share,
             },
             pinned: model.pinned,
             priority: model.config.priority,

@@ -160,6 +160,32 @@ pub struct ModelConfig {
     pub priority: i32,
     /// Put to sleep after so many idle seconds; by default only when another model needs the memory.
     pub keep_alive_s: Option<u64>,
+    /// What its weights take, where the headers of its files tell before any worker starts.
+    pub weights: Option<ByteCount>,
+}
+
+impl ModelConfig {
+    /// A model of which only this much is said.
+    #[must_use]
+    pub fn new(name: impl Into<String>, source: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            source: source.into(),
+            revision: None,
+            engine: Engine::default(),
+            python: None,
+            env: BTreeMap::new(),
+            args: Vec::new(),
+            dtype: None,
+            context: None,
+            pin: false,
+            min: None,
+            max: None,
+            priority: 0,
+            keep_alive_s: None,
+            weights: None,
+        }
+    }
 }
 
 /// What runs a model.

@@ -37,23 +37,22 @@ pub(super) fn unservable(
     budget: ByteCount,
     cache: &Path,
 ) -> Option<String> {
-    let (name, mut directory) = (&model.name, PathBuf::from(&model.source));
+    let name = &model.name;
+    let directory = files_of(model, cache);
     if let Some(demo) = model.source.strip_prefix("demo:") {
         if !DEMO_MODELS.contains(&demo) {
             let known = DEMO_MODELS.join(", ");
             return Some(format!("model {name:?} will fail: the demo has no model {demo:?}; it has {known}"));
         }
-        let Some(prepared) = prepared_demo(demo, cache) else {
+        if directory.is_none() {
             return Some(format!(
                 "model {name:?} will fail: the demo's model {demo:?} is not prepared yet; run `python -m shoal.demo \
                  prepare {demo}` (`make models` in a clone)"
             ));
-        };
-        directory = prepared;
+        }
     }
-    if !directory.is_absolute() {
-        return None;
-    }
+    // What is still to be downloaded says nothing yet.
+    let directory = directory?;
     if !directory.exists() {
         return Some(format!("model {name:?} will fail: there is no {}", model.source));
     }
@@ -63,7 +62,7 @@ pub(super) fn unservable(
     if !directory.is_dir() {
         return Some(format!("model {name:?} will fail: {} is a file, not a directory", model.source));
     }
-    let weights = weights_bytes(&directory, model.dtype.as_deref(), matches!(device, DeviceChoice::Cuda(_)))?;
+    let weights = weights_of(model, device, cache)?;
     let (what, allowed) = match model.max {
         Some(max) if max < budget => ("its max", max),
         _ => ("device_budget", budget),
@@ -74,6 +73,36 @@ pub(super) fn unservable(
              ({allowed})",
             weights.0, allowed.0
         )
+    })
+}
+
+/// What the model's weights take, as far as the headers of its files show now; none where they cannot be read (yet).
+pub(super) fn weights_of(model: &ModelConfig, device: DeviceChoice, cache: &Path) -> Option<ByteCount> {
+    if model.engine != Engine::Transformers {
+        return None;
+    }
+    weights_bytes(&files_of(model, cache)?, model.dtype.as_deref(), matches!(device, DeviceChoice::Cuda(_)))
+}
+
+/// Where the model's files lie: its directory (which may not exist), or what is in a cache of a demo's or a hub's model;
+/// none where nothing is there yet. `shoal.sources` decides when the worker starts; this is what it will find, as a rule.
+fn files_of(model: &ModelConfig, cache: &Path) -> Option<PathBuf> {
+    if Path::new(&model.source).is_absolute() {
+        return Some(PathBuf::from(&model.source));
+    }
+    if let Some(demo) = model.source.strip_prefix("demo:") {
+        return prepared_demo(demo, cache);
+    }
+    let (repo, own_revision) = model.source.split_once('@').unwrap_or((&model.source, "main"));
+    let revision = model.revision.as_deref().unwrap_or(own_revision);
+    let repo = repo.replace('/', "--");
+    // Ours, and the one that the hub's own client keeps beside it.
+    let others = cache.parent()?.join("huggingface/hub").join(format!("models--{repo}"));
+    let places = [(cache.join("models/hub").join(repo), ""), (others, "snapshots")];
+    places.into_iter().find_map(|(root, below)| {
+        let named = std::fs::read_to_string(root.join("refs").join(revision)).ok();
+        let commit = named.as_deref().map_or(revision, str::trim);
+        Some(root.join(below).join(commit)).filter(|path| path.is_dir())
     })
 }
 
@@ -195,6 +224,33 @@ mod tests {
         }
         assert_eq!(prepared_demo("chat", cache.path()), Some(cache.path().join("models/demo/chat-10")));
         assert_eq!(prepared_demo("code", cache.path()), None);
+    }
+
+    #[test]
+    fn models_of_a_hub_are_found_in_either_cache() {
+        let root = tempfile::tempdir().expect("a directory");
+        let cache = root.path().join("shoal");
+        let model = |source: &str, revision: Option<&str>| ModelConfig {
+            revision: revision.map(str::to_owned),
+            ..ModelConfig::new("a", source)
+        };
+        let weights = |model: &ModelConfig| weights_of(model, DeviceChoice::Sim, &cache).map(|bytes| bytes.0);
+        assert_eq!(weights(&model("org/a", None)), None);
+        for (files, refs) in [
+            ("shoal/models/hub/org--a/c0ffee", "shoal/models/hub/org--a/refs/main"),
+            ("huggingface/hub/models--org--b/snapshots/c0ffee", "huggingface/hub/models--org--b/refs/v1"),
+        ] {
+            let (files, refs) = (root.path().join(files), root.path().join(refs));
+            std::fs::create_dir_all(&files).expect("made");
+            std::fs::create_dir_all(refs.parent().expect("one")).expect("made");
+            std::fs::write(refs, "c0ffee\n").expect("written");
+            write(&files.join("model.safetensors"), HEADER);
+        }
+        assert_eq!(weights(&model("org/a", None)), Some(4112));
+        assert_eq!(weights(&model("org/a@c0ffee", None)), Some(4112));
+        assert_eq!(weights(&model("org/b", None)), None, "of another revision");
+        assert_eq!(weights(&model("org/b@v1", None)), Some(4112));
+        assert_eq!(weights(&model("org/b", Some("v1"))), Some(4112));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use shoal_core::bytes::ByteCount;
 
 use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
-use super::models::unservable;
+use super::models::{unservable, weights_of};
 use super::parse::{ModelSection, ShoalFile, Sited};
 use super::surroundings::Surroundings;
 use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, QUANTUM_DEFAULT, ServerConfig};
@@ -83,11 +83,14 @@ impl ShoalFile {
         }
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
-        let models: Vec<ModelConfig> =
+        let mut models: Vec<ModelConfig> =
             self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
         // The others can be served, so this is no reason to serve none.
         let device = gpu.map_or(DeviceChoice::Sim, |(ordinal, _)| DeviceChoice::Cuda(ordinal));
         let cache_dir = surroundings.cache_home.join("shoal");
+        for model in &mut models {
+            model.weights = weights_of(model, device, &cache_dir);
+        }
         let unservable: Vec<String> =
             models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
         if !problems.is_empty() {
@@ -200,6 +203,7 @@ fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> 
         max: model.max.map(|max| max.value),
         priority: model.priority,
         keep_alive_s: model.keep_alive_s,
+        weights: None,
     }
 }
 

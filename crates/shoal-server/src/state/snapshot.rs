@@ -212,6 +212,9 @@ pub struct LeaseSnapshot {
     /// Of it, ordered back and not returned yet.
     #[schema(value_type = u64)]
     pub reclaiming: ByteCount,
+    /// Host bytes that its copies may take, beside all this.
+    #[schema(value_type = u64)]
+    pub host: ByteCount,
 }
 
 /// Requests now and counters since the server started.

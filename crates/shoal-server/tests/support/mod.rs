@@ -202,7 +202,7 @@ pub fn snapshot(last_event_id: u64, log: &Path) -> ShelfSnapshot {
                 "error": null, "pinned": false, "priority": 0, "min": 0, "max": null, "keep_alive_ms": null,
                 "bytes": {"weights_device": mib(100), "weights_total": mib(120), "kv_device": mib(8), "kv_live": mib(4),
                           "overhead_device": mib(2), "host": mib(120), "source_only": 0},
-                "lease": {"weights": mib(120), "kv": mib(8), "overhead": mib(2), "total": mib(130), "reclaiming": 0},
+                "lease": {"weights": mib(120), "kv": mib(8), "overhead": mib(2), "total": mib(130), "reclaiming": 0, "host": mib(256)},
                 "counts": {"requests_active": 1, "requests_parked": 0, "requests_total": 7, "requests_refused": 0,
                            "tokens_out": 99, "wakes": 2, "evictions": 1, "evicted": mib(50), "restored": mib(50),
                            "leases_granted": 3, "leases_denied": 0},
