@@ -66,6 +66,25 @@ async fn a_request_passes_unchanged_but_for_what_belongs_to_the_connection() {
 }
 
 #[tokio::test]
+async fn a_client_that_writes_to_the_end_hears_that_its_body_is_too_long() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    // Far more than the buffers of a connection hold.
+    const LENGTH: usize = 16 << 20;
+    let models = FakeModels::new();
+    let server = start(Arc::clone(&models), "request_bytes_max = '64KiB'\n", false, settings()).await;
+    let mut client = tokio::net::TcpStream::connect(server.address).await.expect("a server");
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {LENGTH}\r\n\r\n",
+        server.address
+    );
+    client.write_all(head.as_bytes()).await.expect("it reads");
+    client.write_all(&vec![b' '; LENGTH]).await.expect("it reads to the end");
+    let mut answer = [0; 12];
+    client.read_exact(&mut answer).await.expect("it answers");
+    assert_eq!(&answer, b"HTTP/1.1 413");
+}
+
+#[tokio::test]
 async fn a_refusal_by_the_worker_passes_and_is_no_first_byte() {
     let models = FakeModels::new();
     let refuse = || async { (axum::http::StatusCode::BAD_REQUEST, r#"{"error":{"message":"no"}}"#) };
@@ -327,7 +346,8 @@ async fn an_answer_before_the_body_was_read_says_that_the_connection_closes() {
     let long = |bytes| format!(r#"{{"model":"chat","x":"{}"}}"#, "y".repeat(bytes));
     let foreign = [support::JSON, ("origin", "http://elsewhere.example")];
     for (path, headers, body, expected, closes) in [
-        (CHAT, &foreign[..1], long(1_000_000), 413, true),
+        // Read to its end and thrown away, so that a client that is still writing hears of it.
+        (CHAT, &foreign[..1], long(1_000_000), 413, false),
         (CHAT, &foreign[..], long(1_000_000), 403, true),
         ("/nowhere", &foreign[..1], long(10), 404, true),
         ("/nowhere", &foreign[..1], String::new(), 404, false),

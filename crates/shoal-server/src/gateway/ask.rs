@@ -1,5 +1,7 @@
 //! The two things the gateway reads in a request's body: which model, and whether to stream.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::StatusCode;
 use bytes::Bytes;
@@ -9,6 +11,10 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use shoal_core::bytes::ByteCount;
+
+/// How much of a body that is too long is read only to be thrown away, and for how long.
+const AWAY_BYTES_MAX: usize = 1 << 30;
+const AWAY_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// What a body asks for. Everything else in it is the worker's business.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,20 +59,39 @@ impl Ask {
     }
 }
 
-/// The whole body, or 413 as soon as it is longer than `limit`.
-pub(crate) async fn read_body(body: Body, limit: ByteCount) -> Result<Bytes, ApiError> {
+/// The whole body, or 413 where it is longer than `limit`.
+pub(crate) async fn read_body(mut body: Body, limit: ByteCount) -> Result<Bytes, ApiError> {
     let bytes_max = usize::try_from(limit.0).unwrap_or(usize::MAX);
-    match Limited::new(body, bytes_max).collect().await {
+    match Limited::new(&mut body, bytes_max).collect().await {
         Ok(whole) => Ok(whole.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "request_too_large",
-            format!("the request's body is longer than {limit}"),
-        )),
+        Err(error) if error.is::<LengthLimitError>() => {
+            read_away(&mut body).await;
+            Err(ApiError::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "request_too_large",
+                format!("the request's body is longer than {limit}"),
+            ))
+        }
         Err(error) => {
             Err(ApiError::invalid(None, "incomplete_body", format!("the body did not arrive whole: {error}")))
         }
     }
+}
+
+/// Reads what is left of a body and keeps none of it, within bounds. A client that is answered while it still writes sees
+/// its connection break, and never the answer.
+async fn read_away(body: &mut Body) {
+    let mut left = AWAY_BYTES_MAX;
+    let read = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Past the deadline it is answered all the same.
+    let _ = tokio::time::timeout(AWAY_WAIT_MAX, read).await;
 }
 
 #[cfg(test)]
