@@ -104,7 +104,7 @@ def test_a_host_budget_smaller_than_the_weights(tmp_path: Path, model_tables: li
 
 
 def test_host_memory_goes_where_the_weights_are(tmp_path: Path) -> None:
-    """A large model beside small ones has all its weights in host memory, in a budget whose third is too small for it."""
+    """A large model beside small ones has its weights in host memory, in a budget whose third is too small for them."""
     made = {"big": models.make_llama(tmp_path / "big", seed=0, hidden=512)}
     made |= {name: models.make_llama(tmp_path / name, seed=1, layers=1, hidden=64) for name in ("small", "tiny")}
     tables: list[dict[str, object]] = [

@@ -35,7 +35,12 @@ def model(name: str, status: str = "awake", **more: Any) -> dict[str, Any]:
             "source_only": 0,
         },
         "lease": {
-            "weights": there, "kv": 8 * MIB if there else 0, "overhead": 0, "total": there, "reclaiming": 0, "host": 0,
+            "weights": there,
+            "kv": 8 * MIB if there else 0,
+            "overhead": 0,
+            "total": there,
+            "reclaiming": 0,
+            "host": 0,
         },
         "pinned": False,
         "counts": {
