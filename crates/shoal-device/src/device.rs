@@ -16,6 +16,7 @@
 //! | `create_stream`, `destroy_stream` | `cuStreamCreate` (non-blocking), `cuStreamDestroy` |
 //! | `copy` | `cuMemcpyAsync` |
 //! | `copy_many` | the same in a loop, `cuMemcpyBatchAsync`, or a kernel, by what each costs |
+//! | `zero` | `cuMemsetD8Async` |
 //! | `hash` | a kernel; the result goes to a page-locked slot and from there to the [`HashCell`] |
 //! | `launch_host` | `cuLaunchHostFunc` |
 //! | `record_foreign` | `cuEventRecord` on the other's stream; for all of them `cuCtxRecordEvent` |
@@ -345,6 +346,22 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// As for `copy`, for each of them.
     unsafe fn copy_many(&self, stream: RawStream, copies: &[RawCopy], keep: Keep) -> Result<(), DeviceError>;
 
+    /// Queues writing zeroes over device memory: what a frame that was used before needs to be as good as a new one. On an
+    /// error `keep` is dropped and nothing is queued.
+    ///
+    /// # Errors
+    /// `UnknownHandle`, `QueueFull`.
+    ///
+    /// # Safety
+    /// As for `copy`, with `at..at + bytes` as the target.
+    unsafe fn zero(
+        &self,
+        stream: RawStream,
+        at: VirtAddr,
+        bytes: ByteCount,
+        keep: Keep,
+    ) -> Result<(), DeviceError>;
+
     /// Queues a hash of `span` (see [`crate::hash_bytes`] for which), put into `result`. On an error `keep` is dropped and nothing is queued.
     ///
     /// # Errors
@@ -445,6 +462,7 @@ pub enum Verb {
     DestroyStream,
     Copy,
     CopyMany,
+    Zero,
     Hash,
     LaunchHost,
     CreateEvent,

@@ -233,6 +233,18 @@ impl Device for FaultDevice {
         unsafe { self.inner.copy_many(stream, copies, keep) }
     }
 
+    unsafe fn zero(
+        &self,
+        stream: RawStream,
+        at: VirtAddr,
+        bytes: ByteCount,
+        keep: Keep,
+    ) -> Result<(), DeviceError> {
+        self.enter(Verb::Zero, bytes)?;
+        // SAFETY: the contract is the same and the caller keeps it.
+        unsafe { self.inner.zero(stream, at, bytes, keep) }
+    }
+
     unsafe fn hash(
         &self,
         stream: RawStream,

@@ -42,6 +42,7 @@ fn round_trip(device: &Arc<dyn Device>) -> Result<(), DeviceError> {
     first.copy(Span::host(&buffer, ByteCount::ZERO, MIB2), Span::mapping(&mapping))?;
     second.wait_for(&first.record()?)?;
     assert_eq!(second.hash(Span::mapping(&mapping))?.wait(SOON)?, hash_bytes(&bytes));
+    second.zero(&mapping)?;
     let blocks = |back: bool| {
         let block = |index: u64| {
             let (offset, bytes) = (ByteCount(index * 8192), ByteCount(4096));

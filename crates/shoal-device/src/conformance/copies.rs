@@ -41,6 +41,37 @@ pub(super) fn copies_are_exact_both_ways(factory: Factory<'_>) {
     stream.copy(empty.clone(), empty).expect("an empty copy is one too");
 }
 
+/// What was written is gone after a zeroing, in the stream's order, and the neighbours are as they were; the job holds
+/// its mapping.
+pub(super) fn used_frames_are_zeroed_in_order(factory: Factory<'_>) {
+    let device = factory();
+    let bytes = ByteCount(device.info().granularity.0 * 2);
+    let stream = Stream::create(&device).expect("stream");
+    let (addresses, first) = mapped(&device, bytes);
+    let (_second, second) = mapped(&device, bytes);
+    let (before, after) = (pattern(21, bytes), pattern(22, bytes));
+    upload(&stream, &before, &first);
+    upload(&stream, &before, &second);
+    stream.zero(&first).expect("zero");
+    assert!(download(&stream, &first).iter().all(|byte| *byte == 0), "bytes of before are left");
+    assert!(download(&stream, &second) == before, "another mapping was zeroed");
+    // Ordered: what is copied behind it stays.
+    let source = buffer(&device, &after);
+    let release = hold(&stream);
+    stream.zero(&second).expect("zero");
+    stream.copy(whole(&source), Span::mapping(&second)).expect("copy up");
+    drop(release);
+    assert!(download(&stream, &second) == after, "a zeroing came after what was queued behind it");
+    let held = used(&device);
+    let release = hold(&stream);
+    stream.zero(&first).expect("zero");
+    drop((first, addresses));
+    assert_eq!(used(&device), held, "the frame went while a job needed it");
+    drop(release);
+    assert!(stream.synchronize(SOON).expect("synchronize"));
+    assert_eq!(used(&device), held - bytes, "a finished job still holds memory");
+}
+
 /// One definition of the hash on both sides.
 pub(super) fn hashes_equal_the_hosts(factory: Factory<'_>) {
     let device = factory();

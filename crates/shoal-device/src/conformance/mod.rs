@@ -44,6 +44,7 @@ pub const CASES: &[Case] = &[
     ("all_work_can_be_marked", streams::all_work_can_be_marked),
     ("streams_wait_for_one_another", streams::streams_wait_for_one_another),
     ("streams_of_others_wait_for_ours", streams::streams_of_others_wait_for_ours),
+    ("used_frames_are_zeroed_in_order", copies::used_frames_are_zeroed_in_order),
     ("hashes_equal_the_hosts", copies::hashes_equal_the_hosts),
     ("jobs_hold_what_they_touch", copies::jobs_hold_what_they_touch),
     ("host_buffers_refuse_races", copies::host_buffers_refuse_races),

@@ -316,6 +316,21 @@ impl Device for CudaDevice {
         unsafe { self.copies.copy_many(self.parts(), stream, copies, keep) }
     }
 
+    unsafe fn zero(
+        &self,
+        stream: RawStream,
+        at: VirtAddr,
+        bytes: ByteCount,
+        keep: Keep,
+    ) -> Result<(), DeviceError> {
+        self.check_process()?;
+        let driver = self.context.driver();
+        self.engine.submit(stream, keep, |submission| {
+            // SAFETY: the caller's promise, word for word.
+            unsafe { driver.fill_zero(at.0, bytes.0, submission.stream) }
+        })
+    }
+
     unsafe fn hash(
         &self,
         stream: RawStream,

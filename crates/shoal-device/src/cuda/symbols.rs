@@ -151,6 +151,7 @@ symbols! {
     copy_up = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, Opaque);
     copy_down = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, Opaque);
     copy_inside = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, Opaque);
+    fill = "cuMemsetD8Async"(u64, u8, usize, Opaque);
     launch_host = "cuLaunchHostFunc"(Opaque, unsafe extern "C" fn(*mut c_void), *mut c_void);
     launch_kernel = "cuLaunchKernel"(
         Opaque, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Opaque, *mut *mut c_void, *mut *mut c_void

@@ -12,7 +12,7 @@ use super::copies::HeldCopies;
 use super::host::JobUse;
 use super::{HostBuffer, Mapping, check_range, record_leak};
 use crate::device::{
-    Device, ForeignStream, ForeignWork, HashCell, Keep, RawEvent, RawSpan, RawStream, Space,
+    Device, ForeignStream, ForeignWork, HashCell, Keep, RawEvent, RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -155,6 +155,16 @@ impl Stream {
         // SAFETY: each range was checked against a mapping or buffer that `keep` holds until the job has finished; host
         // ranges are entered as in use, so no slice of them exists meanwhile.
         unsafe { self.device.copy_many(self.raw, &copies, Box::new(keep)) }
+    }
+
+    /// Queues writing zeroes over the whole of a mapping, which is held until that has finished.
+    ///
+    /// # Errors
+    /// `UnknownHandle` for one of another device, `QueueFull`; then nothing is queued.
+    pub fn zero(&self, mapping: &Arc<Mapping>) -> Result<(), DeviceError> {
+        let (span, keep) = Span::mapping(mapping).enter(&self.device, true)?;
+        // SAFETY: the whole of a mapping that `keep` holds until the job has finished.
+        unsafe { self.device.zero(self.raw, VirtAddr(span.at), span.bytes, Box::new(keep)) }
     }
 
     /// Queues a hash of a span ([`crate::hash_bytes`]). The span is held until it has finished.

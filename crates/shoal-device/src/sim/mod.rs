@@ -267,6 +267,17 @@ impl Device for SimDevice {
         self.engine.submit(stream, Job::CopyMany { parts: copies::joined(copies)?, keep })
     }
 
+    unsafe fn zero(
+        &self,
+        stream: RawStream,
+        at: VirtAddr,
+        bytes: ByteCount,
+        keep: Keep,
+    ) -> Result<(), DeviceError> {
+        self.check_process()?;
+        self.engine.submit(stream, Job::Zero { at, bytes, keep })
+    }
+
     unsafe fn hash(
         &self,
         stream: RawStream,

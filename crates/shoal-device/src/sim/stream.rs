@@ -25,7 +25,7 @@ use shoal_core::ids::DeviceId;
 
 use super::{SharedErrorLog, record};
 use crate::device::{
-    ForeignStream, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawSpan, RawStream, Space,
+    ForeignStream, ForeignWork, HashCell, HostFunction, Keep, RawEvent, RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
 
@@ -46,6 +46,11 @@ pub(super) enum Job {
     /// Source and target of each.
     CopyMany {
         parts: Vec<(RawSpan, RawSpan)>,
+        keep: Keep,
+    },
+    Zero {
+        at: VirtAddr,
+        bytes: ByteCount,
         keep: Keep,
     },
     Hash {
@@ -357,6 +362,10 @@ impl Worker {
                     }
                     drop(keep);
                 }
+                Job::Zero { at, bytes, keep } => {
+                    zero(at, bytes);
+                    drop(keep);
+                }
                 Job::Hash { span, result, keep } => {
                     result.set(hash(span));
                     drop(keep);
@@ -395,6 +404,13 @@ impl Worker {
 
 fn address(at: u64) -> *mut u8 {
     ptr::with_exposed_provenance_mut(usize::try_from(at).expect("64-bit addresses"))
+}
+
+fn zero(at: VirtAddr, bytes: ByteCount) {
+    let length = usize::try_from(bytes.0).expect("64-bit sizes");
+    // SAFETY: whoever queued the job promised that the range is mapped until it has finished and not referenced
+    // meanwhile (contract of `Device::zero`).
+    unsafe { ptr::write_bytes(address(at.0), 0, length) };
 }
 
 fn hash(span: RawSpan) -> u64 {

@@ -73,6 +73,24 @@ impl Driver {
         self.check("cuMemcpyAsync", code)
     }
 
+    /// Zeroes over device memory. Nothing is queued for no bytes.
+    ///
+    /// # Safety
+    /// As for [`Driver::copy_up`], with the range as the target.
+    pub(in crate::cuda) unsafe fn fill_zero(
+        self,
+        at: u64,
+        bytes: u64,
+        stream: &StreamHandle,
+    ) -> Result<(), DeviceError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        let code = unsafe { (self.symbols.fill)(at, 0, length(bytes), stream.0) };
+        self.check("cuMemsetD8Async", code)
+    }
+
     /// Whether [`Driver::copy_batch`] can be called.
     pub(in crate::cuda) fn has_copy_batch(self) -> bool {
         self.symbols.copy_batch.is_some()
