@@ -61,10 +61,11 @@ def main() -> None:
     log, target = Path(sys.argv[1]).read_text("utf-8", "replace"), Path(sys.argv[2])
     report = result(rows(log))
     target.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    # cargo's last line, or pytest's.
-    summary = re.search(r"^(?:test result: .*|=+ .*\b(?:passed|failed|error).* =+)$", log, re.MULTILINE)
-    print(summary[0] if summary else "the tests did not come to their end")
-    if summary is None or re.search("failed|error|FAILED", summary[0].replace(" 0 failed", "")) or not report["rows"]:
+    # cargo's last line of each program, or pytest's.
+    summaries = re.findall(r"^(?:test result: .*|=+ .*\b(?:passed|failed|error).* =+)$", log, re.MULTILINE)
+    print("\n".join(summaries) or "the tests did not come to their end")
+    has_failed = any(re.search("failed|error|FAILED", line.replace(" 0 failed", "")) for line in summaries)
+    if not summaries or has_failed or not report["rows"]:
         print(log[-6000:])
         sys.exit(1)
 

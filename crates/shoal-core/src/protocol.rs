@@ -113,6 +113,9 @@ pub struct WorkerUsage {
     pub kv_live: ByteCount,
     /// Measured bytes outside our regions, at their peak.
     pub overhead_device: ByteCount,
+    /// Leased device bytes that wait in the frame pool for the next growth: the first that a reclaim takes.
+    #[serde(default)]
+    pub pooled: ByteCount,
     /// Host bytes that hold copies.
     pub host: ByteCount,
     /// Bytes whose only copy off the device is the file they came from.

@@ -24,9 +24,9 @@ use shoal_core::protocol::LeaseKind;
 
 use crate::error::MemoryError;
 use crate::gate::{Pass, Scope};
-use crate::lease::Grant;
 use crate::manager::MemoryManager;
 use crate::region::Region;
+use crate::supply::Supply;
 use crate::transfer::{Shared, Transfer};
 
 const REASON: &str = "a step needs it";
@@ -157,7 +157,7 @@ impl MemoryManager {
         late: impl Fn() -> MemoryError,
     ) -> Result<Guard, MemoryError> {
         let _restoring = self.take_restore(deadline)?;
-        let mut leases: Vec<(LeaseKind, Grant)> = Vec::new();
+        let mut leases: Vec<(LeaseKind, Supply)> = Vec::new();
         loop {
             let asked = {
                 // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
@@ -192,7 +192,7 @@ impl MemoryManager {
 }
 
 /// What is missing of each kind beyond these leases, each with a region of that kind to ask for.
-fn lacking<'a>(regions: &'a [Region], leases: &[(LeaseKind, Grant)]) -> Vec<(&'a Region, ByteCount)> {
+fn lacking<'a>(regions: &'a [Region], leases: &[(LeaseKind, Supply)]) -> Vec<(&'a Region, ByteCount)> {
     let mut lacking: Vec<(&Region, ByteCount)> = Vec::new();
     for region in regions {
         let missing = region.missing_bytes();

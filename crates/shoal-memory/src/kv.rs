@@ -171,7 +171,7 @@ impl KvBacking {
             ByteCount::ZERO => None,
             _ => Some(manager.take_restore(deadline)?),
         };
-        let needed = {
+        let wanted = {
             // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
             let _turn = manager.take_turn(manager.operation_deadline())?;
             self.drop_idle_copies();
@@ -180,22 +180,21 @@ impl KvBacking {
             if !missing.is_zero() && restoring.is_none() {
                 return Ok(false);
             }
-            self.region.uncommitted(&runs)? + missing
+            [self.region.wanted_extents(&runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
-        let wait = deadline.saturating_duration_since(Instant::now());
-        let mut grant = self.region.ask(needed, wait, "KV blocks")?;
+        let mut supply = self.region.supply(wanted, deadline, "KV blocks")?;
         let _turn = manager.take_turn(manager.operation_deadline())?;
         let runs = self.blocks.lock().plan_back(ids)?;
         let missing = self.region.missing_bytes();
-        if self.region.uncommitted(&runs)? + missing > grant.bytes()
+        if self.region.uncommitted(&runs)? + missing > supply.bytes()
             || (restoring.is_none() && !missing.is_zero())
         {
             return Ok(false);
         }
         if !missing.is_zero() {
-            self.region.restore_in_turn(&mut grant, manager.operation_deadline(), &Shared::default())?;
+            self.region.restore_in_turn(&mut supply, manager.operation_deadline(), &Shared::default())?;
         }
-        self.region.commit_in_turn(&runs, &mut grant)?;
+        self.region.commit_in_turn(&runs, &mut supply)?;
         let mut blocks = self.blocks.lock();
         for run in runs {
             blocks.committed(run)?;

@@ -142,6 +142,15 @@ impl Grant {
         Ok(Self { source: Arc::clone(source), kind, bytes: granted })
     }
 
+    /// Nothing of that kind.
+    pub(crate) fn none(source: &Arc<dyn LeaseSource>, kind: LeaseKind) -> Self {
+        Self { source: Arc::clone(source), kind, bytes: ByteCount::ZERO }
+    }
+
+    pub(crate) const fn kind(&self) -> LeaseKind {
+        self.kind
+    }
+
     pub(crate) const fn bytes(&self) -> ByteCount {
         self.bytes
     }

@@ -9,6 +9,7 @@
 //! | [`kv`] | [`KvBacking`]: memory for KV blocks on demand |
 //! | [`kv_cache`] | [`KvCache`]: KV blocks with memory behind them, for engines |
 //! | [`segments`] | [`Segments`]: a region that grows by what torch's allocator asks for |
+//! | [`pool`] | frames that regions gave up and the next growth takes |
 //! | [`lease`] | who grants device bytes: [`LeaseSource`], [`LocalBudget`] |
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
 //! | [`error`] | why something was not done |
@@ -21,6 +22,7 @@ mod arena;
 mod gate;
 mod retire;
 mod source;
+mod supply;
 mod swap;
 mod turn;
 
@@ -31,6 +33,7 @@ pub mod kv;
 pub mod kv_cache;
 pub mod lease;
 pub mod manager;
+pub mod pool;
 pub mod region;
 pub mod segments;
 pub mod transfer;
@@ -43,6 +46,7 @@ pub use kv::KvBacking;
 pub use kv_cache::{KvCache, KvCacheSpec};
 pub use lease::{LeaseSource, LocalBudget};
 pub use manager::{ManagerOptions, MemoryManager};
+pub use pool::{PoolOptions, PoolUsage};
 pub use region::{Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};
 pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;

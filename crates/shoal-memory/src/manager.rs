@@ -21,6 +21,7 @@ use crate::gate::{Gate, Pass, Scope};
 use crate::kv::KvBacking;
 use crate::kv_cache;
 use crate::lease::LeaseSource;
+use crate::pool::{FramePool, PoolOptions};
 use crate::region::{Region, RegionInner, RegionSpec, Report};
 use crate::retire::Retired;
 use crate::segments::Segments;
@@ -41,6 +42,8 @@ pub struct ManagerOptions {
     pub operation_wait: Duration,
     /// Transfers at once, waiting ones included.
     pub transfers_max: usize,
+    /// Frames kept for the next growth; none: [`PoolOptions::of`] the device's capacity.
+    pub pool: Option<PoolOptions>,
 }
 
 impl ManagerOptions {
@@ -53,6 +56,7 @@ impl ManagerOptions {
             lease_wait: Duration::from_secs(2),
             operation_wait: Duration::from_mins(1),
             transfers_max: 16,
+            pool: None,
         }
     }
 }
@@ -77,6 +81,9 @@ pub struct MemoryManager {
     pub(crate) files: SourceFiles,
     pub(crate) up: Arc<Stream>,
     pub(crate) down: Arc<Stream>,
+    /// For zeroing what is used again.
+    zeroes: Arc<Stream>,
+    pool: Arc<FramePool>,
     gate: Arc<Gate>,
     turn: Arc<Turn>,
     restoring: Arc<Turn>,
@@ -104,17 +111,20 @@ impl MemoryManager {
     /// [`MemoryError::Device`] if streams cannot be made.
     pub fn new(device: Arc<dyn Device>, options: ManagerOptions) -> Result<Arc<Self>, MemoryError> {
         let stream = || Stream::create(&device).map_err(MemoryError::device("create a stream"));
-        let (up, down) = (stream()?, stream()?);
+        let (up, down, zeroes) = (stream()?, stream()?, stream()?);
+        let pool = options.pool.unwrap_or_else(|| PoolOptions::of(device.info().capacity));
         let per_buffer = (options.host_budget.0 / 16).min(SCRATCH_BYTES_MAX.0);
         let scratch_bytes = ByteCount(per_buffer - per_buffer % SCRATCH_UNIT.0);
         let for_copies = options.host_budget - scratch_bytes - scratch_bytes;
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|manager| Self {
+            pool: FramePool::new(pool, Weak::clone(manager)),
             arena: HostArena::new(Arc::clone(&device), for_copies, options.operation_wait),
             device,
             options,
             files: SourceFiles::default(),
             up,
             down,
+            zeroes,
             gate: Arc::default(),
             turn: Arc::default(),
             restoring: Arc::default(),
@@ -206,6 +216,14 @@ impl MemoryManager {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| (count < limit).then_some(count + 1))
             .map(drop)
             .map_err(|_| MemoryError::TooManyTransfers { limit })
+    }
+
+    pub(crate) const fn pool(&self) -> &Arc<FramePool> {
+        &self.pool
+    }
+
+    pub(crate) const fn zeroes(&self) -> &Arc<Stream> {
+        &self.zeroes
     }
 
     pub(crate) const fn turn(&self) -> &Arc<Turn> {
@@ -343,8 +361,9 @@ impl MemoryManager {
         Instant::now() + self.options.operation_wait
     }
 
-    /// Frees device memory on somebody's order, without any engine's help: first KV memory that no block uses, then
-    /// memory in which blocks are only cached, then what may be discarded, then weights from the last extent backwards, then KV contents (copied to the host).
+    /// Frees device memory on somebody's order, without any engine's help: first what lies in the pool, which waits for
+    /// nobody, then KV memory that no block uses, then memory in which blocks are only cached, then what may be discarded,
+    /// then weights from the last extent backwards, then KV contents (copied to the host).
     /// Regions that a step holds for itself ([`Region::guard`]) come after all others.
     ///
     /// # Errors
@@ -355,6 +374,11 @@ impl MemoryManager {
         let deadline = start + timeout;
         tracing::debug!(%bytes, reason, "reclaim");
         let mut report = Report::new(bytes);
+        report.absorb_released(self.empty_pool(bytes));
+        if report.freed >= bytes {
+            report.duration = start.elapsed();
+            return Ok(report);
+        }
         let spared = {
             let late = MemoryError::Deadline { doing: "waiting for running steps", waited: timeout };
             let (_gate, spared) = self.gate.alone_sparing(deadline).ok_or(late)?;
@@ -389,11 +413,15 @@ impl MemoryManager {
         bytes: ByteCount,
         deadline: Instant,
     ) -> Result<ByteCount, MemoryError> {
+        let mut report = Report::new(bytes);
+        report.absorb_released(self.empty_pool(bytes));
+        if report.freed >= bytes {
+            return Ok(report.freed);
+        }
         let late = MemoryError::Deadline { doing: "finding no step running", waited: Duration::ZERO };
         let _gate = self.gate.alone(Scope::All, Instant::now()).ok_or(late)?;
         self.fence(deadline)?;
         let _turn = self.take_turn(deadline)?;
-        let mut report = Report::new(bytes);
         self.reclaim_from(&mut report, deadline, |id| id != region.id());
         Ok(report.freed)
     }
@@ -457,6 +485,7 @@ impl MemoryManager {
             onboarded: ByteCount(self.onboarded.load(Ordering::Relaxed)),
             evicted: ByteCount(self.evicted.load(Ordering::Relaxed)),
             overhead_device: self.options.lease.held(LeaseKind::Overhead),
+            pooled: self.pool.usage().bytes,
             ..WorkerUsage::default()
         };
         for region in self.regions() {
@@ -487,6 +516,7 @@ impl MemoryManager {
     /// # Errors
     /// A sentence that names the first contradiction.
     pub fn check_invariants(&self) -> Result<(), String> {
+        self.pool.check_invariants()?;
         self.regions().iter().try_for_each(Region::check_invariants)
     }
 
@@ -498,9 +528,9 @@ impl MemoryManager {
         self.evicted.fetch_add(bytes.0, Ordering::Relaxed);
     }
 
-    /// Waits, within bounds, until neither stream touches anything: before memory of a failed copy is freed (I5).
+    /// Waits, within bounds, until no stream of ours touches anything: before memory of a failed copy is freed (I5).
     pub(crate) fn settle(&self) {
-        for stream in [&self.up, &self.down] {
+        for stream in [&self.up, &self.down, &self.zeroes] {
             for _ in 0..3 {
                 match stream.synchronize(self.options.operation_wait) {
                     Ok(true) => break,

@@ -186,6 +186,38 @@ impl MemoryManager {
         self.free(residents.into_iter().map(Rest::Mapped))
     }
 
+    /// Takes memory that nothing queued by steps touches from its region, and keeps its frames for the next growth.
+    pub(crate) fn pool_unused(&self, residents: impl IntoIterator<Item = Resident>) -> Released {
+        let mut released = Released::default();
+        let mut surplus = Vec::new();
+        for resident in residents {
+            let bytes = resident.lease.bytes();
+            match resident.unmap() {
+                Ok(bare) => match self.pool().put(bare) {
+                    None => released.freed += bytes,
+                    Some(bare) => surplus.push(bare),
+                },
+                Err(retired) => {
+                    released.error = released.error.take().or_else(|| retired.error());
+                    self.retire(retired);
+                }
+            }
+        }
+        released.absorb(self.destroy(surplus));
+        released
+    }
+
+    /// Keeps a frame that nothing touches for the next growth, or gives it back to the device.
+    pub(crate) fn keep(&self, bare: Bare) {
+        // What the device refuses is told, and kept.
+        let _ = self.destroy(self.pool().put(bare));
+    }
+
+    /// Gives frames back to the device, that nothing touches.
+    pub(crate) fn destroy(&self, frames: impl IntoIterator<Item = Bare>) -> Released {
+        self.free(frames.into_iter().map(Rest::Bare))
+    }
+
     fn free(&self, rests: impl IntoIterator<Item = Rest>) -> Released {
         let mut released = Released::default();
         let mut grants: Vec<Grant> = Vec::new();
@@ -245,6 +277,7 @@ impl MemoryManager {
     /// Frees what is kept for the last time. What the device does not give back has its lease kept for good.
     pub(crate) fn release_last(&self) {
         self.settle();
+        let _ = self.destroy(self.pool().close());
         let retired = std::mem::take(&mut *self.retired.lock());
         let is_quiet = retired.iter().all(|entry| entry.why != Why::Unfenced)
             || self.fence(self.operation_deadline()).is_ok();

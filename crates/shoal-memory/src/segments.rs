@@ -328,6 +328,8 @@ impl Segments {
         }
         self.sweep(deadline.saturating_duration_since(Instant::now()));
         self.release_unused(deadline)?;
+        // What it has too much is for others.
+        manager.trim_pool(ByteCount(u64::MAX))?;
         let sealed = self.region.seal_more()?;
         self.region.flush(sealed)
     }
@@ -548,7 +550,7 @@ impl Segments {
         })
     }
 
-    /// Gives back the memory of every extent in which no segment lies.
+    /// Takes the memory of every extent in which no segment lies; the next segments may have it.
     fn release_unused(&self, deadline: Instant) -> Result<(), MemoryError> {
         let manager = self.region.manager();
         let _turn = manager.take_turn_only(deadline)?;
@@ -561,7 +563,7 @@ impl Segments {
         let mut from = 0;
         for run in taken.into_iter().chain([PageRun { first: self.region.bytes().pages(), count: 0 }]) {
             if run.first > from {
-                self.region.decommit_in_turn(PageRun { first: from, count: run.first - from })?;
+                self.region.decommit_to_pool(PageRun { first: from, count: run.first - from })?;
             }
             from = run.end();
         }

@@ -13,19 +13,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::extent::Extent;
 use shoal_core::page_table::PlannedMove;
-use shoal_core::residency::Move;
-use shoal_device::{Frame, Mapping};
 
 use crate::error::MemoryError;
 use crate::gate::{Pass, Scope};
-use crate::lease::Grant;
 use crate::manager::MemoryManager;
 use crate::region::incoming::{Arrived, Incoming};
 use crate::region::outgoing::{Outgoing, Started};
 use crate::region::{Region, Report};
-use crate::retire::{Bare, Released, Resident};
+use crate::retire::{Released, Resident};
+use crate::supply::Supply;
 use crate::transfer::Shared;
 use crate::turn::Taken;
 
@@ -52,24 +49,18 @@ struct Plan {
 #[derive(Debug)]
 struct Room<'a> {
     manager: &'a MemoryManager,
-    grant: Grant,
-    frames: Vec<Arc<Frame>>,
+    supply: Supply,
     freed: ByteCount,
-    /// The region that the frames come from.
-    region: Arc<str>,
 }
 
 impl Room<'_> {
     /// Takes over what an extent lay on.
     fn take(&mut self, resident: Resident) -> Result<(), MemoryError> {
         match resident.unmap() {
-            Ok(Bare { frame, lease, .. }) => {
-                self.freed += lease.bytes();
-                match self.grant.join(lease) {
-                    Ok(()) => self.frames.push(frame),
-                    // Of another kind, which the caller excludes: it goes back.
-                    Err(lease) => drop((frame, lease)),
-                }
+            Ok(bare) => {
+                self.freed += bare.lease.bytes();
+                // Of another kind, which the caller excludes: it goes back.
+                drop(self.supply.push(bare));
                 Ok(())
             }
             // Somebody still reads it, or the device refused: it is freed later, with its lease.
@@ -81,57 +72,10 @@ impl Room<'_> {
         }
     }
 
-    fn has(&self, bytes: ByteCount) -> bool {
-        self.grant.bytes() >= bytes
-    }
-
-    /// A frame of exactly that size: one of those that are there if its bytes may be anything, else a new one.
-    fn frame(&mut self, bytes: ByteCount, is_zeroed: bool) -> Result<Arc<Frame>, MemoryError> {
-        if !is_zeroed && let Some(at) = self.frames.iter().position(|frame| frame.bytes() == bytes) {
-            return Ok(self.frames.swap_remove(at));
-        }
-        let held = |frames: &[Arc<Frame>]| frames.iter().map(|frame| frame.bytes()).sum::<ByteCount>();
-        while self.grant.bytes() < held(&self.frames) + bytes {
-            let Some(frame) = self.frames.pop() else { break };
-            self.give_up(frame)?;
-        }
-        Frame::create(&self.manager.device, bytes).map_err(MemoryError::device("take device memory"))
-    }
-
-    /// Gives a frame back; its lease stays in the room.
-    fn give_up(&mut self, frame: Arc<Frame>) -> Result<(), MemoryError> {
-        let Some(lease) = self.grant.split(frame.bytes()) else { return Ok(()) };
-        match (Bare { frame, lease, region: Arc::clone(&self.region) }).destroy() {
-            // Of the same kind, so it joins.
-            Ok(lease) => drop(self.grant.join(lease)),
-            Err(retired) => {
-                let error = retired.error();
-                self.manager.retire(retired);
-                return error.map_or(Ok(()), Err);
-            }
-        }
-        Ok(())
-    }
-
-    fn make(&mut self, region: &Region, extent: Extent, is_zeroed: bool) -> Result<Resident, MemoryError> {
-        let frame = self.frame(extent.bytes(), is_zeroed)?;
-        let mapping = Mapping::new(region.reservation(), extent.offset(), frame)
-            .map_err(MemoryError::device("map device memory"))?;
-        match self.grant.split(extent.bytes()) {
-            Some(lease) => Ok(region.resident(mapping, lease)),
-            None => Err(region.refuse("map an extent", "the lease is too small for it")),
-        }
-    }
-
     /// Gives back what nobody took: memory first, then its lease (I1).
     fn close(mut self) -> Released {
-        let mut released = Released::default();
-        while let Some(frame) = self.frames.pop() {
-            let error = self.give_up(frame).err();
-            released.error = released.error.or(error);
-        }
-        released.freed = self.freed;
-        released
+        let error = self.manager.destroy(self.supply.take_frames()).error;
+        Released { freed: self.freed, error }
     }
 }
 
@@ -154,14 +98,14 @@ impl MemoryManager {
         let deadline = start + timeout;
         self.check_swap(out, into)?;
         let _restoring = self.take_restore(deadline)?;
-        let (grant, _gate, _turn) = self.enter_swap(out, into, deadline, timeout)?;
+        let (supply, _gate, _turn) = self.enter_swap(out, into, deadline, timeout)?;
         if out.is_in_use() {
             return Err(out.refuse("swap", "somebody fills it right now (use_region)"));
         }
         let plan = self.plan_swap(out, into, trust_clean, deadline)?;
         let mut report =
             SwapReport { out: Report::new(out.usage().device), into: Report::new(plan.coming_bytes) };
-        let outcome = self.run_swap((out, into), plan, grant, deadline, &mut report);
+        let outcome = self.run_swap((out, into), plan, supply, deadline, &mut report);
         (report.out.duration, report.into.duration) = (start.elapsed(), start.elapsed());
         self.count_evicted(report.out.freed);
         self.count_onboarded(report.into.copied);
@@ -189,7 +133,7 @@ impl MemoryManager {
         into: &Region,
         deadline: Instant,
         timeout: Duration,
-    ) -> Result<(Grant, Pass, Taken), MemoryError> {
+    ) -> Result<(Supply, Pass, Taken), MemoryError> {
         let lacking = || into.missing_bytes().saturating_sub(out.usage().device);
         loop {
             let needed = {
@@ -199,11 +143,11 @@ impl MemoryManager {
                 lacking()
             };
             let wait = deadline.saturating_duration_since(Instant::now());
-            let grant = into.ask(needed, wait, "a swap")?;
+            let supply = into.ask(needed, wait, "a swap")?;
             let gate = self.take_gate(Scope::Pair(out.id(), into.id()), deadline, timeout)?;
             let turn = self.take_turn(deadline)?;
-            if lacking() <= grant.bytes() {
-                return Ok((grant, gate, turn));
+            if lacking() <= supply.bytes() {
+                return Ok((supply, gate, turn));
             }
             if Instant::now() >= deadline {
                 return Err(late(timeout));
@@ -242,13 +186,12 @@ impl MemoryManager {
         &self,
         (out, into): (&Region, &Region),
         plan: Plan,
-        grant: Grant,
+        supply: Supply,
         deadline: Instant,
         report: &mut SwapReport,
     ) -> Result<(), MemoryError> {
         let shared = Shared::default();
-        let (frames, region) = (Vec::new(), Arc::from(out.name()));
-        let mut room = Room { manager: self, grant, frames, freed: ByteCount::ZERO, region };
+        let mut room = Room { manager: self, supply, freed: ByteCount::ZERO };
         let mut outgoing = Outgoing::new(out, plan.leaving);
         let mut incoming = Incoming::new(into, plan.coming, &shared);
         let outcome = self.drive(into, &mut outgoing, &mut incoming, &mut room, deadline);
@@ -301,10 +244,10 @@ impl MemoryManager {
             }
             has_moved |= incoming.start_next()?;
             if let Some(next) = incoming.next()
-                && room.has(next.bytes)
+                && room.supply.bytes() >= next.bytes
             {
-                let is_zeroed = next.step == Move::Zero;
-                has_moved |= incoming.map_next(|extent| room.make(into, extent, is_zeroed))?;
+                let make = |extent, content| room.supply.map_settled(into, extent, content, deadline);
+                has_moved |= incoming.map_next(make)?;
             }
             if has_moved {
                 continue;

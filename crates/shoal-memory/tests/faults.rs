@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{PAGE, WAIT, World, noise, open, piece, source_file, world_on};
+use common::{PAGE, WAIT, World, keeping, noise, open, piece, pooled_world_on, source_file};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
@@ -28,7 +28,9 @@ impl Scene {
     fn new(host_mib: u64) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let faults = FaultDevice::new(open(dir.path(), 64));
-        let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, host_mib);
+        // What gives memory up in the middle of an operation puts it into the pool.
+        let device = Arc::clone(&faults) as Arc<dyn Device>;
+        let world = pooled_world_on(dir, device, 32, host_mib, keeping(16));
         Self { world, faults, failed: Arc::default() }
     }
 
@@ -154,6 +156,7 @@ fn sweep_as<S, T: PartialEq + std::fmt::Debug>(
         verify(&scene, &state);
         scene.check();
         drop(state);
+        scene.world.manager.trim_pool(ALL).expect("healed");
         assert_eq!(scene.world.manager.leaked_bytes(), ByteCount::ZERO, "{what} {n} {verb}: forgotten");
         assert_eq!(
             scene.world.device_used(),
@@ -352,6 +355,53 @@ fn committing_and_decommitting() {
     sweep("commit", 64, prepare, act, |_, region| {
         assert!(read(region).iter().all(|byte| *byte == 0));
     });
+}
+
+/// Frames of other regions lie in the pool, of sizes that fit and of sizes that do not.
+#[test]
+fn growing_from_the_pool() {
+    struct Pooled {
+        region: Region,
+        _others: [Region; 2],
+    }
+    let prepare = |scene: &Scene| {
+        let others = [9, 4].map(|pages| scene.world.region("other", pages, LeaseKind::Overhead));
+        for other in &others {
+            other.commit(ByteCount::ZERO, other.bytes()).expect("room");
+            other.write(ByteCount::ZERO, &noise(2 * PAGE, 1)).expect("there");
+            other.decommit(ByteCount::ZERO, other.bytes()).expect("whole extents");
+        }
+        assert!(!scene.world.manager.pool_usage().bytes.is_zero());
+        let region = scene.world.region("workspace", 9, LeaseKind::Overhead);
+        region.commit(ByteCount::ZERO, ByteCount(2 * PAGE)).expect("room");
+        region.write(ByteCount(PAGE), b"kept").expect("there");
+        Pooled { region, _others: others }
+    };
+    let act =
+        |_: &Scene, pooled: &Pooled| pooled.region.commit(ByteCount::ZERO, ByteCount(9 * PAGE)).map(|_| true);
+    let shape = |pooled: &Pooled| pooled.region.usage();
+    sweep_both("commit from the pool", prepare, act, shape, |_, pooled| {
+        let bytes = read(&pooled.region);
+        let (from, to) = (usize::try_from(PAGE).expect("small"), usize::try_from(2 * PAGE).expect("small"));
+        assert_eq!(&bytes[from..from + 4], b"kept");
+        assert!(bytes[to..].iter().all(|byte| *byte == 0), "bytes of others");
+    });
+}
+
+/// What a wake and a swap take from the pool, and put there when they fail.
+#[test]
+fn waking_from_the_pool() {
+    let prepare = |scene: &Scene| {
+        let region = staged(scene, 2);
+        let other = scene.world.region("other", PAGES, LeaseKind::Weights);
+        other.commit(ByteCount::ZERO, other.bytes()).expect("room");
+        other.decommit(ByteCount::ZERO, other.bytes()).expect("whole extents");
+        assert_eq!(scene.world.manager.pool_usage().bytes, other.bytes());
+        (region, other)
+    };
+    let act = |_: &Scene, regions: &(Region, Region)| wake(&regions.0).map(|()| true);
+    let shape = |regions: &(Region, Region)| regions.0.usage();
+    sweep_both("wake from the pool", prepare, act, shape, |_, regions| holds(&regions.0, 2));
 }
 
 #[test]

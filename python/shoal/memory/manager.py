@@ -232,8 +232,9 @@ class MemoryManager:
         Returns
         -------
         dict
-            ``weights_device``, ``weights_total``, ``kv_device``, ``kv_live``, ``overhead_device``, ``host``,
-            ``source_only``, and since the start ``onboarded`` and ``evicted``.
+            ``weights_device``, ``weights_total``, ``kv_device``, ``kv_live``, ``overhead_device``, ``pooled`` (given up
+            by regions, and kept leased for a moment for the next growth), ``host``, ``source_only``, and since the
+            start ``onboarded`` and ``evicted``.
 
         Raises
         ------

@@ -208,6 +208,9 @@ class Region:
     def decommit(self, offset: int, nbytes: int) -> None:
         """Take the device memory of a range away, and its bytes with it.
 
+        The process keeps some of the memory for a second, leased as before, for whatever grows next; a reclaim, a sleep
+        or a denied lease frees it at once.
+
         Parameters
         ----------
         offset, nbytes

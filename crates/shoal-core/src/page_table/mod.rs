@@ -234,6 +234,12 @@ impl RegionTable {
         Ok(PageRun::from_sorted((run.first..run.end()).filter(|page| self.extent_at(*page).is_none())))
     }
 
+    /// The extents that [`insert`](Self::insert) would cut these pages into.
+    #[must_use]
+    pub fn cut(&self, run: PageRun) -> Vec<Extent> {
+        self.rule.grow(run, self.region_pages())
+    }
+
     /// Cuts pages that no extent covers into extents, as [`ExtentRule::grow`] says, and enters them without bytes.
     ///
     /// # Errors
@@ -245,7 +251,7 @@ impl RegionTable {
                 return Err(TableError::Overlap { page, extent });
             }
         }
-        let extents = self.rule.grow(run, self.region_pages());
+        let extents = self.cut(run);
         let indices = extents.into_iter().map(|extent| self.enter(extent)).collect();
         self.check_in_debug();
         Ok(indices)

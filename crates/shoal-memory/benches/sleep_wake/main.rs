@@ -7,10 +7,17 @@ mod profile;
 mod report;
 mod scene;
 
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
 use profile::profile;
 use report::{Bounds, Report};
-use scene::{Link, ROUNDS, World, device_or_skip, link, rate, size, sleep, wake, write_everywhere};
+use scene::{
+    LONG, Link, PIECE, ROUNDS, World, device_or_skip, link, ms, rate, size, sleep, wake, write_everywhere,
+};
 use shoal_core::bytes::ByteCount;
+use shoal_device::{Device, Frame, HostBuffer, Mapping, Reservation, Span, Stream};
 use shoal_memory::Region;
 
 fn staged_region(report: &mut Report, world: &World, link: &Link) {
@@ -43,6 +50,7 @@ fn staged_region(report: &mut Report, world: &World, link: &Link) {
     profile("a clean sleep", &world.faults, || {
         sleep(&region, false);
     });
+    after_sleeps(report, &region, link);
     let mut dirty = Vec::new();
     for value in 0..4 {
         wake(&region);
@@ -57,6 +65,67 @@ fn staged_region(report: &mut Report, world: &World, link: &Link) {
     profile("a dirty sleep", &world.faults, || {
         sleep(&region, false);
     });
+}
+
+/// The driver scrubs memory that was given back, after the call that gave it back: a wake that comes at once shares the
+/// device's copy engines with that.
+fn after_sleeps(report: &mut Report, region: &Region, link: &Link) {
+    for pause_ms in [0, 20, 50, 100, 250, 1000] {
+        let rates = (0..ROUNDS).map(|_| {
+            wake(region);
+            sleep(region, true);
+            thread::sleep(Duration::from_millis(pause_ms));
+            let rate = rate(size(), wake(region));
+            sleep(region, true);
+            rate
+        });
+        let bounds = Bounds { ceiling: Some(link.up), ..Bounds::default() };
+        report.add(&format!("wake, {pause_ms} ms after a sleep"), "GB/s", rates.collect(), bounds);
+    }
+}
+
+/// What the driver's scrubbing costs by itself: the link into memory that stays, and the making of as much memory, at once
+/// after as much was given back.
+fn beside_scrubbing(report: &mut Report, device: &Arc<dyn Device>) {
+    let count = size().0 / PIECE.0;
+    let reservation = Reservation::new(device, ByteCount(2 * size().0)).unwrap();
+    let place = |index: u64| {
+        let frame = Frame::create(device, PIECE).unwrap();
+        Mapping::new(&reservation, ByteCount(PIECE.0 * index), frame).unwrap()
+    };
+    let kept: Vec<_> = (0..count).map(place).collect();
+    let buffers: Vec<_> = (0..count).map(|_| HostBuffer::allocate(device, PIECE).unwrap()).collect();
+    let stream = Stream::create(device).unwrap();
+    let fill = || {
+        let start = Instant::now();
+        for (buffer, mapping) in buffers.iter().zip(&kept) {
+            stream.copy(Span::host(buffer, ByteCount::ZERO, PIECE), Span::mapping(mapping)).unwrap();
+        }
+        assert!(stream.synchronize(LONG).unwrap());
+        rate(size(), ms(start))
+    };
+    fill();
+    let quiet: Vec<_> = (0..ROUNDS).map(|_| fill()).collect();
+    let (mut beside, mut makes) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        drop((count..2 * count).map(place).collect::<Vec<_>>());
+        beside.push(fill());
+        thread::sleep(Duration::from_millis(500));
+        drop((count..2 * count).map(place).collect::<Vec<_>>());
+        let start = Instant::now();
+        let made: Vec<_> = (count..2 * count).map(place).collect();
+        makes.push(ms(start));
+        drop(made);
+        thread::sleep(Duration::from_millis(500));
+    }
+    report.add("link, host to device, quiet, again", "GB/s", quiet, Bounds::default());
+    report.add(
+        "link, host to device, at once after as much was given back",
+        "GB/s",
+        beside,
+        Bounds::default(),
+    );
+    report.add("making and mapping as much, at once after it was given back", "ms", makes, Bounds::default());
 }
 
 /// Written on the device, as an engine does.
@@ -86,6 +155,7 @@ fn main() {
     let mut report = Report::default();
     let link = link(&mut report, &device);
     println!("both {:.1}", link.both);
+    beside_scrubbing(&mut report, &device);
     let world = World::new(&device, ByteCount(3 * size().0));
     staged_region(&mut report, &world, &link);
     written_region(&mut report, &world, &link);

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::extent::PageRun;
+use shoal_core::extent::{Extent, PageRun};
 use shoal_core::ids::ExtentIndex;
 use shoal_core::page_table::PlannedMove;
 use shoal_core::residency::Move;
@@ -11,7 +11,8 @@ use shoal_core::tier::Tier;
 
 use super::Region;
 use crate::error::MemoryError;
-use crate::lease::Grant;
+use crate::retire::{Released, Resident};
+use crate::supply::{Content, Supply};
 
 impl Region {
     /// Gives the pages that the range touches zeroed device memory, where they have none. All or nothing.
@@ -21,36 +22,39 @@ impl Region {
     pub fn commit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
         let run = PageRun::covering(offset, bytes);
-        let needed = {
+        let wanted = {
             let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
-            self.uncommitted(&[run])?
+            self.wanted_extents(&[run])?
         };
-        let mut grant = self.ask(needed, self.manager().options.lease_wait, "memory for a range")?;
+        let deadline = Instant::now() + self.manager().options.lease_wait;
+        let mut supply = self.supply(wanted, deadline, "memory for a range")?;
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
-        self.commit_in_turn(&[run], &mut grant)
+        self.commit_in_turn(&[run], &mut supply)
     }
 
     /// [`commit`](Self::commit) of whole pages by a deadline, and only while nothing of the region is off the device. It
-    /// fences nothing: a graph may be captured.
+    /// fences nothing, since a graph may be captured, and zeroes nothing: torch, like the driver, promises nothing about
+    /// the bytes of new memory, and the frames of a pool are this process's own (I12).
     pub(crate) fn commit_by(&self, run: PageRun, deadline: Instant) -> Result<(), MemoryError> {
-        let needed = {
+        let wanted = {
             let _turn = self.manager().take_turn_only(deadline)?;
             if !self.missing_bytes().is_zero() {
                 return Err(self.refuse("take memory for torch", "the region is asleep; wake it first"));
             }
-            self.uncommitted(&[run])?
+            self.wanted_extents(&[run])?
         };
-        if needed.is_zero() {
+        if wanted.is_empty() {
             return Ok(());
         }
-        let wait = self.manager().options.lease_wait.min(deadline.saturating_duration_since(Instant::now()));
-        let mut grant = self.ask(needed, wait, "torch's memory")?;
+        let until = deadline.min(Instant::now() + self.manager().options.lease_wait);
+        let mut supply = self.supply(wanted, until, "torch's memory")?;
         let _turn = self.manager().take_turn_only(deadline)?;
-        self.commit_in_turn(&[run], &mut grant).map(drop)
+        self.commit_in_turn_as(&[run], &mut supply, Content::Any).map(drop)
     }
 
-    /// Takes the device memory and the bytes of every extent that lies wholly within the range. Returns the device
-    /// bytes freed.
+    /// Takes the device memory and the bytes of every extent that lies wholly within the range. The memory is kept for the
+    /// next growth, leased as before, for a while and within bounds ([`crate::pool`]). Returns how many device bytes the
+    /// region gave up.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`], [`MemoryError::State`] for sealed weights; nothing is changed. [`MemoryError::Device`]
@@ -62,38 +66,52 @@ impl Region {
         }
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
         self.manager().fence(self.manager().operation_deadline())?;
-        self.decommit_in_turn(PageRun::covering(offset, bytes))
+        self.decommit_to_pool(PageRun::covering(offset, bytes))
     }
 
     /// Bytes that committing these runs would take.
     pub(crate) fn uncommitted(&self, runs: &[PageRun]) -> Result<ByteCount, MemoryError> {
+        Ok(self.wanted_extents(runs)?.into_iter().sum())
+    }
+
+    /// The sizes of the extents that committing these runs would map.
+    pub(crate) fn wanted_extents(&self, runs: &[PageRun]) -> Result<Vec<ByteCount>, MemoryError> {
         let state = self.inner.state.lock();
-        let mut needed = ByteCount::ZERO;
+        let mut wanted = Vec::new();
         for run in runs {
             for free in state.table.uncovered(*run).map_err(self.table_error())? {
-                needed += free.bytes();
+                wanted.extend(state.table.cut(free).into_iter().map(Extent::bytes));
             }
             for index in state.table.extents_touching(*run).map_err(self.table_error())? {
                 let (extent, residency) = state.table.extent(index).map_err(self.table_error())?;
                 if residency.valid().is_empty() {
-                    needed += extent.bytes();
+                    wanted.push(extent.bytes());
                 }
             }
         }
-        Ok(needed)
+        Ok(wanted)
     }
 
     pub(crate) fn commit_in_turn(
         &self,
         runs: &[PageRun],
-        grant: &mut Grant,
+        supply: &mut Supply,
+    ) -> Result<ByteCount, MemoryError> {
+        self.commit_in_turn_as(runs, supply, Content::Zeroed)
+    }
+
+    fn commit_in_turn_as(
+        &self,
+        runs: &[PageRun],
+        supply: &mut Supply,
+        content: Content,
     ) -> Result<ByteCount, MemoryError> {
         let (inserted, empty) = self.enter_extents(runs)?;
         let mut committed: Vec<ExtentIndex> = Vec::new();
         let mut bytes = ByteCount::ZERO;
         let mut failed = None;
         for index in &empty {
-            match self.commit_extent(*index, grant) {
+            match self.commit_extent(*index, supply, content) {
                 Ok(more) => {
                     bytes += more;
                     committed.push(*index);
@@ -104,7 +122,9 @@ impl Region {
                 }
             }
         }
-        let Some(error) = failed else { return Ok(bytes) };
+        // What is mapped next is mapped while the last is zeroed; all of it is zero when this returns.
+        let settled = supply.settle(self.manager().operation_deadline());
+        let Some(error) = failed.or(settled.err()) else { return Ok(bytes) };
         let mut residents = Vec::new();
         let mut state = self.inner.state.lock();
         for index in committed.iter().chain(&inserted) {
@@ -123,8 +143,19 @@ impl Region {
         Err(error)
     }
 
-    /// Needs the turn, and that what steps have queued is done.
+    /// Gives the memory back to the device. Needs the turn, and that what steps have queued is done.
     pub(crate) fn decommit_in_turn(&self, run: PageRun) -> Result<ByteCount, MemoryError> {
+        let released = self.manager().release_unused(self.take_residents(run)?);
+        released.error.map_or(Ok(released.freed), Err)
+    }
+
+    /// As [`decommit_in_turn`](Self::decommit_in_turn), and keeps the memory for the next growth.
+    pub(crate) fn decommit_to_pool(&self, run: PageRun) -> Result<ByteCount, MemoryError> {
+        let Released { freed, error } = self.manager().pool_unused(self.take_residents(run)?);
+        error.map_or(Ok(freed), Err)
+    }
+
+    fn take_residents(&self, run: PageRun) -> Result<Vec<Resident>, MemoryError> {
         let is_carved = !self.inner.is_growing;
         let mut slots = Vec::new();
         {
@@ -137,8 +168,7 @@ impl Region {
                 }
             }
         }
-        let released = self.manager().release_unused(slots.into_iter().filter_map(|slot| slot.resident));
-        released.error.map_or(Ok(released.freed), Err)
+        Ok(slots.into_iter().filter_map(|slot| slot.resident).collect())
     }
 
     /// The extents of these runs that have no bytes, and those of them that are new in the table.
@@ -158,14 +188,19 @@ impl Region {
         Ok((inserted, empty))
     }
 
-    fn commit_extent(&self, index: ExtentIndex, grant: &mut Grant) -> Result<ByteCount, MemoryError> {
+    fn commit_extent(
+        &self,
+        index: ExtentIndex,
+        supply: &mut Supply,
+        content: Content,
+    ) -> Result<ByteCount, MemoryError> {
         let extent = {
             let mut state = self.inner.state.lock();
             let (extent, _) = state.table.extent(index).map_err(self.table_error())?;
             let zero = PlannedMove { extent: index, step: Move::Zero, bytes: extent.bytes() };
             state.table.begin(zero).map_err(self.table_error())?
         };
-        let mapped = self.map_extent(extent, grant);
+        let mapped = supply.map(self, extent, content);
         let mut state = self.inner.state.lock();
         match mapped {
             Ok(resident) => {

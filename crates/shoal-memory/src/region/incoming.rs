@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::Extent;
 use shoal_core::page_table::PlannedMove;
+use shoal_core::residency::Move;
 use shoal_device::{DeviceError, Event};
 
 use super::Region;
 use crate::error::MemoryError;
-use crate::lease::Grant;
 use crate::retire::Resident;
+use crate::supply::{Content, Supply};
 use crate::transfer::Shared;
 
 /// Bytes that one direction of the link has before it.
@@ -82,13 +83,14 @@ impl<'a> Incoming<'a> {
         self.planned.is_empty() && self.mapped.is_empty() && self.flying.is_empty()
     }
 
-    /// Brings everything, on `grant`.
-    pub(crate) fn run(&mut self, grant: &mut Grant, deadline: Instant) -> Result<(), MemoryError> {
+    /// Brings everything, on `supply`.
+    pub(crate) fn run(&mut self, supply: &mut Supply, deadline: Instant) -> Result<(), MemoryError> {
         let region = self.region;
         while !self.is_done() {
             self.check_stopped(deadline)?;
             while self.reap(Duration::ZERO)? {}
-            if self.start_next()? || self.map_next(|extent| region.map_extent(extent, grant))? {
+            let make = |extent, content| supply.map_settled(region, extent, content, deadline);
+            if self.start_next()? || self.map_next(make)? {
                 continue;
             }
             self.reap_one()?;
@@ -109,13 +111,15 @@ impl<'a> Incoming<'a> {
     /// Makes memory for the next extent. False: all have theirs.
     pub(crate) fn map_next(
         &mut self,
-        make: impl FnOnce(Extent) -> Result<Resident, MemoryError>,
+        make: impl FnOnce(Extent, Content) -> Result<Resident, MemoryError>,
     ) -> Result<bool, MemoryError> {
         let Some(planned) = self.planned.front().copied() else { return Ok(false) };
         let region = self.region;
         let (extent, _) =
             region.inner.state.lock().table.extent(planned.extent).map_err(region.table_error())?;
-        let resident = make(extent)?;
+        // A copy writes all of it.
+        let content = if planned.step == Move::Zero { Content::Zeroed } else { Content::Any };
+        let resident = make(extent, content)?;
         self.planned.pop_front();
         self.mapped.push_back(Entry { planned, extent, resident, event: None });
         if self.planned.is_empty() {

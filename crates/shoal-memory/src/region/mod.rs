@@ -22,19 +22,20 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
-use shoal_core::extent::{Extent, ExtentRule, PageRun};
+use shoal_core::extent::{ExtentRule, PageRun};
 use shoal_core::ids::{ExtentIndex, RegionId};
 use shoal_core::page_table::{Backing, RegionTable, TableError, UseOrder};
 use shoal_core::protocol::LeaseKind;
 use shoal_core::source::SourceMap;
 use shoal_core::tier::Tier;
-use shoal_device::{ForeignStream, Frame, Mapping, Reservation};
+use shoal_device::{ForeignStream, Mapping, Reservation};
 
 use crate::arena::HostCopy;
 use crate::error::MemoryError;
 use crate::lease::Grant;
 use crate::manager::MemoryManager;
-use crate::retire::Resident;
+use crate::retire::{Released, Resident};
+use crate::supply::Supply;
 use crate::transfer::Transfer;
 pub use blocks::BlockCopy;
 pub use flush::{Flush, FlushReport};
@@ -87,6 +88,11 @@ impl Report {
         if self.error.is_none() {
             self.error = part.error;
         }
+    }
+
+    pub(crate) fn absorb_released(&mut self, released: Released) {
+        self.freed += released.freed;
+        released.error.into_iter().for_each(|error| self.fail(error));
     }
 
     pub(crate) fn fail(&mut self, error: MemoryError) {
@@ -389,36 +395,23 @@ impl Region {
         bytes: ByteCount,
         timeout: Duration,
         reason: &str,
-    ) -> Result<Grant, MemoryError> {
-        let deadline = Instant::now() + timeout;
-        let acquire = |wait| Grant::acquire(self.manager().lease(), self.kind(), bytes, wait, reason);
-        let granted = acquire(timeout).or_else(|error| {
-            // What torch gave back just now may be on its way still.
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.manager().free_segments(left) { acquire(left) } else { Err(error) }
-        });
-        granted.map_err(|source| MemoryError::Lease { region: self.name().to_owned(), source })
-    }
-
-    /// Takes a frame and maps it at its extent's place, within `grant`.
-    pub(crate) fn map_extent(&self, extent: Extent, grant: &mut Grant) -> Result<Resident, MemoryError> {
-        let Some(lease) = grant.split(extent.bytes()) else {
-            return Err(self.refuse("map an extent", "the lease is too small for it"));
-        };
-        let frame = Frame::create(&self.manager().device, extent.bytes())
-            .map_err(MemoryError::device("take device memory"));
-        let mapped = frame.and_then(|frame| {
-            Mapping::new(&self.inner.reservation, extent.offset(), frame)
-                .map_err(MemoryError::device("map device memory"))
-        });
-        match mapped {
-            Ok(mapping) => Ok(self.resident(mapping, lease)),
-            Err(error) => {
-                // `lease` is of the same kind, so it joins.
-                let _ = grant.join(lease);
-                Err(error)
-            }
-        }
+    ) -> Result<Supply, MemoryError> {
+        let (manager, deadline) = (self.manager(), Instant::now() + timeout);
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let acquire = || Grant::acquire(manager.lease(), self.kind(), bytes, left(), reason);
+        let granted = acquire()
+            .or_else(|error| if manager.empty_pool(bytes).freed.is_zero() { Err(error) } else { acquire() })
+            .or_else(|error| {
+                // What torch gave back just now may be on its way still, and then lies in the pool.
+                if !manager.free_segments(left()) {
+                    return Err(error);
+                }
+                manager.empty_pool(bytes);
+                acquire()
+            });
+        let granted =
+            granted.map_err(|source| MemoryError::Lease { region: self.name().to_owned(), source })?;
+        Ok(Supply::new(Arc::clone(manager), granted))
     }
 
     pub(crate) fn resident(&self, mapping: Arc<Mapping>, lease: Grant) -> Resident {

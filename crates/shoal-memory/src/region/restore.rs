@@ -21,7 +21,7 @@ use shoal_core::residency::Move;
 use super::incoming::{Arrived, Incoming};
 use super::{Region, Report};
 use crate::error::MemoryError;
-use crate::lease::Grant;
+use crate::supply::Supply;
 use crate::transfer::{Shared, Transfer};
 
 impl Region {
@@ -79,36 +79,43 @@ impl Region {
     ) -> Result<Report, MemoryError> {
         let start = Instant::now();
         let _restoring = self.manager().take_restore(deadline)?;
-        let planned_bytes = {
+        let wanted = {
             // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
             let _turn = self.manager().take_turn(deadline)?;
             self.manager().drop_idle_copies();
-            self.inner.state.lock().table.plan_restore(bytes).bytes
+            self.missing_extents(bytes)
         };
+        let planned_bytes = wanted.iter().copied().sum();
         let mut report = Report::new(planned_bytes);
-        if planned_bytes.is_zero() {
+        if wanted.is_empty() {
             return Ok(report);
         }
         shared.set_total(planned_bytes);
-        let mut grant = self.ask(planned_bytes, deadline.saturating_duration_since(start), reason)?;
+        let mut supply = self.supply(wanted, deadline, reason)?;
         let _turn = self.manager().take_turn(deadline)?;
-        let brought = self.restore_in_turn(&mut grant, deadline, shared)?;
+        let brought = self.restore_in_turn(&mut supply, deadline, shared)?;
         (report.requested, report.copied) = (brought.requested, brought.copied);
         report.duration = start.elapsed();
         Ok(report)
     }
 
-    /// Brings back what `grant` suffices for. Needs the turn.
+    /// The sizes of what a restore of `bytes` would map.
+    pub(crate) fn missing_extents(&self, bytes: ByteCount) -> Vec<ByteCount> {
+        let plan = self.inner.state.lock().table.plan_restore(bytes);
+        plan.moves.into_iter().map(|planned| planned.bytes).collect()
+    }
+
+    /// Brings back what `supply` suffices for. Needs the turn.
     pub(crate) fn restore_in_turn(
         &self,
-        grant: &mut Grant,
+        supply: &mut Supply,
         deadline: Instant,
         shared: &Shared,
     ) -> Result<Report, MemoryError> {
         // Since the lease was asked for, others may have brought back some of it; none of it can be more.
         let (plan, missing) = {
             let state = self.inner.state.lock();
-            (state.table.plan_restore(grant.bytes()), state.table.missing_bytes())
+            (state.table.plan_restore(supply.bytes()), state.table.missing_bytes())
         };
         if plan.bytes < missing {
             // Or something was evicted: who steps in beside this wake would miss it.
@@ -116,7 +123,7 @@ impl Region {
         }
         let mut report = Report::new(plan.bytes);
         let mut incoming = Incoming::new(self, plan.moves, shared);
-        let outcome = incoming.run(grant, deadline);
+        let outcome = incoming.run(supply, deadline);
         let has_guests = shared.close();
         let Arrived { brought, leaving } = incoming.end();
         if has_guests {

@@ -10,7 +10,8 @@ use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{Device, SimDevice, SimOptions};
 use shoal_memory::{
-    Backing, Conversion, LocalBudget, ManagerOptions, MemoryManager, Region, RegionSpec, SourcePiece,
+    Backing, Conversion, LocalBudget, ManagerOptions, MemoryManager, PoolOptions, Region, RegionSpec,
+    SourcePiece,
 };
 
 pub(crate) const WAIT: Duration = Duration::from_secs(30);
@@ -27,6 +28,9 @@ pub(crate) struct World {
 pub(crate) fn open(dir: &Path, capacity_mib: u64) -> Arc<dyn Device> {
     #[cfg(feature = "cuda")]
     if std::env::var_os("SHOAL_TEST_GPU").is_some() {
+        // Kept for good: making the context anew for every case would take most of the time.
+        static KEPT: std::sync::OnceLock<Arc<dyn Device>> = std::sync::OnceLock::new();
+        KEPT.get_or_init(|| shoal_device::CudaDevice::open_dyn(0).expect("a GPU"));
         return shoal_device::CudaDevice::open_dyn(0).expect("a GPU");
     }
     SimDevice::open_dyn(SimOptions::new(ByteCount::mib(capacity_mib), dir)).expect("a simulated device")
@@ -55,9 +59,26 @@ pub(crate) fn world_on(
     device_mib: u64,
     host_mib: u64,
 ) -> World {
+    pooled_world_on(dir, device, device_mib, host_mib, PoolOptions::off())
+}
+
+/// Frames of so many MiB are kept, until somebody takes them.
+pub(crate) fn keeping(mib: u64) -> PoolOptions {
+    PoolOptions { bytes_max: ByteCount::mib(mib), idle: Duration::from_hours(1) }
+}
+
+/// With a pool of frames. (Elsewhere there is none, so that what is given up is gone.)
+pub(crate) fn pooled_world_on(
+    dir: tempfile::TempDir,
+    device: Arc<dyn Device>,
+    device_mib: u64,
+    host_mib: u64,
+    pool: PoolOptions,
+) -> World {
     let budget = LocalBudget::new(ByteCount::mib(device_mib));
     let mut options = ManagerOptions::new(ByteCount::mib(host_mib), Arc::clone(&budget) as _);
     options.operation_wait = Duration::from_secs(10);
+    options.pool = Some(pool);
     let manager = MemoryManager::new(Arc::clone(&device), options).expect("a manager");
     World { dir, device, budget, manager }
 }
