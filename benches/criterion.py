@@ -16,6 +16,8 @@ from benches.results import Row, save  # noqa: E402
 BENCHES = {
     "copy_plan": ("shoal-core", "copy_plan"),
     "kv_core": ("shoal-core", "kv_blocks"),
+    "kv_eviction": ("shoal-core", "eviction"),
+    "kv_prefix": ("shoal-core", "prefix"),
     "page_table": ("shoal-core", "page_table"),
     "policy": ("shoal-core", "policy"),
     "simulator_device": ("shoal-device", "sim"),

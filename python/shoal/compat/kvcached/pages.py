@@ -45,9 +45,9 @@ class InternalPage:
         self.page_id = page_id
         self.page_size = page_size
         self._start = self._end = 0
-        # A stack with the lowest id on top, and the same ids as a set of bits.
+        # A stack with the lowest id on top, and the same ids as a set.
         self._free: list[int] = []
-        self._is_free = 0
+        self._is_free: set[int] = set()
 
     def init(self, block_mem_size: int) -> None:
         """Cut the page into blocks, all free.
@@ -59,7 +59,7 @@ class InternalPage:
         """
         self._start, self._end = self.get_block_range(self.page_id, self.page_size, block_mem_size)
         self._free = list(range(self._end - 1, self._start - 1, -1))
-        self._is_free = (1 << len(self._free)) - 1
+        self._is_free = set(self._free)
 
     def alloc(self, num_blocks: int = 1) -> list[int]:
         """Take free blocks.
@@ -82,14 +82,10 @@ class InternalPage:
         free = self._free
         if not 0 <= num_blocks <= len(free):
             raise RuntimeError(f"Not enough free blocks in page {self.page_id}: {len(free)}, wanted {num_blocks}")
-        if num_blocks == 0:
-            return []
-        taken = free[: -num_blocks - 1 : -1]
-        del free[-num_blocks:]
-        bits = 0
-        for block in taken:
-            bits |= 1 << (block - self._start)
-        self._is_free ^= bits
+        taken = free[len(free) - num_blocks :]
+        taken.reverse()
+        del free[len(free) - num_blocks :]
+        self._is_free.difference_update(taken)
         return taken
 
     def free(self, block_id: int) -> None:
@@ -120,38 +116,29 @@ class InternalPage:
         ValueError
             If one is not in the page, or free already, or named twice. Nothing is changed.
         """
-        bits = self.check_free(block_ids)
-        self._is_free |= bits
+        self.check_free(block_ids)
+        self._is_free.update(block_ids)
         self._free.extend(block_ids)
 
-    def check_free(self, block_ids: Sequence[int]) -> int:
-        """Give the bits of blocks that can be given back.
+    def check_free(self, block_ids: Sequence[int]) -> None:
+        """Make sure that blocks can be given back.
 
         Parameters
         ----------
         block_ids
             The blocks.
 
-        Returns
-        -------
-        int
-            A bit for each.
-
         Raises
         ------
         ValueError
             If one is not in the page, or free already, or named twice.
         """
-        bits = 0
-        taken = ~self._is_free
-        for block in block_ids:
-            if not self._start <= block < self._end:
-                raise ValueError(f"block {block} is not in page {self.page_id}: {self._start} to {self._end - 1} are")
-            bit = 1 << (block - self._start)
-            if not taken & bit or bits & bit:
-                raise ValueError(f"block {block} is free already, or named twice")
-            bits |= bit
-        return bits
+        if not block_ids:
+            return
+        if min(block_ids) < self._start or max(block_ids) >= self._end:
+            raise ValueError(f"blocks {block_ids}: page {self.page_id} has {self._start} to {self._end - 1}")
+        if len(set(block_ids)) != len(block_ids) or not self._is_free.isdisjoint(block_ids):
+            raise ValueError(f"of the blocks {block_ids} one is free already, or named twice")
 
     def empty(self) -> bool:
         """Tell whether all of its blocks are free."""
@@ -446,12 +433,16 @@ class PageAllocator:
         """
         page_size = self._page_size
         grouped: dict[int, list[int]] = {}
+        page, end = -1, 0
+        blocks: list[int] = []
         for index in indices:
-            page = index * block_mem_size // page_size
-            if page in grouped:
-                grouped[page].append(index)
-            else:
-                grouped[page] = [index]
+            # Neighbours mostly lie in one page.
+            offset = index * block_mem_size
+            if not end - page_size <= offset < end:
+                page = offset // page_size
+                end = (page + 1) * page_size
+                blocks = grouped.setdefault(page, [])
+            blocks.append(index)
         return grouped
 
     # Several processes.
