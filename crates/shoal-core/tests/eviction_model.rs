@@ -307,17 +307,23 @@ fn what_costs_more_stays_longer() {
 }
 
 #[test]
-fn few_cold_blocks_go_before_many() {
+fn of_the_coldest_extents_the_one_with_fewest_blocks_goes() {
     let mut evictor = Evictor::new(EvictionKind::Lru, 64);
-    for block in 0..40 {
-        // Extent 0 holds 8, extent 1 one, extent 2 the rest.
-        let extent = if block < 8 { 0 } else { 1 + u32::from(block > 8) };
-        evictor.cached(block, ExtentSpan::one(extent), &About::new(u64::from(block), 16));
+    // Extents 0 to 11, given up in this order; three of them are compared.
+    let held = [8, 1, 9, 1, 1, 1, 1, 1, 1, 1, 1, 1];
+    let mut block = 0;
+    for (extent, count) in (0..).zip(held) {
+        for _ in 0..count {
+            evictor.cached(block, ExtentSpan::one(extent), &About::new(u64::from(block), 16));
+            block += 1;
+        }
+        evictor.set_allocated(extent, count);
     }
     assert_eq!(evictor.victim_extent(), Some(1));
     evictor.set_allocated(1, 2);
-    assert_eq!(evictor.victim_extent(), Some(0), "somebody owns a block of extent 1");
+    assert_eq!(evictor.victim_extent(), Some(0), "somebody owns a block of extent 1, and extent 3 is hotter");
     evictor.used(0);
-    evictor.set_allocated(0, 8);
-    assert_eq!(evictor.victim_extent(), Some(2));
+    assert_eq!(evictor.victim_extent(), Some(3), "somebody owns a block of extent 0");
+    evictor.cached(0, ExtentSpan::one(0), &About::new(0, 16));
+    assert_eq!(evictor.victim_extent(), Some(3), "extent 0 is the hottest now");
 }

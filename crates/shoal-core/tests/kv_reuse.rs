@@ -233,3 +233,39 @@ fn what_cannot_be_sealed_changes_nothing() {
     assert_eq!((found.tokens, found.groups[0].blocks.as_slice()), (2, &ids[..1]));
     assert_eq!(state.events_since(0, 9).expect("an index").events.len(), 2);
 }
+
+#[test]
+fn memory_is_taken_from_what_was_used_longest_ago() {
+    let mut state = state(EvictionKind::Lru);
+    let mut found = Found::default();
+    // A sequence of one block each, until all granules hold some; given up in this order, and the first used once more.
+    let mut held = Vec::new();
+    while let Some(block) = alloc(&mut state, 1).filter(|_| held.len() < 24) {
+        let token = u32::try_from(held.len()).expect("few");
+        state.seal(Start::Salt(b""), &[token, token], &[&block]).expect("owned");
+        held.push((token, block[0]));
+    }
+    for (_, block) in &held {
+        state.free(0, &[*block]).expect("owned");
+    }
+    state.find(b"", &[0, 0], &mut found).expect("an index");
+    assert_eq!(found.tokens, 2);
+    state.free(0, &found.groups[0].blocks).expect("owned");
+    let granules =
+        |state: &KvState, block| state.pool(0).expect("a group").granules_of(block).expect("mapped");
+    let hot = granules(&state, held[0].1).0;
+    let cold =
+        held.iter().map(|(_, block)| granules(&state, *block).0).find(|slot| *slot != hot).expect("several");
+    assert!(state.evict_granules(ByteCount(1)).expect("planned") > ByteCount::ZERO);
+    for (token, block) in held {
+        let (first, last) = granules(&state, block);
+        state.find(b"", &[token, token], &mut found).expect("an index");
+        let is_found = found.tokens > 0;
+        state.free(0, &found.groups[0].blocks).expect("owned");
+        assert_eq!(
+            is_found,
+            first != cold && last != cold,
+            "block {block} in {first} and {last}, cold is {cold}"
+        );
+    }
+}

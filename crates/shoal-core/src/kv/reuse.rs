@@ -4,7 +4,7 @@
 //! until it is evicted, by the policy's choice when blocks are wanted, by whole granules when memory is. The index knows
 //! content, the policy knows order, [`super::blocks`] knows owners; here each change of one is told to the others.
 
-use super::blocks::{BlockState, Freed};
+use super::blocks::{BlockPool, BlockState, Freed};
 use super::compact::BlockMove;
 use super::eviction::{EvictionKind, ExtentSpan};
 use super::layout::{BlockShape, CacheLayout, GroupLayout};
@@ -32,15 +32,18 @@ impl Default for ReuseOptions {
     }
 }
 
+/// The granules that a cached block lies in.
+fn span_of(pool: &BlockPool, block: u32) -> ExtentSpan {
+    let (first, last) = pool.granules_of(block).unwrap_or((0, 0));
+    ExtentSpan { first, last }
+}
+
 #[derive(Debug)]
 pub(super) struct Reuse {
     prefix: PrefixCache,
     evicted: Vec<u32>,
     sealed: Sealed,
 }
-
-/// Extents are counted by [`super::blocks`], which knows of straddling; the policy need not.
-const ANYWHERE: ExtentSpan = ExtentSpan::one(0);
 
 impl Reuse {
     /// `None` where the groups' blocks do not stand for the same tokens, so that no list of tokens means blocks of all.
@@ -191,14 +194,16 @@ impl KvState {
     #[cold]
     pub(super) fn released(&mut self, group: usize) {
         if let Some(reuse) = &mut self.reuse {
-            reuse.prefix.released(group, &self.scratch, |_| ANYWHERE);
+            let pool = &self.groups[group].pool;
+            reuse.prefix.released(group, &self.scratch, |block| span_of(pool, block));
         }
         self.scratch.clear();
     }
 
     /// A sealed block has moved.
     pub(super) fn renumbered(&mut self, group: usize, moved: BlockMove) -> Result<(), KvError> {
-        Ok(self.reuse_mut()?.prefix.renumber(group, moved.from, moved.to, ANYWHERE)?)
+        let span = span_of(&self.groups[group].pool, moved.to);
+        Ok(self.reuse_mut()?.prefix.renumber(group, moved.from, moved.to, span)?)
     }
 
     /// Evicts up to `count` cached blocks of a group, in the policy's order: they are free then. Returns how many.
@@ -225,22 +230,38 @@ impl KvState {
     }
 
     /// Evicts cached blocks so that granules of at least `bytes` are empty, as far as there are any in which nothing is
-    /// owned; those first that lose the fewest blocks. What could not be found without them goes too. Returns the memory of
-    /// these granules.
+    /// owned, in the policy's order ([`PrefixCache::victim_extent`]). What could not be found without them goes too.
+    /// Returns the memory of granules that are empty by that.
     ///
     /// # Errors
     /// None that a caller can cause.
     pub fn evict_granules(&mut self, bytes: ByteCount) -> Result<ByteCount, KvError> {
         let mut emptied = ByteCount::ZERO;
         for at in 0..self.groups.len() {
-            // From the end: the cheapest.
-            for (slot, _) in self.groups[at].pool.evictable().into_iter().rev() {
-                if emptied >= bytes {
-                    return Ok(emptied);
+            let Some(reuse) = &mut self.reuse else { break };
+            for (slot, blocks) in self.groups[at].pool.loads() {
+                reuse.prefix.set_allocated(at, slot, blocks);
+            }
+            while emptied < bytes {
+                let Some(slot) = self.reuse_mut()?.prefix.victim_extent(at) else { break };
+                let pool = &self.groups[at].pool;
+                let Some((mut blocks, _)) = pool.blocks_and_units(slot) else { break };
+                if pool.is_pinned(slot) {
+                    blocks.start -= 1;
                 }
-                let Some((blocks, units)) = self.groups[at].pool.blocks_and_units(slot) else { continue };
-                self.evict_with(at, |prefix, evicted| prefix.evict_blocks(at, blocks, evicted))?;
+                let before = pool.figures().units_empty;
+                if self.evict_with(at, |prefix, evicted| prefix.evict_blocks(at, blocks, evicted))? == 0 {
+                    break;
+                }
+                let units = self.groups[at].pool.figures().units_empty - before;
                 emptied += ByteCount(u64::from(units) * self.groups[at].unit_bytes);
+                // What went with them may have kept other granules: a sequence lies where it found room.
+                let (Some(reuse), pool) = (&mut self.reuse, &self.groups[at].pool) else { break };
+                for block in &reuse.evicted {
+                    for slot in pool.granules_of(*block).into_iter().flat_map(|(first, last)| [first, last]) {
+                        reuse.prefix.set_allocated(at, slot, pool.load(slot));
+                    }
+                }
             }
         }
         Ok(emptied)
@@ -255,8 +276,9 @@ impl KvState {
         reuse.evicted.clear();
         evict(&mut reuse.prefix, &mut reuse.evicted);
         let mut freed = Freed::default();
+        let pool = &mut self.groups[group].pool;
         for block in &reuse.evicted {
-            freed.free += self.groups[group].pool.unseal(*block)?.free;
+            freed.free += pool.unseal(*block)?.free;
         }
         Ok(freed.free)
     }

@@ -6,7 +6,7 @@
 use core::ops::Range;
 
 use super::super::fill::{EMPTY, NONE, PARTS, USELESS};
-use super::{BlockPool, BlockState, FREE, Granule, Stage};
+use super::{BlockPool, BlockState, CACHED, FREE, Granule, Stage};
 
 /// Why a granule cannot come or go. Nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -221,12 +221,43 @@ impl BlockPool {
         for slot in self.slots() {
             let granule = self.granules[slot as usize];
             let is_cached = granule.stage == Stage::Mapped && granule.used == granule.cached;
-            if is_cached && granule.used > 0 && !granule.pinned {
-                found.push((slot, granule.cached));
+            let before = u32::from(granule.pinned);
+            let may_go = !granule.pinned || self.counts[granule.first_block as usize - 1] == CACHED;
+            if is_cached && may_go && granule.used + before > 0 {
+                found.push((slot, granule.cached + before));
             }
         }
         found.sort_unstable_by_key(|(_, cached)| core::cmp::Reverse(*cached));
         found
+    }
+
+    /// The granules in which a block begins and ends.
+    #[must_use]
+    pub fn granules_of(&self, block: u32) -> Option<(u32, u32)> {
+        let first = self.granule_of(block)?;
+        let granule = self.granules[first as usize];
+        let is_across = granule.straddles && block + 1 == granule.end_block;
+        let next = (granule.first_unit + granule.units) as usize;
+        let last = self.units.get(next).copied().filter(|slot| is_across && *slot != NONE);
+        Some((first, last.unwrap_or(first)))
+    }
+
+    /// Whether a block that is owned or cached reaches into a granule from the one before.
+    #[must_use]
+    pub fn is_pinned(&self, slot: u32) -> bool {
+        self.granules.get(slot as usize).is_some_and(|granule| granule.pinned)
+    }
+
+    /// Granules with how many blocks keep them from being empty: those in them that are owned or cached, and one that
+    /// reaches in from the granule before.
+    pub fn loads(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.slots().map(|slot| (slot, self.load(slot)))
+    }
+
+    /// The same for one granule.
+    #[must_use]
+    pub fn load(&self, slot: u32) -> u32 {
+        self.granules.get(slot as usize).map_or(0, |granule| granule.used + u32::from(granule.pinned))
     }
 
     /// The blocks that begin in a granule, and its units.

@@ -6,15 +6,17 @@
 use super::EvictionPolicy;
 use super::list::{Links, List};
 
-/// How many drainable extents are compared, those first that became drainable first.
-const COMPARED: usize = 8;
+/// At most how many drainable extents are compared, of those that were given up longest ago.
+const COMPARED_MAX: u32 = 8;
+/// Of how many drainable extents one is compared: what was used lately shall not go because it is small.
+const COMPARED_OF: u32 = 4;
 
-/// The extents that a block lies in: one, or two neighbours if it lies across their edge.
+/// The extents that a block lies in: one, or two if it lies across their edge. Extents have small numbers, in any order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtentSpan {
-    /// The first. Extents are numbered densely from 0.
+    /// Where it begins.
     pub first: u32,
-    /// The last.
+    /// Where it ends.
     pub last: u32,
 }
 
@@ -23,6 +25,10 @@ impl ExtentSpan {
     #[must_use]
     pub const fn one(extent: u32) -> Self {
         Self { first: extent, last: extent }
+    }
+
+    fn extents(self) -> impl Iterator<Item = u32> {
+        std::iter::once(self.first).chain((self.last != self.first).then_some(self.last))
     }
 }
 
@@ -49,7 +55,7 @@ impl Extents {
     }
 
     pub(super) fn cached(&mut self, span: ExtentSpan, weight: u64) {
-        for extent in span.first..=span.last {
+        for extent in span.extents() {
             let counts = self.reach(extent);
             counts.cached += 1;
             counts.weight = counts.weight.saturating_add(weight);
@@ -58,7 +64,7 @@ impl Extents {
     }
 
     pub(super) fn uncached(&mut self, span: ExtentSpan, weight: u64) {
-        for extent in span.first..=span.last {
+        for extent in span.extents() {
             let counts = self.reach(extent);
             counts.cached = counts.cached.saturating_sub(1);
             counts.weight = counts.weight.saturating_sub(weight);
@@ -81,7 +87,8 @@ impl Extents {
 
     /// Of the coldest drainable extents the one whose blocks are missed least.
     pub(super) fn victim(&self, policy: &dyn EvictionPolicy) -> Option<u32> {
-        self.links.iter(&self.drainable).take(COMPARED).min_by_key(|extent| {
+        let compared = (self.drainable.len / COMPARED_OF).clamp(1, COMPARED_MAX) as usize;
+        self.links.iter(&self.drainable).take(compared).min_by_key(|extent| {
             let counts = self.counts[*extent as usize];
             policy.loss(counts.cached, counts.weight)
         })
