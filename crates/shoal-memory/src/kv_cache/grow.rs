@@ -39,13 +39,13 @@ impl Shared {
                 }
             }
             let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX);
-            match self.grow(group, wanted, deadline) {
-                Ok(true) => continue,
-                Ok(false) => {}
-                Err(error) if is_not_now(&error) => {
-                    tracing::debug!(%error, blocks = ids.len(), "no memory for blocks now");
-                }
-                Err(error) => return Err(error),
+            if self.grow_now(group, wanted, deadline)? {
+                continue;
+            }
+            // What is cached makes up for a part, and there may be memory for the rest: before anything is evicted.
+            let cached = self.state.lock().pool(group)?.figures().cached;
+            if cached > 0 && cached < wanted {
+                self.grow_now(group, wanted - cached, deadline)?;
             }
             if !self.state.lock().evict_for(group, wanted)? && !self.make_room(group, wanted, deadline)? {
                 return Ok(false);
@@ -80,6 +80,17 @@ impl Shared {
         let mut report = Report::new(bytes);
         self.unmap(&planned, &mut report);
         Ok(!report.freed.is_zero())
+    }
+
+    /// [`grow`](Self::grow), and false too where there is no memory for it now.
+    fn grow_now(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
+        match self.grow(group, blocks, deadline) {
+            Err(error) if is_not_now(&error) => {
+                tracing::debug!(%error, blocks, "no memory for blocks now");
+                Ok(false)
+            }
+            grown => grown,
+        }
     }
 
     /// Maps what `blocks` blocks lack. False: there is no room for it under the limit.
