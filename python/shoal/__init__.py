@@ -23,6 +23,7 @@ from shoal.errors import (
     TransferError,
 )
 from shoal.kv import KvBacking
+from shoal.kv_cache import KvCache, KvGroup, KvGroupSpec
 from shoal.memory import (
     BrokerClient,
     Flush,
@@ -59,6 +60,9 @@ __all__ = [
     "ForkError",
     "Guard",
     "KvBacking",
+    "KvCache",
+    "KvGroup",
+    "KvGroupSpec",
     "LeaseError",
     "MemoryManager",
     "OutOfMemoryError",

@@ -14,7 +14,7 @@ use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_core::kv::state::KvError;
 use shoal_core::protocol::LeaseKind;
-use shoal_device::device::DeviceKind;
+use shoal_device::device::{DeviceKind, Verb};
 use shoal_device::{Device, DeviceError, FaultDevice, Stream};
 use shoal_memory::kv_cache::Attempt;
 use shoal_memory::{ErrorKind, KvCache, KvCacheSpec, MemoryError};
@@ -473,5 +473,75 @@ fn one_group_grows_into_what_another_has_no_use_for() {
     let mut others = [0_u32; 10];
     assert!(cache.alloc(1, &mut others).expect("the device works"), "{:?}", cache.usage());
     assert!(cache.usage().mapped <= ByteCount::mib(16));
+    check(&world, &cache);
+}
+
+#[test]
+fn compaction_moves_contents_and_gives_memory_back() {
+    for order in [PlaneOrder::BlockMajor, PlaneOrder::LayerMajor] {
+        let world = world(64, 64);
+        let shape = BlockShape::Latent { tokens: 1, dim: 200 << 10 };
+        let group = GroupSpec { name: "full".to_owned(), layers: 2, shape, element_bytes: 1 };
+        let mut spec = spec(vec![group], order, 32);
+        spec.cache.granule_bytes_max = ByteCount::mib(2);
+        let cache = world.manager.kv_cache(spec).expect("addresses");
+        let ids = alloc(&cache, 60).expect("room");
+        let (mut kept, free): (Vec<u32>, Vec<u32>) = ids.into_iter().partition(|id| id % 7 == 3);
+        {
+            let _guard = world.manager.guard(WAIT).expect("in");
+            kept.iter().zip(1_u8..).for_each(|(id, byte)| write(&cache, 0, *id, byte));
+        }
+        cache.seal(Start::Salt(b""), &[1, 2, 3], &[&kept[..3]]).expect("owned");
+        cache.free(0, &free).expect("owned");
+        let before = cache.usage();
+        let planned = cache.plan_compaction(0, 1000).expect("a group");
+        assert_eq!(cache.usage(), before, "a plan changes nothing");
+        let moves = cache.compact(0, 1000, WAIT).expect("no step runs");
+        assert!(!planned.is_empty() && !moves.is_empty());
+        for planned in moves {
+            for id in &mut kept {
+                if *id == planned.from {
+                    *id = planned.to;
+                }
+            }
+        }
+        cache.trim(ALL).expect("no step runs");
+        let usage = cache.usage();
+        assert!(usage.mapped < before.mapped && usage.live == before.live, "{order:?}: {usage:?}");
+        let _guard = world.manager.guard(WAIT).expect("in");
+        for (id, byte) in kept.iter().zip(1_u8..) {
+            assert!(holds(&cache, 0, *id, byte), "block {id} moved wrong");
+        }
+        let mut found = Found::default();
+        cache.find(b"", &[1, 2, 3], &mut found).expect("an index");
+        assert_eq!(found.groups[0].blocks, kept[..3], "found where it is now");
+        cache.free(0, &kept[..3]).expect("owned");
+        check(&world, &cache);
+    }
+}
+
+#[test]
+fn a_refused_unmap_loses_no_memory_and_hangs_nobody() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let faults = FaultDevice::new(open(dir.path(), 64));
+    let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 16, 64);
+    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 16);
+    spec.spare_bytes_max = ByteCount::ZERO;
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    let ids = alloc(&cache, 32).expect("all of it");
+    faults.fail_when(|call| {
+        let refused = DeviceError::Injected { call: call.number, verb: call.verb };
+        (call.verb == Verb::Unmap).then_some(refused)
+    });
+    cache.free(0, &ids).expect("owned");
+    until("it tries", || faults.injected() > 0);
+    // What is still mapped is leased still, so nothing can be had: an answer, and soon.
+    let start = Instant::now();
+    let had = cache.alloc(0, &mut [0_u32; 32]);
+    assert!(!matches!(had, Ok(true)), "{had:?}");
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(!world.manager.leaked_bytes().is_zero());
+    faults.heal();
+    until("all of it can be had again", || alloc(&cache, 32).is_some());
     check(&world, &cache);
 }

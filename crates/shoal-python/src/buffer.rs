@@ -8,10 +8,10 @@
 
 #![expect(unsafe_code, reason = "the buffer protocol is made of raw pointers")]
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 
 use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::{PyBufferError, PyOverflowError};
+use pyo3::exceptions::{PyBufferError, PyOverflowError, PyTypeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use shoal_memory::Region;
@@ -120,4 +120,134 @@ impl Bytes {
         // writes to them meanwhile is the documented condition of `Region.stage`.
         unsafe { std::slice::from_raw_parts(self.0.buf_ptr().cast::<u8>(), self.0.len_bytes()) }
     }
+}
+
+/// Integers in somebody else's buffer, to be read.
+#[derive(Clone, Copy)]
+pub(crate) enum Integers<'a> {
+    Int32(&'a [i32]),
+    Uint32(&'a [u32]),
+    Int64(&'a [i64]),
+    Uint64(&'a [u64]),
+}
+
+/// Integers in somebody else's buffer, to be written.
+pub(crate) enum IntegersMut<'a> {
+    Int32(&'a mut [i32]),
+    Uint32(&'a mut [u32]),
+    Int64(&'a mut [i64]),
+    Uint64(&'a mut [u64]),
+}
+
+/// Gives `work` the integers of a contiguous buffer of 32 or 64 bits each: of a numpy array, an `array.array`, a memoryview,
+/// or, by its `numpy` method, a torch tensor of the CPU. The GIL is held all the while, so nobody else of Python's writes to
+/// them; `work` must not let it go.
+///
+/// # Errors
+/// `TypeError` for anything else; `BufferError` if it is not contiguous.
+pub(crate) fn with_integers<R>(
+    object: &Bound<'_, PyAny>,
+    work: impl FnOnce(Integers<'_>) -> PyResult<R>,
+) -> PyResult<R> {
+    lend(object, 0, |lent| match (lent.item, lent.is_signed) {
+        (4, true) => work(Integers::Int32(lent.integers())),
+        (4, false) => work(Integers::Uint32(lent.integers())),
+        (_, true) => work(Integers::Int64(lent.integers())),
+        (_, false) => work(Integers::Uint64(lent.integers())),
+    })
+}
+
+/// The same to be written.
+///
+/// # Errors
+/// The same, and `BufferError` if it may not be written.
+pub(crate) fn with_integers_mut<R>(
+    object: &Bound<'_, PyAny>,
+    work: impl FnOnce(IntegersMut<'_>) -> PyResult<R>,
+) -> PyResult<R> {
+    lend(object, ffi::PyBUF_WRITABLE, |lent| match (lent.item, lent.is_signed) {
+        (4, true) => work(IntegersMut::Int32(lent.integers_mut())),
+        (4, false) => work(IntegersMut::Uint32(lent.integers_mut())),
+        (_, true) => work(IntegersMut::Int64(lent.integers_mut())),
+        (_, false) => work(IntegersMut::Uint64(lent.integers_mut())),
+    })
+}
+
+/// A buffer that is lent to us, with integers that were checked to be aligned, contiguous and within it.
+struct LentIntegers {
+    at: *mut c_void,
+    length: usize,
+    item: usize,
+    is_signed: bool,
+}
+
+impl LentIntegers {
+    fn integers<T>(&self) -> &[T] {
+        // SAFETY: `at` is aligned for `T`, whose size is `item`, and the exporter lends `length` items there until `lend`
+        // returns. `T` is an integer, so any bytes are one. Nobody else of Python's writes meanwhile: the GIL is held.
+        unsafe { std::slice::from_raw_parts(self.at.cast::<T>(), self.length) }
+    }
+
+    fn integers_mut<T>(&mut self) -> &mut [T] {
+        // SAFETY: as in `integers`; the exporter was asked for memory that may be written.
+        unsafe { std::slice::from_raw_parts_mut(self.at.cast::<T>(), self.length) }
+    }
+}
+
+/// Releases a buffer that was lent to us.
+struct Release<'a>(&'a mut ffi::Py_buffer);
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the view was filled by `PyObject_GetBuffer`, has not moved, and is released once, with the GIL held.
+        unsafe { ffi::PyBuffer_Release(&raw mut *self.0) };
+    }
+}
+
+fn lend<R>(
+    object: &Bound<'_, PyAny>,
+    flags: c_int,
+    work: impl FnOnce(&mut LentIntegers) -> PyResult<R>,
+) -> PyResult<R> {
+    let mut view = ffi::Py_buffer::new();
+    let flags = flags | ffi::PyBUF_FORMAT | ffi::PyBUF_ND;
+    // SAFETY: `object` is alive, and `view` is a `Py_buffer` to be filled that stays where it is until it is released.
+    let status = unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), &raw mut view, flags) };
+    if status != 0 {
+        let error = PyErr::fetch(object.py());
+        // A torch tensor has no buffer, and shares its memory with an array that has one.
+        return match object.getattr_opt("numpy") {
+            Ok(Some(method)) => lend(&method.call0()?, flags, work),
+            _ => Err(error),
+        };
+    }
+    let release = Release(&mut view);
+    let view = &*release.0;
+    let wrong = |found: &str| {
+        PyTypeError::new_err(format!("block ids and tokens are integers of 32 or 64 bits, not {found}"))
+    };
+    if view.format.is_null() {
+        return Err(wrong("bytes"));
+    }
+    // SAFETY: not null, so a C string of the exporter's that lives as long as the view.
+    let format = unsafe { CStr::from_ptr(view.format) }.to_bytes();
+    // One letter, in the machine's own order of bytes.
+    let letter = match format {
+        [b'@' | b'=' | b'<', letter] | [letter] => *letter,
+        _ => return Err(wrong(&String::from_utf8_lossy(format))),
+    };
+    let is_signed = matches!(letter, b'i' | b'l' | b'q' | b'n');
+    let item = usize::try_from(view.itemsize).unwrap_or(0);
+    if !(is_signed || matches!(letter, b'I' | b'L' | b'Q' | b'N')) || !matches!(item, 4 | 8) {
+        return Err(wrong(&format!("{:?} of {item} bytes", char::from(letter))));
+    }
+    let length = usize::try_from(view.len).unwrap_or(0) / item;
+    let mut at = view.buf;
+    if length == 0 {
+        // An empty buffer may lie nowhere, which a slice may not.
+        at = std::ptr::without_provenance_mut(item);
+    } else if at.is_null() || at.addr() % item != 0 {
+        return Err(PyBufferError::new_err("the integers of the buffer are not aligned"));
+    }
+    work(&mut LentIntegers { at, length, item, is_signed })
 }

@@ -4,9 +4,12 @@
 //! not known here becomes the base class: something catchable, with its sentence, always.
 
 use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
+use shoal_core::kv::limit::LimitError;
+use shoal_core::kv::state::KvError;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{DeviceError, ErrorKind};
 use shoal_memory::{LeaseError, MemoryError};
@@ -142,10 +145,25 @@ pub(crate) fn of_memory(error: MemoryError) -> PyErr {
             raise("TransferError", "too_many_transfers", &message, vec![])
         }
         MemoryError::Blocks(_) => raise("RegionError", "blocks", &message, vec![]),
+        MemoryError::Kv(source) => raise("RegionError", kv_kind(source), &message, vec![]),
+        MemoryError::KvLayout(_) => PyValueError::new_err(message),
         MemoryError::Broker { path, .. } => {
             raise("BrokerError", "broker", &message, vec![("path", path.display().to_string().into())])
         }
         _ => raise("Error", "unknown", &message, vec![]),
+    }
+}
+
+/// What a KV cache refused.
+const fn kv_kind(error: &KvError) -> &'static str {
+    match error {
+        KvError::Blocks(_) => "blocks",
+        KvError::UnknownGroup { .. } => "group",
+        KvError::Limit(LimitError::Stale { .. }) => "stale",
+        KvError::Limit(LimitError::Conflict { .. }) => "conflict",
+        KvError::Limit(_) => "limit",
+        KvError::Prefix(_) | KvError::NoReuse => "prefix",
+        _ => "unknown",
     }
 }
 

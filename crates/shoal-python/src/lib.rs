@@ -8,6 +8,7 @@
 //! | `manager` | `MemoryManager` and its guard |
 //! | `region` | `Region` and the transfer that a wake is |
 //! | `kv` | `KvBacking` |
+//! | `kv_cache` | `KvCache` and its groups |
 //! | `broker` | `BrokerClient`: a worker's line to the server |
 //! | `buffer`, `dlpack` | memory as the buffer protocol and as `DLPack` see it; the homes of `unsafe` |
 //! | `torch_hooks` | what torch's allocator calls |
@@ -26,6 +27,7 @@ mod convert;
 mod dlpack;
 mod errors;
 mod kv;
+mod kv_cache;
 mod manager;
 mod owner;
 mod region;
@@ -35,6 +37,7 @@ mod torch_hooks;
 #[pymodule]
 mod _native {
     use pyo3::prelude::*;
+    use pyo3::types::PyDict;
 
     #[pymodule_export]
     use crate::broker::PyBrokerClient;
@@ -45,12 +48,17 @@ mod _native {
     #[pymodule_export]
     use crate::kv::PyKvBacking;
     #[pymodule_export]
+    use crate::kv_cache::{PyKvCache, PyKvGroup};
+    #[pymodule_export]
     use crate::manager::{PyGuard, PyMemoryManager};
     #[pymodule_export]
     use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let hook = PyDict::new(module.py());
+        hook.set_item("after_in_child", wrap_pyfunction!(crate::owner::after_fork_in_child, module)?)?;
+        module.py().import("os")?.call_method("register_at_fork", (), Some(&hook))?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 

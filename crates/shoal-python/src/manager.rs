@@ -19,6 +19,7 @@ use shoal_memory::{
 use crate::broker::PyBrokerClient;
 use crate::convert::{self, ReportTuple};
 use crate::errors;
+use crate::kv_cache::{self, PyKvCache};
 use crate::owner::Owned;
 use crate::region::PyRegion;
 
@@ -98,6 +99,14 @@ impl PyMemoryManager {
         };
         let region = py.detach(|| manager.region(spec)).map_err(errors::of_memory)?;
         Ok(PyRegion::new(region))
+    }
+
+    /// A cache of KV blocks; its shape as a plain dictionary, which the package has checked.
+    fn kv_cache(&self, py: Python<'_>, spec: &Bound<'_, PyAny>) -> PyResult<PyKvCache> {
+        let manager = self.manager.get()?;
+        let spec = kv_cache::spec(spec)?;
+        let cache = py.detach(|| manager.kv_cache(spec)).map_err(errors::of_memory)?;
+        Ok(PyKvCache::new(cache))
     }
 
     fn guard(&self, py: Python<'_>, timeout_s: f64) -> PyResult<PyGuard> {

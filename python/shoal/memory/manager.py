@@ -7,15 +7,18 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shoal import _native
+from shoal.kv_cache import KvCache, KvGroupSpec
 from shoal.memory import machine
 from shoal.memory.region import Backing, Kind, Region
 from shoal.memory.sizes import Size, parse_size
 from shoal.wake import TIMEOUT_S, Guard, Report
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shoal._native import BrokerClient
 
 __all__ = ["MemoryManager"]
@@ -134,6 +137,91 @@ class MemoryManager:
             backing = "discard" if kind == "workspace" else "keep"
         length = None if nbytes is None else parse_size(nbytes)
         return Region(self._native.region(name, length, kind, backing), self._native)
+
+    def kv_cache(
+        self,
+        *,
+        max_bytes: Size,
+        layers: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dtype: Any = "bfloat16",
+        block_tokens: int = 16,
+        groups: Sequence[KvGroupSpec] | None = None,
+        layout: Literal["block", "layer"] = "block",
+        name: str = "kv",
+        granule_max: Size | None = None,
+        spare_max: Size | None = None,
+        patience_s: float = 0.1,
+        eviction: Literal["lru", "s3fifo", "cost"] | None = "lru",
+        events_max: int = 4096,
+        seed: int = 0,
+    ) -> KvCache:
+        """Reserve addresses for a cache of KV blocks. It takes no memory yet, and starts one thread.
+
+        Parameters
+        ----------
+        max_bytes
+            The most memory it may ever have, over all groups; rounded up to whole granules.
+        layers, kv_heads, head_dim, dtype, block_tokens
+            One group of full attention named ``"full"``. Or give ``groups``.
+        groups
+            Layers with blocks of their own: sliding windows, latent attention, recurrent states. They share
+            ``max_bytes``; which of them takes it is decided while it runs.
+        layout
+            ``"block"``: all layers of a block side by side, so that one piece of memory serves whole blocks.
+            ``"layer"``: a plane for each layer, for engines that insist; growing takes as many driver calls as there
+            are layers.
+        name
+            For messages and reports.
+        granule_max
+            The most memory that comes or goes at a time. How much does is decided by demand, from one page (2 MiB, in
+            each plane) up. By default 256 MiB, and 512 MiB for ``"layer"``.
+        spare_max
+            The most memory kept mapped ahead of need; by default an eighth of ``max_bytes``, at most 2 GiB.
+        patience_s
+            How long an allocation that has to map may wait for a lease, in seconds.
+        eviction
+            Which cached blocks go first: those unused for longest, by three queues (S3-FIFO), or those that are
+            cheapest to compute again. None: nothing is found again.
+        events_max
+            How many events are kept for routers.
+        seed
+            Of the keys in events; equal seeds give equal keys in every process.
+
+        Returns
+        -------
+        KvCache
+            Its tensors are valid for as long as anything holds them.
+
+        Raises
+        ------
+        ValueError
+            If the sizes are no layout; the message says which.
+        DeviceError
+            If the range cannot be reserved.
+        """
+        if groups is None:
+            if layers is None or kv_heads is None or head_dim is None:
+                raise ValueError("a KV cache needs layers, kv_heads and head_dim, or groups")
+            groups = [KvGroupSpec("full", layers, head_dim, "full", kv_heads, block_tokens, dtype=dtype)]
+        elif not (layers is None and kv_heads is None and head_dim is None):
+            raise ValueError("give groups, or layers, kv_heads and head_dim, not both")
+        if granule_max is None:
+            granule_max = "512MiB" if layout == "layer" else "256MiB"
+        return KvCache(
+            self._native,
+            name,
+            groups,
+            layout=layout,
+            max_bytes=parse_size(max_bytes),
+            granule_max=parse_size(granule_max),
+            spare_max=None if spare_max is None else parse_size(spare_max),
+            patience_s=patience_s,
+            eviction=eviction,
+            seed=seed,
+            events_max=events_max,
+        )
 
     def guard(self, timeout_s: float = TIMEOUT_S) -> Guard:
         """Give a context in which every region is resident and stays so.

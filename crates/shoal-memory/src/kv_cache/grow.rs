@@ -78,7 +78,7 @@ impl Shared {
         let _turn = self.manager().take_turn_only(deadline)?;
         let planned = self.state.lock().plan_reclaim(bytes, &clocks)?;
         let mut report = Report::new(bytes);
-        self.unmap(&planned, &mut report);
+        self.unmap(&planned, Fate::Pooled, &mut report);
         Ok(!report.freed.is_zero())
     }
 
@@ -182,7 +182,7 @@ impl Shared {
         let _turn = self.manager().take_turn_only(deadline)?;
         let planned = self.state.lock().plan_release(clocks)?;
         let mut report = Report::new(ByteCount::ZERO);
-        self.unmap(&planned, &mut report);
+        self.unmap(&planned, Fate::Pooled, &mut report);
         report.error.map_or(Ok(true), |error| Err(*error))
     }
 
@@ -224,7 +224,7 @@ impl Shared {
         let _turn = manager.take_turn(deadline)?;
         let planned = self.state.lock().plan_reclaim(bytes, &clocks)?;
         let mut report = Report::new(bytes);
-        self.unmap(&planned, &mut report);
+        self.unmap(&planned, Fate::GivenBack, &mut report);
         manager.count_evicted(report.freed);
         report.duration = start.elapsed();
         Ok(report)
@@ -250,7 +250,7 @@ impl Shared {
             evicted.and_then(|()| state.plan_reclaim(bytes, &clocks))
         };
         match planned {
-            Ok(planned) => self.unmap(&planned, &mut report),
+            Ok(planned) => self.unmap(&planned, Fate::GivenBack, &mut report),
             Err(error) => report.fail(error.into()),
         }
         self.manager().count_evicted(report.freed);
@@ -270,7 +270,7 @@ impl Shared {
             .plan_drop(|runs| runs.iter().any(|run| !self.region.missing_within(*run).is_empty()));
         let mut report = Report::new(ByteCount::ZERO);
         match planned {
-            Ok(planned) => self.unmap(&planned, &mut report),
+            Ok(planned) => self.unmap(&planned, Fate::GivenBack, &mut report),
             Err(error) => report.fail(error.into()),
         }
         if let Some(error) = report.error {
@@ -280,11 +280,15 @@ impl Shared {
 
     /// Unmaps granules that are leaving. What the device refuses is kept by the manager, with its lease, and asked for
     /// again: the granule is gone all the same, and its place can be mapped anew once that is over.
-    fn unmap(&self, planned: &[GranuleId], report: &mut Report) {
+    fn unmap(&self, planned: &[GranuleId], fate: Fate, report: &mut Report) {
         for granule in planned {
             let runs = self.state.lock().runs(*granule);
             for run in runs.unwrap_or_default() {
-                match self.region.decommit_in_turn(run) {
+                let freed = match fate {
+                    Fate::Pooled => self.region.decommit_to_pool(run),
+                    Fate::GivenBack => self.region.decommit_in_turn(run),
+                };
+                match freed {
                     Ok(freed) => report.freed += freed,
                     Err(error) => report.fail(error),
                 }
@@ -294,6 +298,15 @@ impl Shared {
             }
         }
     }
+}
+
+/// What becomes of memory that is unmapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is kept for a moment for whatever grows next.
+    Pooled,
+    /// It goes to the device, and its lease to whoever grants.
+    GivenBack,
 }
 
 /// Whether it means that there is no memory now, and nothing worse.

@@ -12,6 +12,7 @@
 
 mod ahead;
 mod grow;
+mod moves;
 mod reuse;
 
 use std::collections::BTreeMap;
@@ -333,12 +334,15 @@ impl Shared {
     }
 
     fn check_invariants(&self) -> Result<(), String> {
+        // What is on its way is in one and not in the other.
+        let deadline = self.manager().operation_deadline();
+        let _growing = self.growing.take(deadline).ok_or("somebody maps and does not end")?;
+        let _turn = self.manager().take_turn_only(deadline).map_err(|error| error.to_string())?;
         let state = self.state.lock();
         state.check_invariants()?;
         let (mapped, region) = (state.mapped_bytes(), self.region.usage());
         drop(state);
-        // What is on its way is in one and not in the other.
-        if mapped != region.total && self.growing.is_free() {
+        if mapped != region.total {
             return Err(format!("{mapped} counted as mapped, {} in the page table", region.total));
         }
         self.region.check_invariants()

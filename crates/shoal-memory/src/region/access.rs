@@ -97,7 +97,7 @@ impl Region {
             .ok_or_else(|| self.refuse("read or write", "there is no device memory"))
     }
 
-    fn span_now(&self, offset: ByteCount, bytes_max: ByteCount) -> Option<(Span, ByteCount)> {
+    pub(super) fn span_now(&self, offset: ByteCount, bytes_max: ByteCount) -> Option<(Span, ByteCount)> {
         let state = self.inner.state.lock();
         let found = state.table.extent_at(offset.0 / PAGE_BYTES.0).and_then(|index| {
             let (extent, _) = state.table.extent(index).ok()?;

@@ -4,6 +4,7 @@
 //! speed whatever their size ([`shoal_device::Stream::copy_many`]).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_device::{Event, HostBuffer, Span, Stream};
@@ -47,6 +48,35 @@ impl Region {
             std::mem::swap(source, target);
         }
         queue(&self.manager().up, &pairs, after, "copy blocks to the device")
+    }
+
+    /// Copies ranges within the region, each from the first offset to the second, and waits for them. Targets overlap
+    /// nothing. Needs the turn, and that nobody uses them.
+    ///
+    /// # Errors
+    /// [`MemoryError::State`] where there is no device memory, [`MemoryError::Device`], [`MemoryError::Deadline`]: copies may
+    /// be under way still, and hold the memory that they touch.
+    pub(crate) fn copy_within(
+        &self,
+        moves: &[(ByteCount, ByteCount, ByteCount)],
+        wait: Duration,
+    ) -> Result<(), MemoryError> {
+        let (stream, doing) = (&self.manager().up, "move blocks on the device");
+        let lacking = || self.refuse(doing, "there is no device memory");
+        for (from, to, bytes) in moves {
+            let (mut from, mut to, mut left) = (*from, *to, *bytes);
+            while !left.is_zero() {
+                let (source, length) = self.span_now(from, left).ok_or_else(lacking)?;
+                let (target, length) = self.span_now(to, length).ok_or_else(lacking)?;
+                let (source, _) = self.span_now(from, length).unwrap_or((source, length));
+                stream.copy(source, target).map_err(MemoryError::device(doing))?;
+                (from, to, left) = (from + length, to + length, left - length);
+            }
+        }
+        if stream.synchronize(wait).map_err(MemoryError::device(doing))? {
+            return Ok(());
+        }
+        Err(MemoryError::Deadline { doing, waited: wait })
     }
 
     /// Device and host span of each block; several where it reaches over extents.

@@ -1,0 +1,277 @@
+"""What KV blocks cost from Python: taking and giving back, finding again, and memory that stays after bursts.
+
+The ceiling of a pair of calls is the same pair on an empty buffer or list, in the same run: what Python and the buffer
+protocol cost by themselves. The peer is kvcached at e8e6406 with its driver stubbed, on a machine of this kind (min of
+5, one core); it was not run again here. `python -m benches.kv_blocks [--quick]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import shoal
+from benches.results import Row, of_samples, save
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shoal import KvCache
+
+MIB = 1 << 20
+PEER = "kvcached e8e6406, driver stubbed"
+PEER_SECONDS = {("fresh", 1): 6.3e-6, ("fresh", 16): 6.9e-6, ("fresh", 256): 103e-6, ("fresh", 4096): 2.1e-3}
+PEER_SECONDS |= {("fragmented", 1): 75e-6}
+TARGET_16_S = 0.6e-6
+TARGET_BULK_S = 10e-9
+FRAGMENTS = 400
+# 64 blocks of 32 KiB in each granule of 2 MiB.
+PER_GRANULE = 64
+
+
+def cache(mem: shoal.MemoryManager, granules: int, **words: object) -> KvCache:
+    """Make a cache whose granules are all of 2 MiB."""
+    shape = {"layers": 1, "kv_heads": 4, "head_dim": 128, "dtype": "bfloat16", "block_tokens": 16}
+    given: dict = {"max_bytes": granules * 2 * MIB, "granule_max": 2 * MIB, **shape, **words}
+    return mem.kv_cache(**given)
+
+
+def mapped(kv: KvCache, blocks: int) -> None:
+    """Have so many blocks mapped and free."""
+    ids = kv.alloc(blocks)
+    assert ids is not None
+    kv.free(ids)
+
+
+def fragment(kv: KvCache) -> list[int]:
+    """Leave 400 granules part-filled: every third block is free."""
+    ids = kv.alloc(FRAGMENTS * PER_GRANULE)
+    assert ids is not None
+    kv.free(ids[::3])
+    return [block for place, block in enumerate(ids) if place % 3]
+
+
+def timed(act: Callable[[int], None], seconds: float, rounds: int = 9) -> list[float]:
+    """Seconds of one call of `act`, several times; `act(n)` does it n times."""
+    n = 1
+    while True:
+        start = time.perf_counter()
+        act(n)
+        taken = time.perf_counter() - start
+        if taken > seconds / 20:
+            break
+        n *= 2
+    n = max(1, int(n * seconds / rounds / max(taken, 1e-9)))
+    samples = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        act(n)
+        samples.append((time.perf_counter() - start) / n)
+    return samples
+
+
+def buffers(kv: KvCache, count: int) -> Callable[[int], None]:
+    """Alloc and free of `count` through a buffer."""
+    ids = np.zeros(count, np.int64)
+    alloc, free = kv.alloc_into, kv.free_from
+
+    def act(n: int) -> None:
+        for _ in range(n):
+            alloc(ids)
+            free(ids)
+
+    act(1)
+    return act
+
+
+def lists(kv: KvCache, count: int) -> Callable[[int], None]:
+    """Alloc and free of `count` as lists."""
+    alloc, free = kv.alloc, kv.free
+
+    def act(n: int) -> None:
+        for _ in range(n):
+            free(alloc(count))  # type: ignore[arg-type]
+
+    act(1)
+    return act
+
+
+def blocks(seconds: float) -> list[Row]:
+    """Time alloc and free, fresh and fragmented."""
+    rows = []
+    mem = shoal.MemoryManager("sim", device_budget="4GiB", device_capacity="4GiB", host_budget="64MiB")
+    # What is free stays mapped meanwhile: this is about blocks, not about mapping.
+    for state in ("fresh", "fragmented"):
+        kv = cache(mem, 1000, spare_max="2GiB", name=state)
+        held = fragment(kv) if state == "fragmented" else []
+        mapped(kv, 4096)
+        empty = min(timed(buffers(kv, 0), seconds))
+        empty_list = min(timed(lists(kv, 0), seconds))
+        for count in (1, 16, 256, 4096):
+            kv.hint(4096)
+            row = of_samples(
+                f"{state}: {count} through a buffer", "alloc and free", timed(buffers(kv, count), seconds), "s", "lower"
+            )
+            row.ceiling = empty
+            if count == 16:
+                row.target, row.met = TARGET_16_S, row.value <= TARGET_16_S
+            if count == 4096:
+                row.target = TARGET_BULK_S * count
+                row.met = row.value <= row.target
+            row.peer_value = PEER_SECONDS.get((state, count))
+            row.peer = PEER if row.peer_value else None
+            rows.append(row)
+            row = of_samples(
+                f"{state}: {count} as a list", "alloc and free", timed(lists(kv, count), seconds), "s", "lower"
+            )
+            row.ceiling = empty_list
+            rows.append(row)
+        kv.free(held)
+        kv.check()
+    return rows
+
+
+def threads(seconds: float, count: int = 8) -> list[Row]:
+    """Eight threads of Python at once, 16 blocks a pair of calls."""
+    mem = shoal.MemoryManager("sim", device_budget="1GiB", device_capacity="1GiB", host_budget="64MiB")
+    kv = cache(mem, 100, spare_max="200MiB")
+    mapped(kv, 16 * count * 4)
+    alone = 1 / min(timed(buffers(kv, 16), seconds))
+    done = [0] * count
+    over = threading.Event()
+
+    def run(me: int) -> None:
+        act = buffers(kv, 16)
+        while not over.is_set():
+            act(1000)
+            done[me] += 1000
+
+    started = [threading.Thread(target=run, args=(me,)) for me in range(count)]
+    start = time.perf_counter()
+    for thread in started:
+        thread.start()
+    time.sleep(seconds * 5)
+    over.set()
+    for thread in started:
+        thread.join()
+    rate = sum(done) / (time.perf_counter() - start)
+    return [
+        Row(
+            f"{count} threads: 16 through a buffer", "pairs a second, all threads", rate, "1/s", "higher", ceiling=alone
+        )
+    ]
+
+
+def prefixes(seconds: float) -> list[Row]:
+    """Match and seal 4096 tokens; take blocks that have to be evicted, with 100,000 cached."""
+    rows = []
+    mem = shoal.MemoryManager("sim", device_budget="8GiB", device_capacity="8GiB", host_budget="64MiB")
+    kv = cache(mem, 2000)
+    tokens = np.arange(4096, dtype=np.int64)
+    ids = kv.alloc(256)
+    assert ids is not None
+    kv.seal(tokens, ids)
+
+    def match(n: int) -> None:
+        for _ in range(n):
+            _, found = kv.match(tokens)
+            kv.free(found)
+
+    rows.append(of_samples("4096 tokens, 256 blocks", "match and free", timed(match, seconds), "s", "lower"))
+    kv.free(ids)
+    sequence = 0
+
+    def commit(n: int) -> None:
+        nonlocal sequence
+        for _ in range(n):
+            sequence += 1
+            own = kv.alloc(256)
+            assert own is not None
+            kv.seal(tokens + 4096 * sequence, own)
+            kv.free(own)
+
+    # Until everything is cached.
+    commit(2000 * PER_GRANULE // 256 + 1)
+    cached = kv.usage()["groups"][0]["cached_blocks"]
+    assert cached >= 100_000, cached
+    case = f"4096 tokens, {cached} blocks cached, each of 256 new ones evicts one"
+    rows.append(of_samples(case, "alloc, seal and free", timed(commit, seconds), "s", "lower"))
+    kv.check()
+    return rows
+
+
+def footprint(seed: int, live_mib: int) -> list[Row]:
+    """Memory over what is live after bursts, without and with compaction."""
+    rows = []
+    mem = shoal.MemoryManager("sim", device_budget="16GiB", device_capacity="16GiB", host_budget="64MiB")
+    shape = {"layers": 8, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "block_tokens": 16}
+    for trace in ("half of each request leaves", "nine of ten requests leave", "at random"):
+        rng = random.Random(seed)  # noqa: S311
+        kv = mem.kv_cache(max_bytes="12GiB", name=trace, **shape)  # type: ignore[arg-type]
+        block_bytes = kv.groups[0].block_bytes
+        wanted = live_mib * MIB // block_bytes
+        requests: list[list[int]] = []
+        total = {"half of each request leaves": 2, "nine of ten requests leave": 6, "at random": 4}[trace] * wanted
+        while sum(map(len, requests)) < total:
+            ids = kv.alloc(rng.randint(8, 256))
+            assert ids is not None
+            requests.append(ids)
+        if trace == "half of each request leaves":
+            for ids in requests:
+                kv.free(ids[1::2])
+                del ids[1::2]
+        elif trace == "nine of ten requests leave":
+            rng.shuffle(requests)
+            while sum(map(len, requests)) > wanted:
+                kv.free(requests.pop())
+        else:
+            every = [block for ids in requests for block in ids]
+            rng.shuffle(every)
+            kv.free(every[wanted:])
+            requests = [every[:wanted]]
+        deadline = time.monotonic() + 20
+        while (usage := kv.usage())["empty"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ratio = usage["mapped"] / usage["live"]
+        case = f"burst, then {trace}; {usage['live'] / (1 << 30):.2f} GiB live"
+        rows.append(Row(case, "mapped over live", ratio, "", "lower", ceiling=1.0))
+        moves = kv.compact(apply=True)
+        while (usage := kv.usage())["empty"] and time.monotonic() < deadline + 20:
+            time.sleep(0.1)
+        ratio = usage["mapped"] / usage["live"]
+        row = Row(
+            case,
+            f"the same, {len(moves)} blocks moved",
+            ratio,
+            "",
+            "lower",
+            ceiling=1.0,
+            target=1.05,
+            met=ratio <= 1.05,
+        )
+        rows.append(row)
+        del kv
+    return rows
+
+
+def main() -> None:
+    """Run all of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="shorter, and nothing is written")
+    options = parser.parse_args()
+    seconds = 0.2 if options.quick else 2.0
+    rows = [*blocks(seconds), *threads(seconds), *prefixes(seconds), *footprint(7, 128 if options.quick else 1024)]
+    if options.quick:
+        for row in rows:
+            print(row.line())
+    else:
+        save("kv_blocks", rows)
+
+
+if __name__ == "__main__":
+    main()

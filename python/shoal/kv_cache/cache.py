@@ -1,0 +1,461 @@
+"""A cache of KV blocks, over all of its groups."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shoal.kv_cache.groups import KvGroup, KvGroupSpec
+from shoal.memory.region import Region
+from shoal.memory.sizes import Size, parse_size
+from shoal.wake import TIMEOUT_S, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from shoal import _native
+    from shoal.torch.kv import Tensor
+
+__all__ = ["KvCache", "Sealed"]
+
+_ALL = (1 << 63) - 1
+
+
+class Sealed(NamedTuple):
+    """What :meth:`KvCache.seal` did.
+
+    Attributes
+    ----------
+    blocks : int
+        Full blocks of the sequence that can be found now, from its start.
+    duplicates : list of tuple of int
+        Blocks whose content was there already, as (group, place in the sequence, block given, block that is found). Use
+        the one that is found and free your own, or keep both.
+    """
+
+    blocks: int
+    duplicates: list[tuple[int, int, int, int]]
+
+
+class KvCache:
+    """KV blocks with memory behind those that are in use. Made by :meth:`MemoryManager.kv_cache`.
+
+    What is said here of blocks is about the first group; other groups have the same calls (:attr:`groups`).
+
+    Attributes
+    ----------
+    groups : tuple of KvGroup
+        Its groups.
+    region : Region
+        The addresses it lies in.
+    alloc_into : callable
+        :attr:`KvGroup.alloc_into` of the first group.
+    free_from : callable
+        :attr:`KvGroup.free_from` of the first group.
+    """
+
+    __slots__ = ("_native", "alloc_into", "free_from", "groups", "region")
+
+    alloc_into: Callable[[WriteableBuffer], int]
+    free_from: Callable[[ReadableBuffer], None]
+
+    def __init__(self, manager: _native.MemoryManager, name: str, specs: Sequence[KvGroupSpec], **words: Any) -> None:
+        if not specs:
+            raise ValueError("a cache needs at least one group")
+        self._native = manager.kv_cache({"name": name, "groups": [spec._words() for spec in specs], **words})
+        self.region = Region(self._native.region, manager)
+        made = zip(self._native.groups(), specs, strict=True)
+        self.groups = tuple(KvGroup(group, spec, self.region) for group, spec in made)
+        self.alloc_into = self.groups[0].alloc_into
+        self.free_from = self.groups[0].free_from
+
+    def __repr__(self) -> str:
+        return f"KvCache({', '.join(map(repr, self.groups))})"
+
+    def group(self, name: str) -> KvGroup:
+        """Give the group of a name.
+
+        Parameters
+        ----------
+        name
+            The name.
+
+        Returns
+        -------
+        KvGroup
+            The group.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
+        for group in self.groups:
+            if group.spec.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are {', '.join(group.spec.name for group in self.groups)}")
+
+    def tensors(self) -> list[Tensor]:
+        """Make a tensor for each layer of the first group.
+
+        Returns
+        -------
+        list of torch.Tensor
+            As :meth:`KvGroup.tensors`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self.groups[0].tensors()
+
+    def alloc(self, n: int) -> list[int] | None:
+        """Take blocks as a list.
+
+        Parameters
+        ----------
+        n
+            How many.
+
+        Returns
+        -------
+        list of int or None
+            As :meth:`KvGroup.alloc`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self.groups[0].alloc(n)
+
+    def free(self, ids: Iterable[int]) -> None:
+        """Take one owner from each block.
+
+        Parameters
+        ----------
+        ids
+            As for :meth:`KvGroup.free`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        self.groups[0].free(ids)
+
+    def fork(self, ids: Iterable[int]) -> None:
+        """Make each block owned once more.
+
+        Parameters
+        ----------
+        ids
+            As for :meth:`KvGroup.fork`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        self.groups[0].fork(ids)
+
+    def available(self) -> int:
+        """Say how many more blocks there could be.
+
+        Returns
+        -------
+        int
+            As :meth:`KvGroup.available`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self.groups[0].available()
+
+    def hint(self, blocks: int) -> None:
+        """Say that the next step will take so many blocks.
+
+        Parameters
+        ----------
+        blocks
+            How many.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        self.groups[0].hint(blocks)
+
+    def compact(
+        self, *, apply: bool = False, moves_max: int | None = None, timeout_s: float = TIMEOUT_S
+    ) -> list[tuple[int, int]]:
+        """Move blocks out of the emptiest memory.
+
+        Parameters
+        ----------
+        apply, moves_max, timeout_s
+            As for :meth:`KvGroup.compact`.
+
+        Returns
+        -------
+        list of tuple of int
+            As :meth:`KvGroup.compact`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self.groups[0].compact(apply=apply, moves_max=moves_max, timeout_s=timeout_s)
+
+    def match(self, token_ids: Iterable[int], *, salt: str | bytes = "") -> tuple[int, list[Any]]:
+        """Find the longest prefix whose blocks are sealed, and become one more owner of these blocks.
+
+        Only full blocks count. An engine has to compute at least one token itself, so it gives all but the last. A
+        hit is compared token by token, never by hash alone.
+
+        Parameters
+        ----------
+        token_ids
+            Tokens: a list, or a buffer of 32 or 64 bit integers.
+        salt
+            The tenant: what was sealed for another is not found.
+
+        Returns
+        -------
+        tuple of (int, list)
+            How many tokens were found, and the blocks: of the first group, or a list for each if there are several.
+            Free them like others.
+
+        Raises
+        ------
+        RegionError
+            If the cache was made with ``eviction=None``, or its groups have blocks of different tokens.
+        """
+        tokens, groups = self._native.find(salt, token_ids)
+        return tokens, self._of_one(groups)
+
+    def match_keys(self, keys: Iterable[bytes], *, salt: str | bytes = "") -> tuple[int, list[Any]]:
+        """Find by keys that the engine made, one a block.
+
+        Parameters
+        ----------
+        keys
+            Each stands for all tokens up to the end of its block; 1 to 64 bytes.
+        salt
+            As for :meth:`match`.
+
+        Returns
+        -------
+        tuple of (int, list)
+            How many blocks were found, and the blocks.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        blocks, groups = self._native.find_keys(salt, list(keys))
+        return blocks, self._of_one(groups)
+
+    def seal(self, token_ids: Iterable[int], ids: Sequence[Any], *, salt: str | bytes = "") -> Sealed:
+        """Let the full blocks of a sequence be found from now on, also after they are freed, until they are evicted.
+
+        Seal a block when the step that fills it has been launched, and write to it no more.
+
+        Parameters
+        ----------
+        token_ids
+            The sequence from its start.
+        ids
+            Its blocks in order; with several groups, a list for each, with -1 where a group has none.
+        salt
+            The tenant.
+
+        Returns
+        -------
+        Sealed
+            What can be found, and what was there already.
+
+        Raises
+        ------
+        RegionError
+            For a block that nobody owns or that was sealed with other tokens. Nothing has changed then.
+        """
+        return Sealed(*self._native.seal(salt, token_ids, self._of_all(ids)))
+
+    def seal_keys(
+        self, keys: Iterable[bytes], ids: Sequence[Any], *, after: bytes | None = None, salt: str | bytes = ""
+    ) -> Sealed:
+        """Seal by keys that the engine made, one a block.
+
+        Parameters
+        ----------
+        keys
+            As for :meth:`match_keys`.
+        ids
+            As for :meth:`seal`.
+        after
+            The key of the block before the first.
+        salt
+            The tenant.
+
+        Returns
+        -------
+        Sealed
+            As :meth:`seal`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return Sealed(*self._native.seal_keys(salt, after, list(keys), self._of_all(ids)))
+
+    def forget_all(self) -> None:
+        """Let nothing of what blocks hold be found any more, as after new weights. Owned blocks stay owned.
+
+        Raises
+        ------
+        RegionError
+            If the cache was made with ``eviction=None``.
+        """
+        self._native.forget_all()
+
+    def events(self, since: int = 0, *, most: int = 4096) -> tuple[list[dict[str, Any]], int, int]:
+        """Say what was stored and removed, for a router.
+
+        Parameters
+        ----------
+        since
+            The number to begin with: what the last call gave as the next.
+        most
+            The most events to give.
+
+        Returns
+        -------
+        tuple of (list of dict, int, int)
+            The events, oldest first; how many before them were lost (not 0: forget everything and read on); and the
+            number to ask for next.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self._native.events(since, most)
+
+    def prefix_stats(self) -> dict[str, int]:
+        """Give counts of blocks stored, removed, met again and refused.
+
+        Returns
+        -------
+        dict
+            ``stored``, ``removed``, ``duplicates``, ``collisions``, ``full``.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self._native.prefix_stats()
+
+    def set_limit(self, limit: Size, *, revision: int | None = None) -> None:
+        """Set the most memory that the cache may have, over all groups.
+
+        Memory above it goes as blocks become free, and what is only cached there is evicted; raised again, everything
+        is as it was.
+
+        Parameters
+        ----------
+        limit
+            Bytes; at most what the cache was made for.
+        revision
+            An older one than that in force is refused, and so is another limit under the same one, so that a late word
+            undoes no newer one. Without it: one newer.
+
+        Raises
+        ------
+        RegionError
+            With ``kind`` ``"stale"``, ``"conflict"`` or ``"limit"`` (above what the cache was made for). Nothing has
+            changed.
+        """
+        self._native.set_limit(parse_size(limit), revision)
+
+    def record_step(self, stream: Any = 0) -> None:
+        """Say that a step was launched. Do so after each, on each stream that steps run on.
+
+        Memory of free blocks goes only after the newest steps. An engine that never says it has its memory go after
+        everything queued on the device, and only while it holds no guard.
+
+        Parameters
+        ----------
+        stream
+            torch's stream, or its handle; the default stream without it.
+
+        Raises
+        ------
+        DeviceError
+            While a graph is captured on the stream.
+        """
+        self._native.record_step(int(getattr(stream, "cuda_stream", stream)))
+
+    def trim(self, nbytes: Size = _ALL) -> Report:
+        """Give memory back in which no block lies, whatever is expected.
+
+        Parameters
+        ----------
+        nbytes
+            How many bytes; all there are, without it.
+
+        Returns
+        -------
+        Report
+            What was freed.
+
+        Raises
+        ------
+        DeadlineError
+            While a step runs.
+        """
+        return Report._of(self._native.trim(parse_size(nbytes)), whole=True)
+
+    def usage(self) -> dict[str, Any]:
+        """Give figures.
+
+        Returns
+        -------
+        dict
+            In bytes: ``limit``, ``reservation`` (the most a limit can be), ``mapped``, ``live`` (blocks with an owner),
+            ``cached``, ``empty`` (memory in which nothing lies). ``revision`` of the limit. ``groups``: for each
+            ``mapped`` and counts of blocks.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self._native.usage()
+
+    def check(self) -> None:
+        """Count everything anew, for tests.
+
+        Raises
+        ------
+        AssertionError
+            If figures contradict one another.
+        """
+        wrong = self._native.check()
+        if wrong is not None:
+            raise AssertionError(wrong)
+
+    def _of_one(self, groups: list[list[int]]) -> list[Any]:
+        return groups[0] if len(self.groups) == 1 else groups
+
+    def _of_all(self, ids: Sequence[Any]) -> list[Any]:
+        return [ids] if len(self.groups) == 1 else list(ids)

@@ -1,0 +1,345 @@
+"""Layers that share block ids: what they are, and their blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from shoal.wake import TIMEOUT_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from shoal import _native
+    from shoal.memory.region import Region
+    from shoal.torch.kv import Tensor
+
+__all__ = ["GroupKind", "KvGroup", "KvGroupSpec"]
+
+GroupKind: TypeAlias = Literal["full", "window", "latent", "state"]
+"""What a block of a group holds: keys and values of full or of sliding window attention, the one buffer of latent
+attention, or the state of a recurrent layer."""
+
+ELEMENT_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+}
+"""Bytes of an element, by the name of its type."""
+
+
+def dtype_name(dtype: Any) -> str:
+    """Give the name of an element type.
+
+    Parameters
+    ----------
+    dtype
+        Its name, or torch's object for it.
+
+    Returns
+    -------
+    str
+        Such as ``"bfloat16"``.
+
+    Raises
+    ------
+    ValueError
+        If its size is not known here.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in ELEMENT_BYTES:
+        raise ValueError(f"dtype must be one of {', '.join(sorted(ELEMENT_BYTES))}, not {name!r}")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class KvGroupSpec:
+    """Layers that share block ids.
+
+    Parameters
+    ----------
+    name
+        Its name.
+    layers
+        How many layers.
+    kind
+        What a block holds. ``"full"`` and ``"window"``: ``[2, block_tokens, kv_heads, head_dim]`` a layer (keys, then
+        values). ``"latent"``: ``[block_tokens, head_dim]``, rotary part included. ``"state"``: ``[head_dim]``, where
+        ``head_dim`` stands for all elements of the state.
+    head_dim
+        Elements of a head, of a latent token, or of a state.
+    kv_heads
+        Heads with keys and values of their own, for attention.
+    block_tokens
+        Tokens of a block; none for a state.
+    window
+        How many tokens a token attends to, for ``"window"``.
+    dtype
+        Element type: its name, or torch's.
+    """
+
+    name: str
+    layers: int
+    head_dim: int
+    kind: GroupKind = "full"
+    kv_heads: int | None = None
+    block_tokens: int | None = None
+    window: int | None = None
+    dtype: Any = "bfloat16"
+
+    def _words(self) -> dict[str, Any]:
+        if (self.kind == "window") != (self.window is not None):
+            raise ValueError(f"group {self.name!r}: a window goes with kind 'window', and with no other")
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "layers": self.layers,
+            "tokens": self.block_tokens,
+            "kv_heads": self.kv_heads,
+            "elements": self.head_dim,
+            "window": self.window,
+            "element_bytes": ELEMENT_BYTES[dtype_name(self.dtype)],
+        }
+
+
+class KvGroup:
+    """The blocks of one group. Made with its :class:`KvCache`.
+
+    Attributes
+    ----------
+    alloc_into : callable
+        ``alloc_into(buffer) -> int`` fills a contiguous, writable buffer of 32 or 64 bit integers (a numpy array, an
+        ``array.array``, a memoryview; a CPU tensor of torch works too, a microsecond slower) with blocks, each owned
+        once, and returns how many: all that the buffer takes, or 0, which changes nothing. 0 means *not now*: neither
+        the limit nor the lease has room, and nothing that is cached could be evicted. Where memory has to be mapped
+        first it is, by this thread; it is zero where it is new. Call it outside of guards.
+    free_from : callable
+        ``free_from(buffer)`` takes one owner from each block in such a buffer. Give the blocks of a sequence in its
+        order. Raises :class:`RegionError` for a block that nobody owns, or that is named more often than it is owned;
+        nothing has changed then.
+    """
+
+    __slots__ = ("_native", "_region", "alloc_into", "free_from", "spec")
+
+    alloc_into: Callable[[WriteableBuffer], int]
+    free_from: Callable[[ReadableBuffer], None]
+
+    def __init__(self, native: _native.KvGroup, spec: KvGroupSpec, region: Region) -> None:
+        self._native = native
+        self._region = region
+        self.spec = spec
+        self.alloc_into = native.alloc_into
+        self.free_from = native.free_from
+
+    def __repr__(self) -> str:
+        return f"KvGroup({self.spec.name!r}, {self.blocks} blocks of {self.block_bytes} bytes)"
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are addresses for: ids are below this."""
+        return self._native.blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return self._native.block_bytes
+
+    @property
+    def granule_min(self) -> int:
+        """The least memory that comes and goes at a time, in bytes."""
+        return self._native.granule_min
+
+    def alloc(self, n: int) -> list[int] | None:
+        """Take blocks as a list.
+
+        Parameters
+        ----------
+        n
+            How many.
+
+        Returns
+        -------
+        list of int or None
+            The blocks; None if so many cannot be had now, which changes nothing.
+
+        Raises
+        ------
+        DeviceError
+            If the device fails. Nothing has changed.
+        """
+        return self._native.alloc(n)
+
+    def free(self, ids: Iterable[int]) -> None:
+        """Take one owner from each block; an id that is named twice is taken from twice.
+
+        Parameters
+        ----------
+        ids
+            The blocks; those of a sequence in its order.
+
+        Raises
+        ------
+        RegionError
+            For a block that does not exist or that nobody owns. Nothing has changed then.
+        """
+        self._native.free(ids)
+
+    def fork(self, ids: Iterable[int]) -> None:
+        """Make each block owned once more: each is given back as often as it is owned.
+
+        Parameters
+        ----------
+        ids
+            The blocks.
+
+        Raises
+        ------
+        RegionError
+            For a block that nobody owns. Nothing has changed then.
+        """
+        self._native.fork(ids)
+
+    def available(self) -> int:
+        """Say how many more blocks the limit and the addresses allow; what is cached counts, as it would be evicted.
+
+        Returns
+        -------
+        int
+            Exactly so many where blocks do not straddle granules, at most so many where they do. The lease is asked
+            only when memory is needed.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self._native.available()
+
+    def hint(self, blocks: int) -> None:
+        """Say that the next step will take so many blocks, so that they are mapped before it asks.
+
+        Parameters
+        ----------
+        blocks
+            How many.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        self._native.hint(blocks)
+
+    def owners(self, block: int) -> int | None:
+        """Say who has a block.
+
+        Parameters
+        ----------
+        block
+            Its id.
+
+        Returns
+        -------
+        int or None
+            How many own it; 0 if it is only cached; None if it is free.
+
+        Raises
+        ------
+        RegionError
+            If it does not exist.
+        """
+        return self._native.owners(block)
+
+    def forget(self, block: int) -> bool:
+        """Let what a block holds not be found any more.
+
+        Parameters
+        ----------
+        block
+            Its id.
+
+        Returns
+        -------
+        bool
+            Whether it could be found.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        return self._native.forget(block)
+
+    def compact(
+        self, *, apply: bool = False, moves_max: int | None = None, timeout_s: float = TIMEOUT_S
+    ) -> list[tuple[int, int]]:
+        """Move blocks out of the emptiest memory, so that it can go back.
+
+        Parameters
+        ----------
+        apply
+            Whether to carry it out: it waits until no step runs, copies on the device and renumbers. From then on
+            what was in the first block of a pair is in the second, with its owners and its place in the index: write
+            the new numbers into every table before anything else is asked of the cache. Otherwise it is a plan, for
+            an engine that copies by itself and says :meth:`moved`.
+        moves_max
+            The most moves; without it as many as are of use.
+        timeout_s
+            How long it may wait for steps and copies, in seconds.
+
+        Returns
+        -------
+        list of tuple of int
+            Pairs of the block that moves and where to.
+
+        Raises
+        ------
+        DeadlineError, DeviceError, RegionError
+            If a step did not end, a copy failed, or something of the cache is on the host. No block has moved then.
+        """
+        return self._native.compact(apply, moves_max, timeout_s)
+
+    def moved(self, moves: Iterable[tuple[int, int]]) -> None:
+        """Say that blocks were copied, from the first to the second of each pair.
+
+        Parameters
+        ----------
+        moves
+            The pairs.
+
+        Raises
+        ------
+        RegionError
+            If a first block holds nothing or a second one is not free. Nothing has changed then.
+        """
+        self._native.moved(list(moves))
+
+    def tensors(self) -> list[Tensor]:
+        """Make a tensor for each layer over all of the group's addresses, without touching them.
+
+        Returns
+        -------
+        list of torch.Tensor
+            Blocks first, then a block's own dimensions (:class:`KvGroupSpec`). Only blocks that are allocated have
+            memory: touching another faults, on a GPU as an illegal address. They stay valid for ever; inside a guard
+            what is allocated is there.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the cache.
+        """
+        from shoal.torch.kv import layer_tensors
+
+        views = (self._native.view(layer) for layer in range(self.spec.layers))
+        return layer_tensors(self._region, [view for view in views if view is not None], dtype_name(self.spec.dtype))

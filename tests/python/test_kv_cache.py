@@ -1,0 +1,303 @@
+"""A KV cache as an engine sees it: blocks in its own buffers, tensors that stay, prefixes that are found again."""
+
+from __future__ import annotations
+
+import array
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import shoal
+from shoal import KvCache, KvGroupSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
+
+
+def small(mem: shoal.MemoryManager, **words: object) -> KvCache:
+    """Blocks of 256 KiB: 2 layers, 16 tokens."""
+    given: dict = {"layers": 2, "kv_heads": 4, "head_dim": 512, "dtype": "float16", "max_bytes": "32MiB", **words}
+    return mem.kv_cache(**given)
+
+
+def until(what: str, is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+BUFFERS = {
+    "int32": lambda n: np.zeros(n, np.int32),
+    "int64": lambda n: np.zeros(n, np.int64),
+    "uint32": lambda n: np.zeros(n, np.uint32),
+    "uint64": lambda n: np.zeros(n, np.uint64),
+    "array": lambda n: array.array("q", [0] * n),
+    "memoryview": lambda n: memoryview(array.array("i", [0] * n)),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_blocks_go_into_any_buffer_of_integers(mem: shoal.MemoryManager, kind: str) -> None:
+    kv = small(mem)
+    one, two = BUFFERS[kind](10), BUFFERS[kind](7)
+    assert kv.alloc_into(one) == 10
+    assert kv.alloc_into(two) == 7
+    ids = [int(block) for block in [*one, *two]]
+    assert sorted(set(ids)) == list(range(17))
+    kv.free_from(one)
+    assert [kv.groups[0].owners(block) for block in ids] == [None] * 10 + [1] * 7
+    assert kv.alloc_into(BUFFERS[kind](0)) == 0
+    kv.check()
+
+
+def test_blocks_go_into_a_tensor_of_torch(mem: shoal.MemoryManager) -> None:
+    torch = pytest.importorskip("torch")
+    kv = small(mem)
+    ids = torch.zeros(9, dtype=torch.int64)
+    assert kv.alloc_into(ids) == 9
+    assert sorted(ids.tolist()) == list(range(9))
+    kv.free_from(ids[:4])
+    assert kv.usage()["live"] == 5 * kv.groups[0].block_bytes
+
+
+def test_what_is_no_buffer_of_integers_is_refused(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    read_only = np.zeros(4, np.int32)
+    read_only.flags.writeable = False
+    for wrong, error in [
+        (np.zeros(4, np.float32), TypeError),
+        (np.zeros(4, np.int16), TypeError),
+        (bytearray(16), TypeError),
+        ([0, 0], TypeError),
+        (np.zeros(4, np.dtype(">i4")), TypeError),
+        (np.zeros(8, np.int32)[::2], (BufferError, ValueError)),
+        (read_only, (BufferError, ValueError)),
+    ]:
+        with pytest.raises(error):
+            kv.alloc_into(wrong)
+    assert kv.usage()["live"] == 0
+
+
+def test_lists_do_the_same(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    ids = kv.alloc(6)
+    assert ids is not None
+    assert sorted(ids) == list(range(6))
+    assert kv.alloc(1000) is None
+    assert kv.alloc(0) == []
+    kv.fork(ids[:2])
+    kv.free(ids)
+    kv.free(ids[:2])
+    with pytest.raises(shoal.RegionError, match="not owned") as caught:
+        kv.free(ids[:1])
+    assert caught.value.kind == "blocks"
+    with pytest.raises(shoal.RegionError, match="does not exist"):
+        kv.free([-3])
+    assert kv.usage()["live"] == 0
+
+
+def test_not_now_is_zero_and_none(mem: shoal.MemoryManager) -> None:
+    kv = small(mem, max_bytes="128MiB")
+    ids = np.zeros(200, np.int32)
+    assert kv.alloc_into(ids) == 200
+    more = np.full(100, -1, np.int32)
+    assert kv.alloc_into(more) == 0
+    assert (more == -1).all()
+    assert kv.alloc(100) is None
+    kv.free_from(ids)
+    assert kv.alloc_into(more) == 100
+
+
+@pytest.mark.parametrize("layout", ["block", "layer"])
+def test_tensors_hold_what_blocks_hold(mem: shoal.MemoryManager, layout: str) -> None:
+    torch = pytest.importorskip("torch")
+    groups = [
+        KvGroupSpec("full", 3, 32, "full", 2, 16, dtype=torch.float32),
+        KvGroupSpec("window", 2, 32, "window", 4, 16, window=64, dtype="float32"),
+        KvGroupSpec("latent", 2, 576, "latent", None, 16, dtype="bfloat16"),
+        KvGroupSpec("state", 2, 700_000, "state", dtype="float32"),
+    ]
+    kv = mem.kv_cache(groups=groups, max_bytes="48MiB", layout=layout)
+    shapes = [(2, 16, 2, 32), (2, 16, 4, 32), (16, 576), (700_000,)]
+    taken = [group.alloc(3) for group in kv.groups]
+    with mem.guard():
+        for group, shape, ids in zip(kv.groups, shapes, taken, strict=True):
+            tensors = group.tensors()
+            assert [tuple(tensor.shape) for tensor in tensors] == [(group.blocks, *shape)] * group.spec.layers
+            for layer, tensor in enumerate(tensors):
+                for block in ids:
+                    assert (tensor[block] == 0).all()
+                    tensor[block] = 10 * layer + block
+        for group, ids in zip(kv.groups, taken, strict=True):
+            for layer, tensor in enumerate(group.tensors()):
+                for block in ids:
+                    assert (tensor[block] == 10 * layer + block).all(), (group, layer, block)
+    kv.check()
+
+
+def test_tensors_outlive_a_reclaim(mem: shoal.MemoryManager) -> None:
+    pytest.importorskip("torch")
+    kv = small(mem)
+    keys = kv.tensors()[1]
+    at = keys.data_ptr()
+    ids = kv.alloc(5)
+    with mem.guard():
+        keys[ids] = 7
+    assert mem.reclaim("64MiB").freed > 0
+    with mem.guard():
+        assert keys.data_ptr() == at
+        assert (keys[ids] == 7).all()
+
+
+def test_a_prefix_is_found_again_by_its_tenant(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    tokens = list(range(100, 170))
+    ids = kv.alloc(5)
+    assert kv.match(tokens, salt="a") == (0, [])
+    sealed = kv.seal(tokens, ids, salt="a")
+    assert sealed == (4, []), "the fifth block is not full"
+    assert kv.match(np.array(tokens), salt=b"a") == (64, ids[:4])
+    assert kv.match(tokens, salt="b") == (0, [])
+    assert kv.match([*tokens[:40], 1, 2], salt="a") == (32, ids[:2])
+    assert [kv.groups[0].owners(block) for block in ids] == [3, 3, 2, 2, 1]
+    for owned in (ids, ids[:4], ids[:2]):
+        kv.free(owned)
+    assert kv.usage()["cached"] == 4 * kv.groups[0].block_bytes
+    assert kv.groups[0].owners(ids[0]) == 0
+    again = kv.alloc(5)
+    assert kv.seal(tokens, again, salt="a").duplicates == [(0, at, again[at], ids[at]) for at in range(4)]
+    events, lost, following = kv.events()
+    assert [event["kind"] for event in events] == ["stored"] * 4
+    assert (lost, following) == (0, 4)
+    assert events[0]["parent"] is None
+    assert events[1]["parent"] == events[0]["key"]
+    assert kv.groups[0].forget(ids[3])
+    assert kv.match(tokens, salt="a") == (48, ids[:3])
+    kv.forget_all()
+    assert kv.match(tokens, salt="a") == (0, [])
+    kv.check()
+
+
+def test_an_engines_own_keys_are_taken_as_they_are(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    keys = [os.urandom(32) for _ in range(4)]
+    ids = kv.alloc(4)
+    kv.seal_keys(keys[:2], ids[:2], salt="x")
+    kv.seal_keys(keys[2:], ids[2:], after=keys[1], salt="x")
+    assert kv.match_keys(keys, salt="x") == (4, ids)
+    assert kv.match_keys([keys[0], b"other"], salt="x") == (1, ids[:1])
+    assert kv.match_keys(keys) == (0, [])
+    assert kv.events()[0][2]["key"] == keys[2]
+
+
+def test_memory_follows_use(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    assert kv.usage()["mapped"] == 0
+    ids = kv.alloc(64)
+    assert kv.usage()["mapped"] >= 16 * MIB
+    kv.free(ids)
+    kv.trim()
+    until("all of it goes", lambda: mem.device_memory()["used_by_this_process"] == 0)
+    kv.hint(10)
+    until("it is mapped before it is asked for", lambda: kv.usage()["groups"][0]["free_mapped_blocks"] >= 10)
+    kv.record_step()
+    kv.check()
+
+
+def test_compaction_says_where_blocks_went(mem: shoal.MemoryManager) -> None:
+    torch = pytest.importorskip("torch")
+    kv = small(mem, granule_max="2MiB")
+    keys = kv.tensors()[0]
+    ids = kv.alloc(64)
+    kept = ids[::5]
+    with mem.guard():
+        for block in kept:
+            keys[block] = block
+    kv.free([block for block in ids if block not in kept])
+    kv.trim()
+    before = kv.usage()
+    assert kv.compact() != []
+    moves = dict(kv.compact(apply=True))
+    kv.trim()
+    after = kv.usage()
+    assert after["live"] == before["live"]
+    assert after["mapped"] == 2 * 2 * MIB, "13 blocks of 256 KiB in pieces of 2 MiB"
+    with mem.guard():
+        for block in kept:
+            assert (keys[moves.get(block, block)] == torch.tensor(block, dtype=torch.float16)).all()
+    # An engine that copies by itself.
+    (one,) = kv.alloc(1)
+    target = next(block for block in range(one + 1, kv.groups[0].blocks) if kv.groups[0].owners(block) is None)
+    with pytest.raises(shoal.RegionError):
+        kv.groups[0].moved([(one, kept[0])] if kept[0] not in moves else [(one, moves[kept[0]])])
+    kv.groups[0].moved([(one, target)] if kv.usage()["groups"][0]["free_mapped_blocks"] and target < 16 else [])
+    kv.check()
+
+
+def test_threads_share_a_cache(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    owner = [0] * kv.groups[0].blocks
+    wrong: list[int] = []
+
+    def run(me: int) -> None:
+        ids = np.zeros(7, np.int64)
+        for _ in range(300):
+            if kv.alloc_into(ids):
+                for block in ids.tolist():
+                    if owner[block]:
+                        wrong.append(block)
+                    owner[block] = me
+                for block in ids.tolist():
+                    owner[block] = 0
+                kv.free_from(ids)
+
+    threads = [threading.Thread(target=run, args=(me,)) for me in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert kv.usage()["live"] == 0
+
+
+def test_bad_shapes_are_refused_in_words(mem: shoal.MemoryManager) -> None:
+    with pytest.raises(ValueError, match="kv_heads"):
+        mem.kv_cache(layers=2, head_dim=8, max_bytes="8MiB")
+    with pytest.raises(ValueError, match="not both"):
+        mem.kv_cache(layers=2, kv_heads=1, head_dim=8, max_bytes="8MiB", groups=[KvGroupSpec("a", 1, 8)])
+    with pytest.raises(ValueError, match="layout must be"):
+        small(mem, layout="both")
+    with pytest.raises(ValueError, match="dtype must be"):
+        small(mem, dtype="float7")
+    with pytest.raises(ValueError, match="layers must be 1 or more"):
+        small(mem, layers=0)
+    with pytest.raises(ValueError, match="whole cache"):
+        small(mem, max_bytes=1000)
+    with pytest.raises(ValueError, match="window"):
+        mem.kv_cache(groups=[KvGroupSpec("a", 1, 8, "full", 1, 16, window=4)], max_bytes="8MiB")
+    with pytest.raises(ValueError, match="block_tokens"):
+        mem.kv_cache(groups=[KvGroupSpec("a", 1, 8, "latent")], max_bytes="8MiB")
+    kv = small(mem, eviction=None)
+    with pytest.raises(shoal.RegionError, match="finds nothing again"):
+        kv.match([1, 2])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_told(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kv.alloc_into(np.zeros(2, np.int32))
+        except shoal.ForkError:
+            os._exit(42)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    assert kv.alloc(2) is not None
