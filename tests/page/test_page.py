@@ -43,6 +43,7 @@ def model(name: str, status: str = "awake", **more: Any) -> dict[str, Any]:
             "host": 0,
         },
         "pinned": False,
+        "is_elastic": True,
         "counts": {
             "requests_active": 0,
             "requests_parked": 0,
@@ -123,7 +124,9 @@ def test_before_the_first_answer_nothing_is_claimed() -> None:
 
 
 def test_a_state_shows_tiers_and_models() -> None:
-    browser, feed = opened(model("oak"), model("elm", "partly_resident"), model("fir", "asleep", pinned=True))
+    browser, feed = opened(
+        model("oak"), model("elm", "partly_resident"), model("fir", "asleep", pinned=True, is_elastic=False)
+    )
     assert feed.path == "/api/v1/events?since=0"
     assert browser.see("link-text").text == "live"
     assert not browser.see("main").hidden
@@ -150,7 +153,7 @@ def test_a_state_shows_tiers_and_models() -> None:
     cards = {card.find(tag="h3")[0].text: card for card in browser.see("models").find(tag="article")}
     assert list(cards) == ["oak", "elm", "fir"]
     badges = {name: [b.text for b in card.find(with_class="badge") if not b.hidden] for name, card in cards.items()}
-    assert badges == {"oak": ["awake"], "elm": ["50% resident"], "fir": ["asleep", "pinned"]}
+    assert badges == {"oak": ["awake"], "elm": ["50% resident"], "fir": ["asleep", "pinned", "not elastic"]}
     figures = [node.text for node in cards["elm"].find(tag="dd")]
     # The engine has no locales: a browser writes 1,234.
     assert figures == ["32 of 64 MiB", "2 of 8 MiB", "64 MiB", "3", "\u2013", "1234", "12 ms", "\u2013", "2 / 1"]

@@ -1,6 +1,6 @@
 """A worker without a model: speaks the control protocol, holds leases as numbers, answers HTTP, misbehaves on request.
 
-Nothing but the standard library. Run by the tests of the shelf as an engine of the kind `command`:
+Nothing but the standard library. Run by the tests of the shelf as an engine of the kind `worker`:
 `python3 fake_worker.py --control SOCKET --model NAME [--weights MIB] [--kv-min MIB] ...`.
 """
 

@@ -52,7 +52,7 @@ fn serve_with(environment: &[(&str, &str)]) -> Served {
     for name in ["one", "two"] {
         let command = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
         let _ =
-            writeln!(file, "[[model]]\nname='{name}'\nsource='x/{name}'\nengine='command'\nargs={command:?}");
+            writeln!(file, "[[model]]\nname='{name}'\nsource='x/{name}'\nengine='worker'\nargs={command:?}");
     }
     std::fs::write(dir.path().join("shoal.toml"), file).expect("written");
     let mut child = command(dir.path())

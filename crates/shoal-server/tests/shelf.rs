@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig};
-use shoal_server::shelf::{Route, RouteError, Shelf, ShelfError};
+use shoal_server::shelf::{Route, RouteError, Shelf, ShelfError, Target};
 use shoal_server::state::{Event, EventKind, ModelStatus};
 
 const MIB: u64 = 1 << 20;
@@ -16,7 +16,7 @@ fn model(name: &str, args: &[&str]) -> ModelConfig {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
     let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
     ModelConfig {
-        engine: Engine::Command,
+        engine: Engine::Worker,
         args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
         ..ModelConfig::new(name, "/none")
     }
@@ -85,7 +85,8 @@ fn status(shelf: &Shelf, name: &str) -> ModelStatus {
 /// What the worker says over its data socket.
 async fn ask(route: &Route) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::UnixStream::connect(route.socket()).await.expect("the worker listens");
+    let Target::Unix(socket) = route.target() else { panic!("a worker listens at a socket") };
+    let mut stream = tokio::net::UnixStream::connect(socket).await.expect("the worker listens");
     stream.write_all(b"GET /health HTTP/1.1\r\n\r\n").await.expect("it reads");
     let mut text = String::new();
     stream.read_to_string(&mut text).await.expect("it answers");

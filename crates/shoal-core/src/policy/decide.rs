@@ -121,7 +121,8 @@ impl Decision<'_> {
             let taken: ByteCount =
                 picks.iter().filter(|(pick, _)| pick.model == candidate.model).map(|(_, bytes)| *bytes).sum();
             let offer = self.field.offer(candidate, request, age).saturating_sub(taken);
-            let bytes = (goal - found).round_up_to(self.field.state.extent.max(ByteCount(1))).min(offer);
+            let part = (goal - found).round_up_to(self.field.state.extent.max(ByteCount(1))).min(offer);
+            let bytes = if self.field.state.models[candidate.model].is_rigid { offer } else { part };
             if !bytes.is_zero() {
                 found += bytes;
                 picks.push((candidate, bytes));

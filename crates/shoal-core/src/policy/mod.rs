@@ -19,7 +19,8 @@
 //! A model whose requests follow each other sooner than it could be brought back counts as busy in the pause between
 //! two, within its turn: the pauses of a few clients do not end it.
 //!
-//! Only what is needed is taken, in whole extents. Pinned models give nothing, no model is taken below its minimum.
+//! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
+//! taken below its minimum.
 //!
 //! # Why nobody starves
 //! The oldest request that cannot be met yet keeps what it needs: younger ones get what is left over once all turns have

@@ -22,7 +22,7 @@ pub struct ShelfState {
 }
 
 /// One model as the policy sees it.
-#[expect(clippy::struct_excessive_bools, reason = "four facts that do not exclude one another")]
+#[expect(clippy::struct_excessive_bools, reason = "five facts that do not exclude one another")]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelState {
     /// Which.
@@ -47,7 +47,10 @@ pub struct ModelState {
     pub ordered: ByteCount,
     /// Never evicted.
     pub pinned: bool,
-    /// Never evicted below this.
+    /// It gives up all that it holds or nothing, and holds all that it needs or nothing.
+    #[serde(default)]
+    pub is_rigid: bool,
+    /// Never evicted below this; whoever is rigid keeps all then.
     pub min: ByteCount,
     /// Never leased more than this.
     pub max: Option<ByteCount>,

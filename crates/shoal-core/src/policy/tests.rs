@@ -178,6 +178,22 @@ fn a_wake_counts_what_was_ordered_away_as_missing() {
 }
 
 #[test]
+fn a_rigid_model_gives_all_or_nothing() {
+    let rigid = ModelState { is_rigid: true, ..model(1, "command", 60, 60) };
+    let shelf = |rigid: ModelState| shelf(100, vec![model(0, "chat", 50, 0), rigid], vec![wake(0, 50, 5)]);
+    assert_eq!(
+        evicted(&plan(&shelf(rigid.clone()), 10)),
+        [(1, 60)],
+        "10 MiB would do, and it has no part of that size"
+    );
+    let kept = ModelState { min: MIB(2), ..rigid.clone() };
+    let refused = plan(&shelf(kept), 10);
+    assert!(matches!(&refused.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&refused));
+    let leaving = ModelState { ordered: MIB(60), ..rigid };
+    assert_eq!(evicted(&plan(&shelf(leaving), 10)), [], "it is on its way already");
+}
+
+#[test]
 fn what_is_ordered_is_not_ordered_twice() {
     let mut idle = model(1, "idle", 80, 80);
     idle.ordered = MIB(40);

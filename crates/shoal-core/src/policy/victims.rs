@@ -270,16 +270,23 @@ pub(super) fn kept_until(model: &ModelState) -> Option<u64> {
 fn kept(model: &ModelState) -> ByteCount {
     if !model.ready {
         ByteCount::ZERO
-    } else if model.pinned {
+    } else if model.pinned || keeps_all(model) {
         model.held()
     } else {
         model.min.max(model.overhead_held).min(model.held())
     }
 }
 
+/// It has a minimum, and cannot give up what is above it alone.
+fn keeps_all(model: &ModelState) -> bool {
+    model.is_rigid && !model.min.is_zero()
+}
+
 /// What may be ordered of a model at all, and how much of that is KV that nobody uses.
 fn takeable(model: &ModelState) -> (ByteCount, ByteCount) {
-    if model.pinned || !model.ready {
+    // Whoever is rigid and was ordered to go is on its way with all it has.
+    let is_leaving = model.is_rigid && !model.ordered.is_zero();
+    if model.pinned || !model.ready || keeps_all(model) || is_leaving {
         return (ByteCount::ZERO, ByteCount::ZERO);
     }
     let floor = model.min.max(model.overhead_held);

@@ -57,18 +57,22 @@ impl Core {
     pub(crate) fn handle_started(&mut self, place: usize, pid: u32, now_ms: u64) {
         let model = &mut self.models[place];
         model.pid = Some(pid);
-        model.starts += 1;
         model.last_words = None;
         model.was_ready = false;
-        let (id, starts) = (model.id, model.starts);
+        let id = model.id;
         if let Err(error) = self.book.open(id) {
             tracing::error!(model = self.models[place].name, %error, "a worker began before the last one was gone");
         }
-        let reason = match starts {
-            1 => "the server starts its models' workers".to_owned(),
-            _ => "its worker before has ended".to_owned(),
-        };
-        self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
+        // A command is started when it is needed, and told of then.
+        if !self.models[place].is_rigid() {
+            self.models[place].starts += 1;
+            let starts = self.models[place].starts;
+            let reason = match starts {
+                1 => "the server starts its models' workers".to_owned(),
+                _ => "its worker before has ended".to_owned(),
+            };
+            self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
+        }
         if self.stopping {
             self.models[place].end.notify_one();
         }
@@ -160,7 +164,9 @@ impl Core {
         let needed = weights + kv + overhead;
         let pid = model.pid.unwrap_or_default();
         model.weights_total = capabilities.weights_bytes;
-        model.host_need = Some(host_need(capabilities.weights_bytes));
+        if !model.is_rigid() {
+            model.host_need = Some(host_need(capabilities.weights_bytes));
+        }
         model.capabilities = Some(capabilities);
         model.progress = None;
         let (what, allowed) = match model.config.max {
@@ -168,10 +174,14 @@ impl Core {
             _ => ("the device budget", self.book.budget()),
         };
         if needed > allowed {
-            let reason = format!(
-                "it needs {needed} of device memory ({weights} of weights, {kv} of KV for one request, {overhead} of \
+            let reason = if self.models[place].is_rigid() {
+                format!("its device_bytes are {weights}, and {what} is {allowed}")
+            } else {
+                format!(
+                    "it needs {needed} of device memory ({weights} of weights, {kv} of KV for one request, {overhead} of \
                  overhead), and {what} is {allowed}"
-            );
+                )
+            };
             return self.fail(place, "budget", &reason, true, now_ms);
         }
         let model = &mut self.models[place];
@@ -179,7 +189,9 @@ impl Core {
         model.error = None;
         model.was_ready = true;
         model.quick_ends = 0;
-        self.tell(now_ms, Some(place), EventKind::WorkerReady { pid, weights });
+        if !model.is_rigid() {
+            self.tell(now_ms, Some(place), EventKind::WorkerReady { pid, weights });
+        }
     }
 
     /// The model cannot be served: its worker is ended and, if that is `permanent`, not started again.
@@ -265,7 +277,10 @@ impl Core {
         model.forget_process();
         self.asked.retain(|asked| asked.pending.model != id);
         let returned = self.book.close(id);
-        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status: exit.to_string(), returned });
+        if !self.models[place].is_rigid() {
+            let what = EventKind::WorkerExited { pid, status: exit.to_string(), returned };
+            self.tell(now_ms, Some(place), what);
+        }
         let model = &mut self.models[place];
         // What it said of itself, or what was wrong with it, before what it happened to print last.
         let words = model.last_words.take().or(last_line);

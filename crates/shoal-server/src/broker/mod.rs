@@ -8,6 +8,7 @@
 //!
 //! Keeps I1 (through the [`LeaseBook`]; what a dead worker held counts until its process is gone), I10 and I11.
 
+mod commands;
 mod leases;
 mod lives;
 mod orders;
@@ -37,8 +38,14 @@ const PARKED_TOTAL_MAX: usize = 4_096;
 const REQUESTS_PER_MODEL_MAX: usize = 64;
 /// Events kept for those who come later.
 const EVENTS_KEPT: usize = 4_096;
+/// How long the requests of a command are waited for before it is ended, so that none is cut off.
+pub(crate) const DRAIN_MS_MAX: u64 = 30_000;
 /// Marks the server's own request for overhead that was measured and not leased.
 const OVERHEAD_REQUEST: u64 = u64::MAX;
+
+pub(crate) fn millis(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// Times that are not the user's to set. All in milliseconds.
 #[derive(Clone, Copy, Debug)]

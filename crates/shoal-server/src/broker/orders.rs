@@ -5,7 +5,7 @@ use shoal_core::protocol::{FromServer, LeaseKind};
 use tokio::sync::oneshot;
 
 use super::requests::Told;
-use super::{Core, Life};
+use super::{Core, DRAIN_MS_MAX, Life, millis};
 use crate::state::EventKind;
 
 /// Bytes that a worker is expected to give up in a millisecond, at the least (256 MiB/s).
@@ -73,7 +73,10 @@ impl Core {
         now_ms: u64,
     ) {
         let number = self.number();
-        let allowed_ms = self.timing.reclaim_ms + bytes.0 / RECLAIM_BYTES_PER_MS;
+        let mut allowed_ms = self.timing.reclaim_ms + bytes.0 / RECLAIM_BYTES_PER_MS;
+        if let Some(command) = &self.models[place].config.command {
+            allowed_ms = self.timing.reclaim_ms + DRAIN_MS_MAX + millis(command.stop_max);
+        }
         let model = &mut self.models[place];
         let surplus = self.book.held(model.id, LeaseKind::Kv).saturating_sub(model.usage.kv_live);
         let said = model.say(FromServer::Reclaim {

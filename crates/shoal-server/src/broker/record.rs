@@ -12,6 +12,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use super::orders::Order;
 use super::requests::Parked;
 use crate::config::{Engine, ModelConfig, ServerConfig};
+use crate::shelf::Target;
 use crate::state::{LatencySnapshot, ModelStatus};
 use crate::supervisor::Backoff;
 
@@ -95,7 +96,12 @@ pub(crate) struct Record {
     pub(crate) id: ModelId,
     pub(crate) name: String,
     pub(crate) config: ModelConfig,
+    /// Where a worker of ours listens.
     pub(crate) socket: PathBuf,
+    /// Where requests go.
+    pub(crate) target: Target,
+    /// The program that runs for it now, where its engine is a command.
+    pub(crate) child: Option<u32>,
     pub(crate) log: PathBuf,
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
     pub(crate) host_need: Option<ByteCount>,
@@ -166,9 +172,16 @@ impl Record {
         Self {
             id: ModelId(u32::try_from(place).unwrap_or(u32::MAX)),
             name: model.name.clone(),
+            target: Target::Unix(config.runtime_dir.join(format!("worker-{place}.sock"))),
             socket: config.runtime_dir.join(format!("worker-{place}.sock")),
+            child: None,
             log: config.log_dir.join(format!("{}.log", model.name)),
-            host_need: model.weights.map(host_need),
+            // A command's memory is its own business.
+            host_need: if model.engine == Engine::Command {
+                Some(ByteCount::ZERO)
+            } else {
+                model.weights.map(host_need)
+            },
             host_share: ByteCount::ZERO,
             pinned: model.pin,
             pin_wake: None,
@@ -221,11 +234,19 @@ impl Record {
                 "engine = \"vllm\" is planned and not in this version; write engine = \"transformers\""
                     .to_owned(),
             ),
-            Engine::Command if self.config.args.is_empty() => {
-                Some("engine = \"command\" needs the command in args".to_owned())
+            Engine::Worker if self.config.args.is_empty() => {
+                Some("engine = \"worker\" needs the command in args".to_owned())
             }
-            Engine::Transformers | Engine::Command => None,
+            Engine::Command if self.config.command.is_none() => {
+                Some("engine = \"command\" needs a command".to_owned())
+            }
+            Engine::Transformers | Engine::Worker | Engine::Command => None,
         }
+    }
+
+    /// It gives up all that it holds or nothing.
+    pub(crate) fn is_rigid(&self) -> bool {
+        self.config.engine == Engine::Command
     }
 
     /// Bytes it was ordered to give back in time and has not yet.

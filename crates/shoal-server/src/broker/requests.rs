@@ -1,6 +1,5 @@
 //! Requests for models: routed at once where the model is awake, else parked until it is.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
@@ -8,7 +7,7 @@ use shoal_core::protocol::LeaseKind;
 use tokio::sync::oneshot;
 
 use super::{Core, Life, PARKED_TOTAL_MAX};
-use crate::shelf::{RouteError, ShelfError};
+use crate::shelf::{RouteError, ShelfError, Target};
 use crate::state::{EventKind, ModelStatus};
 
 /// When a full queue may be worth another try.
@@ -18,7 +17,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub(crate) struct Reached {
     pub(crate) place: usize,
-    pub(crate) socket: PathBuf,
+    pub(crate) target: Target,
     pub(crate) waited_ms: u64,
     pub(crate) was_asleep: bool,
     /// Bytes that came to the device while it was waited for, and how many of them were copied.
@@ -154,7 +153,7 @@ impl Core {
         }
         let waited_ms = now_ms.saturating_sub(since_ms);
         let brought = (ByteCount::ZERO, ByteCount::ZERO);
-        Reached { place, socket: model.socket.clone(), waited_ms, was_asleep, brought }
+        Reached { place, target: model.target.clone(), waited_ms, was_asleep, brought }
     }
 
     /// Answers those who waited for a model that is up now.
@@ -272,6 +271,9 @@ impl Core {
         if !keep.is_finite() || !(0.0..=1.0).contains(&keep) {
             return refuse(format!("keep is {keep}; it is a part between 0 and 1"));
         }
+        if model.is_rigid() && keep > 0.0 && keep < 1.0 {
+            return refuse("its engine is a command, which gives up all that it holds or nothing".to_owned());
+        }
         if model.life != Life::Ready {
             return refuse(format!("it is {:?} and has nothing on the device", model.shown).to_lowercase());
         }
@@ -360,8 +362,11 @@ impl Core {
             Life::Failed { .. } => ModelStatus::Failed,
             Life::Stopped => ModelStatus::Stopped,
             Life::Ready if model.is_up() => ModelStatus::Awake,
+            // A wake that comes while it drains begins when it is gone.
+            Life::Ready if model.is_rigid() && !model.ordered().is_zero() => ModelStatus::Draining,
             Life::Ready if model.wake_ordered() => ModelStatus::Waking,
             Life::Ready if weights.is_zero() => ModelStatus::Asleep,
+            Life::Ready if model.is_rigid() => ModelStatus::Draining,
             Life::Ready => ModelStatus::PartlyResident,
         }
     }

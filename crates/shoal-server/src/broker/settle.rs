@@ -4,7 +4,7 @@ use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::policy::{Action, ModelState, Plan, ShelfState, plan};
 use shoal_core::protocol::LeaseKind;
 
-use super::{Core, Life};
+use super::{Core, Life, millis};
 use crate::state::EventKind;
 
 /// How long a model that has its lease is protected while its bytes are copied, where no order says it.
@@ -102,7 +102,10 @@ impl Core {
             model.rising_until_ms = None;
         } else if model.rising_until_ms.is_none() {
             let order = model.orders.values().find(|order| order.is_wake()).map(|order| order.deadline_ms);
-            model.rising_until_ms = Some(order.unwrap_or(now_ms + RISING_MS_MAX).min(now_ms + RISING_MS_MAX));
+            // A program that is starting has not run yet, however long it takes: to end it would be for nothing.
+            let starts = model.config.command.as_ref().map_or(0, |command| millis(command.ready_max));
+            let latest = now_ms + starts.max(RISING_MS_MAX);
+            model.rising_until_ms = Some(order.unwrap_or(latest).min(latest));
         }
         self.unpark(place, now_ms);
     }
@@ -135,6 +138,7 @@ impl Core {
             overhead_held: held(LeaseKind::Overhead),
             ordered: model.ordered(),
             pinned: model.pinned,
+            is_rigid: model.is_rigid(),
             min: model.config.min.unwrap_or(ByteCount::ZERO),
             max: model.config.max,
             priority: model.config.priority,

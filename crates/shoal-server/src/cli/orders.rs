@@ -128,7 +128,15 @@ fn row(model: &ModelSnapshot) -> [String; 11] {
     let times: Vec<String> = times.into_iter().flatten().collect();
     [
         model.name.clone(),
-        if model.pinned { format!("{status}, pinned") } else { status },
+        [
+            Some(status.as_str()),
+            model.pinned.then_some("pinned"),
+            (!model.is_elastic).then_some("not elastic"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join(", "),
         on_device.to_string(),
         bytes.host.to_string(),
         model.lease.total.to_string(),

@@ -8,6 +8,7 @@
 //! Leaves to others: whether a model's files are good (the worker says; only their sizes are looked at here), whether the
 //! address is free (the server binds).
 
+mod command;
 mod directories;
 mod error;
 mod gpu;
@@ -26,8 +27,10 @@ use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 
+pub use command::{CommandConfig, CommandSection};
 pub use directories::make_private;
 pub use error::{ConfigError, Problem, ProblemKind};
+pub(crate) use gpu::gpu_processes;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use gpu::read_listing;
 pub use gpu::{DRIVER_MIN, Gpu, Gpus};
@@ -144,7 +147,8 @@ pub struct ModelConfig {
     pub python: Option<PathBuf>,
     /// Environment added for its worker.
     pub env: BTreeMap<String, String>,
-    /// Arguments added for its worker; the whole command for [`Engine::Command`].
+    /// Arguments added for its worker; those of the program for [`Engine::Command`], the whole command for
+    /// [`Engine::Worker`].
     pub args: Vec<String>,
     /// `"float32"`, `"bfloat16"`, `"float16"`; what its files say by default.
     pub dtype: Option<String>,
@@ -160,6 +164,8 @@ pub struct ModelConfig {
     pub priority: i32,
     /// Put to sleep after so many idle seconds; by default only when another model needs the memory.
     pub keep_alive_s: Option<u64>,
+    /// The program, for [`Engine::Command`].
+    pub command: Option<CommandConfig>,
     /// What its weights take, where the headers of its files tell before any worker starts.
     pub weights: Option<ByteCount>,
 }
@@ -183,6 +189,7 @@ impl ModelConfig {
             max: None,
             priority: 0,
             keep_alive_s: None,
+            command: None,
             weights: None,
         }
     }
@@ -196,8 +203,10 @@ pub enum Engine {
     Transformers,
     /// vLLM with the plugin.
     Vllm,
-    /// `args` is a command that speaks the control protocol.
+    /// Any program that speaks OpenAI's API: started and stopped as it is needed.
     Command,
+    /// `args` is a command that speaks the control protocol, as our own workers do.
+    Worker,
 }
 
 impl Engine {
@@ -208,6 +217,7 @@ impl Engine {
             Self::Transformers => "transformers",
             Self::Vllm => "vllm",
             Self::Command => "command",
+            Self::Worker => "worker",
         }
     }
 }

@@ -38,6 +38,19 @@ pub(super) fn unservable(
     cache: &Path,
 ) -> Option<String> {
     let name = &model.name;
+    let (what, allowed) = match model.max {
+        Some(max) if max < budget => ("its max", max),
+        _ => ("device_budget", budget),
+    };
+    if let Some(command) = &model.command {
+        let bytes = command.device_bytes;
+        return (bytes > allowed).then(|| {
+            format!(
+                "model {name:?} will fail: its device_bytes are {} bytes ({bytes}), and {what} is {} bytes ({allowed})",
+                bytes.0, allowed.0
+            )
+        });
+    }
     let directory = files_of(model, cache);
     if let Some(demo) = model.source.strip_prefix("demo:") {
         if !DEMO_MODELS.contains(&demo) {
@@ -63,10 +76,6 @@ pub(super) fn unservable(
         return Some(format!("model {name:?} will fail: {} is a file, not a directory", model.source));
     }
     let weights = weights_of(model, device, cache)?;
-    let (what, allowed) = match model.max {
-        Some(max) if max < budget => ("its max", max),
-        _ => ("device_budget", budget),
-    };
     (weights > allowed).then(|| {
         format!(
             "model {name:?} will fail: its weights need {} bytes of device memory ({weights}), and {what} is {} bytes \

@@ -14,8 +14,9 @@ use shoal_core::bytes::ByteCount;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
-use super::{DeviceChoice, DiskTier, Engine, MODEL_NAME_BYTES_MAX, QUANTUM_MAX, QUANTUM_MIN};
+use super::{CommandSection, DeviceChoice, DiskTier, Engine, MODEL_NAME_BYTES_MAX, QUANTUM_MAX, QUANTUM_MIN};
 
 /// A value and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +79,7 @@ pub struct ModelSection {
     pub max: Option<Sited<ByteCount>>,
     pub priority: i32,
     pub keep_alive_s: Option<u64>,
+    pub command: Option<CommandSection>,
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
@@ -94,7 +96,7 @@ const SERVER_KEYS: [&str; 11] = [
     "parked_max",
     "quantum",
 ];
-const MODEL_KEYS: [&str; 14] = [
+const MODEL_KEYS: [&str; 21] = [
     "name",
     "source",
     "revision",
@@ -109,6 +111,13 @@ const MODEL_KEYS: [&str; 14] = [
     "max",
     "priority",
     "keep_alive",
+    COMMAND_KEYS[0],
+    COMMAND_KEYS[1],
+    COMMAND_KEYS[2],
+    COMMAND_KEYS[3],
+    COMMAND_KEYS[4],
+    COMMAND_KEYS[5],
+    COMMAND_KEYS[6],
 ];
 const DISK_KEYS: [&str; 2] = ["path", "bytes"];
 const DTYPES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
@@ -135,9 +144,9 @@ pub fn parse(text: &str) -> Result<ShoalFile, Vec<Problem>> {
     Err(problems)
 }
 
-type Value<'i> = Spanned<DeValue<'i>>;
+pub(super) type Value<'i> = Spanned<DeValue<'i>>;
 
-struct Reader<'i> {
+pub(super) struct Reader<'i> {
     text: &'i str,
     problems: Vec<Problem>,
 }
@@ -153,12 +162,12 @@ impl<'i> Reader<'i> {
         }
     }
 
-    fn complain(&mut self, span: Range<usize>, kind: ProblemKind) {
+    pub(super) fn complain(&mut self, span: Range<usize>, kind: ProblemKind) {
         let problem = self.sited(&span, ()).problem(kind);
         self.problems.push(problem);
     }
 
-    fn bad(&mut self, value: &Value<'i>, key: &str, why: impl Into<String>) {
+    pub(super) fn bad(&mut self, value: &Value<'i>, key: &str, why: impl Into<String>) {
         self.complain(value.span(), ProblemKind::BadValue { key: key.to_owned(), why: why.into() });
     }
 
@@ -251,19 +260,22 @@ impl<'i> Reader<'i> {
         self.check_keys(table, &section, &MODEL_KEYS);
         let name = self.parsed(table, "name", model_name);
         let source = self.parsed(table, "source", |text| nonempty(text).map(str::to_owned));
+        let engine = self.parsed(table, "engine", engine);
+        let kind = engine.as_ref().map(|engine| engine.value).unwrap_or_default();
         for key in ["name", "source"] {
-            if !table.contains_key(key) {
+            // A command has its model in its arguments.
+            if !table.contains_key(key) && (key == "name" || kind != Engine::Command) {
                 self.complain(whole.span(), ProblemKind::Missing { key, section: section.clone() });
             }
         }
-        let engine = self.parsed(table, "engine", engine);
         let args = self.strings(table, "args");
-        if let Some(engine) = engine.as_ref().filter(|engine| engine.value == Engine::Command)
+        if let Some(engine) = engine.as_ref().filter(|engine| engine.value == Engine::Worker)
             && args.is_empty()
         {
-            let why = "\"command\" needs the command in `args`".to_owned();
+            let why = "\"worker\" needs the command in `args`".to_owned();
             self.problems.push(engine.problem(ProblemKind::BadValue { key: "engine".to_owned(), why }));
         }
+        let command = CommandSection::read(self, whole, table, kind, &args, &section);
         let (min, max) = (self.size(table, "min"), self.size(table, "max"));
         if let (Some(min), Some(max)) = (&min, &max)
             && min.value > max.value
@@ -286,6 +298,7 @@ impl<'i> Reader<'i> {
             max,
             priority: self.priority(table),
             keep_alive_s: self.seconds(table, "keep_alive"),
+            command,
         };
         // A model with a name is kept even if something else is wrong with it, so that its double is found too.
         (self.problems.len() == problems_before || !section.name.value.is_empty()).then_some(section)
@@ -324,7 +337,7 @@ impl<'i> Reader<'i> {
         tiers
     }
 
-    fn parsed<T>(
+    pub(super) fn parsed<T>(
         &mut self,
         table: &DeTable<'i>,
         key: &str,
@@ -344,7 +357,7 @@ impl<'i> Reader<'i> {
         }
     }
 
-    fn size(&mut self, table: &DeTable<'i>, key: &str) -> Option<Sited<ByteCount>> {
+    pub(super) fn size(&mut self, table: &DeTable<'i>, key: &str) -> Option<Sited<ByteCount>> {
         let value = table.get(key)?;
         let read = match value.get_ref() {
             DeValue::String(text) => text.parse::<ByteCount>().map_err(|error| error.to_string()),
@@ -366,7 +379,7 @@ impl<'i> Reader<'i> {
     }
 
     /// Whole seconds, or a string with a unit.
-    fn seconds(&mut self, table: &DeTable<'i>, key: &str) -> Option<u64> {
+    pub(super) fn seconds(&mut self, table: &DeTable<'i>, key: &str) -> Option<u64> {
         let value = table.get(key)?;
         let read = match value.get_ref() {
             DeValue::Integer(_) => whole(value.get_ref()).and_then(|seconds| u64::try_from(seconds).ok()),
@@ -416,7 +429,7 @@ impl<'i> Reader<'i> {
         None
     }
 
-    fn whole(&mut self, table: &DeTable<'i>, key: &str) -> Option<u32> {
+    pub(super) fn whole(&mut self, table: &DeTable<'i>, key: &str) -> Option<u32> {
         let value = table.get(key)?;
         if !value.get_ref().is_integer() {
             self.wrong_type(value, key, "a whole number");
@@ -428,6 +441,15 @@ impl<'i> Reader<'i> {
             self.bad(value, key, format!("must lie between 1 and {}", u32::MAX));
         }
         read
+    }
+
+    /// A number as a port of TCP.
+    pub(super) fn port(&mut self, table: &DeTable<'i>, number: u32) -> Option<u16> {
+        let port = u16::try_from(number).ok();
+        if let (None, Some(value)) = (port, table.get("port")) {
+            self.bad(value, "port", format!("must lie between 1 and {}", u16::MAX));
+        }
+        port
     }
 
     fn priority(&mut self, table: &DeTable<'i>) -> i32 {
@@ -442,7 +464,7 @@ impl<'i> Reader<'i> {
         })
     }
 
-    fn boolean(&mut self, table: &DeTable<'i>, key: &str) -> bool {
+    pub(super) fn boolean(&mut self, table: &DeTable<'i>, key: &str) -> bool {
         let Some(value) = table.get(key) else { return false };
         value.get_ref().as_bool().unwrap_or_else(|| {
             self.wrong_type(value, key, "true or false");
@@ -508,7 +530,7 @@ fn seconds_of(text: &str) -> Option<u64> {
     text[..digits].parse::<u64>().ok()?.checked_mul(scale)
 }
 
-fn nonempty(text: &str) -> Result<&str, String> {
+pub(super) fn nonempty(text: &str) -> Result<&str, String> {
     let text = text.trim();
     if text.is_empty() || text.contains('\0') { Err("must not be empty".to_owned()) } else { Ok(text) }
 }
@@ -544,12 +566,13 @@ fn device(text: &str) -> Result<DeviceChoice, String> {
     }
 }
 
-const ENGINES: [&str; 3] = ["transformers", "vllm", "command"];
+const ENGINES: [&str; 4] = ["transformers", "vllm", "command", "worker"];
 
 fn engine(text: &str) -> Result<Engine, String> {
     match text {
         "transformers" => Ok(Engine::Transformers),
         "command" => Ok(Engine::Command),
+        "worker" => Ok(Engine::Worker),
         "vllm" => Err("\"vllm\" is planned, and not in this version; \"transformers\" is".to_owned()),
         _ => Err(one_of(text, &ENGINES)),
     }

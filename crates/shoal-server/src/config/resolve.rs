@@ -184,9 +184,20 @@ fn check_minimums(
 }
 
 fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> ModelConfig {
+    let command = model.command.map(|section| section.resolve(|path| absolute(path, directory, home)));
+    let source = match &command {
+        // What people see in its place.
+        Some(command) if model.source.value.is_empty() => {
+            let words =
+                std::iter::once(command.program.to_string_lossy().into_owned()).chain(model.args.clone());
+            words.collect::<Vec<_>>().join(" ")
+        }
+        Some(_) => model.source.value,
+        None => resolve_source(&model.source.value, directory, home),
+    };
     ModelConfig {
         name: model.name.value,
-        source: resolve_source(&model.source.value, directory, home),
+        source,
         revision: model.revision,
         engine: model.engine.map_or_else(Default::default, |engine| engine.value),
         // A bare command is looked up in PATH; anything with a slash is a file.
@@ -203,6 +214,7 @@ fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> 
         max: model.max.map(|max| max.value),
         priority: model.priority,
         keep_alive_s: model.keep_alive_s,
+        command,
         weights: None,
     }
 }

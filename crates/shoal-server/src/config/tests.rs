@@ -32,6 +32,44 @@ fn load_here(text: &str) -> Result<ServerConfig, String> {
 }
 
 #[test]
+fn a_command_has_its_keys_and_defaults() {
+    let text = "[[model]]\nname = 'a'\nengine = 'command'\ncommand = 'llama-server'\ndevice_bytes = '3GiB'\n";
+    let config = load_here(&format!("{text}args = ['--port', '{{port}}']")).expect("good");
+    let model = config.model("a").expect("listed");
+    assert_eq!((model.engine, model.source.as_str()), (Engine::Command, "llama-server --port {port}"));
+    let command = CommandConfig {
+        program: "llama-server".into(),
+        port: None,
+        socket: false,
+        health: "/health".to_owned(),
+        ready_max: Duration::from_mins(10),
+        stop_max: Duration::from_secs(10),
+        device_bytes: ByteCount::gib(3),
+    };
+    assert_eq!(model.command, Some(command.clone()));
+    let more = "env = { SOCKET = '{socket}' }\nsocket = true\nhealth = '/v1/models'\nready_s_max = '2m'\nstop_s_max = 3";
+    let config =
+        load_here(&format!("{}{more}", text.replace("'llama-server'", "'./bin/serve'"))).expect("good");
+    let expected = CommandConfig {
+        program: "/etc/shelf/bin/serve".into(),
+        socket: true,
+        health: "/v1/models".to_owned(),
+        ready_max: Duration::from_mins(2),
+        stop_max: Duration::from_secs(3),
+        ..command
+    };
+    assert_eq!(config.model("a").and_then(|model| model.command.clone()), Some(expected));
+    let small = load_here(&format!("[server]\ndevice_budget = '1GiB'\n{text}port = 8080")).expect("good");
+    assert_eq!(
+        small.unservable,
+        [
+            "model \"a\" will fail: its device_bytes are 3221225472 bytes (3 GiB), and device_budget is 1073741824 bytes \
+          (1 GiB)"
+        ]
+    );
+}
+
+#[test]
 fn the_shortest_file_gets_every_default() {
     let config = load_here("[[model]]\nname = 'chat'\nsource = 'org/chat'\n").expect("good");
     assert_eq!(config.listen.to_string(), LISTEN_DEFAULT);
@@ -140,7 +178,31 @@ fn mistakes_are_named_with_their_line() {
         ),
         ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'tranformers'", "did you mean \"transformers\"?"),
         ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'vllm'", "planned"),
-        ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'command'", "needs the command in `args`"),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'worker'", "needs the command in `args`"),
+        ("[[model]]\nname = 'b'\nengine = 'command'", "lacks `command`"),
+        ("[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'", "lacks `device_bytes`"),
+        ("[[model]]\nname = 'b'\nengine = 'comand'", "did you mean \"command\"?"),
+        (
+            "[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'\ndevice_bytes = '1GiB'",
+            "nothing tells the command its port: write {port} where it belongs",
+        ),
+        (
+            "[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'\ndevice_bytes = '1GiB'\nsocket = true",
+            "nothing tells the command its socket",
+        ),
+        (
+            "[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'\ndevice_bytes = '1GiB'\nsocket = true\nport = 1",
+            "exclude each other",
+        ),
+        (
+            "[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'\ndevice_bytes = '1GiB'\nport = 65536",
+            "must lie between 1 and 65535",
+        ),
+        (
+            "[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'\ndevice_bytes = '1GiB'\nport = 1\nhealth = 'up'",
+            "is not a path",
+        ),
+        ("[[model]]\nname = 'b'\nsource = 'b'\nport = 8", "`port`: is for engine = \"command\""),
         ("[[model]]\nname = 'b'\nsource = 'b'\ndtype = 'int3'", "`dtype`: \"int3\" is none of"),
         ("[[model]]\nname = 'b'\nsource = 'b'\ncontext = -1", "`context`: must lie between 1 and"),
         ("[[model]]\nname = 'b'\nsource = 'b'\npin = 'yes'", "`pin` must be true or false, not a string"),

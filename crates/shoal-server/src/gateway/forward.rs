@@ -145,7 +145,7 @@ impl Errand {
         loop {
             let was_asleep = route.was_asleep();
             let waited = route.waited();
-            let sent = self.app.lanes.send(route.socket(), || self.request(), silence_max).await;
+            let sent = self.app.lanes.send(route.target(), || self.request(), silence_max).await;
             let why = match sent {
                 Ok((response, lane)) => {
                     let (head, frames) = response.into_parts();

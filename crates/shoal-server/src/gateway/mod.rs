@@ -49,6 +49,7 @@ pub use serve::{bind, serve};
 
 pub(crate) use guard::Guard;
 use upstream::Lanes;
+pub(crate) use upstream::probe;
 
 const WATCHERS_MAX: usize = 64;
 

@@ -1,10 +1,10 @@
-//! HTTP/1.1 to the workers' Unix sockets, with connections kept for the next request.
+//! HTTP/1.1 to the workers' Unix sockets, and to programs at addresses of this machine, with connections kept for the
+//! next request.
 //!
 //! hyper's own pool is keyed by host names and closes what it drops at its leisure; here a lane is a connection that one
 //! request owns, and dropping it closes the socket at once, which is how a worker learns that its client went away.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::http::{Request, Response};
@@ -14,8 +14,11 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
+
+use crate::shelf::Target;
 
 const LANES_IDLE_MAX: usize = 32;
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -24,7 +27,7 @@ const CONNECT_WAIT_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Lane {
     sender: http1::SendRequest<Full<Bytes>>,
-    socket: PathBuf,
+    target: Target,
     driver: JoinHandle<()>,
 }
 
@@ -48,10 +51,10 @@ pub(crate) enum UpstreamError {
     Silent(Duration),
 }
 
-/// The lanes that nobody uses now, by socket.
+/// The lanes that nobody uses now, by where they lead.
 #[derive(Debug, Default)]
 pub(crate) struct Lanes {
-    idle: Mutex<HashMap<PathBuf, Vec<Lane>>>,
+    idle: Mutex<HashMap<Target, Vec<Lane>>>,
 }
 
 impl Lanes {
@@ -59,11 +62,11 @@ impl Lanes {
     /// by a new one without further ado.
     pub(crate) async fn send(
         &self,
-        socket: &Path,
+        target: &Target,
         request: impl Fn() -> Request<Full<Bytes>>,
         wait_max: Duration,
     ) -> Result<(Response<Incoming>, Lane), UpstreamError> {
-        while let Some(mut lane) = self.take(socket) {
+        while let Some(mut lane) = self.take(target) {
             if lane.sender.ready().await.is_err() {
                 continue;
             }
@@ -74,7 +77,7 @@ impl Lanes {
                 Err(error) => return Err(error),
             }
         }
-        let mut lane = connect(socket).await?;
+        let mut lane = connect(target).await?;
         let response = answer(&mut lane, request(), wait_max).await?;
         Ok((response, lane))
     }
@@ -89,15 +92,15 @@ impl Lanes {
             lanes.retain(|lane| !lane.sender.is_closed());
             !lanes.is_empty()
         });
-        let lanes = idle.entry(lane.socket.clone()).or_default();
+        let lanes = idle.entry(lane.target.clone()).or_default();
         if lanes.len() < LANES_IDLE_MAX {
             lanes.push(lane);
         }
     }
 
-    fn take(&self, socket: &Path) -> Option<Lane> {
+    fn take(&self, target: &Target) -> Option<Lane> {
         let mut idle = self.idle.lock();
-        let lanes = idle.get_mut(socket)?;
+        let lanes = idle.get_mut(target)?;
         while let Some(lane) = lanes.pop() {
             if !lane.sender.is_closed() {
                 return Some(lane);
@@ -118,19 +121,56 @@ async fn answer(
     }
 }
 
-async fn connect(socket: &Path) -> Result<Lane, UpstreamError> {
+async fn connect(target: &Target) -> Result<Lane, UpstreamError> {
     let connect = async {
-        let stream = UnixStream::connect(socket).await.map_err(UpstreamError::Connect)?;
-        let (sender, driver) = http1::handshake(TokioIo::new(stream)).await.map_err(UpstreamError::Lost)?;
-        let driver = tokio::spawn(async move {
-            if let Err(error) = driver.await {
-                tracing::debug!(%error, "a connection to a worker ended");
+        match target {
+            Target::Unix(path) => {
+                let stream = UnixStream::connect(path).await.map_err(UpstreamError::Connect)?;
+                shake_hands(stream, target).await
             }
-        });
-        Ok(Lane { sender, socket: socket.to_owned(), driver })
+            Target::Tcp(address) => {
+                let stream = TcpStream::connect(address).await.map_err(UpstreamError::Connect)?;
+                stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
+                shake_hands(stream, target).await
+            }
+        }
     };
     match tokio::time::timeout(CONNECT_WAIT_MAX, connect).await {
         Ok(lane) => lane,
         Err(_) => Err(UpstreamError::Connect(std::io::ErrorKind::TimedOut.into())),
+    }
+}
+
+async fn shake_hands(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    target: &Target,
+) -> Result<Lane, UpstreamError> {
+    let (sender, driver) = http1::handshake(TokioIo::new(stream)).await.map_err(UpstreamError::Lost)?;
+    let driver = tokio::spawn(async move {
+        if let Err(error) = driver.await {
+            tracing::debug!(%error, "a connection to a worker ended");
+        }
+    });
+    Ok(Lane { sender, target: target.clone(), driver })
+}
+
+/// Whether a GET of `path` there is answered with 200.
+///
+/// # Errors
+/// What came instead, in words.
+pub(crate) async fn probe(target: &Target, path: &str, wait_max: Duration) -> Result<(), String> {
+    let ask = async {
+        let mut lane = connect(target).await.map_err(|error| error.to_string())?;
+        let mut request = Request::new(Full::default());
+        *request.uri_mut() = path.parse().map_err(|_| format!("{path:?} is not a path"))?;
+        let host = axum::http::HeaderValue::from_static("localhost");
+        request.headers_mut().insert(axum::http::header::HOST, host);
+        let answer = lane.sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let status = answer.status();
+        if status == axum::http::StatusCode::OK { Ok(()) } else { Err(format!("it answered {status}")) }
+    };
+    match tokio::time::timeout(wait_max, ask).await {
+        Ok(answer) => answer,
+        Err(_) => Err(format!("no answer within {:.0} s", wait_max.as_secs_f64())),
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! [`Shelf`] is the handle that the gateway, the API and the command line hold. Behind it is one
 //! [`Core`](crate::broker) and a handful of tasks that carry bytes and watch processes and decide nothing: one that
-//! accepts workers, two for each connection, one for each model's process, one for the clock.
+//! accepts workers, two for each connection, one for each model's process, one for the clock. A model whose engine is a
+//! command has a steward in its worker's place.
 //!
 //! When the last handle is dropped, or the process dies, the workers end with it.
 
@@ -10,6 +11,7 @@ mod error;
 mod models;
 mod route;
 mod runtime_dir;
+mod steward;
 mod tasks;
 
 use std::sync::Arc;
@@ -20,13 +22,13 @@ use shoal_core::bytes::ByteCount;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::{Begun, Core, Reached, Timing, Wanted};
+use crate::broker::{Begun, Core, Reached, Timing, Wanted, millis};
 use crate::config::ServerConfig;
 use crate::control::Listener;
 use crate::state::{Event, Missed, ShelfSnapshot};
 
 pub use error::{RouteError, ShelfError};
-pub use route::{Report, Route, RouteSink};
+pub use route::{Report, Route, RouteSink, Target};
 use runtime_dir::RuntimeDir;
 
 /// All models and what they share. Cheap to clone.
@@ -105,10 +107,6 @@ impl Shared {
     }
 }
 
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
 impl Shelf {
     /// Makes the runtime directory this server's own, listens for workers and starts one for each model. Gives at once:
     /// workers come up one after another, and nothing is on the device until a model is used.
@@ -177,7 +175,7 @@ impl Shelf {
         let reached = self.reach(model, Wanted::Route, deadline).await?;
         let waited = Duration::from_millis(reached.waited_ms);
         let sink = Arc::new(tasks::Sink::new(Arc::clone(self.shared()), reached.place));
-        Ok(Route::new(reached.socket, waited, reached.was_asleep, Some(sink)))
+        Ok(Route::new(reached.target, waited, reached.was_asleep, Some(sink)))
     }
 
     async fn reach(&self, model: &str, wanted: Wanted, deadline: Instant) -> Result<Reached, RouteError> {

@@ -1,7 +1,8 @@
 //! A request's way to its worker.
 
-use std::fmt::Debug;
-use std::path::{Path, PathBuf};
+use std::fmt::{self, Debug};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -21,10 +22,28 @@ pub trait RouteSink: Debug + Send + Sync {
     fn ended(&self);
 }
 
+/// Where a worker, or a program that takes its place, answers HTTP/1.1.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// At a Unix socket.
+    Unix(PathBuf),
+    /// At an address of this machine.
+    Tcp(SocketAddr),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "{}", path.display()),
+            Self::Tcp(address) => write!(f, "http://{address}"),
+        }
+    }
+}
+
 /// A request's way to its worker. The model counts as busy until this is dropped.
 #[derive(Debug)]
 pub struct Route {
-    socket: PathBuf,
+    target: Target,
     waited: Duration,
     was_asleep: bool,
     asked: Instant,
@@ -33,23 +52,18 @@ pub struct Route {
 }
 
 impl Route {
-    /// A route to `socket` for a request that waited so long for its model. `sink` hears how it goes.
+    /// A route to `target` for a request that waited so long for its model. `sink` hears how it goes.
     #[must_use]
-    pub fn new(
-        socket: PathBuf,
-        waited: Duration,
-        was_asleep: bool,
-        sink: Option<Arc<dyn RouteSink>>,
-    ) -> Self {
+    pub fn new(target: Target, waited: Duration, was_asleep: bool, sink: Option<Arc<dyn RouteSink>>) -> Self {
         let now = Instant::now();
         let asked = now.checked_sub(waited).unwrap_or(now);
-        Self { socket, waited, was_asleep, asked, told_first_byte: AtomicBool::new(false), sink }
+        Self { target, waited, was_asleep, asked, told_first_byte: AtomicBool::new(false), sink }
     }
 
-    /// The Unix socket on which the worker answers HTTP/1.1.
+    /// Where the worker answers HTTP/1.1.
     #[must_use]
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub const fn target(&self) -> &Target {
+        &self.target
     }
 
     /// How long the request waited for its model.

@@ -9,11 +9,11 @@ use std::time::Duration;
 use shoal_core::protocol::FromServer;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{RouteError, RouteSink, Shared};
-use crate::broker::{Core, Reached, Wanted};
+use super::{RouteError, RouteSink, Shared, steward};
+use crate::broker::{Core, Reached, Record, Wanted};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
-use crate::supervisor::{LOG_BYTES_MAX, Launch, WorkerProcess, bound_log, open_log};
+use crate::supervisor::{LOG_BYTES_MAX, Launch, WORKER_REMEDY, WorkerProcess, bound_log, open_log};
 
 /// Messages that may wait for a worker to read them.
 const MESSAGES_MAX: usize = 256;
@@ -31,9 +31,13 @@ pub(super) fn start(shared: &Arc<Shared>, listener: Listener) {
     tokio::spawn(keep_time(Arc::clone(shared)));
     tokio::spawn(keep_logs(Arc::clone(shared)));
     tokio::spawn(accept(Arc::clone(shared), listener));
-    let models = shared.with(|core, _| core.models.len());
-    for place in 0..models {
-        tokio::spawn(keep_process(Arc::clone(shared), place));
+    let rigid: Vec<bool> = shared.with(|core, _| core.models.iter().map(Record::is_rigid).collect());
+    for (place, is_rigid) in rigid.into_iter().enumerate() {
+        if is_rigid {
+            tokio::spawn(steward::keep(Arc::clone(shared), place));
+        } else {
+            tokio::spawn(keep_process(Arc::clone(shared), place));
+        }
     }
 }
 
@@ -237,7 +241,7 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
         (model.config.clone(), model.log.clone(), model.socket.clone())
     });
     let command = match model.engine {
-        Engine::Command => {
+        Engine::Worker => {
             let control = control.to_string_lossy();
             model
                 .args
@@ -245,7 +249,7 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
                 .map(|arg| arg.replace("{control}", &control).replace("{model}", &model.name))
                 .collect()
         }
-        Engine::Transformers | Engine::Vllm => {
+        Engine::Transformers | Engine::Vllm | Engine::Command => {
             Launch::worker_command(config.python_of(&model), &control, &model.name, &model.args)
         }
     };
@@ -259,7 +263,7 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
     env.entry("CUDA_DEVICE_ORDER".to_owned()).or_insert_with(|| "PCI_BUS_ID".to_owned());
     // Its output is a log: lines must not wait in a buffer for the process to end.
     env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
-    (Launch { model: model.name, command, env, log }, socket)
+    (Launch { model: model.name, command, env, log, remedy: WORKER_REMEDY }, socket)
 }
 
 /// Brings a model back because it was pinned, unless it is let go before.

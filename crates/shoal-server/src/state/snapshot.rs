@@ -108,6 +108,8 @@ pub enum ModelStatus {
     Awake,
     /// A part of its weights is on the device.
     PartlyResident,
+    /// It answers its last requests before it gives all its memory up; only what is not elastic does.
+    Draining,
     /// Its worker died; another will be started.
     Restarting,
     /// It cannot be served; `error` says why.
@@ -157,7 +159,9 @@ pub struct ModelSnapshot {
     pub wake_time: LatencySnapshot,
     /// When a request last began or ended (milliseconds since the Unix epoch).
     pub last_used_at_ms: Option<u64>,
-    /// Process id of its worker.
+    /// It gives memory up in part. Where not (`engine = "command"`), it holds all that it needs or nothing.
+    pub is_elastic: bool,
+    /// Process id of its worker, or of its command while that runs.
     pub pid: Option<u32>,
     /// How often its worker was started.
     pub starts: u32,

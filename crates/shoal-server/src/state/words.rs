@@ -125,6 +125,7 @@ const fn status(status: ModelStatus) -> &'static str {
         ModelStatus::Waking => "waking",
         ModelStatus::Awake => "awake",
         ModelStatus::PartlyResident => "partly resident",
+        ModelStatus::Draining => "draining",
         ModelStatus::Restarting => "restarting",
         ModelStatus::Failed => "failed",
         ModelStatus::Stopped => "stopped",

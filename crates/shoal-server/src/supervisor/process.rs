@@ -12,6 +12,9 @@ use tokio::process::{Child, Command};
 
 use super::log_file;
 
+/// How often a group whose leader has ended is looked at.
+const GROUP_LOOK: Duration = Duration::from_millis(20);
+
 /// Everything it takes to start a worker.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -23,7 +26,13 @@ pub struct Launch {
     pub env: BTreeMap<String, String>,
     /// Where its output goes.
     pub log: PathBuf,
+    /// What would be right where the program cannot be started.
+    pub remedy: &'static str,
 }
+
+/// [`Launch::remedy`] of our own workers.
+pub const WORKER_REMEDY: &str =
+    "set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[serve]";
 
 impl Launch {
     /// The command of a worker of ours: `PYTHON -m shoal.worker --control SOCKET --model NAME ARGS`.
@@ -57,9 +66,7 @@ pub enum SupervisorError {
         source: std::io::Error,
     },
     /// The program could not be started.
-    #[error(
-        "model {model:?}: {program} cannot be started ({source}); set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[serve]"
-    )]
+    #[error("model {model:?}: {program} cannot be started ({source}); {remedy}")]
     Spawn {
         /// The model.
         model: String,
@@ -67,6 +74,8 @@ pub enum SupervisorError {
         program: String,
         /// Why.
         source: std::io::Error,
+        /// What would be right.
+        remedy: &'static str,
     },
 }
 
@@ -127,7 +136,12 @@ impl WorkerProcess {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
-            .map_err(|source| SupervisorError::Spawn { model: launch.model.clone(), program, source })?;
+            .map_err(|source| SupervisorError::Spawn {
+                model: launch.model.clone(),
+                program,
+                source,
+                remedy: launch.remedy,
+            })?;
         let pid = child.id().unwrap_or_default();
         Ok(Self { child, pid, started: Instant::now(), log: launch.log.clone(), log_from })
     }
@@ -166,6 +180,50 @@ impl WorkerProcess {
         self.wait().await
     }
 
+    /// [`end`](Self::end), of all that it started as well: the whole process group, as far as it stayed in it.
+    ///
+    /// # Errors
+    /// The operating system cannot tell whether it ended.
+    pub async fn end_group(&mut self, patience: Duration) -> std::io::Result<Exit> {
+        self.signal_group(Signal::TERM);
+        let in_time = tokio::time::timeout(patience, self.wait_group()).await;
+        let exit = if let Ok(exit) = in_time {
+            exit?
+        } else {
+            self.signal_group(Signal::KILL);
+            self.wait().await?
+        };
+        // What outlived it, its memory included.
+        self.signal_group(Signal::KILL);
+        Ok(exit)
+    }
+
+    /// Kills the whole group at once.
+    pub fn kill_group(&self) {
+        self.signal_group(Signal::KILL);
+    }
+
+    /// Waits until the process and everything else in its group is gone.
+    async fn wait_group(&mut self) -> std::io::Result<Exit> {
+        let exit = self.wait().await?;
+        while self.group().is_some_and(|group| rustix::process::test_kill_process_group(group).is_ok()) {
+            tokio::time::sleep(GROUP_LOOK).await;
+        }
+        Ok(exit)
+    }
+
+    /// It was made the leader of a group of its own, whose number no other group gets while anything of it lives.
+    fn group(&self) -> Option<Pid> {
+        i32::try_from(self.pid).ok().and_then(Pid::from_raw)
+    }
+
+    fn signal_group(&self, signal: Signal) {
+        let Some(group) = self.group() else { return };
+        if let Err(error) = rustix::process::kill_process_group(group, signal) {
+            tracing::debug!(%error, pid = self.pid, "a group of processes was gone before its signal");
+        }
+    }
+
     fn signal(&self, signal: Signal) {
         // `id` is None once it was waited for: only then could the number belong to somebody else.
         let Some(pid) = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) else {
@@ -187,6 +245,7 @@ mod tests {
             command: ["sh", "-c", script].map(str::to_owned).to_vec(),
             env: [("GREETING".to_owned(), "good day".to_owned())].into(),
             log: directory.join("ash.log"),
+            remedy: WORKER_REMEDY,
         }
     }
 
@@ -218,6 +277,33 @@ mod tests {
         let exit = worker.end(Duration::from_millis(100)).await?;
         assert_eq!(exit.status.signal(), Some(9));
         Ok(())
+    }
+
+    /// A process that ignores SIGTERM is left behind by a leader that obeys it.
+    #[tokio::test]
+    async fn a_group_is_ended_with_all_that_is_in_it() -> Result<(), Box<dyn std::error::Error>> {
+        let scratch = tempfile::tempdir()?;
+        let script = "(trap '' TERM; echo $(exec sh -c 'echo $PPID'); while :; do sleep 0.05; done) & wait";
+        let mut worker = WorkerProcess::start(&launch(scratch.path(), script))?;
+        let log = scratch.path().join("ash.log");
+        while log_file::tail(&log, 100).trim().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let left: i32 = log_file::tail(&log, 100).trim().parse()?;
+        let exit = worker.end_group(Duration::from_millis(200)).await?;
+        assert_eq!(exit.status.signal(), Some(15));
+        let left = Pid::from_raw(left).ok_or("a process")?;
+        let is_zombie = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", left.as_raw_nonzero()));
+            stat.is_ok_and(|stat| stat.contains(") Z"))
+        };
+        for _ in 0..200 {
+            if rustix::process::test_kill_process(left).is_err() || is_zombie() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Err("what it started outlived it".into())
     }
 
     #[tokio::test]

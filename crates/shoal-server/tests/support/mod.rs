@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use shoal_core::bytes::ByteCount;
 use shoal_server::config::{MachineMemory, ServerConfig, Surroundings, parse};
 use shoal_server::gateway::{App, Keys, Models, Settings, bind, serve};
-use shoal_server::shelf::{Report, Route, RouteError, RouteSink, ShelfError};
+use shoal_server::shelf::{Report, Route, RouteError, RouteSink, ShelfError, Target};
 use shoal_server::state::{Event, EventKind, EventLog, Missed, ModelStatus, ShelfSnapshot};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -121,7 +121,7 @@ impl FakeModels {
         };
         drop(waiting);
         let sink = Arc::clone(&self.sink) as Arc<dyn RouteSink>;
-        Ok(Route::new(self.socket(socket), asked.elapsed(), model == "slow", Some(sink)))
+        Ok(Route::new(Target::Unix(self.socket(socket)), asked.elapsed(), model == "slow", Some(sink)))
     }
 
     fn report(&self, model: &str, order: String) -> Result<Report, ShelfError> {
@@ -207,7 +207,7 @@ pub fn snapshot(last_event_id: u64, log: &Path) -> ShelfSnapshot {
                            "tokens_out": 99, "wakes": 2, "evictions": 1, "evicted": mib(50), "restored": mib(50),
                            "leases_granted": 3, "leases_denied": 0},
                 "first_byte_awake": time, "first_byte_asleep": time, "wake_time": time,
-                "last_used_at_ms": 1, "pid": 42, "starts": 1, "log": log, "capabilities": null,
+                "last_used_at_ms": 1, "is_elastic": true, "pid": 42, "starts": 1, "log": log, "capabilities": null,
             })
         })
         .collect();

@@ -1,0 +1,49 @@
+//! Programs of `engine = "command"`: what their stewards tell of them.
+//!
+//! A steward takes a worker's place ([`crate::shelf`]): it asks for leases, takes orders and answers them with the same
+//! messages. Here is only what a worker has no words for: a program that runs or has ended, and where it listens.
+
+use shoal_core::bytes::ByteCount;
+
+use super::{Core, OVERHEAD_REQUEST};
+use crate::shelf::Target;
+use crate::state::EventKind;
+
+impl Core {
+    /// The program runs.
+    pub(crate) fn handle_command_started(&mut self, place: usize, pid: u32, target: Target, now_ms: u64) {
+        let model = &mut self.models[place];
+        model.child = Some(pid);
+        model.target = target;
+        model.starts += 1;
+        let (starts, reason) = (model.starts, "it is needed".to_owned());
+        self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
+    }
+
+    /// The program is gone, and its memory with it: what was measured of it goes too. `status` says how it ended;
+    /// `trouble`, where nobody told it to.
+    pub(crate) fn handle_command_ended(
+        &mut self,
+        place: usize,
+        status: String,
+        trouble: Option<String>,
+        now_ms: u64,
+    ) {
+        let model = &mut self.models[place];
+        let id = model.id;
+        let pid = model.child.take().unwrap_or_default();
+        model.usage.overhead_device = ByteCount::ZERO;
+        model.error = trouble;
+        let returned = self.book.total(id);
+        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
+        if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {
+            tracing::debug!(%error, "a program without an account ended");
+        }
+        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned });
+    }
+
+    /// Requests that the program answers now.
+    pub(crate) fn requests_of(&self, place: usize) -> u64 {
+        self.models[place].active
+    }
+}

@@ -1,0 +1,82 @@
+//! What a command takes, seen from outside: it has no words for it, unlike a worker of ours.
+//!
+//! On a GPU that is what the driver says of the processes in its group, where the driver says anything (in some
+//! containers it does not). The simulated device is RAM, so there it is the RAM of the group: private pages whole, shared
+//! ones in part.
+
+use std::path::Path;
+
+use shoal_core::bytes::ByteCount;
+
+use crate::config::{DeviceChoice, gpu_processes};
+
+/// What the group that `leader` leads takes of the device now; none where that cannot be told. Reads files and may run
+/// `nvidia-smi`: not for a thread of the runtime.
+#[must_use]
+pub fn measure_group(leader: u32, device: DeviceChoice) -> Option<ByteCount> {
+    let group = processes_of(leader);
+    match device {
+        DeviceChoice::Cuda(_) => {
+            let all = gpu_processes().ok()?;
+            let own: Vec<_> = all.iter().filter(|(pid, _)| group.contains(pid)).collect();
+            // A driver that hides processes shows none of ours; zero bytes would be a claim.
+            (!own.is_empty()).then(|| own.iter().map(|(_, bytes)| *bytes).sum())
+        }
+        DeviceChoice::Auto | DeviceChoice::Sim => {
+            let sum: ByteCount = group.iter().filter_map(|pid| ram_of(*pid)).sum();
+            (!sum.is_zero()).then_some(sum)
+        }
+    }
+}
+
+fn processes_of(leader: u32) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| group_of(*pid) == Some(leader)).collect()
+}
+
+fn group_of(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    // The name stands in brackets and may hold anything: state, parent and group follow the last bracket.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(2)?.parse().ok()
+}
+
+fn ram_of(pid: u32) -> Option<ByteCount> {
+    let directory = Path::new("/proc").join(pid.to_string());
+    let rollup = std::fs::read_to_string(directory.join("smaps_rollup")).unwrap_or_default();
+    let field = |text: &str, name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| ByteCount(kib << 10))
+    };
+    field(&rollup, "Pss:").or_else(|| {
+        let status = std::fs::read_to_string(directory.join("status")).ok()?;
+        field(&status, "VmRSS:")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_group_is_measured_with_all_its_processes() {
+        let mut program = Command::new("/bin/sh")
+            .args(["-c", "sh -c 'echo; read -r x' <&0; :"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .expect("a process");
+        let mut said = [0];
+        std::io::Read::read_exact(program.stdout.as_mut().expect("a pipe"), &mut said).expect("it runs");
+        assert_eq!(processes_of(program.id()).len(), 2);
+        let bytes = measure_group(program.id(), DeviceChoice::Sim).expect("it runs");
+        assert!(bytes > ByteCount(64 << 10) && bytes < ByteCount::gib(1), "{bytes}");
+        drop(program.stdin.take());
+        program.wait().expect("it ends");
+        assert_eq!(measure_group(program.id(), DeviceChoice::Sim), None);
+    }
+}

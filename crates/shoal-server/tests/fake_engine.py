@@ -1,0 +1,97 @@
+"""A program that speaks OpenAI's API as far as a test needs, and misbehaves on request. The standard library only.
+
+`python3 fake_engine.py --port PORT | --socket PATH [--start-ms N] [--slow-ms N] [--mib N] ...`; GET /health is 200 once
+it is ready, and a POST is answered with what came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--socket")
+    parser.add_argument("--start-ms", type=int, default=0, help="how long until it is ready")
+    parser.add_argument("--slow-ms", type=int, default=0, help="how long an answer takes")
+    parser.add_argument("--mib", type=int, default=0, help="MiB of memory that it takes")
+    parser.add_argument("--exit", type=int, help="say why and exit with this status at once")
+    parser.add_argument("--ignore-term", action="store_true")
+    parser.add_argument("--child", help="start a process that ignores SIGTERM, and write its number to this file")
+    return parser.parse_args()
+
+
+OPTIONS = arguments()
+READY_AT = time.monotonic() + OPTIONS.start_ms / 1000
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def address_string(self) -> str:
+        return "somebody"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.answer(200 if time.monotonic() >= READY_AT else 503, b"{}")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v1/die":
+            print("asked to die", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(OPTIONS.slow_ms / 1000)
+        self.answer(200, body)
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Tcp(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+class Unix(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+def main() -> int:
+    if OPTIONS.exit is not None:
+        print(f"no weights at {OPTIONS.port or OPTIONS.socket}", file=sys.stderr, flush=True)
+        return int(OPTIONS.exit)
+    taken = b"x" * (OPTIONS.mib << 20)
+    if OPTIONS.child:
+        script = "trap '' TERM; while :; do sleep 0.1; done"
+        child = subprocess.Popen(["/bin/sh", "-c", script])
+        Path(OPTIONS.child).write_text(str(child.pid))
+    server = Unix(OPTIONS.socket, Handler) if OPTIONS.socket else Tcp(("127.0.0.1", OPTIONS.port), Handler)
+
+    def end(*_: object) -> None:
+        if not OPTIONS.ignore_term:
+            threading.Thread(target=server.shutdown).start()
+
+    signal.signal(signal.SIGTERM, end)
+    print(f"{os.environ.get('GREETING', 'listening')} with {len(taken)} bytes", flush=True)
+    server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
