@@ -1,8 +1,8 @@
 """What KV blocks cost from Python: taking and giving back, finding again, and memory that stays after bursts.
 
 The ceiling of a pair of calls is the same pair on an empty buffer or list, in the same run: what Python and the buffer
-protocol cost by themselves. The peer is kvcached at e8e6406 with its driver stubbed, on a machine of this kind (min of
-5, one core); it was not run again here. `python -m benches.kv_blocks [--quick]`.
+protocol cost by themselves. The peer is kvcached with driver calls that do nothing (`benches/kvcached_peer.py`), in the
+same run where a folder with it is given. `python -m benches.kv_blocks [--quick] [--peer FOLDER]`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import argparse
 import random
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import shoal
+from benches import kvcached_peer
 from benches.results import Row, of_samples, save
 
 if TYPE_CHECKING:
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
     from shoal import KvCache
 
 MIB = 1 << 20
-PEER = "kvcached e8e6406, driver stubbed"
-PEER_SECONDS = {("fresh", 1): 6.3e-6, ("fresh", 16): 6.9e-6, ("fresh", 256): 103e-6, ("fresh", 4096): 2.1e-3}
-PEER_SECONDS |= {("fragmented", 1): 75e-6}
+PEER = "kvcached e8e6406, driver stubbed, lists"
 TARGET_16_S = 0.6e-6
 TARGET_BULK_S = 10e-9
 FRAGMENTS = 400
@@ -101,7 +101,7 @@ def lists(kv: KvCache, count: int) -> Callable[[int], None]:
     return act
 
 
-def blocks(seconds: float) -> list[Row]:
+def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
     """Time alloc and free, fresh and fragmented."""
     rows = []
     mem = shoal.MemoryManager("sim", device_budget="4GiB", device_capacity="4GiB", host_budget="64MiB")
@@ -123,7 +123,7 @@ def blocks(seconds: float) -> list[Row]:
             if count == 4096:
                 row.target = TARGET_BULK_S * count
                 row.met = row.value <= row.target
-            row.peer_value = PEER_SECONDS.get((state, count))
+            row.peer_value = peer.get((state, count))
             row.peer = PEER if row.peer_value else None
             rows.append(row)
             row = of_samples(
@@ -134,6 +134,18 @@ def blocks(seconds: float) -> list[Row]:
         kv.free(held)
         kv.check()
     return rows
+
+
+def peer_seconds(folder: Path | None) -> dict[tuple[str, int], float]:
+    """Measure kvcached, if there is one."""
+    if folder is None:
+        return {}
+    peer = kvcached_peer.measure(kvcached_peer.load(folder.resolve()))
+    counts = {count: f"{count} blocks" for count, _ in kvcached_peer.BATCHES}
+    found = {("fresh", count): peer.get(case) for count, case in counts.items()}
+    part_filled = f", {kvcached_peer.PART_FILLED} part-filled pages"
+    found |= {("fragmented", count): peer.get(case + part_filled) for count, case in counts.items()}
+    return {case: us * 1e-6 for case, us in found.items() if us is not None}
 
 
 def threads(seconds: float, count: int = 8) -> list[Row]:
@@ -205,6 +217,21 @@ def prefixes(seconds: float) -> list[Row]:
     return rows
 
 
+def settled(kv: KvCache) -> dict:
+    """Wait until nothing is expected any more and no memory is on its way; give the figures then."""
+    deadline = time.monotonic() + 30
+    before = -1
+    # Demand is forgotten after two seconds.
+    time.sleep(2.5)
+    while True:
+        usage = kv.usage()
+        # What is on its way out counts as mapped, and not as empty.
+        if (not usage["empty"] and usage["mapped"] == before) or time.monotonic() > deadline:
+            return usage
+        before = usage["mapped"]
+        time.sleep(0.4)
+
+
 def footprint(seed: int, live_mib: int) -> list[Row]:
     """Memory over what is live after bursts, without and with compaction."""
     rows = []
@@ -234,15 +261,12 @@ def footprint(seed: int, live_mib: int) -> list[Row]:
             rng.shuffle(every)
             kv.free(every[wanted:])
             requests = [every[:wanted]]
-        deadline = time.monotonic() + 20
-        while (usage := kv.usage())["empty"] and time.monotonic() < deadline:
-            time.sleep(0.1)
+        usage = settled(kv)
         ratio = usage["mapped"] / usage["live"]
         case = f"burst, then {trace}; {usage['live'] / (1 << 30):.2f} GiB live"
         rows.append(Row(case, "mapped over live", ratio, "", "lower", ceiling=1.0))
         moves = kv.compact(apply=True)
-        while (usage := kv.usage())["empty"] and time.monotonic() < deadline + 20:
-            time.sleep(0.1)
+        usage = settled(kv)
         ratio = usage["mapped"] / usage["live"]
         row = Row(
             case,
@@ -263,9 +287,15 @@ def main() -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter, and nothing is written")
+    parser.add_argument("--peer", type=Path, help="a folder that kvcached_peer.py has built")
     options = parser.parse_args()
     seconds = 0.2 if options.quick else 2.0
-    rows = [*blocks(seconds), *threads(seconds), *prefixes(seconds), *footprint(7, 128 if options.quick else 1024)]
+    rows = [
+        *blocks(seconds, peer_seconds(options.peer)),
+        *threads(seconds),
+        *prefixes(seconds),
+        *footprint(7, 128 if options.quick else 1024),
+    ]
     if options.quick:
         for row in rows:
             print(row.line())

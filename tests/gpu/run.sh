@@ -8,12 +8,13 @@
 #   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
 #   tests/gpu/run.sh churn          growing and shrinking regions with the frame pool and without
 #   tests/gpu/run.sh faults         every device call failing in turn: wakes, growths, swaps, the pool
+#   tests/gpu/run.sh kv_grow        how fast a KV cache grows by 16 GiB, in both layouts; what memory stays after bursts
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh first_token    first token of a sleeping 8B, woken in order of use; needs transformers
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
 # The last four use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap,
-# cuda_churn, faults, pool, swap), which
+# cuda_churn, cuda_kv_grow, faults, pool, swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
 cd "$(dirname "$0")/../.."
@@ -37,7 +38,8 @@ program() {
         build shoal-device "" test cuda
     elif [ "$1" = faults ] || [ "$1" = pool ] || [ "$1" = swap ]; then
         build shoal-memory "" test "$1"
-    elif [ "$1" = cuda_sleep_wake ] || [ "$1" = cuda_swap ] || [ "$1" = cuda_churn ]; then
+    elif [ "$1" = cuda_sleep_wake ] || [ "$1" = cuda_swap ] || [ "$1" = cuda_churn ] ||
+        [ "$1" = cuda_kv_grow ]; then
         build shoal-memory --release bench "$1"
     else
         build shoal-device --release bench "$1"
@@ -46,7 +48,7 @@ program() {
 
 if [ "$part" = build ]; then
     mkdir -p "$2"
-    for name in cuda cuda_vmm cuda_copies cuda_sleep_wake cuda_swap cuda_churn faults pool swap; do
+    for name in cuda cuda_vmm cuda_copies cuda_sleep_wake cuda_swap cuda_churn cuda_kv_grow faults pool swap; do
         built=$(program $name)
         strip -o "$2/$name" "$built"
     done
@@ -87,6 +89,7 @@ copies) "$(program cuda_copies)" ;;
 sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$SHOAL_RESULT" "$OUT" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
+kv_grow) "$(program cuda_kv_grow)" ;;
 churn) "$(program cuda_churn)" ;;
 faults)
     status=0

@@ -132,6 +132,34 @@ fn what_was_needed_lately_is_kept_and_then_goes() {
 }
 
 #[test]
+fn a_long_granule_that_holds_little_is_given_up_for_short_ones() {
+    for kib in [512, 700] {
+        let mut state = state(vec![group("full", 2, kib)], PlaneOrder::BlockMajor, 64);
+        let ids = alloc(&mut state, 0, 20).expect("room");
+        state.free(0, &[&ids[..12], &ids[15..]].concat()).expect("owned");
+        release(&mut state);
+        let before = state.usage();
+        let repack =
+            state.plan_repack(0, 100).expect("a group").expect("three blocks in a granule of 16 MiB");
+        assert_eq!(state.plan_repack(0, 2).expect("a group"), None, "fewer moves than it takes");
+        for granule in &repack.planned {
+            state.mapped(*granule).expect("coming");
+        }
+        let moves = state.repack_moves(&repack).expect("a group");
+        assert_eq!(moves.len(), 3);
+        state.begin_moves(0, &moves).expect("free targets");
+        state.end_moves(0, &moves, true).expect("begun");
+        for granule in state.plan_reclaim(ByteCount(u64::MAX), &state.clocks()).expect("planned") {
+            state.gone(granule).expect("leaving");
+        }
+        let after = state.usage();
+        assert!(after.live == before.live && after.mapped <= ByteCount::mib(6), "{before:?} {after:?}");
+        assert_eq!(state.plan_repack(0, 100).expect("a group"), None, "nothing to gain");
+        state.check_invariants().expect("figures");
+    }
+}
+
+#[test]
 fn moves_that_cannot_all_begin_change_nothing() {
     let mut state = state(vec![group("full", 2, 512)], PlaneOrder::BlockMajor, 32);
     let ids = alloc(&mut state, 0, 12).expect("room");

@@ -140,7 +140,9 @@ fn refused_calls_change_nothing() {
 #[test]
 fn memory_goes_back_when_it_is_empty_and_nothing_is_expected() {
     let world = world(64, 64);
-    let cache = cache(&world, 64);
+    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
+    spec.spare_bytes_max = ByteCount::mib(64);
+    let cache = world.manager.kv_cache(spec).expect("addresses");
     let ids = alloc(&cache, 40).expect("20 MiB");
     cache.free(0, &ids[4..]).expect("owned");
     assert!(world.device_used() >= ByteCount::mib(20), "it may come back");

@@ -8,6 +8,7 @@
 //! | [`limit`] | how much memory a cache may have |
 //! | [`demand`] | how many blocks to keep mapped ahead of need |
 //! | [`compact`] | which blocks to move so that memory can go back |
+//! | [`moves`] | moves begun and ended, with others going on in between |
 //! | [`reuse`] | what sealed blocks hold, put together with who owns them |
 //! | [`prefix`] | which blocks hold the beginning of a sequence already |
 //! | [`eviction`] | which cached blocks, or whole extents of them, go first |
@@ -16,7 +17,6 @@
 
 mod bits;
 mod fill;
-mod moves;
 
 pub mod backing;
 pub mod blocks;
@@ -26,6 +26,7 @@ pub mod eviction;
 pub mod ids;
 pub mod layout;
 pub mod limit;
+pub mod moves;
 pub mod prefix;
 pub mod reuse;
 pub mod state;

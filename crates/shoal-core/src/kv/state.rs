@@ -344,7 +344,7 @@ impl KvState {
 
     /// Plans granules for `missing` blocks, each as long as what is still missing, the limit and the addresses allow.
     /// Returns them and the blocks they will bring.
-    fn plan(&mut self, at: usize, missing: u32) -> Result<(Vec<GranuleId>, u32), KvError> {
+    pub(super) fn plan(&mut self, at: usize, missing: u32) -> Result<(Vec<GranuleId>, u32), KvError> {
         let layout = &self.layout.groups()[at];
         let (piece, planes) = (layout.piece_bytes().0, u64::from(layout.planes()));
         let units_max = layout.granule_units_max();

@@ -42,8 +42,11 @@ impl Report {
     pub(crate) fn add(&mut self, case: &str, unit: &str, values: Vec<f64>, bounds: Bounds) {
         let samples = Samples::new(values);
         let value = samples.median();
-        let (metric, better) =
-            if unit == "ms" || unit == "us" { ("time", "lower") } else { ("rate", "higher") };
+        let (metric, better) = match unit {
+            "ms" | "us" => ("time", "lower"),
+            "x" => ("ratio", "lower"),
+            _ => ("rate", "higher"),
+        };
         let met =
             bounds.target.map(|target| if better == "lower" { value <= target } else { value >= target });
         let (first, last) = (samples.0[0], samples.0[samples.0.len() - 1]);

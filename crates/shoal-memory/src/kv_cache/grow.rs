@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::PageRun;
 use shoal_core::kv::ids::BlockId;
+use shoal_core::kv::moves::Repack;
 use shoal_core::kv::state::GranuleId;
 
 use super::Shared;
@@ -118,6 +119,24 @@ impl Shared {
         }
         self.map(&planned, deadline, false)?;
         Ok(true)
+    }
+
+    /// Maps what a part-filled granule can be given up for. `None`: that would gain nothing.
+    pub(super) fn map_repack(
+        &self,
+        group: usize,
+        moves_max: usize,
+        deadline: Instant,
+    ) -> Result<Option<Repack>, MemoryError> {
+        let late =
+            || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
+        let _growing = self.growing.take(deadline).ok_or_else(late)?;
+        let Some(repack) = self.state.lock().plan_repack(group, moves_max)? else { return Ok(None) };
+        match self.map(&repack.planned, deadline, false) {
+            Ok(()) => Ok(Some(repack)),
+            Err(error) if is_not_now(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Gives planned granules memory, all or none, and says so. `may_restore`: what lies on the host comes with it.
