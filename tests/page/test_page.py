@@ -12,7 +12,7 @@ from tests.page.browser import Browser, Request
 MIB = 1 << 20
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 LATENCY = {"count": 1, "last_ms": 1.0, "p50_ms": 12.0, "p99_ms": 20.0}
-MADE_BY_THE_PAGE = {"article", "button", "dd", "div", "dl", "dt", "h3", "i", "li", "p", "span", "time"}
+MADE_BY_THE_PAGE = {"article", "button", "dd", "div", "dl", "dt", "h3", "i", "li", "p", "span", "time", "ul"}
 
 
 def model(name: str, status: str = "awake", **more: Any) -> dict[str, Any]:
@@ -177,6 +177,28 @@ def test_decisions_are_told_with_their_reasons_newest_first() -> None:
     assert len(log_lines(browser)) == 4, "what is quiet is there for those who ask"
     browser.push(feed, event(5, "pinned", pinned=True) + event(6, "pinned", pinned=True))
     assert log_lines(browser)[0] == "oak pinned2 times"
+
+
+def test_a_model_says_why_it_is_as_it_is_for_as_long_as_one_wants_to_know() -> None:
+    browser, feed = opened(model("oak", "asleep"), model("elm"))
+    browser.click("Why is oak as it is")
+    asked = browser.request("/api/v1/models/oak/why")
+    assert (asked.method, asked.path) == ("GET", "/api/v1/models/oak/why?last=0")
+    browser.answer(asked, {"now": ["oak is asleep.", "It waits for <b>elm</b>."]})
+    oak = browser.see("models").find(tag="article")[0]
+    shown = oak.find(with_class="reasons")[0]
+    assert [line.text for line in shown.find(tag="li")] == ["oak is asleep.", "It waits for <b>elm</b>."]
+    assert "hidden" not in shown.classes
+
+    browser.push(feed, event(1, "wake_done", bytes=64 * MIB, duration_ms=3, parked=1))
+    catch_up(browser, model("oak"), model("elm"))
+    browser.answer(browser.request("/api/v1/models/oak/why"), {"now": ["oak is awake."]})
+    assert browser.see("models").find(with_class="reasons")[0].text == "oak is awake."
+    browser.click("Why is oak as it is")
+    assert "hidden" in browser.see("models").find(with_class="reasons")[0].classes
+    browser.push(feed, event(2, "pinned", pinned=True))
+    catch_up(browser, model("oak"), model("elm"))
+    assert not [request for request in browser.requests() if "/why" in request.path and not request.answered]
 
 
 def test_an_event_in_two_pieces_is_one_event() -> None:

@@ -34,6 +34,14 @@ async fn commands_reach_the_server() {
     ] {
         assert_eq!(said(&args, &url).await, (0, expected.to_owned(), String::new()));
     }
+    models.event(true);
+    let (code, out, errors) = said(&["why", "chat", "--last", "7"], &url).await;
+    assert_eq!((code, errors.as_str()), (0, ""));
+    assert_eq!(out, "why chat 7\n\n   0.1 s ago  pinned\n");
+    let (code, out, _) = said(&["why", "chat", "--json"], &url).await;
+    let why: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!((code, &why["decisions"][0]["text"]), (0, &"pinned".into()));
+    assert!(said(&["why", "nobody"], &url).await.2.contains("there is no model \"nobody\""));
     let (code, out, _) = said(&["wake", "chat", "--json"], &url).await;
     let report: Value = serde_json::from_str(&out).expect("JSON");
     assert_eq!((code, &report["bytes"]), (0, &2_097_152.into()));

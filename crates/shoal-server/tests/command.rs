@@ -191,27 +191,24 @@ async fn a_program_is_started_when_it_is_needed_and_yields_all_it_has() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_it_answers_are_not_cut_off() {
-    let models = command("llama", 60, &["--port", "{port}", "--slow-ms", "1500"], "") + &worker("chat", 60);
-    let scene = start(100, &models);
-    scene.until("both are there", |scene| scene.model("chat").capabilities.is_some()).await;
-    drop(scene.route("llama").await);
+    let dir = directory();
+    let gate = dir.path().join("gate");
+    let args = ["--port", "{port}", "--gate", &gate.to_string_lossy()];
+    let scene = start_in(dir, 100, &command("llama", 60, &args, ""));
     let route = scene.route("llama").await;
     let answered = async {
         let answer = post(&route, "/v1/completions", "whole").await;
         drop(route);
         answer
     };
-    let orders = async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        let sleep = scene.shelf.sleep("llama", 0.0, soon());
-        // Who comes now waits for it to be started again: it is on its way out.
-        let next = async {
-            scene.until("it drains", |scene| scene.model("llama").status == ModelStatus::Draining).await;
-            scene.route("llama").await
-        };
-        tokio::join!(sleep, next)
+    let sleep = scene.shelf.sleep("llama", 0.0, soon());
+    let next = async {
+        scene.until("it drains", |scene| scene.model("llama").status == ModelStatus::Draining).await;
+        // Who comes now waits until it is started again: it is on its way out.
+        let open = async { std::fs::write(&gate, "open").expect("written") };
+        tokio::join!(scene.route("llama"), open).0
     };
-    let (answer, (slept, next)) = tokio::join!(answered, orders);
+    let (answer, slept, next) = tokio::join!(answered, sleep, next);
     assert!(answer.expect("an answer").ends_with("\r\n\r\nwhole"), "{}", scene.story());
     assert_eq!(slept.expect("it sleeps").bytes, ByteCount(60 * MIB));
     assert!(next.was_asleep());

@@ -1,6 +1,6 @@
 """A program that speaks OpenAI's API as far as a test needs, and misbehaves on request. The standard library only.
 
-`python3 fake_engine.py --port PORT | --socket PATH [--start-ms N] [--slow-ms N] [--mib N] ...`; GET /health is 200 once
+`python3 fake_engine.py --port PORT | --socket PATH [--start-ms N] [--gate FILE] [--mib N] ...`; GET /health is 200 once
 it is ready, and a POST is answered with what came.
 """
 
@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int)
     parser.add_argument("--socket")
     parser.add_argument("--start-ms", type=int, default=0, help="how long until it is ready")
-    parser.add_argument("--slow-ms", type=int, default=0, help="how long an answer takes")
+    parser.add_argument("--gate", type=Path, help="answer only once this file is there")
     parser.add_argument("--mib", type=int, default=0, help="MiB of memory that it takes")
     parser.add_argument("--exit", type=int, help="say why and exit with this status at once")
     parser.add_argument("--ignore-term", action="store_true")
@@ -52,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/die":
             print("asked to die", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(OPTIONS.slow_ms / 1000)
+        while OPTIONS.gate and not OPTIONS.gate.exists():
+            time.sleep(0.01)
         self.answer(200, body)
 
     def answer(self, status: int, body: bytes) -> None:

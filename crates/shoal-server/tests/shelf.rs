@@ -439,6 +439,71 @@ async fn people_wake_pin_and_put_to_sleep() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_says_why_it_is_as_it_is() {
+    let dir = tempfile::tempdir_in("/tmp").expect("a directory");
+    let models = vec![model("ash", &["--weights", "100"]), model("birch", &["--weights", "100"])];
+    // Long enough that no turn ends meanwhile, however busy the machine is.
+    let config = ServerConfig { quantum: Duration::from_mins(5), ..config(dir.path(), 160, models) };
+    let shelf = Shelf::start(Arc::new(config)).expect("the shelf starts");
+    let why = |name: &str| shelf.why(name, 20).expect("known");
+    let said = |name: &str| why(name).now.join(" ");
+    until(&shelf, "both are ready", |shelf| {
+        ["ash", "birch"].iter().all(|name| status(shelf, name) == ModelStatus::Asleep)
+    })
+    .await;
+    assert!(
+        said("ash").starts_with("ash is asleep: nothing of its 100 MiB is on the device"),
+        "{}",
+        said("ash")
+    );
+
+    let busy = shelf.route("ash", soon()).await.expect("it comes");
+    let text = said("ash");
+    for part in ["ash is awake: all 100 MiB of it are on the device", "It answers 1 request."] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    let waiting = tokio::spawn({
+        let shelf = shelf.clone();
+        async move { shelf.route("birch", soon()).await.map(drop) }
+    });
+    until(&shelf, "birch waits for memory", |shelf| {
+        shelf
+            .why("birch", 20)
+            .is_ok_and(|why| why.now.iter().any(|said| said.starts_with("It has waited for memory")))
+    })
+    .await;
+    assert!(said("ash").contains("Its turn has lasted "), "{}", said("ash"));
+    let text = said("birch");
+    for part in [
+        "birch is waking: 100 MiB of its 100 MiB are missing on the device.",
+        "1 request waits for it, the first for ",
+        "birch needs 100 MiB for weights; 60 MiB can be had now; ash holds 100 MiB (its turn ends in ",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    drop(busy);
+    waiting.await.expect("no panic").expect("it comes");
+    let text = said("ash");
+    assert!(
+        text.contains("ash is partly resident: 60 MiB of its 100 MiB are on the device and 40 MiB are not"),
+        "{text}"
+    );
+    assert!(text.contains("It has been idle for "), "{text}");
+    // Both hear of it, and the one that had to yield is named.
+    let gave = "gives up 40 MiB: birch needs 100 MiB for weights, 60 MiB are free";
+    for name in ["ash", "birch"] {
+        let decisions = why(name).decisions;
+        let told = decisions.iter().find(|event| event.text.starts_with(gave)).expect("the decision");
+        assert_eq!((told.model.as_deref(), told.what.requester()), (Some("ash"), Some("birch")));
+    }
+    let last = shelf.why("ash", 1).expect("known");
+    assert_eq!(last.decisions.len(), 1);
+    assert_eq!(last.earlier + 1, why("ash").decisions.len() as u64);
+    assert!(matches!(shelf.why("oak", 1), Err(ShelfError::UnknownModel { .. })));
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn queues_are_bounded_and_those_who_leave_are_forgotten() {
     let scratch = tempfile::tempdir().expect("scratch");
     let mut config = config(scratch.path(), 120, vec![model("chat", &["--start-ms", "500"])]);

@@ -2,6 +2,7 @@
 
 mod extract;
 mod log;
+mod why;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ const ORDER_WAIT_S_MAX: f64 = 3600.0;
         title = "Shoal",
         description = "Managing the models of a Shoal server. Clients of models use /v1 (OpenAI's API)."
     ),
-    paths(state, wake, sleep, pin, crate::events::watch, log::log, healthz, metrics),
+    paths(state, why::why, wake, sleep, pin, crate::events::watch, log::log, healthz, metrics),
     components(schemas(crate::state::Event))
 )]
 pub(crate) struct Document;
@@ -39,6 +40,7 @@ pub(crate) struct Document;
 pub(crate) fn routes() -> axum::Router<Arc<App>> {
     axum::Router::new()
         .route("/api/v1/state", get(state))
+        .route("/api/v1/models/{name}/why", get(why::why))
         .route("/api/v1/events", get(crate::events::watch))
         .route("/api/v1/models/{name}/wake", post(wake))
         .route("/api/v1/models/{name}/sleep", post(sleep))

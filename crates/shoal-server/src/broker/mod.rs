@@ -16,6 +16,7 @@ mod record;
 mod requests;
 mod settle;
 mod show;
+mod why;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

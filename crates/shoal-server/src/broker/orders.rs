@@ -68,7 +68,7 @@ impl Core {
         place: usize,
         bytes: ByteCount,
         reason: String,
-        decision: Option<u64>,
+        (requester, decision): (Option<usize>, Option<u64>),
         waiter: Option<oneshot::Sender<Told>>,
         now_ms: u64,
     ) {
@@ -95,7 +95,8 @@ impl Core {
         let doing = Doing::Reclaim { left: bytes, takes_weights, waiter };
         let order = Order { doing, bytes, sent_ms: now_ms, deadline_ms: now_ms + allowed_ms, overdue: false };
         model.orders.insert(number, order);
-        self.tell(now_ms, Some(place), EventKind::EvictStarted { bytes, reason, decision });
+        let requester = requester.map(|place| self.models[place].name.clone());
+        self.tell(now_ms, Some(place), EventKind::EvictStarted { bytes, reason, requester, decision });
     }
 
     /// Orders a model to bring its weights back.

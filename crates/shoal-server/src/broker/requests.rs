@@ -292,7 +292,14 @@ impl Core {
             return Ok((place, None));
         }
         let (sender, receiver) = oneshot::channel();
-        self.order_reclaim(place, bytes, "it was told to sleep".to_owned(), None, Some(sender), now_ms);
+        self.order_reclaim(
+            place,
+            bytes,
+            "it was told to sleep".to_owned(),
+            (None, None),
+            Some(sender),
+            now_ms,
+        );
         self.settle(now_ms);
         Ok((place, Some(receiver)))
     }
@@ -340,7 +347,7 @@ impl Core {
         self.tell(now_ms, Some(place), EventKind::WakeFailed { reason });
     }
 
-    fn shelf_place(&self, name: &str) -> Result<usize, ShelfError> {
+    pub(crate) fn shelf_place(&self, name: &str) -> Result<usize, ShelfError> {
         if self.stopping {
             return Err(ShelfError::ShuttingDown);
         }

@@ -176,8 +176,9 @@ impl Core {
         let mut changed = false;
         for action in plan.actions {
             match action {
-                Action::Evict { model, bytes, reason, .. } => {
-                    self.order_reclaim(model.0 as usize, bytes, reason, Some(decision), None, now_ms);
+                Action::Evict { model, bytes, reason, requester } => {
+                    let whom = (requester.map(|model| model.0 as usize), Some(decision));
+                    self.order_reclaim(model.0 as usize, bytes, reason, whom, None, now_ms);
                     changed = true;
                 }
                 Action::Restore { model, bytes, reason } => {

@@ -68,6 +68,18 @@ enum Command {
         #[command(flatten)]
         order: Order,
     },
+    /// Say why a model is as it is: how it stands, and what was decided about it
+    Why {
+        model: String,
+        /// The newest so many decisions
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(0..=1000))]
+        last: u16,
+        #[command(flatten)]
+        at: At,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print everything the server knows, as JSON
     State {
         #[command(flatten)]
@@ -162,6 +174,7 @@ pub fn run_to(args: Vec<String>, out: &mut (dyn Write + Send), errors: &mut (dyn
     let done = match arguments.command {
         Command::Serve { file, check } => serve::serve(file.as_deref(), check, out, errors),
         Command::Ps { at, json } => orders::ps(&at, json, out),
+        Command::Why { model, last, at, json } => orders::why(&model, last, &at, json, out),
         Command::State { at } => orders::state(&at, out),
         Command::Wake { model, order } => orders::wake(&model, &order, out),
         Command::Sleep { model, keep, order } => orders::sleep(&model, keep, &order, out),
@@ -198,7 +211,7 @@ mod tests {
         Arguments::command().debug_assert();
         let (code, out, _) = said(&["--help"]);
         assert_eq!(code, 0);
-        for command in ["serve", "ps", "wake", "sleep", "pin", "unpin", "doctor", "state"] {
+        for command in ["serve", "ps", "wake", "sleep", "pin", "unpin", "why", "doctor", "state"] {
             assert!(out.contains(&format!("\n  {command} ")), "{command} is not in\n{out}");
         }
         assert_eq!(said(&["--version"]).1.trim(), format!("shoal {}", env!("CARGO_PKG_VERSION")));

@@ -1,4 +1,4 @@
-//! `ps`, `state`, `wake`, `sleep`, `pin`, `unpin`: asking a running server.
+//! `ps`, `why`, `state`, `wake`, `sleep`, `pin`, `unpin`: asking a running server.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::client::Client;
 use super::{At, Failure, Order, Out};
 use crate::api::{PinOrder, SleepOrder, WakeOrder};
 use crate::shelf::Report;
-use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, ShelfSnapshot};
+use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, ShelfSnapshot, Why};
 
 const READ_WAIT_MAX: Duration = Duration::from_secs(10);
 const HEADINGS: [&str; 11] = [
@@ -40,6 +40,43 @@ pub(super) fn ps(at: &At, json: bool, out: Out<'_>) -> Result<(), Failure> {
     let shelf: ShelfSnapshot = read(at, "/api/v1/state")?;
     write!(out, "{}", table_of(&shelf))?;
     Ok(())
+}
+
+pub(super) fn why(model: &str, last: u16, at: &At, json: bool, out: Out<'_>) -> Result<(), Failure> {
+    let path = format!("/api/v1/models/{}/why?last={last}", in_path(model));
+    if json {
+        let why: serde_json::Value = read(at, &path)?;
+        return print_json(&why, out);
+    }
+    write!(out, "{}", told(&read(at, &path)?))?;
+    Ok(())
+}
+
+/// For people: how it stands, then what was decided, each with how long ago.
+fn told(why: &Why) -> String {
+    let mut text = String::new();
+    for sentence in &why.now {
+        let _ = writeln!(text, "{}", printable(sentence));
+    }
+    if !why.decisions.is_empty() {
+        text.push('\n');
+    }
+    for event in &why.decisions {
+        let ago = why.at_ms.saturating_sub(event.at_ms) as f64 / 1e3;
+        let ago = if ago < 100.0 { format!("{ago:.1} s") } else { format!("{:.0} min", ago / 60.0) };
+        let whose = event.model.as_deref().filter(|name| *name != why.model);
+        let whose = whose.map_or_else(String::new, |name| format!("{name} "));
+        let _ = writeln!(text, "{ago:>8} ago  {whose}{}", printable(&event.text));
+    }
+    if why.earlier > 0 {
+        let _ = writeln!(
+            text,
+            "({} earlier ones: --last {})",
+            why.earlier,
+            why.earlier + why.decisions.len() as u64
+        );
+    }
+    text
 }
 
 pub(super) fn wake(model: &str, order: &Order, out: Out<'_>) -> Result<(), Failure> {
@@ -167,6 +204,34 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::{Event, EventKind};
+
+    #[test]
+    fn decisions_are_told_with_how_long_ago_and_whose() {
+        let event = |at_ms, model: &str, text: &str| Event {
+            id: 1,
+            version: 1,
+            at_ms,
+            model: Some(model.to_owned()),
+            text: text.to_owned(),
+            what: EventKind::Pinned { pinned: true },
+        };
+        let why = Why {
+            model: "chat".to_owned(),
+            at_ms: 500_000,
+            status: ModelStatus::Asleep,
+            now: vec!["chat is asleep.".to_owned(), "It \u{1b}[31mwaits.".to_owned()],
+            decisions: vec![
+                event(100_000, "chat", "gives up 2 MiB: because"),
+                event(498_800, "code", "gives up it"),
+            ],
+            earlier: 3,
+            log: String::new(),
+        };
+        let expected = "chat is asleep.\nIt  [31mwaits.\n\n   7 min ago  gives up 2 MiB: because\n   1.2 s ago  code \
+                        gives up it\n(3 earlier ones: --last 5)\n";
+        assert_eq!(told(&why), expected);
+    }
 
     #[test]
     fn names_are_escaped_in_paths_and_control_characters_in_texts() {

@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
 use crate::shelf::{Report, Route, RouteError, ShelfError};
-use crate::state::{Event, Missed, ShelfSnapshot};
+use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 /// The models, seen from the outside. [`crate::shelf::Shelf`] is the real one.
 pub trait Models: Debug + Send + Sync + 'static {
@@ -25,6 +25,12 @@ pub trait Models: Debug + Send + Sync + 'static {
         keep: f64,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Report, ShelfError>>;
+
+    /// Why a model is as it is, with the newest `last` decisions about it.
+    ///
+    /// # Errors
+    /// There is no such model.
+    fn why(&self, model: &str, last: usize) -> Result<Why, ShelfError>;
 
     /// Makes a model stay on the device, or lets it go again.
     ///

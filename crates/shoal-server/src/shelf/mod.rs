@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::broker::{Begun, Core, Reached, Timing, Wanted, millis};
 use crate::config::ServerConfig;
 use crate::control::Listener;
-use crate::state::{Event, Missed, ShelfSnapshot};
+use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 pub use error::{RouteError, ShelfError};
 pub use route::{Report, Route, RouteSink, Target};
@@ -150,6 +150,14 @@ impl Shelf {
     #[must_use]
     pub fn snapshot(&self) -> ShelfSnapshot {
         self.shared().with(|core, now_ms| core.snapshot(now_ms))
+    }
+
+    /// Why a model is as it is, with the newest `last` decisions about it.
+    ///
+    /// # Errors
+    /// [`ShelfError::UnknownModel`].
+    pub fn why(&self, model: &str, last: usize) -> Result<Why, ShelfError> {
+        self.shared().with(|core, now_ms| Ok(core.why(core.shelf_place(model)?, last, now_ms)))
     }
 
     /// Events from now on.

@@ -8,7 +8,7 @@ use tokio::sync::broadcast;
 
 use super::{Report, Route, RouteError, Shelf, ShelfError};
 use crate::gateway::Models;
-use crate::state::{Event, Missed, ShelfSnapshot};
+use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 impl Models for Shelf {
     fn route<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Route, RouteError>> {
@@ -26,6 +26,10 @@ impl Models for Shelf {
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Report, ShelfError>> {
         Self::sleep(self, model, keep, deadline).boxed()
+    }
+
+    fn why(&self, model: &str, last: usize) -> Result<Why, ShelfError> {
+        Self::why(self, model, last)
     }
 
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {

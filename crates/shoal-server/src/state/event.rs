@@ -21,6 +21,8 @@ pub struct Event {
     pub at_ms: u64,
     /// The model it is about; none where it is about the server.
     pub model: Option<String>,
+    /// What happened, in a sentence with its numbers and its reason.
+    pub text: String,
     /// What.
     #[serde(flatten)]
     pub what: EventKind,
@@ -143,6 +145,9 @@ pub enum EventKind {
         bytes: ByteCount,
         /// For whom and why it was chosen.
         reason: String,
+        /// The model that needs it; none where a person ordered it, or it was idle too long.
+        #[serde(default)]
+        requester: Option<String>,
         /// Number of the decision in the decision log; none where a person ordered it.
         decision: Option<u64>,
     },

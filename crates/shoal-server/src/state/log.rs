@@ -40,6 +40,7 @@ impl EventLog {
             version: SCHEMA_VERSION,
             at_ms,
             model: model.map(str::to_owned),
+            text: what.to_string(),
             what,
         });
         if self.ring.len() == self.capacity {
@@ -61,6 +62,11 @@ impl EventLog {
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<Arc<Event>> {
         self.feed.subscribe()
+    }
+
+    /// All that are kept, oldest first.
+    pub fn kept(&self) -> impl Iterator<Item = &Arc<Event>> {
+        self.ring.iter()
     }
 
     /// Events after `id`, oldest first.
@@ -100,7 +106,10 @@ mod tests {
         let mut log = EventLog::new(1);
         let event = log.push(12, Some("chat"), EventKind::Pinned { pinned: true });
         let text = serde_json::to_string(&*event).expect("plain data");
-        assert_eq!(text, r#"{"id":1,"version":1,"at_ms":12,"model":"chat","kind":"pinned","pinned":true}"#);
+        assert_eq!(
+            text,
+            r#"{"id":1,"version":1,"at_ms":12,"model":"chat","text":"pinned","kind":"pinned","pinned":true}"#
+        );
         assert_eq!(serde_json::from_str::<Event>(&text).expect("own text"), *event);
         assert!(text.contains(&format!(r#""kind":"{}""#, event.what.name())));
     }

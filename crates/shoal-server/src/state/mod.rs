@@ -8,6 +8,7 @@
 mod event;
 mod log;
 mod snapshot;
+mod why;
 mod words;
 
 pub use event::{Event, EventKind, SCHEMA_VERSION};
@@ -16,3 +17,4 @@ pub use snapshot::{
     DeviceSnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus,
     ShelfSnapshot, TierSnapshot, WaitingSnapshot,
 };
+pub use why::Why;

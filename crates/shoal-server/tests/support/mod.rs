@@ -20,7 +20,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_server::config::{MachineMemory, ServerConfig, Surroundings, parse};
 use shoal_server::gateway::{App, Keys, Models, Settings, bind, serve};
 use shoal_server::shelf::{Report, Route, RouteError, RouteSink, ShelfError, Target};
-use shoal_server::state::{Event, EventKind, EventLog, Missed, ModelStatus, ShelfSnapshot};
+use shoal_server::state::{Event, EventKind, EventLog, Missed, ModelStatus, ShelfSnapshot, Why};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -174,6 +174,20 @@ impl Models for FakeModels {
     ) -> BoxFuture<'a, Result<Report, ShelfError>> {
         async move { self.report(model, format!("sleep {model} {keep}")) }.boxed()
     }
+    fn why(&self, model: &str, last: usize) -> Result<Why, ShelfError> {
+        let report = self.report(model, format!("why {model} {last}"))?;
+        let decisions = self.log.lock().since(0).unwrap_or_default();
+        Ok(Why {
+            model: report.model,
+            at_ms: 100,
+            status: report.status,
+            now: vec![report.summary],
+            decisions: decisions.iter().map(|event| (**event).clone()).collect(),
+            earlier: 0,
+            log: "/logs/decisions.ndjson".to_owned(),
+        })
+    }
+
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
         self.report(model, format!("pin {model} {pinned}"))
     }

@@ -1,0 +1,214 @@
+//! Why a model is as it is: its state and what was decided about it, in sentences with their numbers.
+//!
+//! Apart from [`super::show`], which gives the numbers alone. Nothing is decided here, and nothing is remembered for it but
+//! the events.
+
+use std::fmt::Write as _;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::LeaseKind;
+
+use super::{Core, Life, Record};
+use crate::state::{Event, ModelStatus, Why};
+
+impl Core {
+    /// Explains the model at `place`, with the newest `last` decisions.
+    pub(crate) fn why(&self, place: usize, last: usize, now_ms: u64) -> Why {
+        let model = &self.models[place];
+        let about: Vec<_> = self
+            .events
+            .kept()
+            .filter(|event| {
+                let is_its = event.model.as_deref() == Some(model.name.as_str());
+                event.what.explains() && (is_its || event.what.requester() == Some(model.name.as_str()))
+            })
+            .collect();
+        let earlier = about.len().saturating_sub(last);
+        Why {
+            model: model.name.clone(),
+            at_ms: self.unix_ms(now_ms),
+            status: self.status_of(place),
+            now: self.sentences(place, now_ms),
+            decisions: about[earlier..].iter().map(|event| Event::clone(event)).collect(),
+            earlier: earlier as u64,
+            log: self.config.log_dir.join("decisions.ndjson").display().to_string(),
+        }
+    }
+
+    fn sentences(&self, place: usize, now_ms: u64) -> Vec<String> {
+        let model = &self.models[place];
+        let mut said = vec![self.standing(place, now_ms)];
+        said.extend(self.wanted(place, now_ms));
+        if model.life == Life::Ready {
+            said.extend(self.kept(model, now_ms));
+        }
+        if let Some(error) = model.error.as_ref().filter(|_| !matches!(model.life, Life::Failed { .. })) {
+            said.push(format!("What went wrong last: {error}."));
+        }
+        said
+    }
+
+    /// What it is doing and what it holds.
+    fn standing(&self, place: usize, now_ms: u64) -> String {
+        let model = &self.models[place];
+        let name = &model.name;
+        let held = |kind| self.book.held(model.id, kind);
+        let (weights, kv, overhead) =
+            (held(LeaseKind::Weights), held(LeaseKind::Kv), held(LeaseKind::Overhead));
+        let total = model.weights_total;
+        match (self.status_of(place), &model.life) {
+            (ModelStatus::Failed, Life::Failed { reason, .. }) => {
+                format!("{name} cannot be served: {reason}.")
+            }
+            (ModelStatus::Waiting, _) => {
+                format!("{name} waits for its worker's turn to start: only so many start at the same time.")
+            }
+            (ModelStatus::Starting, _) => {
+                let progress = model.progress.as_ref().map_or_else(String::new, |done| format!(" ({done})"));
+                format!("{name} is starting: its worker reads and places the weights{progress}.")
+            }
+            (ModelStatus::Restarting, Life::Waiting { at_ms, reason }) => {
+                let in_ms = at_ms.saturating_sub(now_ms);
+                format!("{name} is started again in {}: {reason}.", seconds(in_ms))
+            }
+            (ModelStatus::Restarting, _) => {
+                format!("{name} is started again once its last process is gone; {weights} come back with it.")
+            }
+            (ModelStatus::Stopped, _) => format!("{name} is stopped: the server is ending."),
+            (ModelStatus::Awake, _) => {
+                let beside = [("KV", kv), ("what its process takes besides", overhead)];
+                let beside = beside.iter().filter(|(_, bytes)| !bytes.is_zero());
+                let mut said = format!("{name} is awake: all {weights} of it are on the device");
+                for (what, bytes) in beside {
+                    let _ = write!(said, ", with {bytes} for {what}");
+                }
+                let _ = write!(said, "; all models share {}.", self.book.budget());
+                said
+            }
+            (ModelStatus::Asleep, _) if model.is_rigid() => {
+                format!(
+                    "{name} is asleep: its command does not run; it takes {total} of device memory when it does."
+                )
+            }
+            (ModelStatus::Asleep, _) => {
+                format!("{name} is asleep: nothing of its {total} is on the device{}.", elsewhere(model))
+            }
+            (ModelStatus::Draining, _) => {
+                let orders = model.ordered();
+                format!(
+                    "{name} gives up {orders}, all that it has, once the requests that it has are answered."
+                )
+            }
+            (ModelStatus::PartlyResident, _) => {
+                let missing = total.saturating_sub(weights);
+                format!(
+                    "{name} is partly resident: {weights} of its {total} are on the device and {missing} are not{}.",
+                    elsewhere(model)
+                )
+            }
+            (ModelStatus::Waking, _) => {
+                let missing = total.saturating_sub(weights);
+                if missing.is_zero() {
+                    let doing = if model.is_rigid() {
+                        "its command is starting"
+                    } else {
+                        "its bytes are being copied"
+                    };
+                    format!("{name} is waking: it has its {total} of device memory, and {doing}.")
+                } else {
+                    format!("{name} is waking: {missing} of its {total} are missing on the device.")
+                }
+            }
+            (status, _) => format!("{name} is {status:?}.").to_lowercase(),
+        }
+    }
+
+    /// Who wants it, and what it waits for.
+    fn wanted(&self, place: usize, now_ms: u64) -> Vec<String> {
+        let model = &self.models[place];
+        let mut said = Vec::new();
+        if model.active > 0 {
+            said.push(format!("It answers {}.", requests(model.active)));
+        }
+        if let Some(first) = model.parked.front() {
+            let waits = if model.parked.len() == 1 { "waits" } else { "wait" };
+            let since = seconds(now_ms.saturating_sub(first.since_ms));
+            let left = seconds(first.deadline_ms.saturating_sub(now_ms));
+            let count = requests(model.parked.len() as u64);
+            said.push(format!("{count} {waits} for it, the first for {since}; it is told no in {left}."));
+        }
+        for asked in self.asked.iter().filter(|asked| asked.pending.model == model.id) {
+            let since = seconds(now_ms.saturating_sub(asked.pending.asked_ms));
+            let why = if asked.waits_for.is_empty() { &asked.reason } else { &asked.waits_for };
+            said.push(format!("It has waited for memory for {since}: {why}."));
+        }
+        if model.wake_not_before_ms > now_ms && !model.parked.is_empty() {
+            let again = seconds(model.wake_not_before_ms - now_ms);
+            said.push(format!("Its last wake failed; the next is in {again}."));
+        }
+        said
+    }
+
+    /// What keeps it where it is, or takes it from there.
+    fn kept(&self, model: &Record, now_ms: u64) -> Vec<String> {
+        let mut said = Vec::new();
+        if !model.ordered().is_zero() && !model.is_rigid() {
+            said.push(format!("It was ordered to give up {}, and has not yet.", model.ordered()));
+        }
+        if self.book.total(model.id).is_zero() {
+            return said;
+        }
+        if model.pinned {
+            said.push("It is pinned: it yields to nobody.".to_owned());
+            return said;
+        }
+        if let Some(min) = model.config.min {
+            said.push(format!("It keeps {min} in any case (`min`)."));
+        }
+        let quantum_ms = self.timing.quantum_ms;
+        match (model.turn_since_ms, model.is_busy()) {
+            (Some(since_ms), true) => {
+                let (ran, turn) = (seconds(now_ms.saturating_sub(since_ms)), seconds(quantum_ms));
+                said.push(if now_ms.saturating_sub(since_ms) < quantum_ms {
+                    format!("Its turn has lasted {ran} of {turn}: until it is over it yields to nobody.")
+                } else {
+                    format!("Its turn is over ({ran} of {turn}): it yields to whoever waits longest.")
+                });
+            }
+            (_, false) => {
+                let idle = model.last_used_ms.map_or_else(
+                    || "has not been used yet".to_owned(),
+                    |at| format!("has been idle for {}", seconds(now_ms.saturating_sub(at))),
+                );
+                let kept = model.config.keep_alive_s.map_or_else(
+                    || ", and stays until somebody needs the memory".to_owned(),
+                    |keep| {
+                        format!("; it is put to sleep after {} of that (`keep_alive`)", seconds(keep * 1_000))
+                    },
+                );
+                said.push(format!("It {idle}{kept}."));
+            }
+            (None, true) => {}
+        }
+        said
+    }
+}
+
+/// Where its bytes are beside the device.
+fn elsewhere(model: &Record) -> String {
+    let places = [(model.usage.host, "in host memory"), (model.usage.source_only, "only in its files")];
+    let places: Vec<String> = places
+        .iter()
+        .filter(|(bytes, _)| *bytes > ByteCount::ZERO)
+        .map(|(bytes, place)| format!("{bytes} are {place}"))
+        .collect();
+    if places.is_empty() { String::new() } else { format!("; {}", places.join(", ")) }
+}
+
+fn requests(count: u64) -> String {
+    if count == 1 { "1 request".to_owned() } else { format!("{count} requests") }
+}
+
+fn seconds(ms: u64) -> String {
+    format!("{}.{} s", ms / 1_000, ms % 1_000 / 100)
+}
