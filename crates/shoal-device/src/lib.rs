@@ -38,5 +38,7 @@ pub use device::{
 pub use error::{DeviceError, ErrorKind};
 pub use fault::FaultDevice;
 pub use hash::{Hasher, hash_bytes};
-pub use owned::{Event, Frame, HashTicket, HostBuffer, HostSlab, Mapping, Reservation, Span, Stream};
+pub use owned::{
+    Event, Frame, HashTicket, HostBuffer, HostSlab, HostView, Mapping, Reservation, Span, Stream,
+};
 pub use sim::{SimDevice, SimOptions};

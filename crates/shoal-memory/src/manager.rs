@@ -99,6 +99,8 @@ pub struct MemoryManager {
     scratch: Mutex<Option<Arc<Scratch>>>,
     scratch_bytes: ByteCount,
     next_id: AtomicU64,
+    /// Device bytes that torch's allocations leave free.
+    margin: AtomicU64,
     pub(crate) transfers: AtomicUsize,
     onboarded: AtomicU64,
     evicted: AtomicU64,
@@ -138,10 +140,25 @@ impl MemoryManager {
             scratch: Mutex::default(),
             scratch_bytes,
             next_id: AtomicU64::new(1),
+            margin: AtomicU64::new(0),
             transfers: AtomicUsize::new(0),
             onboarded: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
         }))
+    }
+
+    /// Says how many bytes of the device torch's allocations in regions leave free; 0 at first.
+    pub fn set_margin(&self, bytes: ByteCount) {
+        self.margin.store(bytes.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn margin(&self) -> ByteCount {
+        ByteCount(self.margin.load(Ordering::Relaxed))
+    }
+
+    /// Gives host memory back to the system that is kept for the next copies; returns its bytes.
+    pub fn trim_host(&self) -> ByteCount {
+        self.arena.trim()
     }
 
     /// The device.

@@ -407,14 +407,15 @@ impl Segments {
     fn back(&self, offset: u64, bytes: ByteCount) -> Result<(), MemoryError> {
         let deadline = Instant::now() + ALLOCATE_WAIT;
         let wanted = PageRun::covering(ByteCount(offset), bytes);
-        let ahead = self.ahead_of(wanted)?;
+        let has_margin = !self.region.manager().margin().is_zero();
+        let ahead = if has_margin { wanted } else { self.ahead_of(wanted)? };
         if ahead != wanted {
-            match self.region.commit_by(ahead, deadline) {
+            match self.commit(ahead, deadline) {
                 Err(error) if is_shortage(&error) => {}
                 outcome => return outcome,
             }
         }
-        match self.region.commit_by(wanted, deadline) {
+        match self.commit(wanted, deadline) {
             Err(error) if is_shortage(&error) => {}
             outcome => return outcome,
         }
@@ -423,19 +424,36 @@ impl Segments {
         if let Err(error) = self.release_unused(deadline) {
             tracing::debug!(%error, "memory committed ahead stays for now");
         }
-        match self.region.commit_by(wanted, deadline) {
+        match self.commit(wanted, deadline) {
             Err(error) if is_shortage(&error) => {}
             outcome => return outcome,
         }
         if self.is_capturing() {
-            return self.region.commit_by(wanted, deadline);
+            return self.commit(wanted, deadline);
         }
         let needed = self.region.uncommitted(&[wanted])?;
         match self.region.manager().evict_for(&self.region, needed, deadline) {
             Ok(freed) => tracing::info!(region = self.region.name(), %needed, %freed, "made room for torch"),
             Err(error) => tracing::info!(region = self.region.name(), %needed, %error, "no room for torch"),
         }
-        self.region.commit_by(wanted, deadline)
+        self.commit(wanted, deadline)
+    }
+
+    /// Commits a run, if the device keeps its margin.
+    fn commit(&self, run: PageRun, deadline: Instant) -> Result<(), MemoryError> {
+        let manager = self.region.manager();
+        let margin = manager.margin();
+        if !margin.is_zero() {
+            let requested = self.region.uncommitted(&[run])? + margin;
+            let doing = "leave the margin of the device's memory free";
+            let memory = manager.device().memory().map_err(MemoryError::device(doing))?;
+            if memory.free < requested {
+                let (device, free, capacity) = (manager.device().info().id, memory.free, memory.total);
+                let source = DeviceError::OutOfMemory { device, requested, free, capacity };
+                return Err(MemoryError::Device { doing, source });
+            }
+        }
+        self.region.commit_by(run, deadline)
     }
 
     /// The pages to commit for `wanted`: more than it, where it is the frontier that grows.
@@ -554,6 +572,9 @@ impl Segments {
     fn release_unused(&self, deadline: Instant) -> Result<(), MemoryError> {
         let manager = self.region.manager();
         let _turn = manager.take_turn_only(deadline)?;
+        if self.region.is_held() {
+            return Err(self.region.refuse("free memory", "somebody copies to or from it"));
+        }
         // In turn: a segment that is carved from here on commits what it needs after us.
         let taken: Vec<PageRun> = {
             let state = self.state.lock();

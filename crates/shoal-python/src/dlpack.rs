@@ -11,7 +11,7 @@ use std::ffi::{CStr, c_void};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
-use shoal_device::DeviceKind;
+use shoal_device::{DeviceKind, HostView};
 use shoal_memory::Region;
 
 use crate::owner::Owned;
@@ -73,14 +73,28 @@ struct DlManagedTensor {
     deleter: Option<unsafe extern "C" fn(*mut DlManagedTensor)>,
 }
 
+/// Who keeps the bytes where they are. Dropping it lets the GIL go if the thread has it, and leaves a fork alone.
+pub(crate) enum Keeper {
+    /// The addresses stay reserved.
+    Region {
+        /// Only kept.
+        _kept: Owned<Region>,
+    },
+    /// The bytes stay as they are.
+    Host {
+        /// Only kept.
+        _kept: Owned<HostView>,
+    },
+}
+
 /// What a capsule points to. The consumer sees the first field only.
 #[repr(C)]
 struct Export {
     managed: DlManagedTensor,
     shape: [i64; 1],
     strides: [i64; 1],
-    /// Keeps the addresses reserved. Dropping it lets the GIL go if the thread has it, and leaves a fork alone.
-    region: Owned<Region>,
+    /// Keeps the bytes where they are.
+    _keeper: Keeper,
 }
 
 /// # Safety
@@ -115,9 +129,27 @@ pub(crate) fn capsule<'py>(
     address: u64,
     bytes: usize,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let kept = Owned::new(region.clone());
+    kept.get()?;
+    wrap(py, DlDevice::of(region), usize::try_from(address)?, bytes, Keeper::Region { _kept: kept })
+}
+
+/// The bytes of a host copy as a capsule of the CPU's.
+pub(crate) fn host_capsule(py: Python<'_>, view: HostView) -> PyResult<Bound<'_, PyAny>> {
+    let (address, bytes) = (view.as_slice().as_ptr().expose_provenance(), view.as_slice().len());
+    wrap(py, DlDevice { kind: 1, id: 0 }, address, bytes, Keeper::Host { _kept: Owned::new(view) })
+}
+
+fn wrap(
+    py: Python<'_>,
+    device: DlDevice,
+    address: usize,
+    bytes: usize,
+    keeper: Keeper,
+) -> PyResult<Bound<'_, PyAny>> {
     let tensor = DlTensor {
-        data: std::ptr::with_exposed_provenance_mut(usize::try_from(address)?),
-        device: DlDevice::of(region),
+        data: std::ptr::with_exposed_provenance_mut(address),
+        device,
         dimensions: 1,
         dtype: BYTE,
         shape: std::ptr::null_mut(),
@@ -128,9 +160,8 @@ pub(crate) fn capsule<'py>(
         managed: DlManagedTensor { tensor, context: std::ptr::null_mut(), deleter: Some(delete) },
         shape: [i64::try_from(bytes)?],
         strides: [1],
-        region: Owned::new(region.clone()),
+        _keeper: keeper,
     });
-    export.region.get()?;
     export.managed.tensor.shape = export.shape.as_mut_ptr();
     export.managed.tensor.strides = export.strides.as_mut_ptr();
     let managed = Box::into_raw(export);

@@ -139,6 +139,18 @@ impl PyMemoryManager {
             .map_err(errors::of_memory)
     }
 
+    /// How many bytes of the device torch's allocations leave free.
+    fn set_margin(&self, nbytes: u64) -> PyResult<()> {
+        self.manager.get()?.set_margin(ByteCount(nbytes));
+        Ok(())
+    }
+
+    /// Gives host memory back that is kept for the next copies; its bytes.
+    fn trim_host(&self, py: Python<'_>) -> PyResult<u64> {
+        let manager = self.manager.get()?;
+        Ok(py.detach(|| manager.trim_host()).0)
+    }
+
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get()?;
         let usage = py.detach(|| manager.usage());

@@ -12,6 +12,7 @@ use shoal_memory::{Flush, MemoryError, Region, RegionUse, Segments, Transfer};
 
 use crate::buffer::{Bytes, RegionBuffer};
 use crate::convert::{self, ReportTuple, SourceTuple};
+use crate::dlpack;
 use crate::errors;
 use crate::manager::PyGuard;
 use crate::owner::Owned;
@@ -136,6 +137,14 @@ impl PyRegion {
         Ok(PyRegionUse { used: Mutex::new(Some(Owned::new(used))) })
     }
 
+    /// Keeps the memory of what is freed until the answer is released.
+    fn hold_memory(&self, py: Python<'_>, timeout_s: f64) -> PyResult<PyRegionUse> {
+        let region = self.region.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let held = py.detach(|| region.hold_memory(timeout)).map_err(errors::of_memory)?;
+        Ok(PyRegionUse { used: Mutex::new(Some(Owned::new(held))) })
+    }
+
     /// Seals what is there and begins to copy it to the host; `dead` are segments in which nothing lives.
     #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn freeze(&self, py: Python<'_>, dead: Vec<u64>, timeout_s: f64) -> PyResult<PyFlush> {
@@ -166,6 +175,49 @@ impl PyRegion {
             Ok(())
         })?;
         Ok(is_whole.then_some(bytes))
+    }
+
+    /// From `offset` on, what the host copy of that extent holds, at most `nbytes`, as a `DLPack` capsule of bytes and
+    /// its length; `None` where there is none.
+    fn host_view<'py>(
+        &self,
+        py: Python<'py>,
+        offset: u64,
+        nbytes: u64,
+    ) -> PyResult<Option<(Bound<'py, PyAny>, usize)>> {
+        let region = self.region.get()?;
+        let view = py
+            .detach(|| region.host_view(ByteCount(offset), ByteCount(nbytes)))
+            .map_err(errors::of_memory)?;
+        let Some(view) = view else { return Ok(None) };
+        let length = view.as_slice().len();
+        Ok(Some((dlpack::host_capsule(py, view)?, length)))
+    }
+
+    /// Whether it may lose memory without its owner's word.
+    fn set_yields(&self, yields: bool) -> PyResult<()> {
+        self.region.get()?.set_yields(yields);
+        Ok(())
+    }
+
+    /// Records checksums of what has none; it may grow afterwards.
+    fn record_checksums(&self, py: Python<'_>, timeout_s: f64) -> PyResult<()> {
+        let region = self.region.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        py.detach(|| region.record_checksums(timeout)).map(drop).map_err(errors::of_memory)
+    }
+
+    /// Forgets checksums and copies off the device; how many host bytes became free.
+    fn forget_copies(&self, py: Python<'_>) -> PyResult<u64> {
+        let region = self.region.get()?;
+        py.detach(|| region.forget_copies()).map(|bytes| bytes.0).map_err(errors::of_memory)
+    }
+
+    /// Offset and length of what lies on the device.
+    fn resident_ranges(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64)>> {
+        let region = self.region.get()?;
+        let ranges = py.detach(|| region.resident_ranges());
+        Ok(ranges.into_iter().map(|(offset, bytes)| (offset.0, bytes.0)).collect())
     }
 
     /// Figures of a growing region.
@@ -303,7 +355,7 @@ impl PyRegion {
     }
 }
 
-/// Somebody fills a region.
+/// Somebody fills a region, or holds its memory.
 #[pyclass(frozen, name = "RegionUse", module = "shoal._native")]
 pub(crate) struct PyRegionUse {
     used: Mutex<Option<Owned<RegionUse>>>,

@@ -116,6 +116,36 @@ impl Drop for JobUse {
     }
 }
 
+/// A range of a buffer that is read for as long as this lives. Meanwhile every writer is answered [`DeviceError::Busy`].
+pub struct HostView {
+    buffer: Arc<HostBuffer>,
+    entry: Use,
+}
+
+impl fmt::Debug for HostView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostView").field("range", &self.entry).finish_non_exhaustive()
+    }
+}
+
+impl HostView {
+    /// The bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        let (start, length) =
+            self.buffer.locate(ByteCount(self.entry.start), ByteCount(self.entry.end - self.entry.start));
+        // SAFETY: the range lies in this part of a live slab (checked when it was entered), which no other buffer has,
+        // and the entered use keeps every writer away from it until the view drops.
+        unsafe { slice::from_raw_parts(start, length) }
+    }
+}
+
+impl Drop for HostView {
+    fn drop(&mut self) {
+        self.buffer.leave(self.entry);
+    }
+}
+
 impl HostBuffer {
     /// Host memory of its own, zeroed, that the device can copy from and to; page-locked if that is allowed.
     ///
@@ -195,6 +225,15 @@ impl HostBuffer {
         Ok(reader(slice))
     }
 
+    /// Lends a range for reading for as long as the answer lives.
+    ///
+    /// # Errors
+    /// As [`HostBuffer::read`].
+    pub fn view(self: &Arc<Self>, offset: ByteCount, bytes: ByteCount) -> Result<HostView, DeviceError> {
+        let entry = self.enter(offset, bytes, false)?;
+        Ok(HostView { buffer: Arc::clone(self), entry })
+    }
+
     /// Lends a range for writing, without a copy (to read a file into it).
     ///
     /// # Errors
@@ -264,6 +303,11 @@ impl HostBuffer {
         bytes: ByteCount,
         writes: bool,
     ) -> Result<UseGuard<'_>, DeviceError> {
+        Ok(UseGuard { entry: self.enter(offset, bytes, writes)?, buffer: self })
+    }
+
+    /// Enters a use of the host's, which somebody has to take out again.
+    fn enter(&self, offset: ByteCount, bytes: ByteCount, writes: bool) -> Result<Use, DeviceError> {
         let entry = self.use_of(offset, bytes, writes)?;
         let mut in_use = self.in_use.lock();
         if in_use.by_host.iter().any(|other| other.excludes(entry))
@@ -273,7 +317,7 @@ impl HostBuffer {
         }
         in_use.by_host.push(entry);
         drop(in_use);
-        Ok(UseGuard { buffer: self, entry })
+        Ok(entry)
     }
 
     fn leave(&self, entry: Use) {

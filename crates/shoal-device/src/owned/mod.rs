@@ -26,7 +26,7 @@ mod stream;
 
 use std::sync::Arc;
 
-pub use host::HostBuffer;
+pub use host::{HostBuffer, HostView};
 pub use memory::{Frame, Mapping, Reservation};
 use shoal_core::bytes::ByteCount;
 pub use slab::HostSlab;

@@ -91,6 +91,11 @@ impl HostCopy {
         Ok(Self { arena: Arc::clone(arena), place, bytes })
     }
 
+    /// Whether nobody holds its bytes.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.place.is_idle()
+    }
+
     /// Its bytes. Whoever holds this keeps them where they are.
     pub(crate) fn buffer(&self) -> Arc<HostBuffer> {
         Arc::clone(&self.place.buffer.lock())

@@ -120,7 +120,7 @@ impl Core {
     }
 
     /// Waits until nobody locks these slabs.
-    fn wait_at_rest(&self, slabs: &[SlabId]) {
+    pub(super) fn wait_at_rest(&self, slabs: &[SlabId]) {
         let deadline = Instant::now() + self.wait;
         let mut state = self.state.lock();
         let is_at_rest = |state: &State| {

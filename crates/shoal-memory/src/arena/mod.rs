@@ -235,6 +235,23 @@ impl HostArena {
         self.core.call_keeper(state);
     }
 
+    /// Gives slabs back of which nobody has anything, without waiting until they are idle for long; returns their bytes.
+    pub(crate) fn trim(&self) -> ByteCount {
+        if self.core.is_forked() {
+            return ByteCount::ZERO;
+        }
+        let made = self.usage().made;
+        let slabs: Vec<SlabId> = {
+            let mut state = self.core.state.lock();
+            // What was expected is not wanted any more.
+            state.expected_pages = 0;
+            state.slabs.keys().copied().collect()
+        };
+        self.core.wait_at_rest(&slabs);
+        self.core.give_slabs_back(&slabs);
+        made.saturating_sub(self.usage().made)
+    }
+
     /// Memory for one copy. It waits for whoever makes or locks the slab it lies in, at most for the arena's wait.
     ///
     /// # Errors

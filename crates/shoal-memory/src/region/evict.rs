@@ -191,8 +191,13 @@ impl Region {
             }
             tracing::info!(region = self.name(), %index, "written since it was sealed");
             state.table.written(index).map_err(self.table_error())?;
-            state.slot(index).hash = Some(hash);
-            state.slot(index).host.take()
+            let slot = state.slot(index);
+            slot.hash = Some(hash);
+            match slot.host.take() {
+                // Its next copy is made in the same place, so that whoever asked where the copy lies finds it there.
+                Some(old) if self.stays() => slot.unfinished.replace(old),
+                old => old,
+            }
         };
         drop(stale);
         Ok(())

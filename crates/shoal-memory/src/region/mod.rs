@@ -2,7 +2,7 @@
 //!
 //! This file: what a region is and its figures. [`stage`] fills it without device memory, [`commit`] gives and takes
 //! device memory by range, [`evict`] and [`restore`] move it down and up, [`flush`] copies it down before anybody asks,
-//! [`blocks`] copies small ranges of it.
+//! [`blocks`] copies small ranges of it, [`owned`] is for an owner who says himself when it sleeps.
 
 mod access;
 mod blocks;
@@ -12,12 +12,13 @@ mod fill;
 mod flush;
 pub(crate) mod incoming;
 pub(crate) mod outgoing;
+mod owned;
 mod restore;
 mod stage;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -159,6 +160,10 @@ pub(crate) struct RegionInner {
     is_growing: bool,
     /// Who fills it right now; it does not yield meanwhile.
     users: AtomicUsize,
+    /// Who copies to or from it by addresses: what is freed meanwhile keeps its memory until they are done.
+    pub(crate) holds: AtomicUsize,
+    /// It yields by its owner's word alone.
+    pub(crate) stays: AtomicBool,
     reservation: Arc<Reservation>,
     /// Streams that use it, as far as we know, and whether somebody vouched that there are no others.
     streams: Mutex<(BTreeSet<ForeignStream>, bool)>,
@@ -174,15 +179,18 @@ pub struct Region {
     pub(crate) inner: Arc<RegionInner>,
 }
 
-/// Somebody fills a region; made by [`Region::begin_use`].
+/// Somebody fills a region, or holds its memory; made by [`Region::begin_use`] and [`Region::hold_memory`].
 #[derive(Debug)]
 pub struct RegionUse {
     region: Region,
+    is_hold: bool,
 }
 
 impl Drop for RegionUse {
     fn drop(&mut self) {
-        self.region.inner.users.fetch_sub(1, Ordering::AcqRel);
+        let inner = &self.region.inner;
+        let count = if self.is_hold { &inner.holds } else { &inner.users };
+        count.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -206,10 +214,24 @@ impl RegionInner {
         let make = if is_growing { RegionTable::empty } else { RegionTable::carved };
         let table = make(bytes.pages(), extent_rule, backing);
         let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
-        let (users, waking, state) = (AtomicUsize::new(0), Mutex::default(), Mutex::new(state));
+        let (users, holds, stays) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
+        let (waking, state) = (Mutex::default(), Mutex::new(state));
         let (streams, name) = (Mutex::default(), name.into());
-        let inner =
-            Self { id, name, kind, backing, is_growing, users, reservation, streams, waking, manager, state };
+        let inner = Self {
+            id,
+            name,
+            kind,
+            backing,
+            is_growing,
+            users,
+            holds,
+            stays,
+            reservation,
+            streams,
+            waking,
+            manager,
+            state,
+        };
         Ok(Region { inner: Arc::new(inner) })
     }
 }
@@ -273,7 +295,7 @@ impl Region {
             return Err(self.refuse("use", "it is asleep; wake it first"));
         }
         self.inner.users.fetch_add(1, Ordering::AcqRel);
-        Ok(RegionUse { region: self.clone() })
+        Ok(RegionUse { region: self.clone(), is_hold: false })
     }
 
     /// Whether somebody fills it right now.
@@ -281,10 +303,15 @@ impl Region {
         self.inner.users.load(Ordering::Acquire) > 0
     }
 
+    pub(crate) fn stays(&self) -> bool {
+        self.inner.stays.load(Ordering::Acquire)
+    }
+
     /// Whether it may lose memory without its owner's word: nobody fills it, and what is filled from outside (through
     /// torch) was declared whole, so that whoever uses it holds a guard (I13).
     pub(crate) fn may_yield(&self) -> bool {
         !self.is_in_use()
+            && !self.stays()
             && (self.kind() != LeaseKind::Weights || !self.inner.is_growing || self.inner.state.lock().sealed)
     }
 

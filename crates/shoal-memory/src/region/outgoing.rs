@@ -12,6 +12,7 @@ use shoal_device::{DeviceError, Event, Span};
 
 use super::Region;
 use super::incoming::{IN_FLIGHT_BYTES, IN_FLIGHT_MAX};
+use super::owned::reusable;
 use crate::arena::{Filled, HostCopy};
 use crate::error::MemoryError;
 use crate::retire::Resident;
@@ -119,13 +120,13 @@ impl<'a> Outgoing<'a> {
         if count > 0 && (self.flying_bytes + planned.bytes > IN_FLIGHT_BYTES || count >= IN_FLIGHT_MAX) {
             return Ok(Started::Full);
         }
-        // A copy in the background has not got to its end.
+        // A copy in the background that has not got to its end, or a stale one: in turn nobody writes it.
         let unfinished = region.inner.state.lock().slot(planned.extent).unfinished.take();
-        drop(unfinished);
-        if region.manager().arena.free() < planned.bytes {
+        let ready = reusable(unfinished, planned.bytes);
+        if ready.is_none() && region.manager().arena.free() < planned.bytes {
             return Ok(Started::NoRoom(planned.bytes));
         }
-        let (copy, event) = match self.start_offload(planned) {
+        let (copy, event) = match self.start_offload(planned, ready) {
             // Copies that are in use hold what is free apart.
             Err(MemoryError::HostBudget { needed, .. }) => return Ok(Started::NoRoom(needed)),
             started => started?,
@@ -136,9 +137,13 @@ impl<'a> Outgoing<'a> {
         Ok(Started::Queued)
     }
 
-    fn start_offload(&self, planned: PlannedMove) -> Result<(HostCopy, Event), MemoryError> {
+    fn start_offload(
+        &self,
+        planned: PlannedMove,
+        ready: Option<HostCopy>,
+    ) -> Result<(HostCopy, Event), MemoryError> {
         let (region, manager) = (self.region, self.region.manager());
-        let copy = manager.arena.allocate(planned.bytes, Filled::ByDevice)?;
+        let copy = ready.map_or_else(|| manager.arena.allocate(planned.bytes, Filled::ByDevice), Ok)?;
         let mapping = {
             let mut state = region.inner.state.lock();
             state.table.begin(planned).map_err(region.table_error())?;
