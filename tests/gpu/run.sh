@@ -12,8 +12,12 @@
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh first_token    first token of a sleeping 8B, woken in order of use; needs transformers
+#   tests/gpu/run.sh tms            the face of torch_memory_saver, and that library's examples ($SHOAL_TMS_EXAMPLES) on it
+#   tests/gpu/run.sh sleep_wake_peer  13 GiB in torch against torch_memory_saver (importable) and the link
+#   tests/gpu/run.sh soak           1,000 sleeps and wakes of 2 GiB and of a model with CUDA graphs: nothing lost
+#   tests/gpu/run.sh trade          two processes trade memory for four minutes, one of them killed in its restores
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
-# The last four use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap,
+# From python on they use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap,
 # cuda_churn, cuda_kv_grow, faults, pool, swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
@@ -82,6 +86,15 @@ python | torch)
     python3 tests/gpu/report.py "$OUT/$part.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;
+tms)
+    status=0
+    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider tests/gpu/test_compat_tms.py \
+        >"$OUT/tms.log" 2>&1 || status=$?
+    python3 tests/gpu/report.py "$OUT/tms.log" "$SHOAL_RESULT" || status=$?
+    python3 -m tests.gpu.tms || status=$?
+    exit $status
+    ;;
+sleep_wake_peer | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
@@ -102,7 +115,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token, tms, sleep_wake_peer, soak, trade and shelf" >&2
     exit 2
     ;;
 esac
