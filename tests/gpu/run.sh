@@ -88,7 +88,7 @@ python | torch)
     ;;
 tms)
     status=0
-    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider tests/gpu/test_compat_tms.py \
+    python3 -X faulthandler -m pytest -v -W default -p no:cacheprovider tests/gpu/test_tms.py \
         >"$OUT/tms.log" 2>&1 || status=$?
     python3 tests/gpu/report.py "$OUT/tms.log" "$SHOAL_RESULT" || status=$?
     python3 -m tests.gpu.tms || status=$?

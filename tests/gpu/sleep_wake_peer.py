@@ -112,11 +112,17 @@ def main() -> None:
         first = turn == 0
         link.measure()
         take("sleep clean", lambda: _copied(region.sleep(), 0), first=first)
+        # At once: the driver is still busy with what was released a moment ago.
+        take("wake at once", region.wake, first=first)
+        check(ours, right, "ours")
+        _copied(region.sleep(), 0)
+        time.sleep(1)
         take("wake", region.wake, first=first)
         check(ours, right, "ours")
         # What it is by default first, then with what makes it fast.
         take("their pause", lambda: peer.pause("weights"), first=first)
         peer.retain_cpu_backup = True
+        time.sleep(1)
         take("their resume", lambda: peer.resume("weights"), first=first)
         check(theirs, right, "theirs")
         link.measure()
@@ -156,6 +162,7 @@ def main() -> None:
     add_rate("sleep, dirty, later", "sleep dirty", "down", ("their pause", "retained"), 0.92)
     add_rate("wake, first", "wake, first", "up", ("their resume, first", "first resume"), 0.95)
     add_rate("wake, later", "wake", "up", ("their resume", "retained"), 0.95)
+    add_rate("wake at once after a clean sleep", "wake at once", "up", ("their resume", "retained"), 0.95)
     rows += [
         of_samples(f"{size}, the link up", "rate", link.rates["up"], "GiB/s", "higher"),
         of_samples(f"{size}, the link down", "rate", link.rates["down"], "GiB/s", "higher"),

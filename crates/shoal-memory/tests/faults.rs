@@ -11,7 +11,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::device::Verb;
 use shoal_device::{Device, DeviceError, FaultDevice, ForeignStream};
-use shoal_memory::{ErrorKind, KvBacking, MemoryError, Region};
+use shoal_memory::{Backing, ErrorKind, KvBacking, MemoryError, Region, Segments};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
 const PAGES: u64 = 3;
@@ -435,4 +435,47 @@ fn backing_blocks_and_reclaiming() {
         assert_eq!(&tokens, b"tokens");
     };
     sweep("reclaim", 64, prepare, act, verify);
+}
+
+/// A growing region that is never frozen: paused with what was written, resumed with its copies kept, written, paused
+/// again, resumed with its copies forgotten.
+#[test]
+fn pausing_and_resuming_what_grows() {
+    let written = noise(4096, 5);
+    sweep(
+        "pausing",
+        64,
+        |scene| {
+            let segments =
+                Segments::new(&scene.world.manager, "tag".to_owned(), LeaseKind::Weights, Backing::Keep)
+                    .expect("addresses");
+            segments.region().set_yields(false);
+            segments.allocate(ByteCount(PAGES * PAGE), None).expect("room");
+            segments.region().write(ByteCount::ZERO, &noise(PAGES * PAGE, 4)).expect("there");
+            segments
+        },
+        |_, segments| {
+            let region = segments.region();
+            if region.usage().host.is_zero() {
+                region.record_checksums(WAIT)?;
+                region.sleep(0.0, false, WAIT)?;
+            }
+            if !region.missing_bytes().is_zero() {
+                wake(region)?;
+            }
+            region.write(ByteCount::ZERO, &written)?;
+            region.record_checksums(WAIT)?;
+            region.sleep(0.0, false, WAIT)?;
+            wake(region)?;
+            region.forget_copies().map(drop)
+        },
+        |_, segments| {
+            let mut expected = noise(PAGES * PAGE, 4);
+            expected[..written.len()].copy_from_slice(&written);
+            let mut read = vec![0; expected.len()];
+            segments.region().read(ByteCount::ZERO, &mut read).expect("on the device");
+            assert!(read == expected);
+            assert_eq!(segments.region().usage().host, ByteCount::ZERO);
+        },
+    );
 }

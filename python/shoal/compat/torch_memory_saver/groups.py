@@ -13,7 +13,7 @@ import torch
 
 from shoal.compat.torch_memory_saver.disk import Spill
 from shoal.errors import Error, RegionError
-from shoal.torch.pools import _Filling
+from shoal.torch.pools import _Filling, _sweep
 
 if TYPE_CHECKING:
     from shoal.compat.torch_memory_saver.settings import Settings
@@ -249,5 +249,8 @@ class Group:
         """
         brought = [generation.resume(self.settings, timeout_s) for generation in self.generations]
         # The first stays, also empty: what torch caches of it is used again.
-        self.generations[1:] = [later for later in self.generations[1:] if not later.is_empty()]
+        kept = [later for later in self.generations[1:] if not later.is_empty()]
+        if len(kept) < len(self.generations) - 1:
+            self.generations[1:] = kept
+            _sweep()
         return any(brought)

@@ -48,9 +48,16 @@ class _Slot(pools._Entry):
             raise
         self.device, self.filling, self.use = filling.device, filling, use
 
-    def release(self) -> None:
-        if self.filling is not None:
-            self.filling.put(self.pool)
+    def release(self, *, for_good: bool = False) -> None:
+        """Give the pool back; for good: with its memory, if nothing lives in it."""
+        filling, used = self.filling, self.pool
+        if filling is not None:
+            if for_good and not any(segment["active_size"] for segment in pools._segments(used)):
+                with filling.lock:
+                    filling.users -= 1
+                filling.end(used)
+            else:
+                filling.put(used)
             self.use.release()
         self.pool = self.filling = self.use = None
 
@@ -86,7 +93,8 @@ class TorchMemorySaver:
         self._managers: dict[int, MemoryManager] = {}
         self._groups: dict[Key, Group] = {}
         self._graph_pools: dict[tuple[Key, Any], tuple[Generation, Any]] = {}
-        self._plain: list[Any] = []
+        # Where tensors lie inside `disable`: in no tag's memory, so it is never paused.
+        self._outside: dict[int, Group] = {}
 
     @contextlib.contextmanager
     def region(
@@ -184,7 +192,7 @@ class TorchMemorySaver:
 
     @contextlib.contextmanager
     def disable(self, dispose_mem_pool_after_use: bool = True) -> Iterator[None]:
-        """Let tensors lie in torch's own memory again, inside :meth:`region`; what is left of it goes back at the end.
+        """Let tensors lie in memory of no tag, inside :meth:`region`; what is left of it goes back at the end.
 
         Parameters
         ----------
@@ -198,17 +206,19 @@ class TorchMemorySaver:
         """
         if not dispose_mem_pool_after_use:
             raise ValueError("disable() disposes of its pool; dispose_mem_pool_after_use=False is not supported")
-        self._ensure_initialized()
-        entry = pools._Entry(torch.device("cuda", self._device()), torch.cuda.MemPool())
-        pools._push(entry)
+        with self._locked(self._lock):
+            slot = _Slot(self._outside_of(self._device()))
+            slot.acquire()
+            try:
+                pools._push(slot)
+            except BaseException:
+                slot.release()
+                raise
         try:
             yield
         finally:
-            pools._pop(entry)
-            with self._lock:
-                # A pool has to outlive what lies in it.
-                self._plain = [one for one in [*self._plain, entry.pool] if _lives(one)]
-                entry.pool = None
+            pools._pop(slot)
+            slot.release(for_good=True)
 
     def pause(self, tag: str | None = None) -> None:
         """Take the device memory of a tag, or of all. What is paused already stays so.
@@ -421,6 +431,13 @@ class TorchMemorySaver:
             self._groups[key] = group
         return group
 
+    def _outside_of(self, device: int) -> Group:
+        group = self._outside.get(device)
+        if group is None:
+            key = Key("outside of all tags", "none", "", device)
+            group = self._outside[device] = Group(key, self._manager(device), self._ensure_initialized())
+        return group
+
     def _manager(self, device: int) -> MemoryManager:
         mem = self._managers.get(device)
         if mem is None:
@@ -465,8 +482,11 @@ class TorchMemorySaver:
                     continue
                 with filling.lock:
                     # What nobody named and only we hold belonged to graphs that are gone.
-                    filling.kept = [own for own in filling.kept if id(own) in named or own.use_count() > 1]
+                    gone = [own for own in filling.kept if id(own) not in named and own.use_count() <= 1]
+                    filling.kept = [own for own in filling.kept if own not in gone]
                     own = next((own for own in filling.kept if handle and tuple(own.id) == tuple(handle)), None)
+                for ended in gone:
+                    filling.end(ended)
                 if own is not None and not home.paused:
                     return home, own
         if handle is None:
@@ -495,10 +515,6 @@ def _explain(slot: _Slot, error: torch.OutOfMemoryError) -> None:
     why = None if slot.filling is None else slot.filling.native.last_error()
     if why is not None:
         error.add_note(f"Shoal had no memory for tag {slot.group.key.tag!r}: {why}")
-
-
-def _lives(pool: Any) -> bool:
-    return any(segment["active_size"] for segment in pools._segments(pool))
 
 
 def _leave(slot: _Slot) -> None:
