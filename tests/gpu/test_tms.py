@@ -23,6 +23,8 @@ MIB = 1 << 20
 
 
 def used() -> int:
+    # Without what torch caches of its own, such as what a comparison took.
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return total - free
 

@@ -446,7 +446,13 @@ impl Segments {
         if !margin.is_zero() {
             let requested = self.region.uncommitted(&[run])? + margin;
             let doing = "leave the margin of the device's memory free";
-            let memory = manager.device().memory().map_err(MemoryError::device(doing))?;
+            let ask = || manager.device().memory().map_err(MemoryError::device(doing));
+            let mut memory = ask()?;
+            if memory.free < requested {
+                // What is kept for a growth like this one is not free by the device's figure.
+                manager.trim_pool(requested - memory.free)?;
+                memory = ask()?;
+            }
             if memory.free < requested {
                 let (device, free, capacity) = (manager.device().info().id, memory.free, memory.total);
                 let source = DeviceError::OutOfMemory { device, requested, free, capacity };
