@@ -13,7 +13,7 @@
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh first_token    first token of a sleeping 8B, woken in order of use; needs transformers
 #   tests/gpu/run.sh tms            the face of torch_memory_saver, and that library's examples ($SHOAL_TMS_EXAMPLES) on it
-#   tests/gpu/run.sh sleep_wake_peer  13 GiB in torch against torch_memory_saver (importable) and the link
+#   tests/gpu/run.sh sleep_wake_torch  13 GiB in torch against torch_memory_saver (importable) and the link
 #   tests/gpu/run.sh soak           1,000 sleeps and wakes of 2 GiB and of a model with CUDA graphs: nothing lost
 #   tests/gpu/run.sh trade          two processes trade memory for four minutes, one of them killed in its restores
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
@@ -94,7 +94,7 @@ tms)
     python3 -m tests.gpu.tms || status=$?
     exit $status
     ;;
-sleep_wake_peer | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
+sleep_wake_torch | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
@@ -115,7 +115,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token, tms, sleep_wake_peer, soak, trade and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token, tms, sleep_wake_torch, soak, trade and shelf" >&2
     exit 2
     ;;
 esac

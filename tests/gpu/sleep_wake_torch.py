@@ -1,6 +1,6 @@
 """13 GiB of 8B-shaped weights in torch: sleep and wake, against torch_memory_saver and against the link, in turn.
 
-Run by `tests/gpu/run.sh sleep_wake_peer`; needs torch_memory_saver 0.0.10 importable. Both libraries hold the same
+Run by `tests/gpu/run.sh sleep_wake_torch`; needs torch_memory_saver 0.0.10 importable. Both libraries hold the same
 weights at the same time in this process, and each round measures the link (page-locked torch tensors, both ways), ours
 clean, theirs, ours dirty. After every wake all bytes are compared with what they were.
 """
