@@ -12,6 +12,7 @@
 //! | [`Mapping`] | map / unmap | reservation, frame |
 //! | [`HostSlab`] | allocate, lock / free | device |
 //! | [`HostBuffer`] | a part of a slab | slab |
+//! | [`HostView`] | a range of it that is read / written again | buffer |
 //! | [`Stream`] | create / destroy | device |
 //! | [`Event`] | create + record / destroy | device |
 //!

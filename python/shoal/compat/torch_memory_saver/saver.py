@@ -146,8 +146,10 @@ class TorchMemorySaver:
             raise
         finally:
             self._thread.slots.remove(slot)
-            pools._pop(slot)
-            slot.release()
+            try:
+                pools._pop(slot)
+            finally:
+                slot.release()
 
     @contextlib.contextmanager
     def cuda_graph(  # noqa: PLR0917  (the other library's order)
@@ -217,8 +219,10 @@ class TorchMemorySaver:
         try:
             yield
         finally:
-            pools._pop(slot)
-            slot.release(for_good=True)
+            try:
+                pools._pop(slot)
+            finally:
+                slot.release(for_good=True)
 
     def pause(self, tag: str | None = None) -> None:
         """Take the device memory of a tag, or of all. What is paused already stays so.
