@@ -217,9 +217,10 @@ def unmap_from_kv_tensors(offsets: Sequence[int], group_id: int = 0) -> bool:
 
 
 def device_bytes() -> tuple[int, int] | None:
-    """Give the device's free and total bytes; None before :func:`init_kvcached`."""
+    """Give the bytes that can be had and those of the whole device; None before :func:`init_kvcached`."""
     memory = _state.memory
     if memory is None:
         return None
     figures = memory.device_memory()
-    return figures["free"], figures["total"]
+    # What was given up a moment ago lies in a pool of the process: the next page takes it from there.
+    return figures["free"] + memory.usage()["pooled"], figures["total"]
