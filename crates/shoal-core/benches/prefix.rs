@@ -46,6 +46,10 @@ fn prefix(criterion: &mut Criterion) {
     });
     let mut cache = filled(4096);
     let (mut found, mut sealed) = (Found::default(), Sealed::default());
+    for tokens in &prompts {
+        cache.find(b"tenant", tokens, &mut found);
+        assert_eq!(found.tokens, tokens.len());
+    }
     group.bench_function("find, the same prompt", |bencher| {
         bencher.iter(|| cache.find(b"tenant", &prompts[0], &mut found));
     });
@@ -56,7 +60,6 @@ fn prefix(criterion: &mut Criterion) {
             cache.find(b"tenant", &prompts[next], &mut found);
         });
     });
-    assert_eq!(found.tokens, PROMPT_TOKENS as usize);
     let missed = prompt(1_000_000);
     group.bench_function("find, nothing", |bencher| {
         bencher.iter(|| cache.find(b"tenant", &missed, &mut found));

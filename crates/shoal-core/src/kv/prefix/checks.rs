@@ -48,7 +48,7 @@ impl PrefixIndex {
             if self.nodes.children(found.parent).filter(|child| *child == node).count() != 1 {
                 return Err(format!("node {node} is not once among its parent's children"));
             }
-            if self.by_key.get(&found.key) != Some(&node) {
+            if self.by_key.get(found.key, |node| self.nodes.at(node).key) != Some(node) {
                 return Err(format!("node {node} is not found by its key"));
             }
         }

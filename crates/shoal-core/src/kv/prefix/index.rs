@@ -1,12 +1,12 @@
 //! The index: sealing blocks, forgetting them, and what must hold in between.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
 use super::events::{EventBatch, EventKind, Events};
-use super::key::{BlockKey, KeyState, block_key, engine_key, root_key};
+use super::key::{BlockKey, block_key, engine_key, root_key};
 use super::nodes::{Content, Nodes};
 use super::options::{PrefixError, PrefixOptions};
+use super::table::KeyTable;
 use super::{ENGINE_KEY_BYTES_MAX, NO_BLOCK, NO_NODE};
 
 /// Up to how many nodes debug builds check everything after every change.
@@ -104,7 +104,7 @@ pub(super) enum Step {
 pub struct PrefixIndex {
     pub(super) options: PrefixOptions,
     pub(super) nodes: Nodes,
-    pub(super) by_key: HashMap<u128, u32, KeyState>,
+    pub(super) by_key: KeyTable,
     /// Roots by salt: of tokens, and of engines' keys.
     pub(super) roots: [HashMap<Box<[u8]>, u32>; 2],
     /// The salts of roots.
@@ -147,7 +147,7 @@ impl PrefixIndex {
         };
         Ok(Self {
             nodes: Nodes::new(stride, groups),
-            by_key: HashMap::default(),
+            by_key: KeyTable::new(),
             roots: Default::default(),
             salts: HashMap::new(),
             groups: options.groups.iter().map(|group| blocks(group.blocks)).collect(),
@@ -402,11 +402,11 @@ impl PrefixIndex {
             return Step::Node(first);
         }
         let key = block_key(self.options.seed, above.key, tokens, &mut self.scratch) & self.key_mask;
-        match self.by_key.get(&key) {
+        match self.find_key(key) {
             None => Step::Missing(key),
-            Some(node) if self.nodes.at(*node).parent == parent && self.nodes.has_tokens(*node, tokens) => {
-                self.nodes.bring_first(*node);
-                Step::Node(*node)
+            Some(node) if self.nodes.at(node).parent == parent && self.nodes.has_tokens(node, tokens) => {
+                self.nodes.bring_first(node);
+                Step::Node(node)
             }
             Some(_) => Step::Collision,
         }
@@ -416,24 +416,28 @@ impl PrefixIndex {
     fn grow(&mut self, parent: u32, tokens: &[u32]) -> Step {
         let above = self.nodes.at(parent).key;
         let key = block_key(self.options.seed, above, tokens, &mut self.scratch) & self.key_mask;
-        match self.by_key.entry(key) {
-            Entry::Occupied(_) => Step::Collision,
-            Entry::Vacant(_) if self.nodes.len() >= self.nodes_max => Step::Missing(key),
-            Entry::Vacant(place) => {
-                let child = self.nodes.insert(key, parent, Content::Tokens(tokens));
-                place.insert(child);
-                Step::Node(child)
-            }
+        if self.find_key(key).is_some() {
+            return Step::Collision;
         }
+        if self.nodes.len() >= self.nodes_max {
+            return Step::Missing(key);
+        }
+        let child = self.nodes.insert(key, parent, Content::Tokens(tokens));
+        self.by_key.insert(key, child);
+        Step::Node(child)
+    }
+
+    fn find_key(&self, key: u128) -> Option<u32> {
+        self.by_key.get(key, |node| self.nodes.at(node).key)
     }
 
     pub(super) fn step_by_key(&mut self, root: u32, bytes: &[u8]) -> Step {
         let above = self.nodes.at(root).key;
         let key = engine_key(self.options.seed, above, bytes, &mut self.scratch) & self.key_mask;
-        match self.by_key.get(&key) {
+        match self.find_key(key) {
             None => Step::Missing(key),
-            Some(node) if self.nodes.at(*node).root == root && self.nodes.has_engine_key(*node, bytes) => {
-                Step::Node(*node)
+            Some(node) if self.nodes.at(node).root == root && self.nodes.has_engine_key(node, bytes) => {
+                Step::Node(node)
             }
             Some(_) => Step::Collision,
         }
@@ -556,7 +560,7 @@ impl PrefixIndex {
                     self.roots[kind as usize].remove(&salt);
                 }
             } else {
-                self.by_key.remove(&found.key);
+                self.by_key.remove(found.key, node);
             }
             self.nodes.remove(node);
             node = parent;

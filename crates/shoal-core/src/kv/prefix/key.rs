@@ -3,8 +3,6 @@
 //! Apart because others compute them too: a router that hears events finds out which worker holds a prompt by
 //! computing the prompt's keys.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
-
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// What a sealed block is called outside the index.
@@ -68,54 +66,6 @@ pub(super) fn engine_key(seed: u64, root: u128, bytes: &[u8], scratch: &mut Vec<
     scratch.extend_from_slice(&u64::try_from(bytes.len()).unwrap_or(u64::MAX).to_be_bytes());
     scratch.extend_from_slice(bytes);
     xxh3_128_with_seed(scratch, !seed)
-}
-
-/// Hashes keys for tables in memory: they are hashes already, so one multiplication will do. What it multiplies with is
-/// drawn anew for each table, because a client that knows the seed of the keys can find many that agree in half their bits.
-#[derive(Clone, Debug)]
-pub(super) struct KeyState(u64, u64);
-
-impl Default for KeyState {
-    fn default() -> Self {
-        let random = RandomState::new();
-        Self(random.hash_one(1), random.hash_one(2))
-    }
-}
-
-impl BuildHasher for KeyState {
-    type Hasher = KeyHasher;
-
-    fn build_hasher(&self) -> KeyHasher {
-        KeyHasher { mix: self.clone(), hash: 0 }
-    }
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct KeyHasher {
-    mix: KeyState,
-    hash: u64,
-}
-
-impl Hasher for KeyHasher {
-    fn finish(&self) -> u64 {
-        self.hash
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for chunk in bytes.chunks(16) {
-            let mut word = [0; 16];
-            word[..chunk.len()].copy_from_slice(chunk);
-            self.write_u128(u128::from_le_bytes(word));
-        }
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "halves of it")]
-    fn write_u128(&mut self, key: u128) {
-        let low = key as u64 ^ self.mix.0 ^ self.hash;
-        let high = (key >> 64) as u64 ^ self.mix.1;
-        let product = u128::from(low) * u128::from(high);
-        self.hash = product as u64 ^ (product >> 64) as u64;
-    }
 }
 
 #[cfg(test)]

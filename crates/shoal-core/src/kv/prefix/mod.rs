@@ -31,6 +31,7 @@ mod index;
 mod key;
 mod nodes;
 mod options;
+mod table;
 #[cfg(test)]
 mod tests;
 
