@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -389,6 +390,20 @@ def test_spare_pages_are_kept_mapped() -> None:
     allocator.free_page(page.page_id)
     allocator.trim()
     assert not mapped
+
+
+def test_an_allocator_that_is_forgotten_takes_its_thread_along() -> None:
+    allocator = PageAllocator(1, 20 * PAGE, PAGE)
+    allocator.set_use_worker_ipc(True)
+    allocator.set_broadcast_map_callback(lambda _world, _offsets: None)
+    allocator.start_prealloc_thread()
+    thread = allocator._thread
+    assert thread is not None
+    gone = weakref.ref(allocator)
+    del allocator
+    thread.join(20)
+    assert not thread.is_alive()
+    assert gone() is None
 
 
 def test_installed_modules_stand_in_for_those_of_kvcached(

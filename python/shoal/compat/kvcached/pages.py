@@ -10,6 +10,7 @@ import heapq
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -467,7 +468,8 @@ class PageAllocator:
             if not self._prealloc or self._thread is not None:
                 return
             self._running = self._refill = True
-            self._thread = threading.Thread(target=self._keep_spare, name="shoal-kvcached-prealloc", daemon=True)
+            words = (weakref.ref(self), self._changed)
+            self._thread = threading.Thread(target=_keep_spare, args=words, name="shoal-kvcached-prealloc", daemon=True)
             self._thread.start()
 
     def stop_prealloc_thread(self) -> None:
@@ -483,41 +485,33 @@ class PageAllocator:
         self._refill = True
         self._changed.notify_all()
 
-    def _keep_spare(self) -> None:
-        while True:
+    def _refill_spare(self) -> None:
+        """Map as many pages as are missing, as far as there is memory."""
+        with self._changed:
+            missing = min(self._reserve_min, self._total - len(self._used)) - len(self._spare)
+        missing = min(missing, self.get_avail_physical_pages()) if missing > 0 else 0
+        with self._changed:
+            pages = [heapq.heappop(self._free) for _ in range(min(missing, len(self._free)))]
+        if not pages:
+            return
+        try:
+            self._map(pages)
+        except Exception as error:  # noqa: BLE001  (whatever it is, alloc_page meets it again and tells)
+            logger.warning("no spare pages now: %s", error)
             with self._changed:
-                while self._running and not self._refill:
-                    self._changed.wait(WAIT_S)
-                if not self._running:
-                    return
-                self._refill = False
-                missing = min(self._reserve_min, self._total - len(self._used)) - len(self._spare)
-                missing = min(missing, len(self._free))
-            if missing <= 0:
-                continue
-            missing = min(missing, self.get_avail_physical_pages())
-            with self._changed:
-                pages = [heapq.heappop(self._free) for _ in range(min(missing, len(self._free)))]
-            if not pages:
-                continue
-            try:
-                self._map(pages)
-            except Exception as error:  # noqa: BLE001  (whatever it is, alloc_page meets it again and tells)
-                logger.warning("no spare pages now: %s", error)
-                with self._changed:
-                    for page in pages:
-                        heapq.heappush(self._free, page)
-                    self._changed.notify_all()
-                continue
-            with self._changed:
-                self._spare.extend(pages)
-                over = len(self._used) + len(self._spare) - self._total
-                gone = [self._spare.pop() for _ in range(max(0, over))]
+                for page in pages:
+                    heapq.heappush(self._free, page)
                 self._changed.notify_all()
-            try:
-                self._let_go(gone)
-            except RuntimeError as error:
-                logger.warning("%s", error)
+            return
+        with self._changed:
+            self._spare.extend(pages)
+            over = len(self._used) + len(self._spare) - self._total
+            gone = [self._spare.pop() for _ in range(max(0, over))]
+            self._changed.notify_all()
+        try:
+            self._let_go(gone)
+        except RuntimeError as error:
+            logger.warning("%s", error)
 
     # The device.
 
@@ -553,3 +547,19 @@ class PageAllocator:
             for page in pages:
                 heapq.heappush(self._free, page)
             self._changed.notify_all()
+
+
+def _keep_spare(of: weakref.ref[PageAllocator], changed: threading.Condition) -> None:
+    """Keep spare pages mapped until the allocator says stop, or is gone: the thread does not hold it."""
+    while True:
+        with changed:
+            allocator = of()
+            if allocator is None or not allocator._running:
+                return
+            wanted, allocator._refill = allocator._refill, False
+            if not wanted:
+                del allocator
+                changed.wait(1.0)
+                continue
+        allocator._refill_spare()
+        del allocator
