@@ -186,18 +186,12 @@ impl Costs {
                 .map(|method| self.of(method).map_or(u64::MAX, |costs| costs.start))
                 .fold(0, u64::saturating_add)
         });
-        let mut known = None;
-        for run in runs {
-            let key = (run.bytes, run.is_wide());
-            let costs = match known {
-                Some((of, costs)) if of == key => costs,
-                _ => Method::ALL.map(|method| self.of_run(method, run)),
-            };
-            known = Some((key, costs));
-            let [dma, batch, kernel] = costs;
+        for alike in runs.chunk_by(Run::costs_as) {
+            let Some(run) = alike.first() else { continue };
+            let [dma, batch, kernel] = Method::ALL.map(|method| self.of_run(method, run));
             let least = [dma, dma.min(batch), dma.min(kernel), dma.min(batch).min(kernel)];
             for (total, cost) in totals.iter_mut().zip(least) {
-                *total = total.saturating_add(cost);
+                *total = total.saturating_add(cost.saturating_mul(alike.len() as u64));
             }
         }
         let best = (0..totals.len()).min_by_key(|index| totals[*index]).unwrap_or(0);

@@ -78,6 +78,8 @@ pub(super) struct HeldCopies<'a> {
     mappings: Distinct<Mapping, ()>,
     buffers: Distinct<HostBuffer, Vec<Use>>,
     copies: Vec<RawCopy>,
+    /// Copies of the list.
+    blocks: usize,
 }
 
 /// What a job of many copies keeps alive.
@@ -92,7 +94,13 @@ impl<'a> HeldCopies<'a> {
     /// Checks a list. Nothing is entered as in use yet.
     pub(super) fn new(device: &'a Arc<dyn Device>, copies: &[(Span, Span)]) -> Result<Self, DeviceError> {
         let (mappings, buffers) = (Distinct::default(), Distinct::default());
-        let mut held = Self { device, mappings, buffers, copies: Vec::with_capacity(copies.len()) };
+        let mut held = Self {
+            device,
+            mappings,
+            buffers,
+            copies: Vec::with_capacity(copies.len()),
+            blocks: copies.len(),
+        };
         for (source, target) in copies {
             let (source_bytes, target_bytes) = (source.bytes(), target.bytes());
             if source_bytes != target_bytes {
@@ -121,7 +129,12 @@ impl<'a> HeldCopies<'a> {
                 Ok(RawSpan { space: Space::Device, at, bytes: *bytes })
             }
             Span::Host { buffer, offset, bytes } => {
+                let is_first = self.buffers.found.is_empty();
                 let uses = self.buffers.entry(buffer, |buffer| check(buffer.device()))?;
+                if is_first {
+                    // Mostly the only one: memory that grows is moved, and touched anew.
+                    uses.reserve_exact(self.blocks);
+                }
                 uses.push(buffer.use_of(*offset, *bytes, writes)?);
                 Ok(RawSpan { space: Space::Host, at: buffer.address() + offset.0, bytes: *bytes })
             }
