@@ -74,6 +74,13 @@ case $part in
 conformance)
     status=0
     "$(program cuda)" --test-threads 1 --nocapture >"$OUT/conformance.log" 2>&1 || status=$?
+    # The kernels are committed as compiled: where the compiler is, it has to make the same of their source.
+    if python3 crates/shoal-device/src/cuda/kernels/regenerate.py --check >>"$OUT/conformance.log" 2>&1; then
+        echo "test the_compiler_makes_the_committed_kernels ... ok" >>"$OUT/conformance.log"
+    else
+        echo "test the_compiler_makes_the_committed_kernels ... FAILED" >>"$OUT/conformance.log"
+        status=1
+    fi
     python3 tests/gpu/report.py "$OUT/conformance.log" "$SHOAL_RESULT" || status=$?
     exit $status
     ;;

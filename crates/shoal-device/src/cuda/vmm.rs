@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 
 use super::context::Context;
+use super::copies::Scrubbing;
 use super::result::{MemoryHandle, is_out_of_memory};
 use crate::device::{RawFrame, VirtAddr};
 use crate::error::DeviceError;
@@ -25,6 +26,7 @@ pub(super) struct Vmm {
     capacity: ByteCount,
     used: AtomicU64,
     book: Mutex<Book>,
+    scrubbing: Scrubbing,
 }
 
 #[derive(Debug, Default)]
@@ -72,7 +74,13 @@ impl Book {
 
 impl Vmm {
     pub(super) fn new(context: Arc<Context>, granularity: ByteCount, capacity: ByteCount) -> Self {
-        Self { context, granularity, capacity, used: AtomicU64::new(0), book: Mutex::default() }
+        let (used, book, scrubbing) = (AtomicU64::new(0), Mutex::default(), Scrubbing::default());
+        Self { context, granularity, capacity, used, book, scrubbing }
+    }
+
+    /// Until when what was given back is being scrubbed.
+    pub(super) fn scrubbing(&self) -> &Scrubbing {
+        &self.scrubbing
     }
 
     /// Bytes of all frames.
@@ -181,6 +189,7 @@ impl Vmm {
             return Err(error);
         }
         self.used.fetch_sub(frame.bytes, Ordering::Relaxed);
+        self.scrubbing.add(frame.bytes);
         Ok(())
     }
 

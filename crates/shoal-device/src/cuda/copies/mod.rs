@@ -15,6 +15,7 @@ pub(super) mod calls;
 mod kernels;
 mod measure;
 mod pieces;
+mod scrub;
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -25,6 +26,8 @@ use kernels::CopyKernels;
 pub(super) use kernels::PTX;
 use parking_lot::Mutex;
 use pieces::{PIECES_MAX, Pieces};
+use scrub::Lane;
+pub(super) use scrub::Scrubbing;
 use shoal_core::copy_plan::costs::{CopyCosts, Costs};
 use shoal_core::copy_plan::{CopyPlan, Run};
 
@@ -130,6 +133,8 @@ pub(super) struct Copies {
     kernels: CopyKernels,
     costs: Mutex<Arc<CopyCosts>>,
     is_asked: AtomicBool,
+    /// Long loads that go by a kernel while the driver scrubs.
+    lane: Lane,
 }
 
 impl Copies {
@@ -140,6 +145,7 @@ impl Copies {
             kernels: CopyKernels::new(context)?,
             costs: Mutex::new(Arc::new(CopyCosts::new(guess.clone(), guess))),
             is_asked: AtomicBool::new(false),
+            lane: Lane::default(),
         })
     }
 
@@ -207,7 +213,13 @@ impl Copies {
             };
             match direction {
                 Some((direction, runs)) => match places.run(copy, direction) {
-                    Some(run) => runs.push(run),
+                    Some(run) => {
+                        if runs.is_empty() {
+                            // Most lists go one way: memory that grows is moved, and touched anew.
+                            runs.reserve_exact(copies.len());
+                        }
+                        runs.push(run);
+                    }
                     None => others.push(*copy),
                 },
                 None => others.push(*copy),

@@ -104,7 +104,8 @@ def main() -> None:
         if "--check" not in sys.argv[1:]:
             target.write_text(text, "utf-8")
         elif not target.is_file() or target.read_text("utf-8") != text:
-            sys.exit(f"{target.name} is not what this compiler makes of {source.name}")
+            made = text.splitlines()[0].partition("with ")[2]
+            sys.exit(f"{target.name} is not what this compiler makes of {source.name} ({made})")
 
 
 if __name__ == "__main__":
