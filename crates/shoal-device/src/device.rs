@@ -317,7 +317,8 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// `UnknownHandle`.
     fn destroy_stream(&self, stream: RawStream) -> Result<(), DeviceError>;
 
-    /// Queues a copy of `source` to `target` (equal lengths, not overlapping). On an error `keep` is dropped and nothing is queued.
+    /// Queues a copy of `source` to `target` (equal lengths, not overlapping). On an error `keep` is dropped and nothing is
+    /// queued; where a long copy is several jobs, some may be, and `keep` is dropped once those have finished.
     ///
     /// # Errors
     /// `UnknownHandle`, `LengthMismatch`, `QueueFull`.

@@ -17,6 +17,7 @@ use shoal_core::kv::backing::BlockBacking;
 
 use crate::error::{ErrorKind, MemoryError};
 use crate::region::{Region, Report};
+use crate::supply::Content;
 use crate::transfer::Shared;
 
 /// How often `back` asks again when others changed the pages meanwhile.
@@ -182,7 +183,7 @@ impl KvBacking {
             }
             [self.region.wanted_extents(&runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
-        let mut supply = self.region.supply(wanted, deadline, "KV blocks")?;
+        let mut supply = self.region.supply(wanted, Content::Zeroed, deadline, "KV blocks")?;
         let _turn = manager.take_turn(manager.operation_deadline())?;
         let runs = self.blocks.lock().plan_back(ids)?;
         let missing = self.region.missing_bytes();

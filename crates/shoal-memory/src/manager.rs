@@ -81,8 +81,8 @@ pub struct MemoryManager {
     pub(crate) files: SourceFiles,
     pub(crate) up: Arc<Stream>,
     pub(crate) down: Arc<Stream>,
-    /// For zeroing what is used again.
-    zeroes: Arc<Stream>,
+    /// For what kernels do beside copies: zeroing what is used again, hashing what leaves next.
+    beside: Arc<Stream>,
     pool: Arc<FramePool>,
     gate: Arc<Gate>,
     turn: Arc<Turn>,
@@ -113,7 +113,7 @@ impl MemoryManager {
     /// [`MemoryError::Device`] if streams cannot be made.
     pub fn new(device: Arc<dyn Device>, options: ManagerOptions) -> Result<Arc<Self>, MemoryError> {
         let stream = || Stream::create(&device).map_err(MemoryError::device("create a stream"));
-        let (up, down, zeroes) = (stream()?, stream()?, stream()?);
+        let (up, down, beside) = (stream()?, stream()?, stream()?);
         let pool = options.pool.unwrap_or_else(|| PoolOptions::of(device.info().capacity));
         let per_buffer = (options.host_budget.0 / 16).min(SCRATCH_BYTES_MAX.0);
         let scratch_bytes = ByteCount(per_buffer - per_buffer % SCRATCH_UNIT.0);
@@ -126,7 +126,7 @@ impl MemoryManager {
             files: SourceFiles::default(),
             up,
             down,
-            zeroes,
+            beside,
             gate: Arc::default(),
             turn: Arc::default(),
             restoring: Arc::default(),
@@ -239,8 +239,8 @@ impl MemoryManager {
         &self.pool
     }
 
-    pub(crate) const fn zeroes(&self) -> &Arc<Stream> {
-        &self.zeroes
+    pub(crate) const fn beside(&self) -> &Arc<Stream> {
+        &self.beside
     }
 
     pub(crate) const fn turn(&self) -> &Arc<Turn> {
@@ -547,7 +547,7 @@ impl MemoryManager {
 
     /// Waits, within bounds, until no stream of ours touches anything: before memory of a failed copy is freed (I5).
     pub(crate) fn settle(&self) {
-        for stream in [&self.up, &self.down, &self.zeroes] {
+        for stream in [&self.up, &self.down, &self.beside] {
             for _ in 0..3 {
                 match stream.synchronize(self.options.operation_wait) {
                     Ok(true) => break,

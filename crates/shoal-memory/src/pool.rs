@@ -2,7 +2,7 @@
 //!
 //! Apart because its frames belong to no region. They stay leased (I1), and each is here and nowhere else (I2). Creating
 //! and destroying are most of what churn costs, and the driver scrubs what is destroyed; a frame that only changes hands
-//! costs its mapping, and a zeroing on the device that runs while the next one is mapped (docs/decisions/0006 and 0008).
+//! costs its mapping; it is zeroed when it comes, off the path of who grows next (docs/decisions/0006 and 0008).
 //! Pools never share: a process reads no other's bytes (I12).
 //!
 //! What is decommitted comes here; what is evicted does not, because whoever puts a region to sleep wants the device's
@@ -87,9 +87,16 @@ struct State {
 }
 
 impl State {
-    fn pop(&mut self, key: (LeaseKind, ByteCount), is_oldest: bool) -> Option<Bare> {
+    /// The oldest of a pile, or of those that came last one that is zero or is not.
+    fn pop(&mut self, key: (LeaseKind, ByteCount), newest: Option<bool>) -> Option<Bare> {
         let pile = self.piles.get_mut(&key)?;
-        let pooled = if is_oldest { pile.pop_front() } else { pile.pop_back() };
+        let pooled = match newest {
+            None => pile.pop_front(),
+            Some(is_zero) => match pile.iter().rposition(|pooled| pooled.bare.is_zero == is_zero) {
+                Some(place) => pile.remove(place),
+                None => pile.pop_back(),
+            },
+        };
         if pile.is_empty() {
             self.piles.remove(&key);
         }
@@ -143,10 +150,21 @@ impl FramePool {
         None
     }
 
-    /// A frame of exactly that size, on a lease of that kind: the one that came last. Its bytes may be anything.
-    pub(crate) fn take(&self, kind: LeaseKind, bytes: ByteCount) -> Option<Bare> {
+    /// Bytes that it would still keep.
+    pub(crate) fn room(&self) -> ByteCount {
+        let state = self.state.lock();
+        if state.is_closed {
+            ByteCount::ZERO
+        } else {
+            self.options.bytes_max.saturating_sub(state.usage.bytes)
+        }
+    }
+
+    /// A frame of exactly that size, on a lease of that kind: the one that came last, of those whose bytes are zero if
+    /// `is_zero`, and of the others else, where there are such.
+    pub(crate) fn take(&self, kind: LeaseKind, bytes: ByteCount, is_zero: bool) -> Option<Bare> {
         let mut state = self.state.lock();
-        let taken = state.pop((kind, bytes), false);
+        let taken = state.pop((kind, bytes), Some(is_zero));
         state.usage.taken += u64::from(taken.is_some());
         taken
     }
@@ -158,7 +176,7 @@ impl FramePool {
         let mut sum = ByteCount::ZERO;
         while sum < bytes {
             let Some(key) = state.piles.keys().max_by_key(|(_, size)| *size).copied() else { break };
-            let Some(bare) = state.pop(key, true) else { break };
+            let Some(bare) = state.pop(key, None) else { break };
             sum += bare.lease.bytes();
             drained.push(bare);
         }
@@ -243,7 +261,7 @@ impl FramePool {
             && let Some((key, since)) = state.oldest()
             && since.elapsed() >= self.options.idle
         {
-            let Some(bare) = state.pop(key, true) else { break };
+            let Some(bare) = state.pop(key, None) else { break };
             sum += bare.lease.bytes();
             drained.push(bare);
         }

@@ -16,6 +16,9 @@ use crate::manager::MemoryManager;
 /// How long an operation waits for kernels on behalf of what others could not free.
 const SWEEP_WAIT: Duration = Duration::from_millis(20);
 
+/// How long memory that goes to the pool may take to be zeroed; it takes a millisecond for 2 GiB.
+const ZERO_WAIT: Duration = Duration::from_millis(200);
+
 /// Device memory of one extent, with the lease it lives on.
 #[derive(Debug)]
 pub(crate) struct Resident {
@@ -31,6 +34,8 @@ pub(crate) struct Bare {
     pub(crate) frame: Arc<Frame>,
     pub(crate) lease: Grant,
     pub(crate) region: Arc<str>,
+    /// All of its bytes are zero.
+    pub(crate) is_zero: bool,
 }
 
 /// How far it is on its way.
@@ -105,7 +110,7 @@ impl Resident {
         match Arc::try_unwrap(mapping) {
             Err(held) => refuse(held, lease, region, Why::Held),
             Ok(mapping) => match mapping.unmap() {
-                Ok(frame) => Ok(Bare { frame, lease, region }),
+                Ok(frame) => Ok(Bare { frame, lease, region, is_zero: false }),
                 Err((mapping, error)) => {
                     tell(&region, &error);
                     refuse(Arc::new(mapping), lease, region, Why::Refused(error))
@@ -118,9 +123,9 @@ impl Resident {
 impl Bare {
     /// Destroys the frame. What is left is the lease.
     pub(crate) fn destroy(self) -> Result<Grant, Retired> {
-        let Self { frame, lease, region } = self;
+        let Self { frame, lease, region, is_zero } = self;
         let refuse = |frame, lease, region, why| {
-            let rest = Rest::Bare(Self { frame, lease, region });
+            let rest = Rest::Bare(Self { frame, lease, region, is_zero });
             Err(Retired { rest, why })
         };
         match Arc::try_unwrap(frame) {
@@ -186,14 +191,17 @@ impl MemoryManager {
         self.free(residents.into_iter().map(Rest::Mapped))
     }
 
-    /// Takes memory that nothing queued by steps touches from its region, and keeps its frames for the next growth.
-    pub(crate) fn pool_unused(&self, residents: impl IntoIterator<Item = Resident>) -> Released {
+    /// Takes memory that nothing queued by steps touches from its region, and keeps its frames for the next growth. What the
+    /// pool has room for is zeroed before, if `is_zeroed`: that waits for a kernel of ours, and so for room beside those of
+    /// others.
+    pub(crate) fn pool_unused(&self, residents: Vec<Resident>, is_zeroed: bool) -> Released {
+        let zeroed = if is_zeroed { self.zero(&residents) } else { 0 };
         let mut released = Released::default();
         let mut surplus = Vec::new();
-        for resident in residents {
+        for (place, resident) in residents.into_iter().enumerate() {
             let bytes = resident.lease.bytes();
             match resident.unmap() {
-                Ok(bare) => match self.pool().put(bare) {
+                Ok(bare) => match self.pool().put(Bare { is_zero: place < zeroed, ..bare }) {
                     None => released.freed += bytes,
                     Some(bare) => surplus.push(bare),
                 },
@@ -205,6 +213,33 @@ impl MemoryManager {
         }
         released.absorb(self.destroy(surplus));
         released
+    }
+
+    /// Zeroes the first of these that the pool has room for, and says how many. None where it takes too long or fails: then
+    /// whoever takes one zeroes it.
+    fn zero(&self, residents: &[Resident]) -> usize {
+        let mut room = self.pool().room();
+        let mut count = 0;
+        for resident in residents {
+            let bytes = resident.lease.bytes();
+            if bytes > room || self.beside().zero(&resident.mapping).is_err() {
+                break;
+            }
+            (room, count) = (room - bytes, count + 1);
+        }
+        if count == 0 {
+            return 0;
+        }
+        match self.beside().synchronize(ZERO_WAIT) {
+            Ok(true) => count,
+            Ok(false) => 0,
+            Err(error) => {
+                tracing::debug!(%error, "it is not known when memory is zero");
+                // Or it is held by the zeroing when it is unmapped.
+                self.settle();
+                0
+            }
+        }
     }
 
     /// Keeps a frame that nothing touches for the next growth, or gives it back to the device.

@@ -590,7 +590,9 @@ impl Segments {
         let mut from = 0;
         for run in taken.into_iter().chain([PageRun { first: self.region.bytes().pages(), count: 0 }]) {
             if run.first > from {
-                self.region.decommit_to_pool(PageRun { first: from, count: run.first - from })?;
+                let run = PageRun { first: from, count: run.first - from };
+                // torch waits for nothing here, and wants no zeroes.
+                self.region.decommit_to_pool(run, false)?;
             }
             from = run.end();
         }

@@ -48,8 +48,10 @@ impl Supply {
         manager: Arc<MemoryManager>,
         kind: LeaseKind,
         wanted: impl IntoIterator<Item = ByteCount>,
+        content: Content,
     ) -> Self {
-        let frames = wanted.into_iter().filter_map(|bytes| manager.pool().take(kind, bytes)).collect();
+        let take = |bytes| manager.pool().take(kind, bytes, content == Content::Zeroed);
+        let frames = wanted.into_iter().filter_map(take).collect();
         let grant = Grant::none(manager.lease(), kind);
         Self { manager, grant, frames, is_zeroing: false }
     }
@@ -98,21 +100,21 @@ impl Supply {
         content: Content,
     ) -> Result<Resident, MemoryError> {
         let bytes = extent.bytes();
-        let at = self.frames.iter().rposition(|bare| bare.frame.bytes() == bytes);
-        let found = at.map(|at| self.frames.swap_remove(at));
-        let found = found.or_else(|| self.manager.pool().take(self.grant.kind(), bytes));
-        let (Bare { frame, lease, region: name }, is_new) = match found {
-            Some(bare) => (bare, false),
-            None => (self.create(region, bytes)?, true),
-        };
+        let wants_zero = content == Content::Zeroed;
+        let fits = |bare: &Bare| bare.frame.bytes() == bytes;
+        let at = self.frames.iter().rposition(|bare| fits(bare) && bare.is_zero == wants_zero);
+        let found = at.or_else(|| self.frames.iter().rposition(fits)).map(|at| self.frames.swap_remove(at));
+        let found = found.or_else(|| self.manager.pool().take(self.grant.kind(), bytes, wants_zero));
+        let found = if let Some(bare) = found { bare } else { self.create(region, bytes)? };
+        let Bare { frame, lease, region: name, is_zero } = found;
         match Mapping::new(region.reservation(), extent.offset(), Arc::clone(&frame)) {
             Ok(mapping) => {
                 drop(frame);
                 let resident = region.resident(mapping, lease);
-                if is_new || content == Content::Any {
+                if is_zero || !wants_zero {
                     return Ok(resident);
                 }
-                match self.manager.zeroes().zero(&resident.mapping) {
+                match self.manager.beside().zero(&resident.mapping) {
                     Ok(()) => {
                         self.is_zeroing = true;
                         Ok(resident)
@@ -126,7 +128,7 @@ impl Supply {
             }
             Err(source) => {
                 // Not mapped: it is as it was.
-                self.frames.push(Bare { frame, lease, region: name });
+                self.frames.push(Bare { frame, lease, region: name, is_zero });
                 Err(MemoryError::Device { doing: "map device memory", source })
             }
         }
@@ -174,7 +176,7 @@ impl Supply {
         let frame = created.map_err(MemoryError::device("take device memory"))?;
         let lease =
             self.grant.split(bytes).ok_or_else(|| region.refuse("map an extent", "its lease is gone"))?;
-        Ok(Bare { frame, lease, region: region.name().into() })
+        Ok(Bare { frame, lease, region: region.name().into(), is_zero: true })
     }
 
     /// Gives a frame back to the device; its lease stays here.
@@ -201,7 +203,7 @@ impl Supply {
         }
         let start = Instant::now();
         let wait = deadline.saturating_duration_since(start);
-        let error = match self.manager.zeroes().synchronize(wait) {
+        let error = match self.manager.beside().synchronize(wait) {
             Ok(true) => return Ok(()),
             Ok(false) => {
                 let doing = "zeroing memory that was used before";
@@ -229,12 +231,13 @@ impl Region {
     pub(crate) fn supply(
         &self,
         wanted: impl IntoIterator<Item = ByteCount>,
+        content: Content,
         deadline: Instant,
         reason: &str,
     ) -> Result<Supply, MemoryError> {
         let wanted: Vec<_> = wanted.into_iter().collect();
         let total: ByteCount = wanted.iter().copied().sum();
-        let mut supply = Supply::from_pool(Arc::clone(self.manager()), self.kind(), wanted);
+        let mut supply = Supply::from_pool(Arc::clone(self.manager()), self.kind(), wanted, content);
         let needed = total.saturating_sub(supply.bytes());
         if !needed.is_zero() {
             let more = self.ask(needed, deadline.saturating_duration_since(Instant::now()), reason)?;

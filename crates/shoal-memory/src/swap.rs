@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
+use shoal_core::ids::ExtentIndex;
 use shoal_core::page_table::PlannedMove;
 
 use crate::error::MemoryError;
@@ -41,6 +42,8 @@ pub struct SwapReport {
 #[derive(Debug)]
 struct Plan {
     leaving: Vec<PlannedMove>,
+    /// What of it is compared with its checksum as it leaves.
+    unchecked: Vec<ExtentIndex>,
     coming: Vec<PlannedMove>,
     coming_bytes: ByteCount,
 }
@@ -163,13 +166,20 @@ impl MemoryManager {
         trust_clean: bool,
         deadline: Instant,
     ) -> Result<Plan, MemoryError> {
-        if !trust_clean {
-            out.find_written(deadline)?;
-        }
         // Copies of what may be written on the device go as it comes, and make room for those of what leaves.
         let recycled = into.writable_copies();
         let plan = |free| out.inner.state.lock().table.plan_evict(ALL, free);
         let mut leaving = plan(self.arena.free() + recycled);
+        let mut unchecked = Vec::new();
+        if !trust_clean {
+            let checked_later = out.checked_as_they_leave(&leaving.moves);
+            if let (None, Some(checked_later)) = (leaving.host_room_lacking(), checked_later) {
+                unchecked = checked_later;
+            } else {
+                out.find_written(deadline)?;
+                leaving = plan(self.arena.free() + recycled);
+            }
+        }
         if let Some(needed) = leaving.host_room_lacking() {
             self.make_host_room(leaving.copied + needed);
             leaving = plan(self.arena.free() + recycled);
@@ -179,7 +189,7 @@ impl MemoryManager {
             return Err(MemoryError::HostBudget { needed: leaving.copied + needed, free, budget });
         }
         let coming = into.inner.state.lock().table.plan_restore(ALL);
-        Ok(Plan { leaving: leaving.moves, coming: coming.moves, coming_bytes: coming.bytes })
+        Ok(Plan { leaving: leaving.moves, unchecked, coming: coming.moves, coming_bytes: coming.bytes })
     }
 
     fn run_swap(
@@ -192,7 +202,7 @@ impl MemoryManager {
     ) -> Result<(), MemoryError> {
         let shared = Shared::default();
         let mut room = Room { manager: self, supply, freed: ByteCount::ZERO };
-        let mut outgoing = Outgoing::new(out, plan.leaving);
+        let mut outgoing = Outgoing::checked(out, plan.leaving, plan.unchecked);
         let mut incoming = Incoming::new(into, plan.coming, &shared);
         let outcome = self.drive(into, &mut outgoing, &mut incoming, &mut room, deadline);
         let (left, copied) = outgoing.end(outcome.is_err());
@@ -232,7 +242,10 @@ impl MemoryManager {
             }
             into.drop_writable_copies(&incoming.brought()[settled..]);
             settled = incoming.brought().len();
-            let started = outgoing.start_next()?;
+            let mut started = outgoing.start_next()?;
+            if matches!(started, Started::Unchecked) && !outgoing.is_flying() && !incoming.is_flying() {
+                started = outgoing.start_checked()?;
+            }
             let lacking = if let Started::NoRoom(bytes) = started { bytes } else { ByteCount::ZERO };
             match started {
                 Started::Free(resident) => {
@@ -240,7 +253,7 @@ impl MemoryManager {
                     has_moved = true;
                 }
                 Started::Queued => has_moved = true,
-                Started::NoRoom(_) | Started::Full | Started::Nothing => {}
+                Started::NoRoom(_) | Started::Full | Started::Unchecked | Started::Nothing => {}
             }
             has_moved |= incoming.start_next()?;
             if let Some(next) = incoming.next()

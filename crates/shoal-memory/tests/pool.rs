@@ -66,7 +66,9 @@ fn is_zero(region: &Region, count: u64) -> bool {
 fn what_was_given_up_is_taken_again_and_zero() {
     let scene = scene(32, keeping(32));
     let (first, second) = (scene.workspace("first", 8), scene.workspace("second", 8));
+    scene.faults.clear_history();
     soil(&first, 8);
+    assert!(scene.count(Verb::Zero) > 0);
     assert_eq!((scene.pooled(), first.usage().total), (pages(8), ByteCount::ZERO));
     // Leased as before, and nobody's.
     assert_eq!(scene.world.device_used(), pages(8));
@@ -75,12 +77,32 @@ fn what_was_given_up_is_taken_again_and_zero() {
     // Another region of that kind, beyond what is left of the lease.
     second.commit(ByteCount::ZERO, pages(8)).expect("from the pool");
     assert_eq!((scene.count(Verb::CreateFrame), scene.count(Verb::DestroyFrame)), (0, 0));
-    assert!(scene.count(Verb::Zero) > 0);
+    assert_eq!(scene.count(Verb::Zero), 0, "it was zeroed when it came");
     assert_eq!((scene.pooled(), scene.world.device_used()), (ByteCount::ZERO, pages(8)));
     assert!(is_zero(&second, 8), "bytes of before can be read");
     assert_eq!(scene.world.manager.pool_usage().frames, 0);
     assert!(scene.world.manager.pool_usage().taken > 0);
     scene.world.check();
+}
+
+/// Where frames could not be zeroed when they came, or came from torch, whoever takes them zeroes them.
+#[test]
+fn what_could_not_be_zeroed_in_time_is_zeroed_when_it_is_taken() {
+    for verb in [Verb::Zero, Verb::Record] {
+        let scene = scene(32, keeping(32));
+        let region = scene.workspace("workspace", 8);
+        region.commit(ByteCount::ZERO, pages(8)).expect("room");
+        region.write(ByteCount::ZERO, &noise(8 * PAGE, 7)).expect("there");
+        // Where nothing can be marked at all, what is being zeroed stays mapped until that has ended.
+        scene.faults.fail_nth_matching(1, move |call| call.verb == verb);
+        region.decommit(ByteCount::ZERO, pages(8)).expect("it is given up all the same");
+        scene.faults.heal();
+        scene.faults.clear_history();
+        region.commit(ByteCount::ZERO, pages(8)).expect("room");
+        assert!(is_zero(&region, 8), "{verb}: bytes of before can be read");
+        assert!(scene.count(Verb::Zero) > 0 || scene.count(Verb::CreateFrame) > 0);
+        scene.world.check();
+    }
 }
 
 #[test]

@@ -106,6 +106,49 @@ fn frames_change_regions_and_are_not_made_anew() {
     world.check();
 }
 
+/// What was written is found and copied, what was not is only dropped, and the first copy waits for no hash of the last.
+#[test]
+fn what_leaves_is_compared_while_others_are_copied() {
+    const MANY: u64 = 24;
+    let dir = tempfile::tempdir().expect("a directory");
+    let faults = FaultDevice::new(open(dir.path(), 64));
+    let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 2 * MANY, 128);
+    let made = |name: &str, seed| {
+        let spec = RegionSpec {
+            name: name.to_owned(),
+            bytes: ByteCount(MANY * PAGE),
+            kind: LeaseKind::Weights,
+            extent_rule: ExtentRule { pieces_min: MANY, ..ExtentRule::default() },
+            backing: Backing::Keep,
+        };
+        let region = world.manager.region(spec).expect("addresses");
+        region.stage(ByteCount::ZERO, &noise(MANY * PAGE, seed), None).expect("host room");
+        region.seal().expect("sealed");
+        region
+    };
+    let (one, two) = (made("one", 1), made("two", 2));
+    wake(&one);
+    let mut expected = noise(MANY * PAGE, 1);
+    for page in (0..MANY).filter(|page| page % 3 != 1) {
+        let at = page * PAGE + 77;
+        one.write(ByteCount(at), b"written").expect("on the device");
+        let at = usize::try_from(at).expect("small");
+        expected[at..at + 7].copy_from_slice(b"written");
+    }
+    faults.clear_history();
+    let report = world.manager.swap(&one, &two, false, WAIT).expect("room of one");
+    assert_eq!(report.out.copied, ByteCount(MANY / 3 * 2 * PAGE), "what was written, and no more");
+    let verbs: Vec<Verb> = faults.history().iter().map(|call| call.verb).collect();
+    let first_copy = verbs.iter().position(|verb| *verb == Verb::Copy).expect("copies");
+    let hashes_before = verbs[..first_copy].iter().filter(|verb| **verb == Verb::Hash).count();
+    assert!(hashes_before < 12, "{hashes_before} of {MANY} were hashed before the first copy");
+    assert_eq!(verbs.iter().filter(|verb| **verb == Verb::Hash).count() as u64, MANY);
+    assert!(read(&two) == noise(MANY * PAGE, 2));
+    world.manager.swap(&two, &one, false, WAIT).expect("back");
+    assert!(read(&one) == expected, "what was written came back");
+    world.check();
+}
+
 #[test]
 fn extents_of_other_sizes_and_more_or_fewer_bytes() {
     let world = world(2 * PAGES + 8, 128);

@@ -17,6 +17,7 @@ use shoal_core::kv::state::GranuleId;
 use super::Shared;
 use crate::error::{ErrorKind, MemoryError};
 use crate::region::Report;
+use crate::supply::Content;
 use crate::transfer::Shared as TransferShared;
 
 /// How often an allocation maps again because others took what it had mapped.
@@ -168,17 +169,16 @@ impl Shared {
             _ if may_restore => Some(manager.take_restore(deadline)?),
             _ => return Err(self.region.refuse("map ahead", "something of it is on the host")),
         };
-        let needed = {
+        let extents = {
             // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
             let _turn = manager.take_turn_only(deadline)?;
             self.drop_idle_copies();
-            self.region.uncommitted(runs)? + self.region.missing_bytes()
+            [self.region.wanted_extents(runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
-        let wait = deadline.saturating_duration_since(Instant::now());
-        let mut grant = self.region.ask(needed, wait, "KV blocks")?;
+        let mut supply = self.region.supply(extents, Content::Zeroed, deadline, "KV blocks")?;
         let _turn = manager.take_turn_only(deadline.max(Instant::now() + AHEAD_WAIT))?;
         let missing = self.region.missing_bytes();
-        if self.region.uncommitted(runs)? + missing > grant.bytes()
+        if self.region.uncommitted(runs)? + missing > supply.bytes()
             || (restoring.is_none() && !missing.is_zero())
         {
             let waited = self.patience;
@@ -186,9 +186,9 @@ impl Shared {
         }
         if !missing.is_zero() {
             let shared = TransferShared::default();
-            self.region.restore_in_turn(&mut grant, manager.operation_deadline(), &shared)?;
+            self.region.restore_in_turn(&mut supply, manager.operation_deadline(), &shared)?;
         }
-        self.region.commit_in_turn(runs, &mut grant).map(drop)
+        self.region.commit_in_turn(runs, &mut supply).map(drop)
     }
 
     /// Gives back what was empty at `clocks` and nothing is expected for. False: a step runs, and which ones have ended is
@@ -304,7 +304,7 @@ impl Shared {
             let runs = self.state.lock().runs(*granule);
             for run in runs.unwrap_or_default() {
                 let freed = match fate {
-                    Fate::Pooled => self.region.decommit_to_pool(run),
+                    Fate::Pooled => self.region.decommit_to_pool(run, true),
                     Fate::GivenBack => self.region.decommit_in_turn(run),
                 };
                 match freed {

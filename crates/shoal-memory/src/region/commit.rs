@@ -27,7 +27,7 @@ impl Region {
             self.wanted_extents(&[run])?
         };
         let deadline = Instant::now() + self.manager().options.lease_wait;
-        let mut supply = self.supply(wanted, deadline, "memory for a range")?;
+        let mut supply = self.supply(wanted, Content::Zeroed, deadline, "memory for a range")?;
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
         self.commit_in_turn(&[run], &mut supply)
     }
@@ -47,7 +47,7 @@ impl Region {
             return Ok(());
         }
         let until = deadline.min(Instant::now() + self.manager().options.lease_wait);
-        let mut supply = self.supply(wanted, until, "torch's memory")?;
+        let mut supply = self.supply(wanted, Content::Any, until, "torch's memory")?;
         let _turn = self.manager().take_turn_only(deadline)?;
         self.commit_in_turn_as(&[run], &mut supply, Content::Any).map(drop)
     }
@@ -66,7 +66,7 @@ impl Region {
         }
         let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
         self.manager().fence(self.manager().operation_deadline())?;
-        self.decommit_to_pool(PageRun::covering(offset, bytes))
+        self.decommit_to_pool(PageRun::covering(offset, bytes), true)
     }
 
     /// Bytes that committing these runs would take.
@@ -149,9 +149,11 @@ impl Region {
         released.error.map_or(Ok(released.freed), Err)
     }
 
-    /// As [`decommit_in_turn`](Self::decommit_in_turn), and keeps the memory for the next growth.
-    pub(crate) fn decommit_to_pool(&self, run: PageRun) -> Result<ByteCount, MemoryError> {
-        let Released { freed, error } = self.manager().pool_unused(self.take_residents(run)?);
+    /// As [`decommit_in_turn`](Self::decommit_in_turn), and keeps the memory for the next growth, zeroed if `is_zeroed`:
+    /// that waits for the device.
+    pub(crate) fn decommit_to_pool(&self, run: PageRun, is_zeroed: bool) -> Result<ByteCount, MemoryError> {
+        let residents = self.take_residents(run)?;
+        let Released { freed, error } = self.manager().pool_unused(residents, is_zeroed);
         error.map_or(Ok(freed), Err)
     }
 

@@ -184,23 +184,7 @@ impl Region {
         let hash = ticket
             .wait(deadline.saturating_duration_since(Instant::now()))
             .map_err(MemoryError::device("hash device memory"))?;
-        let stale = {
-            let mut state = self.inner.state.lock();
-            if state.slot(index).hash == Some(hash) {
-                return Ok(());
-            }
-            tracing::info!(region = self.name(), %index, "written since it was sealed");
-            state.table.written(index).map_err(self.table_error())?;
-            let slot = state.slot(index);
-            slot.hash = Some(hash);
-            match slot.host.take() {
-                // Its next copy is made in the same place, so that whoever asked where the copy lies finds it there.
-                Some(old) if self.stays() => slot.unfinished.replace(old),
-                old => old,
-            }
-        };
-        drop(stale);
-        Ok(())
+        self.settle_hash(index, hash).map(drop)
     }
 }
 

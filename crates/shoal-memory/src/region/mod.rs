@@ -6,6 +6,7 @@
 
 mod access;
 mod blocks;
+mod checks;
 mod commit;
 mod evict;
 mod fill;

@@ -6,11 +6,14 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
+use shoal_core::ids::ExtentIndex;
 use shoal_core::page_table::PlannedMove;
 use shoal_core::residency::Move;
+use shoal_core::tier::Tier;
 use shoal_device::{DeviceError, Event, Span};
 
 use super::Region;
+use super::checks::{Checked, Checks};
 use super::incoming::{IN_FLIGHT_BYTES, IN_FLIGHT_MAX};
 use super::owned::reusable;
 use crate::arena::{Filled, HostCopy};
@@ -35,6 +38,8 @@ pub(crate) enum Started {
     NoRoom(ByteCount),
     /// Enough is on its way.
     Full,
+    /// Whether it was written is not known yet.
+    Unchecked,
     /// There is none.
     Nothing,
 }
@@ -49,15 +54,23 @@ pub(crate) struct Outgoing<'a> {
     copied: ByteCount,
     /// Memory of what has left.
     left: Vec<Resident>,
+    checks: Checks<'a>,
 }
 
 impl<'a> Outgoing<'a> {
     pub(crate) fn new(region: &'a Region, moves: Vec<PlannedMove>) -> Self {
+        Self::checked(region, moves, Vec::new())
+    }
+
+    /// What is `unchecked` of these moves, in their order, is compared with its checksum before it is dropped, and copied
+    /// where it was written.
+    pub(crate) fn checked(region: &'a Region, moves: Vec<PlannedMove>, unchecked: Vec<ExtentIndex>) -> Self {
         let offloads = moves.iter().filter(|planned| matches!(planned.step, Move::Offload(_)));
         region.manager().arena.expect(offloads.map(|planned| planned.bytes).sum());
         let (planned, flying) = (moves.into(), VecDeque::new());
         let (flying_bytes, copied, left) = (ByteCount::ZERO, ByteCount::ZERO, Vec::new());
-        Self { region, planned, flying, flying_bytes, copied, left }
+        let checks = Checks::new(region, unchecked);
+        Self { region, planned, flying, flying_bytes, copied, left, checks }
     }
 
     /// Takes everything off the device. `release` gets the memory of what has left, in as few parts as cost no time: while
@@ -81,6 +94,12 @@ impl<'a> Outgoing<'a> {
                     let manager = self.region.manager();
                     let (free, budget) = (manager.arena.free(), manager.options.host_budget);
                     return Err(MemoryError::HostBudget { needed, free, budget });
+                }
+                Started::Unchecked => {
+                    let started = self.start_checked()?;
+                    if let Started::Free(resident) = started {
+                        self.left.push(resident);
+                    }
                 }
                 Started::NoRoom(_) | Started::Full | Started::Nothing if self.left.is_empty() => {
                     let resident = self.reap_one()?;
@@ -106,8 +125,29 @@ impl<'a> Outgoing<'a> {
 
     /// Begins with the next extent.
     pub(crate) fn start_next(&mut self) -> Result<Started, MemoryError> {
-        let Some(planned) = self.planned.front().copied() else { return Ok(Started::Nothing) };
+        self.start_within(Duration::ZERO)
+    }
+
+    /// [`start_next`](Self::start_next), and waits to know whether it was written.
+    pub(crate) fn start_checked(&mut self) -> Result<Started, MemoryError> {
+        self.start_within(self.region.manager().options.operation_wait)
+    }
+
+    fn start_within(&mut self, patience: Duration) -> Result<Started, MemoryError> {
+        let Some(mut planned) = self.planned.front().copied() else { return Ok(Started::Nothing) };
         let region = self.region;
+        if planned.step == Move::Drop {
+            match self.checks.next(planned.extent, patience)? {
+                Checked::Pending => return Ok(Started::Unchecked),
+                Checked::Clean => {}
+                Checked::Written => {
+                    planned.step = Move::Offload(Tier::Host);
+                    if let Some(front) = self.planned.front_mut() {
+                        *front = planned;
+                    }
+                }
+            }
+        }
         if !matches!(planned.step, Move::Offload(_)) {
             let mut state = region.inner.state.lock();
             state.table.begin(planned).map_err(region.table_error())?;

@@ -21,7 +21,7 @@ use shoal_core::residency::Move;
 use super::incoming::{Arrived, Incoming};
 use super::{Region, Report};
 use crate::error::MemoryError;
-use crate::supply::Supply;
+use crate::supply::{Content, Supply};
 use crate::transfer::{Shared, Transfer};
 
 impl Region {
@@ -91,7 +91,7 @@ impl Region {
             return Ok(report);
         }
         shared.set_total(planned_bytes);
-        let mut supply = self.supply(wanted, deadline, reason)?;
+        let mut supply = self.supply(wanted, Content::Any, deadline, reason)?;
         let _turn = self.manager().take_turn(deadline)?;
         let brought = self.restore_in_turn(&mut supply, deadline, shared)?;
         (report.requested, report.copied) = (brought.requested, brought.copied);
