@@ -147,6 +147,8 @@ fn grow_bare(device: &Arc<dyn Device>, total: ByteCount, extent: ByteCount) -> (
     (new, pooled)
 }
 
+/// Without a pool each growth comes at once after a shrink, so beside the driver's scrubbing, or after a rest, when clocks
+/// have fallen.
 fn growth(report: &mut Report, device: &Arc<dyn Device>) {
     let total = ByteCount::gib((size().0 / ByteCount::gib(1).0).next_multiple_of(16));
     let gib = total.0 / ByteCount::gib(1).0;
@@ -187,12 +189,7 @@ fn growth(report: &mut Report, device: &Arc<dyn Device>) {
             rate
         });
         let bounds = Bounds { ceiling: ceiling(|pair| pair.1), peer, target: Some(pooled_target) };
-        report.add(
-            &format!("grow {gib} GiB, pooled {mib} MiB frames, zeroed"),
-            "GiB/s",
-            pooled.collect(),
-            bounds,
-        );
+        report.add(&format!("grow {gib} GiB, pooled {mib} MiB frames"), "GiB/s", pooled.collect(), bounds);
         assert!(manager.pool_usage().taken > 0, "the pool was not used");
     }
 }
