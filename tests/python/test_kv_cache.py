@@ -301,3 +301,21 @@ def test_a_forked_child_is_told(mem: shoal.MemoryManager) -> None:
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     assert kv.alloc(2) is not None
+
+
+def test_debug_mode_finds_who_writes_to_what_is_nobodys(mem: shoal.MemoryManager) -> None:
+    torch = pytest.importorskip("torch")
+    kv = small(mem, debug=True)
+    keys = kv.tensors()[1]
+    ids = kv.alloc(6)
+    with mem.guard():
+        keys[ids] = 1
+    kv.free(ids[1:])
+    assert torch.isnan(keys[ids[1:]]).all()
+    assert kv.strays() == []
+    keys[ids[3]][1, 5] = 2
+    ((group, block, offset),) = kv.strays()
+    at = keys[ids[3]][1, 5].data_ptr() - keys.data_ptr() + kv.groups[0].block_bytes // 2
+    assert (group, block, offset) == (0, ids[3], at)
+    with pytest.raises(shoal.RegionError, match="debug"):
+        small(mem).strays()

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use common::{PAGE, WAIT, World, open, world, world_on};
 use shoal_core::bytes::ByteCount;
-use shoal_core::kv::blocks::BlockError;
+use shoal_core::kv::blocks::{BlockError, BlockState};
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_core::kv::state::KvError;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::device::{DeviceKind, Verb};
 use shoal_device::{Device, DeviceError, FaultDevice, Stream};
-use shoal_memory::kv_cache::Attempt;
+use shoal_memory::kv_cache::{Attempt, Stray};
 use shoal_memory::{ErrorKind, KvCache, KvCacheSpec, MemoryError};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
@@ -545,5 +545,76 @@ fn a_refused_unmap_loses_no_memory_and_hangs_nobody() {
     assert!(!world.manager.leaked_bytes().is_zero());
     faults.heal();
     until("all of it can be had again", || alloc(&cache, 32).is_some());
+    check(&world, &cache);
+}
+
+#[test]
+fn in_debug_mode_what_nobody_owns_is_nan_and_a_write_to_it_is_found() {
+    for order in [PlaneOrder::BlockMajor, PlaneOrder::LayerMajor] {
+        let world = world(64, 64);
+        let mut spec = spec(vec![group("full", 2, 1500)], order, 48);
+        spec.is_debug = true;
+        let cache = world.manager.kv_cache(spec).expect("addresses");
+        assert_eq!(cache.try_alloc(0, &mut [0_u32]).expect("a group"), Attempt::Busy);
+        let ids = alloc(&cache, 8).expect("room");
+        for id in &ids {
+            write(&cache, 0, *id, 3);
+        }
+        // One stays in each granule, so that none goes.
+        let freed = [ids[1], ids[2], ids[3], ids[5], ids[6]];
+        cache.free(0, &freed).expect("owned");
+        assert!(holds(&cache, 0, ids[0], 3), "its owner has it still");
+        for id in freed {
+            assert!(holds(&cache, 0, id, 0xFF), "block {id} is not filled");
+        }
+        assert_eq!(cache.strays().expect("debug mode"), [], "nobody wrote");
+        let layout = cache.layout(0).expect("a group");
+        let (at, bytes) = layout.pieces(ids[3]).last().expect("a piece");
+        let place = at + bytes - ByteCount(9);
+        cache.region().write(place, &[0]).expect("it has memory");
+        let stray = Stray { group: 0, block: ids[3], offset: place };
+        assert_eq!(cache.strays().expect("debug mode"), [stray]);
+        assert_eq!(cache.strays().expect("debug mode"), [], "told once");
+        // Found by the next one who is given it, too.
+        let (at, _) = layout.pieces(ids[5]).next().expect("a piece");
+        cache.region().write(at, &[7]).expect("it has memory");
+        alloc(&cache, 5).expect("room");
+        let found = cache.strays().expect("debug mode");
+        assert_eq!(found, [Stray { group: 0, block: ids[5], offset: at }]);
+        check(&world, &cache);
+    }
+    let world = world(64, 64);
+    assert!(cache(&world, 8).strays().is_err(), "not in debug mode");
+}
+
+#[test]
+fn debug_mode_goes_together_with_memory_that_comes_and_goes() {
+    let world = world(32, 64);
+    let mut spec = spec(vec![group("full", 2, 700)], PlaneOrder::BlockMajor, 32);
+    (spec.is_debug, spec.spare_bytes_max) = (true, ByteCount::ZERO);
+    spec.cache.granule_bytes_max = ByteCount::mib(4);
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    for round in 0..6 {
+        let ids = alloc(&cache, 14 - round).expect("room");
+        for id in &ids {
+            write(&cache, 0, *id, 1);
+        }
+        cache.free(0, &ids[3..]).expect("owned");
+        if round % 2 == 0 {
+            cache.trim(ALL).expect("no step runs");
+        } else {
+            cache.compact(0, 100, WAIT).expect("no step runs");
+        }
+        world.manager.reclaim(ByteCount::mib(4), WAIT, "a test").expect("no step runs");
+        drop(world.manager.guard(WAIT).expect("in"));
+        let left: Vec<u32> =
+            (0..22).filter(|id| matches!(cache.state_of(0, *id), Ok(BlockState::Owned(_)))).collect();
+        cache.free(0, &left).expect("owned");
+        assert_eq!(
+            cache.strays().expect("debug mode"),
+            [],
+            "round {round}: nobody wrote to what was not its own"
+        );
+    }
     check(&world, &cache);
 }

@@ -163,6 +163,7 @@ const fn kv_kind(error: &KvError) -> &'static str {
         KvError::Limit(LimitError::Conflict { .. }) => "conflict",
         KvError::Limit(_) => "limit",
         KvError::Prefix(_) | KvError::NoReuse => "prefix",
+        KvError::NoDebug => "debug",
         _ => "unknown",
     }
 }

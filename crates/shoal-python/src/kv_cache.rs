@@ -56,6 +56,7 @@ struct CacheWords {
     eviction: Option<String>,
     seed: u64,
     events_max: usize,
+    debug: bool,
 }
 
 impl GroupWords {
@@ -118,6 +119,7 @@ pub(crate) fn spec(words: &Bound<'_, PyAny>) -> PyResult<KvCacheSpec> {
     if let Some(spare) = words.spare_max {
         spec.spare_bytes_max = ByteCount(spare);
     }
+    spec.is_debug = words.debug;
     spec.patience = convert::seconds("patience_s", words.patience_s)?;
     let (seed, events_max) = (words.seed, words.events_max);
     spec.reuse = eviction.map(|eviction| ReuseOptions { eviction, seed, events_max });
@@ -484,6 +486,13 @@ impl PyKvCache {
         dict.set_item("collisions", stats.collisions)?;
         dict.set_item("full", stats.full)?;
         Ok(dict)
+    }
+
+    /// Writes to blocks that nobody owned: group, block, and the first wrong byte from the region's start.
+    fn strays(&self, py: Python<'_>) -> PyResult<Vec<(usize, u32, u64)>> {
+        let cache = self.cache.get()?;
+        let strays = py.detach(|| cache.strays()).map_err(errors::of_memory)?;
+        Ok(strays.into_iter().map(|stray| (stray.group, stray.block, stray.offset.0)).collect())
     }
 
     /// Says what is wrong, if anything is.

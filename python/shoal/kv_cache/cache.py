@@ -442,6 +442,25 @@ class KvCache:
         """
         return self._native.usage()
 
+    def strays(self) -> list[tuple[int, int, int]]:
+        """Give the writes to blocks that nobody owned, in debug mode: those found since it was asked last.
+
+        A block is filled with NaN when it is freed, and looked at when it is allocated again and here. Not filled is
+        what was evicted from the cache or never used, and what is freed inside a guard by an engine that records no
+        steps.
+
+        Returns
+        -------
+        list of tuple of int
+            The group, the block, and the first byte that is not as it was left, from the start of :attr:`region`.
+
+        Raises
+        ------
+        RegionError
+            If the cache was not made with ``debug=True``.
+        """
+        return self._native.strays()
+
     def check(self) -> None:
         """Count everything anew, for tests.
 

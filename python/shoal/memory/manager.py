@@ -156,6 +156,7 @@ class MemoryManager:
         eviction: Literal["lru", "s3fifo", "cost"] | None = "lru",
         events_max: int = 4096,
         seed: int = 0,
+        debug: bool = False,
     ) -> KvCache:
         """Reserve addresses for a cache of KV blocks. It takes no memory yet, and starts one thread.
 
@@ -188,6 +189,9 @@ class MemoryManager:
             How many events are kept for routers.
         seed
             Of the keys in events; equal seeds give equal keys in every process.
+        debug
+            Fill what is freed with NaN, and look for writes to what nobody owns (:meth:`KvCache.strays`). Every call
+            then waits for the device.
 
         Returns
         -------
@@ -221,6 +225,7 @@ class MemoryManager:
             eviction=eviction,
             seed=seed,
             events_max=events_max,
+            debug=debug,
         )
 
     def guard(self, timeout_s: float = TIMEOUT_S) -> Guard:

@@ -234,6 +234,12 @@ impl BlockPool {
         self.figures.available
     }
 
+    /// Whether a block can be had now.
+    #[must_use]
+    pub fn is_available(&self, block: u32) -> bool {
+        self.free.has(block)
+    }
+
     /// Blocks that are owned or cached.
     #[must_use]
     pub const fn used(&self) -> u32 {

@@ -45,6 +45,9 @@ pub enum KvError {
         "this cache finds nothing again: it was made without it, or its groups have blocks of different tokens"
     )]
     NoReuse,
+    /// Nobody looks for writes to blocks without an owner in this cache.
+    #[error("this cache was not made in debug mode")]
+    NoDebug,
 }
 
 /// Names one granule.

@@ -27,6 +27,13 @@ const AHEAD_WAIT: Duration = Duration::from_millis(100);
 
 impl Shared {
     pub(super) fn alloc<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
+        match &self.debug {
+            Some(debug) => self.alloc_checked(debug, group, ids),
+            None => self.alloc_plainly(group, ids),
+        }
+    }
+
+    pub(super) fn alloc_plainly<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
         let deadline = Instant::now() + self.patience;
         for _ in 0..ATTEMPTS_MAX {
             {
@@ -301,6 +308,7 @@ impl Shared {
     /// again: the granule is gone all the same, and its place can be mapped anew once that is over.
     fn unmap(&self, planned: &[GranuleId], fate: Fate, report: &mut Report) {
         for granule in planned {
+            self.unfill(*granule);
             let runs = self.state.lock().runs(*granule);
             for run in runs.unwrap_or_default() {
                 let freed = match fate {

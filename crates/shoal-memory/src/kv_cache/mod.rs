@@ -11,6 +11,7 @@
 //! that engines recorded, or, where they recorded none, after everything queued on the device.
 
 mod ahead;
+mod debug;
 mod grow;
 mod moves;
 mod reuse;
@@ -36,6 +37,8 @@ use crate::manager::MemoryManager;
 use crate::region::{Region, RegionSpec, Report};
 use crate::turn::Turn;
 use ahead::{Ahead, Signal};
+use debug::Debug;
+pub use debug::Stray;
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;
@@ -53,6 +56,9 @@ pub struct KvCacheSpec {
     pub patience: Duration,
     /// How what blocks hold is found again; `None`: not at all.
     pub reuse: Option<ReuseOptions>,
+    /// Fill what is freed with NaN and look for writes to what nobody owns ([`KvCache::strays`]): slow, for finding an
+    /// engine's mistakes.
+    pub is_debug: bool,
 }
 
 impl KvCacheSpec {
@@ -61,7 +67,7 @@ impl KvCacheSpec {
     pub fn new(name: &str, cache: CacheSpec) -> Self {
         let spare_bytes_max = ByteCount((cache.bytes.0 / 8).min(ByteCount::gib(2).0));
         let (patience, reuse) = (Duration::from_millis(100), Some(ReuseOptions::default()));
-        Self { name: name.to_owned(), cache, spare_bytes_max, patience, reuse }
+        Self { name: name.to_owned(), cache, spare_bytes_max, patience, reuse, is_debug: false }
     }
 }
 
@@ -90,6 +96,7 @@ pub(crate) struct Shared {
     signalled: Condvar,
     started: Instant,
     patience: Duration,
+    debug: Option<Debug>,
 }
 
 /// KV blocks with memory behind them. Dropping it ends its thread; its addresses stay until the last buffer over them is
@@ -127,6 +134,7 @@ impl MemoryManager {
             signalled: Condvar::new(),
             started: Instant::now(),
             patience: spec.patience,
+            debug: spec.is_debug.then(|| Debug::new(&self.device)).transpose()?,
         });
         self.register_cache(&shared);
         Ok(KvCache { _ahead: Ahead::start(&shared), shared })
@@ -163,6 +171,9 @@ impl KvCache {
     /// [`MemoryError::Kv`]; nothing is changed.
     #[inline]
     pub fn try_alloc<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<Attempt, MemoryError> {
+        if self.shared.debug.is_some() {
+            return Ok(Attempt::Busy);
+        }
         let Some(mut state) = self.shared.state.try_lock() else { return Ok(Attempt::Busy) };
         let is_done = state.alloc(group, ids)?;
         let wants_attention = is_done && state.wants_attention(group);
@@ -191,6 +202,9 @@ impl KvCache {
     /// [`MemoryError::Kv`]; nothing is changed.
     #[inline]
     pub fn try_free<T: BlockId>(&self, group: usize, ids: &[T]) -> Result<Attempt, MemoryError> {
+        if self.shared.debug.is_some() {
+            return Ok(Attempt::Busy);
+        }
         let Some(mut state) = self.shared.state.try_lock() else { return Ok(Attempt::Busy) };
         let freed = state.free(group, ids)?;
         self.shared.after_free(state, group, freed);
@@ -204,6 +218,9 @@ impl KvCache {
     /// # Errors
     /// [`MemoryError::Kv`] for an id that is owned by nobody, or named more often than it is owned; nothing is changed.
     pub fn free<T: BlockId>(&self, group: usize, ids: &[T]) -> Result<(), MemoryError> {
+        if let Some(debug) = &self.shared.debug {
+            return self.shared.free_filling(debug, group, ids);
+        }
         let mut state = self.shared.state.lock();
         let freed = state.free(group, ids)?;
         self.shared.after_free(state, group, freed);

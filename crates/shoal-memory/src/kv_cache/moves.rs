@@ -91,6 +91,7 @@ impl KvCache {
             let mut state = self.shared.state.lock();
             let moves = plan(&mut state)?;
             state.begin_moves(group, &moves)?;
+            self.shared.unfill_targets(group, &moves);
             let Some(layout) = state.layout().groups().get(group) else { return Ok(Vec::new()) };
             let pieces = moves.iter().flat_map(|planned| {
                 let targets = layout.pieces(planned.to);
@@ -116,6 +117,7 @@ impl KvCache {
     pub fn moved(&self, group: usize, moves: &[BlockMove]) -> Result<(), MemoryError> {
         let mut state = self.shared.state.lock();
         state.begin_moves(group, moves)?;
+        self.shared.unfill_targets(group, moves);
         state.end_moves(group, moves, true)?;
         drop(state);
         self.shared.call();

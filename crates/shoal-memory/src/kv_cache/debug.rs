@@ -1,0 +1,247 @@
+//! Debug mode: what nobody owns is NaN, and a write to it is found.
+//!
+//! Apart because it trades all speed for it: each free fills blocks on the device and each allocation reads them back, one
+//! at a time. A block that an engine reads without owning it is NaN, in every floating type, and spreads; a block that was
+//! written without an owner is told when it is next allocated, or when somebody asks ([`KvCache::strays`]). Where a block
+//! has no memory, the access itself faults, in this mode and without it.
+//!
+//! Filled is what is freed, not what is evicted from the cache or was just mapped. The fill comes after the steps that were
+//! recorded, or else after everything queued on the device; where a step holds a guard and none was recorded, nothing is
+//! filled, as nobody can tell when it may be.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::kv::blocks::BlockState;
+use shoal_core::kv::compact::BlockMove;
+use shoal_core::kv::ids::BlockId;
+use shoal_core::kv::state::{GranuleId, KvError};
+use shoal_device::{Device, Event, ForeignWork, HostBuffer};
+
+use super::{KvCache, Shared};
+use crate::error::MemoryError;
+use crate::region::BlockCopy;
+use crate::turn::{Taken, Turn};
+
+/// NaN in every floating type that is a power of two of bytes long, and in those of one byte.
+const FILL: u8 = 0xFF;
+/// What is copied at a time.
+const FILLER_BYTES: ByteCount = ByteCount::mib(1);
+/// Strays that are remembered; later ones are only logged.
+const STRAYS_MAX: usize = 1024;
+
+/// A write to a block that nobody owned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stray {
+    /// Its group.
+    pub group: usize,
+    /// The block.
+    pub block: u32,
+    /// The first wrong byte, from the start of the cache's region.
+    pub offset: ByteCount,
+}
+
+#[derive(Debug)]
+pub(super) struct Debug {
+    filler: Arc<HostBuffer>,
+    /// One call at a time, from the first change to the last check.
+    calls: Arc<Turn>,
+    filled: Mutex<BTreeSet<(usize, u32)>>,
+    strays: Mutex<VecDeque<Stray>>,
+}
+
+impl Debug {
+    pub(super) fn new(device: &Arc<dyn Device>) -> Result<Self, MemoryError> {
+        let filler = HostBuffer::allocate(device, FILLER_BYTES)
+            .map_err(MemoryError::device("allocate what freed blocks are filled with"))?;
+        let bytes = vec![FILL; usize::try_from(FILLER_BYTES.0).unwrap_or(0)];
+        filler.write(ByteCount::ZERO, &bytes).map_err(MemoryError::device("write host memory"))?;
+        Ok(Self { filler, calls: Arc::default(), filled: Mutex::default(), strays: Mutex::default() })
+    }
+}
+
+impl Shared {
+    fn debug_call(&self, debug: &Debug) -> Result<Taken, MemoryError> {
+        let waited = self.manager().options.operation_wait;
+        let late = || MemoryError::Deadline { doing: "waiting for another call in debug mode", waited };
+        debug.calls.take(self.manager().operation_deadline()).ok_or_else(late)
+    }
+
+    /// An allocation whose blocks are looked at before they are given out.
+    pub(super) fn alloc_checked<T: BlockId>(
+        &self,
+        debug: &Debug,
+        group: usize,
+        ids: &mut [T],
+    ) -> Result<bool, MemoryError> {
+        let _call = self.debug_call(debug)?;
+        if !self.alloc_plainly(group, ids)? {
+            return Ok(false);
+        }
+        for id in ids.iter() {
+            if let Some(block) = id.block() {
+                self.look_at(debug, group, block)?;
+                debug.filled.lock().remove(&(group, block));
+            }
+        }
+        Ok(true)
+    }
+
+    /// A free that fills what nobody owns any more.
+    pub(super) fn free_filling<T: BlockId>(
+        &self,
+        debug: &Debug,
+        group: usize,
+        ids: &[T],
+    ) -> Result<(), MemoryError> {
+        let _call = self.debug_call(debug)?;
+        let freed: BTreeSet<u32> = {
+            let mut state = self.state.lock();
+            let freed = state.free(group, ids)?;
+            let pool = state.pool(group)?;
+            let is_free = |block: &u32| pool.state(*block) == Ok(BlockState::Free);
+            let blocks = ids.iter().filter_map(|id| id.block()).filter(is_free).collect();
+            self.after_free(state, group, freed);
+            blocks
+        };
+        self.fill(debug, group, &freed)
+    }
+
+    fn fill(&self, debug: &Debug, group: usize, blocks: &BTreeSet<u32>) -> Result<(), MemoryError> {
+        let (manager, deadline) = (self.manager(), self.manager().operation_deadline());
+        let mut events: Vec<Arc<Event>> = self.steps.lock().values().cloned().collect();
+        events.extend(self.step.lock().clone());
+        if events.is_empty() {
+            if manager.gate().is_shared() {
+                return Ok(());
+            }
+            let all = Event::of_foreign(manager.device(), ForeignWork::All);
+            events.push(Arc::new(all.map_err(MemoryError::device("mark what is queued"))?));
+        }
+        for event in &events {
+            manager.up.wait_for(event).map_err(MemoryError::device("order a fill"))?;
+        }
+        // In turn, so that nothing is unmapped or evicted meanwhile.
+        let _turn = manager.take_turn_only(deadline)?;
+        if !self.region.missing_bytes().is_zero() {
+            return Ok(());
+        }
+        let (blocks, copies) = {
+            let state = self.state.lock();
+            let pool = state.pool(group)?;
+            // The others have lost their memory already.
+            let blocks: Vec<u32> = blocks.iter().copied().filter(|block| pool.is_available(*block)).collect();
+            let layout = &state.layout().groups()[group];
+            let pieces = blocks.iter().flat_map(|block| layout.pieces(*block));
+            let copies: Vec<BlockCopy> =
+                pieces.flat_map(|(at, bytes)| filling(&debug.filler, at, bytes)).collect();
+            (blocks, copies)
+        };
+        let done = self.region.load_blocks(&copies, None)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if done.wait(left).map_err(MemoryError::device("fill blocks"))? {
+            debug.filled.lock().extend(blocks.into_iter().map(|block| (group, block)));
+            return Ok(());
+        }
+        Err(MemoryError::Deadline { doing: "filling freed blocks", waited: manager.options.operation_wait })
+    }
+
+    /// Tells if a filled block was written.
+    fn look_at(&self, debug: &Debug, group: usize, block: u32) -> Result<(), MemoryError> {
+        // In turn: nothing that is filled loses its memory meanwhile.
+        let _turn = self.manager().take_turn_only(self.manager().operation_deadline())?;
+        if !self.region.missing_bytes().is_zero() || !debug.filled.lock().contains(&(group, block)) {
+            return Ok(());
+        }
+        let pieces: Vec<(ByteCount, ByteCount)> = {
+            let state = self.state.lock();
+            state.layout().groups()[group].pieces(block).collect()
+        };
+        for (at, bytes) in pieces {
+            let mut read = vec![FILL; usize::try_from(bytes.0.min(PAGE_BYTES.0)).unwrap_or(0)];
+            let mut done = 0;
+            while done < bytes.0 {
+                let length = (bytes.0 - done).min(read.len() as u64);
+                let part = &mut read[..usize::try_from(length).unwrap_or(0)];
+                self.region.read(at + ByteCount(done), part)?;
+                if let Some(wrong) = part.iter().position(|byte| *byte != FILL) {
+                    let offset = at + ByteCount(done + wrong as u64);
+                    tracing::error!(
+                        cache = self.region.name(),
+                        group,
+                        block,
+                        offset = offset.0,
+                        "a block was written that nobody owned"
+                    );
+                    let mut strays = debug.strays.lock();
+                    if strays.len() < STRAYS_MAX {
+                        strays.push_back(Stray { group, block, offset });
+                    }
+                    return Ok(());
+                }
+                done += length;
+            }
+        }
+        Ok(())
+    }
+
+    /// A granule loses its memory: what was filled there is no more, nor what reached into it.
+    pub(super) fn unfill(&self, granule: GranuleId) {
+        let Some(debug) = &self.debug else { return };
+        let blocks =
+            self.state.lock().pool(granule.group).ok().and_then(|pool| pool.blocks_and_units(granule.slot));
+        if let Some((blocks, _)) = blocks {
+            let from = blocks.start.saturating_sub(1);
+            debug
+                .filled
+                .lock()
+                .retain(|(group, block)| *group != granule.group || !(from..blocks.end).contains(block));
+        }
+    }
+
+    /// Blocks are written by a move.
+    pub(super) fn unfill_targets(&self, group: usize, moves: &[BlockMove]) {
+        if let Some(debug) = &self.debug {
+            let mut filled = debug.filled.lock();
+            for planned in moves {
+                filled.remove(&(group, planned.to));
+            }
+        }
+    }
+}
+
+fn filling(filler: &Arc<HostBuffer>, at: ByteCount, bytes: ByteCount) -> Vec<BlockCopy> {
+    let parts = (0..bytes.0).step_by(usize::try_from(FILLER_BYTES.0).unwrap_or(usize::MAX));
+    let part = |from: u64| BlockCopy {
+        offset: at + ByteCount(from),
+        bytes: ByteCount((bytes.0 - from).min(FILLER_BYTES.0)),
+        host: Arc::clone(filler),
+        host_offset: ByteCount::ZERO,
+    };
+    parts.map(part).collect()
+}
+
+impl KvCache {
+    /// In debug mode: writes to blocks that nobody owned, found since it was asked last. Looks at all blocks that were
+    /// filled when they were freed first.
+    ///
+    /// # Errors
+    /// [`MemoryError::Kv`] without debug mode, [`MemoryError::Deadline`], [`MemoryError::Device`].
+    pub fn strays(&self) -> Result<Vec<Stray>, MemoryError> {
+        let Some(debug) = &self.shared.debug else { return Err(KvError::NoDebug.into()) };
+        let _call = self.shared.debug_call(debug)?;
+        let filled = debug.filled.lock().clone();
+        for (group, block) in filled {
+            let before = debug.strays.lock().len();
+            self.shared.look_at(debug, group, block)?;
+            if debug.strays.lock().len() > before {
+                // Told once.
+                debug.filled.lock().remove(&(group, block));
+            }
+        }
+        Ok(debug.strays.lock().drain(..).collect())
+    }
+}
