@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 use serde::Deserialize;
@@ -137,57 +137,92 @@ pub(crate) struct PyKvGroup {
     blocks: u32,
 }
 
+/// What a short call came to.
+enum Tried<T> {
+    Done(usize),
+    /// It has to wait or to map, for which the GIL is let go first.
+    Later(T),
+}
+
 impl PyKvGroup {
-    /// Fills `ids`; how many, which is all or none.
     #[inline]
-    fn fill<T: BlockId + Send>(&self, py: Python<'_>, ids: &mut [T]) -> PyResult<usize> {
-        let cache = self.cache.get_fast()?;
-        if cache.try_alloc(self.group, ids).map_err(errors::of_memory)? == Attempt::Done {
-            return Ok(ids.len());
-        }
-        let mut own = vec![0_u32; ids.len()];
-        if !py.detach(|| cache.alloc(self.group, &mut own)).map_err(errors::of_memory)? {
-            return Ok(0);
-        }
-        for (id, block) in ids.iter_mut().zip(&own) {
-            *id = T::of(*block);
-        }
-        Ok(ids.len())
+    fn try_fill<T: BlockId>(&self, ids: &mut [T]) -> PyResult<Tried<usize>> {
+        let attempt = self.cache.get_fast()?.try_alloc(self.group, ids).map_err(errors::of_memory)?;
+        Ok(if attempt == Attempt::Done { Tried::Done(ids.len()) } else { Tried::Later(ids.len()) })
+    }
+
+    /// Blocks in a list of our own: others may write to a caller's buffer while the GIL is let go.
+    fn fill(&self, py: Python<'_>, count: usize) -> PyResult<Option<Vec<u32>>> {
+        let cache = self.cache.get()?;
+        let mut own = vec![0_u32; count];
+        let is_done = py.detach(|| cache.alloc(self.group, &mut own)).map_err(errors::of_memory)?;
+        Ok(is_done.then_some(own))
     }
 
     #[inline]
-    fn give<T: BlockId + Sync>(&self, py: Python<'_>, ids: &[T]) -> PyResult<()> {
-        let cache = self.cache.get_fast()?;
-        if cache.try_free(self.group, ids).map_err(errors::of_memory)? == Attempt::Done {
-            return Ok(());
-        }
-        let own: Vec<i64> = ids.iter().map(|id| id.shown()).collect();
+    fn try_give<T: BlockId>(&self, ids: &[T]) -> PyResult<Tried<Vec<i64>>> {
+        let attempt = self.cache.get_fast()?.try_free(self.group, ids).map_err(errors::of_memory)?;
+        Ok(if attempt == Attempt::Done { Tried::Done(ids.len()) } else { Tried::Later(shown(ids)) })
+    }
+
+    fn give(&self, py: Python<'_>, tried: Tried<Vec<i64>>) -> PyResult<()> {
+        let Tried::Later(own) = tried else { return Ok(()) };
+        let cache = self.cache.get()?;
         py.detach(|| cache.free(self.group, &own)).map_err(errors::of_memory)
     }
+}
+
+/// Puts blocks into a buffer; how many, which is as many as it takes or none.
+fn put<T: BlockId>(ids: &mut [T], blocks: &[u32]) -> usize {
+    if ids.len() != blocks.len() {
+        return 0;
+    }
+    for (id, block) in ids.iter_mut().zip(blocks) {
+        *id = T::of(*block);
+    }
+    blocks.len()
 }
 
 #[pymethods]
 impl PyKvGroup {
     /// Fill a buffer of 32 or 64 bit integers with blocks; the number of them, or 0.
     fn alloc_into(&self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let py = buffer.py();
-        buffer::with_integers_mut(buffer, |ids| match ids {
-            IntegersMut::Int32(ids) => self.fill(py, ids),
-            IntegersMut::Uint32(ids) => self.fill(py, ids),
-            IntegersMut::Int64(ids) => self.fill(py, ids),
-            IntegersMut::Uint64(ids) => self.fill(py, ids),
-        })
+        let tried = buffer::with_integers_mut(buffer, |ids| match ids {
+            IntegersMut::Int32(ids) => self.try_fill(ids),
+            IntegersMut::Uint32(ids) => self.try_fill(ids),
+            IntegersMut::Int64(ids) => self.try_fill(ids),
+            IntegersMut::Uint64(ids) => self.try_fill(ids),
+        })?;
+        let count = match tried {
+            Tried::Done(count) => return Ok(count),
+            Tried::Later(count) => count,
+        };
+        let Some(own) = self.fill(buffer.py(), count)? else { return Ok(0) };
+        let done = buffer::with_integers_mut(buffer, |ids| {
+            Ok(match ids {
+                IntegersMut::Int32(ids) => put(ids, &own),
+                IntegersMut::Uint32(ids) => put(ids, &own),
+                IntegersMut::Int64(ids) => put(ids, &own),
+                IntegersMut::Uint64(ids) => put(ids, &own),
+            })
+        });
+        if done.as_ref().is_ok_and(|done| *done == own.len()) {
+            return done;
+        }
+        // Somebody made the buffer shorter meanwhile: nobody knows of these blocks.
+        self.give(buffer.py(), Tried::Later(shown(&own)))?;
+        done.and(Err(PyBufferError::new_err("the buffer's length has changed during the call")))
     }
 
     /// Take one owner from each block in a buffer of 32 or 64 bit integers.
     fn free_from(&self, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = buffer.py();
-        buffer::with_integers(buffer, |ids| match ids {
-            Integers::Int32(ids) => self.give(py, ids),
-            Integers::Uint32(ids) => self.give(py, ids),
-            Integers::Int64(ids) => self.give(py, ids),
-            Integers::Uint64(ids) => self.give(py, ids),
-        })
+        let tried = buffer::with_integers(buffer, |ids| match ids {
+            Integers::Int32(ids) => self.try_give(ids),
+            Integers::Uint32(ids) => self.try_give(ids),
+            Integers::Int64(ids) => self.try_give(ids),
+            Integers::Uint64(ids) => self.try_give(ids),
+        })?;
+        self.give(buffer.py(), tried)
     }
 
     /// A list of so many blocks, or None.
@@ -196,12 +231,17 @@ impl PyKvGroup {
             return Ok(None);
         }
         let mut ids = vec![0_u32; n];
-        if self.fill(py, &mut ids)? == n { PyList::new(py, ids).map(Some) } else { Ok(None) }
+        if let Tried::Later(count) = self.try_fill(&mut ids)? {
+            let Some(own) = self.fill(py, count)? else { return Ok(None) };
+            ids = own;
+        }
+        PyList::new(py, ids).map(Some)
     }
 
     /// Take one owner from each of these blocks.
     fn free(&self, py: Python<'_>, ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.give(py, &list_of_ids(ids)?)
+        let tried = self.try_give(&list_of_ids(ids)?)?;
+        self.give(py, tried)
     }
 
     /// One owner more for each of these blocks.

@@ -63,11 +63,12 @@ impl Drop for Ahead {
 }
 
 impl Shared {
-    /// Calls the thread. Never waits.
+    /// Calls the thread.
     #[inline]
     pub(super) fn call(&self) {
-        // Held by the thread for moments, and by others who call it, who then have called it.
-        let Some(mut signal) = self.signal.try_lock() else { return };
+        // Nobody holds it for longer than it takes to look at it. Not tried but taken: a call that comes while the thread
+        // is about to sleep must be heard.
+        let mut signal = self.signal.lock();
         if !signal.is_called {
             signal.is_called = true;
             drop(signal);
