@@ -48,7 +48,8 @@ def of_streams() -> list[Row]:
     rows = []
     for row in told:
         low, high = row["spread"]
-        rows.append(Row(**row | {"case": names[row["case"]], "spread": (low, high)}))
+        metric = row["metric"].replace("added_", "added by the server, ")
+        rows.append(Row(**row | {"case": names[row["case"]], "metric": metric, "spread": (low, high)}))
     return rows
 
 

@@ -179,6 +179,15 @@ def test_decisions_are_told_with_their_reasons_newest_first() -> None:
     assert log_lines(browser)[0] == "oak pinned2 times"
 
 
+def test_an_end_that_was_asked_for_is_no_trouble() -> None:
+    browser, feed = opened(model("oak"))
+    ended = {"status": "exited with status 0", "returned": MIB}
+    browser.push(
+        feed, event(1, "worker_exited", pid=7, **ended) + event(2, "worker_exited", pid=8, asked=True, **ended)
+    )
+    assert [len(line.find(with_class="bad")) for line in browser.see("log").find(tag="li")] == [0, 1]
+
+
 def test_a_model_says_why_it_is_as_it_is_for_as_long_as_one_wants_to_know() -> None:
     browser, feed = opened(model("oak", "asleep"), model("elm"))
     browser.click("Why is oak as it is")

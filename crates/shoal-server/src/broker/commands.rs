@@ -16,7 +16,7 @@ impl Core {
         model.child = Some(pid);
         model.target = target;
         model.starts += 1;
-        let (starts, reason) = (model.starts, "it is needed".to_owned());
+        let (starts, reason) = (model.starts, "its command is needed".to_owned());
         self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
     }
 
@@ -34,12 +34,13 @@ impl Core {
         let pid = model.child.take().unwrap_or_default();
         model.usage.overhead_device = ByteCount::ZERO;
         model.error = trouble;
+        let asked = model.error.is_none();
         let returned = self.book.total(id);
         self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
         if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {
             tracing::debug!(%error, "a program without an account ended");
         }
-        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned });
+        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned, asked });
     }
 
     /// Requests that the program answers now.

@@ -278,7 +278,8 @@ impl Core {
         self.asked.retain(|asked| asked.pending.model != id);
         let returned = self.book.close(id);
         if !self.models[place].is_rigid() {
-            let what = EventKind::WorkerExited { pid, status: exit.to_string(), returned };
+            let what =
+                EventKind::WorkerExited { pid, status: exit.to_string(), returned, asked: self.stopping };
             self.tell(now_ms, Some(place), what);
         }
         let model = &mut self.models[place];

@@ -90,6 +90,9 @@ pub enum EventKind {
         /// Device bytes that came back with it.
         #[schema(value_type = u64)]
         returned: ByteCount,
+        /// It was told to end, by a server that ends too or because others needed its memory.
+        #[serde(default)]
+        asked: bool,
     },
     /// A worker will be started again.
     RestartScheduled {

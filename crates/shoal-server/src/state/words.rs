@@ -22,7 +22,7 @@ impl fmt::Display for EventKind {
             }
             Self::WorkerLoading { phase, done, total } => write!(f, "{phase}: {done} of {total}"),
             Self::WorkerReady { pid, weights } => write!(f, "worker {pid} is ready, {weights} of weights"),
-            Self::WorkerExited { pid, status, returned } => {
+            Self::WorkerExited { pid, status, returned, .. } => {
                 write!(f, "worker {pid} ended ({status}); {returned} came back")
             }
             Self::RestartScheduled { delay_ms, reason } => {
