@@ -3,6 +3,7 @@
 #   tests/gpu/run.sh conformance    every promise of a device, on the GPU
 #   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
 #   tests/gpu/run.sh copies         blocks from 4 KiB to 64 MiB up, down and both ways at once, against the link
+#   tests/gpu/run.sh arena          how fast memory for host copies is made and locked, by kind, against cuMemHostAlloc
 #   tests/gpu/run.sh sanitizer      our kernels under compute-sanitizer: memory, races, barriers
 #   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
 #   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
@@ -17,7 +18,7 @@
 #   tests/gpu/run.sh soak           1,000 sleeps and wakes of 2 GiB and of a model with CUDA graphs: nothing lost
 #   tests/gpu/run.sh trade          two processes trade memory for four minutes, one of them killed in its restores
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
-# From python on they use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_sleep_wake, cuda_swap,
+# From python on they use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_arena, cuda_sleep_wake, cuda_swap,
 # cuda_churn, cuda_kv_grow, faults, pool, swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
 set -eu
@@ -42,7 +43,7 @@ program() {
         build shoal-device "" test cuda
     elif [ "$1" = faults ] || [ "$1" = pool ] || [ "$1" = swap ]; then
         build shoal-memory "" test "$1"
-    elif [ "$1" = cuda_sleep_wake ] || [ "$1" = cuda_swap ] || [ "$1" = cuda_churn ] ||
+    elif [ "$1" = cuda_arena ] || [ "$1" = cuda_sleep_wake ] || [ "$1" = cuda_swap ] || [ "$1" = cuda_churn ] ||
         [ "$1" = cuda_kv_grow ]; then
         build shoal-memory --release bench "$1"
     else
@@ -52,7 +53,7 @@ program() {
 
 if [ "$part" = build ]; then
     mkdir -p "$2"
-    for name in cuda cuda_vmm cuda_copies cuda_sleep_wake cuda_swap cuda_churn cuda_kv_grow faults pool swap; do
+    for name in cuda cuda_vmm cuda_copies cuda_arena cuda_sleep_wake cuda_swap cuda_churn cuda_kv_grow faults pool swap; do
         built=$(program $name)
         strip -o "$2/$name" "$built"
     done
@@ -106,6 +107,7 @@ first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
 copies) "$(program cuda_copies)" ;;
+arena) "$(program cuda_arena)" ;;
 sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$SHOAL_RESULT" "$OUT" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
@@ -122,7 +124,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token, tms, sleep_wake_torch, soak, trade and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token, tms, sleep_wake_torch, soak, trade and shelf" >&2
     exit 2
     ;;
 esac

@@ -11,7 +11,7 @@
 //! | `reserve`, `release` | `cuMemAddressReserve`, `cuMemAddressFree` |
 //! | `create_frame`, `destroy_frame` | `cuMemCreate`, `cuMemRelease` |
 //! | `map`, `unmap` | `cuMemMap` + `cuMemSetAccess`, `cuMemUnmap` |
-//! | `allocate_host`, `free_host` | our own pages (`mmap`) |
+//! | `allocate_host`, `adopt_host`, `free_host` | our own pages, or a file's (`mmap`) |
 //! | `lock_host` | `cuMemHostRegister`, undone by `free_host` |
 //! | `create_stream`, `destroy_stream` | `cuStreamCreate` (non-blocking), `cuStreamDestroy` |
 //! | `copy` | `cuMemcpyAsync` |
@@ -47,6 +47,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::ids::DeviceId;
 
 use crate::error::DeviceError;
+use crate::host::HostFile;
 
 /// An address as the device sees it. On the simulated device it is an address of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -289,6 +290,13 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// `Misaligned` for zero bytes, `HostMemory`, `System` where the machine has no such backing.
     fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError>;
 
+    /// Maps memory that another process may map too; what is in it stays. It is given back like memory of our own
+    /// ([`Device::free_host`]), and lives on as long as anybody maps it or holds the file. It is not page-locked yet.
+    ///
+    /// # Errors
+    /// `HostMemory`, `System`.
+    fn adopt_host(&self, file: &HostFile) -> Result<RawHost, DeviceError>;
+
     /// Page-locks a whole piece of host memory, so that copies run at the speed of the link, beside their caller, and
     /// kernels reach it. Without it copies work, slower.
     ///
@@ -457,6 +465,7 @@ pub enum Verb {
     Map,
     Unmap,
     AllocateHost,
+    AdoptHost,
     LockHost,
     FreeHost,
     CreateStream,

@@ -21,6 +21,7 @@ use crate::device::{
     RawCopy, RawEvent, RawFrame, RawHost, RawSpan, RawStream, Verb, VirtAddr,
 };
 use crate::error::DeviceError;
+use crate::host::HostFile;
 
 /// How many calls are remembered; older ones are forgotten.
 const HISTORY_MAX: usize = 4096;
@@ -192,6 +193,11 @@ impl Device for FaultDevice {
     fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         self.enter(Verb::AllocateHost, bytes)?;
         self.inner.allocate_host(bytes, backing)
+    }
+
+    fn adopt_host(&self, file: &HostFile) -> Result<RawHost, DeviceError> {
+        self.enter(Verb::AdoptHost, file.bytes())?;
+        self.inner.adopt_host(file)
     }
 
     fn lock_host(&self, host: RawHost) -> Result<(), DeviceError> {

@@ -44,6 +44,7 @@ use crate::device::{
     RawCopy, RawEvent, RawFrame, RawHost, RawSpan, RawStream, Space, VirtAddr,
 };
 use crate::error::DeviceError;
+use crate::host::HostFile;
 use crate::sim::LiveObjects;
 
 /// How many recorded errors are kept until somebody takes them; later ones are logged only.
@@ -268,6 +269,11 @@ impl Device for CudaDevice {
     fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         self.check_process()?;
         self.host.pages().allocate(bytes, backing)
+    }
+
+    fn adopt_host(&self, file: &HostFile) -> Result<RawHost, DeviceError> {
+        self.check_process()?;
+        self.host.pages().adopt(file)
     }
 
     fn lock_host(&self, host: RawHost) -> Result<(), DeviceError> {

@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use parking_lot::Mutex;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use shoal_core::bytes::ByteCount;
@@ -22,6 +21,7 @@ use shoal_core::ids::DeviceId;
 
 use crate::device::{HostBacking, RawHost};
 use crate::error::DeviceError;
+use crate::host::HostFile;
 use crate::sim::ram::{check_available, shortage};
 
 const SMALL_PAGE_BYTES: u64 = 4096;
@@ -98,7 +98,17 @@ impl HostMemory {
         }
         let unit = if backing == HostBacking::SmallPages { SMALL_PAGE_BYTES } else { HUGE_PAGE_BYTES };
         let rounded = bytes.0.checked_next_multiple_of(unit).ok_or_else(|| shortage(CALL, bytes))?;
-        let at = map(rounded, unit, backing).map_err(|(call, source)| match source {
+        let file = match backing {
+            HostBacking::ReservedHugePages | HostBacking::SharedHugePages => {
+                Some(HostFile::create(ByteCount(rounded), backing)?)
+            }
+            HostBacking::HugePages | HostBacking::SmallPages => None,
+        };
+        let source = match &file {
+            Some(file) => Source::Shared(file),
+            None => Source::Private { is_huge: backing == HostBacking::HugePages },
+        };
+        let at = map(rounded, unit, source).map_err(|(call, source)| match source {
             Errno::NOMEM | Errno::AGAIN => shortage(CALL, bytes),
             other => DeviceError::system(call, other),
         })?;
@@ -107,6 +117,22 @@ impl HostMemory {
             return Err(shortage(CALL, bytes));
         }
         self.live.lock().insert(at, Piece { bytes: rounded, lock: Lock::None });
+        Ok(RawHost(at))
+    }
+
+    /// Maps a file in memory, and makes all of it be there; its content stays.
+    pub(crate) fn adopt(&self, file: &HostFile) -> Result<RawHost, DeviceError> {
+        let bytes = file.bytes();
+        let at =
+            map(bytes.0, HUGE_PAGE_BYTES, Source::Shared(file)).map_err(|(call, source)| match source {
+                Errno::NOMEM | Errno::AGAIN => shortage(CALL, bytes),
+                other => DeviceError::system(call, other),
+            })?;
+        if !fill(at, bytes.0) {
+            unmap(at, bytes.0).map_err(|source| DeviceError::system("munmap", source))?;
+            return Err(shortage(CALL, bytes));
+        }
+        self.live.lock().insert(at, Piece { bytes: bytes.0, lock: Lock::None });
         Ok(RawHost(at))
     }
 
@@ -165,8 +191,18 @@ impl HostMemory {
     }
 }
 
-/// Fresh memory, aligned to `unit`; on an error nothing stays mapped.
-fn map(bytes: u64, unit: u64, backing: HostBacking) -> Result<u64, (&'static str, Errno)> {
+/// Where a mapping's memory comes from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Private {
+        is_huge: bool,
+    },
+    /// A file, which lives as long as it is mapped or somebody holds it.
+    Shared(&'a HostFile),
+}
+
+/// A mapping, aligned to `unit`; on an error nothing stays mapped.
+fn map(bytes: u64, unit: u64, source: Source<'_>) -> Result<u64, (&'static str, Errno)> {
     let wide = bytes.checked_add(unit).ok_or(("mmap", Errno::NOMEM))?;
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the kernel picks unused addresses, so no one else's memory changes.
@@ -174,12 +210,9 @@ fn map(bytes: u64, unit: u64, backing: HostBacking) -> Result<u64, (&'static str
     let start = start.map_err(|source| ("mmap", source))?.expose_provenance() as u64;
     let at = start.next_multiple_of(unit);
     let trimmed = unmap(start, at - start).and_then(|()| unmap(at + bytes, start + wide - (at + bytes)));
-    let replaced = trimmed.map_err(|source| ("munmap", source)).and_then(|()| match backing {
-        HostBacking::HugePages | HostBacking::SmallPages => Ok(()),
-        HostBacking::SharedHugePages => map_file(at, bytes, MemfdFlags::CLOEXEC),
-        HostBacking::ReservedHugePages => {
-            map_file(at, bytes, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
-        }
+    let replaced = trimmed.map_err(|source| ("munmap", source)).and_then(|()| match source {
+        Source::Private { .. } => Ok(()),
+        Source::Shared(file) => map_file(at, bytes, file),
     });
     if let Err(error) = replaced {
         // What was trimmed already is a hole; unmapping a hole is nothing.
@@ -192,7 +225,12 @@ fn map(bytes: u64, unit: u64, backing: HostBacking) -> Result<u64, (&'static str
         let _ = unmap(at, bytes);
         return Err(("madvise", source));
     }
-    if matches!(backing, HostBacking::HugePages | HostBacking::SharedHugePages) {
+    let wants_advice = match source {
+        Source::Private { is_huge } => is_huge,
+        // Of what was set aside all pages are huge.
+        Source::Shared(file) => file.backing() == HostBacking::SharedHugePages,
+    };
+    if wants_advice {
         // Where huge pages are switched off this is refused, and small ones do.
         // SAFETY: mapped just above.
         let _ = unsafe { madvise(pointer(at), length(bytes), Advice::LinuxHugepage) };
@@ -200,13 +238,11 @@ fn map(bytes: u64, unit: u64, backing: HostBacking) -> Result<u64, (&'static str
     Ok(at)
 }
 
-/// Puts a file in memory, which lives as long as it is mapped, in the place of what is mapped at `at`.
-fn map_file(at: u64, bytes: u64, flags: MemfdFlags) -> Result<(), (&'static str, Errno)> {
-    let file = memfd_create("shoal-host", flags).map_err(|source| ("memfd_create", source))?;
-    ftruncate(&file, bytes).map_err(|source| ("ftruncate", source))?;
+/// Puts a file in memory in the place of what is mapped at `at`.
+fn map_file(at: u64, bytes: u64, file: &HostFile) -> Result<(), (&'static str, Errno)> {
     let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
     // SAFETY: replaces a mapping that `map` made just now and that nobody else knows.
-    let mapped = unsafe { mmap(pointer(at), length(bytes), protection, flags, &file, 0) };
+    let mapped = unsafe { mmap(pointer(at), length(bytes), protection, flags, file, 0) };
     mapped.map(|_| ()).map_err(|source| ("mmap", source))
 }
 
@@ -292,6 +328,33 @@ mod tests {
             assert!(matches!(free(&memory, host), Err(DeviceError::UnknownHandle { .. })));
         }
         assert_eq!(memory.count(), 0);
+    }
+
+    #[test]
+    fn a_file_mapped_twice_is_one_memory_and_reads_as_zeroes_once_it_is_discarded() {
+        let file = HostFile::create(ByteCount::mib(3), HostBacking::SharedHugePages).unwrap();
+        let bytes = file.bytes();
+        assert_eq!(bytes, ByteCount::mib(4), "whole huge pages");
+        let (one, other) = (HostMemory::default(), HostMemory::default());
+        let first = one.adopt(&file).unwrap();
+        let handed = HostFile::of(file.try_clone().unwrap().into(), bytes, file.backing()).unwrap();
+        let second = other.adopt(&handed).unwrap();
+        let slice = |at: RawHost| {
+            // SAFETY: just mapped, and freed below; one reference at a time is used.
+            unsafe { core::slice::from_raw_parts_mut(pointer(at.0).cast::<u8>(), length(bytes.0)) }
+        };
+        slice(first).fill(0xCD);
+        assert!(slice(second).iter().all(|byte| *byte == 0xCD));
+        free(&one, first).unwrap();
+        assert!(slice(second).iter().all(|byte| *byte == 0xCD), "the other keeps it");
+        file.discard().unwrap();
+        assert!(slice(second).iter().all(|byte| *byte == 0));
+        free(&other, second).unwrap();
+        let short = HostFile::of(handed.try_clone().unwrap().into(), ByteCount::mib(2), file.backing());
+        assert!(matches!(short, Err(DeviceError::LengthMismatch { .. })), "{short:?}");
+        let plain = std::os::fd::OwnedFd::from(tempfile::tempfile().unwrap());
+        assert!(HostFile::of(plain, bytes, file.backing()).is_err(), "a file on disk is no memory");
+        assert!(HostFile::create(bytes, HostBacking::SmallPages).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What this machine allows for host memory, read once when asked, with the remedy for each thing that is short.
+//! What this machine allows for host memory, read once when asked, and what is therefore made of what.
 //!
 //! Apart because two ask: the arena, which chooses its backing by it, and `shoal doctor`, which shows it to a person.
 
@@ -8,6 +8,7 @@ use std::path::Path;
 use rustix::process::{Resource, getrlimit};
 use shoal_core::bytes::ByteCount;
 
+use crate::device::HostBacking;
 use crate::sim::ram;
 
 /// One of the kernel's switches for huge pages.
@@ -24,6 +25,12 @@ pub enum PageSetting {
 }
 
 impl PageSetting {
+    /// Whether memory that asks for huge pages gets them.
+    #[must_use]
+    pub const fn is_allowed(&self) -> bool {
+        matches!(self, Self::Always | Self::OnRequest)
+    }
+
     /// The bracketed word of a setting's file.
     fn parse(text: &str) -> Self {
         let word = text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map(|(word, _)| word);
@@ -81,29 +88,32 @@ impl HostSurvey {
         }
     }
 
-    /// What a person can do to make host memory faster or larger, a sentence each; nothing where all is well.
+    /// What a piece of host memory of so many bytes can be made of here, in the order in which it is worth trying, each
+    /// with the reason for it in words. Shared memory with huge pages comes first: it is the fastest to make, and the only
+    /// kind that another process can map. Pages that an administrator set aside come after it, since somebody else may
+    /// count on them.
     #[must_use]
-    pub fn remedies(&self) -> Vec<String> {
-        let mut remedies = Vec::new();
-        let has_shared = matches!(self.shared_huge_pages, PageSetting::Always | PageSetting::OnRequest);
-        if !has_shared && self.reserved_huge_pages.is_zero() && self.shared_huge_pages != PageSetting::Unknown
-        {
-            remedies.push(
-                "memory that processes share has small pages: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
-                    .to_owned(),
-            );
+    pub fn backings(&self, bytes: ByteCount) -> Vec<(HostBacking, String)> {
+        let mut found = Vec::new();
+        if self.shared_huge_pages.is_allowed() {
+            let reason = "shared memory with huge pages, as shmem_enabled allows";
+            found.push((HostBacking::SharedHugePages, reason.to_owned()));
         }
-        if self.private_huge_pages == PageSetting::Never {
-            remedies.push(
-                "huge pages are off: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled".to_owned(),
-            );
+        if self.reserved_huge_pages >= bytes {
+            let reason = "huge pages that were set aside (vm.nr_hugepages)";
+            found.push((HostBacking::ReservedHugePages, reason.to_owned()));
         }
-        if let Some(limit) = self.lock_limit {
-            remedies.push(format!(
-                "this process may lock {limit} of memory: raise it (ulimit -l unlimited, LimitMEMLOCK=infinity, docker run --ulimit memlock=-1)"
-            ));
+        let shared = match self.shared_huge_pages {
+            PageSetting::Never => "shmem_enabled is never",
+            PageSetting::Unknown => "the kernel has no setting shmem_enabled",
+            PageSetting::Always | PageSetting::OnRequest => "shared memory was refused",
+        };
+        if self.private_huge_pages != PageSetting::Never {
+            found.push((HostBacking::HugePages, format!("private memory with huge pages, since {shared}")));
         }
-        remedies
+        let reason = format!("small pages, which are slow to make, since {shared} and huge pages are off");
+        found.push((HostBacking::SmallPages, reason));
+        found
     }
 }
 
@@ -129,7 +139,30 @@ mod tests {
         assert_eq!(found.private_huge_pages, PageSetting::OnRequest);
         assert_eq!(found.shared_huge_pages, PageSetting::Never);
         assert_eq!(found.reserved_huge_pages, ByteCount::mib(6));
-        let none = HostSurvey { reserved_huge_pages: ByteCount::ZERO, lock_limit: None, ..found };
-        assert!(matches!(none.remedies().as_slice(), [one] if one.contains("shmem_enabled")), "{none:?}");
+    }
+
+    fn of(private: PageSetting, shared: PageSetting, reserved_mib: u64) -> Vec<HostBacking> {
+        let survey = HostSurvey {
+            private_huge_pages: private,
+            shared_huge_pages: shared,
+            reserved_huge_pages: ByteCount::mib(reserved_mib),
+            lock_limit: None,
+            available: None,
+            mappings_max: None,
+            files_max: None,
+        };
+        survey.backings(ByteCount::mib(64)).into_iter().map(|(backing, _)| backing).collect()
+    }
+
+    #[test]
+    fn the_fastest_that_is_allowed_comes_first_and_small_pages_always_do() {
+        use HostBacking::{HugePages, ReservedHugePages, SharedHugePages, SmallPages};
+        use PageSetting::{Always, Never, OnRequest, Unknown};
+        assert_eq!(of(OnRequest, Never, 0), [HugePages, SmallPages]);
+        assert_eq!(of(OnRequest, OnRequest, 0), [SharedHugePages, HugePages, SmallPages]);
+        assert_eq!(of(Always, Always, 64), [SharedHugePages, ReservedHugePages, HugePages, SmallPages]);
+        assert_eq!(of(Never, Never, 63), [SmallPages]);
+        assert_eq!(of(Never, Never, 64), [ReservedHugePages, SmallPages]);
+        assert_eq!(of(Unknown, Unknown, 0), [HugePages, SmallPages]);
     }
 }

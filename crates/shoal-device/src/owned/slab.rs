@@ -17,6 +17,7 @@ use shoal_core::bytes::ByteCount;
 use super::{HostBuffer, check_range, record_leak};
 use crate::device::{Device, HostBacking, RawHost};
 use crate::error::DeviceError;
+use crate::host::HostFile;
 
 /// Host memory, of which buffers are parts.
 #[derive(Debug)]
@@ -42,16 +43,21 @@ impl HostSlab {
         backing: HostBacking,
     ) -> Result<Arc<Self>, DeviceError> {
         let raw = device.allocate_host(bytes, backing)?;
+        Ok(Self::new(device, raw, bytes, backing))
+    }
+
+    /// Maps memory that another process may map too. It holds what it held; see [`Device::adopt_host`].
+    ///
+    /// # Errors
+    /// As [`Device::adopt_host`].
+    pub fn adopt(device: &Arc<dyn Device>, file: &HostFile) -> Result<Arc<Self>, DeviceError> {
+        let raw = device.adopt_host(file)?;
+        Ok(Self::new(device, raw, file.bytes(), file.backing()))
+    }
+
+    fn new(device: &Arc<dyn Device>, raw: RawHost, bytes: ByteCount, backing: HostBacking) -> Arc<Self> {
         let (is_locked, is_given_back, parts) = (AtomicBool::new(false), false, Mutex::default());
-        Ok(Arc::new(Self {
-            device: Arc::clone(device),
-            raw,
-            bytes,
-            backing,
-            is_locked,
-            is_given_back,
-            parts,
-        }))
+        Arc::new(Self { device: Arc::clone(device), raw, bytes, backing, is_locked, is_given_back, parts })
     }
 
     /// Page-locks all of it.

@@ -39,6 +39,7 @@ use crate::device::{
     HostFunction, Keep, RawCopy, RawEvent, RawFrame, RawHost, RawSpan, RawStream, VirtAddr,
 };
 use crate::error::DeviceError;
+use crate::host::HostFile;
 use crate::host::memory::HostMemory;
 
 /// How many recorded errors are kept until somebody takes them.
@@ -223,6 +224,11 @@ impl Device for SimDevice {
     fn allocate_host(&self, bytes: ByteCount, backing: HostBacking) -> Result<RawHost, DeviceError> {
         self.check_process()?;
         self.host.allocate(bytes, backing)
+    }
+
+    fn adopt_host(&self, file: &HostFile) -> Result<RawHost, DeviceError> {
+        self.check_process()?;
+        self.host.adopt(file)
     }
 
     fn lock_host(&self, host: RawHost) -> Result<(), DeviceError> {

@@ -12,7 +12,6 @@ use shoal_core::slabs::{Order, Part, RoomPlan, bytes_of};
 use shoal_device::host::survey;
 use shoal_device::{DeviceError, HostSlab};
 
-use super::backing::candidates;
 use super::{Core, Lock, Slab, State, index_of};
 use crate::error::MemoryError;
 
@@ -97,13 +96,14 @@ impl Core {
 
     fn allocate_slab(&self, order: Order) -> Result<Arc<HostSlab>, DeviceError> {
         let bytes = bytes_of(order);
-        let candidates = candidates(&survey(), bytes);
+        // What this machine has, the fastest first; what it refused once is not tried again.
+        let candidates = survey().backings(bytes);
         let skipped = self.state.lock().backings_refused.min(candidates.len() - 1);
         let last = candidates.len() - 1;
         for (index, (backing, reason)) in candidates.into_iter().enumerate().skip(skipped) {
             match HostSlab::allocate(&self.device, bytes, backing) {
                 Ok(memory) => {
-                    self.state.lock().give_reason(reason);
+                    self.state.lock().give_reason(format!("it is made of {reason}"));
                     return Ok(memory);
                 }
                 // The machine has no such memory, whatever its settings say.

@@ -7,7 +7,6 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | `backing` | what slabs are made of on this machine, and why |
 //! | `copy` | [`HostCopy`]: the memory of one copy, which may be moved while nobody holds it |
 //! | `keeper` | the thread that locks and makes slabs ahead, and gives idle ones back |
 //! | `make` | making slabs, and making room in them |
@@ -21,7 +20,6 @@
 //! copy runs at a fraction of the link and holds its caller up, which costs more than the locking. Where locking is
 //! refused, copies go unlocked and the reason is kept ([`HostUsage::reasons`]).
 
-mod backing;
 mod copy;
 mod keeper;
 mod make;

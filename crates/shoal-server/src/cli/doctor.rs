@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 use shoal_core::bytes::ByteCount;
+use shoal_device::HostBacking;
+use shoal_device::host::{HostSurvey, survey};
 
 use super::{Failure, Out};
 use crate::config::{ConfigError, DRIVER_MIN, DeviceChoice, ServerConfig, Surroundings, find_file};
@@ -18,6 +19,10 @@ const PYTHON_WAIT_MAX: Duration = Duration::from_secs(30);
 const PYTHON_OUTPUT_BYTES_MAX: u64 = 1 << 16;
 /// A Unix socket's path has 107 bytes; ours need a name below the runtime directory.
 const RUNTIME_DIR_BYTES_MAX: usize = 60;
+/// Room for the mappings that a worker has beside its extents: libraries, threads, slabs.
+const MAPPINGS_OF_A_PROCESS: u64 = 8_192;
+/// Of the server: 256 streams take two each, workers a few.
+const FILES_MIN: u64 = 1024;
 const ASK_PYTHON: &str = "\
 import importlib.metadata as m, json, sys
 def version(name):
@@ -80,7 +85,7 @@ pub(super) fn doctor(file: Option<&Path>, json: bool, out: Out<'_>) -> Result<()
     checks.extend(nvidia(&surroundings, config.as_ref()));
     checks.extend(memory(&surroundings, config.as_ref()));
     checks.push(disk(&surroundings.cache_home));
-    checks.extend(limits(surroundings.nvidia.is_some()));
+    checks.extend(limits(&survey(), surroundings.nvidia.is_some(), config.as_ref()));
     checks.push(runtime_dir(&surroundings.runtime_dir));
 
     let worst = checks.iter().map(|check| check.level).max().unwrap_or(Level::Ok);
@@ -300,39 +305,57 @@ fn disk(cache_home: &Path) -> Check {
     }
 }
 
-fn limits(has_gpu: bool) -> Vec<Check> {
-    let read = |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned());
-    let unlimited =
-        |value: Option<u64>| value.map_or_else(|| "unlimited".to_owned(), |value| value.to_string());
+/// What this machine allows for host copies, and the limits of a process.
+fn limits(found: &HostSurvey, has_gpu: bool, config: Option<&ServerConfig>) -> Vec<Check> {
     let mut checks = Vec::new();
-    if let Ok(count) = read("/proc/sys/vm/max_map_count") {
-        let enough = count.parse::<u64>().is_ok_and(|count| count >= 65_530);
-        let remedy = "sysctl -w vm.max_map_count=262144 (each extent on a simulated device is a mapping, and so is each slab of host memory)";
-        checks.push(Check::of(enough, Level::Warn, "vm.max_map_count", count, remedy));
+    let host_budget = config.map(|config| config.host_budget);
+    let slab = ByteCount::gib(1);
+    if let Some((backing, made_of)) = found.backings(slab).into_iter().next() {
+        let (is_good, remedy) = match backing {
+            HostBacking::SharedHugePages | HostBacking::ReservedHugePages => (true, ""),
+            HostBacking::HugePages => (
+                !has_gpu,
+                "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (as root; faster)",
+            ),
+            _ => (
+                false,
+                "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root), or memory for copies is made \
+                 several times slower",
+            ),
+        };
+        checks.push(Check::of(is_good, Level::Warn, "memory for host copies", made_of, remedy));
     }
-    let files = getrlimit(Resource::Nofile).current;
-    checks.push(Check::of(
-        files.is_none_or(|files| files >= 1024),
-        Level::Warn,
-        "open files",
-        unlimited(files),
-        "ulimit -n 65536 (each connection takes one)",
-    ));
-    let locked = getrlimit(Resource::Memlock).current;
     // Page-locked memory matters to a GPU's copies, not to the simulated device.
+    let is_enough = found.lock_limit.is_none_or(|limit| host_budget.is_some_and(|budget| limit >= budget));
+    let limit = found.lock_limit.map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string());
+    let wanted = host_budget.map(|budget| format!(", {budget} wanted for host_budget")).unwrap_or_default();
     checks.push(Check::of(
-        locked.is_none() || !has_gpu,
+        is_enough || !has_gpu,
         Level::Warn,
         "locked memory",
-        locked.map_or_else(|| "unlimited".to_owned(), |bytes| ByteCount(bytes).to_string()),
-        "ulimit -l unlimited (LimitMEMLOCK=infinity for a service), or copies to the GPU are slow",
+        if found.lock_limit.is_none() { limit } else { limit + &wanted },
+        "ulimit -l unlimited (LimitMEMLOCK=infinity for a service, docker run --ulimit memlock=-1), or copies to the GPU \
+         may be slow",
     ));
-    if let Ok(setting) = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled") {
-        let chosen = setting.split('[').nth(1).and_then(|rest| rest.split(']').next()).unwrap_or(&setting);
-        let good = matches!(chosen, "always" | "within_size" | "advise" | "force") || !has_gpu;
-        let remedy = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (faster host memory)";
-        checks.push(Check::of(good, Level::Warn, "huge pages for shared memory", chosen.to_owned(), remedy));
+    if let Some(count) = found.mappings_max {
+        // Each extent on a simulated device is a mapping, the least of them a page.
+        let simulated = config.filter(|config| config.device == DeviceChoice::Sim);
+        let extents = simulated.map_or(0, |config| config.device_budget.pages());
+        let needed = extents.saturating_add(MAPPINGS_OF_A_PROCESS);
+        let remedy = format!(
+            "sysctl -w vm.max_map_count={} (each extent on a simulated device is a mapping, and so is each slab of host memory)",
+            needed.next_power_of_two().max(262_144)
+        );
+        let found = format!("{count}, {needed} wanted");
+        checks.push(Check::of(count >= needed, Level::Warn, "vm.max_map_count", found, &remedy));
     }
+    checks.push(Check::of(
+        found.files_max.is_none_or(|files| files >= FILES_MIN),
+        Level::Warn,
+        "open files",
+        found.files_max.map_or_else(|| "unlimited".to_owned(), |files| files.to_string()),
+        "ulimit -n 65536 (LimitNOFILE=65536 for a service; each connection takes one)",
+    ));
     checks
 }
 
@@ -380,6 +403,8 @@ fn runtime_dir(dir: &Path) -> Check {
 
 #[cfg(test)]
 mod tests {
+    use shoal_device::host::PageSetting;
+
     use super::*;
 
     #[test]
@@ -394,6 +419,49 @@ mod tests {
         for check in checks {
             assert_eq!(check["level"] != "ok", check["remedy"].is_string(), "{check}");
         }
+    }
+
+    #[test]
+    fn what_is_short_for_host_copies_has_a_remedy_with_the_command() {
+        let good = HostSurvey {
+            private_huge_pages: PageSetting::OnRequest,
+            shared_huge_pages: PageSetting::OnRequest,
+            reserved_huge_pages: ByteCount::ZERO,
+            lock_limit: None,
+            available: None,
+            mappings_max: Some(65_530),
+            files_max: Some(1024),
+        };
+        let levels = |found: &HostSurvey, has_gpu| -> Vec<(String, Level)> {
+            limits(found, has_gpu, None).into_iter().map(|check| (check.name, check.level)).collect()
+        };
+        assert!(
+            levels(&good, true).iter().all(|(_, level)| *level == Level::Ok),
+            "{:?}",
+            levels(&good, true)
+        );
+        let short = HostSurvey {
+            shared_huge_pages: PageSetting::Never,
+            lock_limit: Some(ByteCount::mib(8)),
+            mappings_max: Some(1000),
+            files_max: Some(256),
+            ..good.clone()
+        };
+        let found = limits(&short, true, None);
+        assert!(found.len() == 4 && found.iter().all(|check| check.level == Level::Warn), "{found:?}");
+        let remedies: Vec<_> = found.into_iter().filter_map(|check| check.remedy).collect();
+        for command in ["shmem_enabled", "ulimit -l", "sysctl -w vm.max_map_count=", "ulimit -n"] {
+            assert!(remedies.iter().any(|remedy| remedy.contains(command)), "{command}: {remedies:?}");
+        }
+        // Without a GPU nothing is gained by locking, and little by sharing.
+        let simulated = levels(&HostSurvey { mappings_max: None, files_max: None, ..short }, false);
+        assert!(simulated.iter().all(|(_, level)| *level == Level::Ok), "{simulated:?}");
+        let off = HostSurvey {
+            private_huge_pages: PageSetting::Never,
+            shared_huge_pages: PageSetting::Never,
+            ..good
+        };
+        assert_eq!(levels(&off, false)[0].1, Level::Warn, "small pages are slow everywhere");
     }
 
     #[test]
