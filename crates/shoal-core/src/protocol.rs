@@ -8,6 +8,11 @@
 //! free from the moment the server reads [`FromWorker::LeaseReturn`], never before; what is granted counts as taken from
 //! the moment it is written. Both sides therefore keep I1 without a round trip on the way down.
 //!
+//! **Slabs.** Where the server lends memory for host copies (`Welcome::lends_slabs`), a worker asks for it by
+//! [`FromWorker::SlabRequest`]; the file comes with the line of the answer (`SCM_RIGHTS`). What one worker has is at most
+//! its host budget. A worker unmaps before it writes [`FromWorker::SlabReturn`]; what it does not return stays for the next
+//! worker of its model.
+//!
 //! **Orders.** `Reclaim` and `Wake` are orders: each is answered by exactly one [`FromWorker::OrderDone`].
 
 use serde::{Deserialize, Serialize};
@@ -54,6 +59,29 @@ pub enum FromServer {
         host_budget: ByteCount,
         /// Where the worker shall listen for HTTP/1.1 (a Unix socket's path).
         data_socket: String,
+        /// Whether the server lends memory for host copies. One that says nothing of it does not.
+        #[serde(default)]
+        lends_slabs: bool,
+    },
+    /// Memory for host copies, whose file comes with this line.
+    SlabGrant {
+        /// The request's number.
+        request: u64,
+        /// The slab's number, by which it is returned.
+        slab: u64,
+        /// Its length.
+        bytes: ByteCount,
+        /// It is made of huge pages that were set aside, not of those that the kernel finds.
+        is_set_aside: bool,
+        /// It reads as zeroes; else it holds what the model's last worker left.
+        is_zeroed: bool,
+    },
+    /// A slab cannot be had.
+    SlabDeny {
+        /// The request's number.
+        request: u64,
+        /// Why, in a sentence with numbers.
+        reason: String,
     },
     /// A lease request was granted, wholly or in part.
     LeaseGrant {
@@ -212,6 +240,18 @@ pub enum FromWorker {
         kind: LeaseKind,
         /// How many.
         bytes: ByteCount,
+    },
+    /// Ask for memory for host copies.
+    SlabRequest {
+        /// A number unique to this connection.
+        request: u64,
+        /// Its length, a multiple of 2 MiB.
+        bytes: ByteCount,
+    },
+    /// Memory for host copies is unmapped and not needed any more.
+    SlabReturn {
+        /// The slab's number.
+        slab: u64,
     },
     /// An order was carried out, as far as it could be.
     OrderDone {

@@ -21,6 +21,7 @@
 mod arena;
 mod gate;
 mod retire;
+mod slab_source;
 mod source;
 mod supply;
 mod swap;
@@ -51,5 +52,6 @@ pub use region::{Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse,
 pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;
 pub use shoal_core::source::{Conversion, SourcePiece};
+pub use slab_source::{LentSlab, SlabSource};
 pub use swap::SwapReport;
 pub use transfer::{Progress, Transfer};

@@ -25,6 +25,7 @@ use crate::pool::{FramePool, PoolOptions};
 use crate::region::{Region, RegionInner, RegionSpec, Report};
 use crate::retire::Retired;
 use crate::segments::Segments;
+use crate::slab_source::SlabSource;
 use crate::source::SourceFiles;
 use crate::transfer::Shared;
 use crate::turn::{Taken, Turn};
@@ -36,6 +37,8 @@ pub struct ManagerOptions {
     pub host_budget: ByteCount,
     /// Who grants device bytes.
     pub lease: Arc<dyn LeaseSource>,
+    /// Who lends memory for host copies; `None`: it is this process's own.
+    pub slabs: Option<Arc<dyn SlabSource>>,
     /// How long `commit` and `KvBacking::back` wait for a lease.
     pub lease_wait: Duration,
     /// How long an operation waits for its turn and for one extent's copy.
@@ -53,6 +56,7 @@ impl ManagerOptions {
         Self {
             host_budget,
             lease,
+            slabs: None,
             lease_wait: Duration::from_secs(2),
             operation_wait: Duration::from_mins(1),
             transfers_max: 16,
@@ -120,7 +124,12 @@ impl MemoryManager {
         let for_copies = options.host_budget - scratch_bytes - scratch_bytes;
         Ok(Arc::new_cyclic(|manager| Self {
             pool: FramePool::new(pool, Weak::clone(manager)),
-            arena: HostArena::new(Arc::clone(&device), for_copies, options.operation_wait),
+            arena: HostArena::new(
+                Arc::clone(&device),
+                for_copies,
+                options.operation_wait,
+                options.slabs.clone(),
+            ),
             device,
             options,
             files: SourceFiles::default(),

@@ -2,7 +2,9 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Seek, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -11,8 +13,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{PAGE, WAIT, noise, open};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION};
+use shoal_device::HostBacking;
+use shoal_device::host::HostFile;
 use shoal_memory::{
     Backing, BrokerClient, LeaseError, LeaseSource, ManagerOptions, MemoryManager, RegionSpec,
 };
@@ -51,6 +56,27 @@ impl Fake {
     }
 }
 
+impl Fake {
+    /// As `say`, and a file with it.
+    fn say_with(&self, said: &FromServer, file: &HostFile) {
+        let mut line = serde_json::to_vec(said).expect("plain data");
+        line.push(b'\n');
+        let files = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        let sent = sendmsg(&self.writer, &[IoSlice::new(&line)], &mut control, SendFlags::empty());
+        assert_eq!(sent.expect("sent"), line.len());
+    }
+
+    fn hear_slab_request(&mut self) -> (u64, ByteCount) {
+        match self.hear() {
+            FromWorker::SlabRequest { request, bytes } => (request, bytes),
+            other => panic!("{other:?} is no request for memory"),
+        }
+    }
+}
+
 fn welcome(version: u32) -> FromServer {
     FromServer::Welcome {
         version,
@@ -59,6 +85,7 @@ fn welcome(version: u32) -> FromServer {
         device_bytes: ByteCount::mib(64),
         host_budget: ByteCount::mib(64),
         data_socket: "data.sock".to_owned(),
+        lends_slabs: true,
     }
 }
 
@@ -91,6 +118,60 @@ fn until(what: &str, mut is_true: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "not in time: {what}");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+#[test]
+fn memory_is_borrowed_with_its_file_refused_and_returned() {
+    const SLAB: ByteCount = ByteCount::mib(4);
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    let server = thread::spawn(move || {
+        let file = HostFile::create(SLAB, HostBacking::SharedHugePages).expect("memory");
+        let mut content = std::fs::File::from(OwnedFd::from(file.try_clone().expect("a descriptor")));
+        content.write_all(b"left there").expect("memory");
+        let grant = |request, slab, bytes| {
+            let (is_set_aside, is_zeroed) = (false, false);
+            FromServer::SlabGrant { request, slab, bytes, is_set_aside, is_zeroed }
+        };
+        let (request, bytes) = fake.hear_slab_request();
+        fake.say_with(&grant(request, 5, bytes), &file);
+        let (request, _) = fake.hear_slab_request();
+        fake.say(&FromServer::SlabDeny { request, reason: "4 MiB are lent".to_owned() });
+        // One without its file, and one of another length than it says.
+        let (request, bytes) = fake.hear_slab_request();
+        fake.say(&grant(request, 6, bytes));
+        let first = fake.hear();
+        let (request, _) = fake.hear_slab_request();
+        fake.say_with(&grant(request, 7, ByteCount::mib(6)), &file);
+        let second = fake.hear();
+        // One that comes too late.
+        let (request, bytes) = fake.hear_slab_request();
+        (fake, file, [first, second], request, bytes)
+    });
+    let source = client.slab_source().expect("the server lends");
+    let lent = source.borrow_slab(SLAB, WAIT).expect("granted");
+    assert_eq!((lent.slab, lent.file.bytes(), lent.is_zeroed), (5, SLAB, false));
+    let mut content = std::fs::File::from(OwnedFd::from(lent.file));
+    let mut text = [0; 10];
+    content.rewind().expect("memory");
+    content.read_exact(&mut text).expect("memory");
+    assert_eq!(&text, b"left there");
+    assert_eq!(source.borrow_slab(SLAB, WAIT).expect_err("denied"), "4 MiB are lent");
+    let no_file = source.borrow_slab(SLAB, WAIT).expect_err("nothing to map");
+    assert!(no_file.contains("no file"), "{no_file}");
+    let longer = source.borrow_slab(SLAB, WAIT).expect_err("another length");
+    assert!(longer.contains("6 MiB"), "{longer}");
+    let late = source.borrow_slab(SLAB, SHORT).expect_err("no answer");
+    assert!(late.contains("no answer"), "{late}");
+    let (mut fake, file, returned, request, bytes) = server.join().expect("no panic");
+    assert_eq!(returned, [6, 7].map(|slab| FromWorker::SlabReturn { slab }));
+    let (is_set_aside, is_zeroed) = (false, true);
+    fake.say_with(&FromServer::SlabGrant { request, slab: 8, bytes, is_set_aside, is_zeroed }, &file);
+    assert_eq!(fake.hear(), FromWorker::SlabReturn { slab: 8 }, "nobody waits for it any more");
+    source.return_slab(5);
+    assert_eq!(fake.hear(), FromWorker::SlabReturn { slab: 5 });
+    client.close("the end");
+    assert!(source.borrow_slab(SLAB, WAIT).is_err());
 }
 
 #[test]

@@ -13,7 +13,8 @@ use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{CudaDevice, Device, DeviceError, DeviceMemory, SimDevice, SimOptions};
 use shoal_memory::{
-    Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager, RegionSpec, Segments,
+    BrokerClient, Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager, RegionSpec,
+    Segments,
 };
 
 use crate::broker::PyBrokerClient;
@@ -61,8 +62,9 @@ impl PyMemoryManager {
                     LocalBudget::new(choice.default_budget(memory)) as _
                 }
             };
-            let manager = MemoryManager::new(device, ManagerOptions::new(ByteCount(host_budget), lease))
-                .map_err(errors::of_memory)?;
+            let mut options = ManagerOptions::new(ByteCount(host_budget), lease);
+            options.slabs = client.as_ref().and_then(BrokerClient::slab_source);
+            let manager = MemoryManager::new(device, options).map_err(errors::of_memory)?;
             if let Some(client) = client {
                 client.serve(&manager).map_err(errors::of_memory)?;
             }

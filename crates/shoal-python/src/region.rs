@@ -482,9 +482,11 @@ fn in_slices<T: Send>(
     let begun = Instant::now();
     loop {
         let left = timeout.saturating_sub(begun.elapsed());
+        // Asked before: it may end between the slice's end and this line.
+        let was_over = is_over();
         match py.detach(|| wait(left.min(SLICE))) {
             // Of a wake that has ended it is the outcome.
-            Err(MemoryError::Deadline { doing, .. }) if !is_over() => {
+            Err(MemoryError::Deadline { doing, .. }) if !was_over => {
                 if left <= SLICE {
                     return Err(errors::of_memory(MemoryError::Deadline { doing, waited: timeout }));
                 }

@@ -32,6 +32,7 @@ fn start_in(dir: tempfile::TempDir, budget_mib: u64, models: &str) -> Scene {
         runtime_dir: dir.path().join("run"),
         python: PathBuf::from("python3"),
         memory: MachineMemory { total: ByteCount::gib(8), available: ByteCount::gib(8), cgroup_left: None },
+        shared_memory: None,
         nvidia: None,
         gpus: None,
     };

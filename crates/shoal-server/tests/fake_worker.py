@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start-ms", type=int, default=0, help="how long loading takes")
     parser.add_argument("--lease-wait-ms", type=int, default=20_000, help="deadline of lease requests")
     parser.add_argument("--die-in-wake", help="kill itself in the middle of the first wake; a file marks it as done")
+    parser.add_argument("--slab", help="borrow memory, leave words in it and die, once; a file marks it as done")
     parser.add_argument("--ignore-reclaim", action="store_true")
     parser.add_argument("--ignore-shutdown", action="store_true")
     parser.add_argument("--fail", help="say Failed with this code instead of Ready")
@@ -64,6 +66,8 @@ class Worker:
         print("welcome", json.dumps(welcome), flush=True)
         self.say(say="loading", phase="reading", done=0, total=self.total)
         time.sleep(options.start_ms / 1_000)
+        if options.slab:
+            self.borrow(welcome["lends_slabs"], Path(options.slab))
         if options.fail:
             self.say(say="failed", code=options.fail, message=f"no such thing ({options.fail})")
             time.sleep(0.05)
@@ -88,6 +92,29 @@ class Worker:
             self.obey(json.loads(line))
         # The server is gone, and so are we.
         os._exit(0)
+
+    def borrow(self, lends: bool, mark: Path) -> None:
+        """Say as progress what is in the memory that was lent."""
+
+        def ask(number: int, nbytes: int) -> tuple[dict, list[int]]:
+            self.say(say="slab_request", request=number, bytes=nbytes)
+            line, files, _, _ = socket.recv_fds(self.control, 65536, 4)
+            return json.loads(line), files
+
+        assert lends
+        denied, files = ask(1, 1 << 40)
+        assert (denied["say"], denied["request"], files) == ("slab_deny", 1, []), denied
+        granted, files = ask(2, 4 * MIB)
+        assert (granted["say"], granted["bytes"], len(files)) == ("slab_grant", 4 * MIB, 1), granted
+        with mmap.mmap(files[0], 4 * MIB) as memory:
+            found = memory[:5].rstrip(b"\0").decode()
+            self.say(say="loading", phase=f"zeroed={granted['is_zeroed']} found={found!r}", done=0, total=1)
+            memory[:5] = b"words"
+        if not mark.exists():
+            mark.touch()
+            ask(3, 1 << 40)  # answered once all that was said before was heard
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.say(say="slab_return", slab=granted["slab"])
 
     def say_raw(self, line: str) -> None:
         with self.writing:

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
+use shoal_device::HostBacking;
 use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig};
 use shoal_server::shelf::{Route, RouteError, Shelf, ShelfError, Target};
 use shoal_server::state::{Event, EventKind, ModelStatus};
@@ -31,6 +32,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         device: DeviceChoice::Sim,
         device_budget: ByteCount(budget_mib * MIB),
         host_budget: ByteCount::gib(1),
+        host_memory: None,
         disk: vec![],
         models,
         runtime_dir: directory.join("run"),
@@ -209,6 +211,32 @@ async fn an_idle_model_yields_just_what_another_needs() {
         evictions += line["plan"].to_string().matches("\"evict\"").count();
     }
     assert_eq!(evictions, 2, "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_a_killed_worker_leaves_is_for_its_next_one_and_for_no_other_model() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let mark = |name: &str| scratch.path().join(name).to_string_lossy().into_owned();
+    let (chat, code) = (mark("chat"), mark("code"));
+    let models = vec![model("chat", &["--slab", &chat]), model("code", &["--slab", &code])];
+    let lends = ServerConfig {
+        host_memory: Some(HostBacking::SharedHugePages),
+        ..config(scratch.path(), 300, models)
+    };
+    let shelf = Shelf::start(Arc::new(lends)).expect("the shelf starts");
+    for name in ["chat", "code"] {
+        until(&shelf, "ready", |shelf| status(shelf, name) == ModelStatus::Asleep).await;
+        let said: Vec<String> = events(&shelf)
+            .iter()
+            .filter(|event| event.model.as_deref() == Some(name))
+            .filter_map(|event| match &event.what {
+                EventKind::WorkerLoading { phase, .. } if phase.starts_with("zeroed") => Some(phase.clone()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(said, ["zeroed=True found=''", "zeroed=False found='words'"], "{}", story(&shelf));
+    }
+    shelf.shutdown(soon()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

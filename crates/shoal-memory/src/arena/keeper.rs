@@ -20,7 +20,8 @@ use super::{Core, Lock, State};
 #[derive(Debug, PartialEq, Eq)]
 enum Task {
     Lock(SlabId),
-    Make(Order),
+    /// Makes a slab, and locks another one meanwhile: touching memory and pinning it wait for different things.
+    Make(Order, Option<SlabId>),
     GiveBack(Vec<SlabId>),
     /// Nothing before this time, if ever, unless something changes.
     Wait(Option<Instant>),
@@ -56,8 +57,8 @@ impl Core {
             let task = self.next_task(&mut state, Instant::now());
             match task {
                 Task::Lock(slab) => MutexGuard::unlocked(&mut state, || self.lock_slab(slab)),
-                Task::Make(order) => {
-                    let made = MutexGuard::unlocked(&mut state, || self.make_ahead(order));
+                Task::Make(order, lock) => {
+                    let made = MutexGuard::unlocked(&mut state, || self.make_and_lock(order, lock));
                     state.is_making = false;
                     if !made {
                         state.expected_pages = 0;
@@ -84,18 +85,25 @@ impl Core {
         if state.is_stopped || (state.slabs.is_empty() && state.expected_pages == 0) {
             return Task::End;
         }
-        if let Some((id, slab)) = state.slabs.iter_mut().find(|(_, slab)| slab.lock == Lock::Wanted) {
+        let wanted = state.slabs.iter_mut().find(|(_, slab)| slab.lock == Lock::Wanted);
+        let wanted = wanted.map(|(id, slab)| {
             slab.lock = Lock::UnderWay;
-            return Task::Lock(*id);
-        }
+            *id
+        });
         let missing = state.expected_pages.saturating_sub(state.space.free_pages());
         let possible = missing.min(state.left_pages(self.budget_pages()));
-        if possible >> self.steps.keeper_min == 0 {
-            // Too little to be worth a slab ahead; or there is no room for more.
-        } else if !state.is_making {
+        // Too little is not worth a slab ahead.
+        if possible >> self.steps.keeper_min > 0 && !state.is_making {
             state.is_making = true;
-            return Task::Make(possible.ilog2().min(self.steps.ahead_max));
-        } else {
+            // While there is nothing to take, somebody may wait for the first.
+            let is_first = state.space.free_pages() == 0;
+            let longest = if is_first { self.steps.first_ahead() } else { self.steps.ahead_max };
+            return Task::Make(possible.ilog2().min(longest), wanted);
+        }
+        if let Some(id) = wanted {
+            return Task::Lock(id);
+        }
+        if possible >> self.steps.keeper_min > 0 {
             return Task::Wait(None);
         }
         let at_rest = state.slabs.iter().filter(|(_, slab)| slab.lock != Lock::UnderWay);
@@ -113,6 +121,17 @@ impl Core {
             return Task::GiveBack(idle);
         }
         Task::Wait(times.into_iter().map(|(_, at)| at).min())
+    }
+
+    fn make_and_lock(self: &Arc<Self>, order: Order, lock: Option<SlabId>) -> bool {
+        let Some(slab) = lock else { return self.make_ahead(order) };
+        thread::scope(|scope| {
+            let name = "shoal-lock".to_owned();
+            if thread::Builder::new().name(name).spawn_scoped(scope, || self.lock_slab(slab)).is_err() {
+                self.lock_slab(slab);
+            }
+            self.make_ahead(order)
+        })
     }
 
     /// Makes a slab that nobody waits for. False: no more of them.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::ids::SlabId;
@@ -12,11 +12,22 @@ use shoal_core::slabs::{Order, Part, RoomPlan, bytes_of};
 use shoal_device::host::survey;
 use shoal_device::{DeviceError, HostSlab};
 
-use super::{Core, Lock, Slab, State, index_of};
+use super::{Core, Going, Lock, Slab, State, index_of};
 use crate::error::MemoryError;
+use crate::slab_source::LentSlab;
 
 /// Memory is made ahead only while so many times as much is left on the machine.
 const AVAILABLE_TIMES: u64 = 4;
+
+/// How long a slab is waited for that somebody may lend.
+const LEND_WAIT: Duration = Duration::from_secs(2);
+
+/// Memory for a slab.
+struct Made {
+    memory: Arc<HostSlab>,
+    lent: Option<u64>,
+    is_zeroed: bool,
+}
 
 impl Core {
     /// Makes a part of this length possible, or a step towards it: a new slab, or copies moved together. On an error what
@@ -69,13 +80,13 @@ impl Core {
         self.state.lock().outside_pages += 1 << order;
         let made = self.allocate_slab(order);
         let lock = match &made {
-            Ok(memory) if order < self.steps.keeper_min => self.lock_memory(memory),
+            Ok(made) if order < self.steps.keeper_min => self.lock_memory(&made.memory),
             _ => Lock::Wanted,
         };
         let mut state = self.state.lock();
         state.outside_pages -= 1 << order;
-        let memory = match made {
-            Ok(memory) => memory,
+        let Made { memory, lent, is_zeroed } = match made {
+            Ok(made) => made,
             Err(source) => {
                 if is_ahead {
                     state.give_reason(format!("memory is not made ahead of use: {source}"));
@@ -85,16 +96,45 @@ impl Core {
         };
         state.slabs_made += 1;
         let id = SlabId(state.slabs_made);
-        let touched = vec![false; index_of(1 << order)];
+        let touched = vec![!is_zeroed; index_of(1 << order)];
         // Its time runs from when it was made: what was expected may never come.
         let empty_since = Some(Instant::now());
-        state.slabs.insert(id, Slab { memory, order, lock, touched, empty_since });
+        state.slabs.insert(id, Slab { memory, order, lock, lent, touched, empty_since });
         state.space.add(id, order);
         self.call_keeper(state);
         Ok(())
     }
 
-    fn allocate_slab(&self, order: Order) -> Result<Arc<HostSlab>, DeviceError> {
+    /// Long slabs are borrowed where somebody lends them. Where that fails, the process makes its own.
+    fn borrow_slab(&self, order: Order) -> Option<Made> {
+        let source = self.source.as_ref().filter(|_| order >= self.steps.keeper_min)?;
+        let borrowed = source.borrow_slab(bytes_of(order), LEND_WAIT).and_then(|lent| {
+            let LentSlab { slab, file, is_zeroed } = lent;
+            let adopted = HostSlab::adopt(&self.device, &file).map_err(|error| {
+                source.return_slab(slab);
+                error.to_string()
+            });
+            adopted.map(|memory| Made { memory, lent: Some(slab), is_zeroed })
+        });
+        let reason = match &borrowed {
+            Ok(_) => "it is lent by the server, by descriptor".to_owned(),
+            Err(why) => format!("it is this process's own, since none was lent: {why}"),
+        };
+        self.state.lock().give_reason(reason);
+        borrowed.ok()
+    }
+
+    /// Tells whoever lent a slab that it is not needed any more.
+    pub(super) fn return_lent(&self, lent: Option<u64>) {
+        if let (Some(slab), Some(source)) = (lent, &self.source) {
+            source.return_slab(slab);
+        }
+    }
+
+    fn allocate_slab(&self, order: Order) -> Result<Made, DeviceError> {
+        if let Some(made) = self.borrow_slab(order) {
+            return Ok(made);
+        }
         let bytes = bytes_of(order);
         // What this machine has, the fastest first; what it refused once is not tried again.
         let candidates = survey().backings(bytes);
@@ -104,7 +144,7 @@ impl Core {
             match HostSlab::allocate(&self.device, bytes, backing) {
                 Ok(memory) => {
                     self.state.lock().give_reason(format!("it is made of {reason}"));
-                    return Ok(memory);
+                    return Ok(Made { memory, lent: None, is_zeroed: true });
                 }
                 // The machine has no such memory, whatever its settings say.
                 Err(error @ DeviceError::System { .. }) if index < last => {
@@ -132,17 +172,20 @@ impl Core {
 
     /// Gives slabs back of which nobody has anything; the others stay.
     pub(super) fn give_slabs_back(&self, slabs: &[SlabId]) {
-        let gone: Vec<(Arc<HostSlab>, Order)> = {
+        let gone: Vec<Going> = {
             let mut state = self.state.lock();
             let mut gone = Vec::new();
             for id in slabs {
                 // One that is being locked is left alone until that is done.
                 let is_at_rest = state.slabs.get(id).is_some_and(|slab| slab.lock != Lock::UnderWay);
                 if is_at_rest && state.space.remove(*id) {
-                    gone.extend(state.slabs.remove(id).map(|slab| (slab.memory, slab.order)));
+                    gone.extend(state.slabs.remove(id).map(|slab| {
+                        let Slab { memory, order, lent, .. } = slab;
+                        Going { memory, order, lent }
+                    }));
                 }
             }
-            state.outside_pages += gone.iter().map(|(_, order)| 1 << order).sum::<u64>();
+            state.outside_pages += gone.iter().map(|going| 1 << going.order).sum::<u64>();
             gone
         };
         self.free_slabs(gone);
@@ -162,17 +205,20 @@ impl Core {
     }
 
     /// Gives memory back that counts as outside.
-    fn free_slabs(&self, slabs: Vec<(Arc<HostSlab>, Order)>) {
-        for (memory, order) in slabs {
+    fn free_slabs(&self, slabs: Vec<Going>) {
+        for Going { memory, order, lent } in slabs {
             let freed = memory.give_back();
             let mut state = self.state.lock();
             state.outside_pages -= 1 << order;
             match freed {
                 // Held: by a buffer on its way out, which takes the slab with it.
-                Ok(()) | Err((_, DeviceError::InUse { .. })) => {}
+                Ok(()) | Err((_, DeviceError::InUse { .. })) => {
+                    drop(state);
+                    self.return_lent(lent);
+                }
                 Err((memory, error)) => {
                     tracing::error!(%error, "the device does not give host memory back; it is asked again");
-                    state.refused.push((memory, order));
+                    state.refused.push(Going { memory, order, lent });
                 }
             }
         }

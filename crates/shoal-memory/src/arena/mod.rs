@@ -38,6 +38,7 @@ use shoal_core::slabs::{Order, Part, SlabSpace, order_of};
 use shoal_device::{Device, DeviceError, HostBacking, HostSlab};
 
 use crate::error::MemoryError;
+use crate::slab_source::SlabSource;
 pub(crate) use copy::{Claim, HostCopy, Place};
 
 /// Sizes and times of an arena.
@@ -53,6 +54,13 @@ pub(crate) struct Steps {
     pub(crate) keeper_min: Order,
     /// After so long without use a slab is given back.
     pub(crate) idle: Duration,
+}
+
+impl Steps {
+    /// The longest slab that the keeper makes while somebody may wait for it.
+    fn first_ahead(self) -> Order {
+        self.waiting_max.max(self.keeper_min).min(self.ahead_max)
+    }
 }
 
 impl Default for Steps {
@@ -108,9 +116,19 @@ struct Slab {
     memory: Arc<HostSlab>,
     order: Order,
     lock: Lock,
+    /// The number by which whoever lent it knows it.
+    lent: Option<u64>,
     /// Pages that somebody has had, which may hold anything.
     touched: Vec<bool>,
     empty_since: Option<Instant>,
+}
+
+/// Memory on its way back.
+#[derive(Debug)]
+struct Going {
+    memory: Arc<HostSlab>,
+    order: Order,
+    lent: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -121,7 +139,7 @@ struct State {
     /// Pages of slabs that are being made or given back: not in the space, but there.
     outside_pages: u64,
     /// Slabs that the device refused to take back; it is asked again.
-    refused: Vec<(Arc<HostSlab>, Order)>,
+    refused: Vec<Going>,
     /// Bytes of copies that are there.
     used: ByteCount,
     copies: BTreeMap<Part, Weak<Place>>,
@@ -152,7 +170,7 @@ impl State {
     }
 
     fn refused_pages(&self) -> u64 {
-        self.refused.iter().map(|(_, order)| 1 << order).sum()
+        self.refused.iter().map(|going| 1 << going.order).sum()
     }
 
     /// Pages of slabs that may still be made.
@@ -169,6 +187,7 @@ struct Core {
     steps: Steps,
     /// How long a copy waits for a slab that somebody else makes or locks.
     wait: Duration,
+    source: Option<Arc<dyn SlabSource>>,
     process: u32,
     state: Mutex<State>,
     changed: Condvar,
@@ -181,18 +200,25 @@ pub(crate) struct HostArena {
 }
 
 impl HostArena {
-    pub(crate) fn new(device: Arc<dyn Device>, budget: ByteCount, wait: Duration) -> Arc<Self> {
-        Self::with_steps(device, budget, wait, Steps::default())
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        budget: ByteCount,
+        wait: Duration,
+        source: Option<Arc<dyn SlabSource>>,
+    ) -> Arc<Self> {
+        Self::with_steps(device, budget, wait, source, Steps::default())
     }
 
     pub(crate) fn with_steps(
         device: Arc<dyn Device>,
         budget: ByteCount,
         wait: Duration,
+        source: Option<Arc<dyn SlabSource>>,
         steps: Steps,
     ) -> Arc<Self> {
         let (process, state, changed) = (std::process::id(), Mutex::default(), Condvar::new());
-        Arc::new(Self { core: Arc::new(Core { device, budget, steps, wait, process, state, changed }) })
+        let core = Core { device, budget, steps, wait, source, process, state, changed };
+        Arc::new(Self { core: Arc::new(core) })
     }
 
     /// Bytes that new copies may take, in whole pages.
@@ -292,13 +318,17 @@ impl Drop for HostArena {
         if self.core.is_forked() {
             return;
         }
-        let gone = {
+        let (slabs, refused) = {
             let mut state = self.core.state.lock();
             state.is_stopped = true;
             (std::mem::take(&mut state.slabs), std::mem::take(&mut state.refused))
         };
         self.core.changed.notify_all();
-        drop(gone);
+        let going = slabs.into_values().map(|slab| (slab.memory, slab.lent));
+        for (memory, lent) in going.chain(refused.into_iter().map(|going| (going.memory, going.lent))) {
+            drop(memory);
+            self.core.return_lent(lent);
+        }
     }
 }
 

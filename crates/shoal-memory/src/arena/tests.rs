@@ -4,9 +4,11 @@ use std::thread;
 
 use proptest::prelude::*;
 use shoal_device::device::Verb;
+use shoal_device::host::HostFile;
 use shoal_device::{FaultDevice, SimDevice, SimOptions, Span, Stream};
 
 use super::*;
+use crate::slab_source::LentSlab;
 
 const PAGE: ByteCount = PAGE_BYTES;
 const WAIT: Duration = Duration::from_secs(20);
@@ -25,12 +27,21 @@ const ALONE: Steps =
 const KEPT: Steps = Steps { keeper_min: 1, ..ALONE };
 
 fn scene_with(budget_pages: u64, steps: Steps, lock_limit: Option<ByteCount>) -> Scene {
+    scene_from(budget_pages, steps, lock_limit, None)
+}
+
+fn scene_from(
+    budget_pages: u64,
+    steps: Steps,
+    lock_limit: Option<ByteCount>,
+    source: Option<Arc<dyn SlabSource>>,
+) -> Scene {
     let dir = tempfile::tempdir().expect("a directory");
     let options = SimOptions { lock_limit, ..SimOptions::new(ByteCount::mib(16), dir.path()) };
     let sim = SimDevice::open(options).expect("a simulated device");
     let faults = FaultDevice::new(Arc::clone(&sim) as _);
     let budget = ByteCount(budget_pages * PAGE.0 + 77);
-    let arena = HostArena::with_steps(Arc::clone(&faults) as _, budget, WAIT, steps);
+    let arena = HostArena::with_steps(Arc::clone(&faults) as _, budget, WAIT, source, steps);
     Scene { _dir: dir, sim, faults, arena }
 }
 
@@ -322,6 +333,85 @@ fn many_threads_share_one_budget() {
     });
     scene.check(&[]);
     assert_eq!(scene.arena.free(), ByteCount(24 * PAGE.0));
+}
+
+/// Lends memory full of what somebody left there.
+#[derive(Debug, Default)]
+struct Lender {
+    lent: Mutex<BTreeMap<u64, HostFile>>,
+    count: Mutex<u64>,
+    is_empty: bool,
+}
+
+impl SlabSource for Lender {
+    fn borrow_slab(&self, bytes: ByteCount, _deadline: Duration) -> Result<LentSlab, String> {
+        if self.is_empty {
+            return Err("nothing left".to_owned());
+        }
+        let file =
+            HostFile::create(bytes, HostBacking::SharedHugePages).map_err(|error| error.to_string())?;
+        let clone = || file.try_clone().expect("a descriptor");
+        let mut content = std::fs::File::from(std::os::fd::OwnedFd::from(clone()));
+        std::io::Write::write_all(&mut content, &vec![0xAB; index_of(bytes.0)]).expect("memory");
+        *self.count.lock() += 1;
+        let slab = *self.count.lock();
+        self.lent.lock().insert(slab, clone());
+        Ok(LentSlab { slab, file, is_zeroed: false })
+    }
+
+    fn return_slab(&self, slab: u64) {
+        assert!(self.lent.lock().remove(&slab).is_some(), "returned twice, or never lent");
+    }
+}
+
+impl Lender {
+    fn lent_bytes(&self) -> ByteCount {
+        self.lent.lock().values().map(HostFile::bytes).sum()
+    }
+}
+
+#[test]
+fn long_slabs_are_borrowed_and_returned_and_what_was_left_in_them_is_not_seen() {
+    let lender = Arc::new(Lender::default());
+    let steps = Steps { idle: Duration::from_millis(50), waiting_max: 0, ..KEPT };
+    let scene = scene_from(16, steps, None, Some(Arc::clone(&lender) as _));
+    let staged = scene.arena.allocate(ByteCount(8 * PAGE.0), Filled::ByHost).expect("room");
+    assert!(is_all(&staged, 0), "the host fills zeroed memory");
+    assert_eq!(lender.lent_bytes(), ByteCount(8 * PAGE.0));
+    let short = scene.arena.allocate(PAGE, Filled::ByDevice).expect("room");
+    assert_eq!(lender.lent_bytes(), ByteCount(8 * PAGE.0), "what is short is the process's own");
+    scene.check(&[staged, short]);
+    scene.until("given back", |usage| usage.made < ByteCount(8 * PAGE.0));
+    let deadline = Instant::now() + WAIT;
+    while !lender.lent.lock().is_empty() {
+        assert!(Instant::now() < deadline, "not returned");
+        thread::sleep(Duration::from_millis(2));
+    }
+    let again = scene.arena.allocate(ByteCount(4 * PAGE.0), Filled::ByDevice).expect("room");
+    assert_eq!(lender.lent_bytes(), ByteCount(4 * PAGE.0));
+    drop(again);
+    let Scene { sim, arena, faults, _dir } = scene;
+    drop((arena, faults));
+    let deadline = Instant::now() + WAIT;
+    while !lender.lent.lock().is_empty() || sim.live_objects().host_buffers > 0 {
+        assert!(Instant::now() < deadline, "the arena went and kept {:?}", lender.lent.lock());
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn where_nobody_lends_memory_is_the_processs_own_and_it_is_said_why() {
+    let refuses = Arc::new(Lender { is_empty: true, ..Lender::default() });
+    let scene = scene_from(16, KEPT, None, Some(refuses as _));
+    let copy = scene.arena.allocate(ByteCount(8 * PAGE.0), Filled::ByHost).expect("its own");
+    assert!(scene.arena.usage().reasons.iter().any(|reason| reason.contains("nothing left")));
+    scene.check(&[copy]);
+    let lender = Arc::new(Lender::default());
+    let scene = scene_from(16, KEPT, None, Some(Arc::clone(&lender) as _));
+    scene.faults.fail_nth_matching(1, |call| call.verb == Verb::AdoptHost);
+    let copy = scene.arena.allocate(ByteCount(8 * PAGE.0), Filled::ByHost).expect("its own");
+    assert_eq!((scene.faults.injected(), lender.lent_bytes()), (1, ByteCount::ZERO), "returned");
+    scene.check(&[copy]);
 }
 
 #[derive(Clone, Debug)]

@@ -1,13 +1,13 @@
 //! Lines of the control socket: one JSON object each, of bounded length.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read};
-use std::os::unix::net::UnixStream;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX};
 
 use super::BrokerClient;
+use super::files::FileStream;
 
 pub(super) fn encode(said: &FromWorker) -> Result<Vec<u8>, String> {
     let mut line = serde_json::to_vec(said).map_err(|error| format!("encode: {error}"))?;
@@ -19,14 +19,18 @@ pub(super) fn encode(said: &FromWorker) -> Result<Vec<u8>, String> {
 }
 
 /// Reads lines until the socket closes or says something that is not the protocol.
-pub(super) fn read_all(client: &Weak<BrokerClient>, mut reader: BufReader<UnixStream>) {
+pub(super) fn read_all(client: &Weak<BrokerClient>, mut reader: BufReader<FileStream>) {
     let mut line = Vec::new();
     let reason = loop {
         match read(&mut reader, &mut line, None) {
-            Ok(said) => match client.upgrade() {
-                Some(client) => client.hear(said),
-                None => return,
-            },
+            Ok(said) => {
+                let brings_file = matches!(said, FromServer::SlabGrant { .. });
+                let file = brings_file.then(|| reader.get_mut().take_file()).flatten();
+                match client.upgrade() {
+                    Some(client) => client.hear(said, file),
+                    None => return,
+                }
+            }
             Err(reason) => break reason,
         }
     };
@@ -37,16 +41,20 @@ pub(super) fn read_all(client: &Weak<BrokerClient>, mut reader: BufReader<UnixSt
 
 /// Reads one line before `deadline`.
 pub(super) fn read_before(
-    reader: &mut BufReader<UnixStream>,
+    reader: &mut BufReader<FileStream>,
     deadline: Instant,
 ) -> Result<FromServer, String> {
     let said = read(reader, &mut Vec::new(), Some(deadline));
-    reader.get_ref().set_read_timeout(None).map_err(|error| format!("clear the deadline: {error}"))?;
+    reader
+        .get_ref()
+        .socket()
+        .set_read_timeout(None)
+        .map_err(|error| format!("clear the deadline: {error}"))?;
     said
 }
 
 fn read(
-    reader: &mut BufReader<UnixStream>,
+    reader: &mut BufReader<FileStream>,
     line: &mut Vec<u8>,
     deadline: Option<Instant>,
 ) -> Result<FromServer, String> {
@@ -58,7 +66,8 @@ fn read(
                 return Err("no answer in time".to_owned());
             }
             let timeout = Some(left.max(Duration::from_millis(1)));
-            reader.get_ref().set_read_timeout(timeout).map_err(|error| format!("set a deadline: {error}"))?;
+            let set = reader.get_ref().socket().set_read_timeout(timeout);
+            set.map_err(|error| format!("set a deadline: {error}"))?;
         }
         let room = LINE_BYTES_MAX + 1 - line.len();
         match reader.by_ref().take(room as u64).read_until(b'\n', line) {

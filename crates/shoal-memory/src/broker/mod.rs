@@ -10,12 +10,15 @@
 //! | `shoal-reclaim`, `shoal-restore` | carry out orders, one of each at a time |
 //! | `shoal-usage` | says the figures when they changed, at most five times a second |
 
+mod files;
 mod line;
 mod orders;
+mod slabs;
 
 use std::collections::HashMap;
 use std::io::{BufReader, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,6 +33,8 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, VERSION, WorkerCap
 use crate::error::{LeaseError, MemoryError};
 use crate::lease::{Held, LeaseSource};
 use crate::manager::MemoryManager;
+use crate::slab_source::LentSlab;
+use files::FileStream;
 use orders::Order;
 
 /// Lease requests waiting at once.
@@ -52,6 +57,8 @@ pub struct Welcome {
     pub host_budget: ByteCount,
     /// Where the worker shall listen.
     pub data_socket: String,
+    /// Whether the server lends memory for host copies ([`BrokerClient::slab_source`]).
+    pub lends_slabs: bool,
 }
 
 /// The order to finish and exit.
@@ -86,6 +93,7 @@ struct State {
     held: Held,
     requests: HashMap<u64, Answer>,
     requests_made: u64,
+    slab_requests: HashMap<u64, Option<Result<LentSlab, String>>>,
     figures: EngineFigures,
     shutdown: Option<ShutdownOrder>,
     closed: Option<String>,
@@ -100,6 +108,7 @@ pub struct BrokerClient {
     socket: UnixStream,
     state: Mutex<State>,
     changed: Condvar,
+    lends_slabs: bool,
     reclaims: SyncSender<Order>,
     wakes: SyncSender<Order>,
     queued: Mutex<Option<(Receiver<Order>, Receiver<Order>)>>,
@@ -135,9 +144,17 @@ impl BrokerClient {
         let hello = FromWorker::Hello { version: VERSION, model: model.to_owned(), pid };
         socket.write_all(&line::encode(&hello).map_err(wrong)?).map_err(failed("say hello"))?;
         let clone = || socket.try_clone().map_err(failed("share the socket"));
-        let mut reader = BufReader::new(clone()?);
+        let mut reader = BufReader::new(FileStream::new(clone()?));
         let first = line::read_before(&mut reader, Instant::now() + timeout).map_err(wrong)?;
-        let FromServer::Welcome { version, spec, device, device_bytes, host_budget, data_socket } = first
+        let FromServer::Welcome {
+            version,
+            spec,
+            device,
+            device_bytes,
+            host_budget,
+            data_socket,
+            lends_slabs,
+        } = first
         else {
             return Err(wrong("the server's first line is not a welcome".to_owned()));
         };
@@ -154,6 +171,7 @@ impl BrokerClient {
             socket,
             state: Mutex::default(),
             changed: Condvar::new(),
+            lends_slabs,
             reclaims,
             wakes,
             queued: Mutex::new(Some((reclaims_queued, wakes_queued))),
@@ -163,7 +181,7 @@ impl BrokerClient {
             .name("shoal-broker".to_owned())
             .spawn(move || line::read_all(&weak, reader))
             .map_err(failed("start a thread"))?;
-        Ok((client, Welcome { spec, device, device_bytes, host_budget, data_socket }))
+        Ok((client, Welcome { spec, device, device_bytes, host_budget, data_socket, lends_slabs }))
     }
 
     /// Starts carrying out orders on `manager`, and saying its figures.
@@ -274,13 +292,22 @@ impl BrokerClient {
         }
     }
 
-    fn hear(self: &Arc<Self>, said: FromServer) {
+    fn hear(self: &Arc<Self>, said: FromServer, file: Option<OwnedFd>) {
         match said {
             FromServer::Welcome { .. } => self.close("the server said welcome twice"),
             FromServer::LeaseGrant { request, kind, bytes } => self.hear_grant(request, kind, bytes),
             FromServer::LeaseDeny { request, reason } => {
                 if let Some(answer) = self.state.lock().requests.get_mut(&request) {
                     *answer = Answer::Denied(reason);
+                }
+                self.changed.notify_all();
+            }
+            FromServer::SlabGrant { request, slab, bytes, is_set_aside, is_zeroed } => {
+                self.hear_slab(request, slabs::Granted { slab, bytes, is_set_aside, is_zeroed, file });
+            }
+            FromServer::SlabDeny { request, reason } => {
+                if let Some(answer) = self.state.lock().slab_requests.get_mut(&request) {
+                    *answer = Some(Err(reason));
                 }
                 self.changed.notify_all();
             }

@@ -54,6 +54,8 @@ impl Core {
                 self.order_done(place, order, bytes, copied, error, now_ms);
             }
             FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
+            // Memory of this machine: whoever holds descriptors answers.
+            FromWorker::SlabRequest { .. } | FromWorker::SlabReturn { .. } => {}
         }
         self.settle(now_ms);
     }

@@ -122,6 +122,7 @@ impl Core {
             device_bytes: config.device_budget,
             host_budget: share,
             data_socket: model.socket.to_string_lossy().into_owned(),
+            lends_slabs: config.host_memory.is_some(),
         };
         if connection.try_send(welcome).is_err() {
             return Err("its connection closed at once".to_owned());

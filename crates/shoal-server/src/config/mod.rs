@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
+use shoal_device::HostBacking;
 
 pub use command::{CommandConfig, CommandSection};
 pub use directories::make_private;
@@ -68,6 +69,8 @@ pub struct ServerConfig {
     pub device_budget: ByteCount,
     /// Host bytes that all models together may use for copies.
     pub host_budget: ByteCount,
+    /// What memory of host copies is made of that the server lends to workers; `None`: they make their own.
+    pub host_memory: Option<HostBacking>,
     /// Directories of the disk tier.
     pub disk: Vec<DiskTier>,
     /// The models, in the file's order; names are unique.
@@ -240,6 +243,30 @@ impl std::fmt::Display for DeviceChoice {
             Self::Auto => f.write_str("auto"),
             Self::Sim => f.write_str("sim"),
             Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// `host_memory = "auto|shared|private"`: who makes memory for host copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HostMemory {
+    /// The server where the machine has huge pages for shared memory, else each worker.
+    #[default]
+    Auto,
+    /// The server, with small pages where there are no huge ones.
+    Shared,
+    /// Each worker.
+    Private,
+}
+
+impl HostMemory {
+    /// What the server makes it of. `huge` is what there is with huge pages.
+    #[must_use]
+    pub fn backing(self, huge: Option<HostBacking>) -> Option<HostBacking> {
+        match self {
+            Self::Auto => huge,
+            Self::Shared => Some(huge.unwrap_or(HostBacking::SharedHugePages)),
+            Self::Private => None,
         }
     }
 }

@@ -16,7 +16,10 @@ use toml::de::{DeTable, DeValue};
 
 use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
-use super::{CommandSection, DeviceChoice, DiskTier, Engine, MODEL_NAME_BYTES_MAX, QUANTUM_MAX, QUANTUM_MIN};
+use super::{
+    CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, QUANTUM_MAX,
+    QUANTUM_MIN,
+};
 
 /// A value and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +57,7 @@ pub struct ServerSection {
     pub device: Option<Sited<DeviceChoice>>,
     pub device_budget: Option<Sited<ByteCount>>,
     pub host_budget: Option<Sited<ByteCount>>,
+    pub host_memory: Option<HostMemory>,
     pub disk: Vec<DiskTier>,
     pub request_bytes_max: Option<ByteCount>,
     pub wait_s_max: Option<u64>,
@@ -83,13 +87,14 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 11] = [
+const SERVER_KEYS: [&str; 12] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
     "device",
     "device_budget",
     "host_budget",
+    "host_memory",
     "disk",
     "request_bytes_max",
     "wait_s_max",
@@ -243,6 +248,7 @@ impl<'i> Reader<'i> {
             device: self.parsed(table, "device", device),
             device_budget: self.size(table, "device_budget"),
             host_budget: self.size(table, "host_budget"),
+            host_memory: self.parsed(table, "host_memory", host_memory).map(|choice| choice.value),
             disk: self.disk(table),
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),
             wait_s_max: self.seconds(table, "wait_s_max"),
@@ -567,6 +573,15 @@ fn device(text: &str) -> Result<DeviceChoice, String> {
 }
 
 const ENGINES: [&str; 4] = ["transformers", "vllm", "command", "worker"];
+
+fn host_memory(text: &str) -> Result<HostMemory, String> {
+    match text {
+        "auto" => Ok(HostMemory::Auto),
+        "shared" => Ok(HostMemory::Shared),
+        "private" => Ok(HostMemory::Private),
+        _ => Err(format!("{text:?} is none of \"auto\", \"shared\" and \"private\"")),
+    }
+}
 
 fn engine(text: &str) -> Result<Engine, String> {
     match text {

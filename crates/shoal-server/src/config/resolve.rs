@@ -99,6 +99,7 @@ impl ShoalFile {
         }
 
         let defaults = Limits::default();
+        let host_memory = server.host_memory.unwrap_or_default().backing(surroundings.shared_memory);
         let state_dir = surroundings.state_home.join("shoal");
         Ok(ServerConfig {
             file: file.to_owned(),
@@ -108,6 +109,7 @@ impl ShoalFile {
             device,
             device_budget,
             host_budget,
+            host_memory,
             disk: server
                 .disk
                 .into_iter()

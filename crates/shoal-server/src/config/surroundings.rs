@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use shoal_core::bytes::ByteCount;
+use shoal_device::HostBacking;
+use shoal_device::host::survey;
 
 use super::gpu::Gpus;
 
@@ -26,6 +28,8 @@ pub struct Surroundings {
     pub python: PathBuf,
     /// Memory, where it can be read.
     pub memory: MachineMemory,
+    /// What memory that processes share can be made of, with huge pages.
+    pub shared_memory: Option<HostBacking>,
     /// What shows that there is an NVIDIA device, if there is one.
     pub nvidia: Option<PathBuf>,
     /// Its GPUs, asked for where there is such a sign.
@@ -122,11 +126,18 @@ impl Surroundings {
                 .unwrap_or(fallback),
             python: set("SHOAL_PYTHON").unwrap_or_else(|| PathBuf::from("python3")),
             memory: MachineMemory::now(),
+            shared_memory: shared_memory(),
             gpus: nvidia.is_some().then(|| Gpus::ask(std::env::var_os("CUDA_VISIBLE_DEVICES"))),
             nvidia,
             home,
         }
     }
+}
+
+/// Huge pages that processes can share, if there are any worth the name.
+fn shared_memory() -> Option<HostBacking> {
+    let (best, _) = survey().backings(ByteCount::gib(1)).into_iter().next()?;
+    matches!(best, HostBacking::SharedHugePages | HostBacking::ReservedHugePages).then_some(best)
 }
 
 /// What shows that there is an NVIDIA device, whether or not it can be used. The Python package looks for the same.

@@ -15,6 +15,7 @@ fn surroundings(dir: &Path) -> Surroundings {
         runtime_dir: dir.join("run"),
         python: "python3".into(),
         memory: MachineMemory { total: ByteCount::gib(64), available: ByteCount::gib(32), cgroup_left: None },
+        shared_memory: None,
         nvidia: None,
         gpus: None,
     }
@@ -371,4 +372,20 @@ fn a_quantum_has_a_unit_and_sane_bounds() {
         let said = quantum(wrong).expect_err(wrong);
         assert!(said.contains(why) && said.contains("shoal.toml:2"), "{wrong}: {said}");
     }
+}
+
+#[test]
+fn memory_for_host_copies_is_lent_where_it_has_huge_pages_or_where_it_is_asked_for() {
+    let of = |text: &str, shared_memory| {
+        let text = format!("[server]\n{text}\n[[model]]\nname = \"a\"\nsource = \"b\"\n");
+        let surroundings = Surroundings { shared_memory, ..surroundings(Path::new("/nowhere")) };
+        load(&text, &surroundings).map(|config| config.host_memory)
+    };
+    let huge = Some(HostBacking::ReservedHugePages);
+    assert_eq!(of("", None), Ok(None));
+    assert_eq!(of("", huge), Ok(huge));
+    assert_eq!(of("host_memory = \"private\"", huge), Ok(None));
+    assert_eq!(of("host_memory = \"shared\"", None), Ok(Some(HostBacking::SharedHugePages)));
+    let wrong = of("host_memory = \"huge\"", None).expect_err("no such choice");
+    assert!(wrong.contains("\"private\""), "{wrong}");
 }

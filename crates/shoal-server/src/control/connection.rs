@@ -1,9 +1,13 @@
 //! One worker's connection, as two halves that carry whole messages.
 
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::ControlError;
@@ -58,17 +62,57 @@ impl Outgoing {
         Self { writer, deadline }
     }
 
+    /// Say one thing that a file comes with.
+    ///
+    /// # Errors
+    /// As [`say`](Self::say).
+    pub async fn say_with(&mut self, message: &FromServer, file: BorrowedFd<'_>) -> Result<(), ControlError> {
+        let line = encode(message)?;
+        let send = async {
+            // The file comes with the first bytes.
+            let sent = loop {
+                self.writer.writable().await?;
+                let socket = self.writer.as_ref();
+                match socket.try_io(Interest::WRITABLE, || send_with(socket.as_fd(), &line, file)) {
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                    sent => break sent?,
+                }
+            };
+            self.writer.write_all(&line[sent..]).await
+        };
+        match tokio::time::timeout(self.deadline, send).await {
+            Ok(written) => Ok(written?),
+            Err(_) => Err(ControlError::Deadline { what: "sending to a worker", allowed: self.deadline }),
+        }
+    }
+
     /// Say one thing.
     ///
     /// # Errors
     /// [`ControlError::Deadline`] when the worker does not read, [`ControlError::Io`]; the connection is of no more use.
     pub async fn say(&mut self, message: &FromServer) -> Result<(), ControlError> {
-        let mut line = serde_json::to_vec(message)
-            .map_err(|source| ControlError::Malformed { beginning: String::new(), source })?;
-        line.push(b'\n');
+        let line = encode(message)?;
         match tokio::time::timeout(self.deadline, self.writer.write_all(&line)).await {
             Ok(written) => Ok(written?),
             Err(_) => Err(ControlError::Deadline { what: "sending to a worker", allowed: self.deadline }),
         }
     }
+}
+
+fn encode(message: &FromServer) -> Result<Vec<u8>, ControlError> {
+    let mut line = serde_json::to_vec(message)
+        .map_err(|source| ControlError::Malformed { beginning: String::new(), source })?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+fn send_with(socket: BorrowedFd<'_>, line: &[u8], file: BorrowedFd<'_>) -> std::io::Result<usize> {
+    let files = [file];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(std::io::Error::other("no room for a descriptor"));
+    }
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    Ok(sendmsg(socket, &[IoSlice::new(line)], &mut control, flags)?)
 }

@@ -63,6 +63,7 @@ fn resolved(text: &str) -> Option<ServerConfig> {
         runtime_dir: nowhere.clone(),
         python: PathBuf::from("python3"),
         memory: MachineMemory { total: ByteCount::gib(8), available: ByteCount::gib(4), cgroup_left: None },
+        shared_memory: None,
         nvidia: None,
         gpus: None,
     };

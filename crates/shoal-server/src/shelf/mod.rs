@@ -8,6 +8,7 @@
 //! When the last handle is dropped, or the process dies, the workers end with it.
 
 mod error;
+mod host_pool;
 mod models;
 mod route;
 mod runtime_dir;
@@ -28,6 +29,7 @@ use crate::control::Listener;
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 pub use error::{RouteError, ShelfError};
+use host_pool::HostPool;
 pub use route::{Report, Route, RouteSink, Target};
 use runtime_dir::RuntimeDir;
 
@@ -52,6 +54,8 @@ impl Drop for Handle {
 #[derive(Debug)]
 pub(crate) struct Shared {
     core: Mutex<Core>,
+    /// Memory of the workers' host copies.
+    pool: Mutex<HostPool>,
     base: tokio::time::Instant,
     cancel: CancellationToken,
     /// Held as long as anything of this server runs.
@@ -130,8 +134,10 @@ impl Shelf {
         let decisions = tasks::decision_log(&config.log_dir);
         let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let timing = Timing { quantum_ms: millis(config.quantum), ..Timing::default() };
+        let host_memory = config.host_memory;
         let core = Core::new(config, timing, millis(unix), Some(decisions));
         let shared = Arc::new(Shared {
+            pool: Mutex::new(HostPool::new(host_memory, core.models.len())),
             core: Mutex::new(core),
             base: tokio::time::Instant::now(),
             cancel: CancellationToken::new(),

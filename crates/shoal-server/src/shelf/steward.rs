@@ -242,7 +242,11 @@ impl<'a> Steward<'a> {
                 }
             }
             FromServer::Reclaim { order, deadline_ms, .. } => self.reclaim(order, deadline_ms).await,
-            FromServer::Welcome { .. } | FromServer::Shutdown { .. } => {}
+            // It asks for no memory, and its ending is seen to elsewhere.
+            FromServer::SlabGrant { .. }
+            | FromServer::SlabDeny { .. }
+            | FromServer::Welcome { .. }
+            | FromServer::Shutdown { .. } => {}
         }
     }
 

@@ -2,13 +2,18 @@
 
 use futures_util::FutureExt;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use shoal_core::protocol::FromServer;
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker};
+use shoal_device::HostBacking;
+use shoal_device::host::HostFile;
 use tokio::sync::{mpsc, oneshot};
 
+use super::host_pool::Lent;
 use super::{RouteError, RouteSink, Shared, steward};
 use crate::broker::{Core, Reached, Record, Wanted};
 use crate::config::{Engine, ServerConfig};
@@ -17,6 +22,8 @@ use crate::supervisor::{LOG_BYTES_MAX, Launch, WORKER_REMEDY, WorkerProcess, bou
 
 /// Messages that may wait for a worker to read them.
 const MESSAGES_MAX: usize = 256;
+/// Answers to requests for memory that may wait for a worker to read them.
+const SLAB_ANSWERS_MAX: usize = 64;
 /// Decisions that may wait to be written.
 const DECISIONS_MAX: usize = 1_024;
 /// After how many decisions the log's length is looked at.
@@ -50,6 +57,8 @@ async fn keep_logs(shared: Arc<Shared>) {
             () = shared.cancel.cancelled() => return,
             () = tokio::time::sleep(LOGS_LOOK) => {}
         }
+        let overdue = shared.pool.lock().overdue(Instant::now());
+        let_go(overdue);
         let logs = logs.clone();
         let looked = tokio::task::spawn_blocking(move || {
             for path in logs {
@@ -119,14 +128,30 @@ async fn converse(shared: Arc<Shared>, greeted: Greeted) {
             return;
         }
     };
-    let writer = tokio::spawn(write(outgoing, receiver));
+    trim(&shared);
+    let (slab_sender, slab_receiver) = mpsc::channel(SLAB_ANSWERS_MAX);
+    let writer = tokio::spawn(write(outgoing, receiver, slab_receiver));
     let reason = loop {
         let message = tokio::select! {
             () = shared.cancel.cancelled() => break None,
             message = incoming.next() => message,
         };
         match message {
+            Ok(Some(FromWorker::SlabRequest { request, bytes })) => {
+                let answer = lend(&shared, greeting.place, request, bytes);
+                if slab_sender.try_send(answer).is_err() {
+                    break Some("it asks for memory and does not read the answers".to_owned());
+                }
+            }
+            Ok(Some(FromWorker::SlabReturn { slab })) => {
+                let back = shared.pool.lock().take_back(greeting.place, slab);
+                let_go(back);
+            }
             Ok(Some(message)) => {
+                if matches!(message, FromWorker::Ready { .. }) {
+                    let unused = shared.pool.lock().is_ready(greeting.place);
+                    let_go(unused);
+                }
                 shared
                     .with(|core, now_ms| core.handle_message(greeting.place, greeting.pid, message, now_ms));
             }
@@ -144,12 +169,63 @@ async fn converse(shared: Arc<Shared>, greeted: Greeted) {
     writer.abort();
 }
 
-async fn write(mut outgoing: Outgoing, mut receiver: mpsc::Receiver<FromServer>) {
-    while let Some(message) = receiver.recv().await {
-        if let Err(error) = outgoing.say(&message).await {
+/// An answer to a request for memory, and the memory.
+type SlabAnswer = (FromServer, Option<HostFile>);
+
+async fn write(
+    mut outgoing: Outgoing,
+    mut receiver: mpsc::Receiver<FromServer>,
+    mut slabs: mpsc::Receiver<SlabAnswer>,
+) {
+    loop {
+        let said = tokio::select! {
+            message = receiver.recv() => match message {
+                Some(message) => outgoing.say(&message).await,
+                None => return,
+            },
+            Some((message, file)) = slabs.recv() => match file {
+                Some(file) => outgoing.say_with(&message, file.as_fd()).await,
+                None => outgoing.say(&message).await,
+            },
+        };
+        if let Err(error) = said {
             tracing::warn!(%error, "a worker could not be told something");
             return;
         }
+    }
+}
+
+/// Memory for a worker's host copies, or why not.
+fn lend(shared: &Shared, place: usize, request: u64, bytes: ByteCount) -> SlabAnswer {
+    let mut gone = Vec::new();
+    let budget = shared.with(|core, _| core.models[place].host_share);
+    let lent = shared.pool.lock().lend(place, bytes, budget, &mut gone);
+    let_go(gone);
+    match lent {
+        Ok(Lent { slab, file, is_zeroed }) => {
+            let is_set_aside = file.backing() == HostBacking::ReservedHugePages;
+            (FromServer::SlabGrant { request, slab, bytes, is_set_aside, is_zeroed }, Some(file))
+        }
+        Err(reason) => (FromServer::SlabDeny { request, reason }, None),
+    }
+}
+
+/// Memory that ended workers left makes way for the shares of those that live (I1).
+fn trim(shared: &Shared) {
+    let (live, room) = shared.with(|core, _| {
+        let live: Vec<bool> = core.models.iter().map(|model| !model.host_share.is_zero()).collect();
+        let given: ByteCount = core.models.iter().map(|model| model.host_share).sum();
+        (live, core.config.host_budget.saturating_sub(given))
+    });
+    let gone = shared.pool.lock().trim(&live, room);
+    let_go(gone);
+}
+
+/// Gives memory back to the machine, which takes a moment where it is much.
+fn let_go(files: impl IntoIterator<Item = HostFile> + Send + 'static) {
+    let files: Vec<HostFile> = files.into_iter().collect();
+    if !files.is_empty() {
+        tokio::task::spawn_blocking(move || drop(files));
     }
 }
 
@@ -198,6 +274,7 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
         };
         match exit {
             Ok(exit) => {
+                shared.pool.lock().process_gone(place, Instant::now());
                 let last_line = process.last_line();
                 shared.with(|core, now_ms| core.handle_exited(place, &exit, last_line, now_ms));
             }
@@ -274,7 +351,7 @@ pub(super) async fn bring_pinned(
     unwanted: oneshot::Receiver<()>,
 ) {
     let wait_max = shared.with(|core, _| core.config.limits.wait_max);
-    let deadline = std::time::Instant::now() + wait_max;
+    let deadline = Instant::now() + wait_max;
     tokio::select! {
         () = shared.cancel.cancelled() => {}
         _ = unwanted => {}

@@ -274,6 +274,7 @@ pub async fn start(models: Arc<FakeModels>, server: &str, with_keys: bool, setti
         runtime_dir: "/nowhere".into(),
         python: "python3".into(),
         memory: MachineMemory::default(),
+        shared_memory: None,
         nvidia: None,
         gpus: None,
     };
