@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import gc
 import os
 import threading
 import time
@@ -185,6 +186,45 @@ def test_a_prefix_is_found_again_by_its_tenant(mem: shoal.MemoryManager) -> None
     kv.check()
 
 
+def test_no_two_tenants_have_one_salt(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    tokens = list(range(32))
+    # What os.fsdecode makes of names that are no valid UTF-8, and what a lossy conversion would make of them.
+    tenants = [os.fsdecode(b"team-\xe9"), os.fsdecode(b"team-\xe8"), "team-\ufffd", "team-?", "team-\xe9"]
+    for place, tenant in enumerate(tenants):
+        for other in tenants[place:]:
+            assert kv.match(tokens, salt=other) == (0, []), (tenant, other)
+        ids = kv.alloc(2)
+        kv.seal(tokens, ids, salt=tenant)
+        assert kv.match(tokens, salt=tenant) == (32, ids)
+
+
+def test_an_engine_frees_what_it_matched_and_what_it_took(mem: shoal.MemoryManager) -> None:
+    """The example of docs/kv.md, three times."""
+    kv = small(mem)
+    prompt = list(range(90))
+    for found in (0, 5, 5):
+        n, ids = kv.match(prompt[:-1], salt="a")
+        assert (n, len(ids)) == (found * 16, found)
+        new = np.zeros(-(-len(prompt) // 16) - len(ids), np.int32)
+        assert kv.alloc_into(new) == len(new)
+        kv.seal(prompt, [*ids, *new], salt="a")
+        kv.free([*ids, *new])
+        assert kv.usage()["live"] == 0
+    kv.check()
+
+
+def test_a_cache_outlives_its_manager() -> None:
+    kv = small(shoal.MemoryManager("sim"))
+    gc.collect()
+    ids = kv.alloc(3)
+    kv.free(ids)
+    alloc_into = kv.alloc_into
+    del kv
+    gc.collect()
+    assert alloc_into(np.zeros(50, np.int32)) == 50
+
+
 def test_an_engines_own_keys_are_taken_as_they_are(mem: shoal.MemoryManager) -> None:
     kv = small(mem)
     keys = [os.urandom(32) for _ in range(4)]
@@ -284,6 +324,19 @@ def test_bad_shapes_are_refused_in_words(mem: shoal.MemoryManager) -> None:
         mem.kv_cache(groups=[KvGroupSpec("a", 1, 8, "full", 1, 16, window=4)], max_bytes="8MiB")
     with pytest.raises(ValueError, match="block_tokens"):
         mem.kv_cache(groups=[KvGroupSpec("a", 1, 8, "latent")], max_bytes="8MiB")
+    for words in ({"layers": -1}, {"layers": 2.0}, {"layers": True}, {"kv_heads": 1 << 32}, {"head_dim": "8"}):
+        with pytest.raises(ValueError, match=f"{next(iter(words))} must be 1 or more"):
+            small(mem, **words)
+    assert small(mem, layers=np.int64(2), dtype=np.float16).groups[0].blocks == 128
+    for wrong, words in [
+        (KvGroupSpec("a", 1, 8, "window", 1, 16, window=0), "window must be 1 or more"),
+        (KvGroupSpec("a", 1, 8, "latent", 3, 16), "no kv_heads"),
+        (KvGroupSpec("a", 1, 8, "state", None, 16), "no block_tokens"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            mem.kv_cache(groups=[wrong], max_bytes="8MiB")
+    with pytest.raises(TypeError, match="KvGroupSpec"):
+        mem.kv_cache(groups=["a"], max_bytes="8MiB")
     kv = small(mem, eviction=None)
     with pytest.raises(shoal.RegionError, match="finds nothing again"):
         kv.match([1, 2])

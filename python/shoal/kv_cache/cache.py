@@ -22,6 +22,11 @@ __all__ = ["KvCache", "Sealed"]
 _ALL = (1 << 63) - 1
 
 
+def _salt(salt: str | bytes) -> str | bytes:
+    """Give each text bytes of its own, also where it is no valid Unicode, as :func:`os.fsdecode` makes (I12)."""
+    return salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
+
+
 class Sealed(NamedTuple):
     """What :meth:`KvCache.seal` did.
 
@@ -229,15 +234,16 @@ class KvCache:
         Returns
         -------
         tuple of (int, list)
-            How many tokens were found, and the blocks: of the first group, or a list for each if there are several.
-            Free them like others.
+            How many tokens were found, and the blocks. With several groups, a list for each: all blocks of the prefix
+            where attention is full or latent, the last ones that a window needs, the one at the end of a state. Free
+            them like others.
 
         Raises
         ------
         RegionError
             If the cache was made with ``eviction=None``, or its groups have blocks of different tokens.
         """
-        tokens, groups = self._native.find(salt, token_ids)
+        tokens, groups = self._native.find(_salt(salt), token_ids)
         return tokens, self._of_one(groups)
 
     def match_keys(self, keys: Iterable[bytes], *, salt: str | bytes = "") -> tuple[int, list[Any]]:
@@ -260,7 +266,7 @@ class KvCache:
         ForkError
             In a process other than the one that made the cache.
         """
-        blocks, groups = self._native.find_keys(salt, list(keys))
+        blocks, groups = self._native.find_keys(_salt(salt), list(keys))
         return blocks, self._of_one(groups)
 
     def seal(self, token_ids: Iterable[int], ids: Sequence[Any], *, salt: str | bytes = "") -> Sealed:
@@ -287,7 +293,7 @@ class KvCache:
         RegionError
             For a block that nobody owns or that was sealed with other tokens. Nothing has changed then.
         """
-        return Sealed(*self._native.seal(salt, token_ids, self._of_all(ids)))
+        return Sealed(*self._native.seal(_salt(salt), token_ids, self._of_all(ids)))
 
     def seal_keys(
         self, keys: Iterable[bytes], ids: Sequence[Any], *, after: bytes | None = None, salt: str | bytes = ""
@@ -315,7 +321,7 @@ class KvCache:
         ForkError
             In a process other than the one that made the cache.
         """
-        return Sealed(*self._native.seal_keys(salt, after, list(keys), self._of_all(ids)))
+        return Sealed(*self._native.seal_keys(_salt(salt), after, list(keys), self._of_all(ids)))
 
     def forget_all(self) -> None:
         """Let nothing of what blocks hold be found any more, as after new weights. Owned blocks stay owned.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 from shoal.wake import TIMEOUT_S
 
@@ -44,7 +44,7 @@ def dtype_name(dtype: Any) -> str:
     Parameters
     ----------
     dtype
-        Its name, or torch's object for it.
+        Its name, or torch's or numpy's object for it.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def dtype_name(dtype: Any) -> str:
     ValueError
         If its size is not known here.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
     if name not in ELEMENT_BYTES:
         raise ValueError(f"dtype must be one of {', '.join(sorted(ELEMENT_BYTES))}, not {name!r}")
     return name
@@ -98,18 +98,31 @@ class KvGroupSpec:
     dtype: Any = "bfloat16"
 
     def _words(self) -> dict[str, Any]:
+        sizes = {what: self._size(what) for what in ("layers", "head_dim", "kv_heads", "block_tokens", "window")}
         if (self.kind == "window") != (self.window is not None):
             raise ValueError(f"group {self.name!r}: a window goes with kind 'window', and with no other")
+        if self.kind in ("latent", "state") and self.kv_heads is not None:
+            raise ValueError(f"group {self.name!r}: kind {self.kind!r} has no kv_heads; head_dim counts all elements")
+        if self.kind == "state" and self.block_tokens is not None:
+            raise ValueError(f"group {self.name!r}: kind 'state' has no block_tokens: a state stands for all before it")
         return {
             "name": self.name,
             "kind": self.kind,
-            "layers": self.layers,
-            "tokens": self.block_tokens,
-            "kv_heads": self.kv_heads,
-            "elements": self.head_dim,
-            "window": self.window,
+            "layers": sizes["layers"],
+            "tokens": sizes["block_tokens"],
+            "kv_heads": sizes["kv_heads"],
+            "elements": sizes["head_dim"],
+            "window": sizes["window"],
             "element_bytes": ELEMENT_BYTES[dtype_name(self.dtype)],
         }
+
+    def _size(self, what: str) -> int | None:
+        value = getattr(self, what)
+        if value is None and what not in ("layers", "head_dim"):
+            return None
+        if isinstance(value, SupportsIndex) and not isinstance(value, bool) and 1 <= value.__index__() < 1 << 32:
+            return value.__index__()
+        raise ValueError(f"group {self.name!r}: {what} must be 1 or more, an integer below 2^32, not {value!r}")
 
 
 class KvGroup:

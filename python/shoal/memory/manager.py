@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
-import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,9 +90,9 @@ class MemoryManager:
         own_dir = None
         if runtime_dir is None:
             runtime_dir = own_dir = tempfile.mkdtemp(prefix="shoal-")
-        # The directory's files are open as long as the device is: removing their names takes nothing from it.
+        # Regions and caches outlive their manager, and their device finds its ledger by name: it stays to the end.
         if own_dir is not None:
-            weakref.finalize(self, _remove, own_dir, os.getpid())
+            atexit.register(_remove, own_dir, os.getpid())
         self._native = _native.MemoryManager(
             self.device,
             capacity,
@@ -211,6 +211,8 @@ class MemoryManager:
             groups = [KvGroupSpec("full", layers, head_dim, "full", kv_heads, block_tokens, dtype=dtype)]
         elif not (layers is None and kv_heads is None and head_dim is None):
             raise ValueError("give groups, or layers, kv_heads and head_dim, not both")
+        elif wrong := [spec for spec in groups if not isinstance(spec, KvGroupSpec)]:
+            raise TypeError(f"groups must be KvGroupSpecs, not {type(wrong[0]).__name__}")
         if granule_max is None:
             granule_max = "512MiB" if layout == "layer" else "256MiB"
         return KvCache(
