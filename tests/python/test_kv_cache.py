@@ -237,6 +237,16 @@ def test_an_engines_own_keys_are_taken_as_they_are(mem: shoal.MemoryManager) -> 
     assert kv.events()[0][2]["key"] == keys[2]
 
 
+def test_nobody_takes_memory_from_under_blocks(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    kv.alloc(8)
+    for act in (kv.region.decommit, kv.region.commit):
+        with pytest.raises(shoal.RegionError, match="KV cache lies in it") as caught:
+            act(0, 2 * MIB)
+        assert (caught.value.kind, caught.value.region) == ("state", "kv")
+    kv.check()
+
+
 def test_memory_follows_use(mem: shoal.MemoryManager) -> None:
     kv = small(mem)
     assert kv.usage()["mapped"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shoal.errors import RegionError
 from shoal.kv_cache.groups import KvGroup, KvGroupSpec
 from shoal.memory.region import Region
 from shoal.memory.sizes import Size, parse_size
@@ -25,6 +26,38 @@ _ALL = (1 << 63) - 1
 def _salt(salt: str | bytes) -> str | bytes:
     """Give each text bytes of its own, also where it is no valid Unicode, as :func:`os.fsdecode` makes (I12)."""
     return salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
+
+
+class _Addresses(Region):
+    """The region of a cache: which of it has memory is the cache's business (I2)."""
+
+    __slots__ = ()
+
+    def commit(self, offset: int, nbytes: int) -> None:
+        """Refuse.
+
+        Raises
+        ------
+        RegionError
+            Always.
+        """
+        raise self._refused("commit", offset, nbytes)
+
+    def decommit(self, offset: int, nbytes: int) -> None:
+        """Refuse: blocks with owners may lie there.
+
+        Raises
+        ------
+        RegionError
+            Always.
+        """
+        raise self._refused("decommit", offset, nbytes)
+
+    def _refused(self, doing: str, offset: int, nbytes: int) -> RegionError:
+        what = f'region "{self.name}": cannot {doing} {nbytes} bytes from {offset}'
+        return RegionError(
+            f"{what}: a KV cache lies in it; take and free blocks, or trim() the cache", kind="state", region=self.name
+        )
 
 
 class Sealed(NamedTuple):
@@ -69,7 +102,7 @@ class KvCache:
         if not specs:
             raise ValueError("a cache needs at least one group")
         self._native = manager.kv_cache({"name": name, "groups": [spec._words() for spec in specs], **words})
-        self.region = Region(self._native.region, manager)
+        self.region: Region = _Addresses(self._native.region, manager)
         made = zip(self._native.groups(), specs, strict=True)
         self.groups = tuple(KvGroup(group, spec, self.region) for group, spec in made)
         self.alloc_into = self.groups[0].alloc_into
