@@ -13,6 +13,7 @@ use futures_util::FutureExt;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerUsage};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::{Shared, Target};
 use crate::broker::{DRAIN_MS_MAX, millis};
@@ -125,6 +126,8 @@ struct Steward<'a> {
     held: ByteCount,
     /// The most that was measured of the present program.
     peak: ByteCount,
+    /// A measurement under way, and of which process: it may take long, and orders must not wait for it.
+    measuring: Option<(u32, JoinHandle<Option<ByteCount>>)>,
     failures: u32,
 }
 
@@ -152,6 +155,7 @@ impl<'a> Steward<'a> {
             bytes,
             held: ByteCount::ZERO,
             peak: ByteCount::ZERO,
+            measuring: None,
             failures: 0,
         };
         let capabilities = WorkerCapabilities { weights_bytes: bytes, ..WorkerCapabilities::default() };
@@ -204,7 +208,8 @@ impl<'a> Steward<'a> {
                 },
                 exit = ended(&mut self.doing) => self.ended_by_itself(exit),
                 () = tokio::time::sleep(LOOK), if look => self.look().await,
-                _ = measured.tick() => self.measure().await,
+                _ = measured.tick() => self.measure(),
+                found = finished(&mut self.measuring) => self.measured(found),
             }
             if self.failures >= FAILURES_MAX {
                 return;
@@ -509,15 +514,27 @@ impl<'a> Steward<'a> {
         bytes
     }
 
-    async fn measure(&mut self) {
+    fn measure(&mut self) {
         let (Doing::Starting { program, .. } | Doing::Running { program } | Doing::Draining { program, .. }) =
             &self.doing
         else {
             return;
         };
-        let (pid, device) = (program.process.pid(), self.device);
-        let measured = tokio::task::spawn_blocking(move || measure_group(pid, device)).await;
-        if let Ok(Some(bytes)) = measured
+        if self.measuring.is_none() {
+            let (pid, device) = (program.process.pid(), self.device);
+            self.measuring = Some((pid, tokio::task::spawn_blocking(move || measure_group(pid, device))));
+        }
+    }
+
+    fn measured(&mut self, found: (u32, Option<ByteCount>)) {
+        self.measuring = None;
+        let (Doing::Starting { program, .. } | Doing::Running { program } | Doing::Draining { program, .. }) =
+            &self.doing
+        else {
+            return;
+        };
+        if let (pid, Some(bytes)) = found
+            && pid == program.process.pid()
             && bytes > self.peak
         {
             self.peak = bytes;
@@ -540,6 +557,14 @@ async fn ended(doing: &mut Doing) -> std::io::Result<Exit> {
             program.process.wait().await
         }
         Doing::Nothing | Doing::Asking { .. } => std::future::pending().await,
+    }
+}
+
+/// Waits for a measurement, if one is under way; for ever else.
+async fn finished(measuring: &mut Option<(u32, JoinHandle<Option<ByteCount>>)>) -> (u32, Option<ByteCount>) {
+    match measuring {
+        Some((pid, task)) => (*pid, task.await.unwrap_or_default()),
+        None => std::future::pending().await,
     }
 }
 

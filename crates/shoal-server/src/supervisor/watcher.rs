@@ -3,12 +3,11 @@
 //! Our own workers ask the kernel for a signal at their parent's death; any other program does not. So a shell stands
 //! beside it, which waits for the end of a pipe that only the server holds open, and kills the program's group then.
 
-use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-/// Waits for a line, which means that all is well, or for the end of the pipe.
-const SCRIPT: &str = r#"read -r over || kill -s KILL -- "-$1""#;
+/// Waits for the end of the pipe; nothing is ever written to it.
+const SCRIPT: &str = r#"read -r _; kill -s KILL -- "-$1""#;
 
 /// Stands beside one program. Dropping it lets the program be.
 #[derive(Debug)]
@@ -36,11 +35,8 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        if let Some(mut pipe) = self.shell.stdin.take() {
-            // It ends by itself where it cannot be told.
-            let _ = pipe.write_all(b"over\n");
-        }
-        if let Err(error) = self.shell.wait() {
+        // Before the pipe ends, which is dropped after this.
+        if let Err(error) = self.shell.kill().and_then(|()| self.shell.wait()) {
             tracing::debug!(%error, "a watcher could not be waited for");
         }
     }
@@ -61,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_pipe_ends_the_group_and_a_word_does_not() {
+    fn the_end_of_the_pipe_ends_the_group_and_letting_it_be_does_not() {
         let mut program = sleeper();
         drop(Watcher::over(program.id()).expect("a shell"));
         assert!(program.try_wait().expect("known").is_none(), "it was let be");
