@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -240,6 +241,26 @@ def test_files_are_private_several_and_gone_after_the_resume(make: Callable[...,
     del group, home
     gc.collect()
     assert not list(tmp_path.iterdir()), "they go with the region"
+
+
+def test_files_that_a_killed_process_left_are_in_nobodys_way(make: Callable[..., Group], tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from shoal import testing
+from shoal.compat.torch_memory_saver.disk import Spill
+pid = os.getpid()
+os.getpid = lambda: 7  # as in a container, where every start has the same
+with testing.simulated_machine("64MiB") as machine:
+    region = machine.manager(host_budget="64MiB").region("tag", "8MiB", kind="workspace")
+    region.commit(0, 8 << 20)
+    spill = Spill.write(region, {str(tmp_path)!r}, 1 << 20)
+    print(len(spill.paths), flush=True)
+    os.kill(pid, signal.SIGKILL)
+"""
+    for turn in (1, 2):
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+        assert said.returncode == -signal.SIGKILL, said.stderr
+        assert len(list(tmp_path.iterdir())) == turn * int(said.stdout)
 
 
 @pytest.mark.parametrize("damage", ["changed", "short"])

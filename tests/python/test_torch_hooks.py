@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -188,4 +190,102 @@ def test_a_simulated_device_says_what_to_use_instead(mem: shoal.MemoryManager) -
     with pytest.raises(shoal.RegionError, match="with a length"), st.use_region(mem.region("short", "4MiB")):
         pass
     with st.disable():
+        pass
+
+
+@pytest.fixture
+def cuda_mem(mem: shoal.MemoryManager, monkeypatch: pytest.MonkeyPatch) -> Iterator[shoal.MemoryManager]:
+    """A manager whose regions torch takes for a GPU's: what it would make of them is not made here."""
+    torch = pytest.importorskip("torch")
+    from shoal.torch import pools
+
+    monkeypatch.setattr(pools, "device_of", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(pools._Filling, "make", lambda _: SimpleNamespace(use_count=lambda: 1, snapshot=lambda **_: []))
+    monkeypatch.setattr(pools._Filling, "end", lambda *_: None)
+    monkeypatch.setattr(pools._Entry, "begin", lambda _: None)
+    yield mem
+    gc.collect()
+    pools._sweep()
+
+
+def test_a_region_may_go_in_a_thread_that_holds_the_lock(cuda_mem: shoal.MemoryManager) -> None:
+    from shoal.torch import pools
+
+    # As an attached model holds its region: in a cycle, which goes where Python happens to collect it.
+    cycle: list[object] = [cuda_mem.region("weights")]
+    cycle.append(cycle)
+    slot = pools._filling(cycle[0]).slot  # type: ignore[arg-type]
+    del cycle
+    gone = threading.Event()
+
+    def collect() -> None:
+        with pools._lock:
+            gc.collect()
+        gone.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert gone.wait(60), "the garbage collector waits for a lock that its own thread holds"
+    pools._sweep()
+    assert cuda_mem.region("next")._native.torch_bind() == slot
+
+
+def test_what_a_region_left_is_not_forgotten_by_a_failure(
+    cuda_mem: shoal.MemoryManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shoal.torch import pools
+
+    region = cuda_mem.region("weights")
+    slot = pools._filling(region).slot
+    del region
+    gc.collect()
+
+    def fail(_: object) -> bool:
+        raise RuntimeError("torch said no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pools._Filling, "drop", fail)
+        with pytest.raises(RuntimeError, match="torch said no"):
+            pools._sweep()
+    pools._sweep()
+    assert cuda_mem.region("next")._native.torch_bind() == slot
+
+
+def test_one_use_region_may_be_entered_by_several_threads(cuda_mem: shoal.MemoryManager) -> None:
+    import shoal.torch as st
+    from shoal.torch import pools
+
+    region = cuda_mem.region("weights")
+    use = st.use_region(region)
+    entered, leave = threading.Barrier(2), threading.Event()
+    failures: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            with use:
+                entered.wait(60)
+                leave.wait(60)
+        except BaseException as error:  # noqa: BLE001  (it is looked at below)
+            failures.append(error)
+
+    other = threading.Thread(target=fill)
+    with use:
+        other.start()
+        entered.wait(60)
+    leave.set()
+    other.join(60)
+    assert not failures
+    filling = pools._filling(region)
+    assert (filling.users, len(filling.idle)) == (0, 2)
+    with pytest.raises(RuntimeError, match="not entered on this thread"):
+        use.__exit__(None, None, None)
+
+
+def test_a_torch_that_asks_no_pool_is_said(cuda_mem: shoal.MemoryManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shoal.torch as st
+
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    with (
+        pytest.raises(shoal.RegionError, match=r"PYTORCH_NO_CUDA_MEMORY_CACHING is set.*without it"),
+        st.use_region(cuda_mem.region("weights")),
+    ):
         pass

@@ -7,8 +7,10 @@ again. torch refuses one pool for two threads at a time, so there are as many as
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
@@ -28,11 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = ["disable", "graph", "live_spans", "pool", "stats", "use_region"]
 
+UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
+"""With it, whatever its value, torch's allocator takes every tensor from the driver."""
+
 _lock = threading.Lock()
 _allocators: dict[int, Any] = {}
 """torch's allocator objects by slot. They are never dropped: torch's pools point to them without keeping them."""
-_abandoned: list[_Filling] = []
-"""What regions that are gone have left: tensors may still lie in it."""
+_abandoned: collections.deque[_Filling] = collections.deque()
+"""What regions that are gone have left: tensors may still lie in it. Regions go wherever Python collects garbage, also
+in a thread that holds one of our locks: so it has none."""
 
 
 class _Filling:
@@ -145,18 +151,18 @@ def _segments(one: Any) -> list[dict[str, Any]]:
         return list(one.snapshot())
 
 
-def _abandon(filling: _Filling) -> None:
-    """Keep what a region that is gone has left in torch until nothing lives in it."""
-    with _lock:
-        _abandoned.append(filling)
-
-
 def _sweep() -> None:
     """Let go of what regions have left in which nothing lives any more."""
-    with _lock:
-        candidates, _abandoned[:] = list(_abandoned), []
-    left = [filling for filling in candidates if not filling.drop()]
-    with _lock:
+    left: list[_Filling] = []
+    try:
+        while True:
+            try:
+                left.append(_abandoned.popleft())
+            except IndexError:
+                break
+            if left[-1].drop():
+                left.pop()
+    finally:
         _abandoned.extend(left)
 
 
@@ -177,6 +183,12 @@ def _filling(region: Region) -> _Filling:
             "module's weights there with shoal.torch.place, or a tensor with shoal.torch.tensor",
             kind="state",
         )
+    if UNCACHED in os.environ:
+        raise RegionError(
+            f"region {region.name!r}: {UNCACHED} is set, so torch asks no pool for memory and nothing would lie in the "
+            "region; start the process without it",
+            kind="state",
+        )
     _sweep()
     made = _Filling(region)
     with _lock:
@@ -184,7 +196,8 @@ def _filling(region: Region) -> _Filling:
         if isinstance(filling, _Filling):
             return filling
         region._filling = made
-    weakref.finalize(region, _abandon, made)
+    # Keeps what the region leaves in torch until nothing lives in it.
+    weakref.finalize(region, _abandoned.append, made)
     return made
 
 
@@ -215,6 +228,13 @@ class _Entry:
 
 
 _stack = _Stack()
+
+
+class _Held(threading.local):
+    """What this thread entered of one :class:`use_region`."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[_Filling, _native.RegionUse, _Entry]] = []
 
 
 def _push(entry: _Entry) -> None:
@@ -266,7 +286,8 @@ class use_region:  # noqa: N801  (it is called, as torch.no_grad is)
     def __init__(self, region: Region, *, timeout_s: float = TIMEOUT_S) -> None:
         self._region = region
         self._timeout_s = timeout_s
-        self._held: list[tuple[_Filling, _native.RegionUse, _Entry]] = []
+        # One object may be entered by several threads at once, each with a pool of its own.
+        self._held = _Held()
 
     def __enter__(self) -> Self:
         filling = _filling(self._region)
@@ -281,13 +302,15 @@ class use_region:  # noqa: N801  (it is called, as torch.no_grad is)
                 filling.put(taken)
             use.release()
             raise
-        self._held.append((filling, use, entry))
+        self._held.entries.append((filling, use, entry))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        filling, use, entry = self._held.pop()
+        if not self._held.entries:
+            raise RuntimeError("use_region was not entered on this thread: leave it where it was entered")
+        filling, use, entry = self._held.entries.pop()
         try:
             _pop(entry)
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import secrets
 import weakref
 import zlib
 from dataclasses import dataclass
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from shoal.memory import Region
 
 __all__ = ["Spill"]
-
-_numbers = itertools.count(1)
 
 
 @dataclass
@@ -149,9 +148,10 @@ class Spill:
             lanes.settle()
 
     def _open(self, ranges: list[tuple[int, int]], directory: str | os.PathLike[str]) -> None:
-        number = next(_numbers)
+        # A killed process leaves its files, and in a container the next one often has the same pid.
+        name = f"shoal-{os.getpid()}-{secrets.token_hex(8)}"
         for offset, nbytes in ranges:
-            path = str(Path(directory) / f"shoal-{os.getpid()}-{number}-{offset:x}.backup")
+            path = str(Path(directory) / f"{name}-{offset:x}.backup")
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             self._files.append(file)
             self.paths.append(path)
