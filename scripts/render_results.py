@@ -1,7 +1,8 @@
-"""Write the figures in benches/results/ into README (the headlines and all losses) and docs/benchmarks.md (every row).
+"""Write the figures in benches/results/ into README (headlines and all losses) and docs/benchmarks.md (every figure).
 
 A number in a document therefore exists only as a row of a result file, with the commit and the machine it came from;
 rows that miss their target are printed like the others, and README shows each of them whether it is a headline or not.
+Tests that passed are only counted; one that failed is a loss.
 """
 
 from __future__ import annotations
@@ -61,9 +62,16 @@ class Figure:
         """Whether it has a target and is on the wrong side of it."""
         return self.row.get("target") is not None and not self.row.get("met")
 
+    @property
+    def is_test(self) -> bool:
+        """Whether it only passed or failed."""
+        return bool(self.row["unit"] == "bool")
+
     def cells(self) -> str:
         """Return it as a row of a table."""
         row, unit = self.row, self.row["unit"]
+        if self.is_test:
+            return f"| {row['case']} | {'**failed**' if self.missed else 'passed'} |  |  |  |"
         scale, unit = (1 << 20, "MiB") if unit == "bytes" else (1, unit)
 
         def shown(value: float | None) -> str:
@@ -107,19 +115,19 @@ def put(path: Path, text: str, *, keep: bool) -> bool:
 
 
 def figures() -> list[Figure]:
-    """Return every figure there is; what only passed or failed is none."""
+    """Return every figure there is, and every test that passed or failed."""
     found = []
     for file in sorted(RESULTS.glob("*/*.json")):
         result = json.loads(file.read_text("utf-8"))
         origin = f"{result['date'][:10]}, commit {result['shoal_commit'][:9]}"
-        rows = [row for row in result["rows"] if row["unit"] != "bool"]
-        found += [Figure(file.parent.name, file.stem, origin, row) for row in rows]
+        found += [Figure(file.parent.name, file.stem, origin, row) for row in result["rows"]]
     return found
 
 
 def tables(found: list[Figure]) -> str:
-    """Return all figures as Markdown, a section a device and a table a bench."""
+    """Return all figures as Markdown, a section a device and a table a bench; of tests, those that failed."""
     sections = []
+    found = [figure for figure in found if figure.missed or not figure.is_test]
     for device in dict.fromkeys(figure.device for figure in found):
         sections.append(f"## {device}\n\n{NOTES.get(device, '')}".strip())
         for bench in dict.fromkeys(figure.bench for figure in found if figure.device == device):
@@ -142,10 +150,15 @@ def headlines(found: list[Figure]) -> str:
         own = [figure for figure in shown if figure.device == device]
         head = [line.format(first=f"{device}") for line in HEAD]
         sections.append("\n".join([NOTES.get(device, ""), "", *head, *(figure.cells() for figure in own)]).strip())
-    aimed = [figure for figure in found if figure.row.get("target") is not None]
+    aimed = [figure for figure in found if figure.row.get("target") is not None and not figure.is_test]
+    tests = [figure for figure in found if figure.is_test]
     if aimed:
         met = sum(not figure.missed for figure in aimed)
-        sections.append(f"Of {len(aimed)} figures with a target {met} meet it; those that do not are all above.")
+        text = f"Of {len(aimed)} figures with a target {met} meet it; those that do not are all above."
+        if tests:
+            passed = sum(not figure.missed for figure in tests)
+            text += f" Of {len(tests)} recorded tests {passed} passed; those that did not are above too."
+        sections.append(text)
     return "\n\n".join(sections) or "No figures yet."
 
 

@@ -192,6 +192,15 @@ def figure_rows() -> list[dict[str, Any]]:
             "peer_value": 0,
         },
         {**empty, "case": "it holds", "metric": "passed", "value": 1, "unit": "bool", "target": 1, "met": True},
+        {
+            **empty,
+            "case": "it fails",
+            "metric": "passed",
+            "value": 0,
+            "unit": "bool",
+            "target": 1,
+            "met": False,
+        },
     ]
 
 
@@ -214,6 +223,7 @@ def test_all_figures_are_rendered_with_where_they_come_from(render: ModuleType) 
     assert "| 8 models: p99 | 2 ms |  |  | 3 met |" in text
     assert "| asleep: held | 3 MiB |  | other: 0 |  |" in text
     assert "it holds" not in text, "what passed is no figure"
+    assert "it fails | **failed**" in text
     assert render.tables([]) == "No figures yet."
 
 
@@ -223,6 +233,9 @@ def test_readme_shows_headlines_and_every_loss(render: ModuleType, monkeypatch: 
     assert "p50 | 0.351 ms |  |  | 0.3 **missed** |" in text, "a loss is shown although it is no headline"
     assert "asleep" not in text
     assert "Of 2 figures with a target 1 meet it" in text
+    assert "Of 2 recorded tests 1 passed" in text
+    assert "| it fails | **failed** |  |  |  |" in text
+    assert "| it holds |" not in text
     monkeypatch.setattr(render, "HEADLINES", [("cpu", "gateway_latency", "9 models", "p99")])
     with pytest.raises(ValueError, match="9 models"):
         render.headlines(render.figures())
