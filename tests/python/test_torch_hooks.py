@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers import PAGE
@@ -289,3 +289,25 @@ def test_a_torch_that_asks_no_pool_is_said(cuda_mem: shoal.MemoryManager, monkey
         st.use_region(cuda_mem.region("weights")),
     ):
         pass
+
+
+def test_a_graphs_pool_is_one_of_its_region(cuda_mem: shoal.MemoryManager) -> None:
+    import shoal.torch as st
+    from shoal.torch import pools
+
+    region, other = cuda_mem.region("weights"), cuda_mem.region("other")
+    graph: Any = object()
+    for foreign in ((0, 7), st.pool(other)):
+        with (
+            pytest.raises(shoal.RegionError, match=r"one that shoal\.torch\.pool gave"),
+            st.graph(graph, region, pool=foreign),
+        ):
+            pass
+    # A region that is asleep gets no pool that nobody would ever give back.
+    assert alloc_of(region)(2 * MIB) == region.address
+    region.freeze(wait=True)
+    region.sleep()
+    with pytest.raises(shoal.RegionError, match="asleep"), st.graph(graph, region):
+        pass
+    assert not pools._filling(region).kept
+    free(region.address, 2 * MIB)

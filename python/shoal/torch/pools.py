@@ -391,13 +391,21 @@ def graph(
     Raises
     ------
     RegionError
-        If the region is asleep, was made with a length, or lies on a simulated device.
+        If the region is asleep, was made with a length, or lies on a simulated device, or the pool is not one of its.
     DeadlineError, OutOfMemoryError, LeaseError, TransferError
         As :meth:`shoal.MemoryManager.guard`.
     """
-    own = globals()["pool"](region) if pool is None else pool
+    filling = _filling(region)
+    with filling.lock:
+        if pool is not None and not any(one is pool for one in filling.kept):
+            raise RegionError(
+                f"region {filling.name!r}: the graph's pool has to be one that shoal.torch.pool gave for this region, "
+                f"not {pool!r}",
+                kind="state",
+            )
     use = region._native.begin_use(timeout_s)
     try:
+        own = globals()["pool"](region) if pool is None else pool
         with Guard(region._manager, timeout_s), torch.cuda.graph(cuda_graph, pool=own.id, **options):
             yield own
     finally:
