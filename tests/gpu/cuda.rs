@@ -180,30 +180,6 @@ fn a_full_queue_makes_submitters_wait_and_loses_nothing() {
     assert_eq!(hash.wait(SOON).unwrap(), hash_bytes(&pattern(3, MIB2)));
 }
 
-#[test]
-fn loads_while_the_driver_scrubs_are_exact() {
-    let Some(cuda) = gpu() else { return };
-    let device = as_dyn(&cuda);
-    let bytes = ByteCount::mib(64);
-    let content = pattern(21, bytes);
-    let (mapping, source) = (mapped(&device, bytes), host(&device, &content));
-    let stream = Stream::create(&device).unwrap();
-    for _ in 0..6 {
-        // Eight gibibytes to scrub, and loads at once, more of them than go by the kernel.
-        let frames: Vec<_> = (0..8).map(|_| Frame::create(&device, ByteCount::gib(1)).unwrap()).collect();
-        drop(frames);
-        for _ in 0..20 {
-            stream.zero(&mapping).unwrap();
-            stream.copy(whole(&source), Span::mapping(&mapping)).unwrap();
-            // A part, at odd places.
-            let (at, part) = (ByteCount(12_345), ByteCount::mib(5));
-            let target = Span::Device { mapping: Arc::clone(&mapping), offset: at, bytes: part };
-            stream.copy(Span::host(&source, at, part), target).unwrap();
-        }
-        assert_eq!(stream.hash(Span::mapping(&mapping)).unwrap().wait(SOON).unwrap(), hash_bytes(&content));
-    }
-}
-
 fn cpu_time_of_this_thread() -> Duration {
     let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())

@@ -309,15 +309,6 @@ impl Device for CudaDevice {
         if source_bytes != target_bytes {
             return Err(DeviceError::LengthMismatch { source_bytes, target_bytes });
         }
-        let keep = if (source.space, target.space) == (Space::Host, Space::Device) {
-            let copy = RawCopy { source, target };
-            // SAFETY: the caller's promise, word for word.
-            let left = unsafe { self.copies.load_beside_scrubbing(self.parts(), stream, &copy, keep) };
-            let Some(keep) = left? else { return Ok(()) };
-            keep
-        } else {
-            keep
-        };
         let driver = self.context.driver();
         self.engine.submit(stream, keep, |submission| {
             // SAFETY: the caller's promise, word for word.

@@ -14,7 +14,6 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 
 use super::context::Context;
-use super::copies::Scrubbing;
 use super::result::{MemoryHandle, is_out_of_memory};
 use crate::device::{RawFrame, VirtAddr};
 use crate::error::DeviceError;
@@ -26,7 +25,6 @@ pub(super) struct Vmm {
     capacity: ByteCount,
     used: AtomicU64,
     book: Mutex<Book>,
-    scrubbing: Scrubbing,
 }
 
 #[derive(Debug, Default)]
@@ -74,13 +72,7 @@ impl Book {
 
 impl Vmm {
     pub(super) fn new(context: Arc<Context>, granularity: ByteCount, capacity: ByteCount) -> Self {
-        let (used, book, scrubbing) = (AtomicU64::new(0), Mutex::default(), Scrubbing::default());
-        Self { context, granularity, capacity, used, book, scrubbing }
-    }
-
-    /// Until when what was given back is being scrubbed.
-    pub(super) fn scrubbing(&self) -> &Scrubbing {
-        &self.scrubbing
+        Self { context, granularity, capacity, used: AtomicU64::new(0), book: Mutex::default() }
     }
 
     /// Bytes of all frames.
@@ -189,7 +181,6 @@ impl Vmm {
             return Err(error);
         }
         self.used.fetch_sub(frame.bytes, Ordering::Relaxed);
-        self.scrubbing.add(frame.bytes);
         Ok(())
     }
 

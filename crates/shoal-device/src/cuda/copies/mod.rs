@@ -15,7 +15,6 @@ pub(super) mod calls;
 mod kernels;
 mod measure;
 mod pieces;
-mod scrub;
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -26,8 +25,6 @@ use kernels::CopyKernels;
 pub(super) use kernels::PTX;
 use parking_lot::Mutex;
 use pieces::{PIECES_MAX, Pieces};
-use scrub::Lane;
-pub(super) use scrub::Scrubbing;
 use shoal_core::copy_plan::costs::{CopyCosts, Costs};
 use shoal_core::copy_plan::{CopyPlan, Run};
 
@@ -133,8 +130,6 @@ pub(super) struct Copies {
     kernels: CopyKernels,
     costs: Mutex<Arc<CopyCosts>>,
     is_asked: AtomicBool,
-    /// Long loads that go by a kernel while the driver scrubs.
-    lane: Lane,
 }
 
 impl Copies {
@@ -145,7 +140,6 @@ impl Copies {
             kernels: CopyKernels::new(context)?,
             costs: Mutex::new(Arc::new(CopyCosts::new(guess.clone(), guess))),
             is_asked: AtomicBool::new(false),
-            lane: Lane::default(),
         })
     }
 
