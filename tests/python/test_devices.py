@@ -91,3 +91,26 @@ def test_a_region_speaks_dlpack_without_being_touched(mem: shoal.MemoryManager) 
     region = mem.region("s", "4MiB", kind="workspace")
     assert region.address != address, "the tensor still holds the first region's addresses"
     del flat
+
+
+def test_what_control_groups_allow_is_what_they_have_left(tmp_path: Path) -> None:
+    def group(path: str, **files: object) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (tmp_path / path / f"memory.{name}").write_text(f"{value}\n")
+
+    left = machine.control_group_left
+    group("slice/service", max="max", current=50)
+    assert left("0::/slice/service\n", tmp_path) is None
+    group("slice", max=1000, current=700, stat="anon 600\ninactive_file 60")
+    assert left("0::/slice/service\n", tmp_path) == 360, "of a group above, whose idle cached files can go"
+    group("slice/service", max=200, current=300)
+    assert left("1:cpu:/\n0::/slice/service\n", tmp_path) == 0
+    # In a container the name is the host's, and what is mounted is the group itself.
+    group("", max=500, current=100)
+    assert left("0::/docker/0123\n", tmp_path) == 400
+    group("memory/job", limit_in_bytes=900, usage_in_bytes=400, stat="inactive_file 1\ntotal_inactive_file 50")
+    group("memory", limit_in_bytes=9223372036854771712, usage_in_bytes=5000)
+    assert left("4:memory:/job\n", tmp_path) == 550
+    assert left("4:cpu,cpuacct:/job\n", tmp_path) is None
+    assert machine.host_budget_default() > 0
