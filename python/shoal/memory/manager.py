@@ -285,8 +285,8 @@ class MemoryManager:
         LeaseError
             If ``into`` needs more than there is. Nothing has moved then.
         OutOfMemoryError
-            If what must be copied does not fit into the host budget: nothing has moved then, unless what was believed to
-            be clean turns out to be written while it leaves. Or if the device is full. The same call goes on from there.
+            If what must be copied does not fit into the host budget: nothing has moved then, unless what was believed
+            to be clean turns out to be written while it leaves. Or if the device is full. The same call goes on.
         TransferError, DeadlineError
             If a copy failed, or it took too long. What had left is on the host and what had come is on the device;
             the same call goes on from there.
