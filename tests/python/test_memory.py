@@ -322,6 +322,15 @@ def test_the_buffer_keeps_the_address_reserved(mem: shoal.MemoryManager) -> None
     view.release()
 
 
+def test_memory_for_host_copies_says_what_it_is(mem: shoal.MemoryManager) -> None:
+    assert mem.host_memory()["made"] == 0
+    region, _ = staged(mem, 4 * PAGE)
+    found = mem.host_memory()
+    assert found["used"] == region.bytes
+    assert found["used"] + found["spare"] <= found["made"] <= found["budget"]
+    assert any("made of" in reason for reason in found["reasons"]), found
+
+
 def test_a_dropped_region_gives_its_memory_back(mem: shoal.MemoryManager) -> None:
     region, _ = staged(mem, 4 * PAGE)
     region.wake()

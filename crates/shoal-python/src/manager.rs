@@ -159,6 +159,23 @@ impl PyMemoryManager {
         convert::plain(py, &usage)
     }
 
+    fn host_memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let manager = self.manager.get()?;
+        let usage = py.detach(|| manager.host_usage());
+        let dict = PyDict::new(py);
+        for (name, bytes) in [
+            ("budget", usage.budget),
+            ("used", usage.used),
+            ("made", usage.made),
+            ("locked", usage.locked),
+            ("spare", usage.spare),
+        ] {
+            dict.set_item(name, bytes.0)?;
+        }
+        dict.set_item("reasons", usage.reasons)?;
+        Ok(dict)
+    }
+
     fn device_memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let manager = self.manager.get()?;
         let memory = py.detach(|| manager.device().memory()).map_err(|error| errors::of_device(&error))?;

@@ -339,6 +339,23 @@ class MemoryManager:
         """
         return self._native.usage()
 
+    def host_memory(self) -> dict[str, Any]:
+        """Give how much memory for host copies there is, and why it is as it is.
+
+        Returns
+        -------
+        dict
+            In bytes: ``budget``, ``used`` (by copies), ``made`` (for copies that are there and for those to come),
+            ``locked`` (made and page-locked) and ``spare`` (made and free). ``reasons`` is a list of sentences: what
+            the memory is made of and why, and why something is not as fast as it could be.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made the manager.
+        """
+        return self._native.host_memory()
+
     def device_memory(self) -> dict[str, int]:
         """Give the device's own figures.
 

@@ -252,6 +252,8 @@ class DeviceMemory:
             raise LoadError("host_budget", f"the weights do not fit into the host budget: {error}") from error
         except TransferError as error:
             raise LoadError("model_corrupt", f"{files}: the files changed while they were read: {error}") from error
+        for reason in self._mem.host_memory()["reasons"]:
+            logger.info("memory for host copies: %s", reason)
         return placement.region.bytes
 
     def kv(self, block_bytes: int, blocks: int) -> DeviceKv:
