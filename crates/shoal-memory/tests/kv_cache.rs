@@ -618,3 +618,46 @@ fn debug_mode_goes_together_with_memory_that_comes_and_goes() {
     }
     check(&world, &cache);
 }
+
+#[test]
+fn a_compaction_that_fails_at_any_call_has_moved_nothing_or_says_what() {
+    let mut failures = 0;
+    for n in 1..120_u64 {
+        let dir = tempfile::tempdir().expect("a directory");
+        let faults = FaultDevice::new(open(dir.path(), 64));
+        let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, 64);
+        let mut spec = spec(vec![group("full", 2, 350)], PlaneOrder::BlockMajor, 24);
+        (spec.spare_bytes_max, spec.cache.granule_bytes_max) = (ByteCount::ZERO, ByteCount::mib(4));
+        let cache = world.manager.kv_cache(spec).expect("addresses");
+        let ids = alloc(&cache, 20).expect("room");
+        let (mut kept, free): (Vec<u32>, Vec<u32>) = ids.into_iter().partition(|id| id % 3 == 0);
+        for (id, byte) in kept.iter().zip(1_u8..) {
+            write(&cache, 0, *id, byte);
+        }
+        cache.free(0, &free).expect("owned");
+        let live = cache.usage().live;
+        faults.fail_nth(n);
+        let before = faults.injected();
+        let moves = cache.compact(0, 1000, WAIT).unwrap_or_default();
+        let failed = faults.injected() > before;
+        faults.heal();
+        for id in &mut kept {
+            *id = moves.iter().find(|planned| planned.from == *id).map_or(*id, |planned| planned.to);
+        }
+        assert_eq!(cache.usage().live, live, "call {n}");
+        {
+            let _guard = world.manager.guard(WAIT).expect("in");
+            for (id, byte) in kept.iter().zip(1_u8..) {
+                assert!(holds(&cache, 0, *id, byte), "block {id} is wrong after a failure at call {n}");
+            }
+        }
+        cache.compact(0, 1000, WAIT).expect("the device works again");
+        cache.trim(ALL).expect("the device works again");
+        check(&world, &cache);
+        if !failed {
+            break;
+        }
+        failures = n;
+    }
+    assert!(failures > 10, "only {failures} calls were ever failed");
+}
