@@ -155,11 +155,11 @@ impl fmt::Debug for Queue {
 }
 
 impl Queue {
-    /// Adds a job, waiting at most `waited` for room.
-    fn push(&self, stream: RawStream, job: Job, waited: Duration) -> Result<(), DeviceError> {
+    /// Adds a job, waiting at most `waited` for room. False once closed: nobody would carry it out.
+    fn push(&self, stream: RawStream, job: Job, waited: Duration) -> Result<bool, DeviceError> {
         let deadline = Instant::now() + waited;
         let mut state = self.state.lock();
-        while state.jobs.len() >= QUEUE_DEPTH_MAX {
+        while !state.is_closed && state.jobs.len() >= QUEUE_DEPTH_MAX {
             if self.drained.wait_until(&mut state, deadline).timed_out() {
                 drop(state);
                 // What the job keeps may call the device when dropped: not under the lock.
@@ -167,10 +167,15 @@ impl Queue {
                 return Err(DeviceError::QueueFull { stream: stream.0, depth: QUEUE_DEPTH_MAX, waited });
             }
         }
+        if state.is_closed {
+            drop(state);
+            drop(job);
+            return Ok(false);
+        }
         state.jobs.push_back(job);
         drop(state);
         self.filled.notify_one();
-        Ok(())
+        Ok(true)
     }
 
     /// The next job; `None` once closed and empty.
@@ -257,7 +262,10 @@ impl Engine {
 
     pub(super) fn submit(&self, stream: RawStream, job: Job) -> Result<(), DeviceError> {
         let queue = self.streams.lock().get(&stream.0).cloned();
-        queue.ok_or_else(|| self.unknown("stream", stream.0))?.push(stream, job, SUBMIT_WAIT_MAX)
+        let unknown = || self.unknown("stream", stream.0);
+        // It may be closed by another thread after it was found.
+        let is_queued = queue.ok_or_else(unknown)?.push(stream, job, SUBMIT_WAIT_MAX)?;
+        if is_queued { Ok(()) } else { Err(unknown()) }
     }
 
     pub(super) fn create_event(&self) -> RawEvent {
@@ -445,6 +453,7 @@ mod tests {
         drop(queue.pop());
         queue.push(stream, job(), short).unwrap();
         queue.close();
+        assert_eq!(queue.push(stream, job(), short), Ok(false), "nobody would carry it out");
         let left = std::iter::from_fn(|| queue.pop()).count();
         assert_eq!(left, QUEUE_DEPTH_MAX, "a closed queue still gives what it has");
         assert_eq!(Arc::strong_count(&kept), 1);
