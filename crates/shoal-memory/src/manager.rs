@@ -286,6 +286,12 @@ impl MemoryManager {
     /// their kernels, and nobody tells us which stream those are on (I5). Refused while a graph is captured on a stream
     /// that we know of: marking all work would end the capture.
     pub(crate) fn fence(&self, deadline: Instant) -> Result<(), MemoryError> {
+        self.check_not_capturing()?;
+        self.fence_work([ForeignWork::All], deadline)
+    }
+
+    /// Refuses while a graph is captured on a stream that we know of.
+    pub(crate) fn check_not_capturing(&self) -> Result<(), MemoryError> {
         let known = self.foreign.lock().clone();
         for stream in known {
             if let Err(error @ DeviceError::Capturing { .. }) =
@@ -294,7 +300,7 @@ impl MemoryManager {
                 return Err(MemoryError::device("wait for running kernels")(error));
             }
         }
-        self.fence_work([ForeignWork::All], deadline)
+        Ok(())
     }
 
     /// As [`fence`](Self::fence), for what regions are used by: where all of them were told of their streams

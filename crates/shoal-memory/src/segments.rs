@@ -261,10 +261,10 @@ impl Segments {
     }
 
     /// Takes the memory of segments that torch still has in its books, but in which nothing lives and which it will hand
-    /// nothing out of any more, once what was queued on every stream that segments were asked for on is done. Waits for
-    /// nothing. Addresses that are no segment's are passed over: torch may have given it back meanwhile.
+    /// nothing out of any more, once all that is queued on the device now is done: a graph is replayed on streams that
+    /// never asked for memory. Waits for nothing. Addresses that are no segment's are passed over: torch may have given
+    /// it back meanwhile.
     pub fn discard(&self, dead: &[VirtAddr]) {
-        let streams = self.state.lock().streams.clone();
         for at in dead {
             let offset = at.0.wrapping_sub(self.region.address());
             let found = {
@@ -273,7 +273,7 @@ impl Segments {
                 segment.map(|segment| segment.serial)
             };
             if let Some(serial) = found {
-                let fences = self.mark(if streams.is_empty() { None } else { Some(streams.clone()) });
+                let fences = self.mark(None);
                 self.state.lock().retired.push(Retired { offset, serial, keeps_addresses: true, fences });
             }
         }
@@ -282,8 +282,7 @@ impl Segments {
 
     /// Marks what is queued now on these streams; without any, on all.
     fn mark(&self, streams: Option<BTreeSet<ForeignStream>>) -> Vec<Fence> {
-        let device = self.region.manager().device();
-        let fence = |work| Fence { work, event: Event::of_foreign(device, work).ok() };
+        let fence = |work| Fence { work, event: self.event_of(work) };
         match streams {
             None => vec![fence(ForeignWork::All)],
             Some(streams) => streams.into_iter().map(ForeignWork::Of).map(fence).collect(),
@@ -550,10 +549,19 @@ impl Segments {
         }
     }
 
+    /// None while a capture is in the way: marking all work would end one.
+    fn event_of(&self, work: ForeignWork) -> Option<Event> {
+        let manager = self.region.manager();
+        if work == ForeignWork::All {
+            manager.check_not_capturing().ok()?;
+        }
+        Event::of_foreign(manager.device(), work).ok()
+    }
+
     /// Whether what a fence stands for is over; waits for it until `deadline`.
     fn is_done(&self, fence: &mut Fence, deadline: Instant) -> bool {
         if fence.event.is_none() {
-            fence.event = Event::of_foreign(self.region.manager().device(), fence.work).ok();
+            fence.event = self.event_of(fence.work);
         }
         let left = deadline.saturating_duration_since(Instant::now());
         let waited = fence.event.as_ref().map_or(Ok(false), |event| event.wait(left));
