@@ -228,9 +228,10 @@ impl MemoryManager {
         deadline: Instant,
     ) -> Result<(), MemoryError> {
         let mut settled = 0;
+        let start = Instant::now();
         while !(outgoing.is_done() && incoming.is_done()) {
             if Instant::now() >= deadline {
-                return Err(late(Duration::ZERO));
+                return Err(late(start.elapsed()));
             }
             let mut has_moved = false;
             while let Some(resident) = outgoing.reap(Duration::ZERO)? {

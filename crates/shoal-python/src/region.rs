@@ -103,7 +103,8 @@ impl PyRegion {
     fn torch_bind(&self) -> PyResult<usize> {
         let segments = self.segments("use it with torch")?;
         let region = segments.region().name().to_owned();
-        let (doing, why) = ("use it with torch", "64 regions are filled by torch already");
+        let doing = "use it with torch";
+        let why = "64 regions are filled by torch already, the most at once; drop one whose tensors are gone, or put more into one region";
         torch_hooks::bind(segments)
             .ok_or_else(|| errors::of_memory(MemoryError::State { region, doing, why }))
     }

@@ -218,7 +218,11 @@ impl Region {
 impl Worker {
     fn run(mut self) -> Result<FlushReport, MemoryError> {
         let start = Instant::now();
-        let outcome = self.run_to_end();
+        // Held until what is not whole is gone: the next flush may begin with the same extent.
+        let (outcome, _flushing) = match self.take_flushing() {
+            Ok(flushing) => (self.run_to_end(), Some(flushing)),
+            Err(error) => (Err(error), None),
+        };
         if let (Some(current), Some(inner)) = (self.current.take(), self.region.upgrade()) {
             // Not in turn, but nothing of ours touches it between two chunks.
             let unfinished = inner.state.lock().slot(current.index).unfinished.take();
@@ -230,13 +234,16 @@ impl Worker {
         outcome.map(|()| report)
     }
 
-    fn run_to_end(&mut self) -> Result<(), MemoryError> {
-        let _flushing = loop {
+    fn take_flushing(&self) -> Result<Taken, MemoryError> {
+        loop {
             self.check_cancelled()?;
             if let Some(flushing) = self.flushing.take(Instant::now() + LOOK_AGAIN) {
-                break flushing;
+                return Ok(flushing);
             }
-        };
+        }
+    }
+
+    fn run_to_end(&mut self) -> Result<(), MemoryError> {
         loop {
             self.check_cancelled()?;
             let Some(taken) = self.turn.take(Instant::now() + self.turn_wait) else {

@@ -46,6 +46,7 @@ pub(crate) struct Incoming<'a> {
     /// Memory whose bytes did not come.
     leaving: Vec<Resident>,
     has_begun: bool,
+    started: Instant,
 }
 
 /// What came of it.
@@ -62,7 +63,8 @@ impl<'a> Incoming<'a> {
         let brought = Vec::with_capacity(moves.len());
         let (mapped, flying) = (VecDeque::new(), VecDeque::new());
         let (planned, flying_bytes, leaving) = (moves.into(), ByteCount::ZERO, Vec::new());
-        Self { region, shared, planned, mapped, flying, flying_bytes, brought, leaving, has_begun: false }
+        let (has_begun, started) = (false, Instant::now());
+        Self { region, shared, planned, mapped, flying, flying_bytes, brought, leaving, has_begun, started }
     }
 
     /// The next extent that has no memory yet.
@@ -103,7 +105,7 @@ impl<'a> Incoming<'a> {
             return Err(self.shared.cancelled());
         }
         if Instant::now() >= deadline {
-            return Err(MemoryError::Deadline { doing: "a wake", waited: Duration::ZERO });
+            return Err(MemoryError::Deadline { doing: "a wake", waited: self.started.elapsed() });
         }
         Ok(())
     }

@@ -80,9 +80,10 @@ impl<'a> Outgoing<'a> {
         deadline: Instant,
         mut release: impl FnMut(Vec<Resident>),
     ) -> Result<(), MemoryError> {
+        let start = Instant::now();
         while !self.is_done() {
             if Instant::now() >= deadline {
-                return Err(MemoryError::Deadline { doing: "an eviction", waited: Duration::ZERO });
+                return Err(MemoryError::Deadline { doing: "an eviction", waited: start.elapsed() });
             }
             while let Some(resident) = self.reap(Duration::ZERO)? {
                 self.left.push(resident);
