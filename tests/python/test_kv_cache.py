@@ -86,6 +86,18 @@ def test_what_is_no_buffer_of_integers_is_refused(mem: shoal.MemoryManager) -> N
     assert kv.usage()["live"] == 0
 
 
+def test_what_answers_with_itself_is_no_buffer(mem: shoal.MemoryManager) -> None:
+    class Itself:
+        def numpy(self) -> Itself:
+            return self
+
+    kv = small(mem)
+    with pytest.raises(TypeError):
+        kv.alloc_into(Itself())  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        kv.match(Itself())  # type: ignore[arg-type]
+
+
 def test_lists_do_the_same(mem: shoal.MemoryManager) -> None:
     kv = small(mem)
     ids = kv.alloc(6)
@@ -245,6 +257,49 @@ def test_nobody_takes_memory_from_under_blocks(mem: shoal.MemoryManager) -> None
             act(0, 2 * MIB)
         assert (caught.value.kind, caught.value.region) == ("state", "kv")
     kv.check()
+
+
+def test_a_key_that_lies_elsewhere_leaves_nothing_behind(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    (block,) = kv.alloc(1)
+    kv.seal_keys([b"c"], [block])
+    kv.seal_keys([b"a", b"b", b"c"], [-1, -1, -1])
+    kv.check()
+    kv.seal_keys([b"x", b"y"], [-1, -1], after=b"z")
+    kv.check()
+
+
+def test_a_group_can_have_what_another_has_no_use_for(mem: shoal.MemoryManager) -> None:
+    shape = ("full", 4, 16, None, "float16")
+    kv = mem.kv_cache(groups=[KvGroupSpec("a", 2, 512, *shape), KvGroupSpec("b", 2, 512, *shape)], max_bytes="32MiB")
+    one, two = kv.groups
+    ids = one.alloc(128)
+    assert (one.available(), two.available()) == (0, 0)
+    for at in range(0, 128, 4):
+        kv.seal([at] * 64, [ids[at : at + 4], [-1] * 4])
+    one.free(ids)
+    assert kv.usage()["cached"] == 32 * MIB
+    assert two.available() == 128
+    assert len(two.alloc(64) or []) == 64
+
+
+def test_many_wait_for_the_device_at_once(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    late: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            for _ in range(400):
+                kv.trim(0)
+        except shoal.Error as error:
+            late.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(150)
+    assert not late
 
 
 def test_memory_follows_use(mem: shoal.MemoryManager) -> None:

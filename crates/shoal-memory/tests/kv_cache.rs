@@ -145,7 +145,6 @@ fn memory_goes_back_when_it_is_empty_and_nothing_is_expected() {
     let cache = world.manager.kv_cache(spec).expect("addresses");
     let ids = alloc(&cache, 40).expect("20 MiB");
     cache.free(0, &ids[4..]).expect("owned");
-    assert!(world.device_used() >= ByteCount::mib(20), "it may come back");
     until("what is empty goes", || world.device_used() <= ByteCount::mib(10));
     let report = cache.trim(ALL).expect("no step runs");
     assert!(report.error.is_none());
@@ -495,9 +494,14 @@ fn compaction_moves_contents_and_gives_memory_back() {
         }
         cache.seal(Start::Salt(b""), &[1, 2, 3], &[&kept[..3]]).expect("owned");
         cache.free(0, &free).expect("owned");
-        let before = cache.usage();
+        // What is mapped and expected changes with time.
+        let held = || {
+            let usage = cache.usage();
+            (usage.live, usage.cached, usage.groups[0].blocks.owned, usage.groups[0].blocks.cached)
+        };
+        let (before, was_held) = (cache.usage(), held());
         let planned = cache.plan_compaction(0, 1000).expect("a group");
-        assert_eq!(cache.usage(), before, "a plan changes nothing");
+        assert_eq!(held(), was_held, "a plan changes nothing");
         let moves = cache.compact(0, 1000, WAIT).expect("no step runs");
         assert!(!planned.is_empty() && !moves.is_empty());
         for planned in moves {

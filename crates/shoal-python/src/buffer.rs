@@ -149,7 +149,7 @@ pub(crate) fn with_integers<R>(
     object: &Bound<'_, PyAny>,
     work: impl FnOnce(Integers<'_>) -> PyResult<R>,
 ) -> PyResult<R> {
-    lend(object, 0, |lent| match (lent.item, lent.is_signed) {
+    lend(object, 0, true, |lent| match (lent.item, lent.is_signed) {
         (4, true) => work(Integers::Int32(lent.integers())),
         (4, false) => work(Integers::Uint32(lent.integers())),
         (_, true) => work(Integers::Int64(lent.integers())),
@@ -165,7 +165,7 @@ pub(crate) fn with_integers_mut<R>(
     object: &Bound<'_, PyAny>,
     work: impl FnOnce(IntegersMut<'_>) -> PyResult<R>,
 ) -> PyResult<R> {
-    lend(object, ffi::PyBUF_WRITABLE, |lent| match (lent.item, lent.is_signed) {
+    lend(object, ffi::PyBUF_WRITABLE, true, |lent| match (lent.item, lent.is_signed) {
         (4, true) => work(IntegersMut::Int32(lent.integers_mut())),
         (4, false) => work(IntegersMut::Uint32(lent.integers_mut())),
         (_, true) => work(IntegersMut::Int64(lent.integers_mut())),
@@ -207,6 +207,7 @@ impl Drop for Release<'_> {
 fn lend<R>(
     object: &Bound<'_, PyAny>,
     flags: c_int,
+    may_have_array: bool,
     work: impl FnOnce(&mut LentIntegers) -> PyResult<R>,
 ) -> PyResult<R> {
     let mut view = ffi::Py_buffer::new();
@@ -217,7 +218,8 @@ fn lend<R>(
         let error = PyErr::fetch(object.py());
         // A torch tensor has no buffer, and shares its memory with an array that has one.
         return match object.getattr_opt("numpy") {
-            Ok(Some(method)) => lend(&method.call0()?, flags, work),
+            // Asked once: what another kind of object answers may be itself.
+            Ok(Some(method)) if may_have_array => lend(&method.call0()?, flags, false, work),
             _ => Err(error),
         };
     }

@@ -154,6 +154,9 @@ impl PyKvGroup {
     /// Blocks in a list of our own: others may write to a caller's buffer while the GIL is let go.
     fn fill(&self, py: Python<'_>, count: usize) -> PyResult<Option<Vec<u32>>> {
         let cache = self.cache.get()?;
+        if count > self.blocks as usize {
+            return Ok(None);
+        }
         let mut own = vec![0_u32; count];
         let is_done = py.detach(|| cache.alloc(self.group, &mut own)).map_err(errors::of_memory)?;
         Ok(is_done.then_some(own))
@@ -557,7 +560,8 @@ fn key_of<'py>(py: Python<'py>, key: &BlockKey) -> Bound<'py, PyBytes> {
 /// Text or bytes.
 fn bytes_of(what: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
     if let Ok(text) = value.cast::<PyString>() {
-        return Ok(text.to_string_lossy().as_bytes().to_vec());
+        // Never lossy: two tenants must not become one (I12).
+        return Ok(text.to_str()?.as_bytes().to_vec());
     }
     match value.cast::<PyBytes>() {
         Ok(bytes) => Ok(bytes.as_bytes().to_vec()),

@@ -229,8 +229,8 @@ class KvGroup:
         -------
         int
             Exactly so many where blocks do not straddle granules, at most so many where they do. With several groups,
-            what another group would give up is left out: an allocation may be met where this says 0. The lease is
-            asked only when memory is needed.
+            what another group would give up is counted: each says so of the same memory. The lease is asked only when
+            memory is needed.
 
         Raises
         ------

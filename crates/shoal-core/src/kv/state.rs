@@ -75,6 +75,16 @@ pub(super) struct Group {
     high_units: u32,
 }
 
+impl Group {
+    /// Units of granules in which nothing is owned.
+    fn unowned_units(&self) -> u64 {
+        let figures = self.pool.figures();
+        let cached = if figures.cached > 0 { self.pool.evictable() } else { Vec::new() };
+        let cached = cached.iter().filter_map(|(slot, _)| self.pool.units_of(*slot));
+        u64::from(figures.units_empty) + cached.map(|(_, units)| u64::from(units)).sum::<u64>()
+    }
+}
+
 /// One group's figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupUsage {
@@ -292,14 +302,16 @@ impl KvState {
         Ok(owned <= self.limit.bytes().0)
     }
 
-    /// How many more blocks of a group an allocation could be given, with memory that is mapped or that the limit allows:
-    /// exactly so many where blocks do not straddle granules, at most so many where they do.
+    /// How many more blocks of a group an allocation could be given, with memory that is mapped, that the limit allows, or
+    /// that other groups would give up: exactly so many where blocks do not straddle granules, at most so many where they do.
     ///
     /// # Errors
     /// [`KvError::UnknownGroup`].
     pub fn allocatable(&self, group: usize) -> Result<u32, KvError> {
         let figures = self.pool(group)?.figures();
-        let open = self.limit.bytes().saturating_sub(self.mapped_bytes()).0;
+        let elsewhere = self.groups.iter().enumerate().filter(|(at, _)| *at != group);
+        let elsewhere: u64 = elsewhere.map(|(_, other)| other.unowned_units() * other.unit_bytes).sum();
+        let open = (self.limit.bytes().0 + elsewhere).saturating_sub(self.mapped_bytes().0);
         let owned = self.owned_bytes();
         let (units, group) = (self.layout.groups()[group].units(), &self.groups[group]);
         let units = (u64::from(figures.units) + open / group.unit_bytes).min(units);

@@ -83,7 +83,11 @@ impl Shared {
         }
         for id in ids.iter() {
             if let Some(block) = id.block() {
-                self.look_at(debug, group, block)?;
+                if let Err(error) = self.look_at(debug, group, block) {
+                    // Nobody is given them then.
+                    self.state.lock().free(group, ids)?;
+                    return Err(error);
+                }
                 debug.filled.lock().remove(&(group, block));
             }
         }
@@ -107,7 +111,11 @@ impl Shared {
             self.after_free(state, group, freed);
             blocks
         };
-        self.fill(debug, group, &freed)
+        // They are free whatever comes of it.
+        if let Err(error) = self.fill(debug, group, &freed) {
+            tracing::warn!(%error, "freed blocks are not filled");
+        }
+        Ok(())
     }
 
     fn fill(&self, debug: &Debug, group: usize, blocks: &BTreeSet<u32>) -> Result<(), MemoryError> {

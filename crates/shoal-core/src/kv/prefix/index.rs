@@ -293,9 +293,16 @@ impl PrefixIndex {
                 }
             }
         }
+        // Nodes that the next key was not put below, because it lies elsewhere already.
+        let mut left: Vec<Position> = Vec::new();
         for (at, key) in keys.iter().enumerate() {
             match self.node_by_key(root, node, key) {
-                Ok(found) => node = found,
+                Ok(found) => {
+                    if found != node && self.nodes.at(found).parent != node {
+                        left.push(self.position(node));
+                    }
+                    node = found;
+                }
                 Err(step) => {
                     self.refuse(step, keys.len() - at, sealed);
                     break;
@@ -303,7 +310,13 @@ impl PrefixIndex {
             }
             self.hold(node, at, blocks, sealed);
         }
-        self.end(node, sealed);
+        let last = self.position(node);
+        for Position { node, generation } in left {
+            if self.nodes.is_live(node, generation) {
+                self.prune(node);
+            }
+        }
+        self.end(if self.nodes.is_live(last.node, last.generation) { node } else { NO_NODE }, sealed);
         Ok(())
     }
 
