@@ -30,6 +30,11 @@ HEADLINES = [
     ("cpu", "shelf_all_active", "75 % of 96 MiB", "first token p99"),
     ("cpu", "shelf_all_active", "50 % of 96 MiB", "tokens a second"),
     ("cpu", "shelf_all_active", "50 % of 96 MiB", "first token p99"),
+    ("cpu", "shelf_first_token", "awake", "first token"),
+    ("cpu", "shelf_first_token", "asleep in host memory", "first token"),
+    ("cpu", "gateway_latency", "one token, added by the server", "p50"),
+    ("cpu", "kv_blocks", "fresh: 16 through a buffer", "alloc and free"),
+    ("cpu", "kv_blocks", "fragmented: 16 through a buffer", "alloc and free"),
     ("h100", "shelf", "first token, awake", "time"),
     ("h100", "shelf", "first token, asleep in host memory", "time"),
     ("h100", "shelf", "first token of a model that another must yield to", "time"),
@@ -72,7 +77,11 @@ class Figure:
         row, unit = self.row, self.row["unit"]
         if self.is_test:
             return f"| {row['case']} | {'**failed**' if self.missed else 'passed'} |  |  |  |"
-        scale, unit = (1 << 20, "MiB") if unit == "bytes" else (1, unit)
+        scale: float = 1
+        if unit == "bytes":
+            scale, unit = 1 << 20, "MiB"
+        elif unit == "s" and 0 < abs(row["value"]) < 1e-3:
+            scale, unit = 1e-6, "us"
 
         def shown(value: float | None) -> str:
             return number(None if value is None else value / scale)
