@@ -143,8 +143,19 @@ fn memory_goes_back_when_it_is_empty_and_nothing_is_expected() {
     let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
     spec.spare_bytes_max = ByteCount::mib(64);
     let cache = world.manager.kv_cache(spec).expect("addresses");
-    let ids = alloc(&cache, 40).expect("20 MiB");
-    cache.free(0, &ids[4..]).expect("owned");
+    // What was just used may come back, so it stays for a moment; on a busy machine that moment may be over at once.
+    let mut stays = false;
+    let mut ids = Vec::new();
+    for _ in 0..10 {
+        ids = alloc(&cache, 40).expect("20 MiB");
+        cache.free(0, &ids[4..]).expect("owned");
+        stays = world.device_used() >= ByteCount::mib(20);
+        if stays {
+            break;
+        }
+        cache.free(0, &ids[..4]).expect("owned");
+    }
+    assert!(stays, "it may come back");
     until("what is empty goes", || world.device_used() <= ByteCount::mib(10));
     let report = cache.trim(ALL).expect("no step runs");
     assert!(report.error.is_none());
@@ -494,14 +505,15 @@ fn compaction_moves_contents_and_gives_memory_back() {
         }
         cache.seal(Start::Salt(b""), &[1, 2, 3], &[&kept[..3]]).expect("owned");
         cache.free(0, &free).expect("owned");
-        // What is mapped and expected changes with time.
-        let held = || {
-            let usage = cache.usage();
-            (usage.live, usage.cached, usage.groups[0].blocks.owned, usage.groups[0].blocks.cached)
+        // All but what is expected, which changes with time.
+        let usage_now = || {
+            let mut usage = cache.usage();
+            usage.groups.iter_mut().for_each(|group| group.spare_target = 0);
+            usage
         };
-        let (before, was_held) = (cache.usage(), held());
+        let before = usage_now();
         let planned = cache.plan_compaction(0, 1000).expect("a group");
-        assert_eq!(held(), was_held, "a plan changes nothing");
+        assert_eq!(usage_now(), before, "a plan changes nothing");
         let moves = cache.compact(0, 1000, WAIT).expect("no step runs");
         assert!(!planned.is_empty() && !moves.is_empty());
         for planned in moves {
