@@ -184,8 +184,10 @@ async fn measure(scale: Scale) -> Vec<serde_json::Value> {
             );
             figures.push(times);
         }
-        for (metric, part, target) in [("added_p50", 0.5, targets[0]), ("added_p99", 0.99, targets[1])] {
+        for (metric, part, wanted) in [("added_p50", 0.5, targets[0]), ("added_p99", 0.99, targets[1])] {
             let added = at(&figures[1], part) - at(&figures[0], part);
+            // Nothing is faster through the gateway: the clients' own noise is more than what it adds, and tells nothing.
+            let target = wanted.filter(|_| added >= 0.0);
             println!("{case:<12} {metric:<8} {added:>8.0} us");
             rows.push(serde_json::json!({
                 "case": case, "metric": metric, "value": added.round(), "unit": "us", "better": "lower",
