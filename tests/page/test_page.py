@@ -12,6 +12,7 @@ from tests.page.browser import Browser, Request
 MIB = 1 << 20
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 LATENCY = {"count": 1, "last_ms": 1.0, "p50_ms": 12.0, "p99_ms": 20.0}
+STATE = {"since_at_ms": 1_700_000_097_000, "reason": "it was told to sleep", "asleep_in": "host"}
 MADE_BY_THE_PAGE = {"article", "button", "dd", "div", "dl", "dt", "h3", "i", "li", "p", "span", "time", "ul"}
 
 
@@ -125,7 +126,9 @@ def test_before_the_first_answer_nothing_is_claimed() -> None:
 
 def test_a_state_shows_tiers_and_models() -> None:
     browser, feed = opened(
-        model("oak"), model("elm", "partly_resident"), model("fir", "asleep", pinned=True, is_elastic=False)
+        model("oak"),
+        model("elm", "partly_resident"),
+        model("fir", "asleep", pinned=True, is_elastic=False, state=STATE),
     )
     assert feed.path == "/api/v1/events?since=0"
     assert browser.see("link-text").text == "live"
@@ -156,7 +159,10 @@ def test_a_state_shows_tiers_and_models() -> None:
     assert badges == {"oak": ["awake"], "elm": ["50% resident"], "fir": ["asleep", "pinned", "not elastic"]}
     figures = [node.text for node in cards["elm"].find(tag="dd")]
     # The engine has no locales: a browser writes 1,234.
-    assert figures == ["32 of 64 MiB", "2 of 8 MiB", "64 MiB", "3", "\u2013", "1234", "12 ms", "\u2013", "2 / 1"]
+    assert figures[:-1] == ["32 of 64 MiB", "2 of 8 MiB", "64 MiB", "3", "\u2013", "1234", "12 ms", "\u2013", "2 / 1"]
+    assert figures[-1] == "\u2013", "a server that does not say since when"
+    assert cards["fir"].find(tag="dd")[-1].text == "3 s (all in host memory)"
+    assert cards["fir"].find(with_class="badge")[0].title == "it was told to sleep"
 
 
 def test_decisions_are_told_with_their_reasons_newest_first() -> None:

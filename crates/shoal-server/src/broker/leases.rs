@@ -4,7 +4,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
-use super::{Asked, Core, Life, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
+use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
 use crate::state::EventKind;
 
 /// How long KV that was granted counts as used, until the worker's figures show it.
@@ -19,9 +19,8 @@ impl Core {
         if model.pid != Some(pid) || model.connection.is_none() {
             return;
         }
-        if let Life::Starting { heard_ms, .. } = &mut model.life {
-            *heard_ms = now_ms;
-        }
+        self.advance(place, LifeEvent::Heard { now_ms });
+        let model = &mut self.models[place];
         match message {
             FromWorker::Hello { .. } => self.break_off(place, "a second hello".to_owned(), now_ms),
             FromWorker::Loading { phase, done, total } => {
@@ -93,8 +92,9 @@ impl Core {
             order.returned(&mut left);
         }
         if kind == LeaseKind::Weights && !bytes.is_zero() {
-            model.loaded = false;
+            self.advance(place, LifeEvent::SomeLeft);
         }
+        let model = &mut self.models[place];
         if kind == LeaseKind::Kv {
             model.fresh_kv.0 = model.fresh_kv.0.saturating_sub(bytes);
         }
@@ -112,10 +112,16 @@ impl Core {
         model.usage = usage;
         let held = self.book.held(model.id, LeaseKind::Weights);
         let total = model.weights_total;
-        if !total.is_zero() && held >= total && model.usage.weights_device >= total && !model.wake_ordered() {
+        if model.is_ready()
+            && !total.is_zero()
+            && held >= total
+            && model.usage.weights_device >= total
+            && !model.wake_ordered()
+        {
             // It came back by itself: a request inside it needed it.
-            model.loaded = true;
+            self.advance(place, LifeEvent::AllThere);
         }
+        let model = &self.models[place];
         let (id, peak) = (model.id, model.usage.overhead_device);
         if peak <= self.book.held(id, LeaseKind::Overhead) {
             return;

@@ -6,7 +6,7 @@ use shoal_core::shares::fair_shares;
 use tokio::sync::mpsc;
 
 use super::record::host_need;
-use super::{Core, Life, Record, STARTING_MAX};
+use super::{Core, Life, LifeEvent, Record, STARTING_MAX};
 use crate::state::EventKind;
 use crate::supervisor::Exit;
 
@@ -36,20 +36,19 @@ impl Core {
     /// Tells process tasks to start workers: those with requests first, then in the configuration's order.
     pub(super) fn start_next(&mut self, now_ms: u64) {
         loop {
-            let starting = |model: &&Record| matches!(model.life, Life::Starting { .. });
+            let starting = |model: &&Record| matches!(model.life(), Life::Starting { .. });
             if self.stopping || self.models.iter().filter(starting).count() >= STARTING_MAX {
                 return;
             }
             let due = |model: &Record| {
-                matches!(model.life, Life::Waiting { at_ms, .. } if at_ms <= now_ms) && model.pid.is_none()
+                matches!(model.life(), Life::Waiting { at_ms, .. } if *at_ms <= now_ms) && model.pid.is_none()
             };
             let next = (0..self.models.len())
                 .filter(|place| due(&self.models[*place]))
                 .min_by_key(|place| (self.models[*place].parked.is_empty(), *place));
             let Some(place) = next else { return };
-            let model = &mut self.models[place];
-            model.life = Life::Starting { heard_ms: now_ms, greeted: false };
-            model.start.notify_one();
+            self.advance(place, LifeEvent::StartOrdered { now_ms });
+            self.models[place].start.notify_one();
         }
     }
 
@@ -105,7 +104,7 @@ impl Core {
         if model.pid != Some(pid) {
             return Err(format!("process {pid} was not started for model {name:?}"));
         }
-        let Life::Starting { greeted: false, .. } = model.life else {
+        let Life::Starting { greeted: false, .. } = model.life() else {
             return Err(format!("model {name:?} has greeted already"));
         };
         let welcome = FromServer::Welcome {
@@ -129,7 +128,7 @@ impl Core {
         }
         model.connection = Some(connection);
         model.host_share = share;
-        model.life = Life::Starting { heard_ms: now_ms, greeted: true };
+        self.advance(place, LifeEvent::Greeted { now_ms });
         self.settle(now_ms);
         Ok(Greeting { place, pid })
     }
@@ -137,7 +136,7 @@ impl Core {
     /// Host bytes for a worker that starts: what it needs where that fits, else as much as the others that lack some. A
     /// share is its worker's until that ends, so what was given away before is not given again (I1).
     fn share_host(&self, place: usize) -> ByteCount {
-        let is_lost = |model: &Record| matches!(model.life, Life::Failed { permanent: true, .. });
+        let is_lost = |model: &Record| matches!(model.life(), Life::Failed { permanent: true, .. });
         let needs: Vec<_> = self
             .models
             .iter()
@@ -156,7 +155,7 @@ impl Core {
 
     pub(super) fn ready(&mut self, place: usize, capabilities: WorkerCapabilities, now_ms: u64) {
         let model = &mut self.models[place];
-        let Life::Starting { .. } = model.life else {
+        let Life::Starting { .. } = model.life() else {
             return self.break_off(place, "it was ready twice".to_owned(), now_ms);
         };
         let weights = capabilities.weights_bytes.round_up_to(PAGE_BYTES);
@@ -186,10 +185,12 @@ impl Core {
             return self.fail(place, "budget", &reason, true, now_ms);
         }
         let model = &mut self.models[place];
-        model.life = Life::Ready;
         model.error = None;
         model.was_ready = true;
         model.quick_ends = 0;
+        model.cycle.note("its worker is ready");
+        self.advance(place, LifeEvent::Ready);
+        let model = &self.models[place];
         if !model.is_rigid() {
             self.tell(now_ms, Some(place), EventKind::WorkerReady { pid, weights });
         }
@@ -201,7 +202,9 @@ impl Core {
         model.error = Some(reason.to_owned());
         model.last_words = Some(reason.to_owned());
         model.say(FromServer::Shutdown { deadline_ms: self.timing.end_ms_max, reason: reason.to_owned() });
-        model.life = Life::Failed { reason: reason.to_owned(), permanent };
+        model.cycle.note(reason);
+        self.advance(place, LifeEvent::Failed { reason: reason.to_owned(), permanent });
+        let model = &self.models[place];
         if model.pid.is_some() {
             model.end.notify_one();
         }
@@ -244,12 +247,13 @@ impl Core {
         let model = &mut self.models[place];
         let id = model.id;
         model.connection = None;
-        model.loaded = false;
         model.orders.clear();
         model.last_used_ms = model.last_used_ms.max(Some(now_ms).filter(|_| model.active > 0));
-        if !matches!(model.life, Life::Failed { .. } | Life::Stopped) {
-            model.life = Life::Ending;
+        if let Some(words) = &model.last_words {
+            model.cycle.note(words.clone());
         }
+        self.advance(place, LifeEvent::Lost);
+        let model = &self.models[place];
         if model.pid.is_some() {
             model.end.notify_one();
         }
@@ -297,11 +301,12 @@ impl Core {
     fn after_end(&mut self, place: usize, reason: String, lived: std::time::Duration, now_ms: u64) {
         let stopping = self.stopping;
         let model = &mut self.models[place];
+        model.cycle.note(reason.clone());
         if stopping {
-            model.life = Life::Stopped;
+            self.advance(place, LifeEvent::GoneForGood);
             return;
         }
-        if matches!(model.life, Life::Failed { permanent: true, .. }) {
+        if matches!(model.life(), Life::Failed { permanent: true, .. }) {
             return;
         }
         model.quick_ends = if model.was_ready || lived >= QUICK { 0 } else { model.quick_ends + 1 };
@@ -313,8 +318,8 @@ impl Core {
         }
         let wait = model.backoff.ended(lived);
         let delay_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        model.life = Life::Waiting { at_ms: now_ms + delay_ms, reason: reason.clone() };
         let failures = model.backoff.failures();
+        self.advance(place, LifeEvent::Gone { at_ms: now_ms + delay_ms, reason: reason.clone() });
         self.tell(now_ms, Some(place), EventKind::RestartScheduled { delay_ms, reason: reason.clone() });
         if failures >= FAILURES_PATIENT_MAX {
             self.refuse_parked(place, &reason, Some(wait), now_ms);
@@ -325,7 +330,7 @@ impl Core {
     /// Why requests for the model are not parked now, where they are not.
     pub(super) fn unavailable(&self, place: usize, now_ms: u64) -> Option<(String, Option<u64>)> {
         let model = &self.models[place];
-        match &model.life {
+        match model.life() {
             Life::Failed { reason, permanent: true } => Some((reason.clone(), None)),
             Life::Waiting { at_ms, reason } if model.backoff.failures() >= FAILURES_PATIENT_MAX => {
                 Some((reason.clone(), Some(at_ms.saturating_sub(now_ms).max(1_000))))
@@ -337,7 +342,7 @@ impl Core {
     /// A failed model is given another try, because a person asks for it.
     pub(super) fn try_again(&mut self, place: usize, now_ms: u64) {
         let model = &mut self.models[place];
-        let waits = match &model.life {
+        let waits = match model.life() {
             Life::Waiting { .. } => true,
             Life::Failed { .. } => model.pid.is_none() && model.engine_missing().is_none(),
             _ => false,
@@ -345,14 +350,14 @@ impl Core {
         if waits {
             model.backoff = crate::supervisor::Backoff::default();
             model.quick_ends = 0;
-            model.life = Life::Waiting { at_ms: now_ms, reason: "it was asked for again".to_owned() };
+            self.advance(place, LifeEvent::AskedAgain { now_ms });
         }
     }
 
     /// Workers that do not say hello, or go silent while they load.
     pub(super) fn expire_lives(&mut self, now_ms: u64) {
         for place in 0..self.models.len() {
-            let Life::Starting { heard_ms, greeted } = self.models[place].life else { continue };
+            let Life::Starting { heard_ms, greeted } = *self.models[place].life() else { continue };
             let allowed_ms = if greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max };
             if self.models[place].pid.is_some() && now_ms >= heard_ms + allowed_ms {
                 let what = if greeted { "it said nothing while loading" } else { "it did not say hello" };
@@ -365,7 +370,7 @@ impl Core {
     pub(super) fn next_life_deadline(&self, now_ms: u64) -> Option<u64> {
         self.models
             .iter()
-            .filter_map(|model| match &model.life {
+            .filter_map(|model| match model.life() {
                 Life::Waiting { at_ms, .. } if *at_ms > now_ms => Some(*at_ms),
                 Life::Starting { heard_ms, greeted } if model.pid.is_some() => Some(
                     heard_ms + if *greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max },
@@ -387,8 +392,9 @@ impl Core {
             self.refuse_parked(place, &reason, None, now_ms);
             let model = &mut self.models[place];
             model.say(FromServer::Shutdown { deadline_ms: allowed_ms, reason: reason.clone() });
+            model.cycle.note(reason.clone());
             if model.pid.is_none() {
-                model.life = Life::Stopped;
+                self.advance(place, LifeEvent::GoneForGood);
             }
         }
         self.settle(now_ms);

@@ -9,7 +9,10 @@
 //! Keeps I1 (through the [`LeaseBook`]; what a dead worker held counts until its process is gone), I10 and I11.
 
 mod commands;
+#[cfg(test)]
+mod histories;
 mod leases;
+mod lifecycle;
 mod lives;
 mod orders;
 mod record;
@@ -28,7 +31,10 @@ use tokio::sync::{Notify, mpsc};
 use crate::config::ServerConfig;
 use crate::state::{EventKind, EventLog};
 
-pub(crate) use record::{Life, Record};
+pub(crate) use lifecycle::{Life, LifeEvent};
+#[cfg(test)]
+pub(crate) use lives::Greeting;
+pub(crate) use record::Record;
 pub(crate) use requests::{Begun, Reached, Wanted};
 
 /// How many workers may be starting at the same time: loading is the heaviest moment of a small machine.
@@ -155,6 +161,16 @@ impl Core {
     fn number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
+    }
+
+    /// The only way a model's life changes. False where the event cannot happen there, which changes nothing.
+    fn advance(&mut self, place: usize, event: LifeEvent) -> bool {
+        let model = &mut self.models[place];
+        let done = model.cycle.apply(event);
+        if let Err(unexpected) = &done {
+            tracing::error!(model = model.name, %unexpected, "a change of a model's life was refused");
+        }
+        done.is_ok()
     }
 
     pub(crate) const fn unix_ms(&self, now_ms: u64) -> u64 {

@@ -5,7 +5,7 @@ use shoal_core::protocol::{FromServer, LeaseKind};
 use tokio::sync::oneshot;
 
 use super::requests::Told;
-use super::{Core, DRAIN_MS_MAX, Life, millis};
+use super::{Core, DRAIN_MS_MAX, LifeEvent, millis};
 use crate::state::EventKind;
 
 /// Bytes that a worker is expected to give up in a millisecond, at the least (256 MiB/s).
@@ -93,6 +93,7 @@ impl Core {
             model.turn_since_ms = None;
         }
         let doing = Doing::Reclaim { left: bytes, takes_weights, waiter };
+        model.cycle.note(reason.clone());
         let order = Order { doing, bytes, sent_ms: now_ms, deadline_ms: now_ms + allowed_ms, overdue: false };
         model.orders.insert(number, order);
         let requester = requester.map(|place| self.models[place].name.clone());
@@ -119,6 +120,7 @@ impl Core {
             deadline_ms: now_ms + allowed_ms + self.timing.reclaim_ms,
             overdue: false,
         };
+        model.cycle.note(reason.clone());
         model.orders.insert(number, order);
         self.tell(now_ms, Some(place), EventKind::WakeStarted { bytes, reason });
     }
@@ -181,8 +183,8 @@ impl Core {
         // Given back again while the answer was on its way: then it is not up after all.
         let partly = model.weights_total > held;
         let evicted_meanwhile = model.orders.values().any(Order::takes_weights);
-        model.loaded = !(held.is_zero() || partly && evicted_meanwhile);
-        if model.loaded {
+        let is_there = !(held.is_zero() || partly && evicted_meanwhile);
+        if is_there {
             model.weights_total = held;
         }
         model.wake_failures = 0;
@@ -191,6 +193,12 @@ impl Core {
         model.counts.restored += bytes;
         model.wake_time.push(duration_ms as f64);
         let parked = model.parked.len() as u64;
+        if model.is_ready() {
+            if !bytes.is_zero() {
+                model.cycle.note(format!("{bytes} came back in {duration_ms} ms"));
+            }
+            self.advance(place, if is_there { LifeEvent::AllThere } else { LifeEvent::SomeLeft });
+        }
         self.tell(now_ms, Some(place), EventKind::WakeDone { bytes, duration_ms, parked });
     }
 
@@ -199,6 +207,7 @@ impl Core {
         let wait_ms = (WAKE_RETRY_MS << model.wake_failures.min(10)).min(WAKE_RETRY_MS_MAX);
         model.wake_failures += 1;
         model.wake_not_before_ms = now_ms + wait_ms;
+        model.cycle.note(format!("it did not wake: {reason}"));
         let never = model.never.take();
         self.tell(now_ms, Some(place), EventKind::WakeFailed { reason });
         if let Some(reason) = never {
@@ -245,8 +254,7 @@ impl Core {
 
     /// The earliest deadline of an open order.
     pub(super) fn next_order_deadline(&self) -> Option<u64> {
-        let orders =
-            self.models.iter().filter(|model| model.life == Life::Ready).flat_map(|m| m.orders.values());
+        let orders = self.models.iter().filter(|model| model.is_ready()).flat_map(|m| m.orders.values());
         orders.filter(|order| !order.overdue).map(|order| order.deadline_ms).min()
     }
 }

@@ -9,11 +9,12 @@ use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::lifecycle::{Facts, Life, Lifecycle};
 use super::orders::Order;
 use super::requests::Parked;
 use crate::config::{Engine, ModelConfig, ServerConfig};
 use crate::shelf::Target;
-use crate::state::{LatencySnapshot, ModelStatus};
+use crate::state::LatencySnapshot;
 use crate::supervisor::Backoff;
 
 /// What a worker's copies need beside the weights' own bytes: the scratch of its transfers, the ends of extents.
@@ -21,23 +22,6 @@ const HOST_SPARE: ByteCount = ByteCount::mib(16);
 const HOST_SPARE_PART: u64 = 64;
 /// How many times a distribution keeps.
 const LATENCIES_KEPT: usize = 512;
-
-/// Where a worker is in its life.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Life {
-    /// Waits to be started, not before `at_ms`.
-    Waiting { at_ms: u64, reason: String },
-    /// Being started: from the order to spawn on, to its `Ready`.
-    Starting { heard_ms: u64, greeted: bool },
-    /// Takes orders.
-    Ready,
-    /// Its process is to end or its connection did; it is not gone yet.
-    Ending,
-    /// It cannot be served. The process may still be on its way out (`pid` says).
-    Failed { reason: String, permanent: bool },
-    /// The server is ending and its process is gone.
-    Stopped,
-}
 
 /// Counters since the server started.
 #[derive(Clone, Debug, Default)]
@@ -90,7 +74,6 @@ pub(crate) fn host_need(weights: ByteCount) -> ByteCount {
 }
 
 /// One model.
-#[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) id: ModelId,
@@ -111,7 +94,7 @@ pub(crate) struct Record {
     /// It is being brought back because it was pinned; dropped when that is no longer wanted.
     pub(crate) pin_wake: Option<oneshot::Sender<()>>,
 
-    pub(crate) life: Life,
+    pub(crate) cycle: Lifecycle,
     pub(crate) backoff: Backoff,
     pub(crate) starts: u32,
     pub(crate) pid: Option<u32>,
@@ -139,8 +122,6 @@ pub(crate) struct Record {
     pub(crate) first_byte_asleep: Latencies,
     pub(crate) wake_time: Latencies,
 
-    /// All its weights were brought to the device, and none were given back since.
-    pub(crate) loaded: bool,
     /// What its lease for weights is when all are there.
     pub(crate) weights_total: ByteCount,
     pub(crate) last_used_ms: Option<u64>,
@@ -164,7 +145,6 @@ pub(crate) struct Record {
     pub(crate) never: Option<String>,
     /// What its newest lease request waits for.
     pub(crate) waits_for: Option<String>,
-    pub(crate) shown: ModelStatus,
 }
 
 impl Record {
@@ -185,7 +165,10 @@ impl Record {
             host_share: ByteCount::ZERO,
             pinned: model.pin,
             pin_wake: None,
-            life: Life::Waiting { at_ms: 0, reason: "the server starts".to_owned() },
+            cycle: Lifecycle::new(
+                Life::Waiting { at_ms: 0, reason: "the server starts".to_owned() },
+                "the server starts",
+            ),
             backoff: Backoff::default(),
             starts: 0,
             pid: None,
@@ -206,7 +189,6 @@ impl Record {
             first_byte_awake: Latencies::default(),
             first_byte_asleep: Latencies::default(),
             wake_time: Latencies::default(),
-            loaded: false,
             weights_total: ByteCount::ZERO,
             last_used_ms: None,
             turn_since_ms: None,
@@ -222,7 +204,6 @@ impl Record {
             wake_not_before_ms: 0,
             never: None,
             waits_for: None,
-            shown: ModelStatus::Waiting,
             config: model.clone(),
         }
     }
@@ -260,7 +241,28 @@ impl Record {
 
     /// All its weights are on the device and none of them were ordered away.
     pub(crate) fn is_up(&self) -> bool {
-        self.life == Life::Ready && self.loaded && !self.orders.values().any(Order::takes_weights)
+        self.cycle.loaded() && !self.orders.values().any(Order::takes_weights)
+    }
+
+    pub(crate) fn life(&self) -> &Life {
+        self.cycle.life()
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.cycle.is_ready()
+    }
+
+    /// What names its state; `weights` are those on the device.
+    pub(crate) fn facts(&self, weights: ByteCount, stopping: bool) -> Facts {
+        Facts {
+            weights,
+            weights_ordered: self.orders.values().any(Order::takes_weights),
+            wake_ordered: self.wake_ordered(),
+            reclaiming: !self.ordered().is_zero(),
+            is_rigid: self.is_rigid(),
+            was_started: self.starts > 0,
+            stopping,
+        }
     }
 
     pub(crate) fn is_busy(&self) -> bool {
@@ -295,7 +297,6 @@ impl Record {
         self.host_share = ByteCount::ZERO;
         self.counts.tokens_before += self.usage.tokens_out;
         self.usage = WorkerUsage { weights_total: self.usage.weights_total, ..WorkerUsage::default() };
-        self.loaded = false;
         self.turn_since_ms = None;
         self.rising_until_ms = None;
         self.skip_until_ms = 0;

@@ -6,7 +6,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 use tokio::sync::oneshot;
 
-use super::{Core, Life, PARKED_TOTAL_MAX};
+use super::{Core, Life, PARKED_TOTAL_MAX, lifecycle};
 use crate::shelf::{RouteError, ShelfError, Target};
 use crate::state::{EventKind, ModelStatus};
 
@@ -224,7 +224,7 @@ impl Core {
     fn what_it_waits_for(&self, place: usize, now_ms: u64) -> String {
         let model = &self.models[place];
         let asked = self.asked.iter().find(|asked| asked.pending.model == model.id);
-        match (&model.life, asked) {
+        match (model.life(), asked) {
             (Life::Ready, Some(asked)) => asked.waits_for.clone(),
             (Life::Ready, None) => model
                 .waits_for
@@ -234,6 +234,7 @@ impl Core {
                 format!("it is to be started again: {reason}")
             }
             (Life::Waiting { .. }, _) => "its worker's turn to start has not come".to_owned(),
+            (Life::Awaited { .. }, _) => "the worker of the server before is to say what it holds".to_owned(),
             (Life::Starting { .. }, _) => format!(
                 "its worker is starting{}",
                 model.progress.as_ref().map(|progress| format!(" ({progress})")).unwrap_or_default()
@@ -274,8 +275,10 @@ impl Core {
         if model.is_rigid() && keep > 0.0 && keep < 1.0 {
             return refuse("its engine is a command, which gives up all that it holds or nothing".to_owned());
         }
-        if model.life != Life::Ready {
-            return refuse(format!("it is {:?} and has nothing on the device", model.shown).to_lowercase());
+        if !model.is_ready() {
+            return refuse(
+                format!("it is {:?} and has nothing on the device", model.cycle.shown()).to_lowercase(),
+            );
         }
         if model.pinned {
             return refuse("it is pinned; unpin it first".to_owned());
@@ -323,7 +326,7 @@ impl Core {
         let mut wake = None;
         if !pinned {
             model.pin_wake = None;
-            if model.life == Life::Ready {
+            if model.is_ready() {
                 model.error = None;
             }
         } else if !model.is_up() && model.pin_wake.is_none() {
@@ -341,7 +344,7 @@ impl Core {
         model.pin_wake = None;
         let Some(reason) = failed else { return };
         let reason = format!("it is pinned, but could not be brought to the device: {reason}");
-        if model.life == Life::Ready {
+        if model.is_ready() {
             model.error = Some(reason.clone());
         }
         self.tell(now_ms, Some(place), EventKind::WakeFailed { reason });
@@ -360,21 +363,6 @@ impl Core {
     pub(crate) fn status_of(&self, place: usize) -> ModelStatus {
         let model = &self.models[place];
         let weights = self.book.held(model.id, LeaseKind::Weights);
-        match &model.life {
-            Life::Waiting { .. } if model.starts == 0 => ModelStatus::Waiting,
-            // Nothing is started again by a server that is ending.
-            Life::Waiting { .. } | Life::Ending if self.stopping => ModelStatus::Stopped,
-            Life::Waiting { .. } | Life::Ending => ModelStatus::Restarting,
-            Life::Starting { .. } => ModelStatus::Starting,
-            Life::Failed { .. } => ModelStatus::Failed,
-            Life::Stopped => ModelStatus::Stopped,
-            Life::Ready if model.is_up() => ModelStatus::Awake,
-            // A wake that comes while it drains begins when it is gone.
-            Life::Ready if model.is_rigid() && !model.ordered().is_zero() => ModelStatus::Draining,
-            Life::Ready if model.wake_ordered() => ModelStatus::Waking,
-            Life::Ready if weights.is_zero() => ModelStatus::Asleep,
-            Life::Ready if model.is_rigid() => ModelStatus::Draining,
-            Life::Ready => ModelStatus::PartlyResident,
-        }
+        lifecycle::status(model.life(), model.cycle.loaded(), &model.facts(weights, self.stopping))
     }
 }

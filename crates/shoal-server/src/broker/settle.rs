@@ -4,7 +4,8 @@ use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::policy::{Action, ModelState, Plan, ShelfState, plan};
 use shoal_core::protocol::LeaseKind;
 
-use super::{Core, Life, millis};
+use super::lifecycle::Transition;
+use super::{Core, millis};
 use crate::state::EventKind;
 
 /// How long a model that has its lease is protected while its bytes are copied, where no order says it.
@@ -79,7 +80,7 @@ impl Core {
         let has_kv = kv_held >= model.kv_min();
         if !whole {
             model.turn_since_ms = None;
-        } else if model.loaded && model.is_busy() {
+        } else if model.cycle.loaded() && model.is_busy() {
             // Waiting for the first KV is no part of a turn; one that runs and never asks for any has its turn too.
             match model.turn_since_ms {
                 None if has_kv || !asks => (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), has_kv),
@@ -91,14 +92,14 @@ impl Core {
             }
         }
         let can_run = whole && (has_kv || model.turn_since_ms.is_some());
-        let wants = model.life == Life::Ready && !can_run && (asks || model.is_busy());
+        let wants = model.is_ready() && !can_run && (asks || model.is_busy());
         if !wants {
             model.wanting_since_ms = None;
         } else if model.wanting_since_ms.is_none() {
             let parked = model.parked.front().map(|parked| parked.since_ms);
             model.wanting_since_ms = Some(parked.unwrap_or(now_ms));
         }
-        if !whole || model.loaded || model.life != Life::Ready {
+        if !whole || model.cycle.loaded() || !model.is_ready() {
             model.rising_until_ms = None;
         } else if model.rising_until_ms.is_none() {
             let order = model.orders.values().find(|order| order.is_wake()).map(|order| order.deadline_ms);
@@ -129,7 +130,7 @@ impl Core {
         ModelState {
             id: model.id,
             name: model.name.clone(),
-            ready: model.life == Life::Ready,
+            ready: model.is_ready(),
             weights_total: model.weights_total,
             weights_held: held(LeaseKind::Weights),
             kv_held: held(LeaseKind::Kv),
@@ -229,10 +230,12 @@ impl Core {
     }
 
     fn show_status(&mut self, place: usize, now_ms: u64) {
-        let (from, to) = (self.models[place].shown, self.status_of(place));
-        if from != to {
-            self.models[place].shown = to;
-            self.tell(now_ms, Some(place), EventKind::StatusChanged { from, to });
+        let bytes = self.book.held(self.models[place].id, LeaseKind::Weights);
+        let facts = self.models[place].facts(bytes, self.stopping);
+        if let Some(Transition { from, to, after_ms, reason }) =
+            self.models[place].cycle.observe(&facts, now_ms)
+        {
+            self.tell(now_ms, Some(place), EventKind::StatusChanged { from, to, after_ms, bytes, reason });
         }
     }
 }

@@ -7,8 +7,8 @@ use shoal_core::tier::Tier;
 use super::{Core, Record};
 use crate::config::DeviceChoice;
 use crate::state::{
-    DeviceSnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, SCHEMA_VERSION, ShelfSnapshot,
-    TierSnapshot, WaitingSnapshot,
+    DeviceSnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus, SCHEMA_VERSION,
+    ShelfSnapshot, StateSnapshot, TierSnapshot, WaitingSnapshot,
 };
 
 impl Core {
@@ -61,6 +61,14 @@ impl Core {
             source: model.config.source.clone(),
             engine: model.config.engine.name().to_owned(),
             status: self.status_of(place),
+            state: StateSnapshot {
+                since_at_ms: self.unix_ms(model.cycle.since_ms()),
+                reason: model.cycle.reason().to_owned(),
+                before: model.cycle.before().map(|(status, _)| status),
+                before_ms: model.cycle.before().map_or(0, |(_, ms)| ms),
+                asleep_in: (self.status_of(place) == ModelStatus::Asleep && !model.is_rigid())
+                    .then_some(if usage.source_only.is_zero() { Tier::Host } else { Tier::Source }),
+            },
             progress: model.progress.clone(),
             error: model.error.clone(),
             // A worker's figures come a few times a second; its leases are known to the byte. What was given back

@@ -38,11 +38,16 @@ impl Core {
     fn sentences(&self, place: usize, now_ms: u64) -> Vec<String> {
         let model = &self.models[place];
         let mut said = vec![self.standing(place, now_ms)];
+        let since = seconds(now_ms.saturating_sub(model.cycle.since_ms()));
+        let was = model.cycle.before().map_or_else(String::new, |(status, ms)| {
+            format!(" Before, it was {} for {}.", crate::state::status_word(status), seconds(ms))
+        });
+        said.push(format!("It has been so for {since}: {}.{was}", model.cycle.reason()));
         said.extend(self.wanted(place, now_ms));
-        if model.life == Life::Ready {
+        if model.is_ready() {
             said.extend(self.kept(model, now_ms));
         }
-        if let Some(error) = model.error.as_ref().filter(|_| !matches!(model.life, Life::Failed { .. })) {
+        if let Some(error) = model.error.as_ref().filter(|_| !matches!(model.life(), Life::Failed { .. })) {
             said.push(format!("What went wrong last: {error}."));
         }
         said
@@ -56,7 +61,7 @@ impl Core {
         let (weights, kv, overhead) =
             (held(LeaseKind::Weights), held(LeaseKind::Kv), held(LeaseKind::Overhead));
         let total = model.weights_total;
-        match (self.status_of(place), &model.life) {
+        match (self.status_of(place), model.life()) {
             (ModelStatus::Failed, Life::Failed { reason, .. }) => {
                 format!("{name} cannot be served: {reason}.")
             }

@@ -33,7 +33,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
-    /// Show the models: what they do and where their bytes are
+    /// Show the models: what they do, for how long, and where their bytes are
+    #[command(visible_alias = "status")]
     Ps {
         #[command(flatten)]
         at: At,

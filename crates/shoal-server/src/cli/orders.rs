@@ -14,9 +14,10 @@ use crate::shelf::Report;
 use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, ShelfSnapshot, Why};
 
 const READ_WAIT_MAX: Duration = Duration::from_secs(10);
-const HEADINGS: [&str; 11] = [
+const HEADINGS: [&str; 12] = [
     "MODEL",
     "STATUS",
+    "FOR",
     "DEVICE",
     "HOST",
     "LEASE",
@@ -131,7 +132,7 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
     let simulated = if device.simulated { " (simulated in RAM)" } else { "" };
     let mut text = format!("{}{simulated}: {} of {} leased\n", device.name, device.leased, device.budget);
     let mut rows = vec![HEADINGS.map(str::to_owned)];
-    rows.extend(shelf.models.iter().map(row));
+    rows.extend(shelf.models.iter().map(|model| row(model, shelf.at_ms)));
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..HEADINGS.len()).map(width).collect();
     for row in &rows {
@@ -152,15 +153,20 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
     text
 }
 
-fn row(model: &ModelSnapshot) -> [String; 11] {
+fn row(model: &ModelSnapshot, at_ms: u64) -> [String; 12] {
     let (bytes, counts) = (&model.bytes, &model.counts);
     let on_device: ByteCount = bytes.weights_device + bytes.kv_device + bytes.overhead_device;
     let status = match model.status {
         ModelStatus::PartlyResident if !bytes.weights_total.is_zero() => {
             format!("{:.0}% resident", bytes.weights_device.0 as f64 * 100.0 / bytes.weights_total.0 as f64)
         }
+        ModelStatus::Asleep => {
+            let place = model.state.asleep_in.map(|tier| format!(" ({tier})"));
+            format!("asleep{}", place.unwrap_or_default())
+        }
         status => word(status),
     };
+    let held_ms = at_ms.saturating_sub(model.state.since_at_ms);
     let times = [time("awake", &model.first_byte_awake), time("asleep", &model.first_byte_asleep)];
     let times: Vec<String> = times.into_iter().flatten().collect();
     [
@@ -174,6 +180,7 @@ fn row(model: &ModelSnapshot) -> [String; 11] {
         .flatten()
         .collect::<Vec<_>>()
         .join(", "),
+        span(held_ms),
         on_device.to_string(),
         bytes.host.to_string(),
         model.lease.total.to_string(),
@@ -189,6 +196,15 @@ fn row(model: &ModelSnapshot) -> [String; 11] {
 fn word(status: ModelStatus) -> String {
     let word = serde_json::to_value(status).ok();
     word.and_then(|word| Some(word.as_str()?.replace('_', " "))).unwrap_or_default()
+}
+
+/// How long something has lasted.
+fn span(ms: u64) -> String {
+    match ms / 1_000 {
+        seconds @ 0..=119 => format!("{seconds} s"),
+        seconds @ 120..=7_199 => format!("{} min", seconds / 60),
+        seconds => format!("{} h", seconds / 3_600),
+    }
 }
 
 fn time(name: &str, latency: &LatencySnapshot) -> Option<String> {
@@ -239,5 +255,6 @@ mod tests {
         assert_eq!(in_path("../a b/\u{e9}"), "..%2Fa%20b%2F%C3%A9");
         assert_eq!(printable("a\u{1b}[31mb\nc"), "a [31mb c");
         assert_eq!(word(ModelStatus::PartlyResident), "partly resident");
+        assert_eq!([0, 119_999, 120_000, 7_200_000].map(span), ["0 s", "119 s", "2 min", "2 h"]);
     }
 }

@@ -52,6 +52,16 @@ pub enum EventKind {
         from: ModelStatus,
         /// Now.
         to: ModelStatus,
+        /// How long it was what it was before (milliseconds).
+        #[serde(default)]
+        after_ms: u64,
+        /// Its lease for weights on the device now.
+        #[serde(default)]
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// Why.
+        #[serde(default)]
+        reason: String,
     },
     /// A worker process was started.
     WorkerStarted {

@@ -15,6 +15,7 @@ pub use event::{Event, EventKind, SCHEMA_VERSION};
 pub use log::{EventLog, Missed};
 pub use snapshot::{
     DeviceSnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus,
-    ShelfSnapshot, TierSnapshot, WaitingSnapshot,
+    ShelfSnapshot, StateSnapshot, TierSnapshot, WaitingSnapshot,
 };
 pub use why::Why;
+pub(crate) use words::status as status_word;

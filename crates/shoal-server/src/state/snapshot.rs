@@ -129,6 +129,9 @@ pub struct ModelSnapshot {
     pub engine: String,
     /// What it is doing.
     pub status: ModelStatus,
+    /// Since when and why, and what it was before.
+    #[serde(default)]
+    pub state: StateSnapshot,
     /// Progress of loading, in words; while starting.
     pub progress: Option<String>,
     /// What is wrong, in a sentence.
@@ -170,6 +173,23 @@ pub struct ModelSnapshot {
     /// What it can do; once its worker is ready.
     #[schema(value_type = Option<Object>)]
     pub capabilities: Option<WorkerCapabilities>,
+}
+
+/// How a model came to be what it is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct StateSnapshot {
+    /// Since when it is what it is (milliseconds since the Unix epoch).
+    pub since_at_ms: u64,
+    /// Why, in a sentence.
+    pub reason: String,
+    /// What it was before.
+    pub before: Option<ModelStatus>,
+    /// For how long (milliseconds).
+    pub before_ms: u64,
+    /// Of a model that is asleep: the lowest tier that has to be read for a whole wake. `"host"`, or `"source"` where some of
+    /// its bytes are nowhere but in its files.
+    #[schema(value_type = Option<String>, example = "host")]
+    pub asleep_in: Option<Tier>,
 }
 
 /// Where a model's bytes are, by its worker's own figures.

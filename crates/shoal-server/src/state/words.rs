@@ -16,7 +16,13 @@ impl fmt::Display for EventKind {
                 write!(f, "server started on {device} with {budget} to share")
             }
             Self::ServerStopping { reason } => write!(f, "server is stopping: {reason}"),
-            Self::StatusChanged { from, to } => write!(f, "{} -> {}", status(*from), status(*to)),
+            Self::StatusChanged { from, to, after_ms, bytes, reason } => {
+                write!(f, "{} -> {} after {}", status(*from), status(*to), Ms(*after_ms))?;
+                if !bytes.is_zero() {
+                    write!(f, ", {bytes} of weights on the device")?;
+                }
+                if reason.is_empty() { Ok(()) } else { write!(f, ": {reason}") }
+            }
             Self::WorkerStarted { pid, starts, reason } => {
                 write!(f, "worker {pid} started (start {starts}): {reason}")
             }
@@ -117,7 +123,8 @@ const fn kind(kind: LeaseKind) -> &'static str {
     }
 }
 
-const fn status(status: ModelStatus) -> &'static str {
+/// A status in words.
+pub(crate) const fn status(status: ModelStatus) -> &'static str {
     match status {
         ModelStatus::Waiting => "waiting",
         ModelStatus::Starting => "starting",
@@ -147,8 +154,14 @@ mod tests {
                 "server started on sim with 540 MiB to share",
             ),
             (
-                EventKind::StatusChanged { from: ModelStatus::Awake, to: ModelStatus::PartlyResident },
-                "awake -> partly resident",
+                EventKind::StatusChanged {
+                    from: ModelStatus::Awake,
+                    to: ModelStatus::PartlyResident,
+                    after_ms: 61_500,
+                    bytes: ByteCount::mib(96),
+                    reason: reason(),
+                },
+                "awake -> partly resident after 61.5 s, 96 MiB of weights on the device: because",
             ),
             (EventKind::RequestParked { parked: 1 }, "1 request waits for the model"),
             (
