@@ -4,7 +4,7 @@
 #   tests/gpu/run.sh vmm            what virtual memory, hashing and page-locked memory cost
 #   tests/gpu/run.sh copies         blocks from 4 KiB to 64 MiB up, down and both ways at once, against the link
 #   tests/gpu/run.sh arena          how fast memory for host copies is made and locked, by kind, against cuMemHostAlloc
-#   tests/gpu/run.sh sanitizer      our kernels under compute-sanitizer: memory, races, barriers
+#   tests/gpu/run.sh sanitizer      kernels, and regions that sleep and wake, under compute-sanitizer: memory, races, barriers
 #   tests/gpu/run.sh sleep_wake     how fast 13 GiB sleep and wake, against the link
 #   tests/gpu/run.sh swap           how fast one region of 13 GiB takes another's place, against both directions at once
 #   tests/gpu/run.sh churn          growing and shrinking regions with the frame pool and without
@@ -108,7 +108,7 @@ shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 vmm) "$(program cuda_vmm)" ;;
 copies) "$(program cuda_copies)" ;;
 arena) "$(program cuda_arena)" ;;
-sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$SHOAL_RESULT" "$OUT" ;;
+sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$(program swap)" "$SHOAL_RESULT" "$OUT" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
 kv_grow) "$(program cuda_kv_grow)" ;;

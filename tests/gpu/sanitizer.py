@@ -1,4 +1,8 @@
-"""Run every kernel of ours, a few MiB each, under compute-sanitizer; a row of how many errors each tool found."""
+"""Run every kernel of ours and regions that sleep, wake and swap, a few MiB each, under compute-sanitizer.
+
+A row says how many errors each tool found. Usage: ``python -m tests.gpu.sanitizer CUDA SWAP RESULT LOGS``, with the
+test programs of the device and of swaps.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,10 @@ from tests.gpu.report import result
 
 # What a tool looks for: accesses out of bounds, hazards in shared memory, wrong use of barriers.
 TOOLS = ("memcheck", "racecheck", "synccheck")
-TEST = "lists::a_small_run_of_every_kernel"
+RUNS = (
+    ("hash, gather and scatter", "lists::a_small_run_of_every_kernel"),
+    ("regions that sleep, wake and swap", "two_regions_take_turns_in_the_room_of_one"),
+)
 SECONDS_MAX = 240
 
 
@@ -35,31 +42,27 @@ def errors_in(log: str) -> int | None:
 
 def main() -> None:
     """Run the tools one after another; fail if one found something."""
-    program, target, logs = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    programs, target, logs = sys.argv[1:3], Path(sys.argv[3]), Path(sys.argv[4])
     rows: list[dict[str, object]] = []
     has_failed = False
-    for tool in TOOLS:
-        command = ["compute-sanitizer", "--tool", tool, program, "--exact", "--nocapture", TEST]
-        start = time.monotonic()
-        done = subprocess.run(
-            command,
-            check=False,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=SECONDS_MAX,
-            # What copies cost under a tool must not be kept for later.
-            env={**os.environ, "XDG_CACHE_HOME": str(logs / f"cache-{tool}")},
-        )
-        (logs / f"sanitizer-{tool}.log").write_text(done.stdout, "utf-8")
-        found = errors_in(done.stdout)
-        print(f"{tool}: {'did not finish' if found is None else f'{found} errors'}")
-        if found is None:
-            print(done.stdout[-4000:])
-        else:
-            rows.append(row(f"{tool}, hash, gather and scatter", "errors", found, "errors", 0))
-            rows.append(row(f"{tool}, hash, gather and scatter", "time", round(time.monotonic() - start, 1), "s"))
-        has_failed |= found != 0
+    for (what, test), program in zip(RUNS, programs, strict=True):
+        for tool in TOOLS:
+            command = ["compute-sanitizer", "--tool", tool, program, "--exact", "--nocapture", test]
+            start = time.monotonic()
+            done = subprocess.run(
+                command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS_MAX,
+                # What copies cost under a tool must not be kept for later.
+                env={**os.environ, "SHOAL_TEST_GPU": "1", "XDG_CACHE_HOME": str(logs / f"cache-{tool}")},
+            )  # fmt: skip
+            (logs / f"sanitizer-{tool}-{test.rpartition(':')[2]}.log").write_text(done.stdout, "utf-8")
+            found = errors_in(done.stdout)
+            print(f"{tool}, {what}: {'did not finish' if found is None else f'{found} errors'}")
+            if found is None:
+                print(done.stdout[-4000:])
+            else:
+                rows.append(row(f"{tool}, {what}", "errors", found, "errors", 0))
+                rows.append(row(f"{tool}, {what}", "time", round(time.monotonic() - start, 1), "s"))
+            has_failed |= found != 0
     target.write_text(json.dumps(result(rows), indent=1) + "\n", "utf-8")
     sys.exit(has_failed)
 

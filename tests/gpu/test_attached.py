@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -124,6 +126,54 @@ def test_a_forward_runs_before_its_last_bytes_are_there(mem: MemoryManager, monk
         region.sleep()
         assert torch.equal(model(x).logits, want)
     assert any(done < total for done, total in progress), progress
+
+
+def test_a_wake_is_awaited_and_can_be_cancelled(mem: MemoryManager) -> None:
+    region, model, x = build(mem)
+    want = model(x).logits
+    st.attach(model, region)
+    assert torch.equal(model(x).logits, want)
+    torch.cuda.synchronize()
+
+    async def awaited() -> int:
+        ticks = 0
+        woken = asyncio.create_task(region.wake_async(30))
+        while not woken.done():
+            ticks += 1
+            await asyncio.sleep(0)
+        transfer = await woken
+        assert transfer.done
+        assert transfer.progress()[0] == transfer.progress()[1] > 0
+        return ticks
+
+    async def cancelled() -> bool:
+        """Cancel it after its first bytes; whether that came before its last."""
+        transfer, woken = None, asyncio.create_task(region.wake_async(30))
+        while not woken.done() and (transfer is None or not transfer.progress()[0]):
+            await asyncio.sleep(0)
+            transfer = region.waking or transfer
+        woken.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await woken
+        assert transfer is not None
+        try:
+            transfer.wait(30)
+        except shoal.TransferError:
+            done, total = transfer.progress()
+            assert done < total
+            assert 0 < region.usage()["device"] < region.usage()["total"], "what came so far stays"
+            return True
+        return False
+
+    cut = 0
+    for _ in range(6):
+        region.sleep()
+        assert asyncio.run(awaited()) > 1, "the event loop went on meanwhile"
+        assert torch.equal(model(x).logits, want)
+        region.sleep()
+        cut += asyncio.run(cancelled())
+        assert torch.equal(model(x).logits, want), "the call brings the rest"
+    assert cut
 
 
 def test_generating_across_sleeps(mem: MemoryManager) -> None:

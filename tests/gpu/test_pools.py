@@ -209,6 +209,177 @@ def test_a_graph_whose_memory_is_the_regions_sleeps_and_replays(mem: MemoryManag
                 assert torch.equal(big, expected_big)
 
 
+def settled(region: shoal.Region, nbytes: int) -> int:
+    """The region's memory, once it is no more than that: a thread of ours frees what was given up."""
+    deadline = time.monotonic() + 30
+    while (committed := st.stats(region)["committed"]) > nbytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return committed
+
+
+def captured(
+    region: shoal.Region, static: torch.Tensor, **options: object
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph that needs 256 MiB between its input and its output."""
+    made = torch.cuda.CUDAGraph()
+    with st.graph(made, region, **options):
+        out = (torch.ones(64 * MIB, device="cuda") * static.sum()).view(-1, 1024).sum(dim=0) + static[0]
+    return made, out
+
+
+def test_capturing_again_and_again_takes_no_more_memory(mem: MemoryManager) -> None:
+    region = mem.region("graphs")
+    static = torch.arange(1024, device="cuda", dtype=torch.float32)[None].repeat(4, 1)
+    kept, kept_out = captured(region, static)
+    kept.replay()
+    torch.cuda.synchronize()
+    want, alone = kept_out.clone(), settled(region, 0)
+    assert alone >= 256 * MIB
+    both = 0
+    for turn in range(20):
+        other, out = captured(region, static)
+        other.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+        both = both or st.stats(region)["committed"]
+        assert settled(region, both) <= both, turn
+        del other, out
+        gc.collect()
+        assert settled(region, alone) <= alone, turn
+    for _ in range(3):
+        kept_out.zero_()
+        with mem.guard():
+            kept.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(kept_out, want)
+        region.freeze(wait=True)
+        region.sleep()
+        region.wake()
+    # A tensor of a graph that is gone stays readable, and only what it lies in stays.
+    del kept
+    gc.collect()
+    assert settled(region, 64 * MIB) <= 64 * MIB
+    assert torch.equal(kept_out, want)
+    del kept_out
+    assert settled(region, 0) == 0
+
+
+def test_graphs_that_share_a_pool_and_one_that_goes(mem: MemoryManager) -> None:
+    region = mem.region("graphs")
+    static = torch.ones(4, 1024, device="cuda")
+    made = torch.cuda.CUDAGraph()
+    with st.graph(made, region) as own:
+        first_out = torch.ones(64 * MIB, device="cuda").sum() * static.sum()
+    second, out = captured(region, static, pool=own)
+    second.replay()
+    torch.cuda.synchronize()
+    want = out.clone()
+    del made, first_out
+    gc.collect()
+    for _ in range(3):
+        st.stats(region)
+        out.zero_()
+        second.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+    del second, out
+    gc.collect()
+    assert settled(region, 0) == 0
+    with pytest.raises(shoal.RegionError, match="still lives"):
+        captured(region, static, pool=own)
+
+
+FAILED_CAPTURE = """
+import gc, sys, time
+import torch, shoal, shoal.torch as st
+MIB = 1 << 20
+mem = shoal.MemoryManager("cuda:0", device_budget="2GiB", host_budget="1GiB")
+region = mem.region("graphs")
+torch.ones(8, device="cuda")
+normal = torch.cuda.current_stream()
+
+def settled():
+    deadline = time.monotonic() + 30
+    while (nbytes := st.stats(region)["committed"]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return nbytes
+
+for _ in range(3):
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with st.graph(graph, region, capture_error_mode="thread_local"):
+            torch.ones(64 * MIB, device="cuda") * 2
+            if sys.argv[1] == "body":
+                raise RuntimeError("the body")
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(sys.argv[1], type(error).__name__, str(error).splitlines()[0])
+    else:
+        raise AssertionError("it was captured")
+    gc.collect()
+    assert torch.cuda.current_stream() == normal
+    assert settled() == 0, st.stats(region)
+    del graph
+    good = torch.cuda.CUDAGraph()
+    with st.graph(good, region, capture_error_mode="thread_local"):
+        out = (torch.ones(64 * MIB, device="cuda") * 2).sum()
+    good.replay()
+    torch.cuda.synchronize()
+    assert float(out) == 128 * MIB
+    del good, out
+    gc.collect()
+    assert settled() == 0, st.stats(region)
+torch.ones(8).pin_memory()
+torch.cuda.empty_cache()
+with st.use_region(region):
+    ours = torch.full((MIB,), 7, dtype=torch.uint8, device="cuda")
+region.freeze(); region.sleep(); region.wake()
+assert int(ours.min()) == int(ours.max()) == 7
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("fails", ["body", "capture"])
+def test_a_capture_that_fails_leaves_nothing(
+    run_python: Callable[..., subprocess.CompletedProcess[str]], fails: str
+) -> None:
+    said = run_python(FAILED_CAPTURE, fails)
+    assert said.returncode == 0, said.stdout + said.stderr[-3000:]
+    assert "fine" in said.stdout
+
+
+def test_a_write_while_the_background_copy_runs_is_not_lost(mem: MemoryManager) -> None:
+    beside = 0
+    for turn in range(4):
+        region = mem.region(f"weights {turn}")
+        with st.use_region(region):
+            value = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        flush = region.freeze()
+        numbers = []
+        while len(numbers) < 64 and not flush.done:
+            number = len(numbers)
+            # From the end backwards and from the start: what was copied already, and what was not yet.
+            for at in (number * 8 * MIB + turn, (1 << 30) - 1 - number * 8 * MIB - turn):
+                value[at] = 1 + number
+                numbers.append((at, 1 + number))
+            torch.cuda.current_stream().synchronize()
+            beside += not flush.done
+        flush.wait()
+        region.sleep()
+        assert region.usage()["device"] == 0
+        region.wake()
+        with mem.guard():
+            found = value.cpu()
+        expected = torch.zeros_like(found)
+        for at, number in numbers:
+            expected[at] = number
+        assert torch.equal(found, expected), turn
+        del value, region, flush
+        gc.collect()
+    assert beside >= 4, "writes have to run beside the copy"
+
+
 def test_what_lives_outlasts_its_region_and_goes_with_the_last_tensor(mem: MemoryManager) -> None:
     region = mem.region("weights")
     with st.use_region(region):

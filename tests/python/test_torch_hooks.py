@@ -310,4 +310,5 @@ def test_a_graphs_pool_is_one_of_its_region(cuda_mem: shoal.MemoryManager) -> No
     with pytest.raises(shoal.RegionError, match="asleep"), st.graph(graph, region):
         pass
     assert not pools._filling(region).kept
+    assert not pools._filling(region).graphs
     free(region.address, 2 * MIB)

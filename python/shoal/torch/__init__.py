@@ -9,8 +9,9 @@ while its region is not resident faults, so do it under ``mem.guard()``. Printin
 from __future__ import annotations
 
 from shoal.torch.attachment import Attachment, attach
+from shoal.torch.graphs import graph, pool
 from shoal.torch.placement import Placed, Placement, place
-from shoal.torch.pools import disable, graph, pool, stats, use_region
+from shoal.torch.pools import disable, stats, use_region
 from shoal.torch.safetensors import safetensors_sources
 from shoal.torch.tensors import device_of, tensor
 

@@ -20,7 +20,7 @@ import torch
 from shoal import _native
 from shoal.errors import RegionError
 from shoal.torch.tensors import device_of
-from shoal.wake import TIMEOUT_S, Guard
+from shoal.wake import TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from shoal.memory import Region
 
-__all__ = ["disable", "graph", "live_spans", "pool", "stats", "use_region"]
+__all__ = ["disable", "live_spans", "stats", "use_region"]
 
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 """With it, whatever its value, torch's allocator takes every tensor from the driver."""
@@ -36,9 +36,28 @@ UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 _lock = threading.Lock()
 _allocators: dict[int, Any] = {}
 """torch's allocator objects by slot. They are never dropped: torch's pools point to them without keeping them."""
+_captures = [0]
+"""How many graphs are being captured by our calls, in all threads."""
+_captures_lock = threading.Lock()
+"""Held where all work on the device is marked, which would end a capture, and where a capture begins."""
 _abandoned: collections.deque[_Filling] = collections.deque()
 """What regions that are gone have left: tensors may still lie in it. Regions go wherever Python collects garbage, also
 in a thread that holds one of our locks: so it has none."""
+
+
+class _GraphPool:
+    """A pool of graphs, which goes when none of them is left."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        # Captures into it that are under way.
+        self.captures = 0
+        # torch captures into it no more: its graphs are gone, and tensors that they made live on.
+        self.is_released = False
+
+    def is_unused(self) -> bool:
+        # The pool itself counts as one use, and each graph as another.
+        return not self.captures and self.pool.use_count() <= 1
 
 
 class _Filling:
@@ -53,7 +72,9 @@ class _Filling:
         self.users = 0
         self.idle: list[Any] = []
         self.sealed: list[Any] = []
-        # A graph uses blocks at every replay that torch counts as free: what these have is never given up for dead.
+        # A graph uses blocks at every replay that torch counts as free: what these have is not given up for dead while
+        # one of their graphs lives, and what was made by name never, since nobody can know who still has the name.
+        self.graphs: list[_GraphPool] = []
         self.kept: list[Any] = []
 
     def make(self) -> Any:
@@ -78,6 +99,30 @@ class _Filling:
         self.native.torch_discard([segment["address"] for segment in _segments(used)])
         torch._C._cuda_releasePool(self.device.index, used.id)
 
+    def end_graphs(self) -> None:
+        """Take the memory that graphs had which are gone, but for what tensors of theirs lie in.
+
+        While a graph is being captured nothing is taken: the fence would end the capture.
+        """
+        with _captures_lock, self.lock:
+            if not _captures[0]:
+                self._end_graphs()
+
+    def _end_graphs(self) -> None:
+        for one in [one for one in self.graphs if one.is_unused()]:
+            segments = _segments(one.pool)
+            if not any(segment["active_size"] for segment in segments) and not one.is_released:
+                self.graphs.remove(one)
+                self.end(one.pool)
+                continue
+            if not one.is_released:
+                # From here on torch hands out nothing of it: its free blocks lose their memory.
+                one.is_released = True
+                torch._C._cuda_releasePool(self.device.index, one.pool.id)
+            self.native.torch_discard([segment["address"] for segment in segments if not segment["active_size"]])
+            if not any(segment["active_size"] for segment in segments):
+                self.graphs.remove(one)
+
     def take(self) -> Any:
         """Take a pool for one thread."""
         with self.lock:
@@ -99,6 +144,7 @@ class _Filling:
 
     def seal(self) -> list[int]:
         """Use these pools for nothing new; give the addresses of segments in which nothing lives."""
+        self.end_graphs()
         with self.lock:
             if self.users:
                 raise RegionError(f"region {self.name!r}: cannot freeze it while it is being filled", kind="state")
@@ -111,7 +157,7 @@ class _Filling:
     def live(self) -> tuple[int, int]:
         """Give bytes in tensors, and bytes of free blocks that torch keeps."""
         with self.lock:
-            pools = [*self.idle, *self.sealed, *self.kept]
+            pools = [*self.idle, *self.sealed, *self.kept, *(one.pool for one in self.graphs)]
         segments = [segment for one in pools for segment in _segments(one)]
         active = sum(segment["active_size"] for segment in segments)
         return active, sum(segment["total_size"] for segment in segments) - active
@@ -119,7 +165,7 @@ class _Filling:
     def blocks(self) -> list[tuple[int, int]]:
         """Give the addresses of blocks that live: the first byte, and the byte after the last that was asked for."""
         with self.lock:
-            pools = [*self.idle, *self.sealed, *self.kept]
+            pools = [*self.idle, *self.sealed, *self.kept, *(one.pool for one in self.graphs)]
         found = []
         for segment in (segment for one in pools for segment in _segments(one)):
             at = segment["address"]
@@ -131,13 +177,16 @@ class _Filling:
 
     def drop(self) -> bool:
         """Let go of pools in which nothing lives and that no graph has; whether none is left."""
-        with self.lock:
+        with _captures_lock, self.lock:
+            if _captures[0]:
+                return False
+            self._end_graphs()
             for pools in (self.idle, self.sealed, self.kept):
                 for one in list(pools):
                     if one.use_count() <= 1 and not any(segment["active_size"] for segment in _segments(one)):
                         pools.remove(one)
                         self.end(one)
-            empty = not (self.users or self.idle or self.sealed or self.kept)
+            empty = not (self.users or self.idle or self.sealed or self.kept or self.graphs)
         if empty:
             self.native.torch_unbind()
         return empty
@@ -333,85 +382,6 @@ def disable() -> Iterator[None]:
         _pop(entry)
 
 
-def pool(region: Region) -> Any:
-    """Make a pool whose memory is the region's, for what takes one: ``torch.cuda.graph(g, pool=pool(region).id)``.
-
-    Unlike what :class:`use_region` fills, nothing of it is ever taken for dead, since a graph uses at every replay what
-    torch counts as free. Graphs that are replayed in the order of their capture may share one.
-
-    Parameters
-    ----------
-    region
-        A region made without a length, on a GPU.
-
-    Returns
-    -------
-    torch.cuda.MemPool
-        The region keeps it too.
-
-    Raises
-    ------
-    RegionError
-        If the region was made with a length, or lies on a simulated device.
-    """
-    filling = _filling(region)
-    made = filling.make()
-    with filling.lock:
-        filling.kept.append(made)
-    return made
-
-
-@contextlib.contextmanager
-def graph(
-    cuda_graph: torch.cuda.CUDAGraph, region: Region, *, pool: Any = None, timeout_s: float = TIMEOUT_S, **options: Any
-) -> Iterator[Any]:
-    """Capture a CUDA graph whose own memory lies in a region, so that it sleeps with it and replays after waking.
-
-    As ``torch.cuda.graph``, under a guard of everything the region's manager has: nothing is evicted meanwhile, since
-    the fence of an eviction would end the capture. Replay under a guard too.
-
-    Parameters
-    ----------
-    cuda_graph
-        The graph.
-    region
-        Where its memory lies; it is awake.
-    pool
-        What :func:`pool` gave, for graphs that share their memory; a new one without it.
-    timeout_s
-        How long entering may take, in seconds.
-    options
-        Given to ``torch.cuda.graph``: ``stream``, ``capture_error_mode``.
-
-    Yields
-    ------
-    torch.cuda.MemPool
-        Its pool.
-
-    Raises
-    ------
-    RegionError
-        If the region is asleep, was made with a length, or lies on a simulated device, or the pool is not one of its.
-    DeadlineError, OutOfMemoryError, LeaseError, TransferError
-        As :meth:`shoal.MemoryManager.guard`.
-    """
-    filling = _filling(region)
-    with filling.lock:
-        if pool is not None and not any(one is pool for one in filling.kept):
-            raise RegionError(
-                f"region {filling.name!r}: the graph's pool has to be one that shoal.torch.pool gave for this region, "
-                f"not {pool!r}",
-                kind="state",
-            )
-    use = region._native.begin_use(timeout_s)
-    try:
-        own = globals()["pool"](region) if pool is None else pool
-        with Guard(region._manager, timeout_s), torch.cuda.graph(cuda_graph, pool=own.id, **options):
-            yield own
-    finally:
-        use.release()
-
-
 def live_spans(region: Region) -> list[tuple[int, int]]:
     """Give what torch counts as used of a region, as offsets of the first byte and the byte after the last."""
     filling = region._filling
@@ -421,7 +391,7 @@ def live_spans(region: Region) -> list[tuple[int, int]]:
 
 
 def stats(region: Region) -> dict[str, int]:
-    """Give what torch has of a region.
+    """Give what torch has of a region, after giving up what belonged to graphs that are gone.
 
     Parameters
     ----------
@@ -441,8 +411,10 @@ def stats(region: Region) -> dict[str, int]:
     RegionError
         If the region was made with a length.
     """
-    figures = dict(region._native.segments_usage())
     filling = region._filling
+    if isinstance(filling, _Filling):
+        filling.end_graphs()
+    figures = dict(region._native.segments_usage())
     figures.update(active=0, cached=0, users=0)
     if isinstance(filling, _Filling):
         figures["active"], figures["cached"] = filling.live()

@@ -68,7 +68,8 @@ class Generation:
         filling = self.region._filling
         if not isinstance(filling, _Filling):
             return not self.region.usage()["total"]
-        return not filling.users and not filling.kept and not filling.live()[0]
+        filling.end_graphs()
+        return not (filling.users or filling.kept or filling.graphs or filling.live()[0])
 
     def pause(self, settings: Settings, timeout_s: float) -> bool:
         """Take its device memory; whether there was any. See :meth:`Group.pause`."""

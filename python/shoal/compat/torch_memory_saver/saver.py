@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shoal import torch as shoal_torch
 from shoal.compat.torch_memory_saver.groups import Backup, Generation, Group, Key
 from shoal.compat.torch_memory_saver.settings import CpuBackupBackend, Settings, check_backend
 from shoal.errors import DeadlineError, DeviceError, RegionError
 from shoal.memory import MemoryManager, machine, parse_size
-from shoal.torch import pools
+from shoal.torch import graphs, pools
 from shoal.wake import TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -184,10 +183,10 @@ class TorchMemorySaver:
         key = self._key(tag, enable_cpu_backup, False, cpu_backup_backend)
         with self._locked(self._quiet):
             with self._locked(self._lock):
-                generation, own = self._graph_pool(key, pool)
-                use = generation.region._native.begin_use(TIMEOUT_S)
+                filling, own = self._graph_pool(key, pool)
+                use = filling.native.begin_use(TIMEOUT_S)
             try:
-                with torch.cuda.graph(cuda_graph, pool=own.id, stream=stream, capture_error_mode=capture_error_mode):
+                with graphs.capture(filling, own, cuda_graph, stream=stream, capture_error_mode=capture_error_mode):
                     yield
             finally:
                 use.release()
@@ -475,31 +474,27 @@ class TorchMemorySaver:
                 for slot in begun:
                     slot.begin()
 
-    def _graph_pool(self, key: Key, handle: Any) -> tuple[Generation, Any]:
-        """Give the pool that stands for a handle under a tag."""
+    def _graph_pool(self, key: Key, handle: Any) -> tuple[pools._Filling, Any]:
+        """Give what a capture fills, and the pool that stands for its handle; no pool where it has its own."""
         generation = self._group(key).current()
-        named = {id(own) for _, own in self._graph_pools.values()}
         for group in self._groups.values():
             for home in group.generations:
                 filling = home.region._filling
                 if not isinstance(filling, pools._Filling):
                     continue
+                filling.end_graphs()
                 with filling.lock:
-                    # What nobody named and only we hold belonged to graphs that are gone.
-                    gone = [own for own in filling.kept if id(own) not in named and own.use_count() <= 1]
-                    filling.kept = [own for own in filling.kept if own not in gone]
-                    own = next((own for own in filling.kept if handle and tuple(own.id) == tuple(handle)), None)
-                for ended in gone:
-                    filling.end(ended)
+                    known = [*filling.kept, *(one.pool for one in filling.graphs if not one.is_released)]
+                own = next((one for one in known if handle and tuple(one.id) == tuple(handle)), None)
                 if own is not None and not home.paused:
-                    return home, own
+                    return filling, own
         if handle is None:
-            return generation, shoal_torch.pool(generation.region)
+            return pools._filling(generation.region), None
         found = self._graph_pools.get((key, tuple(handle)))
         if found is None or found[0].paused:
-            found = generation, shoal_torch.pool(generation.region)
+            found = generation, graphs.pool(generation.region)
             self._graph_pools[key, tuple(handle)] = found
-        return found
+        return pools._filling(found[0].region), found[1]
 
     @contextlib.contextmanager
     def _locked(self, lock: Any) -> Iterator[None]:
