@@ -65,7 +65,7 @@ fn full_shelf(models: u32) -> ShelfState {
         })
         .collect();
     let budget = models.iter().map(ModelState::held).sum();
-    ShelfState { budget, extent: ByteCount::mib(2), quantum_ms: 2_000, models, requests }
+    ShelfState { budget, extent: ByteCount::mib(2), quantum_ms: 2_000, models, requests, is_manual: false }
 }
 
 fn plans(criterion: &mut Criterion) {

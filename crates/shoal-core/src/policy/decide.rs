@@ -4,15 +4,20 @@ use std::collections::BTreeMap;
 
 use super::reason;
 use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
-use super::victims::{Candidate, Class, Field, kept_until};
+use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, takeable_by_hand};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
 
 /// Decides what to do at `now_ms`. See the [module](super) for the rules.
 #[must_use]
 pub fn plan(state: &ShelfState, now_ms: u64) -> Plan {
+    plan_by(state, now_ms, Choice::Worth)
+}
+
+/// [`plan`] with victims chosen in another way.
+pub(super) fn plan_by(state: &ShelfState, now_ms: u64, choice: Choice) -> Plan {
     let mut decision = Decision {
-        field: Field::new(state, now_ms),
+        field: Field::new(state, now_ms, choice),
         plan: Plan::default(),
         spare: None,
         granted: BTreeMap::new(),
@@ -24,6 +29,7 @@ pub fn plan(state: &ShelfState, now_ms: u64) -> Plan {
     }
     decision.put_idle_to_sleep();
     decision.wake_the_wanted();
+    decision.preload();
     decision.plan
 }
 
@@ -53,6 +59,9 @@ impl Decision<'_> {
         if request.bytes_min > most {
             return self.deny(request, true, reason::never(&self.field, model, request, most));
         }
+        if let Some(rival) = self.lasting_rival(model) {
+            return self.deny(request, true, reason::apart_for_ever(model, rival));
+        }
         let wanted = request.bytes.min(room).max(request.bytes_min);
         let allowed = match self.spare {
             Some(spare) if !self.field.in_turn(model) => spare,
@@ -63,6 +72,12 @@ impl Decision<'_> {
         }
         let wanted = wanted.min(allowed);
 
+        if let Some(reason) = self.part_from_rivals(model, request) {
+            // What it will need is left to it by younger ones; whoever is in its turn may still grow.
+            let left = self.field.eventual(request).saturating_sub(request.bytes_min);
+            self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
+            return self.wait(request, reason);
+        }
         let free = self.field.free;
         if free >= request.bytes_min {
             let bytes = wanted.min(free);
@@ -84,8 +99,8 @@ impl Decision<'_> {
         let target = found.min(wanted);
         for (candidate, bytes) in picks {
             let victim = &self.field.state.models[candidate.model];
-            let reason = reason::evict(&self.field, candidate.class, victim, model, request, free);
-            self.field.take(candidate, bytes);
+            let reason = reason::evict(&self.field, candidate, victim, model, request, free);
+            self.field.take(candidate.model, bytes);
             self.act(Action::Evict { model: victim.id, requester: Some(model.id), bytes, reason });
         }
         // What is free and on its way now belongs to this request.
@@ -122,7 +137,10 @@ impl Decision<'_> {
                 picks.iter().filter(|(pick, _)| pick.model == candidate.model).map(|(_, bytes)| *bytes).sum();
             let offer = self.field.offer(candidate, request, age).saturating_sub(taken);
             let part = (goal - found).round_up_to(self.field.state.extent.max(ByteCount(1))).min(offer);
-            let bytes = if self.field.state.models[candidate.model].is_rigid { offer } else { part };
+            let is_whole = candidate.part == Part::All
+                && (self.field.choice == Choice::WholeLru
+                    || self.field.state.models[candidate.model].is_rigid);
+            let bytes = if is_whole { offer } else { part };
             if !bytes.is_zero() {
                 found += bytes;
                 picks.push((candidate, bytes));
@@ -133,13 +151,48 @@ impl Decision<'_> {
         for (candidate, bytes) in picks {
             match merged.iter_mut().find(|(known, _)| known.model == candidate.model) {
                 Some((known, sum)) => {
-                    known.class = candidate.class;
+                    (known.class, known.part) = (candidate.class, candidate.part);
                     *sum += bytes;
                 }
                 None => merged.push((candidate, bytes)),
             }
         }
         (found, merged)
+    }
+
+    /// One that `model` may not stand beside, and that cannot be made to leave.
+    fn lasting_rival(&self, model: &ModelState) -> Option<&ModelState> {
+        let rivals = model.apart.iter().filter_map(|rival| self.field.model(*rival));
+        let mut standing = rivals.filter(|rival| rival.ready && !rival.stands().is_zero());
+        standing.find(|rival| kept(rival) > rival.overhead_held)
+    }
+
+    /// Sends those away that `model` may not stand beside. Why it has to wait for them, where it has to.
+    fn part_from_rivals(&mut self, model: &ModelState, request: &PendingRequest) -> Option<String> {
+        let age = self.field.seniority(request);
+        let mut waits = None;
+        for rival in &model.apart {
+            let Some(place) = self.field.place(*rival) else { continue };
+            let rival = &self.field.state.models[place];
+            let granted = self.granted.get(&rival.id).is_some_and(|bytes| !bytes.is_zero());
+            if rival.stands().is_zero() && !granted {
+                continue;
+            }
+            waits = Some(reason::apart(model, rival));
+            if self.field.state.is_manual || granted {
+                continue;
+            }
+            let Some(candidate) = self.field.whole(place) else { continue };
+            let bytes = self.field.offer(candidate, request, age);
+            if bytes.is_zero() {
+                continue;
+            }
+            let reason = reason::evict_apart(&self.field, model, rival);
+            self.field.take(place, bytes);
+            self.field.incoming += bytes;
+            self.act(Action::Evict { model: rival.id, requester: Some(model.id), bytes, reason });
+        }
+        waits
     }
 
     fn spend(&mut self, bytes: ByteCount) {
@@ -168,7 +221,8 @@ impl Decision<'_> {
         let state = self.field.state;
         for (place, model) in state.models.iter().enumerate() {
             let Some(until) = kept_until(model) else { continue };
-            let bytes = self.field.takeable_at(place);
+            // Whoever says how long a model is kept has said that it is to go after that.
+            let bytes = if state.is_manual { takeable_by_hand(model) } else { self.field.takeable_at(place) };
             if model.is_busy() || model.wake_ordered || self.field.asks(place) || bytes.is_zero() {
                 continue;
             }
@@ -196,6 +250,48 @@ impl Decision<'_> {
             let leaving = model.ordered.saturating_sub(model.kv_held.saturating_sub(model.kv_live));
             let bytes = model.weights_total.saturating_sub(model.weights_held.saturating_sub(leaving));
             let reason = reason::restore(model, bytes);
+            self.act(Action::Restore { model: model.id, bytes, reason });
+        }
+    }
+
+    /// Brings models back that nobody waits for, as far as nobody has to give anything up for it.
+    fn preload(&mut self) {
+        let state = self.field.state;
+        if !state.requests.is_empty() || state.models.iter().any(|model| model.parked > 0 && !model.up) {
+            return;
+        }
+        // What is on its way up already will take its part.
+        let missing = |model: &ModelState| {
+            (model.weights_total + model.kv_min).saturating_sub(model.weights_held + model.kv_held)
+        };
+        let promised: ByteCount =
+            state.models.iter().filter(|model| model.wake_ordered && !model.up).map(missing).sum();
+        let mut free = self.field.free.saturating_sub(promised);
+        let mut wanted: Vec<&ModelState> = state
+            .models
+            .iter()
+            .filter(|model| model.preload && model.ready && !model.up && !model.wake_ordered)
+            .filter(|model| model.ordered.is_zero())
+            .collect();
+        wanted.sort_by_key(|model| (core::cmp::Reverse(model.priority), model.id));
+        let mut coming: Vec<ModelId> = Vec::new();
+        for model in wanted {
+            let bytes = missing(model);
+            let stands = |rival: &ModelId| {
+                coming.contains(rival)
+                    || self
+                        .field
+                        .model(*rival)
+                        .is_some_and(|rival| !rival.stands().is_zero() || rival.wake_ordered)
+            };
+            let is_over = model.max.is_some_and(|max| model.held() + bytes > max);
+            if bytes > free || is_over || model.apart.iter().any(stands) {
+                continue;
+            }
+            free -= bytes;
+            coming.push(model.id);
+            let bytes = model.weights_total.saturating_sub(model.weights_held);
+            let reason = reason::preload(model, bytes, free + bytes);
             self.act(Action::Restore { model: model.id, bytes, reason });
         }
     }

@@ -7,20 +7,30 @@
 //! Requests are served by age. A model that wants to come back counts from when it began to want, not from its newest
 //! request; each step of priority counts as [`PRIORITY_HEAD_START_MS`] of age, within [`PRIORITY_STEPS_MAX`] steps.
 //! 1. **Free bytes**, if they do for the least that is of use.
-//! 2. **Surplus**: KV that is backed and that nobody uses; the asking model's own first, then that of any model.
-//! 3. **Idle models**, by what a byte is worth (the time it takes to bring it back, doubled with each step of priority,
-//!    over the time it has been idle); those within their `keep_alive` after all others.
+//! 2. **KV that nobody uses and that holds nothing**; the asking model's own first, then that of any model.
+//! 3. **What is worth least**, in one currency ([`worth`]): weights of idle models, and KV of any model that holds prefixes
+//!    which no request uses. Idle models that were brought back only just now come after those, and models within their
+//!    `keep_alive` after all others.
 //! 4. **Models that wait behind** the request and hold bytes they cannot run with.
 //! 5. **Busy models whose turn is over**, longest turn first, and only for the least that is of use. A turn is a
-//!    quantum, counted from the moment a model became wholly resident, had the KV of a request and was used; the caller
-//!    does not begin a new one while somebody waits. Until then a model is as old as its wake, and has no turn: weights
-//!    without KV would wear the turn out in waiting.
+//!    quantum, or twice the time that bringing the model back takes where that is longer (at most a minute), counted from
+//!    the moment a model became wholly resident, had the KV of a request and was used; the caller does not begin a new one
+//!    while somebody waits. Until then a model is as old as its wake, and has no turn: weights without KV would wear the
+//!    turn out in waiting.
 //!
 //! A model whose requests follow each other sooner than it could be brought back counts as busy in the pause between
 //! two, within its turn: the pauses of a few clients do not end it.
 //!
 //! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
-//! taken below its minimum.
+//! taken below its minimum, of one that does not sleep only KV is taken. Two models that may not stand beside each other
+//! ([`ModelState::apart`]) never hold weights or KV at the same time: who asks second waits until the other, once it is
+//! idle or its turn is over, has given all of it up. Where nothing is to be evicted by itself ([`ShelfState::is_manual`])
+//! only step 1 and 2 are taken, and requests wait for somebody to act.
+//!
+//! # Against thrashing
+//! What is brought back runs for a turn, is asked last for a while when it is idle, and is not taken for the sake of what
+//! nobody asked for: a model is preloaded only into what is free. How much moves for nothing all the same is the
+//! [thrash index](thrash).
 //!
 //! # Why nobody starves
 //! The oldest request that cannot be met yet keeps what it needs: younger ones get what is left over once all turns have
@@ -30,20 +40,36 @@
 //!
 //! A model that was resident already may begin one turn while a request waits, since nothing is taken before all can
 //! be. So with `k` requests before it, now or later (priority lets younger ones pass), and `r` models wholly resident
-//! when it was asked, a request waits for at most `k + r + 1` turns, each as long as a quantum, bringing the largest
+//! when it was asked, a request waits for at most `k + r + 1` turns, each as long as the longest turn, bringing the largest
 //! model back, and an answer of a victim. Pins, starts and deaths begin the count anew. A request that could not be met
 //! even with everything that may be taken is denied at once.
+//!
+//! # Other policies
+//! All this is the policy [`Value`]. Others are a [`Policy`] too; each plan of one that is not ours is [checked](check())
+//! before it is obeyed, and any can watch as a [`Shadow`].
 
+mod check;
 mod decide;
+mod links;
+mod policies;
 mod reason;
+mod shadow;
 mod state;
+pub mod thrash;
 mod victims;
+pub mod worth;
 
 #[cfg(test)]
 mod tests;
 
+pub use check::check;
 pub use decide::plan;
+pub use links::LinkSpeeds;
+pub use policies::{BUILTIN, Lru, Policy, Value, builtin};
+pub use shadow::{Shadow, ShadowCounts};
 pub use state::{Action, ModelState, PendingRequest, Plan, ShelfState};
+pub use victims::turn_ms;
+pub use worth::UseRate;
 
 /// How much older a request counts for each step of its model's priority.
 pub const PRIORITY_HEAD_START_MS: i64 = 1_000;

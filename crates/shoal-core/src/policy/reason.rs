@@ -1,7 +1,8 @@
 //! Decisions in words, with the numbers they rest on.
 
 use super::state::{ModelState, PendingRequest};
-use super::victims::{Class, Field};
+use super::victims::{Candidate, Choice, Class, Field, Part, floor, kept, worth_of};
+use super::worth::spread_ms;
 use crate::bytes::ByteCount;
 use crate::protocol::LeaseKind;
 
@@ -41,7 +42,7 @@ pub(super) fn grant(
 
 pub(super) fn evict(
     field: &Field<'_>,
-    class: Class,
+    candidate: Candidate,
     victim: &ModelState,
     model: &ModelState,
     request: &PendingRequest,
@@ -49,13 +50,29 @@ pub(super) fn evict(
 ) -> String {
     let idle = seconds(field.now_ms.saturating_sub(victim.last_used_ms));
     let name = &victim.name;
-    let why = match class {
-        Class::Surplus if victim.id == model.id => format!("{name} uses its own free KV memory"),
+    let why = match candidate.class {
+        _ if victim.id == model.id => format!("{name} uses its own free KV memory"),
+        _ if candidate.part == Part::Cached => format!(
+            "{name} holds {} of KV for prompts that may come again, worth least ({})",
+            victim.kv_cached,
+            worth(field, candidate, victim)
+        ),
+        Class::Idle if field.choice == Choice::WholeLru => {
+            format!("{name} has been idle for {idle}, the longest of all, and goes whole")
+        }
         Class::Surplus => format!(
             "{name} holds {} of KV that no request uses",
             victim.kv_held.saturating_sub(victim.kv_live)
         ),
-        Class::Idle => format!("{name} has been idle for {idle} and its bytes are worth least"),
+        Class::Idle => format!(
+            "{name} has been idle for {idle} and its bytes are worth least ({})",
+            worth(field, candidate, victim)
+        ),
+        Class::IdleFresh => {
+            format!(
+                "{name} has been idle for {idle}; it was brought back only just now, and nothing else would do"
+            )
+        }
         Class::IdleKept => {
             format!("{name} has been idle for {idle}, within its keep_alive, and nothing else would do")
         }
@@ -64,11 +81,58 @@ pub(super) fn evict(
             let turn = seconds(field.now_ms.saturating_sub(victim.turn_since_ms.unwrap_or(0)));
             format!(
                 "all are busy, and {name} has had the longest turn ({turn} of {})",
-                seconds(field.state.quantum_ms)
+                seconds(field.turn_ms(victim))
             )
         }
     };
     format!("{}, {free} are free; {why}", needs(model, request))
+}
+
+/// The currency with the numbers that it was made from.
+fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
+    let cost = match candidate.part {
+        Part::Cached if victim.kv_back_us_per_mib > 0 => victim.kv_back_us_per_mib,
+        _ => victim.restore_us_per_mib,
+    };
+    let uses = victim.uses_milli.max(1_000) as f64 / 1_000.0;
+    format!(
+        "{} a second for each MiB: {cost} us to bring it back, {uses:.1} uses in {}",
+        worth_of(candidate, victim, field.now_ms),
+        seconds(spread_ms(victim, field.now_ms))
+    )
+}
+
+pub(super) fn apart(model: &ModelState, rival: &ModelState) -> String {
+    format!("{} may not stand beside {}, which holds {}", model.name, rival.name, rival.stands())
+}
+
+pub(super) fn apart_for_ever(model: &ModelState, rival: &ModelState) -> String {
+    format!("{}; {} keeps {} ({})", apart(model, rival), rival.name, kept(rival), why_kept(rival))
+}
+
+/// Why a model cannot be made to yield all it has.
+fn why_kept(model: &ModelState) -> &'static str {
+    match () {
+        () if model.pinned => "pinned",
+        () if model.keeps_weights && floor(model) > model.min => "it does not sleep",
+        () => "its minimum",
+    }
+}
+
+pub(super) fn evict_apart(field: &Field<'_>, model: &ModelState, rival: &ModelState) -> String {
+    let idle = if rival.is_busy() {
+        "its turn is over".to_owned()
+    } else {
+        format!("it has been idle for {}", seconds(field.now_ms.saturating_sub(rival.last_used_ms)))
+    };
+    format!("{}; {idle}", apart(model, rival))
+}
+
+pub(super) fn preload(model: &ModelState, missing: ByteCount, free: ByteCount) -> String {
+    format!(
+        "{} is to be there before it is asked for: {missing} are missing, and {free} are free",
+        model.name
+    )
 }
 
 pub(super) fn restore(model: &ModelState, missing: ByteCount) -> String {
@@ -111,15 +175,9 @@ pub(super) fn never(
         model.name,
         model.held(),
         holders(field, model, |other| {
-            let kept = if other.pinned {
-                other.held()
-            } else {
-                other.min.max(other.overhead_held).min(other.held())
-            };
-            (!kept.is_zero() && other.ready).then(|| {
-                let why = if other.pinned { "pinned" } else { "its minimum" };
-                format!("{} keeps {kept} ({why})", other.name)
-            })
+            let kept = kept(other);
+            (!kept.is_zero() && other.ready)
+                .then(|| format!("{} keeps {kept} ({})", other.name, why_kept(other)))
         })
     )
 }
@@ -140,7 +198,9 @@ pub(super) fn wait(
     request: &PendingRequest,
     found: ByteCount,
 ) -> String {
-    format!("{}; {found} can be had now{}", needs(model, request), busy_holders(field, model))
+    let manual =
+        if field.state.is_manual { ", and nothing is evicted by itself (evict = \"never\")" } else { "" };
+    format!("{}; {found} can be had now{manual}{}", needs(model, request), busy_holders(field, model))
 }
 
 pub(super) fn behind(model: &ModelState, request: &PendingRequest, spare: ByteCount) -> String {

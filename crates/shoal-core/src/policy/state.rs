@@ -15,6 +15,9 @@ pub struct ShelfState {
     pub extent: ByteCount,
     /// How long a model may run before it can be made to yield to a waiting one.
     pub quantum_ms: u64,
+    /// Nothing is evicted for others' sake: only KV that nobody uses and that holds nothing is taken.
+    #[serde(default)]
+    pub is_manual: bool,
     /// All models.
     pub models: Vec<ModelState>,
     /// All requests that were not answered yet.
@@ -22,7 +25,7 @@ pub struct ShelfState {
 }
 
 /// One model as the policy sees it.
-#[expect(clippy::struct_excessive_bools, reason = "five facts that do not exclude one another")]
+#[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelState {
     /// Which.
@@ -39,6 +42,9 @@ pub struct ModelState {
     pub kv_held: ByteCount,
     /// KV that some request uses.
     pub kv_live: ByteCount,
+    /// KV that no request uses and that holds a prefix, which the next one may save computing.
+    #[serde(default)]
+    pub kv_cached: ByteCount,
     /// KV without which it cannot run any request.
     pub kv_min: ByteCount,
     /// Its lease for what its process takes besides; cannot be ordered back.
@@ -50,6 +56,9 @@ pub struct ModelState {
     /// It gives up all that it holds or nothing, and holds all that it needs or nothing.
     #[serde(default)]
     pub is_rigid: bool,
+    /// Its weights are never taken, only KV that it can do without.
+    #[serde(default)]
+    pub keeps_weights: bool,
     /// Never evicted below this; whoever is rigid keeps all then.
     pub min: ByteCount,
     /// Never leased more than this.
@@ -78,8 +87,26 @@ pub struct ModelState {
     pub keep_alive_ms: Option<u64>,
     /// Gave nothing when last asked; not asked again before this.
     pub skip_until_ms: u64,
-    /// What it takes to bring a MiB back (microseconds).
+    /// What it takes to bring a MiB of its weights back (microseconds).
     pub restore_us_per_mib: u64,
+    /// What it takes to bring a MiB of a prefix back, or to compute it again; 0 where nobody knows.
+    #[serde(default)]
+    pub kv_back_us_per_mib: u64,
+    /// How often somebody came, in thousandths, old times counting less ([`UseRate`](super::UseRate)).
+    #[serde(default)]
+    pub uses_milli: u64,
+    /// The time those are spread over, up to the last one.
+    #[serde(default)]
+    pub uses_window_ms: u64,
+    /// When it was last wholly brought back.
+    #[serde(default)]
+    pub restored_ms: Option<u64>,
+    /// Models that must have nothing on the device beside it. Holds both ways.
+    #[serde(default)]
+    pub apart: Vec<ModelId>,
+    /// To be brought to the device without anybody asking, where nobody has to give anything up for it.
+    #[serde(default)]
+    pub preload: bool,
 }
 
 impl ModelState {
@@ -87,6 +114,12 @@ impl ModelState {
     #[must_use]
     pub fn held(&self) -> ByteCount {
         self.weights_held + self.kv_held + self.overhead_held
+    }
+
+    /// What it holds of weights and KV.
+    #[must_use]
+    pub fn stands(&self) -> ByteCount {
+        self.weights_held + self.kv_held
     }
 
     /// Its lease covers all its weights.

@@ -31,7 +31,14 @@ fn wake(model: u32, mib: u64, asked_ms: u64) -> PendingRequest {
 }
 
 fn shelf(budget: u64, models: Vec<ModelState>, requests: Vec<PendingRequest>) -> ShelfState {
-    ShelfState { budget: MIB(budget), extent: MIB(2), quantum_ms: 2_000, models, requests }
+    ShelfState {
+        budget: MIB(budget),
+        extent: MIB(2),
+        quantum_ms: 2_000,
+        models,
+        requests,
+        ..ShelfState::default()
+    }
 }
 
 fn evicted(plan: &Plan) -> Vec<(u32, u64)> {
@@ -280,4 +287,262 @@ fn turns_that_began_since_do_not_let_more_of_the_young_in() {
         "large would wait for the turn of small as well: {}",
         reasons(&said)
     );
+}
+
+fn apart(mut models: Vec<ModelState>) -> Vec<ModelState> {
+    (models[0].apart, models[1].apart) = (vec![models[1].id], vec![models[0].id]);
+    models
+}
+
+#[test]
+fn a_prefix_competes_with_weights_in_one_currency() {
+    let mut busy = model(1, "busy", 40, 40);
+    (busy.kv_held, busy.kv_live, busy.kv_cached) = (MIB(20), MIB(4), MIB(12));
+    (busy.active, busy.turn_since_ms, busy.last_used_ms) = (1, Some(9_000), 9_000);
+    let idle = ModelState { last_used_ms: 1_000, ..model(2, "idle", 20, 20) };
+    let pick = |busy: &ModelState, idle: &ModelState| {
+        let state =
+            shelf(80, vec![model(0, "chat", 10, 0), busy.clone(), idle.clone()], vec![wake(0, 10, 9_500)]);
+        let said = plan(&state, 10_000);
+        (evicted(&said), reasons(&said))
+    };
+    // 4 MiB hold nothing and go first. Then a byte of the prefix is worth 50 us a second (100 us, used a second ago), one of
+    // the idle model 10 (100 us, 9 s ago).
+    assert_eq!(pick(&busy, &idle).0, [(1, 4), (2, 6)]);
+    let dear = ModelState { restore_us_per_mib: 1_000, ..idle.clone() };
+    let (said, why) = pick(&busy, &dear);
+    assert_eq!(said, [(1, 10)], "a prefix that is computed faster than weights are read: {why}");
+    assert!(
+        why.contains("busy holds 12 MiB of KV for prompts that may come again, worth least (50 us a second"),
+        "{why}"
+    );
+    busy.kv_back_us_per_mib = 5_000;
+    assert_eq!(pick(&busy, &dear).0, [(1, 4), (2, 6)], "and one that takes long to compute stays");
+}
+
+#[test]
+fn use_counts_beside_the_last_time() {
+    let last = |id, name: &str, uses_milli, last_used_ms| ModelState {
+        uses_milli,
+        uses_window_ms: 60_000,
+        last_used_ms,
+        ..model(id, name, 40, 40)
+    };
+    let models =
+        vec![model(0, "chat", 10, 0), last(1, "often", 20_000, 60_000), last(2, "seldom", 1_000, 80_000)];
+    let said = plan(&shelf(80, models, vec![wake(0, 10, 1)]), 90_000);
+    assert_eq!(evicted(&said), [(2, 10)], "often used, though longer ago: {}", reasons(&said));
+    assert!(reasons(&said).contains("1.0 uses in 71.0 s"), "{}", reasons(&said));
+}
+
+#[test]
+fn what_was_just_brought_back_goes_after_other_idle_ones_and_runs_long_enough() {
+    let fresh = ModelState {
+        restore_us_per_mib: 10_000,
+        last_used_ms: 1_000,
+        restored_ms: Some(9_000),
+        ..model(1, "fresh", 40, 40)
+    };
+    let models = vec![
+        model(0, "chat", 10, 0),
+        fresh.clone(),
+        ModelState { last_used_ms: 9_500, ..model(2, "other", 40, 40) },
+    ];
+    let mut state = shelf(80, models, vec![wake(0, 10, 1)]);
+    state.models[2].restore_us_per_mib = 1_000_000;
+    assert_eq!(evicted(&plan(&state, 10_000)), [(2, 10)], "though its bytes are worth more");
+    assert_eq!(evicted(&plan(&state, 10_700)), [(1, 10)], "four times the 400 ms that it takes are over");
+    state.models[2].pinned = true;
+    let said = plan(&state, 10_000);
+    assert!(reasons(&said).contains("brought back only just now"), "{}", reasons(&said));
+    assert_eq!(turn_ms(&state, &fresh), 2_000, "the quantum is longer");
+    let slow = ModelState { restore_us_per_mib: 50_000, ..fresh };
+    assert_eq!(turn_ms(&state, &slow), 4_000, "twice what bringing it back takes");
+    assert_eq!(
+        turn_ms(&state, &ModelState { restore_us_per_mib: 10_000_000, ..slow }),
+        60_000,
+        "a minute at most"
+    );
+}
+
+#[test]
+fn who_may_not_stand_beside_another_waits_until_it_is_gone() {
+    let rival = ModelState { kv_held: MIB(4), overhead_held: MIB(2), ..model(1, "code", 30, 30) };
+    let state = |rival: ModelState| {
+        shelf(
+            100,
+            apart(vec![model(0, "chat", 20, 0), rival, model(2, "third", 10, 10)]),
+            vec![wake(0, 20, 5_000)],
+        )
+    };
+    let said = plan(&state(rival.clone()), 10_000);
+    assert_eq!(evicted(&said), [(1, 34)], "although 54 MiB are free: {}", reasons(&said));
+    assert!(
+        reasons(&said)
+            .contains("chat may not stand beside code, which holds 34 MiB; it has been idle for 10.0 s")
+    );
+    assert!(!reasons(&said).contains("grant"), "{}", reasons(&said));
+    let busy = ModelState { active: 1, turn_since_ms: Some(9_000), ..rival.clone() };
+    assert_eq!(evicted(&plan(&state(busy.clone()), 10_000)), [], "not in its turn");
+    assert_eq!(evicted(&plan(&state(busy), 11_000)), [(1, 34)], "but after it");
+    let gone = ModelState { weights_held: MIB(0), kv_held: MIB(0), up: false, ..rival };
+    let said = plan(&state(gone.clone()), 10_000);
+    assert!(matches!(&said.actions[..], [Action::Grant { .. }]), "its process may stay: {}", reasons(&said));
+    let pinned = ModelState { pinned: true, ..state(gone.clone()).models[1].clone() };
+    assert!(
+        matches!(&plan(&state(pinned), 10_000).actions[..], [Action::Grant { .. }]),
+        "it has nothing there"
+    );
+    let stays = ModelState { min: MIB(8), weights_held: MIB(10), ..gone.clone() };
+    let said = plan(&state(stays), 10_000);
+    assert!(
+        matches!(&said.actions[..], [Action::Deny { never: true, reason, .. }]
+            if reason.ends_with("code, which holds 10 MiB; code keeps 8 MiB (its minimum)")),
+        "{}",
+        reasons(&said)
+    );
+    let both = ShelfState { requests: vec![wake(0, 20, 5_000), wake(1, 30, 5_001)], ..state(gone) };
+    let said = plan(&both, 10_000);
+    assert!(
+        matches!(
+            &said.actions[..],
+            [Action::Grant { model: ModelId(0), .. }, Action::Wait { model: ModelId(1), .. }]
+        ),
+        "one of two that ask at once: {}",
+        reasons(&said)
+    );
+}
+
+#[test]
+fn nothing_is_evicted_by_itself_where_that_was_asked_for() {
+    let mut idle = model(1, "idle", 60, 60);
+    (idle.kv_held, idle.kv_cached) = (MIB(10), MIB(4));
+    let mut state = shelf(80, vec![model(0, "chat", 16, 0), idle], vec![wake(0, 16, 1)]);
+    assert_eq!(evicted(&plan(&state, 10_000)), [(1, 6)], "what nobody misses is taken");
+    state.is_manual = true;
+    assert_eq!(evicted(&plan(&state, 10_000)), [(1, 6)], "also then");
+    state.requests = vec![wake(0, 17, 1)];
+    let said = plan(&state, 10_000);
+    assert_eq!(evicted(&said), [], "{}", reasons(&said));
+    assert!(reasons(&said).contains("evict = \\\"never\\\""), "{}", reasons(&said));
+    state.models[1].keep_alive_ms = Some(5_000);
+    assert_eq!(evicted(&plan(&state, 10_000)), [(1, 70)], "and what a model's own keys say still holds");
+}
+
+#[test]
+fn a_model_that_does_not_sleep_gives_only_kv() {
+    let mut awake = ModelState { keeps_weights: true, ..model(1, "awake", 60, 60) };
+    (awake.kv_held, awake.kv_live) = (MIB(20), MIB(12));
+    let state = |mib| shelf(80, vec![model(0, "chat", mib, 0), awake.clone()], vec![wake(0, mib, 1)]);
+    assert_eq!(evicted(&plan(&state(20), 10_000)), [(1, 20)]);
+    let refused = plan(&state(21), 10_000);
+    assert!(reasons(&refused).contains("awake keeps 60 MiB (it does not sleep)"), "{}", reasons(&refused));
+}
+
+#[test]
+fn preloading_takes_from_nobody() {
+    let wanted = |id, name: &str, priority| ModelState { preload: true, priority, ..model(id, name, 40, 0) };
+    let woken = |state: &ShelfState| -> Vec<u32> {
+        let said = plan(state, 10_000);
+        let woken =
+            |action: &Action| if let Action::Restore { model, .. } = action { Some(model.0) } else { None };
+        said.actions.iter().filter_map(woken).collect()
+    };
+    let mut state = shelf(100, vec![wanted(0, "a", 0), wanted(1, "b", 0), wanted(2, "c", 1)], vec![]);
+    assert_eq!(woken(&state), [2, 0], "as many as fit, the most important first");
+    state.models[2].wake_ordered = true;
+    assert_eq!(woken(&state), [0], "what is on its way counts");
+    state.models = apart(state.models);
+    (state.models[1].weights_held, state.models[1].up) = (MIB(40), true);
+    state.models[2].wake_ordered = false;
+    assert_eq!(woken(&state), [2], "a must not stand beside b");
+    state.requests = vec![wake(0, 90, 1)];
+    assert_eq!(woken(&state), [0; 0], "not while somebody waits");
+}
+
+#[test]
+fn lru_takes_whole_models_by_their_last_use_alone() {
+    let dear = ModelState {
+        last_used_ms: 1_000,
+        priority: 8,
+        restore_us_per_mib: 90_000,
+        ..model(1, "dear", 40, 40)
+    };
+    let state =
+        shelf(80, vec![model(0, "chat", 10, 0), dear, model(2, "other", 40, 40)], vec![wake(0, 10, 1)]);
+    let said = Lru.plan(&ShelfState { models: state.models.clone(), ..state.clone() }, 10_000);
+    assert_eq!(evicted(&said), [(2, 40)]);
+    let mut used = state;
+    used.models[2].last_used_ms = 2_000;
+    assert_eq!(evicted(&Lru.plan(&used, 10_000)), [(1, 40)]);
+    assert_eq!(evicted(&Value.plan(&used, 10_000)), [(2, 10)]);
+    for name in BUILTIN {
+        assert_eq!(builtin(name).expect("named").name(), name);
+    }
+    assert!(builtin("fifo").is_none());
+}
+
+#[test]
+fn a_shadow_counts_where_it_would_have_done_otherwise() {
+    let models = |first, second| {
+        let used = |id, name: &str, last_used_ms| ModelState { last_used_ms, ..model(id, name, 40, 40) };
+        vec![model(0, "chat", 40, 0), used(1, "one", first), used(2, "two", second)]
+    };
+    let mut shadow = Shadow::new(Box::new(Lru));
+    let mut watch = |state: &ShelfState| shadow.watch(state, &Value.plan(state, 10_000), 10_000);
+    assert_eq!(watch(&shelf(80, models(1_000, 2_000), vec![wake(0, 40, 1)])), None, "the same");
+    assert_eq!(watch(&shelf(80, models(1_000, 2_000), vec![])), None, "nothing to decide");
+    let mut state = shelf(80, models(1_000, 2_000), vec![wake(0, 40, 1)]);
+    state.models[1].priority = 5;
+    assert_eq!(
+        watch(&state).expect("differs"),
+        "lru would have taken 40 MiB of one instead of 40 MiB of two"
+    );
+    let counts = ShadowCounts { decisions: 2, differing: 1, evicted_live: MIB(80), evicted_shadow: MIB(80) };
+    assert_eq!(shadow.counts(), counts);
+}
+
+#[test]
+fn a_plan_that_must_not_be_obeyed_is_told_from_one_that_may() {
+    let mut idle = model(1, "idle", 60, 60);
+    idle.min = MIB(20);
+    let pinned = ModelState { pinned: true, ..model(2, "pinned", 20, 20) };
+    let rival = ModelState { apart: vec![ModelId(1)], ..model(3, "rival", 5, 0) };
+    let models = vec![model(0, "chat", 40, 0), idle, pinned, rival];
+    let state = shelf(100, models, vec![wake(0, 40, 1), PendingRequest { request: 9, ..wake(3, 5, 1) }]);
+    assert_eq!(check(&state, &plan(&state, 10_000)), Ok(()));
+    let evict = |model, mib| Action::Evict {
+        model: ModelId(model),
+        requester: None,
+        bytes: MIB(mib),
+        reason: String::new(),
+    };
+    let grant = |model, request, mib| Action::Grant {
+        model: ModelId(model),
+        request,
+        bytes: MIB(mib),
+        reason: String::new(),
+    };
+    let wait = |request| Action::Wait { model: ModelId(0), request, until_ms: 0, reason: String::new() };
+    let restore = |model| Action::Restore { model: ModelId(model), bytes: MIB(1), reason: String::new() };
+    for (actions, says) in [
+        (vec![evict(9, 1)], "there is no"),
+        (vec![evict(2, 1)], "it is pinned"),
+        (vec![evict(1, 0)], "asked for nothing"),
+        (
+            vec![evict(1, 30), evict(1, 11)],
+            "idle cannot give up 41 MiB in all: it holds 60 MiB and keeps 20 MiB",
+        ),
+        (vec![grant(0, 1, 39)], "chat asked for 40 MiB to 40 MiB, and is granted 39 MiB"),
+        (vec![grant(0, 1, 40)], "would be leased, and the budget is 100 MiB"),
+        (vec![grant(0, 7, 40)], "chat has no request 7"),
+        (vec![grant(3, 9, 5)], "rival may not stand beside idle"),
+        (vec![wait(1), wait(1)], "answered twice"),
+        (vec![restore(8)], "there is no"),
+    ] {
+        let said = check(&state, &Plan { actions, again_at_ms: None }).expect_err(says);
+        assert!(said.contains(says), "{said}");
+    }
+    let fine = vec![evict(1, 40), wait(1), restore(0)];
+    assert_eq!(check(&state, &Plan { actions: fine, again_at_ms: None }), Ok(()));
 }

@@ -1,8 +1,11 @@
 //! Who could yield, in which order, and how much of each is left while a plan is made.
+//!
+//! What a byte is worth is [`super::worth`]'s part; here is who may be asked at all, and when.
 
 use std::collections::BTreeMap;
 
 use super::state::{ModelState, PendingRequest, ShelfState};
+use super::worth::{Worth, of_cached_kv, of_weights};
 use super::{PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
@@ -11,23 +14,61 @@ use crate::protocol::LeaseKind;
 /// How much longer than twice its usual pause an idle model in its turn is waited for.
 const LINGER_SLACK_MS: u64 = 10;
 
+/// A model just brought back is asked after other idle ones for so many times what bringing it back took, and runs for
+/// at least twice that: so that at most a third of the time goes into moving.
+const SETTLED_RESTORES: u64 = 4;
+const TURN_RESTORES: u64 = 2;
+/// The longest that this makes a turn or that protection.
+const SETTLED_MS_MAX: u64 = 60_000;
+
+/// How victims are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// By what their bytes are worth, and only as much as is needed.
+    Worth,
+    /// Whole models, the one that was not used for longest first.
+    WholeLru,
+}
+
 /// Why a model may be asked, the first before the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Class {
     Surplus,
     Idle,
+    IdleFresh,
     IdleKept,
     WaitsBehind,
     TurnOver,
+}
+
+/// What of a model a candidate stands for. A worker gives them up in this order, so each includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    /// KV that nobody uses and that holds nothing.
+    Unused,
+    /// KV that nobody uses.
+    Cached,
+    /// Everything that may be taken.
+    All,
 }
 
 /// One entry of the order in which models are asked.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
     pub(super) class: Class,
+    pub(super) part: Part,
     pub(super) model: usize,
     /// Compared within the class, least first.
     rank: (u64, u64),
+}
+
+/// What is left of a model to be ordered; each figure includes the one after it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Left {
+    all: ByteCount,
+    /// KV that no request uses, and of it what holds nothing.
+    spare: ByteCount,
+    unused: ByteCount,
 }
 
 /// An age: less is older.
@@ -38,9 +79,9 @@ pub(super) type Seniority = (i64, ModelId, u64, u64);
 pub(super) struct Field<'a> {
     pub(super) state: &'a ShelfState,
     pub(super) now_ms: u64,
+    pub(super) choice: Choice,
     index: BTreeMap<ModelId, usize>,
-    /// Bytes that can still be ordered of each model, and how many of them are surplus.
-    left: Vec<(ByteCount, ByteCount)>,
+    left: Vec<Left>,
     candidates: Vec<Candidate>,
     /// The oldest request of each model that waits.
     senior: Vec<Option<Seniority>>,
@@ -52,14 +93,15 @@ pub(super) struct Field<'a> {
 }
 
 impl<'a> Field<'a> {
-    pub(super) fn new(state: &'a ShelfState, now_ms: u64) -> Self {
+    pub(super) fn new(state: &'a ShelfState, now_ms: u64, choice: Choice) -> Self {
         let index: BTreeMap<_, _> =
             state.models.iter().enumerate().map(|(place, model)| (model.id, place)).collect();
         let held: ByteCount = state.models.iter().map(ModelState::held).sum();
         let mut field = Self {
             state,
             now_ms,
-            left: state.models.iter().map(takeable).collect(),
+            choice,
+            left: state.models.iter().map(|model| left_of(model, state.is_manual)).collect(),
             candidates: Vec::new(),
             senior: vec![None; state.models.len()],
             free: state.budget.saturating_sub(held),
@@ -105,32 +147,58 @@ impl<'a> Field<'a> {
     fn rank_all(&self) -> Vec<Candidate> {
         let mut candidates = Vec::with_capacity(2 * self.state.models.len());
         for (place, model) in self.state.models.iter().enumerate() {
-            let (takeable, surplus) = self.left[place];
-            if takeable.is_zero() || self.skipped(model) {
+            let left = self.left[place];
+            if left.all.is_zero() || self.skipped(model) {
                 continue;
             }
-            let value = value_per_byte(model, self.now_ms);
-            if !surplus.is_zero() {
-                let rank = (u64::from(model.is_busy()), model.last_used_ms);
-                candidates.push(Candidate { class: Class::Surplus, model: place, rank });
+            let mut add = |class, part, rank| candidates.push(Candidate { class, part, model: place, rank });
+            let (cached, weights) = (of_cached_kv(model, self.now_ms).0, of_weights(model, self.now_ms).0);
+            if !left.unused.is_zero() {
+                add(Class::Surplus, Part::Unused, (u64::from(model.is_busy()), model.last_used_ms));
+            }
+            if self.state.is_manual {
+                continue;
             }
             let demand = model.is_busy()
                 || self.senior[place].is_some()
                 || model.wake_ordered
                 || self.lingers_until(model).is_some();
+            let kept = kept_until(model).is_some_and(|until| until > self.now_ms);
+            let cached_bytes = left.spare.saturating_sub(left.unused);
+            // The cached goes before the weights, so it cannot be dearer than the two together.
+            let both = blended(cached, cached_bytes, weights, left.all.saturating_sub(left.spare));
+            if !cached_bytes.is_zero() && self.choice == Choice::Worth {
+                let class = if kept && !demand { Class::IdleKept } else { Class::Idle };
+                add(
+                    class,
+                    Part::Cached,
+                    (if demand { cached } else { cached.min(both) }, model.last_used_ms),
+                );
+            }
+            let value = if cached_bytes.is_zero() || weights >= cached { weights } else { both };
             let (class, rank) = if !demand {
-                let kept = kept_until(model).is_some_and(|until| until > self.now_ms);
-                (if kept { Class::IdleKept } else { Class::Idle }, (value, model.last_used_ms))
+                let class = match (kept, self.settles_until(model)) {
+                    _ if self.choice == Choice::WholeLru => Class::Idle,
+                    (true, _) => Class::IdleKept,
+                    (false, Some(_)) => Class::IdleFresh,
+                    (false, None) => Class::Idle,
+                };
+                (class, self.by_choice((value, model.last_used_ms), model))
             } else if model.can_run() || self.protected_until(model).is_some() {
-                (Class::TurnOver, (model.turn_since_ms.unwrap_or(0), value))
+                (Class::TurnOver, self.by_choice((model.turn_since_ms.unwrap_or(0), value), model))
             } else {
                 // The youngest first: it would come back last.
                 (Class::WaitsBehind, (u64::MAX - self.waits_since(place), value))
             };
-            candidates.push(Candidate { class, model: place, rank });
+            add(class, Part::All, rank);
         }
-        candidates.sort_by_key(|candidate| (candidate.class, candidate.rank, candidate.model));
         candidates
+            .sort_by_key(|candidate| (candidate.class, candidate.rank, candidate.model, candidate.part));
+        candidates
+    }
+
+    fn by_choice(&self, rank: (u64, u64), model: &ModelState) -> (u64, u64) {
+        if self.choice == Choice::WholeLru { (model.last_used_ms, 0) } else { rank }
     }
 
     fn waits_since(&self, place: usize) -> u64 {
@@ -160,28 +228,44 @@ impl<'a> Field<'a> {
     /// How much `candidate` may give for `request`, which is so old, now.
     pub(super) fn offer(&self, candidate: Candidate, request: &PendingRequest, age: Seniority) -> ByteCount {
         let model = &self.state.models[candidate.model];
-        let (takeable, surplus) = self.left[candidate.model];
-        if candidate.class == Class::Surplus {
+        let left = self.left[candidate.model];
+        if candidate.part != Part::All {
             // A model that asks for KV is about to use its own surplus.
             let own_kv = model.id == request.model && request.kind == LeaseKind::Kv;
-            return if own_kv { ByteCount::ZERO } else { surplus };
+            // Whoever takes whole models takes from others nothing less.
+            let only_own = self.choice == Choice::WholeLru && model.id != request.model;
+            let spare = if candidate.part == Part::Unused { left.unused } else { left.spare };
+            return if own_kv || only_own { ByteCount::ZERO } else { spare };
         }
         if model.id == request.model {
-            return ByteCount::ZERO;
+            // Its own weights are what it asks for; of its KV, whatever is not in use.
+            return if request.kind == LeaseKind::Kv { ByteCount::ZERO } else { left.spare };
         }
         let younger = self.senior[candidate.model].is_none_or(|senior| senior > age);
         let now = match candidate.class {
-            Class::Surplus | Class::Idle | Class::IdleKept => true,
+            Class::Surplus | Class::Idle | Class::IdleFresh | Class::IdleKept => true,
             // Between two requests of one wake it waits as well.
             Class::WaitsBehind => younger && self.standing(model) > age,
             Class::TurnOver => younger && self.protected_until(model).is_none(),
         };
-        if now { takeable } else { ByteCount::ZERO }
+        if now { left.all } else { ByteCount::ZERO }
+    }
+
+    /// See [`turn_ms`].
+    pub(super) fn turn_ms(&self, model: &ModelState) -> u64 {
+        turn_ms(self.state, model)
+    }
+
+    /// Until when an idle model was brought back too lately to be sent away before others; none once it was not.
+    fn settles_until(&self, model: &ModelState) -> Option<u64> {
+        let settled_ms = model.restore_ms().saturating_mul(SETTLED_RESTORES).min(SETTLED_MS_MAX);
+        let until = model.restored_ms?.saturating_add(settled_ms);
+        Some(until).filter(|until| *until > self.now_ms && model.is_whole())
     }
 
     /// Until when a busy, whole model cannot be taken; none once it can.
     pub(super) fn protected_until(&self, model: &ModelState) -> Option<u64> {
-        let turn = model.turn_since_ms.map(|since| since.saturating_add(self.state.quantum_ms));
+        let turn = model.turn_since_ms.map(|since| since.saturating_add(self.turn_ms(model)));
         [turn, model.rising_until_ms].into_iter().flatten().max().filter(|until| *until > self.now_ms)
     }
 
@@ -192,7 +276,7 @@ impl<'a> Field<'a> {
         if model.is_busy() || !model.up {
             return None;
         }
-        let turn_ends = model.turn_since_ms?.saturating_add(self.state.quantum_ms);
+        let turn_ends = model.turn_since_ms?.saturating_add(self.turn_ms(model));
         let linger_ms = (2 * pause_ms + LINGER_SLACK_MS).min(model.restore_ms());
         Some(model.last_used_ms.saturating_add(linger_ms).min(turn_ends)).filter(|until| *until > self.now_ms)
     }
@@ -219,32 +303,42 @@ impl<'a> Field<'a> {
     /// let in on the strength of one another, some turn would always be running, and `request` would wait for ever.
     pub(super) fn eventual(&self, request: &PendingRequest) -> ByteCount {
         let asked_ms = self.since(request);
-        let others = self.state.models.iter().zip(&self.left).map(|(model, (takeable, surplus))| {
+        let others = self.state.models.iter().zip(&self.left).map(|(model, left)| {
             if !model.ready {
                 // Its process is ending: all it holds comes back.
                 model.held().saturating_sub(model.ordered)
             } else if model.id == request.model {
-                if request.kind == LeaseKind::Kv { ByteCount::ZERO } else { *surplus }
+                if request.kind == LeaseKind::Kv { ByteCount::ZERO } else { left.spare }
             } else if self.in_turn(model) && model.turn_since_ms.is_none_or(|since| since >= asked_ms) {
-                *surplus
+                left.spare
             } else {
-                *takeable
+                left.all
             }
         });
         self.free + self.incoming + others.sum()
     }
 
-    /// Marks bytes of a candidate as taken.
-    pub(super) fn take(&mut self, candidate: Candidate, bytes: ByteCount) {
-        let (takeable, surplus) = &mut self.left[candidate.model];
-        *takeable = takeable.saturating_sub(bytes);
-        // Workers give surplus up first, whatever the order was for.
-        *surplus = surplus.saturating_sub(bytes);
+    /// Marks bytes of the model at `place` as taken. Workers give unused KV up first, whatever the order was for.
+    pub(super) fn take(&mut self, place: usize, bytes: ByteCount) {
+        let left = &mut self.left[place];
+        left.all = left.all.saturating_sub(bytes);
+        left.spare = left.spare.saturating_sub(bytes);
+        left.unused = left.unused.saturating_sub(bytes);
     }
 
     /// What could still be ordered of the model at `place`.
     pub(super) fn takeable_at(&self, place: usize) -> ByteCount {
-        self.left[place].0
+        self.left[place].all
+    }
+
+    pub(super) fn place(&self, id: ModelId) -> Option<usize> {
+        self.index.get(&id).copied()
+    }
+
+    /// The whole of the model at `place`, as a candidate to be asked for `request` now; none where it cannot be asked.
+    pub(super) fn whole(&self, place: usize) -> Option<Candidate> {
+        let is_it = |candidate: &&Candidate| candidate.model == place && candidate.part == Part::All;
+        self.candidates.iter().find(is_it).copied()
     }
 
     /// True where the model is running in its turn.
@@ -267,38 +361,71 @@ pub(super) fn kept_until(model: &ModelState) -> Option<u64> {
 }
 
 /// What a model cannot be made to yield. The bytes of one that is ending all come back.
-fn kept(model: &ModelState) -> ByteCount {
+pub(super) fn kept(model: &ModelState) -> ByteCount {
     if !model.ready {
         ByteCount::ZERO
     } else if model.pinned || keeps_all(model) {
         model.held()
     } else {
-        model.min.max(model.overhead_held).min(model.held())
+        floor(model).min(model.held())
     }
 }
 
 /// It has a minimum, and cannot give up what is above it alone.
 fn keeps_all(model: &ModelState) -> bool {
-    model.is_rigid && !model.min.is_zero()
+    model.is_rigid && (!model.min.is_zero() || model.keeps_weights)
 }
 
-/// What may be ordered of a model at all, and how much of that is KV that nobody uses.
-fn takeable(model: &ModelState) -> (ByteCount, ByteCount) {
+/// What is never ordered of a model that is not pinned.
+pub(super) fn floor(model: &ModelState) -> ByteCount {
+    let weights = if model.keeps_weights { model.weights_held } else { ByteCount::ZERO };
+    model.min.max(model.overhead_held + weights)
+}
+
+/// How long `model` may run before it can be made to yield: the quantum, or twice the time that bringing it back takes
+/// where that is longer, and that at most a minute.
+#[must_use]
+pub fn turn_ms(state: &ShelfState, model: &ModelState) -> u64 {
+    state.quantum_ms.max(model.restore_ms().saturating_mul(TURN_RESTORES).min(SETTLED_MS_MAX))
+}
+
+/// What may be ordered of a model at all. Where nothing is evicted by itself, only what nobody misses.
+fn left_of(model: &ModelState, is_manual: bool) -> Left {
+    let left = takeable(model);
+    if is_manual { Left { all: left.unused, spare: left.unused, ..left } } else { left }
+}
+
+/// What a model could give up, whether or not it may be asked by itself.
+fn takeable(model: &ModelState) -> Left {
     // Whoever is rigid and was ordered to go is on its way with all it has.
     let is_leaving = model.is_rigid && !model.ordered.is_zero();
     if model.pinned || !model.ready || keeps_all(model) || is_leaving {
-        return (ByteCount::ZERO, ByteCount::ZERO);
+        return Left::default();
     }
-    let floor = model.min.max(model.overhead_held);
-    let takeable = model.held().saturating_sub(floor).saturating_sub(model.ordered);
-    let surplus = model.kv_held.saturating_sub(model.kv_live).saturating_sub(model.ordered);
-    (takeable, surplus.min(takeable))
+    let all = model.held().saturating_sub(floor(model)).saturating_sub(model.ordered);
+    let spare = model.kv_held.saturating_sub(model.kv_live);
+    let unused = spare.saturating_sub(model.kv_cached);
+    let open = |bytes: ByteCount| bytes.saturating_sub(model.ordered).min(all);
+    Left { all, spare: open(spare), unused: open(unused) }
 }
 
-/// What keeping a byte is worth: the time to bring it back, weighted by priority, over the time it was not used.
-fn value_per_byte(model: &ModelState, now_ms: u64) -> u64 {
-    let steps = model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX) + PRIORITY_STEPS_MAX;
-    let idle_ms = now_ms.saturating_sub(model.last_used_ms);
-    let cost = model.restore_us_per_mib.clamp(1, 1 << 30);
-    (cost << steps.unsigned_abs()).saturating_mul(1_000) / idle_ms.saturating_add(1_000)
+/// What an idle model could give up, whether or not anything is evicted by itself.
+pub(super) fn takeable_by_hand(model: &ModelState) -> ByteCount {
+    takeable(model).all
+}
+
+/// What two kinds of bytes are worth together.
+fn blended(one: u64, one_bytes: ByteCount, other: u64, other_bytes: ByteCount) -> u64 {
+    let sum = u128::from(one) * u128::from(one_bytes.0) + u128::from(other) * u128::from(other_bytes.0);
+    let bytes = u128::from(one_bytes.0) + u128::from(other_bytes.0);
+    sum.checked_div(bytes).map_or(one.max(other), |worth| u64::try_from(worth).unwrap_or(u64::MAX))
+}
+
+/// What the bytes that a candidate stands for are worth.
+pub(super) fn worth_of(candidate: Candidate, model: &ModelState, now_ms: u64) -> Worth {
+    match candidate.part {
+        Part::Unused => Worth::default(),
+        Part::Cached => of_cached_kv(model, now_ms),
+        Part::All => of_weights(model, now_ms),
+    }
 }

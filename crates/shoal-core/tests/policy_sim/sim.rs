@@ -1,11 +1,13 @@
-//! A shelf of workers in virtual time, which obey plans as real ones do: late, in parts, and with a life of their own.
+//! A shelf of workers in virtual time, which obey plans as real ones do: late, in parts, not at all, and with a life of
+//! their own. Bursts, kills, sleeps and pins by hand, a budget that others take from, wakes and orders that fail.
 
 use std::collections::BTreeSet;
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ModelId;
 use shoal_core::policy::{
-    Action, ModelState, PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX, PendingRequest, ShelfState, plan,
+    Action, ModelState, PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX, PendingRequest, Policy, ShelfState,
+    UseRate, check, turn_ms,
 };
 use shoal_core::protocol::LeaseKind;
 
@@ -39,7 +41,11 @@ impl Random {
     }
 }
 
+/// How long a worker that did not carry an order out is passed over.
+const SKIP_MS: u64 = 700;
+
 /// Work inside a worker.
+#[derive(Clone, Copy)]
 struct Job {
     left_ms: u64,
     kv: ByteCount,
@@ -51,6 +57,8 @@ struct Order {
     due_ms: u64,
     left: ByteCount,
     takes_weights: bool,
+    /// Nothing comes of it.
+    fails: bool,
 }
 
 struct Worker {
@@ -62,6 +70,8 @@ struct Worker {
     copied_at_ms: Option<u64>,
     /// Its process ended; all it held is back then, and it starts anew.
     dead_until_ms: Option<u64>,
+    preloads: bool,
+    uses: UseRate,
 }
 
 impl Worker {
@@ -91,6 +101,11 @@ impl Worker {
         self.settle_kv();
     }
 
+    fn note_use(&mut self, now_ms: u64) {
+        self.uses.note(now_ms);
+        (self.state.uses_milli, self.state.uses_window_ms) = (self.uses.uses_milli, self.uses.window_ms);
+    }
+
     /// Jobs run as far as there is KV for them, the first ones first.
     fn settle_kv(&mut self) {
         let mut live = ByteCount::ZERO;
@@ -101,6 +116,7 @@ impl Worker {
             }
         }
         self.state.kv_live = live;
+        self.state.kv_cached = self.state.kv_cached.min(self.state.kv_held - live);
     }
 }
 
@@ -114,10 +130,13 @@ struct Asked {
     resident: u64,
 }
 
-pub(crate) struct Sim {
+pub(crate) struct Sim<'a> {
+    policy: &'a dyn Policy,
     random: Random,
     now_ms: u64,
     budget: ByteCount,
+    /// What others leave of the budget.
+    budget_now: ByteCount,
     quantum_ms: u64,
     workers: Vec<Worker>,
     asked: Vec<Asked>,
@@ -134,21 +153,52 @@ pub(crate) struct Seen {
     pub(crate) grants: u64,
     pub(crate) served: u64,
     pub(crate) denied: u64,
+    /// Plans made.
+    pub(crate) plans: u64,
+    /// Models brought back that nobody waited for.
+    pub(crate) preloads: u64,
+    /// Times that somebody had to wait for one it may not stand beside.
+    pub(crate) apart: u64,
+    /// Wakes and orders that failed, kills, sleeps by hand, changes of the budget.
+    pub(crate) accidents: u64,
     /// The longest wait, in thousandths of the stated bound.
     pub(crate) worst_permille: u64,
 }
 
-impl Sim {
-    pub(crate) fn new(seed: u64) -> Self {
+impl Seen {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.evicts += other.evicts;
+        self.grants += other.grants;
+        self.served += other.served;
+        self.denied += other.denied;
+        self.plans += other.plans;
+        self.preloads += other.preloads;
+        self.apart += other.apart;
+        self.accidents += other.accidents;
+        self.worst_permille = self.worst_permille.max(other.worst_permille);
+    }
+}
+
+impl<'a> Sim<'a> {
+    pub(crate) fn new(seed: u64, policy: &'a dyn Policy) -> Self {
         let mut random = Random(seed);
         let count = 2 + random.below(7);
         let budget = random.mib(100, 400);
-        let workers = (0..count).map(|number| worker(&mut random, number, budget)).collect();
+        let mut workers: Vec<Worker> = (0..count).map(|number| worker(&mut random, number, budget)).collect();
+        for place in 1..workers.len() {
+            if random.one_in(8) {
+                let (one, other) = (workers[place - 1].state.id, workers[place].state.id);
+                workers[place - 1].state.apart.push(other);
+                workers[place].state.apart.push(one);
+            }
+        }
         let quantum_ms = 100 + random.below(3_000);
         Self {
+            policy,
             random,
             now_ms: 1_000,
             budget,
+            budget_now: budget,
             quantum_ms,
             workers,
             asked: Vec::new(),
@@ -189,7 +239,9 @@ impl Sim {
                 )
             })
             .collect();
-        format!("{} ({} requests for bytes)", models.join(", "), self.asked.len())
+        let said = self.policy.plan(&self.shelf(), self.now_ms);
+        let said: Vec<_> = said.actions.iter().map(|action| format!("{action:?}")).collect();
+        format!("{} ({} requests for bytes); {}", models.join(", "), self.asked.len(), said.join("; "))
     }
 
     /// Time passes for those who run.
@@ -226,7 +278,10 @@ impl Sim {
         if self.next_load_ms >= LOAD_ENDS_MS {
             // With the load go the pins: what is left must be served by what there is.
             self.next_load_ms = u64::MAX;
-            self.workers.iter_mut().for_each(|worker| worker.state.pinned = false);
+            for worker in &mut self.workers {
+                (worker.state.pinned, worker.state.keeps_weights) = (false, false);
+            }
+            self.budget_now = self.budget;
             self.count_anew();
         }
     }
@@ -240,19 +295,39 @@ impl Sim {
             state.weights_held = ByteCount::ZERO;
             state.kv_held = ByteCount::ZERO;
             state.kv_live = ByteCount::ZERO;
+            state.kv_cached = ByteCount::ZERO;
             state.ready = true;
+            state.preload = worker.preloads;
             self.count_anew();
             return;
         }
         while let Some(due) = worker.orders.iter().position(|order| order.due_ms <= now_ms) {
-            let left = worker.orders[due].left;
-            worker.obey(left);
-            worker.orders.remove(due);
+            let order = worker.orders.remove(due);
+            if order.fails {
+                worker.state.skip_until_ms = now_ms + SKIP_MS;
+                self.seen.accidents += 1;
+            } else {
+                worker.orders.insert(due, order);
+                worker.obey(worker.orders[due].left);
+                worker.orders.remove(due);
+            }
         }
+        let mut fails = false;
         if worker.copied_at_ms.is_some_and(|at| at <= now_ms) {
             worker.copied_at_ms = None;
-            worker.loaded = true;
             worker.state.wake_ordered = false;
+            fails = self.random.one_in(25);
+            if fails {
+                // A wake that fails gives back what it brought.
+                let held = worker.state.weights_held;
+                worker.state.weights_held = ByteCount::ZERO;
+                worker.returned(held);
+                self.seen.accidents += 1;
+            } else {
+                worker.loaded = true;
+                worker.state.restored_ms = Some(now_ms);
+                worker.state.preload = false;
+            }
         }
         let before = worker.jobs.len();
         worker.jobs.retain(|job| job.left_ms > 0);
@@ -266,6 +341,11 @@ impl Sim {
                 worker.state.kv_held -= surplus;
                 worker.returned(surplus);
             }
+            let spare = worker.state.kv_held - worker.state.kv_live;
+            worker.state.kv_cached = ByteCount(spare.0 / (1 + self.random.below(4)));
+        }
+        if fails {
+            self.count_anew();
         }
     }
 
@@ -277,6 +357,10 @@ impl Sim {
         let dies = self.random.one_in(40);
         let pin = self.random.one_in(20).then(|| self.random.one_in(3));
         let comes_back_ms = self.now_ms + 1 + self.random.below(1_500);
+        let changes = self.random.one_in(60).then(|| 70 + self.random.below(31));
+        let sleeps = self.random.one_in(30);
+        let burst = if self.random.one_in(12) { 1 + self.random.below(12) } else { 0 };
+        let due_ms = self.now_ms + 1 + self.random.below(ANSWER_MS_MAX);
         let worker = &mut self.workers[place];
         if !worker.state.ready {
             return;
@@ -291,11 +375,26 @@ impl Sim {
             worker.dead_until_ms = Some(comes_back_ms);
             let id = worker.state.id;
             self.asked.retain(|asked| asked.pending.model != id);
+            self.seen.accidents += 1;
             self.count_anew();
         } else if let Some(pin) = pin {
             worker.state.pinned = pin;
             self.count_anew();
+        } else if let Some(percent) = changes {
+            self.budget_now = ByteCount(self.budget.0 / 100 * percent);
+            self.seen.accidents += 1;
+            self.count_anew();
+        } else if sleeps {
+            let left = worker.state.weights_held + worker.state.kv_held;
+            worker.state.turn_since_ms = None;
+            worker.orders.push(Order { due_ms, left, takes_weights: true, fails: false });
+            self.seen.accidents += 1;
+            self.count_anew();
         } else {
+            worker.note_use(self.now_ms);
+            for _ in 0..burst {
+                worker.parked.push(Job { ..job });
+            }
             worker.parked.push(job);
         }
     }
@@ -320,10 +419,12 @@ impl Sim {
             }
             let state = self.shelf();
             self.note_older(&state);
-            let said = plan(&state, self.now_ms);
-            if said != plan(&state.clone(), self.now_ms) {
+            let said = self.policy.plan(&state, self.now_ms);
+            if said != self.policy.plan(&state.clone(), self.now_ms) {
                 return Err("the same state gave another plan".to_owned());
             }
+            check(&state, &said)?;
+            self.seen.plans += 1;
             self.again_at_ms = said.again_at_ms.filter(|at| *at > self.now_ms && *at < u64::MAX);
             if said.actions.iter().all(|action| matches!(action, Action::Wait { .. })) {
                 return Ok(());
@@ -332,14 +433,15 @@ impl Sim {
                 self.obey(action)?;
             }
         }
-        Err("plans for one moment never come to rest".to_owned())
+        Err(format!("plans for one moment never come to rest: {}", self.unserved()))
     }
 
     fn shelf(&self) -> ShelfState {
         ShelfState {
-            budget: self.budget,
+            budget: self.budget_now,
             extent: ByteCount::mib(2),
             quantum_ms: self.quantum_ms,
+            is_manual: false,
             models: self.workers.iter().map(|worker| worker.state.clone()).collect(),
             requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
         }
@@ -427,7 +529,8 @@ impl Sim {
                 let worker = &mut self.workers[model.0 as usize];
                 let state = &worker.state;
                 let ordered: ByteCount = worker.orders.iter().map(|order| order.left).sum();
-                let floor = state.min.max(state.overhead_held);
+                let kept = if state.keeps_weights { state.weights_held } else { ByteCount::ZERO };
+                let floor = state.min.max(state.overhead_held + kept);
                 if state.pinned || !state.ready || bytes.is_zero() || floor + ordered + bytes > state.held() {
                     return Err(format!(
                         "{model} must not be ordered {bytes} (holds {}): {reason}",
@@ -438,12 +541,20 @@ impl Sim {
                 if takes_weights {
                     worker.state.turn_since_ms = None;
                 }
-                worker.orders.push(Order { due_ms, left: bytes, takes_weights });
+                let fails = self.random.one_in(40);
+                worker.orders.push(Order { due_ms, left: bytes, takes_weights, fails });
+                if reason.contains("may not stand beside") {
+                    self.seen.apart += 1;
+                }
+                if fails {
+                    self.count_anew();
+                }
                 self.seen.evicts += 1;
             }
             Action::Restore { model, .. } => {
                 let worker = &mut self.workers[model.0 as usize];
                 worker.state.wake_ordered = true;
+                self.seen.preloads += u64::from(worker.parked.is_empty());
             }
             Action::Grant { model, request, bytes, .. } => {
                 let asked = self.answered(model, request)?;
@@ -460,8 +571,14 @@ impl Sim {
                 if bytes < asked.pending.bytes_min || bytes > asked.pending.bytes {
                     return Err(format!("{model} was granted {bytes}, which it did not ask for"));
                 }
-                if leased > self.budget || max.is_some_and(|max| held > max) {
-                    return Err(format!("{model} was granted {bytes}: {leased} of {} leased", self.budget));
+                if let Some(beside) = self.beside(model) {
+                    return Err(format!("{model} stands beside {beside}"));
+                }
+                if leased > self.budget_now || max.is_some_and(|max| held > max) {
+                    return Err(format!(
+                        "{model} was granted {bytes}: {leased} of {} leased",
+                        self.budget_now
+                    ));
                 }
                 self.seen.grants += 1;
             }
@@ -474,12 +591,20 @@ impl Sim {
                 worker.parked.clear();
                 worker.jobs.clear();
                 worker.state.wake_ordered = false;
+                worker.state.preload = false;
                 worker.settle_kv();
                 self.seen.denied += 1;
             }
             Action::Wait { .. } => {}
         }
         Ok(())
+    }
+
+    /// One that has something on the device although it may not beside `model`, which has.
+    fn beside(&self, model: ModelId) -> Option<ModelId> {
+        let one = &self.workers[model.0 as usize].state;
+        let stands = |other: &&ModelId| !self.workers[other.0 as usize].state.stands().is_zero();
+        one.apart.iter().find(stands).copied().filter(|_| !one.stands().is_zero())
     }
 
     /// Takes the question that an answer is to.
@@ -496,7 +621,9 @@ impl Sim {
     /// it was asked, and one more.
     fn check_wait(&mut self, asked: &Asked) -> Result<(), String> {
         let largest = self.workers.iter().map(|worker| worker.state.weights_total).max();
-        let turn_ms = self.quantum_ms + restore_ms(largest.unwrap_or_default()) + ANSWER_MS_MAX;
+        let state = self.shelf();
+        let turn = state.models.iter().map(|model| turn_ms(&state, model)).max().unwrap_or_default();
+        let turn_ms = turn + restore_ms(largest.unwrap_or_default()) + ANSWER_MS_MAX;
         let before = asked.older.len() as u64;
         let bound_ms = (before + asked.resident + 1) * turn_ms;
         let waited_ms = self.now_ms - asked.since_ms;
@@ -532,7 +659,11 @@ fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
     let max = random.one_in(3).then(|| weights_total + random.mib(2, 40));
     let priority = if random.one_in(2) { 0 } else { i32::try_from(random.below(7)).unwrap_or(0) - 3 };
     let keep_alive_ms = random.one_in(4).then(|| random.below(4_000));
+    let (preloads, keeps_weights) = (random.one_in(6), random.one_in(12));
     let state = ModelState {
+        keeps_weights,
+        preload: preloads,
+        kv_back_us_per_mib: random.below(20_000),
         id: ModelId(u32::try_from(number).unwrap_or(0)),
         name: format!("model-{number}"),
         ready: true,
@@ -555,5 +686,7 @@ fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
         orders: Vec::new(),
         copied_at_ms: None,
         dead_until_ms: None,
+        preloads,
+        uses: UseRate::default(),
     }
 }
