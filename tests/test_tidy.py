@@ -177,9 +177,9 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 def test_configuration_document_knows_every_key() -> None:
     config = ROOT / "crates/shoal-server/src/config"
-    source = text_of(config / "parse.rs") + text_of(config / "command.rs")
+    source = "".join(text_of(config / f"{name}.rs") for name in ("parse", "command", "sharing"))
     keys: set[str] = set()
-    for name in ("SERVER_KEYS", "MODEL_KEYS", "COMMAND_KEYS"):
+    for name in ("SERVER_KEYS", "MODEL_KEYS", "COMMAND_KEYS", "SHARING_KEYS"):
         block = re.search(rf"const {name}: [^=]*=\s*\[(.*?)\];", source, re.DOTALL)
         assert block is not None, f"{name} is no longer where this test looks"
         keys |= set(re.findall(r'"([a-z_]+)"', block[1]))

@@ -139,6 +139,12 @@ pub struct WorkerUsage {
     pub kv_device: ByteCount,
     /// KV bytes that cannot be freed without taking them from a request: whole pages on which some used block lies.
     pub kv_live: ByteCount,
+    /// KV bytes that no request uses and that hold a prefix, which the next request may save computing; not in `kv_live`.
+    #[serde(default)]
+    pub kv_cached: ByteCount,
+    /// What bringing a MiB of such a prefix back takes, or computing it again (microseconds); 0 where that is not known.
+    #[serde(default)]
+    pub kv_back_us_per_mib: u64,
     /// Measured bytes outside our regions, at their peak.
     pub overhead_device: ByteCount,
     /// Leased device bytes that wait in the frame pool for the next growth: the first that a reclaim takes.

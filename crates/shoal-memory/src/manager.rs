@@ -533,7 +533,9 @@ impl MemoryManager {
             usage.source_only += figures.source_only;
         }
         usage.kv_live = self.backings().iter().map(|backing| backing.held_bytes()).sum();
-        usage.kv_live += self.caches().iter().map(|cache| cache.held_bytes()).sum::<ByteCount>();
+        let caches = self.caches();
+        usage.kv_live += caches.iter().map(|cache| cache.held_bytes()).sum::<ByteCount>();
+        usage.kv_cached = caches.iter().map(|cache| cache.cached_bytes()).sum();
         usage
     }
 

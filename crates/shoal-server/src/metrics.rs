@@ -162,17 +162,50 @@ impl Collector for ShelfCollector {
                     .map(|(state, count)| (of(model, "state", state), gauge(ByteCount(count))))
             }),
         )?;
+        sharing(encoder, &state)?;
         counters(encoder, &state)
     }
 }
 
+fn sharing(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
+    let labels = |model: &ModelSnapshot| -> Labels { vec![("model", model.name.clone())] };
+    family(
+        encoder,
+        "thrash_index",
+        "Bytes that came back within a minute of leaving, over bytes that requests were answered with, in the last minute",
+        [(Labels::new(), ConstGauge::new(shelf.sharing.thrash.index))],
+    )?;
+    family(
+        encoder,
+        "byte_worth_microseconds",
+        "Waiting that a MiB of a model's weights saves for each second that it is kept",
+        shelf.models.iter().map(|model| (labels(model), ConstGauge::new(model.worth_us))),
+    )?;
+    let Some(shadow) = &shelf.sharing.shadow else { return Ok(()) };
+    let of = |differs: &str, count: u64| -> (Labels, ConstCounter<u64>) {
+        let labels = vec![("policy", shadow.policy.clone()), ("differs", differs.to_owned())];
+        (labels, ConstCounter::new(count))
+    };
+    family(
+        encoder,
+        "shadow_decisions",
+        "Decisions that took memory from a model, by whether the policy that watches would have decided otherwise",
+        [of("true", shadow.differing), of("false", shadow.decisions - shadow.differing)],
+    )
+}
+
 fn counters(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
     type Read = fn(&ModelSnapshot) -> u64;
-    let table: [(&str, &str, Read); 5] = [
+    let table: [(&str, &str, Read); 6] = [
         ("wakes", "Times a model was woken", |model| model.counts.wakes),
         ("evictions", "Times a model gave device memory up", |model| model.counts.evictions),
         ("evicted_bytes", "Bytes that models gave up", |model| model.counts.evicted.0),
         ("restored_bytes", "Bytes that wakes brought back", |model| model.counts.restored.0),
+        (
+            "thrashed_bytes",
+            "Bytes of weights that came back within a minute of leaving the device",
+            |model| model.thrash.total.0,
+        ),
         ("tokens", "Tokens generated", |model| model.counts.tokens_out),
     ];
     for (name, help, read) in table {

@@ -42,6 +42,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         python: PathBuf::from("python3"),
         limits: Limits::default(),
         quantum: Duration::from_secs(3),
+        sharing: shoal_server::config::Sharing::default(),
         notes: vec![],
         unservable: vec![],
     }

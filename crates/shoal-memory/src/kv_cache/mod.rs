@@ -350,6 +350,11 @@ impl Shared {
         usage.mapped.saturating_sub(usage.empty).saturating_sub(state.evictable_bytes())
     }
 
+    /// Bytes of memory that hold nothing but prefixes which no request uses.
+    pub(crate) fn cached_bytes(&self) -> ByteCount {
+        self.state.lock().evictable_bytes()
+    }
+
     fn check_invariants(&self) -> Result<(), String> {
         // What is on its way is in one and not in the other.
         let deadline = self.manager().operation_deadline();

@@ -66,6 +66,7 @@ fn config() -> ServerConfig {
         python: PathBuf::from("python3"),
         limits: Limits { parked_max: 4, ..Limits::default() },
         quantum: Duration::from_millis(300),
+        sharing: crate::config::Sharing::default(),
         notes: vec![],
         unservable: vec![],
     }

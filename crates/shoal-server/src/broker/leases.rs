@@ -49,8 +49,8 @@ impl Core {
                 self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != request);
             }
             FromWorker::LeaseReturn { kind, bytes } => self.lease_returned(place, kind, bytes, now_ms),
-            FromWorker::OrderDone { order, bytes, copied, duration_us: _, error } => {
-                self.order_done(place, order, bytes, copied, error, now_ms);
+            FromWorker::OrderDone { order, bytes, copied, duration_us, error } => {
+                self.order_done(place, order, (bytes, copied), duration_us, error, now_ms);
             }
             FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
             // Memory of this machine: whoever holds descriptors answers.
@@ -86,6 +86,7 @@ impl Core {
         if let Err(error) = self.book.give_back(id, kind, bytes) {
             return self.break_off(place, error.to_string(), now_ms);
         }
+        self.note_moved(place, kind, false, bytes, now_ms);
         let model = &mut self.models[place];
         let mut left = bytes;
         for order in model.orders.values_mut() {
@@ -181,6 +182,7 @@ impl Core {
             self.models[place].say(FromServer::LeaseDeny { request, reason: error.to_string() });
             return;
         }
+        self.note_moved(place, kind, true, bytes, now_ms);
         let model = &mut self.models[place];
         model.counts.granted += 1;
         model.waits_for = None;
@@ -219,6 +221,7 @@ impl Core {
         model.counts.denied += 1;
         if never && asked.pending.kind == LeaseKind::Weights {
             model.never = Some(reason.clone());
+            model.habits.preload = false;
         }
         model.waits_for = Some(reason.clone());
         if request != OVERHEAD_REQUEST {

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use super::record::host_need;
 use super::{Core, Life, LifeEvent, Record, STARTING_MAX};
+use crate::config::SleepDepth;
 use crate::state::EventKind;
 use crate::supervisor::Exit;
 
@@ -149,8 +150,26 @@ impl Core {
             .filter(|(other, _)| *other != place)
             .map(|(_, model)| model.host_share)
             .sum();
-        let shares = fair_shares(self.config.host_budget, &needs);
-        shares[place].min(self.config.host_budget.saturating_sub(given))
+        // Whose copies are to stay in host memory gets what that takes, before the rest is divided.
+        let stays = |model: &Record| model.config.sleep == SleepDepth::Host && !is_lost(model);
+        let promised =
+            |model: &Record| if stays(model) { model.host_need.unwrap_or_default() } else { ByteCount::ZERO };
+        let reserved: ByteCount = self.models.iter().map(promised).sum();
+        let to_come: ByteCount = self
+            .models
+            .iter()
+            .enumerate()
+            .filter(|(other, model)| *other != place && model.host_share.is_zero())
+            .map(|(_, model)| promised(model))
+            .sum();
+        let needs: Vec<_> = needs
+            .into_iter()
+            .zip(&self.models)
+            .map(|(need, model)| if stays(model) { Some(ByteCount::ZERO) } else { need })
+            .collect();
+        let shares = fair_shares(self.config.host_budget.saturating_sub(reserved), &needs);
+        let share = shares[place] + promised(&self.models[place]);
+        share.min(self.config.host_budget.saturating_sub(given).saturating_sub(to_come))
     }
 
     pub(super) fn ready(&mut self, place: usize, capabilities: WorkerCapabilities, now_ms: u64) {
@@ -188,6 +207,7 @@ impl Core {
         model.error = None;
         model.was_ready = true;
         model.quick_ends = 0;
+        model.habits.preload = model.config.preload;
         model.cycle.note("its worker is ready");
         self.advance(place, LifeEvent::Ready);
         let model = &self.models[place];

@@ -9,6 +9,7 @@
 //! Keeps I1 (through the [`LeaseBook`]; what a dead worker held counts until its process is gone), I10 and I11.
 
 mod commands;
+mod habits;
 #[cfg(test)]
 mod histories;
 mod leases;
@@ -25,7 +26,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use shoal_core::lease::LeaseBook;
-use shoal_core::policy::PendingRequest;
+use shoal_core::policy::{PendingRequest, Policy, Shadow, Value, builtin};
 use tokio::sync::{Notify, mpsc};
 
 use crate::config::ServerConfig;
@@ -34,7 +35,7 @@ use crate::state::{EventKind, EventLog};
 pub(crate) use lifecycle::{Life, LifeEvent};
 #[cfg(test)]
 pub(crate) use lives::Greeting;
-pub(crate) use record::Record;
+pub(crate) use record::{Record, host_need};
 pub(crate) use requests::{Begun, Reached, Wanted};
 
 /// How many workers may be starting at the same time: loading is the heaviest moment of a small machine.
@@ -106,6 +107,9 @@ pub(crate) struct Core {
     pub(crate) events: EventLog,
     pub(crate) started_unix_ms: u64,
     pub(crate) stopping: bool,
+    pub(crate) policy: Box<dyn Policy>,
+    pub(crate) shadow: Option<Shadow>,
+    remembered: habits::Remembered,
     decisions: u64,
     decision_log: Option<mpsc::Sender<String>>,
     next_number: u64,
@@ -140,6 +144,9 @@ impl Core {
             events: EventLog::new(EVENTS_KEPT),
             started_unix_ms,
             stopping: false,
+            policy: builtin(&config.sharing.policy).unwrap_or_else(|| Box::new(Value)),
+            shadow: config.sharing.shadow.as_deref().and_then(builtin).map(Shadow::new),
+            remembered: habits::Remembered::default(),
             decisions: 0,
             decision_log,
             next_number: 0,

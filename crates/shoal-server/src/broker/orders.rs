@@ -96,6 +96,7 @@ impl Core {
         model.cycle.note(reason.clone());
         let order = Order { doing, bytes, sent_ms: now_ms, deadline_ms: now_ms + allowed_ms, overdue: false };
         model.orders.insert(number, order);
+        self.note_sent_away(place, requester.is_some());
         let requester = requester.map(|place| self.models[place].name.clone());
         self.tell(now_ms, Some(place), EventKind::EvictStarted { bytes, reason, requester, decision });
     }
@@ -129,8 +130,8 @@ impl Core {
         &mut self,
         place: usize,
         number: u64,
-        bytes: ByteCount,
-        copied: ByteCount,
+        (bytes, copied): (ByteCount, ByteCount),
+        took_us: u64,
         error: Option<String>,
         now_ms: u64,
     ) {
@@ -162,6 +163,9 @@ impl Core {
             Doing::Wake => {
                 model.brought.0 += bytes;
                 model.brought.1 += copied;
+                if error.is_none() {
+                    self.note_woke(place, bytes, took_us, order.sent_ms, now_ms);
+                }
                 self.wake_answered(place, bytes, duration_ms, error, now_ms);
             }
         }

@@ -9,6 +9,7 @@ use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::habits::Habits;
 use super::lifecycle::{Facts, Life, Lifecycle};
 use super::orders::Order;
 use super::requests::Parked;
@@ -141,6 +142,7 @@ pub(crate) struct Record {
     pub(crate) brought: (ByteCount, ByteCount),
     pub(crate) wake_failures: u32,
     pub(crate) wake_not_before_ms: u64,
+    pub(crate) habits: Habits,
     /// Why the newest request of the present wake can never be met.
     pub(crate) never: Option<String>,
     /// What its newest lease request waits for.
@@ -202,6 +204,7 @@ impl Record {
             brought: (ByteCount::ZERO, ByteCount::ZERO),
             wake_failures: 0,
             wake_not_before_ms: 0,
+            habits: Habits::default(),
             never: None,
             waits_for: None,
             config: model.clone(),

@@ -1,17 +1,19 @@
 //! What follows from a change: the policy is asked, its plan carried out and written down.
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
-use shoal_core::policy::{Action, ModelState, Plan, ShelfState, plan};
+use shoal_core::policy::{Action, ModelState, Plan, ShelfState};
 use shoal_core::protocol::LeaseKind;
 
 use super::lifecycle::Transition;
 use super::{Core, millis};
+use crate::config::SleepDepth;
 use crate::state::EventKind;
 
 /// How long a model that has its lease is protected while its bytes are copied, where no order says it.
 const RISING_MS_MAX: u64 = 30_000;
-/// What bringing a MiB back is taken to cost before it was measured (2 GiB/s).
-const RESTORE_US_PER_MIB_DEFAULT: u64 = 500;
+/// Version of a line of the decision log. 1 had neither this number nor a policy's name, and fewer figures in its state,
+/// which are read as none.
+const DECISION_VERSION: u32 = 2;
 /// Plans made after one change. Carrying a plan out changes little that calls for another one.
 const PLANS_PER_CHANGE_MAX: usize = 4;
 
@@ -35,7 +37,8 @@ impl Core {
                 break;
             }
             let state = self.policy_state(now_ms);
-            let plan = plan(&state, now_ms);
+            let plan = self.policy.plan(&state, now_ms);
+            self.watch(&state, &plan, now_ms);
             again_at = plan.again_at_ms;
             if !self.carry_out(&state, plan, now_ms) {
                 break;
@@ -63,7 +66,9 @@ impl Core {
         !self.stopping
             && (!self.asked.is_empty()
                 || self.models.iter().any(|model| {
-                    (!model.parked.is_empty() && !model.is_up()) || model.config.keep_alive_s.is_some()
+                    (!model.parked.is_empty() && !model.is_up())
+                        || model.config.keep_alive_s.is_some()
+                        || model.habits.preload
                 }))
     }
 
@@ -116,12 +121,13 @@ impl Core {
             budget: self.leasable(),
             extent: PAGE_BYTES,
             quantum_ms: self.timing.quantum_ms,
+            is_manual: !self.config.sharing.evicts,
             models: (0..self.models.len()).map(|place| self.policy_model(place, now_ms)).collect(),
             requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
         }
     }
 
-    fn policy_model(&self, place: usize, now_ms: u64) -> ModelState {
+    pub(super) fn policy_model(&self, place: usize, now_ms: u64) -> ModelState {
         let model = &self.models[place];
         let held = |kind| self.book.held(model.id, kind);
         let fresh = if model.fresh_kv.1 > now_ms { model.fresh_kv.0 } else { ByteCount::ZERO };
@@ -135,11 +141,13 @@ impl Core {
             weights_held: held(LeaseKind::Weights),
             kv_held: held(LeaseKind::Kv),
             kv_live: (model.usage.kv_live + fresh).min(held(LeaseKind::Kv)),
+            kv_cached: model.usage.kv_cached.min(held(LeaseKind::Kv)),
             kv_min: model.kv_min(),
             overhead_held: held(LeaseKind::Overhead),
             ordered: model.ordered(),
             pinned: model.pinned,
             is_rigid: model.is_rigid(),
+            keeps_weights: model.config.sleep == SleepDepth::None,
             min: model.config.min.unwrap_or(ByteCount::ZERO),
             max: model.config.max,
             priority: model.config.priority,
@@ -155,19 +163,19 @@ impl Core {
             keep_alive_ms: model.config.keep_alive_s.map(|seconds| seconds.saturating_mul(1_000)),
             skip_until_ms: model.skip_until_ms,
             restore_us_per_mib: self.restore_cost(place),
+            kv_back_us_per_mib: model.usage.kv_back_us_per_mib,
+            uses_milli: model.habits.uses.uses_milli,
+            uses_window_ms: model.habits.uses.window_ms,
+            restored_ms: model.habits.restored_ms,
+            apart: model
+                .config
+                .apart
+                .iter()
+                .filter_map(|name| self.by_name.get(name))
+                .map(|place| self.models[*place].id)
+                .collect(),
+            preload: model.habits.preload,
         }
-    }
-
-    fn restore_cost(&self, place: usize) -> u64 {
-        let model = &self.models[place];
-        let mib = model.counts.restored.0 >> 20;
-        let (Some(ms), false) = (model.wake_time.snapshot().p50_ms, mib == 0 || model.counts.wakes == 0)
-        else {
-            return RESTORE_US_PER_MIB_DEFAULT;
-        };
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few seconds at most")]
-        let micros = (ms * 1_000.0) as u64;
-        (micros * model.counts.wakes / mib).max(1)
     }
 
     /// Does what the plan says. True where that may call for another plan.
@@ -214,6 +222,8 @@ impl Core {
         if let Some(log) = &self.decision_log {
             let line = serde_json::json!({
                 "decision": self.decisions,
+                "version": DECISION_VERSION,
+                "policy": self.policy.name(),
                 "at_ms": self.unix_ms(now_ms),
                 "now_ms": now_ms,
                 "state": state,

@@ -47,11 +47,12 @@ impl Core {
                     reason: asked.reason.clone(),
                 })
                 .collect(),
-            models: (0..self.models.len()).map(|place| self.model_snapshot(place)).collect(),
+            sharing: self.sharing_snapshot(now_ms),
+            models: (0..self.models.len()).map(|place| self.model_snapshot(place, now_ms)).collect(),
         }
     }
 
-    fn model_snapshot(&self, place: usize) -> ModelSnapshot {
+    fn model_snapshot(&self, place: usize, now_ms: u64) -> ModelSnapshot {
         let model = &self.models[place];
         let held = |kind| self.book.held(model.id, kind);
         let usage = &model.usage;
@@ -99,6 +100,12 @@ impl Core {
             min: model.config.min.unwrap_or(ByteCount::ZERO),
             max: model.config.max,
             keep_alive_ms: model.config.keep_alive_s.map(|seconds| seconds.saturating_mul(1_000)),
+            preload: model.config.preload,
+            sleep: model.config.sleep.name().to_owned(),
+            apart: model.config.apart.clone(),
+            worth_us: self.worth_snapshot(place, now_ms),
+            restore_us_per_mib: self.restore_cost(place),
+            thrash: self.model_thrash(place, now_ms),
             counts: ModelCounts {
                 requests_active: model.active,
                 requests_parked: model.parked.len() as u64,

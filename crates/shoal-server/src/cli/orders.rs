@@ -11,7 +11,7 @@ use super::client::Client;
 use super::{At, Failure, Order, Out};
 use crate::api::{PinOrder, SleepOrder, WakeOrder};
 use crate::shelf::Report;
-use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, ShelfSnapshot, Why};
+use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, SharingSnapshot, ShelfSnapshot, Why};
 
 const READ_WAIT_MAX: Duration = Duration::from_secs(10);
 const HEADINGS: [&str; 12] = [
@@ -131,6 +131,7 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
     let device = &shelf.device;
     let simulated = if device.simulated { " (simulated in RAM)" } else { "" };
     let mut text = format!("{}{simulated}: {} of {} leased\n", device.name, device.leased, device.budget);
+    text.push_str(&sharing_of(&shelf.sharing));
     let mut rows = vec![HEADINGS.map(str::to_owned)];
     rows.extend(shelf.models.iter().map(|model| row(model, shelf.at_ms)));
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -150,6 +151,33 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
             let _ = writeln!(text, "{}: {}", model.name, printable(error));
         }
     }
+    text
+}
+
+/// Who decides, what the moving is good for, what another policy would have done.
+fn sharing_of(sharing: &SharingSnapshot) -> String {
+    // A server of an earlier version says nothing of it.
+    if sharing.policy.is_empty() {
+        return String::new();
+    }
+    let thrash = &sharing.thrash;
+    let by = if sharing.evicts { "" } else { ", evicts nothing by itself" };
+    let mut text = format!("policy {}{by}; thrash index {:.2}", sharing.policy, thrash.index);
+    if !thrash.thrashed.is_zero() {
+        let _ = write!(
+            text,
+            " ({} came back within a minute of leaving, {} were served)",
+            thrash.thrashed, thrash.served
+        );
+    }
+    if let Some(shadow) = &sharing.shadow {
+        let _ = write!(
+            text,
+            "; {} would have decided otherwise in {} of {}",
+            shadow.policy, shadow.differing, shadow.decisions
+        );
+    }
+    text.push('\n');
     text
 }
 
@@ -220,7 +248,7 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Event, EventKind};
+    use crate::state::{Event, EventKind, ShadowSnapshot};
 
     #[test]
     fn decisions_are_told_with_how_long_ago_and_whose() {
@@ -247,6 +275,25 @@ mod tests {
         let expected = "chat is asleep.\nIt  [31mwaits.\n\n   7 min ago  gives up 2 MiB: because\n   1.2 s ago  code \
                         gives up it\n(3 earlier ones: --last 5)\n";
         assert_eq!(told(&why), expected);
+    }
+
+    #[test]
+    fn sharing_is_told_with_its_numbers() {
+        let mut sharing =
+            SharingSnapshot { policy: "value".to_owned(), evicts: true, ..SharingSnapshot::default() };
+        assert_eq!(sharing_of(&sharing), "policy value; thrash index 0.00\n");
+        sharing.evicts = false;
+        (sharing.thrash.index, sharing.thrash.thrashed) = (0.25, ByteCount::mib(10));
+        sharing.thrash.served = ByteCount::mib(40);
+        sharing.shadow = Some(ShadowSnapshot {
+            policy: "lru".to_owned(),
+            decisions: 7,
+            differing: 3,
+            ..ShadowSnapshot::default()
+        });
+        let expected = "policy value, evicts nothing by itself; thrash index 0.25 (10 MiB came back within a minute of \
+                        leaving, 40 MiB were served); lru would have decided otherwise in 3 of 7\n";
+        assert_eq!(sharing_of(&sharing), expected);
     }
 
     #[test]

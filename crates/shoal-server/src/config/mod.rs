@@ -16,6 +16,7 @@ mod locate;
 mod models;
 mod parse;
 mod resolve;
+mod sharing;
 mod surroundings;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ pub use locate::{SAMPLE, find_file};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use models::tensor_bytes;
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
+pub use sharing::{Sharing, SharingSection, SleepDepth};
 pub use surroundings::{MachineMemory, Surroundings};
 
 /// The address served by default.
@@ -89,6 +91,8 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// How long a busy model runs before it yields to one that waits.
     pub quantum: Duration,
+    /// Who decides how memory is shared.
+    pub sharing: Sharing,
     /// What the user should be told at start, a sentence each.
     pub notes: Vec<String>,
     /// Which models cannot be served and why, a sentence each, as far as their directories show.
@@ -169,6 +173,12 @@ pub struct ModelConfig {
     pub keep_alive_s: Option<u64>,
     /// The program, for [`Engine::Command`].
     pub command: Option<CommandConfig>,
+    /// Brought to the device before anybody asks for it, as long as nobody has to give anything up for it.
+    pub preload: bool,
+    /// How deep it may sleep.
+    pub sleep: SleepDepth,
+    /// Models that are never on the device beside it; holds both ways.
+    pub apart: Vec<String>,
     /// What its weights take, where the headers of its files tell before any worker starts.
     pub weights: Option<ByteCount>,
 }
@@ -193,6 +203,9 @@ impl ModelConfig {
             priority: 0,
             keep_alive_s: None,
             command: None,
+            preload: false,
+            sleep: SleepDepth::default(),
+            apart: Vec::new(),
             weights: None,
         }
     }

@@ -16,6 +16,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
+use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
 use super::{
     CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, QUANTUM_MAX,
     QUANTUM_MIN,
@@ -63,6 +64,7 @@ pub struct ServerSection {
     pub wait_s_max: Option<u64>,
     pub parked_max: Option<u32>,
     pub quantum: Option<Duration>,
+    pub sharing: Sharing,
 }
 
 /// `[[model]]` as written.
@@ -84,10 +86,11 @@ pub struct ModelSection {
     pub priority: i32,
     pub keep_alive_s: Option<u64>,
     pub command: Option<CommandSection>,
+    pub sharing: SharingSection,
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 12] = [
+const SERVER_KEYS: [&str; 15] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -100,8 +103,11 @@ const SERVER_KEYS: [&str; 12] = [
     "wait_s_max",
     "parked_max",
     "quantum",
+    "policy",
+    "shadow",
+    "evict",
 ];
-const MODEL_KEYS: [&str; 21] = [
+const MODEL_KEYS: [&str; 24] = [
     "name",
     "source",
     "revision",
@@ -123,6 +129,9 @@ const MODEL_KEYS: [&str; 21] = [
     COMMAND_KEYS[4],
     COMMAND_KEYS[5],
     COMMAND_KEYS[6],
+    SHARING_KEYS[0],
+    SHARING_KEYS[1],
+    SHARING_KEYS[2],
 ];
 const DISK_KEYS: [&str; 2] = ["path", "bytes"];
 const DTYPES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
@@ -157,7 +166,7 @@ pub(super) struct Reader<'i> {
 }
 
 impl<'i> Reader<'i> {
-    fn sited<T>(&self, span: &Range<usize>, value: T) -> Sited<T> {
+    pub(super) fn sited<T>(&self, span: &Range<usize>, value: T) -> Sited<T> {
         let before = self.text.get(..span.start).unwrap_or(self.text);
         let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
         Sited {
@@ -176,7 +185,7 @@ impl<'i> Reader<'i> {
         self.complain(value.span(), ProblemKind::BadValue { key: key.to_owned(), why: why.into() });
     }
 
-    fn wrong_type(&mut self, value: &Value<'i>, key: &str, expected: &'static str) {
+    pub(super) fn wrong_type(&mut self, value: &Value<'i>, key: &str, expected: &'static str) {
         let found = match value.get_ref() {
             DeValue::String(_) => "a string",
             DeValue::Integer(_) => "a whole number",
@@ -254,6 +263,7 @@ impl<'i> Reader<'i> {
             wait_s_max: self.seconds(table, "wait_s_max"),
             parked_max: self.whole(table, "parked_max"),
             quantum: self.quantum(table),
+            sharing: Sharing::read(self, table),
         }
     }
 
@@ -305,6 +315,7 @@ impl<'i> Reader<'i> {
             priority: self.priority(table),
             keep_alive_s: self.seconds(table, "keep_alive"),
             command,
+            sharing: SharingSection::read(self, table, kind),
         };
         // A model with a name is kept even if something else is wrong with it, so that its double is found too.
         (self.problems.len() == problems_before || !section.name.value.is_empty()).then_some(section)
@@ -597,7 +608,7 @@ fn dtype(text: &str) -> Result<String, String> {
     if DTYPES.contains(&text) { Ok(text.to_owned()) } else { Err(one_of(text, &DTYPES)) }
 }
 
-fn one_of(text: &str, known: &'static [&'static str]) -> String {
+pub(super) fn one_of(text: &str, known: &'static [&'static str]) -> String {
     let list = known.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
     let meant = nearest(text, known).map_or_else(String::new, |name| format!("; did you mean {name:?}?"));
     format!("{text:?} is none of {list}{meant}")

@@ -13,6 +13,7 @@ use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
 use super::models::{unservable, weights_of};
 use super::parse::{ModelSection, ShoalFile, Sited};
+use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, QUANTUM_DEFAULT, ServerConfig};
 
@@ -83,6 +84,8 @@ impl ShoalFile {
         }
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
+        check_apart(&self.models, &mut problems);
+        let depths: Vec<_> = self.models.iter().map(|model| model.sharing.sleep.clone()).collect();
         let mut models: Vec<ModelConfig> =
             self.models.into_iter().map(|model| resolve_model(model, directory, home)).collect();
         // The others can be served, so this is no reason to serve none.
@@ -91,6 +94,8 @@ impl ShoalFile {
         for model in &mut models {
             model.weights = weights_of(model, device, &cache_dir);
         }
+        both_ways(&mut models);
+        check_host(&models, &depths, host_budget, &mut problems);
         let unservable: Vec<String> =
             models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
         if !problems.is_empty() {
@@ -127,6 +132,7 @@ impl ShoalFile {
                 parked_max: server.parked_max.unwrap_or(defaults.parked_max),
             },
             quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
+            sharing: server.sharing,
             notes,
             unservable,
         })
@@ -217,6 +223,9 @@ fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> 
         priority: model.priority,
         keep_alive_s: model.keep_alive_s,
         command,
+        preload: model.sharing.preload,
+        sleep: model.sharing.sleep.map_or_else(Default::default, |sleep| sleep.value),
+        apart: model.sharing.apart.into_iter().map(|name| name.value).collect(),
         weights: None,
     }
 }

@@ -102,6 +102,9 @@ fn every_key_is_read() {
         wait_s_max = 30
         quantum = "750ms"
         parked_max = 7
+        policy = "lru"
+        shadow = "value"
+        evict = "never"
         [[model]]
         name = "code:v1"
         source = "./models/../code"
@@ -117,6 +120,15 @@ fn every_key_is_read() {
         max = "1GiB"
         priority = -3
         keep_alive = "10m"
+        preload = true
+        sleep = "host"
+        [[model]]
+        name = "other"
+        source = "org/other"
+        apart = ["third"]
+        [[model]]
+        name = "third"
+        source = "org/third"
         "#,
     )
     .expect("good");
@@ -136,6 +148,85 @@ fn every_key_is_read() {
     assert_eq!((model.context, model.pin, model.priority), (Some(2048), true, -3));
     assert_eq!((model.min, model.max), (Some(ByteCount::mib(64)), Some(ByteCount::gib(1))));
     assert_eq!(model.keep_alive_s, Some(600));
+    assert_eq!((model.preload, model.sleep), (true, SleepDepth::Host));
+    let sharing = Sharing { policy: "lru".to_owned(), shadow: Some("value".to_owned()), evicts: false };
+    assert_eq!(config.sharing, sharing);
+    let apart = |name: &str| config.model(name).expect("listed").apart.clone();
+    assert_eq!(
+        (apart("other"), apart("third")),
+        (vec!["third".to_owned()], vec!["other".to_owned()]),
+        "both ways"
+    );
+}
+
+#[test]
+fn sharing_that_contradicts_itself_is_told_with_its_line() {
+    let two = |first: &str, second: &str| {
+        format!(
+            "[[model]]\nname = 'a'\nsource = 'org/a'\n{first}\n[[model]]\nname = 'b'\nsource = 'org/b'\n{second}\n"
+        )
+    };
+    for (text, says) in [
+        (two("apart = ['c']", ""), ":4:10: `apart`: there is no model \"c\"; there are \"a\", \"b\""),
+        (two("apart = ['a']", ""), ":4:10: `apart`: a model cannot stand apart from itself"),
+        (
+            two("apart = ['b']", "pin = true"),
+            ":4:10: `apart`: \"a\" and \"b\" are never on the device together, but `pin` keeps \"b\" there",
+        ),
+        (two("apart = ['b']\nmin = '1MiB'", ""), "but `min` keeps \"a\" there; leave one of the two out"),
+        (
+            two("sleep = 'none'", "apart = ['a']"),
+            ":8:10: `apart`: \"b\" and \"a\" are never on the device together, but `sleep = \"none\"` keeps \"a\" there",
+        ),
+        (
+            two("apart = 'b'", ""),
+            ":4:9: `apart` must be a list of models' names, such as [\"code\"], not a string",
+        ),
+        (two("apart = [1]", ""), ":4:10: `apart` must be a list of models' names"),
+        (two("sleep = 'disk'", ""), ":4:9: `sleep`: \"disk\" is none of \"none\", \"host\", \"source\""),
+        (
+            two("sleep = 'none'\nkeep_alive = 5", ""),
+            ":5:14: `keep_alive`: puts the model to sleep, and sleep = \"none\" says that it does not",
+        ),
+        (two("preload = 1", ""), ":4:11: `preload` must be true or false, not a whole number"),
+        (
+            format!("[server]\npolicy = 'value2'\n{}", two("", "")),
+            ":2:10: `policy`: \"value2\" is none of \"value\", \"lru\"; did you mean \"value\"?",
+        ),
+        (
+            format!("[server]\nshadow = 3\n{}", two("", "")),
+            ":2:10: `shadow` must be a string, not a whole number",
+        ),
+        (
+            format!("[server]\nevict = 'no'\n{}", two("", "")),
+            ":2:9: `evict`: \"no\" is none of \"auto\", \"never\"",
+        ),
+    ] {
+        let said = load_here(&text).expect_err(says);
+        assert!(said.contains(says), "{said}\n{says}");
+    }
+    assert!(load_here(&two("apart = ['b']\nkeep_alive = 5\npreload = true", "")).is_ok());
+}
+
+#[test]
+fn copies_that_are_to_stay_in_host_memory_have_to_fit_there() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let header = r#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,209715200]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    std::fs::write(dir.path().join("model.safetensors"), bytes).expect("written");
+    let model = |name: &str| {
+        format!("[[model]]\nname = '{name}'\nsource = '{}'\nsleep = 'host'\n", dir.path().display())
+    };
+    let text = |budget: &str| format!("[server]\nhost_budget = '{budget}'\n{}{}", model("a"), model("b"));
+    assert!(load_here(&text("500MiB")).is_ok());
+    let said = load_here(&text("400MiB")).expect_err("too little");
+    assert!(
+        said.contains(
+            ":10:9: `sleep`: the copies that are to stay in host memory need 438.2 MiB, this one included"
+        ),
+        "{said}"
+    );
 }
 
 /// Text after `[server]`, or a whole file where it names a model; then what must be said of it, line included.

@@ -245,6 +245,15 @@ pub enum EventKind {
         /// How.
         reason: String,
     },
+    /// Much of the moving is for nothing: models come back soon after they left.
+    Thrashing {
+        /// Bytes of weights that came back within a minute of leaving, in the last minute.
+        #[schema(value_type = u64)]
+        thrashed: ByteCount,
+        /// Weights that requests of that minute were answered with.
+        #[schema(value_type = u64)]
+        served: ByteCount,
+    },
     /// A model was pinned or unpinned.
     Pinned {
         /// Pinned now.
@@ -279,6 +288,7 @@ impl EventKind {
             Self::LeaseReturned { .. } => "lease_returned",
             Self::OverheadCorrected { .. } => "overhead_corrected",
             Self::ProtocolError { .. } => "protocol_error",
+            Self::Thrashing { .. } => "thrashing",
             Self::Pinned { .. } => "pinned",
         }
     }

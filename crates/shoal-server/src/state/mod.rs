@@ -15,7 +15,8 @@ pub use event::{Event, EventKind, SCHEMA_VERSION};
 pub use log::{EventLog, Missed};
 pub use snapshot::{
     DeviceSnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus,
-    ShelfSnapshot, StateSnapshot, TierSnapshot, WaitingSnapshot,
+    ShadowSnapshot, SharingSnapshot, ShelfSnapshot, StateSnapshot, ThrashSnapshot, TierSnapshot,
+    WaitingSnapshot,
 };
 pub use why::Why;
 pub(crate) use words::status as status_word;

@@ -25,6 +25,9 @@ pub struct ShelfSnapshot {
     pub waiting: Vec<WaitingSnapshot>,
     /// The models, in the configuration's order.
     pub models: Vec<ModelSnapshot>,
+    /// How memory is shared among them.
+    #[serde(default)]
+    pub sharing: SharingSnapshot,
 }
 
 impl ShelfSnapshot {
@@ -92,6 +95,57 @@ pub struct WaitingSnapshot {
     pub reason: String,
 }
 
+/// Who decides how memory is shared, and what comes of it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct SharingSnapshot {
+    /// The policy: `"value"`, `"lru"`.
+    pub policy: String,
+    /// Models are put to sleep for each other's sake (`evict`).
+    pub evicts: bool,
+    /// A busy model's turn (milliseconds).
+    pub quantum_ms: u64,
+    /// How much of the moving is for nothing, over all models.
+    pub thrash: ThrashSnapshot,
+    /// The policy that watches, where one does.
+    pub shadow: Option<ShadowSnapshot>,
+}
+
+/// How much of the moving was for nothing: bytes of weights that came back to the device within a minute of leaving it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ThrashSnapshot {
+    /// `thrashed` over `served`: at 1 every request of the last minute has paid for bringing a whole model back that had
+    /// just left; at 0.01 one in a hundred has.
+    pub index: f64,
+    /// Such bytes in the last minute.
+    #[schema(value_type = u64)]
+    pub thrashed: ByteCount,
+    /// Weights that requests of the last minute were answered with: all of its model's for each.
+    #[schema(value_type = u64)]
+    pub served: ByteCount,
+    /// Such bytes since the server started.
+    #[schema(value_type = u64)]
+    pub total: ByteCount,
+}
+
+/// What the policy that watches would have done.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ShadowSnapshot {
+    /// Its name.
+    pub policy: String,
+    /// Decisions in which it or the live policy took memory from somebody.
+    pub decisions: u64,
+    /// Of those, in how many it would have taken it from others, or another amount.
+    pub differing: u64,
+    /// Bytes that the live policy took.
+    #[schema(value_type = u64)]
+    pub evicted_live: ByteCount,
+    /// Bytes that it would have taken.
+    #[schema(value_type = u64)]
+    pub evicted_shadow: ByteCount,
+    /// The newest difference, in words.
+    pub last: Option<String>,
+}
+
 /// What a model is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -152,6 +206,25 @@ pub struct ModelSnapshot {
     pub max: Option<ByteCount>,
     /// Put to sleep after so many idle milliseconds.
     pub keep_alive_ms: Option<u64>,
+    /// Brought to the device before anybody asks for it.
+    #[serde(default)]
+    pub preload: bool,
+    /// How deep it may sleep: `"none"`, `"host"`, `"source"`.
+    #[serde(default)]
+    pub sleep: String,
+    /// Models that are never on the device beside it.
+    #[serde(default)]
+    pub apart: Vec<String>,
+    /// What a MiB of its weights is worth on the device: microseconds of waiting that it saves for each second that it is
+    /// kept. Who is worth least yields first.
+    #[serde(default)]
+    pub worth_us: f64,
+    /// What bringing a MiB of it back takes, as measured (microseconds).
+    #[serde(default)]
+    pub restore_us_per_mib: u64,
+    /// How much of its moving was for nothing.
+    #[serde(default)]
+    pub thrash: ThrashSnapshot,
     /// Counters since the server started, and requests now.
     pub counts: ModelCounts,
     /// Time to the first byte of requests that found it awake.

@@ -74,6 +74,11 @@ impl fmt::Display for EventKind {
                 write!(f, "takes {overhead} besides its regions, {uncovered} of it not covered yet")
             }
             Self::ProtocolError { reason } => write!(f, "broke the protocol and is ended: {reason}"),
+            Self::Thrashing { thrashed, served } => write!(
+                f,
+                "models come back soon after they left: {thrashed} within a minute, where requests were answered with \
+                 {served}; fewer models at once, a longer `quantum` or more memory would help"
+            ),
             Self::Pinned { pinned: true } => f.write_str("pinned"),
             Self::Pinned { pinned: false } => f.write_str("no longer pinned"),
         }
@@ -90,6 +95,7 @@ impl EventKind {
                 | Self::WakeFailed { .. }
                 | Self::EvictTimedOut { .. }
                 | Self::ProtocolError { .. }
+                | Self::Thrashing { .. }
                 | Self::RestartScheduled { .. }
         )
     }

@@ -1,0 +1,179 @@
+//! What a model's requests and moves tell of it: how often it is used, what bringing it back costs, how much of that was
+//! for nothing. The policy's currency is made from this ([`shoal_core::policy::worth`]).
+//!
+//! Apart from the record, which says how a model stands now; nothing here decides anything.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::policy::thrash::{Thrash, ThrashFigures};
+use shoal_core::policy::worth::of_weights;
+use shoal_core::policy::{LinkSpeeds, Shadow, UseRate};
+use shoal_core::protocol::LeaseKind;
+
+use super::Core;
+use crate::state::{EventKind, ShadowSnapshot, SharingSnapshot, ThrashSnapshot};
+
+/// Above this the shelf thrashes: two requests have paid for bringing a whole model back that had just left.
+const THRASHES: f64 = 0.5;
+/// Below this it does so no more.
+const RESTS: f64 = 0.25;
+
+/// What is remembered of one model.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Habits {
+    pub(crate) uses: UseRate,
+    pub(crate) links: LinkSpeeds,
+    pub(crate) thrash: Thrash,
+    /// When it was last wholly brought back.
+    pub(crate) restored_ms: Option<u64>,
+    /// It is to be brought back without anybody asking.
+    pub(crate) preload: bool,
+    /// When the present wake got the lease that it waited for.
+    lease_ms: Option<u64>,
+}
+
+/// What is remembered of the shelf.
+#[derive(Debug, Default)]
+pub(crate) struct Remembered {
+    links: LinkSpeeds,
+    thrashes: bool,
+    /// What the shadow last said.
+    shadow_said: Option<String>,
+}
+
+impl Core {
+    /// A request begins. A use is one that came after a pause in which the model could have gone and come back.
+    pub(super) fn note_request(&mut self, place: usize, was_idle: bool, was_asleep: bool, now_ms: u64) {
+        let restore_ms = (self.models[place].weights_total.0 >> 20) * self.restore_cost(place) / 1_000;
+        let model = &mut self.models[place];
+        let pause_ms = model.idle_since_ms.map_or(u64::MAX, |since| now_ms.saturating_sub(since));
+        if was_idle && (was_asleep || pause_ms > restore_ms) {
+            model.habits.uses.note(now_ms);
+        }
+        let weights = model.weights_total;
+        model.habits.thrash.served(weights, now_ms);
+    }
+
+    /// Device bytes were leased to a model or came back from it.
+    pub(super) fn note_moved(
+        &mut self,
+        place: usize,
+        kind: LeaseKind,
+        came: bool,
+        bytes: ByteCount,
+        now_ms: u64,
+    ) {
+        let model = &mut self.models[place];
+        if kind != LeaseKind::Weights {
+            return;
+        }
+        if !came {
+            return model.habits.thrash.left(bytes, now_ms);
+        }
+        model.habits.lease_ms = Some(now_ms);
+        model.habits.thrash.came_back(bytes, now_ms);
+        let figures: ThrashFigures =
+            self.models.iter().map(|model| model.habits.thrash.figures(now_ms)).sum();
+        let index = figures.index();
+        if index < RESTS {
+            self.remembered.thrashes = false;
+        } else if index >= THRASHES && !self.remembered.thrashes {
+            self.remembered.thrashes = true;
+            let (thrashed, served) = (figures.thrashed, figures.served);
+            self.tell(now_ms, None, EventKind::Thrashing { thrashed, served });
+        }
+    }
+
+    /// A wake succeeded. `took_us` is what its worker says that it took, the wait for its lease included.
+    pub(super) fn note_woke(
+        &mut self,
+        place: usize,
+        bytes: ByteCount,
+        took_us: u64,
+        sent_ms: u64,
+        now_ms: u64,
+    ) {
+        let model = &mut self.models[place];
+        let waited_ms = model.habits.lease_ms.take().map_or(0, |granted| granted.saturating_sub(sent_ms));
+        model.habits.restored_ms = Some(now_ms);
+        model.habits.preload = false;
+        let took_us = took_us.saturating_sub(waited_ms.saturating_mul(1_000));
+        // Nothing came, or it does not say how long that took.
+        if bytes.is_zero() || took_us == 0 {
+            return;
+        }
+        // What it has no copy of has come from its source.
+        let source = model.usage.source_only.min(bytes);
+        model.habits.links.note(bytes - source, source, took_us);
+        // How long a program starts says nothing of the links.
+        if !model.is_rigid() {
+            self.remembered.links.note(bytes - source, source, took_us);
+        }
+    }
+
+    /// A model was ordered away, for somebody or not. One that is preloaded comes back by itself if it was for somebody.
+    pub(super) fn note_sent_away(&mut self, place: usize, for_somebody: bool) {
+        let model = &mut self.models[place];
+        model.habits.preload = for_somebody && model.config.preload;
+    }
+
+    /// What bringing a MiB of a model back costs (microseconds), as measured; by what was measured of others, as long as
+    /// it was not brought back itself.
+    pub(super) fn restore_cost(&self, place: usize) -> u64 {
+        let model = &self.models[place];
+        let own = &model.habits.links;
+        let links = if own.is_measured() { own } else { &self.remembered.links };
+        links.restore_us_per_mib(model.weights_total, model.usage.source_only)
+    }
+
+    /// What the shadow said of the newest decision.
+    pub(super) fn watch(
+        &mut self,
+        state: &shoal_core::policy::ShelfState,
+        plan: &shoal_core::policy::Plan,
+        now_ms: u64,
+    ) {
+        let Some(said) = self.shadow.as_mut().and_then(|shadow| shadow.watch(state, plan, now_ms)) else {
+            return;
+        };
+        tracing::debug!("{said}");
+        self.remembered.shadow_said = Some(said);
+    }
+
+    /// How memory is shared, for others to see.
+    pub(super) fn sharing_snapshot(&self, now_ms: u64) -> SharingSnapshot {
+        let figures = self.models.iter().map(|model| model.habits.thrash.figures(now_ms)).sum();
+        let total = self.models.iter().map(|model| model.habits.thrash.total()).sum();
+        let shadow = |shadow: &Shadow| {
+            let counts = shadow.counts();
+            ShadowSnapshot {
+                policy: shadow.name().to_owned(),
+                decisions: counts.decisions,
+                differing: counts.differing,
+                evicted_live: counts.evicted_live,
+                evicted_shadow: counts.evicted_shadow,
+                last: self.remembered.shadow_said.clone(),
+            }
+        };
+        SharingSnapshot {
+            policy: self.policy.name().to_owned(),
+            evicts: self.config.sharing.evicts,
+            quantum_ms: self.timing.quantum_ms,
+            thrash: thrash_snapshot(figures, total),
+            shadow: self.shadow.as_ref().map(shadow),
+        }
+    }
+
+    /// What a MiB of a model is worth: microseconds of waiting saved for each second that it is kept.
+    pub(super) fn worth_snapshot(&self, place: usize, now_ms: u64) -> f64 {
+        of_weights(&self.policy_model(place, now_ms), now_ms).0 as f64 / 256.0
+    }
+
+    pub(super) fn model_thrash(&self, place: usize, now_ms: u64) -> ThrashSnapshot {
+        let thrash = &self.models[place].habits.thrash;
+        thrash_snapshot(thrash.figures(now_ms), thrash.total())
+    }
+}
+
+fn thrash_snapshot(figures: ThrashFigures, total: ByteCount) -> ThrashSnapshot {
+    ThrashSnapshot { index: figures.index(), thrashed: figures.thrashed, served: figures.served, total }
+}

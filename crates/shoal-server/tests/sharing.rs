@@ -1,0 +1,221 @@
+//! How memory is shared, by what the configuration says of it: real processes whose leases are numbers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::policy::{ShelfState, builtin};
+use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing, SleepDepth};
+use shoal_server::shelf::Shelf;
+use shoal_server::state::{Event, EventKind, ModelStatus};
+
+const MIB: u64 = 1 << 20;
+
+fn model(name: &str, args: &[&str]) -> ModelConfig {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
+    let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
+    ModelConfig {
+        engine: Engine::Worker,
+        args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
+        ..ModelConfig::new(name, "/none")
+    }
+}
+
+fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> ServerConfig {
+    ServerConfig {
+        file: directory.join("shoal.toml"),
+        listen: ([127, 0, 0, 1], 0).into(),
+        api_key_file: None,
+        allowed_hosts: vec![],
+        device: DeviceChoice::Sim,
+        device_budget: ByteCount(budget_mib * MIB),
+        host_budget: ByteCount::gib(1),
+        host_memory: None,
+        disk: vec![],
+        models,
+        runtime_dir: directory.join("run"),
+        state_dir: directory.join("state"),
+        cache_dir: directory.join("cache"),
+        log_dir: directory.join("logs"),
+        python: PathBuf::from("python3"),
+        limits: Limits::default(),
+        quantum: Duration::from_secs(3),
+        sharing: Sharing::default(),
+        notes: vec![],
+        unservable: vec![],
+    }
+}
+
+fn start(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Shelf {
+    Shelf::start(Arc::new(config(directory, budget_mib, models))).expect("the shelf starts")
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+/// Waits until `what` holds, and fails with the events when it does not.
+async fn until(shelf: &Shelf, what: &str, holds: impl Fn(&Shelf) -> bool) {
+    let deadline = soon();
+    while !holds(shelf) {
+        assert!(Instant::now() < deadline, "never came: {what}\n{}", story(shelf));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn events(shelf: &Shelf) -> Vec<Arc<Event>> {
+    shelf.events_since(0).expect("few events")
+}
+
+fn story(shelf: &Shelf) -> String {
+    let lines: Vec<String> = events(shelf)
+        .iter()
+        .map(|event| format!("{} {} {:?}", event.id, event.model.as_deref().unwrap_or("-"), event.what))
+        .collect();
+    lines.join("\n")
+}
+
+fn status(shelf: &Shelf, name: &str) -> ModelStatus {
+    shelf.snapshot().model(name).expect("configured").status
+}
+
+/// Brings a model to the device and lets it be idle again.
+async fn use_once(shelf: &Shelf, name: &str) {
+    drop(shelf.route(name, soon()).await.unwrap_or_else(|error| panic!("{name}: {error}\n{}", story(shelf))));
+}
+
+async fn ready(shelf: &Shelf, name: &str) {
+    until(shelf, "ready", |shelf| {
+        !matches!(status(shelf, name), ModelStatus::Waiting | ModelStatus::Starting)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn models_apart_are_never_on_the_device_together() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let mut models = vec![model("chat", &[]), model("code", &[]), model("third", &[])];
+    (models[0].apart, models[1].apart) = (vec!["code".to_owned()], vec!["chat".to_owned()]);
+    let shelf = start(scratch.path(), 400, models);
+    for name in ["third", "chat", "code", "chat"] {
+        use_once(&shelf, name).await;
+    }
+    assert_eq!(status(&shelf, "code"), ModelStatus::Asleep, "{}", story(&shelf));
+    assert_eq!(status(&shelf, "third"), ModelStatus::Awake, "there is room for it beside either");
+    let mut held = [0u64; 2];
+    for event in events(&shelf) {
+        let Some(place) = ["chat", "code"].iter().position(|name| event.model.as_deref() == Some(name))
+        else {
+            continue;
+        };
+        match &event.what {
+            EventKind::LeaseGranted { bytes, .. } => held[place] += bytes.0,
+            EventKind::LeaseReturned { bytes, .. } => held[place] -= bytes.0,
+            _ => {}
+        }
+        assert!(held.contains(&0), "event {}: {held:?}\n{}", event.id, story(&shelf));
+    }
+    assert!(story(&shelf).contains("chat may not stand beside code, which holds"), "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_preloaded_model_is_there_unasked_and_comes_back_when_there_is_room() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let preloaded = ModelConfig { preload: true, ..model("chat", &[]) };
+    let passing = ModelConfig { keep_alive_s: Some(0), ..model("code", &["--weights", "80"]) };
+    let shelf = start(scratch.path(), 150, vec![preloaded, passing]);
+    until(&shelf, "preloaded", |shelf| status(shelf, "chat") == ModelStatus::Awake).await;
+    assert_eq!(shelf.snapshot().model("chat").expect("configured").counts.requests_total, 0);
+    ready(&shelf, "code").await;
+    let route = shelf.route("code", soon()).await.expect("routed");
+    assert_eq!(
+        status(&shelf, "chat"),
+        ModelStatus::PartlyResident,
+        "it takes from nobody: {}",
+        story(&shelf)
+    );
+    drop(route);
+    until(&shelf, "back", |shelf| status(shelf, "chat") == ModelStatus::Awake).await;
+    assert!(story(&shelf).contains("is to be there before it is asked for"), "{}", story(&shelf));
+    // Put to sleep by hand it stays asleep.
+    shelf.sleep("chat", 0.0, soon()).await.expect("sleeps");
+    use_once(&shelf, "code").await;
+    assert_eq!(status(&shelf, "chat"), ModelStatus::Asleep, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_evicted_where_that_is_left_to_people() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let models = vec![model("chat", &[]), model("code", &["--weights", "80"])];
+    let sharing = Sharing { evicts: false, ..Sharing::default() };
+    let shelf = Shelf::start(Arc::new(ServerConfig { sharing, ..config(scratch.path(), 150, models) }))
+        .expect("the shelf starts");
+    use_once(&shelf, "chat").await;
+    ready(&shelf, "code").await;
+    let briefly = Instant::now() + Duration::from_millis(400);
+    let error = shelf.route("code", briefly).await.expect_err("nobody made room");
+    assert!(error.to_string().contains("nothing is evicted by itself (evict = \"never\")"), "{error}");
+    assert_eq!(status(&shelf, "chat"), ModelStatus::Awake, "{}", story(&shelf));
+    let waiting = tokio::spawn({
+        let shelf = shelf.clone();
+        async move { use_once(&shelf, "code").await }
+    });
+    shelf.sleep("chat", 0.0, soon()).await.expect("somebody makes room");
+    waiting.await.expect("and it comes");
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_does_not_sleep_stays_and_the_other_is_told_why() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let stays = ModelConfig { sleep: SleepDepth::None, ..model("chat", &[]) };
+    let shelf = start(scratch.path(), 150, vec![stays, model("code", &["--weights", "80"])]);
+    use_once(&shelf, "chat").await;
+    let error = shelf.route("code", soon()).await.expect_err("no room");
+    assert!(error.to_string().contains("chat keeps 100 MiB (it does not sleep)"), "{error}");
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_policy_decides_and_a_shadow_is_counted_and_both_can_be_replayed() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let models = vec![model("chat", &[]), model("code", &["--weights", "80"])];
+    let sharing = Sharing { policy: "lru".to_owned(), shadow: Some("value".to_owned()), evicts: true };
+    let shelf = Shelf::start(Arc::new(ServerConfig { sharing, ..config(scratch.path(), 150, models) }))
+        .expect("the shelf starts");
+    for name in ["chat", "code", "chat"] {
+        use_once(&shelf, name).await;
+    }
+    let snapshot = shelf.snapshot();
+    assert!(story(&shelf).contains("the longest of all, and goes whole"), "{}", story(&shelf));
+    assert_eq!(snapshot.model("code").expect("configured").lease.total, ByteCount(0), "whole");
+    assert_eq!(snapshot.sharing.policy, "lru");
+    let shadow = snapshot.sharing.shadow.clone().expect("one watches");
+    assert_eq!((shadow.policy.as_str(), shadow.decisions, shadow.differing), ("value", 2, 2));
+    assert_eq!((shadow.evicted_live, shadow.evicted_shadow), (ByteCount(180 * MIB), ByteCount(60 * MIB)));
+    assert_eq!(
+        shadow.last.as_deref(),
+        Some("value would have taken 30 MiB of code instead of 80 MiB of code"),
+        "{}",
+        story(&shelf)
+    );
+    // 100 MiB of chat left and came back at once; 100 + 80 + 100 were served.
+    let thrash = &snapshot.sharing.thrash;
+    assert_eq!((thrash.thrashed, thrash.served), (ByteCount(100 * MIB), ByteCount(280 * MIB)));
+    assert!((thrash.index - 100.0 / 280.0).abs() < 1e-9);
+    let chat = snapshot.model("chat").expect("configured");
+    assert!(chat.restore_us_per_mib > 0 && chat.worth_us > 0.0, "{chat:?}");
+    shelf.shutdown(soon()).await;
+    let log = std::fs::read_to_string(scratch.path().join("logs/decisions.ndjson")).expect("a decision log");
+    for line in log.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("a line");
+        assert_eq!((&line["version"], &line["policy"]), (&2.into(), &"lru".into()));
+        let state: ShelfState = serde_json::from_value(line["state"].clone()).expect("a state");
+        let policy = builtin(line["policy"].as_str().expect("a name")).expect("ours");
+        let plan = policy.plan(&state, line["now_ms"].as_u64().expect("a time"));
+        assert_eq!(serde_json::to_value(&plan).expect("plain data"), line["plan"]);
+    }
+}
