@@ -4,6 +4,8 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measuring program")]
 
+#[path = "../sleep_wake/profile.rs"]
+mod profile;
 #[path = "../sleep_wake/report.rs"]
 mod report;
 #[expect(dead_code, reason = "shared with programs that use more of it")]
@@ -14,17 +16,21 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use profile::profile;
 use report::{Bounds, Report};
 use scene::{device_or_skip, size};
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
-use shoal_device::{Device, Frame, Mapping, Reservation};
+use shoal_device::{Device, FaultDevice, Frame, Mapping, Reservation};
 use shoal_memory::{Backing, LocalBudget, ManagerOptions, MemoryManager, PoolOptions, Region, RegionSpec};
 
 const GIB: f64 = (1_u64 << 30) as f64;
-/// Long enough for the driver to scrub what was released, and for clocks to fall.
-const REST: Duration = Duration::from_millis(300);
+/// Long enough for the driver to scrub 16 GiB that were released, which takes it some 26 ms (decision 10), and too short
+/// for clocks to fall.
+const SCRUB: Duration = Duration::from_millis(60);
+/// More than the memory of the device holds, so that a growth time and again meets its end of scrubbed memory.
+const ROUNDS: usize = 9;
 const HOUR: Duration = Duration::from_hours(1);
 
 fn manager(device: &Arc<dyn Device>, has_pool: bool) -> Arc<MemoryManager> {
@@ -147,50 +153,67 @@ fn grow_bare(device: &Arc<dyn Device>, total: ByteCount, extent: ByteCount) -> (
     (new, pooled)
 }
 
-/// Without a pool each growth comes at once after a shrink, so beside the driver's scrubbing, or after a rest, when clocks
-/// have fallen.
+/// Without a pool each growth comes from memory that the driver has scrubbed, or at once after a shrink, time and again:
+/// then the device runs out of scrubbed memory, and making a frame waits for it.
 fn growth(report: &mut Report, device: &Arc<dyn Device>) {
     let total = ByteCount::gib((size().0 / ByteCount::gib(1).0).next_multiple_of(16));
     let gib = total.0 / ByteCount::gib(1).0;
     let peer = Some(("kvcached e8e6406, 128 MiB granule", 1016.0));
     for (mib, new_target, pooled_target) in [(64, 1000.0, 1300.0), (256, 2000.0, 1300.0)] {
         let extent = ByteCount::mib(mib);
-        let bare: Vec<_> = (0..5).map(|_| grow_bare(device, total, extent)).collect();
-        let ceiling = |pick: fn(&(f64, f64)) -> f64| {
-            Some(report::Samples::new(bare.iter().map(pick).collect()).median())
-        };
-        for (when, rest) in [("", Duration::ZERO), (", after a rest", REST)] {
+        let mut pooled_ceiling = None;
+        for (when, rest) in [("", SCRUB), (", time and again", Duration::ZERO)] {
+            thread::sleep(SCRUB);
+            let bare: Vec<_> = (0..ROUNDS)
+                .map(|_| {
+                    thread::sleep(rest);
+                    grow_bare(device, total, extent)
+                })
+                .collect();
+            let median = |values: Vec<f64>| report::Samples::new(values).median();
+            let ceiling = Some(median(bare.iter().map(|pair| pair.0).collect()));
+            pooled_ceiling.get_or_insert_with(|| median(bare.iter().map(|pair| pair.1).collect()));
             let manager = manager(device, false);
             let region = region(&manager, total, extent);
-            let new = (0..7).map(|_| {
+            thread::sleep(SCRUB);
+            let new = (0..ROUNDS).map(|_| {
                 thread::sleep(rest);
                 let rate = grow(&region, total);
                 shrink(&region, total);
                 rate
             });
-            let target = rest.is_zero().then_some(new_target);
-            let bounds = Bounds { ceiling: ceiling(|pair| pair.0), peer, target };
-            report.add(
-                &format!("grow {gib} GiB, new {mib} MiB frames{when}"),
-                "GiB/s",
-                new.collect(),
-                bounds,
-            );
+            let bounds = Bounds { ceiling, peer, target: (!rest.is_zero()).then_some(new_target) };
+            let case = format!("grow {gib} GiB, new {mib} MiB frames{when}");
+            report.add(&case, "GiB/s", new.collect(), bounds);
         }
+        growth_calls(device, total, extent);
         let manager = manager(device, true);
         let region = region(&manager, total, extent);
         for _ in 0..2 {
             grow(&region, total);
             shrink(&region, total);
         }
-        let pooled = (0..7).map(|_| {
+        let pooled = (0..ROUNDS).map(|_| {
             let rate = grow(&region, total);
             shrink(&region, total);
             rate
         });
-        let bounds = Bounds { ceiling: ceiling(|pair| pair.1), peer, target: Some(pooled_target) };
+        let bounds = Bounds { ceiling: pooled_ceiling, peer, target: Some(pooled_target) };
         report.add(&format!("grow {gib} GiB, pooled {mib} MiB frames"), "GiB/s", pooled.collect(), bounds);
         assert!(manager.pool_usage().taken > 0, "the pool was not used");
+    }
+}
+
+/// Where the time of growing from new frames goes, call by call.
+fn growth_calls(device: &Arc<dyn Device>, total: ByteCount, extent: ByteCount) {
+    let noted = FaultDevice::new(Arc::clone(device));
+    let manager = manager(&(Arc::clone(&noted) as Arc<dyn Device>), false);
+    let region = region(&manager, total, extent);
+    for round in 0..4 {
+        profile(&format!("growth {round} by frames of {extent}"), &noted, || {
+            grow(&region, total);
+        });
+        profile(&format!("shrinking {round}"), &noted, || shrink(&region, total));
     }
 }
 

@@ -23,6 +23,8 @@ use shoal_device::{Device, Frame, Mapping, Reservation};
 use shoal_memory::{KvCache, KvCacheSpec, LocalBudget, ManagerOptions, MemoryManager, PoolOptions};
 
 const BLOCK: ByteCount = ByteCount::mib(2);
+/// Long enough for the driver to scrub 16 GiB that were released (decision 10).
+const SCRUB: Duration = Duration::from_millis(60);
 const ALL: ByteCount = ByteCount(u64::MAX);
 const PEER_GROW: (&str, f64) = ("kvcached e8e6406, contiguous, 128 MiB a granule, on another day", 1016.0);
 const PEER_LAYERS: (&str, f64) = ("kvcached e8e6406, per layer, on another day", 22.5);
@@ -69,6 +71,7 @@ fn bare(device: &Arc<dyn Device>, frame: ByteCount, is_made: bool) -> Vec<f64> {
     let reservation = Reservation::new(device, growth()).unwrap();
     let count = growth().0 / frame.0;
     let measure = || {
+        thread::sleep(SCRUB);
         let made: Vec<_> = if is_made {
             (0..count).map(|_| Frame::create(device, frame).unwrap()).collect()
         } else {
@@ -115,6 +118,7 @@ fn measure(report: &mut Report, device: &Arc<dyn Device>, case: &Case) {
     let mut rates = Vec::new();
     // The first fills the pool.
     for round in 0..=ROUNDS {
+        thread::sleep(SCRUB);
         let (time, ids) = grow(&cache);
         if round > 0 {
             rates.push(gib_per_second(growth(), time));
