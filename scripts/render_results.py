@@ -166,7 +166,11 @@ def headlines(found: list[Figure]) -> str:
         text = f"Of {len(aimed)} figures with a target {met} meet it; those that do not are all above."
         if tests:
             passed = sum(not figure.missed for figure in tests)
-            text += f" Of {len(tests)} recorded tests {passed} passed; those that did not are above too."
+            text += (
+                f" All {passed} recorded tests passed."
+                if passed == len(tests)
+                else f" Of {len(tests)} recorded tests {passed} passed; those that did not are above too."
+            )
         sections.append(text)
     return "\n\n".join(sections) or "No figures yet."
 
