@@ -11,6 +11,7 @@ Each test file runs in a process of its own, because many of them put stand-ins 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--simulate", action="store_true", help="run those that want a GPU on the simulated device")
     parser.add_argument("--only", help="one file, without its ending")
+    parser.add_argument("--counts", type=Path, help="a file to write the counts to, as JSON")
     options, arguments = parser.parse_known_args()
     names = [options.only] if options.only else [*ALLOCATOR, *WANT_A_GPU]
     wrong = 0
@@ -99,6 +101,8 @@ def main() -> int:
             counts = run(options.checkout.resolve(), Path(directory), name, options.simulate, arguments)
             wrong += counts.get("failed", 0) + counts.get("error", 0)
             rows.append((name, counts))
+    if options.counts is not None:
+        options.counts.write_text(json.dumps(dict(rows)), "utf-8")
     for name, counts in rows:
         print(f"{name:34} " + ", ".join(f"{number} {kind}" for kind, number in counts.items()))
     return 1 if wrong else 0

@@ -10,6 +10,7 @@
 #   tests/gpu/run.sh churn          growing and shrinking regions with the frame pool and without
 #   tests/gpu/run.sh faults         every device call failing in turn: wakes, growths, swaps, the pool
 #   tests/gpu/run.sh kv_grow        how fast a KV cache grows by 16 GiB, in both layouts; what memory stays after bursts
+#   tests/gpu/run.sh kv_peer        kvcached ($SHOAL_KVCACHED, a checkout of it) beside ours, and its own tests on our face of it
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh first_token    first token of a sleeping 8B, woken in order of use; needs transformers
@@ -111,7 +112,12 @@ arena) "$(program cuda_arena)" ;;
 sanitizer) python3 -m tests.gpu.sanitizer "$(program cuda)" "$(program swap)" "$SHOAL_RESULT" "$OUT" ;;
 sleep_wake) "$(program cuda_sleep_wake)" ;;
 swap) "$(program cuda_swap)" ;;
-kv_grow) "$(program cuda_kv_grow)" ;;
+kv_grow)
+    # Beside kvcached as kv_peer measured it in the same folder, if it did.
+    [ ! -f "$OUT/kv_peer.json" ] || eval "$(python3 -m tests.gpu.kvcached_peer --grown "$OUT/kv_peer.json")"
+    "$(program cuda_kv_grow)"
+    ;;
+kv_peer) python3 -X faulthandler -m tests.gpu.kvcached_peer ;;
 churn) "$(program cuda_churn)" ;;
 faults)
     status=0
@@ -124,7 +130,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, python, torch, first_token, tms, sleep_wake_torch, soak, trade and shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade and shelf" >&2
     exit 2
     ;;
 esac

@@ -1,0 +1,306 @@
+"""kvcached beside KV caches of ours on one GPU: growth, alloc and free; and its own tests on `shoal.compat.kvcached`.
+
+Run by `tests/gpu/run.sh kv_peer`. kvcached is not part of this repository: `$SHOAL_KVCACHED` names a checkout of
+https://github.com/ovg-project/kvcached (its folders `kvcached`, `csrc` and `tests`). It is built in a temporary folder
+as its own setup does, but for the line that it prints when a page allocator is made, which crashes beside torch 2.11.
+What it imports (posix_ipc, wrapt) has to be importable. Each library is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benches import kvcached_peer as stubbed
+from benches.results import ROOT, Row, of_samples, save_gpu
+
+GIB = 1 << 30
+# 32 layers of 8 heads of 128 in bfloat16, 16 tokens a block: 2 MiB a block over all layers, 32 KiB in each K and V.
+LAYERS, TOKENS, TOKEN_BYTES = 32, 16, 2048
+BLOCK_BYTES = 2 * LAYERS * TOKENS * TOKEN_BYTES
+ROUNDS = 5
+TARGET_16_S, TARGET_LAYERS = 0.6e-6, 5.0
+PRINTS = re.compile(r"^\s*std::cout << \"Init C\+\+ PageAllocator.*?;$", re.MULTILINE | re.DOTALL)
+NAMES = {"kvcached": "kvcached", "face": "shoal.compat.kvcached", "ours": "mem.kv_cache"}
+LAYOUTS = {"block": "layers side by side", "layer": "a plane a layer"}
+
+
+def build(checkout: Path, folder: Path) -> None:
+    """Build its extension as its setup does, all files at once, beside a copy of its Python files."""
+    import torch
+    from torch.utils import cpp_extension
+
+    shutil.copytree(checkout / "kvcached", folder / "kvcached")
+    shutil.copytree(checkout / "csrc", folder / "csrc")
+    allocator = folder / "csrc/page_allocator.cpp"
+    text, found = PRINTS.subn("", allocator.read_text("utf-8"))
+    if found != 1:
+        raise SystemExit("kvcached prints something else than at commit e8e6406 when a page allocator is made: look")
+    allocator.write_text(text, "utf-8")
+    headers = [
+        *cpp_extension.include_paths(device_type="cuda"),
+        str(folder / "csrc/inc"),
+        sysconfig.get_path("include"),
+    ]
+    flags = [
+        "-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-DKVCACHED_USE_CUDA",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "-DTORCH_EXTENSION_NAME=vmm_ops",
+        "-DTORCH_API_INCLUDE_EXTENSION_H", *(f"-I{path}" for path in headers),
+    ]  # fmt: skip
+    compiler = os.environ.get("CXX", "c++")
+
+    def compiled(source: Path) -> str:
+        made = str(source.with_suffix(".o"))
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(16) as threads:
+        objects = list(threads.map(compiled, sorted((folder / "csrc").rglob("*.cpp"))))
+    libraries = cpp_extension.library_paths(device_type="cuda")
+    stubs = [f"{path}/stubs" for path in libraries if Path(path, "stubs").is_dir()]
+    subprocess.run(
+        [
+            compiler, "-shared", *objects, *(f"-L{path}" for path in [*libraries, *stubs]), "-lc10", "-ltorch",
+            "-ltorch_cpu", "-ltorch_python", "-lc10_cuda", "-lcudart", "-lcuda",
+            "-o", str(folder / "kvcached/vmm_ops.so"),
+        ],
+        check=True,
+    )  # fmt: skip
+
+
+def growth(made: Any, blocks: int) -> list[float]:
+    """Seconds to be given so many blocks at once, with nothing kept from the round before."""
+    taken = []
+    for _ in range(ROUNDS):
+        made.trim()
+        start = time.perf_counter()
+        ids = made.alloc(blocks)
+        taken.append(time.perf_counter() - start)
+        if ids is None or len(ids) != blocks:
+            raise SystemExit(f"{blocks} blocks could not be had")
+        made.free(ids)
+    return taken
+
+
+def of_kvcached(which: str, layout: str, device: str, nbytes: int) -> dict[str, list[float]]:
+    """Measure kvcached, or what stands for it here."""
+    os.environ["KVCACHED_CONTIGUOUS_LAYOUT"] = "true" if layout == "block" else "false"
+    os.environ["KVCACHED_IPC_NAME"] = f"shoal_peer_{os.getpid()}"
+    os.environ.setdefault("KVCACHED_LOG_LEVEL", "ERROR")
+    package = NAMES[which]
+    vmm_ops: Any = importlib.import_module(f"{package}.vmm_ops")
+    module: Any = importlib.import_module(f"{package}.kv_cache_manager")
+    if device == "cpu" and which == "face":
+        vmm_ops.MemoryManager = functools.partial(vmm_ops.MemoryManager, device_capacity="64GiB")
+    wanted = nbytes // BLOCK_BYTES
+    blocks = wanted + wanted // 2
+    vmm_ops.init_kvcached(device, 0, layout == "block")
+    vmm_ops.create_kv_tensors(2 * blocks * TOKENS * TOKEN_BYTES, 2, device, LAYERS)
+    made = module.KVCacheManager(blocks, TOKENS, TOKEN_BYTES, LAYERS)
+    made._wait_post_init()
+    figures = {"grow": growth(made, wanted)}
+    # So that memory for what follows stays: blocks are what is measured then.
+    held = made.alloc(257)
+    made.free(held[1:])
+    figures |= {f"{count} as a list": [stubbed.pair_us(made, count, 500) * 1e-6] for count in (16, 256)}
+    vmm_ops.shutdown_kvcached()
+    return figures
+
+
+def of_ours(layout: str, device: str, nbytes: int) -> dict[str, list[float]]:
+    """Measure `mem.kv_cache`."""
+    import shoal
+
+    sizes: dict[str, Any] = {"device_capacity": "64GiB"} if device == "cpu" else {}
+    mem = shoal.MemoryManager(
+        "sim" if device == "cpu" else device, device_budget=2 * nbytes, host_budget="1GiB", **sizes
+    )
+    kv = mem.kv_cache(
+        max_bytes=nbytes + nbytes // 2, layers=LAYERS, kv_heads=8, head_dim=128, block_tokens=TOKENS,
+        layout="block" if layout == "block" else "layer", patience_s=30, spare_max=0,
+    )  # fmt: skip
+
+    class Made:
+        """With the names of the other."""
+
+        def trim(self) -> None:
+            kv.trim()
+            mem.reclaim(1 << 60)
+
+        def alloc(self, count: int) -> np.ndarray | None:
+            ids = np.zeros(count, np.int64)
+            return ids if kv.alloc_into(ids) == count else None
+
+        def free(self, ids: np.ndarray) -> None:
+            kv.free_from(ids)
+
+    figures = {"grow": growth(Made(), nbytes // BLOCK_BYTES)}
+    mem = shoal.MemoryManager(
+        "sim" if device == "cpu" else device, device_budget=2 * nbytes, host_budget="1GiB", **sizes
+    )
+    kv = mem.kv_cache(
+        max_bytes="4GiB", layers=LAYERS, kv_heads=8, head_dim=128, block_tokens=TOKENS,
+        layout="block" if layout == "block" else "layer", patience_s=30, spare_max="1GiB",
+    )  # fmt: skip
+    held = kv.alloc(257)
+    assert held is not None
+    kv.free(held[1:])
+    for count in (16, 256):
+        kv.hint(512)
+        figures[f"{count} as a list"] = [stubbed.pair_us(kv, count, 500) * 1e-6]
+        figures[f"{count} through a buffer"] = [_buffers(kv, count)]
+    figures["0 through a buffer"] = [_buffers(kv, 0)]
+    return figures
+
+
+def _buffers(kv: Any, count: int) -> float:
+    ids = np.zeros(count, np.int64)
+    best = float("inf")
+    for _ in range(stubbed.REPEATS):
+        start = time.perf_counter()
+        for _ in range(5000):
+            kv.alloc_into(ids)
+            kv.free_from(ids)
+        best = min(best, time.perf_counter() - start)
+    return best / 5000
+
+
+def grown(path: Path) -> None:
+    """Print how fast kvcached grew in a file of this program, as `kv_grow` wants it: a shell's assignments."""
+    rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    for layout, said in LAYOUTS.items():
+        found = [row["peer_value"] for row in rows if row["metric"] == "rate" and said in row["case"] and row["peer"]]
+        if found:
+            print(f"export SHOAL_KVCACHED_GROW_{layout.upper()}={found[0]}")
+
+
+def measured(which: str, layout: str, built: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Measure one library in a process of its own."""
+    paths = [
+        str(ROOT),
+        str(ROOT / "python"),
+        *([str(built)] if which == "kvcached" else []),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    command = [
+        sys.executable, "-X", "faulthandler", "-m", "tests.gpu.kvcached_peer", "--measure", which, "--layout", layout,
+        "--device", options.device, "--gib", str(options.gib),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    if said.returncode != 0:
+        print(f"FAILED  {NAMES[which]}, {LAYOUTS[layout]}\n{said.stdout[-2000:]}\n{said.stderr[-3000:]}", flush=True)
+        return {}
+    figures: dict[str, list[float]] = json.loads(said.stdout.splitlines()[-1])
+    return figures
+
+
+def compared(built: Path, options: argparse.Namespace) -> list[Row]:
+    """Measure all of them, ours against kvcached."""
+    rows = []
+    for layout, said in LAYOUTS.items():
+        figures = {which: measured(which, layout, built, options) for which in NAMES}
+        peer, empty = figures["kvcached"], figures["ours"].get("0 through a buffer")
+        name = f"kvcached, {said}, 2 MiB a page and buffer"
+        granules = {"face": "128 MiB", "ours": "512 MiB at most" if layout == "layer" else "256 MiB at most"}
+        for which, granule in granules.items():
+            if figures[which]:
+                rates = [options.gib / one for one in figures[which].pop("grow")]
+                case = f"grow by {options.gib} GiB, {said}, granule {granule}: {NAMES[which]}"
+                row = of_samples(case, "rate", rates, "GiB/s", "higher")
+                if peer:
+                    row.peer, row.peer_value = name, float(np.median([options.gib / one for one in peer["grow"]]))
+                    if which == "ours" and layout == "layer":
+                        row.target = TARGET_LAYERS * row.peer_value
+                        row.met = row.value >= row.target
+                rows.append(row)
+            for case, (seconds, *_) in figures[which].items():
+                count = case.split()[0]
+                if count == "0":
+                    continue
+                row = Row(f"{case}, {said}: {NAMES[which]}", "alloc and free", seconds, "s", "lower")
+                if peer:
+                    row.peer, row.peer_value = f"{name}, lists", peer[f"{count} as a list"][0]
+                if case.endswith("buffer"):
+                    row.ceiling = empty[0] if empty else None
+                    if count == "16":
+                        row.target, row.met = TARGET_16_S, seconds <= TARGET_16_S
+                rows.append(row)
+    return rows
+
+
+def own_tests(checkout: Path, device: str) -> list[Row]:
+    """Run its tests on what stands for it here; a row a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts.json"
+        script = ROOT / "scripts/run_kvcached_tests.py"
+        more = ["--simulate"] if device == "cpu" else []
+        said = subprocess.run(
+            [sys.executable, str(script), str(checkout), "--counts", str(counts), *more],
+            capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        print(said.stdout[-12000:], said.stderr[-3000:], flush=True)
+        found = json.loads(counts.read_text("utf-8")) if counts.exists() else {}
+    rows = []
+    for name, outcome in found.items():
+        passed, skipped = outcome.get("passed", 0), outcome.get("skipped", 0)
+        wanted = passed + outcome.get("failed", 0) + outcome.get("error", 0)
+        note = f", {skipped} skipped by its author" if skipped else ""
+        row = Row(
+            f"kvcached's {name}{note}", "passed", passed, "tests", "higher", target=wanted, met=passed == wanted > 0
+        )
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Build, measure, run the tests and write the file; fail if something of it failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--measure", choices=NAMES)
+    parser.add_argument("--layout", choices=LAYOUTS, default="block")
+    parser.add_argument("--device", default="cuda:0", help="or cpu: the simulated device, to try this program")
+    parser.add_argument("--gib", type=int, default=16)
+    parser.add_argument("--built", type=Path, help="a folder with kvcached, built already")
+    parser.add_argument("--grown", type=Path, help="print the peer's growth of that result, for kv_grow")
+    options = parser.parse_args()
+    if options.grown is not None:
+        grown(options.grown)
+        return
+    if options.measure == "ours":
+        print(json.dumps(of_ours(options.layout, options.device, options.gib * GIB)))
+        return
+    if options.measure:
+        print(json.dumps(of_kvcached(options.measure, options.layout, options.device, options.gib * GIB)))
+        return
+    checkout = Path(os.environ.get("SHOAL_KVCACHED", "missing"))
+    if not (checkout / "csrc").is_dir():
+        sys.exit("SHOAL_KVCACHED must name a checkout of kvcached, with its folders kvcached, csrc and tests")
+    with tempfile.TemporaryDirectory(prefix="shoal-kvcached-") as folder:
+        built = options.built or Path(folder)
+        if options.built is None:
+            start = time.monotonic()
+            build(checkout.resolve(), built)
+            print(f"kvcached built in {time.monotonic() - start:.0f} s", flush=True)
+        rows = [*compared(built.resolve(), options), *own_tests(checkout.resolve(), options.device)]
+    save_gpu(Path(os.environ["SHOAL_RESULT"]), rows)
+    has_all = any(row.peer for row in rows) and any(row.metric == "passed" for row in rows)
+    if not has_all or any(row.metric == "passed" and not row.met for row in rows):
+        sys.exit("something of it did not run, or a test failed")
+
+
+if __name__ == "__main__":
+    main()
