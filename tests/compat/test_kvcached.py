@@ -242,6 +242,47 @@ def test_defect_8_a_failed_unmap_loses_no_page_and_hangs_nobody() -> None:
 
 
 @pytest.mark.usefixtures("vmm")
+def test_defect_9_memory_does_not_go_before_the_work_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With a kernel that really runs: tests/gpu/test_python.py.
+    (tensor,) = vmm_ops.create_kv_tensors(4 * PAGE, 1, "cpu", 1, num_kv_buffers=1)
+    vmm_ops.map_to_kv_tensors([0, PAGE])
+    tensor[: 2 * PAGE] = 7
+
+    def is_used(_backing: shoal.KvBacking, _nbytes: object = None) -> None:
+        raise shoal.DeadlineError("a kernel has not ended within 60 s", kind="deadline", waited_s=60.0)
+
+    memory = vmm_ops._state.memory
+    assert memory is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(shoal.KvBacking, "trim", is_used)
+        assert vmm_ops.unmap_from_kv_tensors([0, PAGE])
+        assert memory.device_memory()["used_by_this_process"] >= 2 * PAGE
+        assert int(tensor[PAGE]) == 7, "whatever still runs finds its bytes"
+    with pytest.raises(ValueError, match="not mapped"):
+        vmm_ops.unmap_from_kv_tensors([0])
+    vmm_ops.map_to_kv_tensors([PAGE])
+    tensor[PAGE : 2 * PAGE] = 8
+    memory.reclaim("64MiB")
+    with memory.guard():
+        assert int(tensor[PAGE]) == 8, "the page that is mapped again is kept"
+    vmm_ops.unmap_from_kv_tensors([PAGE])
+    assert memory.device_memory()["used_by_this_process"] == memory.usage()["pooled"]
+
+
+@pytest.mark.usefixtures("vmm")
+def test_defect_10_a_miss_of_blocks_of_one_token_is_none() -> None:
+    manager = pool(1, block_bytes=PAGE // 8)
+    blocks = manager.alloc(6)
+    assert blocks is not None
+    for _ in range(3):
+        assert manager.alloc(3) is None
+    assert manager.available_size() == 2
+    assert manager.alloc(0) == []
+    manager.free(blocks)
+    assert sorted(manager.alloc(8) or []) == list(range(8))
+
+
+@pytest.mark.usefixtures("vmm")
 def test_defect_11_a_pool_without_tensors_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache_manager, "KV_TENSOR_WAIT_TIMEOUT", 0.01)
     manager = KVCacheManager(8, 1, PAGE, LAYERS, reserve_null_block=True, group_id=3)

@@ -398,3 +398,26 @@ def test_two_processes_share_a_gpu(run_python: Callable[..., subprocess.Complete
     for thread in threads:
         thread.join(120)
     assert [outcome.stdout for outcome in outcomes] == ["exact\n", "exact\n"], [o.stderr for o in outcomes]
+
+
+def test_the_face_of_kvcached_takes_no_memory_from_under_a_kernel() -> None:
+    from shoal.compat.kvcached import vmm_ops
+
+    page = 2 << 20
+    vmm_ops.init_kvcached("cuda:0", page)
+    try:
+        (tensor,) = vmm_ops.create_kv_tensors(8 * page, 1, "cuda:0", 1, num_kv_buffers=1)
+        side = torch.cuda.Stream()
+        for turn in range(4):
+            vmm_ops.map_to_kv_tensors([number * page for number in range(8)])
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(200_000_000)
+                for _ in range(20):
+                    tensor.add_(1)
+            began = side.query()
+            vmm_ops.unmap_from_kv_tensors([number * page for number in range(8)])
+            assert not began, turn
+            assert side.query(), "the kernels that were launched have ended"
+        torch.cuda.synchronize()
+    finally:
+        vmm_ops.shutdown_kvcached()

@@ -192,9 +192,57 @@ def test_a_prefix_is_found_again_by_its_tenant(mem: shoal.MemoryManager) -> None
     assert events[0]["parent"] is None
     assert events[1]["parent"] == events[0]["key"]
     assert kv.groups[0].forget(ids[3])
+    assert not kv.groups[0].forget(ids[3])
+    with pytest.raises(shoal.RegionError, match="1000000"):
+        kv.groups[0].forget(10**6)
     assert kv.match(tokens, salt="a") == (48, ids[:3])
     kv.forget_all()
     assert kv.match(tokens, salt="a") == (0, [])
+    kv.check()
+
+
+def test_sealed_says_what_can_be_found(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    tokens = list(range(64))
+    ids = kv.alloc(4)
+    assert kv.seal(tokens, [-1] * 4).blocks == 0
+    assert kv.seal(tokens, [ids[0], -1, ids[2], ids[3]]).blocks == 1
+    assert kv.match(tokens) == (16, ids[:1])
+    assert kv.seal(tokens, [-1, ids[1], -1, -1]).blocks == 4
+    assert kv.match(tokens) == (64, ids)
+
+
+def test_a_limit_is_one_number_with_a_revision(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    most = kv.usage()["limit"]
+    block = kv.groups[0].block_bytes
+    kv.set_limit(4 * MIB, revision=7)
+    assert (kv.usage()["limit"], kv.available()) == (4 * MIB, 4 * MIB // block)
+    ids = kv.alloc(4 * MIB // block)
+    assert kv.alloc(1) is None
+    kv.set_limit("2MiB")
+    assert kv.available() == 0
+    kv.free(ids)
+    assert kv.available() == 2 * MIB // block
+    for limit, revision, kind in [
+        (4 * MIB, 7, "stale"),
+        (4 * MIB, 8, "conflict"),
+        (most + 2 * MIB, 9, "limit"),
+        (4 * MIB, 2**64 - 1, "limit"),
+    ]:
+        with pytest.raises(shoal.RegionError) as caught:
+            kv.set_limit(limit, revision=revision)
+        assert caught.value.kind == kind
+        assert kv.usage()["limit"] == 2 * MIB
+    # The highest that can be given leaves room for those who give none.
+    kv.set_limit("4MiB", revision=2**64 - 2)
+    for mib in (2, 4, 6):
+        kv.set_limit(mib * MIB)
+        assert kv.usage()["limit"] == mib * MIB
+    with pytest.raises(ValueError, match="size"):
+        kv.set_limit("many")
+    kv.set_limit(most)
+    assert kv.available() == most // block
     kv.check()
 
 

@@ -57,6 +57,66 @@ fn alloc(state: &mut KvState, count: usize) -> Option<Vec<u32>> {
     None
 }
 
+#[test]
+fn what_was_given_up_longest_ago_goes_first_in_whatever_group() {
+    let group = |name: &str| GroupSpec {
+        name: name.to_owned(),
+        layers: 1,
+        shape: BlockShape::Latent { tokens: 2, dim: 512 << 10 },
+        element_bytes: 1,
+    };
+    let spec = CacheSpec {
+        groups: vec![group("one"), group("two")],
+        order: PlaneOrder::BlockMajor,
+        bytes: ByteCount::mib(64),
+        granule_bytes_max: ByteCount::mib(2),
+    };
+    let reuse = Some(ReuseOptions::default());
+    let layout = CacheLayout::new(&spec).expect("a layout");
+    let mut state = KvState::new(layout, ByteCount::ZERO, reuse).expect("an index");
+    let mut given_up = Vec::new();
+    // Sequences of two blocks in each group; each block of 1 MiB, so that each has a granule there.
+    for sequence in 0..4_u32 {
+        let mut lists = Vec::new();
+        for group in 0..2 {
+            for granule in state.plan_growth(group, 2).expect("a group").expect("room") {
+                state.mapped(granule).expect("coming");
+            }
+            let mut ids = [0_u32; 2];
+            assert!(state.alloc(group, &mut ids).expect("a group"));
+            lists.push(ids);
+        }
+        let tokens = [sequence, 1, sequence, 2];
+        state.seal(Start::Salt(b""), &tokens, &[&lists[0], &lists[1]]).expect("owned");
+        given_up.push(lists);
+    }
+    // The second group gives its blocks up in order, the first only then, and backwards.
+    let order = [(1, 0), (1, 1), (0, 3), (1, 2), (0, 2), (0, 1), (1, 3), (0, 0)];
+    for (group, sequence) in order {
+        state.free(group, &given_up[sequence][group]).expect("owned");
+    }
+    let cached = |state: &KvState, (group, sequence): (usize, usize)| {
+        let block = given_up[sequence][group][0];
+        state.pool(group).expect("a group").state(block) == Ok(BlockState::Cached)
+    };
+    for gone in 0..order.len() {
+        let standing: Vec<bool> = order.iter().map(|one| cached(&state, *one)).collect();
+        assert_eq!(standing.iter().filter(|stands| !**stands).count(), gone);
+        assert!(standing[gone..].iter().all(|stands| *stands), "{standing:?}");
+        assert_eq!(state.evict_granules(ByteCount::mib(1)).expect("an index"), ByteCount::mib(2));
+    }
+    assert_eq!(state.evict_granules(ByteCount::mib(1)).expect("an index"), ByteCount::ZERO);
+    state.check_invariants().expect("counts");
+}
+
+#[test]
+fn a_block_that_does_not_exist_cannot_be_forgotten() {
+    let mut state = state(EvictionKind::Lru);
+    assert!(matches!(state.forget(0, 1_000_000), Err(KvError::Blocks(_))));
+    assert!(matches!(state.forget(7, 0), Err(KvError::UnknownGroup { group: 7, groups: 1 })));
+    assert_eq!(state.forget(0, 0), Ok(false));
+}
+
 #[derive(Debug)]
 struct Sequence {
     salt: u8,

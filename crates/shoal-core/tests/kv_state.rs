@@ -122,13 +122,52 @@ fn what_was_needed_lately_is_kept_and_then_goes() {
     assert!(state.advance(at(4.0)));
     assert_eq!(release(&mut state), 24 * MIB);
     state.hint(0, 10, at(4.1)).expect("a group");
-    for granule in state.plan_spare().expect("planned") {
+    for granule in state.plan_spare(ByteCount(u64::MAX), ByteCount(u64::MAX)).expect("planned") {
         state.mapped(granule).expect("coming");
     }
     assert!(state.pool(0).expect("a group").available() >= 10);
     state.advance(at(9.0));
     release(&mut state);
     assert_eq!(state.mapped_bytes(), ByteCount::ZERO, "the step did not come");
+}
+
+#[test]
+fn what_is_expected_can_come_in_parts() {
+    let mut state = KvState::new(
+        CacheLayout::new(&CacheSpec {
+            groups: vec![group("full", 32, 64), group("other", 16, 64)],
+            order: PlaneOrder::BlockMajor,
+            bytes: ByteCount::mib(256),
+            granule_bytes_max: ByteCount::mib(16),
+        })
+        .expect("a layout"),
+        ByteCount::mib(256),
+        None,
+    )
+    .expect("no index");
+    state.hint(0, 26, Duration::ZERO).expect("a group");
+    state.hint(1, 8, Duration::ZERO).expect("a group");
+    let everything = ByteCount(u64::MAX);
+    let sizes = |state: &mut KvState, enough, most| -> Vec<(usize, u64)> {
+        let planned = state.plan_spare(enough, most).expect("planned");
+        let sizes = planned.iter().map(|granule| (granule.group, state.bytes_of(*granule).0 / MIB)).collect();
+        for granule in planned {
+            state.gone(granule).expect("coming");
+        }
+        sizes
+    };
+    let all = sizes(&mut state, everything, everything);
+    assert_eq!(all[..3], [(0, 16), (0, 16), (0, 16)]);
+    assert_eq!(all.iter().filter(|(group, _)| *group == 1).map(|(_, mib)| mib).sum::<u64>(), 8);
+    assert_eq!(
+        sizes(&mut state, ByteCount::mib(20), everything),
+        [(0, 16), (0, 16)],
+        "long ones, and no more"
+    );
+    assert_eq!(sizes(&mut state, everything, ByteCount::mib(6)), [(0, 4), (0, 2)], "as much as there is");
+    assert_eq!(sizes(&mut state, everything, ByteCount(1)), [(0, 2)], "one at least");
+    assert_eq!(state.spare_unit(), Some(ByteCount::mib(2)));
+    assert_eq!(state.mapped_bytes(), ByteCount::ZERO);
 }
 
 #[test]

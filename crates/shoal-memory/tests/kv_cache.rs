@@ -97,6 +97,28 @@ fn blocks_of_every_layout_have_memory_of_their_own() {
 }
 
 #[test]
+fn only_the_cache_gives_and_takes_its_memory() {
+    let world = world(64, 64);
+    let cache = cache(&world, 32);
+    let ids = alloc(&cache, 6).expect("room");
+    write(&cache, 0, ids[0], 7);
+    let (region, bytes) = (cache.region(), ByteCount::mib(4));
+    let refused = [
+        region.decommit(ByteCount::ZERO, bytes).map(drop),
+        region.commit(ByteCount::ZERO, bytes).map(drop),
+        region.stage(ByteCount::mib(16), &[1; 64], None),
+    ];
+    for outcome in refused {
+        let error = outcome.expect_err("blocks lie there");
+        assert!(matches!(error, MemoryError::State { .. }), "{error:?}");
+        assert!(error.to_string().contains("a KV cache lies in it"), "{error}");
+    }
+    assert!(holds(&cache, 0, ids[0], 7));
+    cache.free(0, &ids).expect("owned");
+    check(&world, &cache);
+}
+
+#[test]
 fn not_now_is_an_answer_and_changes_nothing() {
     let world = world(8, 64);
     let cache = cache(&world, 64);
@@ -676,4 +698,47 @@ fn a_compaction_that_fails_at_any_call_has_moved_nothing_or_says_what() {
         failures = n;
     }
     assert!(failures > 10, "only {failures} calls were ever failed");
+}
+
+/// A cache on a device that takes a while for each frame.
+fn slow_cache(mib: u64, each: Duration, patience: Duration) -> (World, KvCache) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let faults = FaultDevice::new(open(dir.path(), mib));
+    faults.fail_when(move |call| {
+        if call.verb == Verb::CreateFrame {
+            thread::sleep(each);
+        }
+        None
+    });
+    let world = world_on(dir, faults, mib, 64);
+    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, mib);
+    spec.spare_bytes_max = ByteCount::mib(mib);
+    spec.patience = patience;
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    (world, cache)
+}
+
+#[test]
+fn what_is_mapped_ahead_keeps_nobody_from_a_block() {
+    // 24 frames of 8 MiB at 50 ms: together twice what an allocation waits, a few at a time far less.
+    let (world, cache) = slow_cache(256, Duration::from_millis(50), Duration::from_millis(600));
+    cache.hint(0, 384).expect("a group");
+    until("the thread maps", || !cache.usage().mapped.is_zero());
+    assert!(alloc(&cache, 1).is_some(), "while others map ahead");
+    assert!(cache.usage().mapped < ByteCount::mib(192), "it did not wait for all of it");
+    until("the rest comes", || cache.usage().mapped >= ByteCount::mib(192));
+    check(&world, &cache);
+}
+
+#[test]
+fn what_is_expected_comes_as_far_as_the_lease_goes() {
+    let world = world(13, 64);
+    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
+    spec.spare_bytes_max = ByteCount::mib(64);
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    cache.hint(0, 60).expect("a group");
+    until("12 of the 30 MiB come", || cache.usage().mapped == ByteCount::mib(12));
+    assert_eq!(alloc(&cache, 24).map(|ids| ids.len()), Some(24));
+    assert_eq!(alloc(&cache, 1), None);
+    check(&world, &cache);
 }

@@ -66,7 +66,8 @@ class Sealed(NamedTuple):
     Attributes
     ----------
     blocks : int
-        Full blocks of the sequence that can be found now, from its start.
+        Full blocks of the sequence that can be found now, from its start, or from the block after ``after``: up to the
+        first that a group lacks which needs it.
     duplicates : list of tuple of int
         Blocks whose content was there already, as (group, place in the sequence, block given, block that is found). Use
         the one that is found and free your own, or keep both.
@@ -416,13 +417,13 @@ class KvCache:
             Bytes; at most what the cache was made for.
         revision
             An older one than that in force is refused, and so is another limit under the same one, so that a late word
-            undoes no newer one. Without it: one newer.
+            undoes no newer one; below 2**64 - 1, so that there always is a newer one. Without it: one newer, always.
 
         Raises
         ------
         RegionError
-            With ``kind`` ``"stale"``, ``"conflict"`` or ``"limit"`` (above what the cache was made for). Nothing has
-            changed.
+            With ``kind`` ``"stale"``, ``"conflict"`` or ``"limit"`` (above what the cache was made for, or that
+            revision). Nothing has changed.
         """
         self._native.set_limit(parse_size(limit), revision)
 

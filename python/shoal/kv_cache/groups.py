@@ -289,6 +289,8 @@ class KvGroup:
 
         Raises
         ------
+        RegionError
+            If there is no such block.
         ForkError
             In a process other than the one that made the cache.
         """

@@ -18,6 +18,12 @@ pub enum LimitError {
         /// The most there can be.
         reservation: ByteCount,
     },
+    /// No revision could be newer: whoever comes after could change nothing.
+    #[error("revision {revision} is the last there is, and would leave none for a later change")]
+    Last {
+        /// The revision given.
+        revision: u64,
+    },
     /// Somebody has set a newer one.
     #[error("revision {revision} is older than {current}, which is in force")]
     Stale {
@@ -71,7 +77,8 @@ impl Limit {
         self.reservation
     }
 
-    /// Sets it. Without a revision it is one newer than the one in force; the same word twice is no error.
+    /// Sets it. Without a revision it is one newer than the one in force, and always holds; the same word twice is no error.
+    /// The highest number is nobody's to give, so that there is always a newer one.
     ///
     /// # Errors
     /// [`LimitError`]; nothing is changed.
@@ -80,15 +87,16 @@ impl Limit {
             return Err(LimitError::AboveReservation { limit, reservation: self.reservation });
         }
         let revision = match revision {
+            Some(u64::MAX) => return Err(LimitError::Last { revision: u64::MAX }),
+            Some(revision) if revision < self.revision => {
+                return Err(LimitError::Stale { revision, current: self.revision });
+            }
+            Some(revision) if revision == self.revision && limit.0 != self.bytes.0 => {
+                return Err(LimitError::Conflict { revision, limit, current: self.bytes });
+            }
             Some(revision) => revision,
             None => self.revision.saturating_add(1),
         };
-        if revision < self.revision {
-            return Err(LimitError::Stale { revision, current: self.revision });
-        }
-        if revision == self.revision && limit.0 != self.bytes.0 {
-            return Err(LimitError::Conflict { revision, limit, current: self.bytes });
-        }
         self.bytes = limit;
         self.revision = revision;
         Ok(())
@@ -111,5 +119,19 @@ mod tests {
         limit.set(ByteCount::gib(1), Some(7)).expect("the same word again");
         limit.set(ByteCount::gib(4), None).expect("newer than 7");
         assert_eq!((limit.bytes(), limit.revision()), (ByteCount::gib(4), 8));
+    }
+
+    #[test]
+    fn no_revision_locks_the_limit_for_ever() {
+        let mut limit = Limit::new(ByteCount::gib(4));
+        let was = limit;
+        let last = limit.set(ByteCount::gib(1), Some(u64::MAX));
+        assert_eq!(last, Err(LimitError::Last { revision: u64::MAX }));
+        assert_eq!(limit, was);
+        limit.set(ByteCount::gib(1), Some(u64::MAX - 1)).expect("newer");
+        for gib in [2, 3, 1] {
+            limit.set(ByteCount::gib(gib), None).expect("always holds");
+            assert_eq!(limit.bytes(), ByteCount::gib(gib));
+        }
     }
 }

@@ -230,41 +230,54 @@ impl KvState {
     }
 
     /// Evicts cached blocks so that granules of at least `bytes` are empty, as far as there are any in which nothing is
-    /// owned, in the policy's order ([`PrefixCache::victim_extent`]). What could not be found without them goes too.
-    /// Returns the memory of granules that are empty by that.
+    /// owned: those first that were given up longest ago, in whatever group, and there in the policy's order
+    /// ([`PrefixCache::victim_extent`]). What could not be found without them goes too. Returns the memory of granules that
+    /// are empty by that.
     ///
     /// # Errors
     /// None that a caller can cause.
     pub fn evict_granules(&mut self, bytes: ByteCount) -> Result<ByteCount, KvError> {
         let mut emptied = ByteCount::ZERO;
-        for at in 0..self.groups.len() {
-            let Some(reuse) = &mut self.reuse else { break };
-            for (slot, blocks) in self.groups[at].pool.loads() {
+        let Some(reuse) = &mut self.reuse else { return Ok(emptied) };
+        for (at, group) in self.groups.iter().enumerate() {
+            for (slot, blocks) in group.pool.loads() {
                 reuse.prefix.set_allocated(at, slot, blocks);
             }
-            while emptied < bytes {
-                let Some(slot) = self.reuse_mut()?.prefix.victim_extent(at) else { break };
-                let pool = &self.groups[at].pool;
-                let Some((mut blocks, _)) = pool.blocks_and_units(slot) else { break };
-                if pool.is_pinned(slot) {
-                    blocks.start -= 1;
-                }
-                let before = pool.figures().units_empty;
-                if self.evict_with(at, |prefix, evicted| prefix.evict_blocks(at, blocks, evicted))? == 0 {
-                    break;
-                }
-                let units = self.groups[at].pool.figures().units_empty - before;
-                emptied += ByteCount(u64::from(units) * self.groups[at].unit_bytes);
-                // What went with them may have kept other granules: a sequence lies where it found room.
-                let (Some(reuse), pool) = (&mut self.reuse, &self.groups[at].pool) else { break };
-                for block in &reuse.evicted {
-                    for slot in pool.granules_of(*block).into_iter().flat_map(|(first, last)| [first, last]) {
-                        reuse.prefix.set_allocated(at, slot, pool.load(slot));
-                    }
+        }
+        let mut is_spent = vec![false; self.groups.len()];
+        while emptied < bytes {
+            let prefix = &self.reuse_mut()?.prefix;
+            let Some(at) = prefix.coldest_group(|group| !is_spent[group]) else { break };
+            let gave = self.evict_granule(at)?;
+            is_spent[at] = gave.is_none();
+            emptied += gave.unwrap_or(ByteCount::ZERO);
+        }
+        Ok(emptied)
+    }
+
+    /// Empties one granule of a group; how much memory is empty by that. `None`: it has none that can be.
+    fn evict_granule(&mut self, at: usize) -> Result<Option<ByteCount>, KvError> {
+        let Some(slot) = self.reuse_mut()?.prefix.victim_extent(at) else { return Ok(None) };
+        let pool = &self.groups[at].pool;
+        let Some((mut blocks, _)) = pool.blocks_and_units(slot) else { return Ok(None) };
+        if pool.is_pinned(slot) {
+            blocks.start -= 1;
+        }
+        let before = pool.figures().units_empty;
+        if self.evict_with(at, |prefix, evicted| prefix.evict_blocks(at, blocks, evicted))? == 0 {
+            return Ok(None);
+        }
+        let units = self.groups[at].pool.figures().units_empty - before;
+        // What went with them may have kept other granules: a sequence lies where it found room.
+        if let Some(reuse) = &mut self.reuse {
+            let pool = &self.groups[at].pool;
+            for block in &reuse.evicted {
+                for slot in pool.granules_of(*block).into_iter().flat_map(|(first, last)| [first, last]) {
+                    reuse.prefix.set_allocated(at, slot, pool.load(slot));
                 }
             }
         }
-        Ok(emptied)
+        Ok(Some(ByteCount(u64::from(units) * self.groups[at].unit_bytes)))
     }
 
     fn evict_with(
@@ -286,9 +299,11 @@ impl KvState {
     /// What a block holds is no longer what it was sealed as, or shall not be found. True if it was sealed.
     ///
     /// # Errors
-    /// [`KvError::UnknownGroup`].
+    /// [`KvError::UnknownGroup`], [`KvError::Blocks`] for a block that does not exist.
     pub fn forget(&mut self, group: usize, block: u32) -> Result<bool, KvError> {
-        if !self.pool(group)?.is_sealed(block) {
+        let pool = self.pool(group)?;
+        pool.state(block)?;
+        if !pool.is_sealed(block) {
             return Ok(false);
         }
         self.reuse_mut()?.prefix.forget(group, block);

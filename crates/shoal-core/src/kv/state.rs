@@ -343,29 +343,60 @@ impl KvState {
         Ok(None)
     }
 
-    /// Granules that should come so that what is expected finds memory; as many as there is room for.
+    /// Granules that should come so that what is expected finds memory, as far as there is room: none more once they are
+    /// `enough` together, and of at most `bytes_max` together, or one of the least length.
     ///
     /// # Errors
     /// None that a caller can cause.
-    pub fn plan_spare(&mut self) -> Result<Vec<GranuleId>, KvError> {
+    pub fn plan_spare(&mut self, enough: ByteCount, bytes_max: ByteCount) -> Result<Vec<GranuleId>, KvError> {
         let mut planned = Vec::new();
-        for group in 0..self.groups.len() {
-            let spare = self.groups[group].spare;
-            let available = self.groups[group].pool.available();
-            planned.extend(self.plan(group, spare.saturating_sub(available))?.0);
+        let mut bytes = ByteCount::ZERO;
+        for at in 0..self.groups.len() {
+            let group = &self.groups[at];
+            let missing = group.spare.saturating_sub(group.pool.available());
+            if missing == 0 {
+                continue;
+            }
+            let least = if planned.is_empty() { group.unit_bytes } else { 0 };
+            let most = bytes_max.saturating_sub(bytes).max(ByteCount(least));
+            let before = self.mapped_bytes();
+            planned.extend(self.plan_within(at, missing, enough.saturating_sub(bytes), most)?.0);
+            bytes += self.mapped_bytes().saturating_sub(before);
+            if bytes >= enough {
+                break;
+            }
         }
         Ok(planned)
+    }
+
+    /// The length of the shortest granule that is missing for what is expected.
+    #[must_use]
+    pub fn spare_unit(&self) -> Option<ByteCount> {
+        let missing = self.groups.iter().filter(|group| group.pool.available() < group.spare);
+        missing.map(|group| ByteCount(group.unit_bytes)).min()
     }
 
     /// Plans granules for `missing` blocks, each as long as what is still missing, the limit and the addresses allow.
     /// Returns them and the blocks they will bring.
     pub(super) fn plan(&mut self, at: usize, missing: u32) -> Result<(Vec<GranuleId>, u32), KvError> {
+        self.plan_within(at, missing, ByteCount(u64::MAX), ByteCount(u64::MAX))
+    }
+
+    /// The same, none more once they are `enough` together, and of at most `bytes_max` together.
+    fn plan_within(
+        &mut self,
+        at: usize,
+        missing: u32,
+        enough: ByteCount,
+        bytes_max: ByteCount,
+    ) -> Result<(Vec<GranuleId>, u32), KvError> {
         let layout = &self.layout.groups()[at];
         let (piece, planes) = (layout.piece_bytes().0, u64::from(layout.planes()));
         let units_max = layout.granule_units_max();
-        let limit = self.limit.bytes();
+        let before = self.mapped_bytes();
+        let limit = self.limit.bytes().min(ByteCount(before.0.saturating_add(bytes_max.0)));
         let (mut planned, mut yielded) = (Vec::new(), 0_u32);
-        while yielded < missing {
+        while yielded < missing && self.mapped_bytes().saturating_sub(before) < enough {
             let room = limit.saturating_sub(self.mapped_bytes()).0;
             let group = &mut self.groups[at];
             let plane_unit = group.unit_bytes / planes;

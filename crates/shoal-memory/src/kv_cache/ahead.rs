@@ -81,6 +81,12 @@ impl Shared {
         self.signal.lock().paused_until = Some(Instant::now() + PAUSE_RECLAIMED);
     }
 
+    /// Whether the thread is to map nothing now: the cache ends, or memory was just taken from it.
+    pub(super) fn is_stopped(&self) -> bool {
+        let signal = self.signal.lock();
+        signal.is_over || signal.paused_until.is_some_and(|until| until > Instant::now())
+    }
+
     fn run(&self) {
         let mut wait = IDLE;
         let mut pause = PAUSE;
@@ -110,8 +116,7 @@ impl Shared {
                 (is_quiet, state.clocks(), state.has_surplus())
             };
             wait = if is_quiet { IDLE } else { MOMENT };
-            let paused_until = self.signal.lock().paused_until;
-            if paused_until.is_none_or(|until| until <= Instant::now()) {
+            if !self.is_stopped() {
                 match self.map_spare() {
                     Ok(true) => pause = PAUSE,
                     Ok(false) => {}

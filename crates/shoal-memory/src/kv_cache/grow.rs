@@ -22,6 +22,8 @@ use crate::transfer::Shared as TransferShared;
 
 /// How often an allocation maps again because others took what it had mapped.
 const ATTEMPTS_MAX: u32 = 4;
+/// After how much the cache's own thread lets others have the turn.
+const SPARE_STEP: ByteCount = ByteCount::mib(32);
 /// How long the cache's own thread waits for what is in its way.
 const AHEAD_WAIT: Duration = Duration::from_millis(100);
 
@@ -112,21 +114,46 @@ impl Shared {
         Ok(true)
     }
 
-    /// Maps what is expected. True if that was anything.
+    /// Maps what is expected, a few granules at a time, so that whoever needs memory now has its turn in between. Where the
+    /// lease or the device has not all of them, half of that is asked for, down to the shortest granule: what there is
+    /// comes. True if that was anything; an error where something could not be had.
     pub(super) fn map_spare(&self) -> Result<bool, MemoryError> {
-        let deadline = Instant::now() + AHEAD_WAIT;
-        // Whoever maps right now maps for somebody who waits.
-        let Some(_growing) = self.growing.take(deadline) else { return Ok(false) };
-        // What is on the host comes first, and when it is needed.
-        if !self.region.missing_bytes().is_zero() {
-            return Ok(false);
+        let mut most = ByteCount(u64::MAX);
+        let (mut has_mapped, mut refused) = (false, None);
+        // For all that is refused together; what comes takes its own time.
+        let mut deadline = Instant::now() + AHEAD_WAIT;
+        while !self.is_stopped() {
+            // Whoever maps right now maps for somebody who waits.
+            let Some(_growing) = self.growing.take(Instant::now() + AHEAD_WAIT) else { break };
+            // What is on the host comes first, and when it is needed.
+            if !self.region.missing_bytes().is_zero() {
+                break;
+            }
+            let (planned, bytes, least) = {
+                let mut state = self.state.lock();
+                let least = state.spare_unit().unwrap_or(ByteCount::ZERO);
+                let planned = state.plan_spare(SPARE_STEP, most)?;
+                let bytes: ByteCount = planned.iter().map(|granule| state.bytes_of(*granule)).sum();
+                (planned, bytes, least)
+            };
+            if planned.is_empty() {
+                break;
+            }
+            match self.map(&planned, deadline, false) {
+                Ok(()) => {
+                    has_mapped = true;
+                    if refused.is_none() {
+                        deadline = Instant::now() + AHEAD_WAIT;
+                    }
+                }
+                Err(error) if is_shortage(&error) && bytes > least => {
+                    most = ByteCount(bytes.0 / 2);
+                    refused = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
-        let planned = self.state.lock().plan_spare()?;
-        if planned.is_empty() {
-            return Ok(false);
-        }
-        self.map(&planned, deadline, false)?;
-        Ok(true)
+        refused.map_or(Ok(has_mapped), Err)
     }
 
     /// Maps what a part-filled granule can be given up for. `None`: that would gain nothing.
@@ -338,6 +365,10 @@ enum Fate {
 
 /// Whether it means that there is no memory now, and nothing worse.
 fn is_not_now(error: &MemoryError) -> bool {
+    is_shortage(error) || matches!(error, MemoryError::Deadline { .. })
+}
+
+/// Whether less might be had.
+fn is_shortage(error: &MemoryError) -> bool {
     matches!(error.kind(), ErrorKind::Lease | ErrorKind::OutOfMemory)
-        || matches!(error, MemoryError::Deadline { .. })
 }

@@ -124,6 +124,7 @@ impl MemoryManager {
             extent_rule: rule,
             backing: Backing::Keep,
         })?;
+        region.become_cache();
         let shared = Arc::new(Shared {
             region,
             state: Mutex::new(state),
@@ -142,7 +143,8 @@ impl MemoryManager {
 }
 
 impl KvCache {
-    /// The region it lies in: its address, for tensors, and its manager.
+    /// The region it lies in: its address, for tensors, and its manager. Only the cache gives and takes its memory: `commit`,
+    /// `decommit` and `stage` are refused there.
     #[must_use]
     pub fn region(&self) -> &Region {
         &self.shared.region

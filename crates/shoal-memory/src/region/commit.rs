@@ -18,9 +18,11 @@ impl Region {
     /// Gives the pages that the range touches zeroed device memory, where they have none. All or nothing.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::Lease`], [`MemoryError::Device`]; nothing is changed.
+    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] where a KV cache lies in it, [`MemoryError::Lease`],
+    /// [`MemoryError::Device`]; nothing is changed.
     pub fn commit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
+        self.check_no_cache("commit")?;
         let run = PageRun::covering(offset, bytes);
         let wanted = {
             let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
@@ -57,10 +59,12 @@ impl Region {
     /// region gave up.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] for sealed weights; nothing is changed. [`MemoryError::Device`]
+    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] for sealed weights and where a KV cache lies in it; nothing is
+    /// changed. [`MemoryError::Device`]
     /// where the device refuses to give memory up: the bytes are gone, and the next operation asks for the memory again.
     pub fn decommit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
+        self.check_no_cache("decommit")?;
         if self.inner.state.lock().sealed {
             return Err(self.refuse("decommit", "it is sealed; put it to sleep instead"));
         }

@@ -165,6 +165,8 @@ pub(crate) struct RegionInner {
     pub(crate) holds: AtomicUsize,
     /// It yields by its owner's word alone.
     pub(crate) stays: AtomicBool,
+    /// A KV cache lies in it, which alone says what of it has memory.
+    is_cache: AtomicBool,
     reservation: Arc<Reservation>,
     /// Streams that use it, as far as we know, and whether somebody vouched that there are no others.
     streams: Mutex<(BTreeSet<ForeignStream>, bool)>,
@@ -215,7 +217,8 @@ impl RegionInner {
         let make = if is_growing { RegionTable::empty } else { RegionTable::carved };
         let table = make(bytes.pages(), extent_rule, backing);
         let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
-        let (users, holds, stays) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
+        let (users, holds) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (stays, is_cache) = (AtomicBool::new(false), AtomicBool::new(false));
         let (waking, state) = (Mutex::default(), Mutex::new(state));
         let (streams, name) = (Mutex::default(), name.into());
         let inner = Self {
@@ -227,6 +230,7 @@ impl RegionInner {
             users,
             holds,
             stays,
+            is_cache,
             reservation,
             streams,
             waking,
@@ -302,6 +306,19 @@ impl Region {
     /// Whether somebody fills it right now.
     pub(crate) fn is_in_use(&self) -> bool {
         self.inner.users.load(Ordering::Acquire) > 0
+    }
+
+    /// From here on a KV cache alone gives and takes its memory.
+    pub(crate) fn become_cache(&self) {
+        self.inner.is_cache.store(true, Ordering::Relaxed);
+    }
+
+    /// Refuses what would give or take memory under a cache's blocks (I2).
+    pub(crate) fn check_no_cache(&self, doing: &'static str) -> Result<(), MemoryError> {
+        if self.inner.is_cache.load(Ordering::Relaxed) {
+            return Err(self.refuse(doing, "a KV cache lies in it; take and free blocks, or trim the cache"));
+        }
+        Ok(())
     }
 
     pub(crate) fn stays(&self) -> bool {

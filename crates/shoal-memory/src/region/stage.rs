@@ -31,7 +31,7 @@ impl Region {
     /// is read and compared before it is believed.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] (sealed, on the device, misaligned for its conversion),
+    /// [`MemoryError::OutOfRange`], [`MemoryError::State`] (sealed, on the device, a KV cache's, misaligned for its conversion),
     /// [`MemoryError::SourceMismatch`], [`MemoryError::SourceRead`], [`MemoryError::HostBudget`],
     /// [`MemoryError::Device`]. Extents written before the failing one hold the new bytes; staging again is safe.
     pub fn stage(
@@ -42,6 +42,7 @@ impl Region {
     ) -> Result<(), MemoryError> {
         let length = ByteCount(bytes.len() as u64);
         self.check_range(offset, length)?;
+        self.check_no_cache("stage")?;
         if bytes.is_empty() {
             return Ok(());
         }

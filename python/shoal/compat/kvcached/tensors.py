@@ -7,6 +7,7 @@ as touching any page without memory does. There is no page of zeros behind unmap
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KvTensors"]
 
+_log = logging.getLogger(__name__)
 _DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -169,7 +171,7 @@ class KvTensors:
         except BaseException:
             for backing in done:
                 backing.unback(blocks)
-                backing.trim()
+                _trim(backing)
             raise
 
     def _unback(self, units: set[int]) -> None:
@@ -177,4 +179,14 @@ class KvTensors:
         for backing in self._backings:
             backing.unback(blocks)
             # What a neighbour does not need goes now: whoever frees pages wants them free.
-            backing.trim()
+            _trim(backing)
+
+
+def _trim(backing: shoal.KvBacking) -> None:
+    """Take the memory of pages that are nobody's, after the work that uses it."""
+    try:
+        backing.trim()
+    except shoal.Error as error:
+        # That work has not ended in time, or the device refused: the pages are nobody's all the same, and their memory
+        # goes with the next page that is unmapped, or as soon as it is needed.
+        _log.warning("memory of unmapped pages stays for now: %s", error)

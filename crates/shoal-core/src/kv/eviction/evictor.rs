@@ -16,6 +16,7 @@ pub struct Evictor {
     extents: Extents,
     blocks: Vec<Option<Cached>>,
     cached: u32,
+    now: u64,
 }
 
 impl Evictor {
@@ -27,6 +28,7 @@ impl Evictor {
             extents: Extents::new(),
             blocks: vec![None; blocks as usize],
             cached: 0,
+            now: 0,
         }
     }
 
@@ -50,8 +52,14 @@ impl Evictor {
         let weight = self.policy.weight(block);
         *place = Some(Cached { span, weight });
         self.cached += 1;
-        self.extents.cached(span, weight);
+        self.extents.cached(span, weight, self.now);
         self.check_in_debug();
+    }
+
+    /// What is given up from here on is given up at `now`, a number that never falls: what evictors of several groups hold
+    /// can be compared by it ([`oldest_extent`](Self::oldest_extent)).
+    pub const fn set_now(&mut self, now: u64) {
+        self.now = now;
     }
 
     /// The block was found again and is referred to.
@@ -75,7 +83,7 @@ impl Evictor {
             self.blocks.get_mut(from as usize).and_then(Option::take)
         {
             self.extents.uncached(before, weight);
-            self.extents.cached(span, weight);
+            self.extents.cached(span, weight, self.now);
             self.blocks[to as usize] = Some(Cached { span, weight });
         }
         self.check_in_debug();
@@ -98,6 +106,12 @@ impl Evictor {
     #[must_use]
     pub fn victim_extent(&self) -> Option<u32> {
         self.extents.victim(self.policy.as_ref())
+    }
+
+    /// When that extent of which all allocated blocks are cached and which was given up longest ago was given up.
+    #[must_use]
+    pub fn oldest_extent(&self) -> Option<u64> {
+        self.extents.oldest()
     }
 
     /// Extents whose allocated blocks are all cached.

@@ -38,6 +38,8 @@ struct Extent {
     cached: u32,
     weight: u64,
     drainable: bool,
+    /// When a block of it was given up last.
+    at: u64,
 }
 
 /// Counts of all extents.
@@ -54,9 +56,10 @@ impl Extents {
         Self { counts: Vec::new(), links: Links::new(0), drainable: List::EMPTY }
     }
 
-    pub(super) fn cached(&mut self, span: ExtentSpan, weight: u64) {
+    pub(super) fn cached(&mut self, span: ExtentSpan, weight: u64, now: u64) {
         for extent in span.extents() {
             let counts = self.reach(extent);
+            counts.at = now;
             counts.cached += 1;
             counts.weight = counts.weight.saturating_add(weight);
             self.place(extent, true);
@@ -83,6 +86,11 @@ impl Extents {
 
     pub(super) const fn drainable_count(&self) -> u32 {
         self.drainable.len
+    }
+
+    /// When the drainable extent that was given up longest ago was given up.
+    pub(super) fn oldest(&self) -> Option<u64> {
+        self.drainable.first().map(|extent| self.counts[extent as usize].at)
     }
 
     /// Of the coldest drainable extents the one whose blocks are missed least.

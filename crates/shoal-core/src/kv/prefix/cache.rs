@@ -53,6 +53,8 @@ pub struct PrefixCache {
     index: PrefixIndex,
     groups: Vec<Group>,
     scratch: Vec<u32>,
+    /// How often blocks were released: the time of all groups.
+    now: u64,
 }
 
 impl PrefixCache {
@@ -68,7 +70,7 @@ impl PrefixCache {
             path: Vec::new(),
             on_path: vec![false; group.blocks as usize],
         });
-        Ok(Self { groups: groups.collect(), index: PrefixIndex::new(options)?, scratch: Vec::new() })
+        Ok(Self { groups: groups.collect(), index: PrefixIndex::new(options)?, scratch: Vec::new(), now: 0 })
     }
 
     /// What is sealed.
@@ -135,6 +137,8 @@ impl PrefixCache {
     /// evicted. `span` tells which extents a block lies in. Blocks that are not sealed, or cached already, are passed over.
     pub fn released(&mut self, group: usize, blocks: &[u32], span: impl Fn(u32) -> ExtentSpan) {
         let Some(state) = self.groups.get_mut(group) else { return };
+        self.now += 1;
+        state.evictor.set_now(self.now);
         let mut before: Option<(u32, u32)> = None;
         for block in blocks.iter().rev().copied() {
             let Some(node) = self.index.node_of(group, block) else { continue };
@@ -228,6 +232,14 @@ impl PrefixCache {
     #[must_use]
     pub fn victim_extent(&self, group: usize) -> Option<u32> {
         self.groups.get(group)?.evictor.victim_extent()
+    }
+
+    /// Of the groups that `may_give` takes and of which an extent can be emptied: the one where such an extent has been
+    /// given up for longest.
+    pub fn coldest_group(&self, may_give: impl Fn(usize) -> bool) -> Option<usize> {
+        let groups = self.groups.iter().enumerate().filter(|(group, _)| may_give(*group));
+        let oldest = groups.filter_map(|(group, state)| Some((state.evictor.oldest_extent()?, group)));
+        oldest.min().map(|(_, group)| group)
     }
 
     /// How many blocks of an extent are allocated, cached ones included. See [`Evictor::set_allocated`].

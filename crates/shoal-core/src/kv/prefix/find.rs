@@ -68,54 +68,72 @@ impl PrefixIndex {
     }
 }
 
-/// How far a walk has come, and what each group had on the way.
-struct Walk {
-    path: Vec<u32>,
+/// How much of a way down the tree can be found: up to the last node where every group has what it needs.
+pub(super) struct Reach {
     /// Blocks in a row that each group had, up to here. 64 groups at most.
     runs: [u32; 64],
-    best: usize,
+    length: u32,
+    /// Blocks that can be found.
+    pub(super) best: usize,
+}
+
+impl Reach {
+    pub(super) const fn new() -> Self {
+        Self { runs: [0; 64], length: 0, best: 0 }
+    }
+
+    /// Takes the next node; false when nothing further can count.
+    pub(super) fn goes_on(&mut self, index: &PrefixIndex, node: u32) -> bool {
+        self.length += 1;
+        let mut all = true;
+        for (group, options) in index.options.groups.iter().enumerate() {
+            let run = &mut self.runs[group];
+            *run = if index.nodes.block(node, group) == NO_BLOCK { 0 } else { *run + 1 };
+            let needed = options.rule.blocks_needed(index.options.block_tokens);
+            if needed.is_none() && *run < self.length {
+                return false;
+            }
+            all &= *run >= needed.unwrap_or(self.length).min(self.length);
+        }
+        if all {
+            self.best = self.length as usize;
+        }
+        true
+    }
+}
+
+/// How far a walk has come.
+struct Walk {
+    path: Vec<u32>,
+    reach: Reach,
 }
 
 impl Walk {
     fn new(index: &mut PrefixIndex) -> Self {
         let mut path = std::mem::take(&mut index.path);
         path.clear();
-        Self { path, runs: [0; 64], best: 0 }
+        Self { path, reach: Reach::new() }
     }
 
     /// Takes the next node; false when nothing further can count.
     fn goes_on(&mut self, index: &PrefixIndex, node: u32) -> bool {
         self.path.push(node);
-        let length = u32::try_from(self.path.len()).unwrap_or(u32::MAX);
-        let mut all = true;
-        for (group, options) in index.options.groups.iter().enumerate() {
-            let run = &mut self.runs[group];
-            *run = if index.nodes.block(node, group) == NO_BLOCK { 0 } else { *run + 1 };
-            let needed = options.rule.blocks_needed(index.options.block_tokens);
-            if needed.is_none() && *run < length {
-                return false;
-            }
-            all &= *run >= needed.unwrap_or(length).min(length);
-        }
-        if all {
-            self.best = self.path.len();
-        }
-        true
+        self.reach.goes_on(index, node)
     }
 
     fn end(self, index: &mut PrefixIndex, found: &mut Found) {
-        found.blocks = self.best;
-        found.tokens = self.best * index.options.block_tokens as usize;
+        found.blocks = self.reach.best;
+        found.tokens = self.reach.best * index.options.block_tokens as usize;
         found.groups.resize_with(index.options.groups.len(), GroupFound::default);
         for (group, (found, options)) in found.groups.iter_mut().zip(&index.options.groups).enumerate() {
             let needed = options.rule.blocks_needed(index.options.block_tokens);
-            let needed = needed.map_or(self.best, |needed| self.best.min(needed as usize));
-            found.first = self.best - needed;
+            let needed = needed.map_or(self.reach.best, |needed| self.reach.best.min(needed as usize));
+            found.first = self.reach.best - needed;
             found.blocks.clear();
-            let path = &self.path[found.first..self.best];
+            let path = &self.path[found.first..self.reach.best];
             found.blocks.extend(path.iter().map(|node| index.nodes.block(*node, group)));
         }
-        let last = self.best.checked_sub(1).map_or(NO_NODE, |last| self.path[last]);
+        let last = self.reach.best.checked_sub(1).map_or(NO_NODE, |last| self.path[last]);
         found.position = (last != NO_NODE).then(|| index.position(last));
         index.path = self.path;
     }

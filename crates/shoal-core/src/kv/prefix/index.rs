@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::events::{EventBatch, EventKind, Events};
+use super::find::Reach;
 use super::key::{BlockKey, block_key, engine_key, root_key};
 use super::nodes::{Content, Nodes};
 use super::options::{PrefixError, PrefixOptions};
@@ -45,7 +46,8 @@ pub struct Duplicate {
 /// What a call to seal did. Reuse it: its lists keep their memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sealed {
-    /// Blocks of the sequence that are in the tree now, from where the call began.
+    /// Blocks of the sequence that can be found now, from where the call began: up to the last one where every group has
+    /// what it needs, as [`PrefixIndex::find`] counts.
     pub blocks: usize,
     /// Blocks that can be found from now on and could not before, as (group, block).
     pub stored: Vec<(usize, u32)>,
@@ -238,6 +240,7 @@ impl PrefixIndex {
             (None, Start::Salt(salt)) if full > 0 => self.new_root(Kind::Tokens, salt),
             _ => return Ok(()),
         };
+        let (mut reach, mut reaches) = (Reach::new(), true);
         for (at, block) in tokens.chunks_exact(block_tokens).enumerate() {
             let next = match self.path.get(at) {
                 Some(known) => Step::Node(*known),
@@ -249,7 +252,9 @@ impl PrefixIndex {
             };
             node = child;
             self.hold(node, at, blocks, sealed);
+            reaches = reaches && reach.goes_on(self, node);
         }
+        sealed.blocks = reach.best;
         self.end(node, sealed);
         Ok(())
     }
@@ -295,6 +300,7 @@ impl PrefixIndex {
         }
         // Nodes that the next key was not put below, because it lies elsewhere already.
         let mut left: Vec<Position> = Vec::new();
+        let (mut reach, mut reaches) = (Reach::new(), true);
         for (at, key) in keys.iter().enumerate() {
             match self.node_by_key(root, node, key) {
                 Ok(found) => {
@@ -309,7 +315,9 @@ impl PrefixIndex {
                 }
             }
             self.hold(node, at, blocks, sealed);
+            reaches = reaches && reach.goes_on(self, node);
         }
+        sealed.blocks = reach.best;
         let last = self.position(node);
         for Position { node, generation } in left {
             if self.nodes.is_live(node, generation) {
@@ -518,7 +526,6 @@ impl PrefixIndex {
 
     /// Puts the blocks that were given for a node where the node has none.
     fn hold(&mut self, node: u32, at: usize, blocks: &[&[u32]], sealed: &mut Sealed) {
-        sealed.blocks = at + 1;
         for (group, list) in blocks.iter().enumerate() {
             let (given, kept) = (list[at], self.nodes.block(node, group));
             if given == NO_BLOCK || given == kept {

@@ -115,6 +115,24 @@ fn a_position_saves_the_way_and_goes_stale() {
 }
 
 #[test]
+fn what_was_sealed_counts_up_to_the_first_hole() {
+    let mut index = index(8);
+    let tokens = [1, 1, 2, 2, 3, 3, 4, 4];
+    assert_eq!(seal(&mut index, b"", &tokens, &[NO_BLOCK; 4]).blocks, 0, "nothing can be found");
+    assert_eq!(seal(&mut index, b"", &tokens, &[0, NO_BLOCK, 2, 3]).blocks, 1);
+    assert_eq!(find(&mut index, b"", &tokens), [0]);
+    assert_eq!(
+        seal(&mut index, b"", &tokens, &[NO_BLOCK, 1, NO_BLOCK, NO_BLOCK]).blocks,
+        4,
+        "the hole is filled"
+    );
+    assert_eq!(find(&mut index, b"", &tokens), [0, 1, 2, 3]);
+    let (mut sealed, keys) = (Sealed::default(), [&[1_u8; 16][..], &[2; 16], &[3; 16]]);
+    index.seal_keys(b"", None, &keys, &[&[4, NO_BLOCK, 5]], &mut sealed).expect("free blocks");
+    assert_eq!(sealed.blocks, 1);
+}
+
+#[test]
 fn a_full_tree_tells() {
     let mut index = PrefixIndex::new(PrefixOptions { nodes_max: Some(3), ..PrefixOptions::full(2, 8) })
         .expect("good options");
