@@ -6,6 +6,7 @@ The numbers of defects are those that kvcached itself has or had; each test show
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 import threading
 import weakref
@@ -300,6 +301,18 @@ def test_defect_12_addresses_outlive_a_shutdown() -> None:
     vmm_ops.init_kvcached("cpu")
     (other,) = vmm_ops.create_kv_tensors(4 * PAGE, 1, "cpu", 1, num_kv_buffers=1)
     assert not address <= other.data_ptr() < address + 4 * PAGE
+
+
+def test_a_stand_in_for_torch_is_enough_to_import_it() -> None:
+    # As kvcached's own tests do, which look at its block manager without a tensor.
+    code = (
+        "import sys; from unittest import mock\n"
+        "for name in ('torch', 'torch.cuda', 'torch.utils'): sys.modules[name] = mock.MagicMock()\n"
+        "import shoal.compat.kvcached.kv_cache_manager as manager\n"
+        "print(manager.KVCacheManager.__name__)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert said.stdout.strip() == "KVCacheManager", said.stderr
 
 
 # The manager.

@@ -189,20 +189,6 @@ fn memory_goes_back_when_it_is_empty_and_nothing_is_expected() {
 }
 
 #[test]
-fn a_hint_maps_before_anybody_asks() {
-    let world = world(64, 64);
-    let cache = cache(&world, 64);
-    cache.hint(0, 16).expect("a group");
-    until("it is mapped", || cache.usage().groups[0].blocks.available >= 16);
-    let mut ids = [0_i32; 16];
-    assert_eq!(cache.try_alloc(0, &mut ids).expect("a group"), Attempt::Done);
-    let mut more = [0_i32; 60];
-    assert_eq!(cache.try_alloc(0, &mut more).expect("a group"), Attempt::Unmapped);
-    assert_eq!(cache.try_free(0, &ids).expect("owned"), Attempt::Done);
-    until("the step did not come", || world.device_used().is_zero());
-}
-
-#[test]
 fn a_limit_shrinks_by_itself_and_grows_back_exactly() {
     let world = world(64, 64);
     let cache = cache(&world, 32);
@@ -698,47 +684,4 @@ fn a_compaction_that_fails_at_any_call_has_moved_nothing_or_says_what() {
         failures = n;
     }
     assert!(failures > 10, "only {failures} calls were ever failed");
-}
-
-/// A cache on a device that takes a while for each frame.
-fn slow_cache(mib: u64, each: Duration, patience: Duration) -> (World, KvCache) {
-    let dir = tempfile::tempdir().expect("a directory");
-    let faults = FaultDevice::new(open(dir.path(), mib));
-    faults.fail_when(move |call| {
-        if call.verb == Verb::CreateFrame {
-            thread::sleep(each);
-        }
-        None
-    });
-    let world = world_on(dir, faults, mib, 64);
-    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, mib);
-    spec.spare_bytes_max = ByteCount::mib(mib);
-    spec.patience = patience;
-    let cache = world.manager.kv_cache(spec).expect("addresses");
-    (world, cache)
-}
-
-#[test]
-fn what_is_mapped_ahead_keeps_nobody_from_a_block() {
-    // 24 frames of 8 MiB at 50 ms: together twice what an allocation waits, a few at a time far less.
-    let (world, cache) = slow_cache(256, Duration::from_millis(50), Duration::from_millis(600));
-    cache.hint(0, 384).expect("a group");
-    until("the thread maps", || !cache.usage().mapped.is_zero());
-    assert!(alloc(&cache, 1).is_some(), "while others map ahead");
-    assert!(cache.usage().mapped < ByteCount::mib(192), "it did not wait for all of it");
-    until("the rest comes", || cache.usage().mapped >= ByteCount::mib(192));
-    check(&world, &cache);
-}
-
-#[test]
-fn what_is_expected_comes_as_far_as_the_lease_goes() {
-    let world = world(13, 64);
-    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
-    spec.spare_bytes_max = ByteCount::mib(64);
-    let cache = world.manager.kv_cache(spec).expect("addresses");
-    cache.hint(0, 60).expect("a group");
-    until("12 of the 30 MiB come", || cache.usage().mapped == ByteCount::mib(12));
-    assert_eq!(alloc(&cache, 24).map(|ids| ids.len()), Some(24));
-    assert_eq!(alloc(&cache, 1), None);
-    check(&world, &cache);
 }

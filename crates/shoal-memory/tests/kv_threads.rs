@@ -16,7 +16,7 @@ use shoal_core::kv::reuse::ReuseOptions;
 use shoal_memory::{ErrorKind, KvCache, KvCacheSpec, MemoryError};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
-const SEEDS: u64 = 12;
+const SEEDS: u64 = 30;
 const ROUNDS: usize = 120;
 const BLOCKS: usize = 96;
 
@@ -54,6 +54,12 @@ fn may_be_busy<T>(outcome: Result<T, MemoryError>) {
     }
 }
 
+fn unmark(marks: &[AtomicU32], ids: &[u32]) {
+    for id in ids {
+        marks[*id as usize].store(0, Ordering::Release);
+    }
+}
+
 /// Takes, shares, seals, finds and gives back. Who owns a block alone marks it; nobody else may own it then.
 fn use_blocks(me: u32, seed: u64, cache: &KvCache, marks: &[AtomicU32]) {
     let mut random = Random(seed ^ u64::from(me));
@@ -75,7 +81,7 @@ fn use_blocks(me: u32, seed: u64, cache: &KvCache, marks: &[AtomicU32]) {
                 let tokens: Vec<u32> = (0..2 * u32::try_from(ids.len()).expect("few")).collect();
                 let salt = [u8::try_from(me).expect("few"), u8::try_from(round % 3).expect("few")];
                 // From here on others may find them: they are nobody's alone.
-                ids.iter().for_each(|id| marks[*id as usize].store(0, Ordering::Release));
+                unmark(marks, &ids);
                 cache.seal(Start::Salt(&salt), &tokens, &[&ids]).expect("owned");
                 cache.free(0, &ids).expect("owned");
             }
@@ -89,14 +95,14 @@ fn use_blocks(me: u32, seed: u64, cache: &KvCache, marks: &[AtomicU32]) {
             }
             _ if !held.is_empty() => {
                 let ids = held.swap_remove(random.below(held.len()));
-                ids.iter().for_each(|id| marks[*id as usize].store(0, Ordering::Release));
+                unmark(marks, &ids);
                 cache.free(0, &ids).expect("owned");
             }
             _ => {}
         }
     }
     for ids in held {
-        ids.iter().for_each(|id| marks[*id as usize].store(0, Ordering::Release));
+        unmark(marks, &ids);
         cache.free(0, &ids).expect("owned");
     }
 }

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 import shoal
-from shoal.torch import tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -62,6 +61,9 @@ class KvTensors:
         contiguous: bool,
         unified: bool,
     ) -> None:
+        # Here, because programs put stand-ins for torch in its place where they need no tensors.
+        from shoal.torch import tensor
+
         if item_bytes not in _DTYPES:
             raise RuntimeError(f"Unsupported dtype size: {item_bytes}; it can be 1, 2, 4 or 8")
         if nbytes <= 0 or layers <= 0 or buffers not in (1, 2):

@@ -1,0 +1,94 @@
+//! What a KV cache's own thread maps ahead of need: it keeps nobody from a block, and takes what there is.
+
+mod common;
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{WAIT, World, open, world, world_on};
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_device::FaultDevice;
+use shoal_device::device::Verb;
+use shoal_memory::kv_cache::Attempt;
+use shoal_memory::{KvCache, KvCacheSpec};
+
+/// Blocks of 512 KiB in two layers; as much ahead as is asked for.
+fn spec(mib: u64) -> KvCacheSpec {
+    let shape = BlockShape::State { elements: 256 << 10 };
+    let group = GroupSpec { name: "full".to_owned(), layers: 2, shape, element_bytes: 1 };
+    let (bytes, granule_bytes_max) = (ByteCount::mib(mib), ByteCount::mib(8));
+    let cache = CacheSpec { groups: vec![group], order: PlaneOrder::BlockMajor, bytes, granule_bytes_max };
+    KvCacheSpec { spare_bytes_max: bytes, ..KvCacheSpec::new("kv", cache) }
+}
+
+fn alloc(cache: &KvCache, count: usize) -> Option<Vec<u32>> {
+    let mut ids = vec![u32::MAX; count];
+    cache.alloc(0, &mut ids).expect("the device works").then_some(ids)
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + WAIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn check(world: &World, cache: &KvCache) {
+    cache.check_invariants().expect("invariants");
+    world.check();
+}
+
+/// A cache on a device that takes a while for each frame.
+fn slow_cache(mib: u64, each: Duration, patience: Duration) -> (World, KvCache) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let faults = FaultDevice::new(open(dir.path(), mib));
+    faults.fail_when(move |call| {
+        if call.verb == Verb::CreateFrame {
+            thread::sleep(each);
+        }
+        None
+    });
+    let world = world_on(dir, faults, mib, 64);
+    let spec = KvCacheSpec { patience, ..spec(mib) };
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    (world, cache)
+}
+
+#[test]
+fn what_is_mapped_ahead_keeps_nobody_from_a_block() {
+    // 24 frames of 8 MiB at 50 ms: together twice what an allocation waits, a few at a time far less.
+    let (world, cache) = slow_cache(256, Duration::from_millis(50), Duration::from_millis(600));
+    cache.hint(0, 384).expect("a group");
+    until("the thread maps", || !cache.usage().mapped.is_zero());
+    assert!(alloc(&cache, 1).is_some(), "while others map ahead");
+    assert!(cache.usage().mapped < ByteCount::mib(192), "it did not wait for all of it");
+    until("the rest comes", || cache.usage().mapped >= ByteCount::mib(192));
+    check(&world, &cache);
+}
+
+#[test]
+fn what_is_expected_comes_as_far_as_the_lease_goes() {
+    let world = world(13, 64);
+    let cache = world.manager.kv_cache(spec(64)).expect("addresses");
+    cache.hint(0, 60).expect("a group");
+    until("12 of the 30 MiB come", || cache.usage().mapped == ByteCount::mib(12));
+    assert_eq!(alloc(&cache, 24).map(|ids| ids.len()), Some(24));
+    assert_eq!(alloc(&cache, 1), None);
+    check(&world, &cache);
+}
+
+#[test]
+fn a_hint_maps_before_anybody_asks() {
+    let world = world(64, 64);
+    let cache = world.manager.kv_cache(spec(64)).expect("addresses");
+    cache.hint(0, 16).expect("a group");
+    until("it is mapped", || cache.usage().groups[0].blocks.available >= 16);
+    let mut ids = [0_i32; 16];
+    assert_eq!(cache.try_alloc(0, &mut ids).expect("a group"), Attempt::Done);
+    let mut more = [0_i32; 60];
+    assert_eq!(cache.try_alloc(0, &mut more).expect("a group"), Attempt::Unmapped);
+    assert_eq!(cache.try_free(0, &ids).expect("owned"), Attempt::Done);
+    until("the step did not come", || world.device_used().is_zero());
+}
