@@ -10,8 +10,11 @@
 #[path = "../../crates/shoal-memory/benches/sleep_wake/report.rs"]
 mod report;
 
+use std::collections::VecDeque;
 use std::hint::spin_loop;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use peer::Peer;
@@ -243,23 +246,48 @@ fn size(report: &mut Report, stranger: &Peer, [up, down]: [&Pool; 2], link: &Lin
     report.add(&format!("blocks of {what}, both ways at once, sum"), "GB/s", both, bounds);
 }
 
-/// What a load is slowed down by stores, and how soon one list is done.
+/// What loads have left of their rate while another thread stores all the time, two lists ahead of the device as a
+/// background copy is, and what the stores have meanwhile.
 fn loads_beside_stores(report: &mut Report, up: &Pool, down: &Pool, block: u64) {
-    let (ups, downs) = (up.lists(block, MOVED), down.lists(block, 4 * MOVED));
-    let alone = median(&rates(MOVED, || {
+    let (ups, downs) = (up.lists(block, 2 * MOVED), down.lists(block, MOVED));
+    let load = || {
         up.queue(&ups);
         up.finish();
-    }));
-    let beside = rates(MOVED, || {
-        // Loads first, as stores are what yields; more of them than the loads take.
-        up.queue(&ups[..1]);
-        down.queue(&downs);
-        up.queue(&ups[1..]);
-        up.finish();
+    };
+    let alone = median(&rates(2 * MOVED, load));
+    let (is_over, stored) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (beside, meanwhile) = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut queued = VecDeque::new();
+            for list in downs.iter().cycle() {
+                if is_over.load(Ordering::Acquire) {
+                    break;
+                }
+                down.stream.copy_many(list).unwrap();
+                let bytes: u64 = list.iter().map(|(source, _)| source.bytes().0).sum();
+                queued.push_back((down.stream.record().unwrap(), bytes));
+                while queued.len() > 2 {
+                    if queued.front().is_some_and(|(event, _)| event.is_complete().unwrap()) {
+                        stored.fetch_add(queued.pop_front().map_or(0, |(_, bytes)| bytes), Ordering::Relaxed);
+                    } else {
+                        thread::yield_now();
+                    }
+                }
+            }
+        });
+        let (before, start) = (stored.load(Ordering::Relaxed), Instant::now());
+        let beside = rates(2 * MOVED, load);
+        let seconds = start.elapsed().as_secs_f64();
+        let meanwhile = (stored.load(Ordering::Relaxed) - before) as f64 / 1e9 / seconds;
+        is_over.store(true, Ordering::Release);
+        (beside, meanwhile)
     });
     down.finish();
     let bounds = Bounds { ceiling: Some(alone), ..Bounds::default() };
-    report.add(&format!("loads of {}, stores under way", name(block)), "GB/s", beside, bounds);
+    let what = name(block);
+    report.add(&format!("loads of {what}, stores of {what} under way"), "GB/s", beside, bounds);
+    let case = format!("those stores of {what} meanwhile");
+    report.add(&case, "GB/s", vec![meanwhile], Bounds::default());
 }
 
 fn ms(since: Instant) -> f64 {
