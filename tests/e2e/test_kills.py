@@ -2,76 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from tests.support.server import serve
+from tests.support.streams import TOKENS, Stream, alive
 from tests.support.witness import until
 
-if TYPE_CHECKING:
-    from tests.support.server import Server
-
-TOKENS = 200
 KILLS = 5
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-class Stream:
-    """A streamed completion in a thread of its own, and what its client has heard so far."""
-
-    def __init__(self, server: Server, model: str) -> None:
-        self.texts: list[str] = []
-        self.errors: list[dict[str, object]] = []
-        self.status = 0
-        self.done = False
-        self.torn: Exception | None = None
-        self._url = f"{server.url}/v1/completions"
-        self._body = {"model": model, "prompt": "abc", "max_tokens": TOKENS, "temperature": 0, "stream": True}
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=120) as answer:
-                self.status = answer.status_code
-                if self.status != httpx.codes.OK:
-                    self.errors.append(json.loads(answer.read())["error"])
-                    return
-                for line in answer.iter_lines():
-                    data = line.removeprefix("data: ")
-                    if data == "[DONE]":
-                        self.done = True
-                    elif data != line:
-                        event = json.loads(data)
-                        if "error" in event:
-                            self.errors.append(event["error"])
-                        else:
-                            self.texts += [choice["text"] for choice in event["choices"]]
-        except (httpx.TransportError, ValueError, KeyError) as error:
-            self.torn = error
-
-    def end(self) -> str:
-        """Wait for the end, which must be a proper one, and give the text."""
-        self._thread.join(120)
-        assert not self._thread.is_alive(), "the client never heard the end"
-        assert self.torn is None, f"the stream ended without a word: {self.torn!r}"
-        assert self.done != bool(self.errors), (self.status, self.done, self.errors)
-        return "".join(self.texts)
 
 
 @pytest.mark.parametrize("moment", ["stream", "wake"])
@@ -123,16 +66,21 @@ def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], 
     assert kills == KILLS
 
 
-def test_no_worker_survives_the_server(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
-    """The server is killed with SIGKILL: within seconds no worker holds memory, and a new one starts cleanly."""
-    with serve(tmp_path, models=model_tables[:2], device_budget="64MiB") as server:
+@pytest.mark.parametrize("wait_s", [0, 2])
+def test_no_worker_waits_for_ever(tmp_path: Path, model_tables: list[dict[str, object]], wait_s: int) -> None:
+    """The server is killed and no other comes: no worker holds memory for longer than it was told to wait."""
+    with serve(tmp_path, models=model_tables[:2], device_budget="64MiB", orphan_s_max=wait_s) as server:
         for table in model_tables[:2]:
             server.wait_for(str(table["name"]), "asleep")
         server.complete(str(model_tables[0]["name"]), "a", 4)
         pids = list(server.workers().values())
         assert len(pids) == 2
-        os.kill(server.process.pid, signal.SIGKILL)
-        until(lambda: not any(alive(pid) for pid in pids), 10, "workers end after their server")
+        server.kill()
+        if wait_s:
+            time.sleep(wait_s / 4)
+            assert all(alive(pid) for pid in pids), "they wait"
+        until(lambda: not any(alive(pid) for pid in pids), wait_s + 10, "workers end after their server")
+        assert not list(server.runtime_dir.glob("worker-*.sock")) or not wait_s, "they end in order"
     with serve(tmp_path, models=model_tables[:1], device_budget="64MiB") as server:
         server.wait_for(str(model_tables[0]["name"]), "asleep")
         assert server.complete(str(model_tables[0]["name"]), "a", 4)

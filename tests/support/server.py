@@ -39,6 +39,7 @@ class Server:
     home: Path
     port: int
     process: subprocess.Popen[bytes]
+    config: Path
     http: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +103,19 @@ class Server:
                 texts.append(f"--- {path.name}\n" + "\n".join(tail))
         return "\n".join(texts)
 
+    def kill(self) -> None:
+        """End it with SIGKILL, as a machine short of memory would."""
+        self.process.kill()
+        self.process.wait(10)
+        self.http.close()
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+
+    def start_again(self) -> None:
+        """Start another one in its place, with what the configuration says by now."""
+        assert self.process.poll() is not None, "it runs"
+        self.process = _start(self.home, self.config)
+        wait_until_up(self)
+
     def stop(self, timeout_s: float = 30) -> int:
         """End it the way Ctrl-C does and give its exit status."""
         self.http.close()
@@ -134,19 +148,18 @@ def write_config(home: Path, server: dict[str, object], models: list[dict[str, o
     return path
 
 
+def _start(home: Path, config: Path) -> subprocess.Popen[bytes]:
+    with (home / "serve.log").open("ab") as log:
+        command = [sys.executable, "-m", "shoal", "serve", str(config)]
+        return subprocess.Popen(command, env=environment(home), stdout=log, stderr=subprocess.STDOUT)
+
+
 @contextmanager
 def serve(home: Path, *, models: list[dict[str, object]], **server: object) -> Iterator[Server]:
     """Run `shoal serve` with these settings until the block ends; on the way out nothing of it may be left."""
     port = free_port()
     config = write_config(home, {"listen": f"127.0.0.1:{port}", "device": "sim", **server}, models)
-    with (home / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shoal", "serve", str(config)],
-            env=environment(home),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    running = Server(home, port, process)
+    running = Server(home, port, _start(home, config), config)
     try:
         wait_until_up(running)
         yield running

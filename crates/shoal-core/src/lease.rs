@@ -159,6 +159,37 @@ impl LeaseBook {
         Ok(())
     }
 
+    /// Opens an account for a process that holds leases already, of a server before this one: in full or not at all.
+    ///
+    /// # Errors
+    /// [`LeaseBookError::AlreadyOpen`], [`LeaseBookError::Short`].
+    pub fn adopt(
+        &mut self,
+        model: ModelId,
+        held: impl IntoIterator<Item = (LeaseKind, ByteCount)>,
+    ) -> Result<(), LeaseBookError> {
+        if self.accounts.contains_key(&model) {
+            return Err(LeaseBookError::AlreadyOpen { model });
+        }
+        let mut account = Account::default();
+        for (kind, bytes) in held {
+            // Numbers of another process: their sum may be anything.
+            let granted = &mut account.granted[place(kind)];
+            *granted = ByteCount(granted.0.saturating_add(bytes.0));
+        }
+        let requested =
+            ByteCount(account.granted.iter().fold(0, |sum: u64, bytes| sum.saturating_add(bytes.0)));
+        // What is held is held, so the headroom counts as well.
+        let free = self.budget - self.leased;
+        if requested > free {
+            return Err(LeaseBookError::Short { requested, free, budget: self.budget });
+        }
+        self.accounts.insert(model, account);
+        self.leased += requested;
+        self.check_invariants();
+        Ok(())
+    }
+
     /// Grants `bytes` more.
     ///
     /// A grant of overhead first takes over what a correction covers already.
@@ -289,6 +320,24 @@ mod tests {
         book.give_back(B, LeaseKind::Weights, MIB(6)).expect("held");
         assert_eq!(book.measure_overhead(A, MIB(20)), Ok(MIB(0)));
         assert_eq!(book.held(A, LeaseKind::Overhead), MIB(20));
+    }
+
+    #[test]
+    fn a_holder_of_a_server_before_is_taken_on_in_full_or_not_at_all() {
+        const C: ModelId = ModelId(2);
+        let mut book = book();
+        book.grant(B, LeaseKind::Weights, MIB(40)).expect("fits");
+        let all = [(LeaseKind::Weights, MIB(50)), (LeaseKind::Kv, MIB(6)), (LeaseKind::Overhead, MIB(4))];
+        let short = LeaseBookError::Short { requested: MIB(61), free: MIB(60), budget: MIB(100) };
+        assert_eq!(book.adopt(C, all.into_iter().chain([(LeaseKind::Kv, MIB(1))])), Err(short));
+        let endless = [(LeaseKind::Kv, ByteCount(u64::MAX)), (LeaseKind::Kv, MIB(1))];
+        assert!(matches!(book.adopt(C, endless), Err(LeaseBookError::Short { .. })));
+        assert_eq!((book.leased(), book.total(C)), (MIB(40), MIB(0)));
+        assert_eq!(book.adopt(C, all), Ok(()));
+        assert_eq!((book.leased(), book.held(C, LeaseKind::Kv), book.free()), (MIB(100), MIB(6), MIB(0)));
+        assert_eq!(book.adopt(C, []), Err(LeaseBookError::AlreadyOpen { model: C }));
+        assert_eq!(book.give_back(C, LeaseKind::Weights, MIB(50)), Ok(()));
+        assert_eq!((book.close(C), book.leased()), (MIB(10), MIB(40)));
     }
 
     #[test]

@@ -13,6 +13,12 @@
 //! its host budget. A worker unmaps before it writes [`FromWorker::SlabReturn`]; what it does not return stays for the next
 //! worker of its model.
 //!
+//! **A server that is gone.** A worker whose connection ends without an order to finish waits `Welcome::server_wait_ms` for
+//! a server at the same socket. It greets that one with what it holds ([`WorkerHolds`]), says each slab that it was lent,
+//! with its file ([`FromWorker::SlabHeld`]), asks again for the leases that it still waits for, and goes on. What it holds
+//! by its own count is what the new server charges: grants that it read count, returns that nobody read count as well.
+//! Orders of the server before are not answered. A server that does not want it says [`FromServer::Refused`].
+//!
 //! **Orders.** `Reclaim` and `Wake` are orders: each is answered by exactly one [`FromWorker::OrderDone`].
 
 use serde::{Deserialize, Serialize};
@@ -62,6 +68,14 @@ pub enum FromServer {
         /// Whether the server lends memory for host copies. One that says nothing of it does not.
         #[serde(default)]
         lends_slabs: bool,
+        /// How long the worker shall wait for another server when this one is gone. Of one that says nothing: not at all.
+        #[serde(default)]
+        server_wait_ms: u64,
+    },
+    /// The answer to a `Hello` of somebody who is not wanted; the connection ends after it.
+    Refused {
+        /// Why, in a sentence.
+        reason: String,
     },
     /// Memory for host copies, whose file comes with this line.
     SlabGrant {
@@ -166,6 +180,23 @@ pub struct WorkerUsage {
     pub evicted: ByteCount,
 }
 
+/// What a worker holds that had another server before.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerHolds {
+    /// Its lease for weights.
+    pub weights: ByteCount,
+    /// Its lease for KV.
+    pub kv: ByteCount,
+    /// Its lease for overhead.
+    pub overhead: ByteCount,
+    /// The most host memory that it was allowed to use for copies.
+    pub host_budget: ByteCount,
+    /// What it can do, where it was ready.
+    pub capabilities: Option<WorkerCapabilities>,
+    /// Its newest figures.
+    pub usage: WorkerUsage,
+}
+
 /// What a model can do, from its files.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WorkerCapabilities {
@@ -197,6 +228,9 @@ pub enum FromWorker {
         model: String,
         /// Its process id.
         pid: u32,
+        /// What it holds, where it had another server before.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        holds: Option<Box<WorkerHolds>>,
     },
     /// Progress of loading, for people.
     Loading {
@@ -253,6 +287,15 @@ pub enum FromWorker {
         request: u64,
         /// Its length, a multiple of 2 MiB.
         bytes: ByteCount,
+    },
+    /// A slab of a server before, whose file comes with this line.
+    SlabHeld {
+        /// The slab's number.
+        slab: u64,
+        /// Its length.
+        bytes: ByteCount,
+        /// It is made of huge pages that were set aside.
+        is_set_aside: bool,
     },
     /// Memory for host copies is unmapped and not needed any more.
     SlabReturn {

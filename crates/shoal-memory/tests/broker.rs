@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use common::{PAGE, WAIT, noise, open};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION};
+use shoal_core::protocol::{
+    FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION, WorkerCapabilities, WorkerHolds,
+};
 use shoal_device::HostBacking;
 use shoal_device::host::HostFile;
 use shoal_memory::{
@@ -86,6 +88,7 @@ fn welcome(version: u32) -> FromServer {
         host_budget: ByteCount::mib(64),
         data_socket: "data.sock".to_owned(),
         lends_slabs: true,
+        server_wait_ms: 0,
     }
 }
 
@@ -94,7 +97,7 @@ fn accept(listener: &UnixListener) -> Fake {
     writer.set_read_timeout(Some(WAIT)).expect("set");
     let mut fake = Fake { reader: BufReader::new(writer.try_clone().expect("cloned")), writer };
     assert!(
-        matches!(fake.hear(), FromWorker::Hello { version: VERSION, ref model, pid: 7 } if model == "chat")
+        matches!(fake.hear(), FromWorker::Hello { version: VERSION, ref model, pid: 7, holds: None } if model == "chat")
     );
     fake
 }
@@ -235,6 +238,204 @@ fn a_server_that_goes_away_is_heard_by_all_who_wait() {
     let (hooked, heard) = mpsc::channel();
     client.on_disconnect(move |_| hooked.send(()).expect("waiting"));
     heard.recv_timeout(SHORT).expect("called at once");
+}
+
+/// A server that lets its workers wait, and the path it listens at.
+fn patient(dir: &Path, wait_ms: u64) -> (Arc<BrokerClient>, Fake, std::path::PathBuf) {
+    let path = dir.join("control.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    let server = thread::spawn(move || {
+        let mut fake = accept(&listener);
+        fake.say(&patient_welcome(wait_ms));
+        fake
+    });
+    let (client, welcome) = BrokerClient::connect(&path, "chat", 7, WAIT).expect("welcome");
+    assert_eq!(welcome.server_wait, Duration::from_millis(wait_ms));
+    (client, server.join().expect("no panic"), path)
+}
+
+fn patient_welcome(wait_ms: u64) -> FromServer {
+    match welcome(VERSION) {
+        FromServer::Welcome {
+            version,
+            spec,
+            device,
+            device_bytes,
+            host_budget,
+            data_socket,
+            lends_slabs,
+            ..
+        } => {
+            let server_wait_ms = wait_ms;
+            FromServer::Welcome {
+                version,
+                spec,
+                device,
+                device_bytes,
+                host_budget,
+                data_socket,
+                lends_slabs,
+                server_wait_ms,
+            }
+        }
+        other => other,
+    }
+}
+
+/// The next server at `path`: its end of the connection, and what the worker says it holds.
+fn next_server(path: &Path) -> (Fake, WorkerHolds) {
+    std::fs::remove_file(path).expect("the last one's");
+    let listener = UnixListener::bind(path).expect("bound");
+    let (writer, _) = listener.accept().expect("a worker");
+    writer.set_read_timeout(Some(WAIT)).expect("set");
+    let mut fake = Fake { reader: BufReader::new(writer.try_clone().expect("cloned")), writer };
+    match fake.hear() {
+        FromWorker::Hello { pid: 7, holds: Some(holds), .. } => (fake, *holds),
+        other => panic!("{other:?} does not say what it holds"),
+    }
+}
+
+#[test]
+fn another_server_hears_what_is_held_and_what_is_still_asked_for() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake, path) = patient(dir.path(), 30_000);
+    client.ready(WorkerCapabilities { context_tokens: 9, ..WorkerCapabilities::default() });
+    assert!(matches!(fake.hear(), FromWorker::Ready { .. }));
+    let ask = |kind, mib| {
+        let client = Arc::clone(&client);
+        let bytes = ByteCount::mib(mib);
+        thread::spawn(move || client.acquire(kind, bytes, bytes, WAIT, "a test"))
+    };
+    let granted = ask(LeaseKind::Weights, 8);
+    let (request, kind, bytes) = fake.hear_request();
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+    assert_eq!(granted.join().expect("no panic").expect("granted"), bytes);
+    // One is answered by the next server; of the other, the answer is there before the server goes.
+    let open = ask(LeaseKind::Kv, 4);
+    let (request_open, ..) = fake.hear_request();
+    let answered = ask(LeaseKind::Weights, 2);
+    let (request, kind, bytes) = fake.hear_request();
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+    drop(fake);
+    answered.join().expect("no panic").expect("granted");
+    client.give_back(LeaseKind::Weights, ByteCount::mib(3));
+    assert_eq!(client.closed(), None, "it waits");
+    let (mut fake, holds) = next_server(&path);
+    assert_eq!(
+        (holds.weights, holds.kv, holds.host_budget),
+        (ByteCount::mib(7), ByteCount(0), ByteCount::mib(64))
+    );
+    assert_eq!(holds.capabilities.map(|can| can.context_tokens), Some(9));
+    assert_eq!(fake.hear_request(), (request_open, LeaseKind::Kv, ByteCount::mib(4)));
+    fake.say(&patient_welcome(30_000));
+    fake.say(&FromServer::LeaseGrant {
+        request: request_open,
+        kind: LeaseKind::Kv,
+        bytes: ByteCount::mib(4),
+    });
+    open.join().expect("no panic").expect("granted");
+    client.give_back(LeaseKind::Kv, ByteCount::mib(4));
+    let back = FromWorker::LeaseReturn { kind: LeaseKind::Kv, bytes: ByteCount::mib(4) };
+    assert_eq!(fake.hear(), back, "it speaks to the new one");
+}
+
+/// Whatever is given back while servers come and go, each hears a hello and returns that fit together.
+#[test]
+fn no_byte_is_lost_or_counted_twice_between_two_servers() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake, path) = patient(dir.path(), 30_000);
+    let granted = {
+        let client = Arc::clone(&client);
+        thread::spawn(move || {
+            let bytes = ByteCount::mib(512);
+            client.acquire(LeaseKind::Kv, bytes, bytes, WAIT, "a test")
+        })
+    };
+    let (request, kind, bytes) = fake.hear_request();
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+    granted.join().expect("no panic").expect("granted");
+    let giving = {
+        let client = Arc::clone(&client);
+        thread::spawn(move || {
+            for _ in 0..512 {
+                client.give_back(LeaseKind::Kv, ByteCount::mib(1));
+                thread::sleep(Duration::from_micros(400));
+            }
+        })
+    };
+    for _ in 0..4 {
+        thread::sleep(Duration::from_millis(15));
+        drop(fake);
+        let (mut next, holds) = next_server(&path);
+        next.say(&patient_welcome(30_000));
+        let mut held = holds.kv;
+        for _ in 0..10 {
+            if held.is_zero() {
+                break;
+            }
+            let FromWorker::LeaseReturn { bytes, .. } = next.hear() else { panic!("no return") };
+            held = ByteCount(held.0.checked_sub(bytes.0).expect("more came back than was held"));
+        }
+        fake = next;
+    }
+    giving.join().expect("no panic");
+    assert_eq!(client.held(LeaseKind::Kv), ByteCount::ZERO);
+    drop(fake);
+    let (_fake, holds) = next_server(&path);
+    assert_eq!(holds.kv, ByteCount::ZERO);
+}
+
+#[test]
+fn slabs_are_handed_on_with_their_files_until_they_are_returned() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake, path) = patient(dir.path(), 30_000);
+    let source = client.slab_source().expect("it lends");
+    let borrow = {
+        let source = Arc::clone(&source);
+        thread::spawn(move || [0, 1].map(|_| source.borrow_slab(ByteCount::mib(2), WAIT).expect("lent")))
+    };
+    let file = HostFile::create(ByteCount::mib(2), HostBacking::SharedHugePages).expect("memory");
+    for slab in [3, 4] {
+        let (request, bytes) = fake.hear_slab_request();
+        let granted = FromServer::SlabGrant { request, slab, bytes, is_set_aside: false, is_zeroed: true };
+        fake.say_with(&granted, &file);
+    }
+    let lent = borrow.join().expect("no panic");
+    source.return_slab(lent[0].slab);
+    assert_eq!(fake.hear(), FromWorker::SlabReturn { slab: 3 });
+    drop(fake);
+    let (mut fake, _) = next_server(&path);
+    assert!(
+        matches!(fake.hear(), FromWorker::SlabHeld { slab: 4, bytes, is_set_aside: false } if bytes == ByteCount::mib(2))
+    );
+}
+
+#[test]
+fn a_server_that_refuses_and_one_that_never_comes_end_the_wait() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, fake, path) = patient(dir.path(), 30_000);
+    drop(fake);
+    let (mut fake, _) = next_server(&path);
+    fake.say(&FromServer::Refused { reason: "its model is gone".to_owned() });
+    until("closed", || client.closed().is_some());
+    assert!(client.closed().expect("closed").contains("its model is gone"));
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, fake, _) = patient(dir.path(), 300);
+    let (hooked, heard) = mpsc::channel();
+    client.on_disconnect(move |reason| hooked.send(reason.to_owned()).expect("waiting"));
+    drop(fake);
+    assert!(heard.recv_timeout(SHORT).is_err(), "it waits");
+    let reason = heard.recv_timeout(WAIT).expect("the hook");
+    assert!(reason.contains("no other came"), "{reason}");
+
+    // An order to finish is no reason to wait for anybody.
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake, _) = patient(dir.path(), 30_000);
+    fake.say(&FromServer::Shutdown { deadline_ms: 100, reason: "a test".to_owned() });
+    assert!(client.wait_shutdown(WAIT).is_some());
+    drop(fake);
+    until("closed", || client.closed().is_some());
 }
 
 #[test]

@@ -24,10 +24,14 @@ use crate::owner::Owned;
 /// How long a wait goes without looking for an interrupt.
 const SLICE: Duration = Duration::from_millis(200);
 
+/// How long a process that was asked to end may take.
+const END_PATIENCE: Duration = Duration::from_secs(15);
+
 /// What happens when the socket closes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnDisconnect {
     Exit,
+    End,
     Ignore,
 }
 
@@ -83,6 +87,7 @@ impl PyBrokerClient {
     fn on_disconnect(&self) -> &'static str {
         match *self.on_disconnect.lock() {
             OnDisconnect::Exit => "exit",
+            OnDisconnect::End => "end",
             OnDisconnect::Ignore => "ignore",
         }
     }
@@ -92,16 +97,18 @@ impl PyBrokerClient {
         let client = self.client.get()?;
         let wanted = match value {
             "exit" => OnDisconnect::Exit,
+            "end" => OnDisconnect::End,
             "ignore" => OnDisconnect::Ignore,
             _ => {
                 return Err(PyValueError::new_err(format!(
-                    "on_disconnect must be \"exit\" or \"ignore\", not {value:?}"
+                    "on_disconnect must be \"exit\", \"end\" or \"ignore\", not {value:?}"
                 )));
             }
         };
         *self.on_disconnect.lock() = wanted;
         py.detach(|| match wanted {
             OnDisconnect::Exit => client.on_disconnect(end_process),
+            OnDisconnect::End => client.on_disconnect(ask_to_end),
             OnDisconnect::Ignore => client.on_disconnect(|_| {}),
         });
         Ok(())
@@ -110,6 +117,12 @@ impl PyBrokerClient {
     #[getter]
     fn connected(&self) -> PyResult<bool> {
         Ok(self.client.get()?.closed().is_none())
+    }
+
+    /// How long another server is waited for when this one is gone.
+    #[getter]
+    fn server_wait_s(&self) -> f64 {
+        self.welcome.server_wait.as_secs_f64()
     }
 
     fn loading(&self, py: Python<'_>, phase: &str, done: u64, total: u64) -> PyResult<()> {
@@ -177,6 +190,22 @@ impl PyBrokerClient {
             py.check_signals()?;
         }
     }
+}
+
+/// Asks this process to end in order (SIGTERM), and ends it if it has not by the end of [`END_PATIENCE`].
+fn ask_to_end(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "shoal: the server is gone ({reason}); this worker is to end");
+    if kill_process(getpid(), Signal::TERM).is_err() {
+        end_process(reason);
+    }
+    let reason = reason.to_owned();
+    let patience = std::thread::Builder::new().name("shoal-end".to_owned());
+    let waits = patience.spawn(move || {
+        std::thread::sleep(END_PATIENCE);
+        end_process(&reason);
+    });
+    // Without the thread it may live on; it was asked.
+    let _ = waits;
 }
 
 /// Ends this process at once: its server is gone, so nothing may hold memory any longer. By signal, because neither

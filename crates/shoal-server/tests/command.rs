@@ -35,6 +35,7 @@ fn start_in(dir: tempfile::TempDir, budget_mib: u64, models: &str) -> Scene {
         shared_memory: None,
         nvidia: None,
         gpus: None,
+        budgets_before: None,
     };
     let text = format!("[server]\ndevice = 'sim'\ndevice_budget = '{budget_mib}MiB'\n{models}");
     let config: ServerConfig = parse(&text)

@@ -41,6 +41,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         python: PathBuf::from("python3"),
         limits: Limits::default(),
         quantum: Duration::from_secs(3),
+        orphan_wait: Duration::ZERO,
         sharing: Sharing::default(),
         notes: vec![],
         unservable: vec![],

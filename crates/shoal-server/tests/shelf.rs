@@ -43,6 +43,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         limits: Limits::default(),
         quantum: Duration::from_secs(3),
         sharing: shoal_server::config::Sharing::default(),
+        orphan_wait: Duration::ZERO,
         notes: vec![],
         unservable: vec![],
     }

@@ -2,7 +2,9 @@
 
 The server starts this, one process for each model. Everything else comes over the control socket: what to load, how
 much memory there is, and where to listen. The order of things: connect, load on the CPU, place the weights (no device
-yet), listen, say ready; then serve until the server says shutdown, SIGTERM comes, or the server is gone.
+yet), listen, say ready; then serve until the server says shutdown or SIGTERM comes. Until its welcome a worker ends
+with its server; from then on, when the server is killed, it goes on with what it holds and waits a bounded time for
+another one at the same socket.
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("no server at %s: %s", options.control, error)
         return 2
     client.on_disconnect = "exit"
+    if client.server_wait_s > 0:
+        _outlive_parent()
+        parent = 0
     return _serve(client, options.model, parent)
 
 
@@ -77,6 +82,14 @@ def _end_with_parent() -> bool:
     # Whoever ended before the request for the signal causes none. In a container the server itself may be process 1.
     server = os.environ.get("SHOAL_SERVER_PID", "")
     return os.getppid() == int(server) if server.isdecimal() else os.getppid() != 1
+
+
+def _outlive_parent() -> None:
+    """Go on without the server: the control socket's closing, and the wait after it, tell when to end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    # The kernel hangs a group of processes up that is without its parent while one of it is stopped.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _serve(client: BrokerClient, name: str, parent: int) -> int:
@@ -212,6 +225,7 @@ async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    client.on_disconnect = "end"  # in order: sockets are removed, the engine stops
     assembled.engine.start()
     runner = await serve(make_app(assembled.served), Path(client.welcome["data_socket"]))
     reporter = Reporter(assembled.engine.counts, report)
@@ -234,6 +248,7 @@ async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
     status = 0 if assembled.engine.alive else 1
     await asyncio.to_thread(assembled.engine.stop)
     await runner.cleanup()
+    await asyncio.to_thread(Path(client.welcome["data_socket"]).unlink, missing_ok=True)
     await asyncio.to_thread(reporter.stop)
     return status
 
@@ -250,8 +265,9 @@ async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Eve
             client.failed("internal", "the engine's thread ended; the log says why")
             ending.set()
             return 0.0
-        if os.getppid() != parent or not client.connected:
-            logger.warning("the process that started this worker is gone")
+        # Where the parent is nobody to it (0), the socket tells: it closes when no other server came in time.
+        if (parent and os.getppid() != parent) or not client.connected:
+            logger.warning("the server is gone")
             ending.set()
             return 0.0
 

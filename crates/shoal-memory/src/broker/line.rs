@@ -1,12 +1,10 @@
 //! Lines of the control socket: one JSON object each, of bounded length.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read};
-use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX};
 
-use super::BrokerClient;
 use super::files::FileStream;
 
 pub(super) fn encode(said: &FromWorker) -> Result<Vec<u8>, String> {
@@ -16,27 +14,6 @@ pub(super) fn encode(said: &FromWorker) -> Result<Vec<u8>, String> {
         return Err(format!("a line of {} bytes is longer than {LINE_BYTES_MAX}", line.len()));
     }
     Ok(line)
-}
-
-/// Reads lines until the socket closes or says something that is not the protocol.
-pub(super) fn read_all(client: &Weak<BrokerClient>, mut reader: BufReader<FileStream>) {
-    let mut line = Vec::new();
-    let reason = loop {
-        match read(&mut reader, &mut line, None) {
-            Ok(said) => {
-                let brings_file = matches!(said, FromServer::SlabGrant { .. });
-                let file = brings_file.then(|| reader.get_mut().take_file()).flatten();
-                match client.upgrade() {
-                    Some(client) => client.hear(said, file),
-                    None => return,
-                }
-            }
-            Err(reason) => break reason,
-        }
-    };
-    if let Some(client) = client.upgrade() {
-        client.close(&reason);
-    }
 }
 
 /// Reads one line before `deadline`.
@@ -53,7 +30,7 @@ pub(super) fn read_before(
     said
 }
 
-fn read(
+pub(super) fn read(
     reader: &mut BufReader<FileStream>,
     line: &mut Vec<u8>,
     deadline: Option<Instant>,

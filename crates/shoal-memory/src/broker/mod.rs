@@ -4,6 +4,9 @@
 //! and never need an interpreter's lock. Reading never waits for an order: a wake under way needs the grants that come
 //! in behind it. Every queue is bounded, every wait has a deadline (I10), and every order is answered exactly once.
 //!
+//! A connection has a number, its *epoch*. What is said is said to the server that it was meant for: a line of an epoch
+//! that is over is not said to the next server, which has heard in its hello what it needs to know (`resume`).
+//!
 //! | thread | does |
 //! |---|---|
 //! | `shoal-broker` | reads lines; grants and denials reach whoever waits for them |
@@ -13,9 +16,10 @@
 mod files;
 mod line;
 mod orders;
+mod resume;
 mod slabs;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{BufReader, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -28,7 +32,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use serde_json::Value;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, VERSION, WorkerCapabilities};
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, VERSION, WorkerCapabilities, WorkerUsage};
+use shoal_device::host::HostFile;
 
 use crate::error::{LeaseError, MemoryError};
 use crate::lease::{Held, LeaseSource};
@@ -59,6 +64,8 @@ pub struct Welcome {
     pub data_socket: String,
     /// Whether the server lends memory for host copies ([`BrokerClient::slab_source`]).
     pub lends_slabs: bool,
+    /// How long another server is waited for when this one is gone; zero: not at all.
+    pub server_wait: Duration,
 }
 
 /// The order to finish and exit.
@@ -86,26 +93,69 @@ struct EngineFigures {
     overhead_peak: Option<ByteCount>,
 }
 
+/// A lease request that was not answered yet.
+#[derive(Debug)]
+struct Request {
+    answer: Answer,
+    kind: LeaseKind,
+    bytes: ByteCount,
+    bytes_min: ByteCount,
+    until: Instant,
+    reason: String,
+}
+
+impl Request {
+    fn said(&self, request: u64, now: Instant) -> FromWorker {
+        let deadline = self.until.saturating_duration_since(now);
+        FromWorker::LeaseRequest {
+            request,
+            kind: self.kind,
+            bytes: self.bytes,
+            bytes_min: self.bytes_min,
+            deadline_ms: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+            reason: self.reason.clone(),
+        }
+    }
+}
+
 type Hook = Box<dyn FnOnce(&str) + Send>;
 
 #[derive(Default)]
 struct State {
+    /// The number of the present connection.
+    epoch: u64,
     held: Held,
-    requests: HashMap<u64, Answer>,
+    requests: HashMap<u64, Request>,
     requests_made: u64,
     slab_requests: HashMap<u64, Option<Result<LentSlab, String>>>,
+    /// Slabs of the server, so that another server can be given them.
+    lent: BTreeMap<u64, HostFile>,
+    capabilities: Option<WorkerCapabilities>,
+    /// As they were said last.
+    usage: WorkerUsage,
     figures: EngineFigures,
+    server_wait: Duration,
     shutdown: Option<ShutdownOrder>,
     closed: Option<String>,
     hook: Option<Hook>,
 }
 
+/// The writing end of one connection.
+struct Writer {
+    epoch: u64,
+    socket: UnixStream,
+}
+
 /// See the module's text.
 pub struct BrokerClient {
     path: PathBuf,
-    writer: Mutex<UnixStream>,
+    model: String,
+    pid: u32,
+    host_budget: ByteCount,
+    /// Taken before `state` where both are held.
+    writer: Mutex<Writer>,
     /// For shutting down while a write is stuck.
-    socket: UnixStream,
+    socket: Mutex<UnixStream>,
     state: Mutex<State>,
     changed: Condvar,
     lends_slabs: bool,
@@ -141,7 +191,7 @@ impl BrokerClient {
         let failed = |doing: &'static str| move |error: std::io::Error| wrong(format!("{doing}: {error}"));
         let mut socket = UnixStream::connect(path).map_err(failed("connect"))?;
         socket.set_write_timeout(Some(WRITE_WAIT)).map_err(failed("set a deadline"))?;
-        let hello = FromWorker::Hello { version: VERSION, model: model.to_owned(), pid };
+        let hello = FromWorker::Hello { version: VERSION, model: model.to_owned(), pid, holds: None };
         socket.write_all(&line::encode(&hello).map_err(wrong)?).map_err(failed("say hello"))?;
         let clone = || socket.try_clone().map_err(failed("share the socket"));
         let mut reader = BufReader::new(FileStream::new(clone()?));
@@ -154,10 +204,15 @@ impl BrokerClient {
             host_budget,
             data_socket,
             lends_slabs,
+            server_wait_ms,
         } = first
         else {
-            return Err(wrong("the server's first line is not a welcome".to_owned()));
+            return Err(wrong(match first {
+                FromServer::Refused { reason } => reason,
+                _ => "the server's first line is not a welcome".to_owned(),
+            }));
         };
+        let server_wait = resume::wait_of(server_wait_ms);
         if version != VERSION {
             let what =
                 format!("the server speaks version {version}, this worker {VERSION}: install both alike");
@@ -167,9 +222,12 @@ impl BrokerClient {
         let (wakes, wakes_queued) = sync_channel(ORDERS_MAX);
         let client = Arc::new(Self {
             path: path.to_owned(),
-            writer: Mutex::new(clone()?),
-            socket,
-            state: Mutex::default(),
+            model: model.to_owned(),
+            pid,
+            host_budget,
+            writer: Mutex::new(Writer { epoch: 0, socket: clone()? }),
+            socket: Mutex::new(socket),
+            state: Mutex::new(State { server_wait, ..State::default() }),
             changed: Condvar::new(),
             lends_slabs,
             reclaims,
@@ -179,9 +237,11 @@ impl BrokerClient {
         let weak = Arc::downgrade(&client);
         std::thread::Builder::new()
             .name("shoal-broker".to_owned())
-            .spawn(move || line::read_all(&weak, reader))
+            .spawn(move || resume::listen(&weak, reader))
             .map_err(failed("start a thread"))?;
-        Ok((client, Welcome { spec, device, device_bytes, host_budget, data_socket, lends_slabs }))
+        let welcome =
+            Welcome { spec, device, device_bytes, host_budget, data_socket, lends_slabs, server_wait };
+        Ok((client, welcome))
     }
 
     /// Starts carrying out orders on `manager`, and saying its figures.
@@ -199,17 +259,22 @@ impl BrokerClient {
 
     /// Says how far loading is.
     pub fn loading(&self, phase: &str, done: ByteCount, total: ByteCount) {
-        self.say(&FromWorker::Loading { phase: phase.to_owned(), done, total });
+        self.say(self.epoch(), &FromWorker::Loading { phase: phase.to_owned(), done, total });
     }
 
     /// Says that the data socket answers and the weights are staged.
     pub fn ready(&self, capabilities: WorkerCapabilities) {
-        self.say(&FromWorker::Ready { capabilities });
+        let epoch = {
+            let mut state = self.state.lock();
+            state.capabilities = Some(capabilities.clone());
+            state.epoch
+        };
+        self.say(epoch, &FromWorker::Ready { capabilities });
     }
 
     /// Says that the model cannot be served.
     pub fn failed(&self, code: &str, message: &str) {
-        self.say(&FromWorker::Failed { code: code.to_owned(), message: message.to_owned() });
+        self.say(self.epoch(), &FromWorker::Failed { code: code.to_owned(), message: message.to_owned() });
     }
 
     /// Sets the engine's figures; they are said with the next usage line.
@@ -273,32 +338,49 @@ impl BrokerClient {
             state.closed = Some(reason.to_owned());
             state.hook.take()
         };
-        // An error means that the other side closed it first.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.shut();
         self.changed.notify_all();
         if let Some(hook) = hook {
             hook(reason);
         }
     }
 
-    fn say(&self, said: &FromWorker) {
+    /// Ends the present connection, whoever reads or writes there.
+    fn shut(&self) {
+        // An error means that the other side closed it first.
+        let _ = self.socket.lock().shutdown(Shutdown::Both);
+    }
+
+    fn epoch(&self) -> u64 {
+        self.state.lock().epoch
+    }
+
+    /// Says something to the server of this epoch; if there is another one by now, to nobody.
+    fn say(&self, epoch: u64, said: &FromWorker) {
         if self.state.lock().closed.is_some() {
             return;
         }
-        let written = line::encode(said)
-            .and_then(|line| self.writer.lock().write_all(&line).map_err(|error| format!("write: {error}")));
+        let written = line::encode(said).and_then(|line| {
+            let mut writer = self.writer.lock();
+            if writer.epoch != epoch {
+                return Ok(());
+            }
+            writer.socket.write_all(&line).map_err(|error| format!("write: {error}"))
+        });
         if let Err(reason) = written {
-            self.close(&reason);
+            // The reading thread sees the end too, and looks for another server.
+            if self.state.lock().server_wait.is_zero() { self.close(&reason) } else { self.shut() }
         }
     }
 
     fn hear(self: &Arc<Self>, said: FromServer, file: Option<OwnedFd>) {
         match said {
             FromServer::Welcome { .. } => self.close("the server said welcome twice"),
+            FromServer::Refused { reason } => self.close(&reason),
             FromServer::LeaseGrant { request, kind, bytes } => self.hear_grant(request, kind, bytes),
             FromServer::LeaseDeny { request, reason } => {
-                if let Some(answer) = self.state.lock().requests.get_mut(&request) {
-                    *answer = Answer::Denied(reason);
+                if let Some(asked) = self.state.lock().requests.get_mut(&request) {
+                    asked.answer = Answer::Denied(reason);
                 }
                 self.changed.notify_all();
             }
@@ -328,26 +410,28 @@ impl BrokerClient {
     }
 
     fn hear_grant(&self, request: u64, kind: LeaseKind, bytes: ByteCount) {
-        let is_wanted = {
+        let (is_wanted, epoch) = {
             let mut state = self.state.lock();
-            match state.requests.get_mut(&request) {
-                Some(answer @ Answer::Waiting) => {
+            let is_wanted = match state.requests.get_mut(&request) {
+                Some(Request { answer: answer @ Answer::Waiting, .. }) => {
                     *answer = Answer::Granted(bytes);
                     state.held.add(kind, bytes);
                     true
                 }
                 _ => false,
-            }
+            };
+            (is_wanted, state.epoch)
         };
         if is_wanted {
             self.changed.notify_all();
         } else {
             // It crossed our cancellation.
-            self.say(&FromWorker::LeaseReturn { kind, bytes });
+            self.say(epoch, &FromWorker::LeaseReturn { kind, bytes });
         }
     }
 
-    fn open_request(&self) -> Result<u64, LeaseError> {
+    /// Notes a request; gives its number, the server that is to be asked, and in which words.
+    fn open_request(&self, asked: Request) -> Result<(u64, u64, FromWorker), LeaseError> {
         let mut state = self.state.lock();
         if let Some(reason) = state.closed.clone() {
             return Err(LeaseError::Disconnected { reason });
@@ -357,8 +441,9 @@ impl BrokerClient {
         }
         state.requests_made += 1;
         let request = state.requests_made;
-        state.requests.insert(request, Answer::Waiting);
-        Ok(request)
+        let said = asked.said(request, Instant::now());
+        state.requests.insert(request, asked);
+        Ok((request, state.epoch, said))
     }
 }
 
@@ -372,23 +457,24 @@ impl LeaseSource for BrokerClient {
         reason: &str,
     ) -> Result<ByteCount, LeaseError> {
         let start = Instant::now();
-        let request = self.open_request()?;
-        let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
-        let reason = reason.to_owned();
-        self.say(&FromWorker::LeaseRequest { request, kind, bytes, bytes_min, deadline_ms, reason });
-        let mut state = self.state.lock();
         let until = start + deadline;
+        let reason = reason.to_owned();
+        let asked = Request { answer: Answer::Waiting, kind, bytes, bytes_min, until, reason };
+        let (request, epoch, said) = self.open_request(asked)?;
+        self.say(epoch, &said);
+        let mut state = self.state.lock();
         loop {
             let is_late = Instant::now() >= until;
             let closed = state.closed.clone();
             match state.requests.get(&request) {
-                Some(Answer::Waiting) if closed.is_none() && !is_late => {
+                Some(Request { answer: Answer::Waiting, .. }) if closed.is_none() && !is_late => {
                     self.changed.wait_until(&mut state, until);
                     continue;
                 }
                 _ => {}
             }
-            let answer = state.requests.remove(&request);
+            let answer = state.requests.remove(&request).map(|asked| asked.answer);
+            let epoch = state.epoch;
             drop(state);
             return match (answer, closed) {
                 (Some(Answer::Granted(granted)), _) if granted >= bytes_min.min(bytes) => Ok(granted),
@@ -402,7 +488,7 @@ impl LeaseSource for BrokerClient {
                 }
                 (_, Some(reason)) => Err(LeaseError::Disconnected { reason }),
                 (_, None) => {
-                    self.say(&FromWorker::LeaseCancel { request });
+                    self.say(epoch, &FromWorker::LeaseCancel { request });
                     Err(LeaseError::Deadline { kind, requested: bytes, waited: start.elapsed() })
                 }
             };
@@ -410,9 +496,12 @@ impl LeaseSource for BrokerClient {
     }
 
     fn give_back(&self, kind: LeaseKind, bytes: ByteCount) {
-        let returned = self.state.lock().held.take(kind, bytes);
+        let (returned, epoch) = {
+            let mut state = self.state.lock();
+            (state.held.take(kind, bytes), state.epoch)
+        };
         if !returned.is_zero() {
-            self.say(&FromWorker::LeaseReturn { kind, bytes: returned });
+            self.say(epoch, &FromWorker::LeaseReturn { kind, bytes: returned });
         }
     }
 
@@ -423,7 +512,7 @@ impl LeaseSource for BrokerClient {
 
 impl Drop for BrokerClient {
     fn drop(&mut self) {
-        // The reading thread ends with the socket; it cannot be in `hear`, which holds the client.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        // The reading thread ends with the socket, or where it next looks for us; it cannot be in `hear`, which holds us.
+        self.shut();
     }
 }

@@ -21,6 +21,8 @@ const USAGE_EVERY: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) struct Order {
     client: Weak<BrokerClient>,
+    /// The server that gave it: no other hears the answer.
+    epoch: u64,
     number: u64,
     /// Bytes to reclaim; `None` for a wake.
     bytes: Option<ByteCount>,
@@ -41,7 +43,17 @@ impl Order {
         let received = Instant::now();
         // A day is as good as for ever, and does not overflow.
         let deadline = received + Duration::from_millis(deadline_ms.min(86_400_000));
-        Self { client: Arc::downgrade(client), number, bytes, received, deadline, reason, is_answered: false }
+        let epoch = client.epoch();
+        Self {
+            client: Arc::downgrade(client),
+            epoch,
+            number,
+            bytes,
+            received,
+            deadline,
+            reason,
+            is_answered: false,
+        }
     }
 
     fn carry_out(mut self, manager: &Weak<MemoryManager>) {
@@ -76,7 +88,10 @@ impl Order {
         }
         let duration_us = u64::try_from(self.received.elapsed().as_micros()).unwrap_or(u64::MAX);
         if let Some(client) = self.client.upgrade() {
-            client.say(&FromWorker::OrderDone { order: self.number, bytes, copied, duration_us, error });
+            client.say(
+                self.epoch,
+                &FromWorker::OrderDone { order: self.number, bytes, copied, duration_us, error },
+            );
         }
     }
 }
@@ -113,7 +128,7 @@ pub(super) fn start(
 }
 
 fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
-    let mut said: Option<WorkerUsage> = None;
+    let mut said: Option<(u64, WorkerUsage)> = None;
     loop {
         {
             let (Some(client), Some(manager)) = (client.upgrade(), manager.upgrade()) else { return };
@@ -121,14 +136,18 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
                 return;
             }
             let mut usage = manager.usage();
-            let figures = client.state.lock().figures;
+            let (figures, epoch) = {
+                let state = client.state.lock();
+                (state.figures, state.epoch)
+            };
             usage.requests_running = figures.requests_running;
             usage.requests_waiting = figures.requests_waiting;
             usage.tokens_out = figures.tokens_out;
             usage.overhead_device = figures.overhead_peak.unwrap_or(usage.overhead_device);
-            if said.as_ref() != Some(&usage) {
-                client.say(&FromWorker::Usage { usage: usage.clone() });
-                said = Some(usage);
+            if said.as_ref().is_none_or(|(to, before)| *to != epoch || *before != usage) {
+                client.state.lock().usage = usage.clone();
+                client.say(epoch, &FromWorker::Usage { usage: usage.clone() });
+                said = Some((epoch, usage));
             }
         }
         thread::sleep(USAGE_EVERY);

@@ -45,23 +45,29 @@ impl BrokerClient {
     pub(super) fn hear_slab(&self, request: u64, granted: Granted) {
         let slab = granted.slab;
         let answer = granted.lent();
-        if answer.is_err() {
-            self.say(&FromWorker::SlabReturn { slab });
-        }
         let is_usable = answer.is_ok();
-        let is_wanted = match self.state.lock().slab_requests.get_mut(&request) {
-            Some(waiting @ None) => {
-                *waiting = Some(answer);
-                true
+        let (is_wanted, epoch) = {
+            let mut state = self.state.lock();
+            // Where no descriptor is left, the slab is this process's own in the eyes of another server.
+            let kept = answer.as_ref().ok().and_then(|lent| lent.file.try_clone().ok());
+            let is_wanted = match state.slab_requests.get_mut(&request) {
+                Some(waiting @ None) => {
+                    *waiting = Some(answer);
+                    true
+                }
+                _ => false,
+            };
+            if let Some(file) = kept.filter(|_| is_wanted) {
+                state.lent.insert(slab, file);
             }
-            _ => false,
+            (is_wanted, state.epoch)
         };
         if is_wanted {
             self.changed.notify_all();
         }
-        if is_usable && !is_wanted {
-            // It came too late.
-            self.say(&FromWorker::SlabReturn { slab });
+        if !is_usable || !is_wanted {
+            // It cannot be used, or came too late.
+            self.say(epoch, &FromWorker::SlabReturn { slab });
         }
     }
 }
@@ -69,7 +75,7 @@ impl BrokerClient {
 impl SlabSource for BrokerClient {
     fn borrow_slab(&self, bytes: ByteCount, deadline: Duration) -> Result<LentSlab, String> {
         let until = Instant::now() + deadline;
-        let request = {
+        let (request, epoch) = {
             let mut state = self.state.lock();
             if let Some(reason) = &state.closed {
                 return Err(reason.clone());
@@ -80,9 +86,9 @@ impl SlabSource for BrokerClient {
             state.requests_made += 1;
             let request = state.requests_made;
             state.slab_requests.insert(request, None);
-            request
+            (request, state.epoch)
         };
-        self.say(&FromWorker::SlabRequest { request, bytes });
+        self.say(epoch, &FromWorker::SlabRequest { request, bytes });
         let mut state = self.state.lock();
         while matches!(state.slab_requests.get(&request), Some(None))
             && state.closed.is_none()
@@ -96,6 +102,11 @@ impl SlabSource for BrokerClient {
     }
 
     fn return_slab(&self, slab: u64) {
-        self.say(&FromWorker::SlabReturn { slab });
+        let epoch = {
+            let mut state = self.state.lock();
+            state.lent.remove(&slab);
+            state.epoch
+        };
+        self.say(epoch, &FromWorker::SlabReturn { slab });
     }
 }

@@ -1,4 +1,5 @@
-//! Seeded histories of the core in virtual time: requests, kills, failures, orders that are refused or ignored, against
+//! Seeded histories of the core in virtual time: requests, kills of workers and of the server, failures, orders that are
+//! refused or ignored, against
 //! the production policy, with workers that are numbers. After every step I1 holds and nobody who waits is forgotten; when
 //! the disorder ends, every model serves again. A seed replays exactly.
 
@@ -11,13 +12,13 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerUsage};
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerHolds, WorkerUsage};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Begun, Core, Greeting, Life, Reached, Timing, Wanted};
 use crate::config::{DeviceChoice, Limits, ModelConfig, ServerConfig};
 use crate::shelf::RouteError;
-use crate::supervisor::Exit;
+use crate::supervisor::{Entry, Exit};
 
 const MODELS: usize = 3;
 const WEIGHTS: ByteCount = ByteCount::mib(40);
@@ -67,6 +68,7 @@ fn config() -> ServerConfig {
         limits: Limits { parked_max: 4, ..Limits::default() },
         quantum: Duration::from_millis(300),
         sharing: crate::config::Sharing::default(),
+        orphan_wait: Duration::ZERO,
         notes: vec![],
         unservable: vec![],
     }
@@ -81,6 +83,12 @@ struct Worker {
     requests: u64,
     /// The wake under way, and the lease request that it waits for.
     wake: Option<(u64, u64)>,
+    /// It had another server before.
+    had_server: bool,
+    /// It asked that one for so many bytes in this request.
+    open: Option<(u64, ByteCount)>,
+    /// It will not say what it holds.
+    is_silent: bool,
     orders: VecDeque<FromServer>,
 }
 
@@ -100,14 +108,15 @@ struct World {
     workers: BTreeMap<usize, Worker>,
     clients: Vec<Client>,
     routed: Vec<usize>,
+    /// Workers of a server before that are being ended, and what they hold.
+    strangers: Vec<(u32, ByteCount)>,
     pids: u32,
     is_calm: bool,
 }
 
 impl World {
     fn new(seed: u64) -> Self {
-        let timing = Timing { quantum_ms: 300, ..Timing::default() };
-        let mut core = Core::new(Arc::new(config()), timing, 1_000_000, None);
+        let mut core = Self::core();
         core.handle_timer(0);
         Self {
             seed,
@@ -117,6 +126,7 @@ impl World {
             workers: BTreeMap::new(),
             clients: Vec::new(),
             routed: Vec::new(),
+            strangers: Vec::new(),
             pids: 100,
             is_calm: false,
         }
@@ -167,10 +177,16 @@ impl World {
     fn check(&self) {
         self.core.book.check_invariants();
         assert!(self.core.book.leased() <= BUDGET, "I1");
-        let mut held_in_all = ByteCount::ZERO;
+        let mut held_in_all: ByteCount = self.strangers.iter().map(|(_, held)| *held).sum();
         for (place, worker) in &self.workers {
             let held = self.core.book.held(self.core.models[*place].id, LeaseKind::Weights);
-            assert!(worker.held <= held, "seed {}: {} held, {held} leased", self.seed, worker.held);
+            let is_known = !self.core.models[*place].is_unaccounted;
+            assert!(
+                !is_known || worker.held <= held,
+                "seed {}: {} held, {held} leased",
+                self.seed,
+                worker.held
+            );
             assert_eq!(self.core.models[*place].pid, Some(worker.pid), "seed {}: two owners", self.seed);
             held_in_all += worker.held;
         }
@@ -185,6 +201,10 @@ impl World {
 
     /// What the tasks around the core do: processes start and end.
     fn keep_processes(&mut self) {
+        if !self.strangers.is_empty() && (self.is_calm || self.dice.chance(20)) {
+            let (pid, _) = self.strangers.remove(0);
+            self.core.handle_stranger_gone(pid, self.now_ms);
+        }
         for place in 0..MODELS {
             let (start, end) = {
                 let model = &self.core.models[place];
@@ -204,6 +224,9 @@ impl World {
                     held: ByteCount::ZERO,
                     requests: 0,
                     wake: None,
+                    had_server: false,
+                    open: None,
+                    is_silent: false,
                     orders: VecDeque::new(),
                 };
                 self.workers.insert(place, worker);
@@ -220,8 +243,10 @@ impl World {
             let greeting = Greeting { place, pid: worker.pid };
             self.core.handle_disconnected(greeting, None, self.now_ms);
         }
-        let exit =
-            Exit { status: ExitStatus::from_raw(9), lived: Duration::from_millis(self.dice.roll(90_000)) };
+        let exit = Exit {
+            status: Some(ExitStatus::from_raw(9)),
+            lived: Duration::from_millis(self.dice.roll(90_000)),
+        };
         self.core.handle_exited(place, &exit, None, self.now_ms);
         // It answered nobody: its requests are over.
         while let Some(index) = self.routed.iter().position(|routed| *routed == place) {
@@ -235,12 +260,28 @@ impl World {
         let now_ms = self.now_ms;
         let Some(worker) = self.workers.get_mut(&place) else { return };
         let Some(heard) = &mut worker.heard else {
+            if worker.is_silent {
+                return;
+            }
             let (sender, receiver) = mpsc::channel(64);
             let pid = worker.pid;
+            let can = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
+            let usage = WorkerUsage { weights_device: worker.held, ..WorkerUsage::default() };
+            let holds = worker.had_server.then(|| WorkerHolds {
+                weights: worker.held,
+                host_budget: ByteCount::mib(1),
+                capabilities: worker.is_ready.then_some(can),
+                usage,
+                ..WorkerHolds::default()
+            });
+            let open = worker.open.take();
             worker.heard = Some(receiver);
             let name = self.core.models[place].name.clone();
-            if self.core.handle_greeted(&name, pid, sender, now_ms).is_err() {
-                self.exit(place);
+            if self.core.handle_greeted(&name, pid, sender, holds.as_ref(), now_ms).is_err() {
+                return self.exit(place);
+            }
+            if let Some((request, bytes)) = open {
+                self.request(place, request, bytes);
             }
             return;
         };
@@ -265,17 +306,7 @@ impl World {
                 worker.requests += 1;
                 let request = worker.requests;
                 worker.wake = Some((order, request));
-                self.say(
-                    place,
-                    FromWorker::LeaseRequest {
-                        request,
-                        kind: LeaseKind::Weights,
-                        bytes: missing,
-                        bytes_min: missing,
-                        deadline_ms: 5_000,
-                        reason: "its weights".to_owned(),
-                    },
-                );
+                self.request(place, request, missing);
             }
             Some(FromServer::LeaseGrant { request, bytes, .. }) => {
                 worker.held += bytes;
@@ -309,6 +340,67 @@ impl World {
             Some(FromServer::Shutdown { .. }) => self.exit(place),
             _ => {}
         }
+    }
+
+    fn request(&mut self, place: usize, request: u64, bytes: ByteCount) {
+        let said = FromWorker::LeaseRequest {
+            request,
+            kind: LeaseKind::Weights,
+            bytes,
+            bytes_min: bytes,
+            deadline_ms: 5_000,
+            reason: "its weights".to_owned(),
+        };
+        self.say(place, said);
+    }
+
+    /// The server is killed, and another begins: clients are lost, workers are not, but for those that die meanwhile.
+    fn restart(&mut self) {
+        self.core = World::core();
+        self.clients.clear();
+        self.routed.clear();
+        let mut gone = Vec::new();
+        for (place, worker) in &mut self.workers {
+            let was_greeted = worker.heard.take().is_some() || worker.had_server;
+            worker.orders.clear();
+            let open = worker.wake.take().map(|(_, request)| (request, WEIGHTS.saturating_sub(worker.held)));
+            worker.had_server = was_greeted;
+            worker.open = worker.open.or(open);
+            let entry = Entry {
+                model: format!("m{place}"),
+                pid: worker.pid,
+                start: 1,
+                socket: PathBuf::from("/none/worker-0.sock"),
+                fingerprint: String::new(),
+                log: PathBuf::from("/none"),
+                log_from: 0,
+                starts: 1,
+                at_ms: 0,
+            };
+            match self.dice.roll(10) {
+                // One that was not welcome yet ends with its server.
+                0 => gone.push(*place),
+                _ if !was_greeted => gone.push(*place),
+                1 => {
+                    self.core.expect_end(&entry, "a test", self.now_ms);
+                    self.strangers.push((worker.pid, worker.held));
+                    gone.push(*place);
+                }
+                sides => {
+                    worker.is_silent = sides == 2;
+                    self.core.expect_worker(*place, &entry, self.now_ms);
+                }
+            }
+        }
+        for place in gone {
+            self.workers.remove(&place);
+        }
+        self.core.handle_timer(self.now_ms);
+    }
+
+    fn core() -> Core {
+        let timing = Timing { quantum_ms: 300, ..Timing::default() };
+        Core::new(Arc::new(config()), timing, 1_000_000, None)
     }
 
     fn done(&mut self, place: usize, order: u64, bytes: ByteCount, error: Option<String>) {
@@ -373,6 +465,7 @@ impl World {
                 let _ = self.core.handle_pin(&name, pinned, self.now_ms);
             }
             90..93 => self.usage(place),
+            93..95 => self.restart(),
             _ => {}
         }
     }

@@ -54,7 +54,7 @@ impl Core {
             }
             FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
             // Memory of this machine: whoever holds descriptors answers.
-            FromWorker::SlabRequest { .. } | FromWorker::SlabReturn { .. } => {}
+            FromWorker::SlabRequest { .. } | FromWorker::SlabHeld { .. } | FromWorker::SlabReturn { .. } => {}
         }
         self.settle(now_ms);
     }
@@ -123,6 +123,10 @@ impl Core {
             self.advance(place, LifeEvent::AllThere);
         }
         let model = &self.models[place];
+        if self.is_settling() {
+            // Covered once all is known.
+            return;
+        }
         let (id, peak) = (model.id, model.usage.overhead_device);
         if peak <= self.book.held(id, LeaseKind::Overhead) {
             return;

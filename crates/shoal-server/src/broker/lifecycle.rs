@@ -16,7 +16,6 @@ pub(crate) enum Life {
     /// Waits to be started, not before `at_ms`. There is no process.
     Waiting { at_ms: u64, reason: String },
     /// The worker of a server before this one, which is to say what it holds until `until_ms`.
-    #[cfg_attr(not(test), expect(dead_code, reason = "comes with the journal"))]
     Awaited { until_ms: u64 },
     /// Being started: from the order to spawn on, to its `Ready`.
     Starting { heard_ms: u64, greeted: bool },
@@ -35,12 +34,13 @@ pub(crate) enum Life {
 pub(crate) enum LifeEvent {
     /// Its turn to start has come.
     StartOrdered { now_ms: u64 },
+    /// Its process was found, which a server before had started.
+    Found { until_ms: u64 },
     /// It said hello and nothing before.
     Greeted { now_ms: u64 },
     /// It said something.
     Heard { now_ms: u64 },
     /// The worker of a server before came and serves.
-    #[cfg_attr(not(test), expect(dead_code, reason = "comes with the journal"))]
     Adopted,
     /// It serves.
     Ready,
@@ -70,6 +70,7 @@ pub(crate) fn next(life: &Life, event: &LifeEvent) -> Option<Life> {
         (Life::Waiting { .. }, On::StartOrdered { now_ms }) => {
             Life::Starting { heard_ms: *now_ms, greeted: false }
         }
+        (Life::Waiting { .. }, On::Found { until_ms }) => Life::Awaited { until_ms: *until_ms },
         (Life::Starting { greeted: false, .. } | Life::Awaited { .. }, On::Greeted { now_ms }) => {
             Life::Starting { heard_ms: *now_ms, greeted: true }
         }
@@ -286,6 +287,7 @@ mod tests {
         let reason = || "because".to_owned();
         vec![
             LifeEvent::StartOrdered { now_ms: 1 },
+            LifeEvent::Found { until_ms: 9 },
             LifeEvent::Greeted { now_ms: 1 },
             LifeEvent::Heard { now_ms: 1 },
             LifeEvent::Adopted,
@@ -360,7 +362,10 @@ mod tests {
                     assert!(!matches!(event, LifeEvent::AskedAgain { .. }), "{life:?} has a process");
                 }
                 if has_process(&life) == Some(false) && has_process(&to) == Some(true) {
-                    assert!(matches!(event, LifeEvent::StartOrdered { .. }), "{life:?} and {event:?}");
+                    assert!(
+                        matches!(event, LifeEvent::StartOrdered { .. } | LifeEvent::Found { .. }),
+                        "{life:?} and {event:?}"
+                    );
                 }
             }
         }

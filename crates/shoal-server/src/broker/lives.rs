@@ -1,7 +1,7 @@
 //! The lives of workers: started in turn, greeted, failed, ended, started again.
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
-use shoal_core::protocol::{FromServer, LeaseKind, VERSION, WorkerCapabilities};
+use shoal_core::protocol::{FromServer, LeaseKind, VERSION, WorkerCapabilities, WorkerHolds};
 use shoal_core::shares::fair_shares;
 use tokio::sync::mpsc;
 
@@ -38,7 +38,10 @@ impl Core {
     pub(super) fn start_next(&mut self, now_ms: u64) {
         loop {
             let starting = |model: &&Record| matches!(model.life(), Life::Starting { .. });
-            if self.stopping || self.models.iter().filter(starting).count() >= STARTING_MAX {
+            if self.stopping
+                || self.is_settling()
+                || self.models.iter().filter(starting).count() >= STARTING_MAX
+            {
                 return;
             }
             let due = |model: &Record| {
@@ -96,6 +99,7 @@ impl Core {
         name: &str,
         pid: u32,
         connection: mpsc::Sender<FromServer>,
+        holds: Option<&WorkerHolds>,
         now_ms: u64,
     ) -> Result<Greeting, String> {
         let place = *self.by_name.get(name).ok_or_else(|| format!("there is no model {name:?}"))?;
@@ -105,9 +109,9 @@ impl Core {
         if model.pid != Some(pid) {
             return Err(format!("process {pid} was not started for model {name:?}"));
         }
-        let Life::Starting { greeted: false, .. } = model.life() else {
+        if !matches!(model.life(), Life::Starting { greeted: false, .. } | Life::Awaited { .. }) {
             return Err(format!("model {name:?} has greeted already"));
-        };
+        }
         let welcome = FromServer::Welcome {
             version: VERSION,
             spec: serde_json::json!({
@@ -123,13 +127,22 @@ impl Core {
             host_budget: share,
             data_socket: model.socket.to_string_lossy().into_owned(),
             lends_slabs: config.host_memory.is_some(),
+            server_wait_ms: if self.is_journaled { super::millis(config.orphan_wait) } else { 0 },
         };
         if connection.try_send(welcome).is_err() {
             return Err("its connection closed at once".to_owned());
         }
         model.connection = Some(connection);
-        model.host_share = share;
-        self.advance(place, LifeEvent::Greeted { now_ms });
+        if matches!(model.life(), Life::Awaited { .. }) {
+            if let Err(reason) = self.adopt(place, holds, share, now_ms) {
+                // It is on its way out now.
+                self.settle(now_ms);
+                return Err(reason);
+            }
+        } else {
+            model.host_share = share;
+            self.advance(place, LifeEvent::Greeted { now_ms });
+        }
         self.settle(now_ms);
         Ok(Greeting { place, pid })
     }
@@ -302,6 +315,7 @@ impl Core {
         model.forget_process();
         self.asked.retain(|asked| asked.pending.model != id);
         let returned = self.book.close(id);
+        self.models[place].is_unaccounted = false;
         if !self.models[place].is_rigid() {
             let what =
                 EventKind::WorkerExited { pid, status: exit.to_string(), returned, asked: self.stopping };
@@ -313,6 +327,7 @@ impl Core {
         let words = words.map(|words| format!(": {words}")).unwrap_or_default();
         let reason = format!("its worker {exit}{words} (its output is in {})", model.log.display());
         self.after_end(place, reason, exit.lived, now_ms);
+        self.settled(now_ms);
         self.settle(now_ms);
         self.process_gone.notify_waiters();
     }
@@ -377,6 +392,7 @@ impl Core {
     /// Workers that do not say hello, or go silent while they load.
     pub(super) fn expire_lives(&mut self, now_ms: u64) {
         for place in 0..self.models.len() {
+            self.expire_awaited(place, now_ms);
             let Life::Starting { heard_ms, greeted } = *self.models[place].life() else { continue };
             let allowed_ms = if greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max };
             if self.models[place].pid.is_some() && now_ms >= heard_ms + allowed_ms {
@@ -392,6 +408,7 @@ impl Core {
             .iter()
             .filter_map(|model| match model.life() {
                 Life::Waiting { at_ms, .. } if *at_ms > now_ms => Some(*at_ms),
+                Life::Awaited { until_ms } => Some(*until_ms),
                 Life::Starting { heard_ms, greeted } if model.pid.is_some() => Some(
                     heard_ms + if *greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max },
                 ),
@@ -413,6 +430,9 @@ impl Core {
             let model = &mut self.models[place];
             model.say(FromServer::Shutdown { deadline_ms: allowed_ms, reason: reason.clone() });
             model.cycle.note(reason.clone());
+            if model.pid.is_some() && model.connection.is_none() {
+                model.end.notify_one();
+            }
             if model.pid.is_none() {
                 self.advance(place, LifeEvent::GoneForGood);
             }
@@ -422,7 +442,7 @@ impl Core {
 
     /// Processes that are not gone yet.
     pub(crate) fn processes(&self) -> usize {
-        self.models.iter().filter(|model| model.pid.is_some()).count()
+        self.models.iter().filter(|model| model.pid.is_some()).count() + self.strangers.len()
     }
 
     /// Everything that may be granted to a model.

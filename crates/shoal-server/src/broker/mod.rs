@@ -8,6 +8,7 @@
 //!
 //! Keeps I1 (through the [`LeaseBook`]; what a dead worker held counts until its process is gone), I10 and I11.
 
+mod adoption;
 mod commands;
 mod habits;
 #[cfg(test)]
@@ -22,7 +23,7 @@ mod settle;
 mod show;
 mod why;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shoal_core::lease::LeaseBook;
@@ -70,6 +71,8 @@ pub(crate) struct Timing {
     pub(crate) silence_ms_max: u64,
     /// How long a worker that was told to end may take before it is killed.
     pub(crate) end_ms_max: u64,
+    /// How long the worker of a server before may take to say what it holds.
+    pub(crate) adopt_ms_max: u64,
 }
 
 impl Default for Timing {
@@ -81,6 +84,7 @@ impl Default for Timing {
             hello_ms_max: 120_000,
             silence_ms_max: 900_000,
             end_ms_max: 3_000,
+            adopt_ms_max: 10_000,
         }
     }
 }
@@ -110,6 +114,10 @@ pub(crate) struct Core {
     pub(crate) policy: Box<dyn Policy>,
     pub(crate) shadow: Option<Shadow>,
     remembered: habits::Remembered,
+    /// Workers of a server before that are being ended, and what they hold is not known.
+    pub(crate) strangers: BTreeSet<u32>,
+    /// Workers may outlive this server.
+    pub(crate) is_journaled: bool,
     decisions: u64,
     decision_log: Option<mpsc::Sender<String>>,
     next_number: u64,
@@ -147,6 +155,8 @@ impl Core {
             policy: builtin(&config.sharing.policy).unwrap_or_else(|| Box::new(Value)),
             shadow: config.sharing.shadow.as_deref().and_then(builtin).map(Shadow::new),
             remembered: habits::Remembered::default(),
+            strangers: BTreeSet::new(),
+            is_journaled: false,
             decisions: 0,
             decision_log,
             next_number: 0,

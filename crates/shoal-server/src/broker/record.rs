@@ -76,6 +76,7 @@ pub(crate) fn host_need(weights: ByteCount) -> ByteCount {
 
 /// One model.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
 pub(crate) struct Record {
     pub(crate) id: ModelId,
     pub(crate) name: String,
@@ -106,6 +107,8 @@ pub(crate) struct Record {
     pub(crate) error: Option<String>,
     /// What this process said of its failure, or what was found wrong with it.
     pub(crate) last_words: Option<String>,
+    /// Its process was started by a server before and has not said what it holds.
+    pub(crate) is_unaccounted: bool,
     /// This process was ready once.
     pub(crate) was_ready: bool,
     /// Ends in a row that came soon and of processes that were never ready.
@@ -180,6 +183,7 @@ impl Record {
             progress: None,
             error: None,
             last_words: None,
+            is_unaccounted: false,
             was_ready: false,
             quick_ends: 0,
             start: Arc::new(Notify::new()),
@@ -245,6 +249,12 @@ impl Record {
     /// All its weights are on the device and none of them were ordered away.
     pub(crate) fn is_up(&self) -> bool {
         self.cycle.loaded() && !self.orders.values().any(Order::takes_weights)
+    }
+
+    /// Its workers listen there from now on.
+    pub(crate) fn listen_at(&mut self, socket: PathBuf) {
+        self.target = Target::Unix(socket.clone());
+        self.socket = socket;
     }
 
     pub(crate) fn life(&self) -> &Life {

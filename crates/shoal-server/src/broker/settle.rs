@@ -63,7 +63,9 @@ impl Core {
     }
 
     fn needs_plan(&self) -> bool {
+        // What unaccounted workers hold cannot be granted to others (I1).
         !self.stopping
+            && !self.is_settling()
             && (!self.asked.is_empty()
                 || self.models.iter().any(|model| {
                     (!model.parked.is_empty() && !model.is_up())

@@ -68,6 +68,12 @@ impl Core {
             (ModelStatus::Waiting, _) => {
                 format!("{name} waits for its worker's turn to start: only so many start at the same time.")
             }
+            (ModelStatus::Starting, Life::Awaited { until_ms }) => {
+                let left = seconds(until_ms.saturating_sub(now_ms));
+                format!(
+                    "{name} has the worker of a server before this one, which is to say within {left} what it holds."
+                )
+            }
             (ModelStatus::Starting, _) => {
                 let progress = model.progress.as_ref().map_or_else(String::new, |done| format!(" ({done})"));
                 format!("{name} is starting: its worker reads and places the weights{progress}.")

@@ -11,6 +11,7 @@
 mod command;
 mod directories;
 mod error;
+mod fingerprint;
 mod gpu;
 mod locate;
 mod models;
@@ -41,7 +42,7 @@ pub use locate::{SAMPLE, find_file};
 pub(crate) use models::tensor_bytes;
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
 pub use sharing::{Sharing, SharingSection, SleepDepth};
-pub use surroundings::{MachineMemory, Surroundings};
+pub use surroundings::{Budgets, MachineMemory, Surroundings};
 
 /// The address served by default.
 pub const LISTEN_DEFAULT: &str = "127.0.0.1:8000";
@@ -51,6 +52,12 @@ pub const QUANTUM_DEFAULT: Duration = Duration::from_secs(3);
 pub const QUANTUM_MIN: Duration = Duration::from_millis(50);
 /// The longest quantum.
 pub const QUANTUM_MAX: Duration = Duration::from_hours(1);
+/// How long workers wait, by default, for another server when theirs was killed.
+pub const ORPHAN_WAIT_DEFAULT: Duration = Duration::from_secs(30);
+/// The longest such wait.
+pub const ORPHAN_WAIT_MAX: Duration = Duration::from_hours(1);
+/// The name of the journal in the runtime directory.
+const JOURNAL: &str = "journal";
 /// The longest model name.
 pub const MODEL_NAME_BYTES_MAX: usize = 64;
 
@@ -93,6 +100,8 @@ pub struct ServerConfig {
     pub quantum: Duration,
     /// Who decides how memory is shared.
     pub sharing: Sharing,
+    /// How long workers wait for another server when this one was killed; zero: they end with it.
+    pub orphan_wait: Duration,
     /// What the user should be told at start, a sentence each.
     pub notes: Vec<String>,
     /// Which models cannot be served and why, a sentence each, as far as their directories show.
@@ -118,6 +127,12 @@ impl ServerConfig {
     #[must_use]
     pub fn control_socket(&self) -> PathBuf {
         self.runtime_dir.join("control.sock")
+    }
+
+    /// The file that says which workers there are, for a server after this one.
+    #[must_use]
+    pub fn journal(&self) -> PathBuf {
+        self.runtime_dir.join(JOURNAL)
     }
 
     /// The file that tells commands where the server is.

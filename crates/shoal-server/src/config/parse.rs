@@ -18,8 +18,8 @@ use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
 use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
 use super::{
-    CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, QUANTUM_MAX,
-    QUANTUM_MIN,
+    CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, ORPHAN_WAIT_MAX,
+    QUANTUM_MAX, QUANTUM_MIN,
 };
 
 /// A value and where it stands.
@@ -65,6 +65,7 @@ pub struct ServerSection {
     pub parked_max: Option<u32>,
     pub quantum: Option<Duration>,
     pub sharing: Sharing,
+    pub orphan_s_max: Option<u64>,
 }
 
 /// `[[model]]` as written.
@@ -90,7 +91,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 15] = [
+const SERVER_KEYS: [&str; 16] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -106,6 +107,7 @@ const SERVER_KEYS: [&str; 15] = [
     "policy",
     "shadow",
     "evict",
+    "orphan_s_max",
 ];
 const MODEL_KEYS: [&str; 24] = [
     "name",
@@ -264,6 +266,7 @@ impl<'i> Reader<'i> {
             parked_max: self.whole(table, "parked_max"),
             quantum: self.quantum(table),
             sharing: Sharing::read(self, table),
+            orphan_s_max: self.orphan(table),
         }
     }
 
@@ -410,6 +413,20 @@ impl<'i> Reader<'i> {
             self.bad(value, key, "write whole seconds, or a string such as \"90s\", \"10m\" or \"1h\"");
         }
         read
+    }
+
+    fn orphan(&mut self, table: &DeTable<'i>) -> Option<u64> {
+        const KEY: &str = "orphan_s_max";
+        let seconds = self.seconds(table, KEY)?;
+        if seconds > ORPHAN_WAIT_MAX.as_secs() {
+            let most = ORPHAN_WAIT_MAX.as_secs() / 3_600;
+            table
+                .get(KEY)
+                .into_iter()
+                .for_each(|value| self.bad(value, KEY, format!("must be {most} h at most")));
+            return None;
+        }
+        Some(seconds)
     }
 
     /// Whole seconds, or a string with a unit of milliseconds or more.

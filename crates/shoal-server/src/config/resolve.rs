@@ -15,7 +15,10 @@ use super::models::{unservable, weights_of};
 use super::parse::{ModelSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
-use super::{DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, QUANTUM_DEFAULT, ServerConfig};
+use super::{
+    Budgets, DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
+    QUANTUM_DEFAULT, ServerConfig,
+};
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
 /// What is left of a GPU's free memory, for what nobody foresees.
@@ -56,14 +59,10 @@ impl ShoalFile {
         };
 
         let usable = surroundings.memory.usable();
-        let part = |part: u64| round_down(ByteCount(usable.0 / part)).max(BUDGET_UNIT);
         let mut notes = Vec::new();
-        let default = || match gpu {
-            Some((_, gpu)) => round_down(gpu.free.saturating_sub(HEADROOM)).max(BUDGET_UNIT),
-            None => part(4),
-        };
-        let device_budget = server.device_budget.as_ref().map_or_else(default, |bytes| bytes.value);
-        let host_budget = server.host_budget.as_ref().map_or_else(|| part(2), |bytes| bytes.value);
+        let by_default = default_budgets(surroundings, gpu);
+        let device_budget = server.device_budget.as_ref().map_or(by_default.device, |bytes| bytes.value);
+        let host_budget = server.host_budget.as_ref().map_or(by_default.host, |bytes| bytes.value);
         if let Some((_, gpu)) = gpu {
             if device_budget > gpu.free {
                 notes.push(format!(
@@ -133,10 +132,26 @@ impl ShoalFile {
             },
             quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
             sharing: server.sharing,
+            orphan_wait: server.orphan_s_max.map_or(ORPHAN_WAIT_DEFAULT, Duration::from_secs),
             notes,
             unservable,
         })
     }
+}
+
+/// Budgets of a file that says none: those of the server before where workers of it live, because what they hold is not
+/// free and is theirs to share as before; else parts of what is free.
+fn default_budgets(surroundings: &Surroundings, gpu: Option<(u32, &Gpu)>) -> Budgets {
+    if let Some(before) = surroundings.budgets_before {
+        return before;
+    }
+    let usable = surroundings.memory.usable();
+    let part = |part: u64| round_down(ByteCount(usable.0 / part)).max(BUDGET_UNIT);
+    let device = match gpu {
+        Some((_, gpu)) => round_down(gpu.free.saturating_sub(HEADROOM)).max(BUDGET_UNIT),
+        None => part(4),
+    };
+    Budgets { device, host: part(2) }
 }
 
 /// The GPU to use and its ordinal, or none for the simulated device. `auto` never falls back silently where an NVIDIA

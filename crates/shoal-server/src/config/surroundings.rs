@@ -3,11 +3,14 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use shoal_core::bytes::ByteCount;
 use shoal_device::HostBacking;
 use shoal_device::host::survey;
 
+use super::JOURNAL;
 use super::gpu::Gpus;
+use crate::supervisor::Journal;
 
 /// The process's surroundings.
 #[derive(Clone, Debug)]
@@ -34,6 +37,17 @@ pub struct Surroundings {
     pub nvidia: Option<PathBuf>,
     /// Its GPUs, asked for where there is such a sign.
     pub gpus: Option<Gpus>,
+    /// What a server shares, or shared, in this runtime directory among workers that live.
+    pub budgets_before: Option<Budgets>,
+}
+
+/// What a server shares among its workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budgets {
+    /// Device bytes.
+    pub device: ByteCount,
+    /// Host bytes.
+    pub host: ByteCount,
 }
 
 /// Memory at the moment of asking.
@@ -115,15 +129,17 @@ impl Surroundings {
         let under_home =
             |tail: &str| home.as_ref().map_or_else(|| fallback.join(tail), |home| home.join(tail));
         let nvidia = nvidia_sign();
+        let runtime_dir = absolute("SHOAL_RUNTIME_DIR")
+            .or_else(|| absolute("XDG_RUNTIME_DIR").map(|dir| dir.join("shoal")))
+            .unwrap_or_else(|| fallback.clone());
         Self {
             working_dir: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             config_home: absolute("XDG_CONFIG_HOME")
                 .or_else(|| home.as_ref().map(|home| home.join(".config"))),
             state_home: absolute("XDG_STATE_HOME").unwrap_or_else(|| under_home(".local/state")),
             cache_home: absolute("XDG_CACHE_HOME").unwrap_or_else(|| under_home(".cache")),
-            runtime_dir: absolute("SHOAL_RUNTIME_DIR")
-                .or_else(|| absolute("XDG_RUNTIME_DIR").map(|dir| dir.join("shoal")))
-                .unwrap_or(fallback),
+            budgets_before: Journal::read(&runtime_dir.join(JOURNAL)).budgets_in_use(),
+            runtime_dir,
             python: set("SHOAL_PYTHON").unwrap_or_else(|| PathBuf::from("python3")),
             memory: MachineMemory::now(),
             shared_memory: shared_memory(),

@@ -18,6 +18,7 @@ fn surroundings(dir: &Path) -> Surroundings {
         shared_memory: None,
         nvidia: None,
         gpus: None,
+        budgets_before: None,
     }
 }
 
@@ -479,4 +480,26 @@ fn memory_for_host_copies_is_lent_where_it_has_huge_pages_or_where_it_is_asked_f
     assert_eq!(of("host_memory = \"shared\"", None), Ok(Some(HostBacking::SharedHugePages)));
     let wrong = of("host_memory = \"huge\"", None).expect_err("no such choice");
     assert!(wrong.contains("\"private\""), "{wrong}");
+}
+
+#[test]
+fn budgets_of_a_server_before_stay_where_its_workers_live() {
+    let before = Budgets { device: ByteCount::mib(640), host: ByteCount::gib(3) };
+    let resolved = |text: &str, budgets_before| {
+        let surroundings = Surroundings { budgets_before, ..surroundings(Path::new("/nowhere")) };
+        let file = parse(text).expect("a good file");
+        file.resolve(Path::new("/x.toml"), &surroundings).expect("a good file")
+    };
+    let models = "[[model]]\nname = 'a'\nsource = 'x/a'\n";
+    let config = resolved(models, Some(before));
+    assert_eq!((config.device_budget, config.host_budget), (before.device, before.host));
+    let config = resolved(&format!("[server]\ndevice_budget = '1GiB'\n{models}"), Some(before));
+    assert_eq!((config.device_budget, config.host_budget), (ByteCount::gib(1), before.host));
+    assert_ne!(resolved(models, None).host_budget, before.host);
+    for (text, right) in [("0", 0), ("'2m'", 120), ("3600", 3_600)] {
+        let config = resolved(&format!("[server]\norphan_s_max = {text}\n{models}"), None);
+        assert_eq!(config.orphan_wait, Duration::from_secs(right));
+    }
+    let wrong = parse(&format!("[server]\norphan_s_max = '2h'\n{models}")).expect_err("too long");
+    assert!(wrong[0].kind.to_string().contains("1 h at most"), "{wrong:?}");
 }

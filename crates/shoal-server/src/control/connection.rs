@@ -1,27 +1,88 @@
 //! One worker's connection, as two halves that carry whole messages.
 
-use std::io::IoSlice;
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use shoal_core::protocol::{FromServer, FromWorker, LINE_BYTES_MAX};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader, Interest, ReadBuf};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::ControlError;
 
+/// Files that may wait for their lines; a worker may not be lent more slabs than that.
+const FILES_MAX: usize = 256;
+
+/// The reading half, and the files that come beside its bytes, in their order.
+#[derive(Debug)]
+struct FileHalf {
+    half: OwnedReadHalf,
+    files: VecDeque<OwnedFd>,
+}
+
+fn receive(socket: BorrowedFd<'_>, into: &mut [u8], files: &mut VecDeque<OwnedFd>) -> std::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(into)], &mut control, flags)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(came) = message {
+            files.extend(came);
+        }
+    }
+    if files.len() > FILES_MAX {
+        return Err(std::io::Error::other("the worker sent files that no line speaks of"));
+    }
+    Ok(received.bytes)
+}
+
+impl AsyncRead for FileHalf {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let Self { half, files } = self.get_mut();
+        loop {
+            ready!(half.as_ref().poll_read_ready(cx))?;
+            let into = buffer.initialize_unfilled();
+            match half.as_ref().try_io(Interest::READABLE, || receive(half.as_ref().as_fd(), into, files)) {
+                Ok(bytes) => {
+                    buffer.advance(bytes);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
 /// What the worker says.
 #[derive(Debug)]
 pub struct Incoming {
-    reader: BufReader<OwnedReadHalf>,
+    reader: BufReader<FileHalf>,
     line: Vec<u8>,
 }
 
 impl Incoming {
     pub(super) fn new(half: OwnedReadHalf) -> Self {
+        let half = FileHalf { half, files: VecDeque::new() };
         Self { reader: BufReader::new(half), line: Vec::new() }
+    }
+
+    /// The file that came first and was not taken yet.
+    pub fn take_file(&mut self) -> Option<OwnedFd> {
+        self.reader.get_mut().files.pop_front()
     }
 
     /// The next message; `None` once the worker closed. Cancel-safe: a line half read is kept for the next call.

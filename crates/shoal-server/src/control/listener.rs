@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use shoal_core::protocol::{FromWorker, VERSION};
+use shoal_core::protocol::{FromWorker, VERSION, WorkerHolds};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::{ControlError, Incoming, Outgoing};
@@ -19,6 +19,8 @@ pub struct Greeted {
     pub model: String,
     /// Its process id, by the kernel's word.
     pub pid: u32,
+    /// What it holds, where it had another server before.
+    pub holds: Option<Box<WorkerHolds>>,
     /// What it says.
     pub incoming: Incoming,
     /// What it is told.
@@ -70,7 +72,7 @@ impl Listener {
         let first = tokio::time::timeout(PATIENCE, incoming.next())
             .await
             .map_err(|_| ControlError::Deadline { what: "a worker's hello", allowed: PATIENCE })??;
-        let Some(FromWorker::Hello { version, model, pid }) = first else {
+        let Some(FromWorker::Hello { version, model, pid, holds }) = first else {
             return Err(ControlError::NoHello);
         };
         if version != VERSION {
@@ -82,7 +84,7 @@ impl Listener {
             let actual = format!("process {:?} of user {}", peer.pid(), peer.uid());
             return Err(ControlError::Impostor { claimed: pid, actual });
         }
-        Ok(Greeted { model, pid, incoming, outgoing })
+        Ok(Greeted { model, pid, holds, incoming, outgoing })
     }
 }
 

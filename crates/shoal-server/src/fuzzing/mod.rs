@@ -66,6 +66,7 @@ fn resolved(text: &str) -> Option<ServerConfig> {
         shared_memory: None,
         nvidia: None,
         gpus: None,
+        budgets_before: None,
     };
     sections.resolve(&nowhere.join("shoal.toml"), &surroundings).ok()
 }

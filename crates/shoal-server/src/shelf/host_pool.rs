@@ -109,6 +109,24 @@ impl HostPool {
         Ok(Lent { slab: self.slabs_lent, file: theirs, is_zeroed })
     }
 
+    /// A worker of a server before hands over what that one had lent it.
+    ///
+    /// # Errors
+    /// Why not; it stays the worker's own.
+    pub(super) fn adopt(&mut self, place: usize, slab: u64, file: HostFile) -> Result<(), String> {
+        let Some(model) = self.models.get_mut(place) else { return Err("there is no such model".to_owned()) };
+        if model.lent.len() >= SLABS_MAX {
+            return Err(format!("it has {SLABS_MAX} slabs already"));
+        }
+        if model.lent.contains_key(&slab) {
+            return Err(format!("it has slab {slab} already"));
+        }
+        model.lent.insert(slab, file);
+        // Numbers that come after are nobody's yet.
+        self.slabs_lent = self.slabs_lent.max(slab);
+        Ok(())
+    }
+
     /// A worker has unmapped a slab. Dropping it gives the memory back to the machine.
     pub(super) fn take_back(&mut self, place: usize, slab: u64) -> Option<HostFile> {
         self.models.get_mut(place)?.lent.remove(&slab)
@@ -217,6 +235,26 @@ mod tests {
         let next = pool.lend(0, SLAB, BUDGET, &mut gone).expect("it was left");
         assert_eq!((next.is_zeroed, &read(&next.file)), (false, b"words"));
         assert!(gone.is_empty());
+    }
+
+    #[test]
+    fn what_a_server_before_had_lent_is_taken_on_by_its_number() {
+        let (mut before, mut pool, mut gone) = (pool(), pool(), Vec::new());
+        before.lend(0, SLAB, BUDGET, &mut gone).expect("room");
+        let lent = before.lend(0, SLAB, BUDGET, &mut gone).expect("room");
+        write(&lent.file, b"words");
+        drop(before);
+        assert_eq!(pool.adopt(0, lent.slab, lent.file), Ok(()));
+        let again = HostFile::create(SLAB, HostBacking::SharedHugePages).expect("memory");
+        assert!(pool.adopt(0, lent.slab, again).is_err() && pool.lend(0, BUDGET, BUDGET, &mut gone).is_err());
+        let next = pool.lend(0, SLAB, BUDGET, &mut gone).expect("half of the budget");
+        assert!(next.slab > lent.slab && next.is_zeroed);
+        pool.process_gone(0, Instant::now());
+        let kept = [pool.lend(0, SLAB, BUDGET, &mut gone), pool.lend(0, SLAB, BUDGET, &mut gone)];
+        let texts: Vec<[u8; 5]> = kept.iter().map(|lent| read(&lent.as_ref().expect("kept").file)).collect();
+        assert!(texts.contains(b"words"), "it outlives its worker as any slab does");
+        let file = HostFile::create(SLAB, HostBacking::SharedHugePages).expect("memory");
+        assert!(pool.adopt(9, 1, file).is_err());
     }
 
     #[test]

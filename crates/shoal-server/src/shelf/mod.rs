@@ -5,7 +5,8 @@
 //! accepts workers, two for each connection, one for each model's process, one for the clock. A model whose engine is a
 //! command has a steward in its worker's place.
 //!
-//! When the last handle is dropped, or the process dies, the workers end with it.
+//! When the last handle is dropped, the workers end with it. When the process dies, they wait for another server, which
+//! finds them by the journal (`survivors`).
 
 mod error;
 mod host_pool;
@@ -13,6 +14,7 @@ mod models;
 mod route;
 mod runtime_dir;
 mod steward;
+mod survivors;
 mod tasks;
 
 use std::sync::Arc;
@@ -24,9 +26,10 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::{Begun, Core, Reached, Timing, Wanted, millis};
-use crate::config::ServerConfig;
+use crate::config::{Budgets, ServerConfig};
 use crate::control::Listener;
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
+use crate::supervisor::Journal;
 
 pub use error::{RouteError, ShelfError};
 use host_pool::HostPool;
@@ -56,6 +59,8 @@ pub(crate) struct Shared {
     core: Mutex<Core>,
     /// Memory of the workers' host copies.
     pool: Mutex<HostPool>,
+    /// Which workers there are, for a server after this one.
+    journal: Mutex<Journal>,
     base: tokio::time::Instant,
     cancel: CancellationToken,
     /// Held as long as anything of this server runs.
@@ -135,15 +140,32 @@ impl Shelf {
         let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let timing = Timing { quantum_ms: millis(config.quantum), ..Timing::default() };
         let host_memory = config.host_memory;
-        let core = Core::new(config, timing, millis(unix), Some(decisions));
+        let found = survivors::find(&config, Journal::read(&config.journal()).workers, millis(unix));
+        survivors::tidy(&config, &found);
+        let budgets = Budgets { device: config.device_budget, host: config.host_budget };
+        let entries = found.iter().map(|found| found.entry.clone()).collect();
+        let journal = Journal::begin(config.journal(), budgets, entries);
+        let sockets = survivors::sockets(&config, &found);
+        let mut core = Core::new(config, timing, millis(unix), Some(decisions));
+        for (model, socket) in core.models.iter_mut().zip(sockets) {
+            model.listen_at(socket);
+        }
+        for found in &found {
+            match &found.model {
+                Ok(place) => core.expect_worker(*place, &found.entry, 0),
+                Err(reason) => core.expect_end(&found.entry, reason, 0),
+            }
+        }
+        core.is_journaled = journal.is_kept();
         let shared = Arc::new(Shared {
             pool: Mutex::new(HostPool::new(host_memory, core.models.len())),
+            journal: Mutex::new(journal),
             core: Mutex::new(core),
             base: tokio::time::Instant::now(),
             cancel: CancellationToken::new(),
             _runtime_dir: runtime_dir,
         });
-        tasks::start(&shared, listener);
+        tasks::start(&shared, listener, found);
         shared.with(Core::handle_timer);
         Ok(Self { handle: Arc::new(Handle { shared }) })
     }
@@ -304,6 +326,7 @@ impl Shelf {
             let left = shared.with(|core, _| core.processes());
             tracing::warn!(left, "workers did not end in time and are killed");
         }
+        shared.journal.lock().close();
         // Whatever is left is killed as its task ends.
         shared.cancel.cancel();
     }

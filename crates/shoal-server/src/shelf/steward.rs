@@ -54,7 +54,7 @@ pub(super) async fn keep(shared: Arc<Shared>, place: usize) {
         if shared.cancel.is_cancelled() {
             return;
         }
-        let exit = Exit { status: std::process::ExitStatus::default(), lived: began.elapsed() };
+        let exit = Exit { status: None, lived: began.elapsed() };
         shared.with(|core, now_ms| core.handle_exited(place, &exit, None, now_ms));
     }
 }
@@ -136,7 +136,7 @@ impl<'a> Steward<'a> {
         let (sender, heard) = mpsc::channel(MESSAGES_MAX);
         let (name, device) = shared.with(|core, _| (core.models[place].name.clone(), core.config.device));
         let greeted =
-            shared.with(|core, now_ms| core.handle_greeted(&name, std::process::id(), sender, now_ms));
+            shared.with(|core, now_ms| core.handle_greeted(&name, std::process::id(), sender, None, now_ms));
         if let Err(reason) = greeted {
             tracing::error!(model = name, reason, "a steward was turned away");
             return None;
@@ -251,6 +251,7 @@ impl<'a> Steward<'a> {
             FromServer::SlabGrant { .. }
             | FromServer::SlabDeny { .. }
             | FromServer::Welcome { .. }
+            | FromServer::Refused { .. }
             | FromServer::Shutdown { .. } => {}
         }
     }

@@ -1,8 +1,9 @@
 //! The tasks around the core: they carry bytes and watch processes, and decide nothing.
 
 use futures_util::FutureExt;
+use std::collections::BTreeMap;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,11 +15,15 @@ use shoal_device::host::HostFile;
 use tokio::sync::{mpsc, oneshot};
 
 use super::host_pool::Lent;
+use super::survivors::{self, Found};
 use super::{RouteError, RouteSink, Shared, steward};
-use crate::broker::{Core, Reached, Record, Wanted};
+use crate::broker::{Core, Reached, Record, Wanted, millis};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
-use crate::supervisor::{LOG_BYTES_MAX, Launch, WORKER_REMEDY, WorkerProcess, bound_log, open_log};
+use crate::supervisor::identity;
+use crate::supervisor::{
+    Entry, Exit, LOG_BYTES_MAX, Launch, Survivor, WORKER_REMEDY, WorkerProcess, bound_log, open_log,
+};
 
 /// Messages that may wait for a worker to read them.
 const MESSAGES_MAX: usize = 256;
@@ -34,16 +39,24 @@ const LOGS_LOOK: Duration = Duration::from_secs(5);
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
 /// Starts them all. They end with the shared token.
-pub(super) fn start(shared: &Arc<Shared>, listener: Listener) {
+pub(super) fn start(shared: &Arc<Shared>, listener: Listener, found: Vec<Found>) {
     tokio::spawn(keep_time(Arc::clone(shared)));
     tokio::spawn(keep_logs(Arc::clone(shared)));
     tokio::spawn(accept(Arc::clone(shared), listener));
+    let patience = Duration::from_millis(shared.with(|core, _| core.timing.end_ms_max));
+    let mut going_on = BTreeMap::new();
+    for found in found {
+        match found.model {
+            Ok(place) => drop(going_on.insert(place, found.process)),
+            Err(_) => drop(tokio::spawn(survivors::end(Arc::clone(shared), found, patience))),
+        }
+    }
     let rigid: Vec<bool> = shared.with(|core, _| core.models.iter().map(Record::is_rigid).collect());
     for (place, is_rigid) in rigid.into_iter().enumerate() {
         if is_rigid {
             tokio::spawn(steward::keep(Arc::clone(shared), place));
         } else {
-            tokio::spawn(keep_process(Arc::clone(shared), place));
+            tokio::spawn(keep_process(Arc::clone(shared), place, going_on.remove(&place)));
         }
     }
 }
@@ -119,12 +132,17 @@ async fn accept(shared: Arc<Shared>, listener: Listener) {
 
 /// One worker's connection, from its hello to its end.
 async fn converse(shared: Arc<Shared>, greeted: Greeted) {
-    let Greeted { model, pid, mut incoming, outgoing } = greeted;
+    let Greeted { model, pid, holds, mut incoming, mut outgoing } = greeted;
     let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
-    let greeting = match shared.with(|core, now_ms| core.handle_greeted(&model, pid, sender, now_ms)) {
+    let greeted =
+        shared.with(|core, now_ms| core.handle_greeted(&model, pid, sender, holds.as_deref(), now_ms));
+    let greeting = match greeted {
         Ok(greeting) => greeting,
         Err(reason) => {
             tracing::warn!(model, pid, reason, "a worker was turned away");
+            if let Err(error) = outgoing.say(&FromServer::Refused { reason }).await {
+                tracing::debug!(%error, "it does not hear why");
+            }
             return;
         }
     };
@@ -141,6 +159,13 @@ async fn converse(shared: Arc<Shared>, greeted: Greeted) {
                 let answer = lend(&shared, greeting.place, request, bytes);
                 if slab_sender.try_send(answer).is_err() {
                     break Some("it asks for memory and does not read the answers".to_owned());
+                }
+            }
+            Ok(Some(FromWorker::SlabHeld { slab, bytes, is_set_aside })) => {
+                if let Err(reason) =
+                    take_on(&shared, greeting.place, slab, bytes, is_set_aside, incoming.take_file())
+                {
+                    tracing::warn!(model, slab, reason, "a slab of the server before stays its worker's own");
                 }
             }
             Ok(Some(FromWorker::SlabReturn { slab })) => {
@@ -210,6 +235,21 @@ fn lend(shared: &Shared, place: usize, request: u64, bytes: ByteCount) -> SlabAn
     }
 }
 
+/// Memory that a server before had lent to a worker that goes on.
+fn take_on(
+    shared: &Shared,
+    place: usize,
+    slab: u64,
+    bytes: ByteCount,
+    is_set_aside: bool,
+    file: Option<OwnedFd>,
+) -> Result<(), String> {
+    let backing = if is_set_aside { HostBacking::ReservedHugePages } else { HostBacking::SharedHugePages };
+    let file = file.ok_or_else(|| "no file came with it".to_owned())?;
+    let file = HostFile::of(file, bytes, backing).map_err(|error| error.to_string())?;
+    shared.pool.lock().adopt(place, slab, file)
+}
+
 /// Memory that ended workers left makes way for the shares of those that live (I1).
 fn trim(shared: &Shared) {
     let (live, room) = shared.with(|core, _| {
@@ -229,32 +269,67 @@ fn let_go(files: impl IntoIterator<Item = HostFile> + Send + 'static) {
     }
 }
 
-/// Starts a model's worker when it is told to, and sees it end.
-async fn keep_process(shared: Arc<Shared>, place: usize) {
-    let (config, start, end, end_ms_max) = shared.with(|core, _| {
+/// A worker's process: one that this server started, or one that a server before did.
+enum Process {
+    Ours(WorkerProcess),
+    Before(Survivor),
+}
+
+impl Process {
+    const fn pid(&self) -> u32 {
+        match self {
+            Self::Ours(process) => process.pid(),
+            Self::Before(process) => process.pid(),
+        }
+    }
+
+    fn last_line(&self) -> Option<String> {
+        match self {
+            Self::Ours(process) => process.last_line(),
+            Self::Before(process) => process.last_line(),
+        }
+    }
+
+    async fn wait(&mut self) -> std::io::Result<Exit> {
+        match self {
+            Self::Ours(process) => process.wait().await,
+            Self::Before(process) => process.wait().await,
+        }
+    }
+
+    async fn end(&mut self, patience: Duration) -> std::io::Result<Exit> {
+        match self {
+            Self::Ours(process) => process.end(patience).await,
+            Self::Before(process) => process.end(patience).await,
+        }
+    }
+}
+
+/// Starts a model's worker when it is told to, and sees it end. The first may be there already.
+async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Survivor>) {
+    let (start, end, end_ms_max) = shared.with(|core, _| {
         let model = &core.models[place];
-        (Arc::clone(&core.config), Arc::clone(&model.start), Arc::clone(&model.end), core.timing.end_ms_max)
+        (Arc::clone(&model.start), Arc::clone(&model.end), core.timing.end_ms_max)
     });
     let patience = Duration::from_millis(end_ms_max);
     loop {
-        tokio::select! {
-            () = shared.cancel.cancelled() => return,
-            () = start.notified() => {}
-        }
-        let (launch, socket) = launch(&shared, &config, place);
-        // A worker that died by itself was also told to end, when its connection closed: that was not meant for the
-        // next one.
-        let _stale = end.notified().now_or_never();
-        let _socket = SocketFile::fresh(socket);
-        let mut process = match WorkerProcess::start(&launch) {
-            Ok(process) => process,
-            Err(error) => {
-                shared.with(|core, now_ms| core.handle_not_started(place, error.to_string(), now_ms));
-                continue;
+        let (mut process, _socket) = if let Some(process) = before.take() {
+            let socket = shared.with(|core, _| core.models[place].socket.clone());
+            (Process::Before(process), SocketFile::new(socket))
+        } else {
+            tokio::select! {
+                () = shared.cancel.cancelled() => return,
+                () = start.notified() => {}
+            }
+            // A worker that died by itself was also told to end, when its connection closed: that was not meant for
+            // the next one.
+            let _stale = end.notified().now_or_never();
+            match begin(&shared, place) {
+                Some((process, socket)) => (Process::Ours(process), socket),
+                None => continue,
             }
         };
         let pid = process.pid();
-        shared.with(|core, now_ms| core.handle_started(place, pid, now_ms));
         let exit = tokio::select! {
             // Dropping the process kills it.
             () = shared.cancel.cancelled() => return,
@@ -274,6 +349,7 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
         };
         match exit {
             Ok(exit) => {
+                shared.journal.lock().ended(pid);
                 shared.pool.lock().process_gone(place, Instant::now());
                 let last_line = process.last_line();
                 shared.with(|core, now_ms| core.handle_exited(place, &exit, last_line, now_ms));
@@ -286,10 +362,58 @@ async fn keep_process(shared: Arc<Shared>, place: usize) {
     }
 }
 
+/// Starts a worker, and writes it down before it can hear that it may outlive this server.
+fn begin(shared: &Shared, place: usize) -> Option<(WorkerProcess, SocketFile)> {
+    let config = shared.with(|core, _| Arc::clone(&core.config));
+    let (launch, path) = launch(shared, &config, place);
+    let socket = SocketFile::fresh(path.clone());
+    let process = match WorkerProcess::start(&launch) {
+        Ok(process) => process,
+        Err(error) => {
+            shared.with(|core, now_ms| core.handle_not_started(place, error.to_string(), now_ms));
+            return None;
+        }
+    };
+    let pid = process.pid();
+    let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let (starts, fingerprint) = shared.with(|core, _| {
+        let model = &core.models[place];
+        (model.starts + 1, config.fingerprint(&model.config))
+    });
+    let is_kept = {
+        let mut journal = shared.journal.lock();
+        // One that has ended by now is seen to end below.
+        if let Some(start) = identity::started(pid) {
+            journal.started(Entry {
+                model: launch.model.clone(),
+                pid,
+                start,
+                socket: path,
+                fingerprint,
+                log: launch.log.clone(),
+                log_from: process.log_from(),
+                starts,
+                at_ms: millis(unix),
+            });
+        }
+        journal.is_kept()
+    };
+    shared.with(|core, now_ms| {
+        core.is_journaled = is_kept;
+        core.handle_started(place, pid, now_ms);
+    });
+    Some((process, socket))
+}
+
 /// A worker's data socket: whatever stands in its place goes before the worker starts, and what it leaves goes after it.
-struct SocketFile(PathBuf);
+pub(super) struct SocketFile(PathBuf);
 
 impl SocketFile {
+    /// One that somebody listens at.
+    pub(super) const fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     fn fresh(path: PathBuf) -> Self {
         let file = Self(path);
         file.remove();

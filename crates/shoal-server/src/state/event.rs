@@ -72,6 +72,29 @@ pub enum EventKind {
         /// Why now.
         reason: String,
     },
+    /// The worker of a server before this one goes on under this one.
+    WorkerAdopted {
+        /// Its process id.
+        pid: u32,
+        /// Device bytes that it holds.
+        #[schema(value_type = u64)]
+        leased: ByteCount,
+        /// Sum of all leases with them.
+        #[schema(value_type = u64)]
+        leased_in_all: ByteCount,
+        /// Host bytes that it may use.
+        #[schema(value_type = u64)]
+        host: ByteCount,
+        /// How long it was waited for (milliseconds).
+        after_ms: u64,
+    },
+    /// The worker of a server before this one is ended.
+    WorkerLeft {
+        /// Its process id.
+        pid: u32,
+        /// Why it cannot go on.
+        reason: String,
+    },
     /// A worker said how far loading is.
     WorkerLoading {
         /// `"reading"`, `"placing"`, ...
@@ -270,6 +293,8 @@ impl EventKind {
             Self::ServerStopping { .. } => "server_stopping",
             Self::StatusChanged { .. } => "status_changed",
             Self::WorkerStarted { .. } => "worker_started",
+            Self::WorkerAdopted { .. } => "worker_adopted",
+            Self::WorkerLeft { .. } => "worker_left",
             Self::WorkerLoading { .. } => "worker_loading",
             Self::WorkerReady { .. } => "worker_ready",
             Self::WorkerExited { .. } => "worker_exited",

@@ -26,6 +26,15 @@ impl fmt::Display for EventKind {
             Self::WorkerStarted { pid, starts, reason } => {
                 write!(f, "worker {pid} started (start {starts}): {reason}")
             }
+            Self::WorkerAdopted { pid, leased, host, after_ms, .. } => write!(
+                f,
+                "worker {pid} of the server before goes on after {}, with {leased} on the device and {host} of host \
+                 memory",
+                Ms(*after_ms)
+            ),
+            Self::WorkerLeft { pid, reason } => {
+                write!(f, "worker {pid} of the server before is ended: {reason}")
+            }
             Self::WorkerLoading { phase, done, total } => write!(f, "{phase}: {done} of {total}"),
             Self::WorkerReady { pid, weights } => write!(f, "worker {pid} is ready, {weights} of weights"),
             Self::WorkerExited { pid, status, returned, .. } => {
@@ -96,6 +105,7 @@ impl EventKind {
                 | Self::EvictTimedOut { .. }
                 | Self::ProtocolError { .. }
                 | Self::Thrashing { .. }
+                | Self::WorkerLeft { .. }
                 | Self::RestartScheduled { .. }
         )
     }

@@ -82,18 +82,18 @@ pub enum SupervisorError {
 /// How a worker ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// Its status.
-    pub status: ExitStatus,
+    /// Its status; none where nobody can tell, because another server started it.
+    pub status: Option<ExitStatus>,
     /// How long it lived.
     pub lived: Duration,
 }
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.status.code(), self.status.signal()) {
-            (Some(code), _) => write!(f, "exited with status {code}")?,
-            (None, Some(signal)) => write!(f, "was ended by signal {signal}")?,
-            (None, None) => f.write_str("ended")?,
+        match self.status.map(|status| (status.code(), status.signal())) {
+            Some((Some(code), _)) => write!(f, "exited with status {code}")?,
+            Some((None, Some(signal))) => write!(f, "was ended by signal {signal}")?,
+            Some((None, None)) | None => f.write_str("ended")?,
         }
         write!(f, " after {:.1} s", self.lived.as_secs_f64())
     }
@@ -152,6 +152,12 @@ impl WorkerProcess {
         self.pid
     }
 
+    /// Where its own output begins in its log.
+    #[must_use]
+    pub const fn log_from(&self) -> u64 {
+        self.log_from
+    }
+
     /// The last line that this process wrote to its log, shortened; none where it wrote nothing.
     #[must_use]
     pub fn last_line(&self) -> Option<String> {
@@ -164,7 +170,7 @@ impl WorkerProcess {
     /// The operating system cannot tell.
     pub async fn wait(&mut self) -> std::io::Result<Exit> {
         let status = self.child.wait().await?;
-        Ok(Exit { status, lived: self.started.elapsed() })
+        Ok(Exit { status: Some(status), lived: self.started.elapsed() })
     }
 
     /// Ask it to end (SIGTERM), and make it (SIGKILL) after `patience`.
@@ -255,7 +261,7 @@ mod tests {
         let mut worker =
             WorkerProcess::start(&launch(scratch.path(), "echo $GREETING; echo oh >&2; exit 3"))?;
         let exit = worker.wait().await?;
-        assert_eq!(exit.status.code(), Some(3));
+        assert_eq!(exit.status.and_then(|status| status.code()), Some(3));
         assert!(exit.to_string().starts_with("exited with status 3 after"), "{exit}");
         assert_eq!(log_file::tail(&scratch.path().join("ash.log"), 100), "good day\noh\n");
         assert_eq!(worker.last_line().as_deref(), Some("oh"));
@@ -275,7 +281,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let exit = worker.end(Duration::from_millis(100)).await?;
-        assert_eq!(exit.status.signal(), Some(9));
+        assert_eq!(exit.status.and_then(|status| status.signal()), Some(9));
         Ok(())
     }
 
@@ -291,7 +297,7 @@ mod tests {
         }
         let left: i32 = log_file::tail(&log, 100).trim().parse()?;
         let exit = worker.end_group(Duration::from_millis(200)).await?;
-        assert_eq!(exit.status.signal(), Some(15));
+        assert_eq!(exit.status.and_then(|status| status.signal()), Some(15));
         let left = Pid::from_raw(left).ok_or("a process")?;
         let is_zombie = || {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", left.as_raw_nonzero()));

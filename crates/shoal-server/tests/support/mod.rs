@@ -277,6 +277,7 @@ pub async fn start(models: Arc<FakeModels>, server: &str, with_keys: bool, setti
         shared_memory: None,
         nvidia: None,
         gpus: None,
+        budgets_before: None,
     };
     let text = format!("[server]\nlisten = '127.0.0.1:0'\n{server}\n[[model]]\nname='a'\nsource='a'\n");
     let config: ServerConfig =
