@@ -23,6 +23,12 @@ BENCHES = {
     "simulator_device": ("shoal-device", "sim"),
 }
 NANOSECONDS = 1e-9
+# What is asked of blocks through a buffer: 16 at once, and 10 ns each in bulk; the same when fragmented.
+TARGETS = {
+    f"alloc_and_free/{state}/{count}": seconds
+    for state in ("fresh", "fragmented")
+    for count, seconds in ((16, 0.6e-6), (4096, 4096 * 10e-9))
+}
 
 
 def target_directory() -> Path:
@@ -39,13 +45,16 @@ def rows_of(directory: Path, started: float) -> list[Row]:
         name = json.loads((path.parent / "benchmark.json").read_text())["full_id"]
         median = json.loads(path.read_text())["median"]
         bounds = median["confidence_interval"]
+        seconds, target = median["point_estimate"] * NANOSECONDS, TARGETS.get(name)
         rows.append(
             Row(
                 name,
                 "time",
-                median["point_estimate"] * NANOSECONDS,
+                seconds,
                 "s",
                 "lower",
+                target=target,
+                met=None if target is None else seconds <= target,
                 samples=len(json.loads((path.parent / "sample.json").read_text())["times"]),
                 spread=(bounds["lower_bound"] * NANOSECONDS, bounds["upper_bound"] * NANOSECONDS),
             )

@@ -36,6 +36,10 @@ const LIST_COPIES: u64 = 4096;
 const SAMPLES: usize = 7;
 /// What the target says of the link.
 const SHARE: f64 = 0.88;
+/// And of a kernel beside a decode.
+const MULTIPROCESSORS: f64 = 16.0;
+/// The share of a core that waiting for a copy may take.
+const CORES_WAITING: f64 = 0.05;
 
 type Pair = (Span, Span);
 
@@ -242,13 +246,13 @@ fn size(report: &mut Report, stranger: &Peer, [up, down]: [&Pool; 2], link: &Lin
         up.finish();
         down.finish();
     });
-    let bounds = Bounds { ceiling: Some(link.both), ..Bounds::default() };
+    let bounds = Bounds { ceiling: Some(link.both), target: Some(SHARE * link.both), ..Bounds::default() };
     report.add(&format!("blocks of {what}, both ways at once, sum"), "GB/s", both, bounds);
 }
 
 /// What loads have left of their rate while another thread stores all the time, two lists ahead of the device as a
-/// background copy is, and what the stores have meanwhile.
-fn loads_beside_stores(report: &mut Report, up: &Pool, down: &Pool, block: u64) {
+/// background copy is, and what the stores have meanwhile. Stores yield, so loads are to get their half of the link at least.
+fn loads_beside_stores(report: &mut Report, [up, down]: [&Pool; 2], link: &Link, block: u64) {
     let (ups, downs) = (up.lists(block, 2 * MOVED), down.lists(block, MOVED));
     let load = || {
         up.queue(&ups);
@@ -283,11 +287,55 @@ fn loads_beside_stores(report: &mut Report, up: &Pool, down: &Pool, block: u64) 
         (beside, meanwhile)
     });
     down.finish();
-    let bounds = Bounds { ceiling: Some(alone), ..Bounds::default() };
+    let bounds = Bounds { ceiling: Some(alone), target: Some(SHARE * link.both / 2.0), ..Bounds::default() };
     let what = name(block);
     report.add(&format!("loads of {what}, stores of {what} under way"), "GB/s", beside, bounds);
     let case = format!("those stores of {what} meanwhile");
     report.add(&case, "GB/s", vec![meanwhile], Bounds::default());
+}
+
+/// What waiting takes of the host's cores, and how late it hears of the end of what it waits for.
+fn waiting(report: &mut Report, up: &Pool) {
+    let large: Vec<Pair> = (0..8).map(|i| up.pair(i * EXTENT.0, i * EXTENT.0, EXTENT.0)).collect();
+    let queue = |rounds: usize| {
+        for (source, target) in large.iter().cycle().take(rounds * large.len()).cloned() {
+            up.stream.copy(source, target).unwrap();
+        }
+    };
+    let cpu = || {
+        let spent = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        spent.tv_sec as f64 + spent.tv_nsec as f64 / 1e9
+    };
+    // 20 GiB, some 0.4 s.
+    let mut cores = Vec::new();
+    for _ in 0..SAMPLES {
+        queue(40);
+        let event = up.stream.record().unwrap();
+        let (start, before) = (Instant::now(), cpu());
+        assert!(event.wait(LONG).unwrap());
+        cores.push((cpu() - before) / start.elapsed().as_secs_f64());
+    }
+    let bounds = Bounds { ceiling: Some(1.0), target: Some(CORES_WAITING), ..Bounds::default() };
+    report.add(
+        "waiting for copies of 20 GiB, what it takes of a core that asks all the time",
+        "cores",
+        cores,
+        bounds,
+    );
+    let timed = |finish: &dyn Fn()| -> Vec<f64> {
+        let sample = || {
+            let start = Instant::now();
+            queue(2);
+            finish();
+            ms(start)
+        };
+        (0..=SAMPLES).map(|_| sample()).skip(1).collect()
+    };
+    let asking = timed(&|| up.finish());
+    let ceiling = Some(median(&asking));
+    report.add("copies of 1 GiB, asked for all the time", "ms", asking, Bounds::default());
+    let waited = timed(&|| assert!(up.stream.record().unwrap().wait(LONG).unwrap()));
+    report.add("copies of 1 GiB, waited for", "ms", waited, Bounds { ceiling, ..Bounds::default() });
 }
 
 fn ms(since: Instant) -> f64 {
@@ -418,8 +466,19 @@ fn main() {
             );
         }
     }
-    loads_beside_stores(&mut report, &up, &down, 16 << 10);
-    loads_beside_stores(&mut report, &up, &down, 1 << 20);
+    loads_beside_stores(&mut report, [&up, &down], &link, 16 << 10);
+    loads_beside_stores(&mut report, [&up, &down], &link, 1 << 20);
+    waiting(&mut report, &up);
+    let (taken_up, taken_down) = cuda.copy_multiprocessors();
+    for (way, taken) in [("host to device", taken_up), ("device to host", taken_down)] {
+        let bounds = Bounds {
+            ceiling: Some(f64::from(cuda.facts().multiprocessors)),
+            target: Some(MULTIPROCESSORS),
+            ..Bounds::default()
+        };
+        let taken = vec![f64::from(taken)];
+        report.add(&format!("what a list's kernel takes, {way}"), "multiprocessors", taken, bounds);
+    }
     beside_work(&mut report, &device, [(&up, "host to device"), (&down, "device to host")]);
     drop((up, down));
     assert_eq!(device.take_errors(), [], "errors without a caller");

@@ -149,6 +149,12 @@ impl CudaDevice {
         self.copies.costs(self.parts())
     }
 
+    /// The most multiprocessors that a list of copies takes from others: onto the device, and off it.
+    #[must_use]
+    pub const fn copy_multiprocessors(&self) -> (u32, u32) {
+        copies::MULTIPROCESSORS
+    }
+
     /// Goes by these costs from now on, whatever was measured: for those who want to try a way of copying.
     pub fn set_copy_costs(&self, costs: CopyCosts) {
         self.copies.set_costs(costs);

@@ -45,6 +45,7 @@ impl Report {
         let (metric, better) = match unit {
             "ms" | "us" => ("time", "lower"),
             "x" => ("ratio", "lower"),
+            "cores" | "multiprocessors" => ("use", "lower"),
             _ => ("rate", "higher"),
         };
         let met =

@@ -50,6 +50,8 @@ const BATCH_MAX: usize = 1024;
 /// Blocks of threads, so multiprocessors, of a kernel: enough for the link.
 const BLOCKS_UP: u32 = 8;
 const BLOCKS_DOWN: u32 = 4;
+/// Both, for those who ask.
+pub(super) const MULTIPROCESSORS: (u32, u32) = (BLOCKS_UP, BLOCKS_DOWN);
 /// The same while loads are under way.
 const BLOCKS_DOWN_YIELDING: u32 = 2;
 /// How long a list waits for a table.
