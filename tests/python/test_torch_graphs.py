@@ -224,6 +224,25 @@ def test_graphs_that_share_a_pool_keep_it_until_the_last_is_gone(region: shoal.R
         capture(region, pool=own)
 
 
+def test_a_pool_that_ends_before_the_capture_begins_is_refused(
+    region: shoal.Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = capture(region)
+    own = first.pool
+    waits = shoal.torch.graphs.Guard
+
+    def guard(*arguments: Any) -> Any:
+        # Another thread's graph goes while this one waits for its guard.
+        first.reset()
+        assert committed(region, 0) == 0
+        return waits(*arguments)
+
+    monkeypatch.setattr(shoal.torch.graphs, "Guard", guard)
+    with pytest.raises(shoal.RegionError, match="graph that still lives"):
+        capture(region, pool=own)
+    assert pools._captures == [0]
+
+
 def test_a_pool_by_name_stays(region: shoal.Region) -> None:
     own = st.pool(region)
     capture(region, pool=own).reset()

@@ -92,25 +92,12 @@ def graph(
     """
     filling = pools._filling(region)
     filling.end_graphs()
-    if pool is not None:
-        _check(filling, pool)
     use = region._native.begin_use(timeout_s)
     try:
         with Guard(region._manager, timeout_s), capture(filling, pool, cuda_graph, **options) as own:
             yield own
     finally:
         use.release()
-
-
-def _check(filling: _Filling, pool: Any) -> None:
-    with filling.lock:
-        known = [*filling.kept, *(one.pool for one in filling.graphs if not one.is_released)]
-    if not any(one is pool for one in known):
-        raise RegionError(
-            f"region {filling.name!r}: the graph's pool has to be one that shoal.torch.pool gave for this region, or "
-            f"shoal.torch.graph for a graph that still lives, not {pool!r}",
-            kind="state",
-        )
 
 
 @contextlib.contextmanager
@@ -130,18 +117,28 @@ def capture(filling: _Filling, pool: Any, cuda_graph: torch.cuda.CUDAGraph, **op
     ------
     torch.cuda.MemPool
         The pool.
+
+    Raises
+    ------
+    RegionError
+        If the pool is neither.
     """
     with pools._captures_lock:
         pools._captures[0] += 1
     held: pools._GraphPool | None = None
     try:
         with filling.lock:
-            shared = next((one for one in filling.graphs if one.pool is pool), None)
+            # From here on none of them ends, since a capture is under way.
+            shared = next((one for one in filling.graphs if one.pool is pool and not one.is_released), None)
             if shared is not None:
-                if shared.is_released:
-                    raise RegionError(f"region {filling.name!r}: the graphs of that pool are gone", kind="state")
                 shared.captures += 1
                 held = shared
+            elif pool is not None and not any(one is pool for one in filling.kept):
+                raise RegionError(
+                    f"region {filling.name!r}: the graph's pool has to be one that shoal.torch.pool gave for this "
+                    f"region, or shoal.torch.graph for a graph that still lives, not {pool!r}",
+                    kind="state",
+                )
         if pool is None:
             held = pools._GraphPool(filling.make())
             held.captures = 1
