@@ -1,0 +1,215 @@
+"""Three models of 8B's layers behind one server: first tokens by how much is resident, switches, all busy at once.
+
+Run by `tests/gpu/run.sh shelf_8b`. The models are three names for one file of random weights (32 layers of 8B shape,
+a vocabulary of 257, bfloat16), so that a small disk suffices; nothing of them is shared while they are served. First
+with room for all, then with half of the memory that they need. Every answer to one prompt has to be the same text.
+$SHOAL_SHELF_DEVICE=sim makes a small dry run.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benches.client import stream
+from benches.results import Row, of_samples, save_gpu
+from benches.shelf_all_active import NAMES, drive, moved, rows_of
+from tests.gpu.shelf import smi
+from tests.support.models import byte_tokenizer
+from tests.support.server import Server, serve
+
+DEVICE = os.environ.get("SHOAL_SHELF_DEVICE", "cuda:0")
+ON_GPU = DEVICE.startswith("cuda")
+SHAPE = (
+    {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+     "intermediate_size": 14336}
+    if ON_GPU else
+    {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+     "intermediate_size": 512}
+)  # fmt: skip
+CONTEXT = 4096
+PROMPTS = (16, 2048) if ON_GPU else (16, 64)
+KEPT = (1.0, 0.5, 0.0)
+REPEATS = 4
+SECONDS = float(os.environ.get("SHOAL_SHELF_S", "12"))
+CLIENTS = 4
+KV_ROOM = (1 << 30) if ON_GPU else (8 << 20)
+START_S = 150
+# Symbols of the tokenizer that are printable ASCII; its end mark stands before them, all others after.
+PRINTABLE = 94
+# What DESIGN allows beside the longer of moving and computing: a share of the shorter.
+SLACK = 0.15
+
+
+def make(path: Path) -> int:
+    """Save the model; gives its bytes."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SHAPE, vocab_size=257, max_position_embeddings=CONTEXT, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.set_default_device(DEVICE if ON_GPU else "cpu")
+    model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    torch.set_default_device("cpu")
+    with torch.no_grad():
+        # Nothing but printable ASCII is ever the likeliest: no answer ends early, and each token is text at once.
+        model.lm_head.weight[0] = 0
+        model.lm_head.weight[PRINTABLE + 1 :] = 0
+    model.save_pretrained(path, max_shard_size="100GB")
+    byte_tokenizer().save_pretrained(path)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    del model
+    return size
+
+
+def link_bytes_per_s() -> float:
+    """Measure the way up from page-locked memory; the context that this takes ends with its process."""
+    import torch
+
+    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=ON_GPU)
+    device = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE if ON_GPU else "cpu")
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        device.copy_(host, non_blocking=True)
+        if ON_GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return (1 << 30) / min(times)
+
+
+def in_child(what: str, path: Path) -> float:
+    """Run `make` or the link in a process of its own, so that none of its device memory stays."""
+    import subprocess
+
+    code = f"from tests.gpu import shelf_8b as s; from pathlib import Path; print(s.{what})"
+    ran = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+    return float(ran.stdout.split()[-1])
+
+
+def prompt_of(tokens: int) -> str:
+    """So many symbols, each one token."""
+    return ("def work(items):\n    return sorted(items)\n" * 100)[:tokens]
+
+
+class Asked:
+    """First tokens, whose texts have to agree."""
+
+    def __init__(self, server: Server, texts: dict[int, str]) -> None:
+        self.server, self.texts, self.wrong = server, texts, 0
+
+    def first_token(self, model: str, tokens: int) -> float:
+        answer = stream(self.server.http, f"{self.server.url}/v1/completions", model, prompt_of(tokens), 4)
+        if answer.status != 200 or not answer.first_s:
+            msg = f"{model}: {answer}\n{self.server.logs()}"
+            raise RuntimeError(msg)
+        self.wrong += self.texts.setdefault(tokens, answer.text) != answer.text
+        return answer.first_s
+
+    def resident(self, model: str) -> int:
+        return int(self.server.model(model)["bytes"]["weights_device"])
+
+
+def ready(server: Server) -> None:
+    for name in NAMES:
+        server.wait_for(name, "asleep", "awake", "partly_resident", timeout_s=START_S)
+
+
+def by_residency(asked: Asked, weights: int, link: float) -> list[Row]:
+    """First tokens of one model of which all, half or nothing is on the device."""
+    rows: list[Row] = []
+    for tokens in PROMPTS:
+        awake = 0.0
+        for kept in KEPT:
+            times, missing = [], 0
+            for _ in range(REPEATS):
+                asked.first_token("ash", tokens)
+                if kept < 1:
+                    asked.server.order("ash", "sleep", keep=kept).raise_for_status()
+                missing = weights - asked.resident("ash")
+                times.append(asked.first_token("ash", tokens))
+            case = f"{tokens} tokens, {round(100 * (1 - missing / weights))} % resident"
+            row = of_samples(case, "first token", times, "s", "lower")
+            if kept == 1:
+                awake = row.value
+            else:
+                moving = missing / link
+                row.ceiling = max(moving, awake)
+                row.target = row.ceiling + SLACK * min(moving, awake)
+                row.met = row.value <= row.target
+            rows.append(row)
+    return rows
+
+
+def switches(asked: Asked) -> list[Row]:
+    """First tokens of models that take turns where not all fit."""
+    times: list[float] = []
+    shares = []
+    for turn in range(4 * len(NAMES)):
+        name = NAMES[turn % len(NAMES)]
+        shares.append(asked.resident(name))
+        time.sleep(0.3)
+        times.append(asked.first_token(name, PROMPTS[0]))
+    row = of_samples("half of the memory: a model that others must yield to", "first token", times[3:], "s", "lower")
+    found = statistics.median(shares[3:]) / 2**30
+    return [row, Row("half of the memory: resident of it when it is asked", "size", found, "GiB", "higher")]
+
+
+def main() -> int:
+    """Measure; the exit status says whether all texts agreed."""
+    rows: list[Row] = []
+    texts: dict[int, str] = {}
+    with tempfile.TemporaryDirectory(prefix="shelf-8b-") as directory:
+        home = Path(directory)
+        weights = int(in_child("make(Path(__import__('sys').argv[1]))", home / "weights"))
+        link = in_child("link_bytes_per_s()", home)
+        print(f"weights {weights / 2**30:.2f} GiB, link {link / 1e9:.1f} GB/s", flush=True)
+        rows.append(Row("the link, host to device", "rate", link / 1e9, "GB/s", "higher"))
+        tables: list[dict[str, object]] = [
+            {"name": name, "source": str(home / "weights"), "context": CONTEXT} for name in NAMES
+        ]
+        overhead = 0
+        for share in (1.0, 0.5):
+            case = f"{share:.0%} of what three of {weights / 2**30:.0f} GiB need"
+            place = home / f"at-{share:.0%}".replace("%", "")
+            place.mkdir()
+            need = len(NAMES) * (weights + KV_ROOM)
+            budget: dict[str, object] = {}
+            if share < 1:
+                budget = {"device_budget": overhead + int(share * need)}
+            elif not ON_GPU:
+                budget = {"device_budget": 2 * need}
+            begun = time.monotonic()
+            with serve(place, models=tables, device=DEVICE, **budget) as server:
+                ready(server)
+                print(f"ready after {time.monotonic() - begun:.1f} s", flush=True)
+                rows.append(Row(case, "three workers ready", time.monotonic() - begun, "s", "lower"))
+                asked = Asked(server, texts)
+                for name in NAMES:
+                    asked.first_token(name, PROMPTS[0])
+                rows += by_residency(asked, weights, link) if share == 1 else switches(asked)
+                before = moved(server)
+                run = drive(server, SECONDS, CLIENTS)
+                rows += rows_of(case, run, link)
+                overhead = sum(int(model["lease"]["overhead"]) for model in server.state()["models"])
+                print(case, "moved, wakes, evictions", before, moved(server), flush=True)
+                wrong = asked.wrong
+                rows.append(Row(case, "texts that were not the first one", wrong, "answers", "lower", target=0))
+                rows[-1].met = wrong == 0
+    if not ON_GPU:
+        print("\n".join(row.line() for row in rows))
+    else:
+        save_gpu(Path(os.environ["SHOAL_RESULT"]), rows)
+        print("device memory in use afterwards", smi("memory.used"), "MiB")
+    return 0 if all(row.met is not False for row in rows if row.unit == "answers") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
