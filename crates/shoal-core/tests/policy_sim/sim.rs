@@ -301,11 +301,13 @@ impl<'a> Sim<'a> {
             self.count_anew();
             return;
         }
+        let mut skipped = false;
         while let Some(due) = worker.orders.iter().position(|order| order.due_ms <= now_ms) {
             let order = worker.orders.remove(due);
             if order.fails {
                 worker.state.skip_until_ms = now_ms + SKIP_MS;
                 self.seen.accidents += 1;
+                skipped = true;
             } else {
                 worker.orders.insert(due, order);
                 worker.obey(worker.orders[due].left);
@@ -344,8 +346,12 @@ impl<'a> Sim<'a> {
             let spare = worker.state.kv_held - worker.state.kv_live;
             worker.state.kv_cached = ByteCount(spare.0 / (1 + self.random.below(4)));
         }
-        if fails {
+        if fails || skipped {
             self.count_anew();
+        }
+        if skipped {
+            // Until it is asked again nothing counts.
+            self.asked.iter_mut().for_each(|asked| asked.since_ms = now_ms + SKIP_MS);
         }
     }
 
@@ -546,9 +552,6 @@ impl<'a> Sim<'a> {
                 if reason.contains("may not stand beside") {
                     self.seen.apart += 1;
                 }
-                if fails {
-                    self.count_anew();
-                }
                 self.seen.evicts += 1;
             }
             Action::Restore { model, .. } => {
@@ -626,7 +629,7 @@ impl<'a> Sim<'a> {
         let turn_ms = turn + restore_ms(largest.unwrap_or_default()) + ANSWER_MS_MAX;
         let before = asked.older.len() as u64;
         let bound_ms = (before + asked.resident + 1) * turn_ms;
-        let waited_ms = self.now_ms - asked.since_ms;
+        let waited_ms = self.now_ms.saturating_sub(asked.since_ms);
         self.seen.worst_permille = self.seen.worst_permille.max(waited_ms * 1_000 / bound_ms);
         if waited_ms > bound_ms {
             return Err(format!(
