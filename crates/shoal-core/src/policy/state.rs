@@ -116,6 +116,20 @@ impl ModelState {
         self.weights_held + self.kv_held + self.overhead_held
     }
 
+    /// It can make a difference to a plan at `now_ms`. A model that sleeps and that nobody wants makes none, unless it asks
+    /// for bytes itself, so it need not be in a state: a thousand of them cost nothing.
+    #[must_use]
+    pub fn matters(&self, now_ms: u64) -> bool {
+        !(self.held() + self.ordered).is_zero()
+            || self.is_busy()
+            || self.up
+            || self.wake_ordered
+            || self.preload
+            || self.turn_since_ms.is_some()
+            || self.rising_until_ms.is_some()
+            || self.skip_until_ms > now_ms
+    }
+
     /// What it holds of weights and KV.
     #[must_use]
     pub fn stands(&self) -> ByteCount {

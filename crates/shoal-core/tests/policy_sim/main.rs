@@ -68,7 +68,14 @@ prop_compose! {
         (keeps_weights, preload, is_rigid) in (prop::bool::weighted(0.1), any::<bool>(), prop::bool::weighted(0.1)),
         (kv_back_us_per_mib, uses_milli, uses_window_ms) in (0..100_000u64, 0..90_000u64, 0..90_000u64),
         restored_ms in prop::option::of(0..10_000u64),
+        is_away in prop::bool::weighted(0.2),
     ) -> ModelState {
+        if is_away {
+            return ModelState {
+                ready, pinned, min, max, priority, keep_alive_ms, restore_us_per_mib, kv_min, keeps_weights, is_rigid,
+                restored_ms, weights_total: ByteCount::mib(total), last_used_ms: used, ..ModelState::default()
+            };
+        }
         ModelState {
             keeps_weights, preload, is_rigid, kv_back_us_per_mib, uses_milli, uses_window_ms, restored_ms,
             kv_cached: ByteCount::mib(cached.min(kv - live.min(kv))),
@@ -153,6 +160,11 @@ proptest! {
         prop_assert_eq!(&said, &plan(&state.clone(), now_ms));
         prop_assert_eq!(check(&state, &said), Ok(()));
         prop_assert_eq!(check(&state, &Lru.plan(&state, now_ms)), Ok(()));
+        let mut fewer = state.clone();
+        fewer.models.retain(|model| {
+            model.matters(now_ms) || state.requests.iter().any(|request| request.model == model.id)
+        });
+        prop_assert_eq!(&said, &plan(&fewer, now_ms), "a model that does not matter made a difference");
         let mut held: Vec<_> = state.models.iter().map(ModelState::held).collect();
         let mut ordered: Vec<_> = state.models.iter().map(|model| model.ordered).collect();
         let mut answers = vec![0; state.requests.len()];

@@ -16,7 +16,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Begun, Core, Greeting, Life, Reached, Timing, Wanted};
-use crate::config::{DeviceChoice, Limits, ModelConfig, ServerConfig};
+use crate::config::{DeviceChoice, Limits, ModelConfig, ServerConfig, Sharing};
 use crate::shelf::RouteError;
 use crate::supervisor::{Entry, Exit};
 
@@ -47,8 +47,18 @@ impl Dice {
     }
 }
 
-fn config() -> ServerConfig {
-    let models = (0..MODELS).map(|n| ModelConfig::new(format!("m{n}"), "/none")).collect();
+/// Every fourth history has two models that stand apart, every fourth preloads, every fourth has another policy and one
+/// that watches.
+fn config(seed: u64) -> ServerConfig {
+    let mut models: Vec<ModelConfig> =
+        (0..MODELS).map(|n| ModelConfig::new(format!("m{n}"), "/none")).collect();
+    let mut sharing = Sharing::default();
+    match seed % 4 {
+        1 => (models[0].apart, models[1].apart) = (vec!["m1".to_owned()], vec!["m0".to_owned()]),
+        2 => models.iter_mut().for_each(|model| model.preload = true),
+        3 => sharing = Sharing { policy: "lru".to_owned(), shadow: Some("value".to_owned()), evicts: true },
+        _ => {}
+    }
     ServerConfig {
         file: PathBuf::from("/none/shoal.toml"),
         listen: ([127, 0, 0, 1], 0).into(),
@@ -67,7 +77,7 @@ fn config() -> ServerConfig {
         python: PathBuf::from("python3"),
         limits: Limits { parked_max: 4, ..Limits::default() },
         quantum: Duration::from_millis(300),
-        sharing: crate::config::Sharing::default(),
+        sharing,
         orphan_wait: Duration::ZERO,
         notes: vec![],
         unservable: vec![],
@@ -116,7 +126,7 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut core = Self::core();
+        let mut core = Self::core(seed);
         core.handle_timer(0);
         Self {
             seed,
@@ -191,6 +201,12 @@ impl World {
             held_in_all += worker.held;
         }
         assert!(held_in_all <= BUDGET, "I1: by what workers hold");
+        let held = |place: usize| self.core.book.held(self.core.models[place].id, LeaseKind::Weights);
+        assert!(
+            self.core.models[0].config.apart.is_empty() || held(0).is_zero() || held(1).is_zero(),
+            "seed {}: m0 and m1 are on the device together",
+            self.seed
+        );
         let parked: usize = self.core.models.iter().map(|model| model.parked.len()).sum();
         assert!(parked <= self.clients.len(), "seed {}: somebody waits whom nobody knows", self.seed);
         for model in &self.core.models {
@@ -356,7 +372,7 @@ impl World {
 
     /// The server is killed, and another begins: clients are lost, workers are not, but for those that die meanwhile.
     fn restart(&mut self) {
-        self.core = World::core();
+        self.core = World::core(self.seed);
         self.clients.clear();
         self.routed.clear();
         let mut gone = Vec::new();
@@ -398,9 +414,9 @@ impl World {
         self.core.handle_timer(self.now_ms);
     }
 
-    fn core() -> Core {
+    fn core(seed: u64) -> Core {
         let timing = Timing { quantum_ms: 300, ..Timing::default() };
-        Core::new(Arc::new(config()), timing, 1_000_000, None)
+        Core::new(Arc::new(config(seed)), timing, 1_000_000, None)
     }
 
     fn done(&mut self, place: usize, order: u64, bytes: ByteCount, error: Option<String>) {
@@ -519,11 +535,15 @@ impl World {
     }
 }
 
-/// More of them with `SHOAL_HISTORIES`.
+/// More of them with `SHOAL_HISTORIES`, one with `SHOAL_SEED`.
 #[test]
 fn whatever_happens_leases_hold_and_all_models_serve_again() {
-    let count = std::env::var("SHOAL_HISTORIES").ok().and_then(|count| count.parse().ok()).unwrap_or(60);
-    for seed in 1..=count {
+    let number = |name: &str| std::env::var(name).ok().and_then(|count| count.parse().ok());
+    let seeds = match number("SHOAL_SEED") {
+        Some(seed) => seed..=seed,
+        None => 1..=number("SHOAL_HISTORIES").unwrap_or(60),
+    };
+    for seed in seeds {
         let mut world = World::new(seed);
         world.play();
         world.calm();

@@ -1,6 +1,8 @@
 //! What follows from a change: the policy is asked, its plan carried out and written down.
 
+use serde::Serialize;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::ids::ModelId;
 use shoal_core::policy::{Action, ModelState, Plan, ShelfState};
 use shoal_core::protocol::LeaseKind;
 
@@ -16,6 +18,18 @@ const RISING_MS_MAX: u64 = 30_000;
 const DECISION_VERSION: u32 = 2;
 /// Plans made after one change. Carrying a plan out changes little that calls for another one.
 const PLANS_PER_CHANGE_MAX: usize = 4;
+
+/// A line of the decision log.
+#[derive(Serialize)]
+struct Decision<'a> {
+    decision: u64,
+    version: u32,
+    policy: &'a str,
+    at_ms: u64,
+    now_ms: u64,
+    state: &'a ShelfState,
+    plan: &'a Plan,
+}
 
 impl Core {
     /// Time went by.
@@ -76,10 +90,7 @@ impl Core {
 
     /// Derives what follows for one model: whether it is up, wants to be, and since when.
     fn refresh(&mut self, place: usize, now_ms: u64) {
-        let asks = {
-            let id = self.models[place].id;
-            self.asked.iter().any(|asked| asked.pending.model == id)
-        };
+        let asks = self.asks(self.models[place].id);
         let held = self.book.held(self.models[place].id, LeaseKind::Weights);
         let kv_held = self.book.held(self.models[place].id, LeaseKind::Kv);
         let model = &mut self.models[place];
@@ -118,13 +129,35 @@ impl Core {
         self.unpark(place, now_ms);
     }
 
+    /// Whether a model can make a difference at all; cheap, and true rather than false.
+    fn may_matter(&self, place: usize) -> bool {
+        let model = &self.models[place];
+        let rests = self.book.total(model.id).is_zero()
+            && !model.is_busy()
+            && !model.is_up()
+            && !model.habits.preload
+            && model.orders.is_empty()
+            && model.skip_until_ms == 0
+            && model.wake_not_before_ms == 0;
+        !rests || self.asks(model.id)
+    }
+
+    fn asks(&self, id: ModelId) -> bool {
+        self.asked.iter().any(|asked| asked.pending.model == id)
+    }
+
     fn policy_state(&self, now_ms: u64) -> ShelfState {
         ShelfState {
             budget: self.leasable(),
             extent: PAGE_BYTES,
             quantum_ms: self.timing.quantum_ms,
             is_manual: !self.config.sharing.evicts,
-            models: (0..self.models.len()).map(|place| self.policy_model(place, now_ms)).collect(),
+            // Those that sleep and that nobody wants are left out: nobody would miss them.
+            models: (0..self.models.len())
+                .filter(|place| self.may_matter(*place))
+                .map(|place| self.policy_model(place, now_ms))
+                .filter(|model| model.matters(now_ms) || self.asks(model.id))
+                .collect(),
             requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
         }
     }
@@ -222,16 +255,17 @@ impl Core {
     fn write_down(&mut self, state: &ShelfState, plan: &Plan, now_ms: u64) -> u64 {
         self.decisions += 1;
         if let Some(log) = &self.decision_log {
-            let line = serde_json::json!({
-                "decision": self.decisions,
-                "version": DECISION_VERSION,
-                "policy": self.policy.name(),
-                "at_ms": self.unix_ms(now_ms),
-                "now_ms": now_ms,
-                "state": state,
-                "plan": plan,
-            });
-            if log.try_send(line.to_string()).is_err() {
+            let line = Decision {
+                decision: self.decisions,
+                version: DECISION_VERSION,
+                policy: self.policy.name(),
+                at_ms: self.unix_ms(now_ms),
+                now_ms,
+                state,
+                plan,
+            };
+            // Plain data: there is nothing in it that cannot be written.
+            if serde_json::to_string(&line).is_ok_and(|line| log.try_send(line).is_err()) {
                 tracing::warn!(
                     decision = self.decisions,
                     "the decision log does not keep up; a decision is not in it"

@@ -1,0 +1,174 @@
+//! The policies on seeded traces in virtual time: how long requests wait for their model, and how much moves for nothing.
+//!
+//! Each trace is an hour on a device of 72 GiB whose host link takes 19 us a MiB (54 GB/s); what is read from files takes
+//! 170 (6 GB/s). The peer is the policy `lru` (whole models, the one not used for longest), which is what other managers of
+//! models do, with our fairness and our limits. Prints a line for each figure: `trace TAB policy TAB metric TAB value`.
+
+mod world;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::policy::{Lru, Policy, Value};
+use world::{Arrival, Kind, Outcome, World};
+
+const BUDGET: ByteCount = ByteCount::gib(72);
+const QUANTUM_MS: u64 = 3_000;
+const HOUR_MS: u64 = 3_600_000;
+const SEEDS: u64 = 5;
+const HOST_US_PER_MIB: u64 = 19;
+const SOURCE_US_PER_MIB: u64 = 170;
+
+/// Splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    /// In (0, 1].
+    fn part(&mut self) -> f64 {
+        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Exponential with this mean, in whole milliseconds.
+    fn after(&mut self, mean_ms: f64) -> u64 {
+        (-self.part().ln() * mean_ms) as u64
+    }
+
+    fn runs_ms(&mut self) -> u64 {
+        300 + self.after(1_500.0)
+    }
+}
+
+type Trace = (Vec<Kind>, Vec<Arrival>);
+
+/// Sixteen models of 4 to 24 GiB, twice what fits; a quarter of them too large for host memory, so read from files.
+fn kinds(random: &mut Random) -> Vec<Kind> {
+    let kind = |place: u64| Kind {
+        weights: ByteCount::gib([4, 6, 8, 14, 16, 24][usize::try_from(random.below(6)).unwrap_or(0)]),
+        restore_us_per_mib: if place % 4 == 3 { SOURCE_US_PER_MIB } else { HOST_US_PER_MIB },
+    };
+    (0..16).map(kind).collect()
+}
+
+fn sorted(kinds: Vec<Kind>, mut arrivals: Vec<Arrival>) -> Trace {
+    arrivals.sort_by_key(|arrival| (arrival.at_ms, arrival.model));
+    (kinds, arrivals)
+}
+
+/// Independent requests, some models asked for much more often than others (Zipf).
+fn popular(random: &mut Random) -> Trace {
+    let kinds = kinds(random);
+    let mut arrivals = Vec::new();
+    // Which are popular has nothing to do with how large they are.
+    let shift = usize::try_from(random.below(16)).unwrap_or(0);
+    for rank in 0..kinds.len() {
+        let mean_ms = 4_000.0 * (rank + 1) as f64;
+        let model = (rank * 7 + shift) % kinds.len();
+        let mut at_ms = random.after(mean_ms);
+        while at_ms < HOUR_MS {
+            arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+            at_ms += 1 + random.after(mean_ms);
+        }
+    }
+    sorted(kinds, arrivals)
+}
+
+/// Conversations: a model is talked to for a minute or two, then not for ten.
+fn conversations(random: &mut Random) -> Trace {
+    let kinds = kinds(random);
+    let mut arrivals = Vec::new();
+    for model in 0..kinds.len() {
+        let mut at_ms = random.after(300_000.0);
+        while at_ms < HOUR_MS {
+            let ends_ms = at_ms + random.after(90_000.0);
+            while at_ms < ends_ms.min(HOUR_MS) {
+                arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+                at_ms += 1 + random.after(8_000.0);
+            }
+            at_ms += random.after(600_000.0);
+        }
+    }
+    sorted(kinds, arrivals)
+}
+
+/// One model after the other, again and again, more than fit: a nightly job over all of them, beside two that are used
+/// all the time.
+fn rounds(random: &mut Random) -> Trace {
+    let kinds = kinds(random);
+    let mut arrivals = Vec::new();
+    let (mut at_ms, mut model) = (0, 2);
+    while at_ms < HOUR_MS {
+        arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+        at_ms += 3_000 + random.below(3_000);
+        model = if model + 1 == kinds.len() { 2 } else { model + 1 };
+    }
+    for model in 0..2 {
+        let mut at_ms = 0;
+        while at_ms < HOUR_MS {
+            arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+            at_ms += 1 + random.after(15_000.0);
+        }
+    }
+    sorted(kinds, arrivals)
+}
+
+/// Three large models, all busy all the time, of which two fit.
+fn all_busy(random: &mut Random) -> Trace {
+    let kinds = vec![Kind { weights: ByteCount::gib(30), restore_us_per_mib: HOST_US_PER_MIB }; 3];
+    let mut arrivals = Vec::new();
+    for model in 0..kinds.len() {
+        let mut at_ms = 0;
+        while at_ms < HOUR_MS / 6 {
+            arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+            at_ms += 1 + random.after(900.0);
+        }
+    }
+    sorted(kinds, arrivals)
+}
+
+fn figures(name: &str, policy: &dyn Policy, make: fn(&mut Random) -> Trace) {
+    let mut all = Outcome::default();
+    for seed in 0..SEEDS {
+        let (kinds, trace) = make(&mut Random(seed));
+        let outcome = World::new(policy, BUDGET, QUANTUM_MS, &kinds).play(&trace);
+        all.waits_ms.extend(outcome.waits_ms);
+        all.moved += outcome.moved;
+        all.evictions += outcome.evictions;
+        all.plans += outcome.plans;
+        all.thrash = [all.thrash, outcome.thrash].into_iter().sum();
+    }
+    all.waits_ms.sort_unstable();
+    let count = all.waits_ms.len();
+    let at = |percent: usize| all.waits_ms[(count * percent / 100).min(count - 1)] as f64 / 1e3;
+    let mean = all.waits_ms.iter().sum::<u64>() as f64 / count as f64 / 1e3;
+    let rows = [
+        ("requests", count as f64),
+        ("wait p50", at(50)),
+        ("wait p99", at(99)),
+        ("wait mean", mean),
+        ("moved", all.moved.0 as f64 / (1u64 << 30) as f64),
+        ("evictions", all.evictions as f64),
+        ("thrash index", all.thrash.index()),
+    ];
+    for (metric, value) in rows {
+        println!("{name}\t{}\t{metric}\t{value}", policy.name());
+    }
+}
+
+fn main() {
+    type Make = fn(&mut Random) -> Trace;
+    let traces: [(&str, Make); 4] =
+        [("popular", popular), ("conversations", conversations), ("rounds", rounds), ("all busy", all_busy)];
+    for (name, make) in traces {
+        figures(name, &Value, make);
+        figures(name, &Lru, make);
+    }
+}
