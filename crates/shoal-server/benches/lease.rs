@@ -42,12 +42,14 @@ fn main() {
     for beside in BESIDE {
         let (echo, lease) = runtime.block_on(measure(beside, rounds));
         let case = if beside == 0 { "1 model".to_owned() } else { format!("{} models", beside + 1) };
-        for (metric, part, target) in [("p50", 0.5, Some(TARGET_US)), ("p99", 0.99, None)] {
-            let (took, least) = (at(&lease, part), at(&echo, part));
-            println!("{case:<12} lease {metric} {took:>8.1} us  echo {least:>8.1} us  ({rounds} samples)");
+        // A thousand on one device are to show how it grows.
+        let target = Some(TARGET_US).filter(|_| beside < 999);
+        for (metric, part, target) in [("p50", 0.5, target), ("p99", 0.99, None)] {
+            let (took, bare) = (at(&lease, part), at(&echo, part));
+            println!("{case:<12} lease {metric} {took:>8.1} us  echo {bare:>8.1} us  ({rounds} samples)");
             rows.push(serde_json::json!({
                 "case": case, "metric": format!("lease round trip, {metric}"), "value": took / 1e6, "unit": "s",
-                "better": "lower", "ceiling": least / 1e6, "peer": null, "peer_value": null,
+                "better": "lower", "ceiling": bare / 1e6, "peer": null, "peer_value": null,
                 "target": target.map(|target: f64| target / 1e6), "met": target.map(|target| took <= target),
                 "samples": rounds, "spread": [at(&lease, 0.0) / 1e6, at(&lease, 1.0) / 1e6],
             }));
@@ -124,7 +126,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         unservable: vec![],
     };
     let shelf = Shelf::start(Arc::new(config)).expect("the shelf starts");
-    let deadline = Instant::now() + Duration::from_secs(300);
+    let deadline = Instant::now() + Duration::from_mins(5);
     let written = async || {
         while !times.exists() {
             let status = shelf.snapshot().model("asking").map(|model| model.status);
@@ -162,7 +164,12 @@ fn echo(path: &Path) {
 fn worker(control: &str, echo: &Path, out: &Path, rounds: usize) {
     let echoed = times(&mut Line::connect(echo), rounds);
     let mut line = Line::connect(Path::new(control));
-    line.say(&FromWorker::Hello { version: VERSION, model: "asking".to_owned(), pid: std::process::id() });
+    line.say(&FromWorker::Hello {
+        version: VERSION,
+        model: "asking".to_owned(),
+        pid: std::process::id(),
+        holds: None,
+    });
     line.hear();
     let capabilities =
         WorkerCapabilities { weights_bytes: ByteCount::mib(64), ..WorkerCapabilities::default() };

@@ -4,6 +4,8 @@
 //! 170 (6 GB/s). The peer is the policy `lru` (whole models, the one not used for longest), which is what other managers of
 //! models do, with our fairness and our limits. Prints a line for each figure: `trace TAB policy TAB metric TAB value`.
 
+#![expect(clippy::print_stdout, reason = "a bench prints")]
+
 mod world;
 
 use shoal_core::bytes::ByteCount;
@@ -38,6 +40,7 @@ impl Random {
     }
 
     /// Exponential with this mean, in whole milliseconds.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few hours at most")]
     fn after(&mut self, mean_ms: f64) -> u64 {
         (-self.part().ln() * mean_ms) as u64
     }

@@ -22,7 +22,8 @@ const PLANS_PER_CHANGE_MAX: usize = 4;
 /// A line of the decision log.
 #[derive(Serialize)]
 struct Decision<'a> {
-    decision: u64,
+    #[serde(rename = "decision")]
+    number: u64,
     version: u32,
     policy: &'a str,
     at_ms: u64,
@@ -256,7 +257,7 @@ impl Core {
         self.decisions += 1;
         if let Some(log) = &self.decision_log {
             let line = Decision {
-                decision: self.decisions,
+                number: self.decisions,
                 version: DECISION_VERSION,
                 policy: self.policy.name(),
                 at_ms: self.unix_ms(now_ms),
