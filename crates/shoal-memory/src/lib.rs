@@ -25,7 +25,10 @@ mod slab_source;
 mod source;
 mod supply;
 mod swap;
+mod sync;
 mod turn;
+#[cfg(test)]
+mod turn_tests;
 
 pub mod broker;
 pub mod error;

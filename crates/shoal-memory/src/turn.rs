@@ -1,13 +1,14 @@
 //! A turn: one holder at a time, first come first served, with deadlines (I10).
 //!
 //! Apart from [`crate::gate`] because nobody shares it. First come first served, so that one who takes it again and
-//! again does not keep others out.
+//! again does not keep others out. Its locks come from [`crate::sync`], so that `tests/turn_model.rs` can put loom's in their
+//! place and try every order in which threads may meet here.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex};
 
 #[derive(Debug, Default)]
 struct State {
@@ -57,6 +58,13 @@ impl Turn {
     pub(crate) fn is_free(&self) -> bool {
         !self.state.lock().is_taken
     }
+
+    /// How many have ever asked for it, and how many wait.
+    #[cfg(test)]
+    pub(crate) fn asked_and_waiting(&self) -> (u64, usize) {
+        let state = self.state.lock();
+        (state.tickets, state.waiting.len())
+    }
 }
 
 impl Taken {
@@ -70,48 +78,5 @@ impl Drop for Taken {
     fn drop(&mut self) {
         self.turn.state.lock().is_taken = false;
         self.turn.changed.notify_all();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-    use std::thread;
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn those_who_wait_come_in_their_order_and_one_who_gives_up_blocks_nobody() {
-        let turn = Arc::new(Turn::default());
-        let far = || Instant::now() + Duration::from_secs(10);
-        let held = turn.take(far()).expect("free");
-        assert!(turn.take(Instant::now() + Duration::from_millis(5)).is_none());
-        let (send, order) = mpsc::channel();
-        let waiters: Vec<_> = (0..4)
-            .map(|number| {
-                let (waiting, send) = (Arc::clone(&turn), send.clone());
-                let patience = if number == 1 { Duration::from_millis(20) } else { Duration::from_secs(10) };
-                let waiter = thread::spawn(move || {
-                    let taken = waiting.take(Instant::now() + patience);
-                    if taken.is_some() {
-                        send.send(number).expect("heard");
-                    }
-                });
-                while turn.state.lock().tickets < number + 3 {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                waiter
-            })
-            .collect();
-        while turn.state.lock().waiting.len() > 3 {
-            thread::sleep(Duration::from_millis(1));
-        }
-        drop(held);
-        for waiter in waiters {
-            waiter.join().expect("no panic");
-        }
-        drop(send);
-        assert_eq!(order.iter().collect::<Vec<_>>(), [0, 2, 3]);
     }
 }
