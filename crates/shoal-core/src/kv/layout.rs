@@ -482,29 +482,58 @@ mod tests {
         assert!(matches!(new(vec![attention(1, 1, 1, 1)], 1 << 40), Err(LayoutError::TooLarge { .. })));
     }
 
+    fn shape() -> impl Strategy<Value = BlockShape> {
+        prop_oneof![
+            (1_u32..6, 1_u32..4, 1_u32..70).prop_map(|(tokens, kv_heads, head_dim)| BlockShape::Attention {
+                tokens,
+                kv_heads,
+                head_dim,
+                window: None
+            }),
+            (1_u32..6, 1_u32..200).prop_map(|(tokens, dim)| BlockShape::Latent { tokens, dim }),
+            (1_u32..3000).prop_map(|elements| BlockShape::State { elements }),
+        ]
+    }
+
+    fn group() -> impl Strategy<Value = GroupSpec> {
+        let element_bytes = prop_oneof![Just(1_u32), Just(2), Just(4)];
+        (1_u32..5, shape(), element_bytes).prop_map(|(layers, shape, element_bytes)| GroupSpec {
+            name: String::new(),
+            layers,
+            shape,
+            element_bytes,
+        })
+    }
+
     proptest! {
         #[test]
-        fn views_cover_each_byte_of_a_block_once(
-            layers in 1_u32..5, tokens in 1_u32..6, heads in 1_u32..4, dim in 1_u32..70, is_layer_major: bool,
+        fn views_cover_each_byte_of_a_block_once_and_groups_lie_apart(
+            groups in proptest::collection::vec(group(), 1..4), is_layer_major: bool,
         ) {
             let order = if is_layer_major { PlaneOrder::LayerMajor } else { PlaneOrder::BlockMajor };
-            let layout = CacheLayout::new(&spec(vec![attention(layers, tokens, heads, dim)], order, 2));
-            let layout = layout.expect("a layout");
-            let group = &layout.groups()[0];
-            let block = group.blocks() - 1;
-            let mut found = Vec::new();
-            for layer in 0..layers {
-                let view = group.view(layer).expect("a layer");
-                let first = view.offset.0 + u64::from(block) * view.strides[0] * 2;
-                let elements: u64 = view.shape[1..].iter().product();
-                prop_assert_eq!(view.strides[1] * view.shape[1], elements, "a block of a layer is contiguous");
-                found.extend((first..first + elements * 2).collect::<Vec<_>>());
+            let named = groups.into_iter().enumerate();
+            let groups = named.map(|(at, group)| GroupSpec { name: at.to_string(), ..group }).collect();
+            let layout = CacheLayout::new(&spec(groups, order, 2)).expect("a layout");
+            let mut end_before = 0;
+            for group in layout.groups() {
+                let element = u64::from(group.spec().element_bytes);
+                let block = group.blocks() - 1;
+                let mut found = Vec::new();
+                for layer in 0..group.spec().layers {
+                    let view = group.view(layer).expect("a layer");
+                    let first = view.offset.0 + u64::from(block) * view.strides[0] * element;
+                    let elements: u64 = view.shape[1..].iter().product();
+                    prop_assert_eq!(view.strides[1] * view.shape[1], elements, "a block of a layer is contiguous");
+                    found.extend((first..first + elements * element).collect::<Vec<_>>());
+                }
+                found.sort_unstable();
+                let wanted: Vec<u64> =
+                    group.pieces(block).flat_map(|(at, bytes)| at.0..at.0 + bytes.0).collect();
+                prop_assert_eq!(&found, &wanted);
+                prop_assert!(group.pieces(0).all(|(at, _)| at.0 >= end_before), "the group before ends there");
+                end_before = found.last().expect("bytes") + 1;
             }
-            found.sort_unstable();
-            let pieces = group.pieces(block);
-            let wanted: Vec<u64> = pieces.flat_map(|(at, bytes)| at.0..at.0 + bytes.0).collect();
-            prop_assert_eq!(&found, &wanted);
-            prop_assert!(found.last().is_some_and(|last| *last < layout.reservation().0));
+            prop_assert!(end_before <= layout.reservation().0);
         }
     }
 }
