@@ -1,0 +1,321 @@
+"""vLLM's GPU worker with its memory in regions. Imported by vLLM, as ``--worker-cls shoal.vllm.Worker``.
+
+What is overridden is where memory comes from, when it may go, and what sleeping means. ``tests/vllm/test_contract.py``
+says of each of these places whether it still is where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.worker import gpu_worker
+from vllm.v1.worker.gpu import attn_utils
+
+from shoal.errors import RegionError
+from shoal.vllm.memory import EngineMemory, KvWhileAsleep
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger("vllm.shoal")
+
+
+class Worker(gpu_worker.Worker):
+    """A GPU worker whose weights and CUDA graphs lie in regions, and whose KV cache is elastic.
+
+    Parameters
+    ----------
+    arguments
+        vLLM's own.
+
+    Raises
+    ------
+    RegionError
+        If the engine is set up as this worker cannot run; the message names the setting.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        refuse_unsupported(self.vllm_config)
+        self._memory: EngineMemory | None = None
+        self._is_warm = False
+
+    # Where memory comes from.
+
+    def init_device(self) -> None:
+        """Open the device, and let graphs be captured into a region."""
+        index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+        torch.accelerator.set_device_index(index)
+        self._memory = EngineMemory(f"cuda:{index}")
+        if not self.model_config.enforce_eager:
+            # Whoever captures asks the platform for this pool when it is made, which is after this.
+            type(current_platform)._global_graph_pool = self._memory.graph_pool()
+        super().init_device()
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> contextlib.AbstractContextManager[Any]:
+        if tag == "weights":
+            return self.memory.filling_weights()
+        # The cache's own tensors come from `_allocate`; what else is made beside them stays when it sleeps.
+        return contextlib.nullcontext()
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Make the KV cache, without touching it.
+
+        Parameters
+        ----------
+        kv_cache_config
+            vLLM's.
+
+        Raises
+        ------
+        RegionError
+            If the cache cannot be elastic, or vLLM made its tensors elsewhere.
+        """
+        if not kv_cache_config.kv_cache_tensors:
+            super().initialize_from_config(kv_cache_config)
+            return
+        from shoal.vllm.pool import install
+
+        cache = self.memory.make_cache(kv_cache_config)
+        cache.hold(self._warm_up_blocks(kv_cache_config))
+        with self._allocating(cache.tensors()) as asked:
+            super().initialize_from_config(kv_cache_config)
+        if not asked:
+            raise RegionError("vLLM did not ask for its KV cache where it was expected to; nothing of it is elastic")
+        install(cache)
+        logger.info(
+            "KV cache: %d blocks, %.2f GiB of addresses; memory comes with use.",
+            cache.blocks, cache.plan.nbytes / (1 << 30),
+        )  # fmt: skip
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up and capture graphs; then copy what is in place to the host, in the background.
+
+        Returns
+        -------
+        CompilationTimes
+            vLLM's.
+        """
+        # Nothing of ours comes or goes while a graph is captured.
+        with self.memory.guard():
+            times = super().compile_or_warm_up_model()
+        torch.cuda.synchronize()
+        if self.memory.cache is not None:
+            self.memory.cache.release()
+        self.memory.freeze()
+        self._is_warm = True
+        return times
+
+    # Steps.
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Launch a step, with all memory there.
+
+        Parameters
+        ----------
+        scheduler_output
+            vLLM's.
+
+        Returns
+        -------
+        ModelRunnerOutput or AsyncModelRunnerOutput or None
+            vLLM's.
+        """
+        cache = self.memory.cache
+        if self._is_warm and cache is not None and cache.pool is None:
+            raise RegionError("vLLM's scheduler hands out blocks by itself; its KV cache is not elastic")
+        with self.memory.step():
+            return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Launch the sampling of a step.
+
+        Parameters
+        ----------
+        grammar_output
+            vLLM's.
+
+        Returns
+        -------
+        ModelRunnerOutput or AsyncModelRunnerOutput
+            vLLM's.
+        """
+        with self.memory.step():
+            return super().sample_tokens(grammar_output)
+
+    def execute_dummy_batch(self) -> None:
+        """Launch a step of nothing, with all memory there."""
+        with self.memory.step():
+            super().execute_dummy_batch()
+
+    def reload_weights(self, *arguments: Any, **named: Any) -> None:
+        """Write the weights anew; what has changed is found by its hash when it goes.
+
+        Parameters
+        ----------
+        arguments
+            vLLM's.
+        """
+        with self.memory.guard():
+            super().reload_weights(*arguments, **named)
+
+    # Sleep.
+
+    def sleep(self, level: int = 1) -> None:
+        """Sleep as vLLM asks for it, by ``LLM.sleep`` or ``/sleep``: it has forgotten cached blocks then.
+
+        Parameters
+        ----------
+        level
+            1 or 2; the same here: weights stay in host memory.
+        """
+        del level
+        self.shoal_sleep("forget")
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Wake as vLLM asks for it.
+
+        Parameters
+        ----------
+        tags
+            Which parts; all come with the first.
+        """
+        del tags
+        self.shoal_wake()
+
+    def shoal_sleep(self, kv: KvWhileAsleep = "keep") -> dict[str, Any]:
+        """Give up all memory that lies in regions. No request may be running: :func:`shoal.vllm.suspend` sees to it.
+
+        Parameters
+        ----------
+        kv
+            Whether cached KV blocks are kept in host memory or forgotten.
+
+        Returns
+        -------
+        dict
+            As :meth:`~shoal.vllm.memory.EngineMemory.sleep`.
+        """
+        torch.cuda.synchronize()
+        report = self.memory.sleep(kv)
+        logger.info("Asleep in %.3f s: %s", report["seconds"], report)
+        return report
+
+    def shoal_wake(self) -> dict[str, Any]:
+        """Bring everything back.
+
+        Returns
+        -------
+        dict
+            As :meth:`~shoal.vllm.memory.EngineMemory.wake`.
+        """
+        report = self.memory.wake()
+        logger.info("Awake in %.3f s: %s", report["seconds"], report)
+        return report
+
+    def shoal_usage(self) -> dict[str, Any]:
+        """Give figures.
+
+        Returns
+        -------
+        dict
+            As :meth:`~shoal.vllm.memory.EngineMemory.usage`.
+        """
+        return self.memory.usage()
+
+    def shoal_kv_limit(self, nbytes: int) -> None:
+        """Set the most memory that the KV cache may have. Requests that find no room wait, or are preempted.
+
+        Parameters
+        ----------
+        nbytes
+            How many bytes.
+        """
+        if self.memory.cache is not None:
+            self.memory.cache.set_limit(nbytes)
+
+    def shoal_kv_shrink(self, nbytes: int) -> int:
+        """Take memory from the KV cache in which no running request has a block.
+
+        Parameters
+        ----------
+        nbytes
+            How many bytes.
+
+        Returns
+        -------
+        int
+            How many went.
+        """
+        return 0 if self.memory.cache is None else self.memory.cache.shrink(nbytes)
+
+    # Helpers.
+
+    @property
+    def memory(self) -> EngineMemory:
+        """The worker's memory, once its device is open."""
+        if self._memory is None:
+            raise RegionError("the worker's device is not open yet: init_device comes first")
+        return self._memory
+
+    def _warm_up_blocks(self, config: Any) -> int:
+        """Say how many of the first blocks warming up may write to."""
+        scheduler = self.vllm_config.scheduler_config
+        # A prompt of one token more than a decode step takes, then that step.
+        short = 2 * (1 + self.vllm_config.num_speculative_tokens) + 1
+        blocks = 64
+        for group in config.kv_cache_groups:
+            size = group.kv_cache_spec.block_size
+            # Either as many requests as there may be, or all tokens of a step in one.
+            blocks += max(scheduler.max_num_seqs * -(-short // size), -(-scheduler.max_num_batched_tokens // size))
+        return blocks
+
+    @contextlib.contextmanager
+    def _allocating(self, tensors: dict[str, torch.Tensor]) -> Any:
+        """Let both of vLLM's model runners take these tensors where they would allocate their own."""
+        asked: list[str] = []
+        originals = (attn_utils._allocate_kv_cache, getattr(self.model_runner, "_allocate_kv_cache_tensors", None))
+
+        def allocate(*_: Any) -> dict[str, torch.Tensor]:
+            asked.append("asked")
+            return dict(tensors)
+
+        attn_utils._allocate_kv_cache = allocate
+        if originals[1] is not None:
+            self.model_runner._allocate_kv_cache_tensors = allocate
+        try:
+            yield asked
+        finally:
+            attn_utils._allocate_kv_cache = originals[0]
+            if originals[1] is not None:
+                del self.model_runner._allocate_kv_cache_tensors
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what this worker cannot run.
+
+    Parameters
+    ----------
+    config
+        vLLM's ``VllmConfig``.
+
+    Raises
+    ------
+    RegionError
+        Names the setting.
+    """
+    parallel = config.parallel_config
+    reasons = []
+    if parallel.world_size > 1:
+        reasons.append(f"tensor and pipeline parallel sizes whose product is 1, not {parallel.world_size}")
+    if parallel.data_parallel_size > 1:
+        reasons.append(f"--data-parallel-size 1, not {parallel.data_parallel_size}")
+    if config.model_config.enable_sleep_mode or config.model_config.enable_cumem_allocator:
+        reasons.append("neither --enable-sleep-mode nor --enable-cumem-allocator, since Shoal sleeps in their place")
+    if config.kv_transfer_config is not None:
+        reasons.append("no --kv-transfer-config")
+    if reasons:
+        raise RegionError(f"Shoal's vLLM worker needs {'; '.join(reasons)}", kind="unsupported")

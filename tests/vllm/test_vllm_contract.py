@@ -1,0 +1,206 @@
+"""What this package takes from inside vLLM, looked up in vLLM's source: each failure says which seam moved.
+
+The source is read, not imported. `SHOAL_VLLM_SOURCE` names the folder of a `vllm` package; else an installed vLLM is
+read; where there is neither, nothing is tested.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from shoal.vllm import versions
+
+
+def source() -> Path | None:
+    if named := os.environ.get("SHOAL_VLLM_SOURCE"):
+        return Path(named)
+    spec = importlib.util.find_spec("vllm")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    # A folder of tests may have that name too.
+    return next((Path(folder) for folder in folders if (Path(folder) / "v1").is_dir()), None)
+
+
+SOURCE = source()
+pytestmark = pytest.mark.skipif(SOURCE is None, reason="no vLLM here; SHOAL_VLLM_SOURCE names its source")
+
+
+@cache
+def module(path: str) -> ast.Module:
+    assert SOURCE is not None
+    file = SOURCE / path
+    assert file.is_file(), f"vllm/{path} is gone"
+    return ast.parse(file.read_text("utf-8"))
+
+
+def find(path: str, *names: str) -> ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef:
+    """Find a class or function by its names from the outside in."""
+    here: ast.AST = module(path)
+    for at, name in enumerate(names):
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [node for node in ast.iter_child_nodes(here) if isinstance(node, kinds) and node.name == name]
+        assert found, f"vllm/{path}: there is no {'.'.join(names[: at + 1])} any more"
+        here = found[-1]
+    return here  # type: ignore[return-value]
+
+
+def parameters(path: str, *names: str) -> list[str]:
+    function = find(path, *names)
+    assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+    arguments = function.args
+    return [one.arg for one in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+
+
+def text(path: str, *names: str) -> str:
+    return ast.unparse(find(path, *names) if names else module(path))
+
+
+def calls(path: str, *names: str) -> list[str]:
+    """Give the names of what a function calls, in order."""
+    found = [node for node in ast.walk(find(path, *names)) if isinstance(node, ast.Call)]
+    found.sort(key=lambda node: (node.lineno, node.col_offset))
+    return [ast.unparse(node.func) for node in found]
+
+
+WORKER = "v1/worker/gpu_worker.py"
+V1_RUNNER = "v1/worker/gpu_model_runner.py"
+V2_CACHE = "v1/worker/gpu/attn_utils.py"
+POOL = "v1/core/block_pool.py"
+COORDINATOR = "v1/core/kv_cache_coordinator.py"
+MANAGER = "v1/core/kv_cache_manager.py"
+
+
+def test_the_version_is_one_that_was_tested() -> None:
+    match = re.search(r"__version__ = (?:version = )?'([^']+)'", text("_version.py"))
+    assert match, "vllm/_version.py does not say its version any more"
+    assert versions.check_version(match[1]) == match[1]
+
+
+def test_plugins_are_found_by_entry_point_and_loaded_before_the_worker_is_chosen() -> None:
+    assert "vllm.general_plugins" in text("plugins/__init__.py")
+    assert "load_general_plugins" in calls("engine/arg_utils.py", "EngineArgs", "__post_init__")
+    assert "load_general_plugins" in calls("v1/engine/core.py", "EngineCore", "__init__")
+    assert calls("v1/worker/worker_base.py", "WorkerWrapperBase", "init_worker").count("resolve_obj_by_qualname") >= 1
+
+
+def test_the_platform_fills_in_the_worker() -> None:
+    method = find("platforms/cuda.py", "CudaPlatformBase", "check_and_update_config")
+    assert [ast.unparse(one) for one in method.decorator_list] == ["classmethod"]
+    assert parameters("platforms/cuda.py", "CudaPlatformBase", "check_and_update_config") == ["cls", "vllm_config"]
+    assert "worker_cls == 'auto'" in ast.unparse(method), "the platform does not fill in worker_cls any more"
+
+
+def test_weights_are_loaded_where_the_worker_says() -> None:
+    assert parameters(WORKER, "Worker", "_maybe_get_memory_pool_context") == ["self", "tag"]
+    assert "self._maybe_get_memory_pool_context(tag='weights')" in text(WORKER, "Worker", "load_model")
+    assert "self._maybe_get_memory_pool_context(tag='kv_cache')" in text(WORKER, "Worker", "initialize_from_config")
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("init_device", ["self"]),
+        ("initialize_from_config", ["self", "kv_cache_config"]),
+        ("compile_or_warm_up_model", ["self"]),
+        ("execute_model", ["self", "scheduler_output"]),
+        ("sample_tokens", ["self", "grammar_output"]),
+        ("execute_dummy_batch", ["self"]),
+        ("sleep", ["self", "level"]),
+        ("wake_up", ["self", "tags"]),
+    ],
+)
+def test_the_worker_has_the_methods_that_ours_overrides(method: str, wanted: list[str]) -> None:
+    assert parameters(WORKER, "Worker", method) == wanted, f"Worker.{method} takes other arguments"
+
+
+def test_each_model_runner_asks_one_function_for_its_cache() -> None:
+    assert parameters(V2_CACHE, "_allocate_kv_cache") == ["kv_cache_config", "shared_layers", "device"]
+    assert "_allocate_kv_cache" in calls(V2_CACHE, "init_kv_cache"), "the V2 runner allocates its cache elsewhere"
+    assert parameters(V1_RUNNER, "GPUModelRunner", "_allocate_kv_cache_tensors") == ["self", "kv_cache_config"]
+    asked = calls(V1_RUNNER, "GPUModelRunner", "initialize_kv_cache_tensors")
+    assert "self._allocate_kv_cache_tensors" in asked, "the V1 runner allocates its cache elsewhere"
+
+
+def test_a_cache_is_flat_tensors_of_bytes_by_layer() -> None:
+    for path, names in (
+        (V2_CACHE, ("_allocate_kv_cache",)),
+        (V1_RUNNER, ("GPUModelRunner", "_allocate_kv_cache_tensors")),
+    ):
+        said = text(path, *names)
+        assert "torch.zeros" in said, f"{names[-1]} does not allocate flat tensors any more"
+        assert "dtype=torch.int8" in said, f"{names[-1]} makes tensors of another type"
+        assert "for layer_name in kv_cache_tensor.shared_by" in said, f"{names[-1]} gives other than one tensor a layer"
+    tensor = text("v1/kv_cache_interface.py", "KVCacheTensor")
+    for field in ("size: int", "shared_by: list[str]", "block_stride: int"):
+        assert field in tensor, f"KVCacheTensor has no {field.split(':')[0]} any more"
+    assert "num_blocks: int" in text("v1/kv_cache_interface.py", "KVCacheConfig")
+
+
+def test_graphs_are_captured_into_the_platforms_pool() -> None:
+    said = text("platforms/interface.py", "Platform", "get_global_graph_pool")
+    assert "cls._global_graph_pool" in said, "the global graph pool is kept elsewhere"
+    for path in ("v1/worker/gpu/cudagraph_utils.py", "compilation/cuda_graph.py"):
+        assert "current_platform.get_global_graph_pool()" in text(path), f"vllm/{path} captures into another pool"
+
+
+def test_the_coordinator_makes_the_pool_by_its_modules_name() -> None:
+    assert "BlockPool" in calls(COORDINATOR, "KVCacheCoordinator", "__init__")
+    made = [
+        node for node in ast.walk(find(COORDINATOR, "KVCacheCoordinator", "__init__"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "BlockPool"
+    ]  # fmt: skip
+    assert "num_gpu_blocks" in [word.arg for word in made[0].keywords]
+
+
+def test_the_pool_keeps_its_free_blocks_in_one_queue() -> None:
+    used = {
+        node.attr for node in ast.walk(find(POOL, "BlockPool"))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.free_block_queue"
+    }  # fmt: skip
+    ours = {"popleft", "popleft_n", "remove", "append", "append_n", "prepend_n", "num_free_blocks"}
+    assert used <= ours, f"the pool asks its queue for {sorted(used - ours)} too"
+    said = text(POOL, "BlockPool", "free_blocks")
+    assert re.search(
+        r"block\.block_hash is None.*prepend_n\(blocks_without_hash\).*append_n\(blocks_with_hash\)", said, re.S
+    )
+    assert "self.null_block = self.free_block_queue.popleft()" in text(POOL, "BlockPool", "__init__")
+    assert "self.get_num_free_blocks()" in text(POOL, "BlockPool", "reset_prefix_cache")
+
+
+def test_blocks_are_counted_before_they_are_asked_for_and_taken() -> None:
+    asked = calls(MANAGER, "KVCacheManager", "allocate_slots")
+    counted = [at for at, name in enumerate(asked) if name == "self.coordinator.get_num_blocks_to_allocate"]
+    promised = [at for at, name in enumerate(asked) if name == "self.block_pool.get_num_free_blocks"]
+    taken = asked.index("self.coordinator.allocate_new_blocks")
+    assert counted, "allocate_slots does not count blocks with get_num_blocks_to_allocate any more"
+    assert len(counted) == len(promised)
+    assert all(count < promise for count, promise in zip(counted, promised, strict=True))
+    assert promised[-1] < taken
+
+
+def test_what_is_freed_is_freed_after_the_steps_that_were_launched() -> None:
+    assert "self._drain_deferred_frees" in calls("v1/core/sched/scheduler.py", "Scheduler", "update_from_output") or (
+        "_drain_deferred_frees" in text("v1/core/sched/scheduler.py")
+    )
+
+
+def test_an_engine_can_be_paused_without_forgetting_its_cache() -> None:
+    wanted = ["self", "mode", "wait_for_inflight_requests", "clear_cache"]
+    assert parameters("v1/engine/async_llm.py", "AsyncLLM", "pause_generation") == wanted
+    assert parameters("v1/engine/async_llm.py", "AsyncLLM", "resume_generation") == ["self"]
+    assert "collective_rpc" in text("v1/engine/async_llm.py", "AsyncLLM")
+    assert parameters("entrypoints/llm.py", "LLM", "collective_rpc")[:2] == ["self", "method"]
+
+
+def test_warming_up_uses_the_first_blocks() -> None:
+    said = text("v1/worker/gpu/warmup.py", "warmup_kernels")
+    assert "next_block_id = 1" in said, "warming up numbers its blocks otherwise"
+    assert "prompt_len = decode_query_len + 1" in said, "warming up uses prompts of another length"
+    assert "decode_len = prompt_len + decode_query_len" in said
+    assert "model_runner.scheduler_config.max_num_seqs" in said
