@@ -278,6 +278,10 @@ def main() -> int:
         if rows:
             save_gpu(out, rows)
         slim = {case: {key: value for key, value in one.items() if key != "tokens"} for case, one in found.items()}
+        for name, one in found.items():
+            twin = found.get(name.replace("shoal", "stock").replace(" mp", ""), {}).get("tokens", {}).get("first")
+            if twin:
+                slim[name]["differing"] = {turn: differing({turn: got}, twin)[1] for turn, got in one["tokens"].items()}
         (out.parent / "vllm_found.json").write_text(json.dumps(slim, indent=1))
         if case == "shoal graphs" and not any(
             one.get("done") for name, one in found.items() if name.startswith("shoal")
