@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::policy::{ShelfState, builtin};
+use shoal_core::policy::{Action, Plan, Policy, ShelfState, Value, builtin};
 use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing, SleepDepth};
 use shoal_server::shelf::Shelf;
 use shoal_server::state::{Event, EventKind, ModelStatus};
@@ -177,6 +177,63 @@ async fn a_model_that_does_not_sleep_stays_and_the_other_is_told_why() {
     use_once(&shelf, "chat").await;
     let error = shelf.route("code", soon()).await.expect_err("no room");
     assert!(error.to_string().contains("chat keeps 100 MiB (it does not sleep)"), "{error}");
+    shelf.shutdown(soon()).await;
+}
+
+/// As ours, but would take a MiB of the pinned for whoever asks.
+#[derive(Debug)]
+struct Rash;
+
+impl Policy for Rash {
+    fn name(&self) -> &'static str {
+        "rash"
+    }
+
+    fn plan(&self, state: &ShelfState, now_ms: u64) -> Plan {
+        let mut plan = Value.plan(state, now_ms);
+        let pinned = state.models.iter().find(|model| model.pinned && model.up);
+        if let (Some(model), false) = (pinned, state.requests.is_empty()) {
+            let (bytes, reason) = (ByteCount(MIB), "because it is there".to_owned());
+            plan.actions.push(Action::Evict { model: model.id, requester: None, bytes, reason });
+        }
+        plan
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_of_the_users_decides_and_is_not_obeyed_where_it_must_not_be() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let pinned = ModelConfig { pin: true, ..model("chat", &[]) };
+    let models = vec![pinned, model("code", &["--weights", "40"])];
+    let shelf = Shelf::start_with(Arc::new(config(scratch.path(), 160, models)), Some(Box::new(Rash)))
+        .expect("the shelf starts");
+    use_once(&shelf, "chat").await;
+    assert_eq!(shelf.snapshot().sharing.policy, "rash");
+    use_once(&shelf, "code").await;
+    let refused = |event: &&Arc<Event>| matches!(event.what, EventKind::PolicyRefused { .. });
+    let events = events(&shelf);
+    let event = events.iter().find(refused).unwrap_or_else(|| panic!("{}", story(&shelf)));
+    assert_eq!(
+        event.text,
+        "a plan of rash was not obeyed, value decided: chat cannot be ordered to give up 1 MiB: it is pinned"
+    );
+    assert_eq!(status(&shelf, "chat"), ModelStatus::Awake, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+    let log = std::fs::read_to_string(scratch.path().join("logs/decisions.ndjson")).expect("a decision log");
+    for name in ["rash", "value"] {
+        assert!(log.contains(&format!("\"policy\":\"{name}\"")), "who decided is written down: {log}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_preloaded_model_has_all_the_time_that_it_needs() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let slow = ModelConfig { preload: true, ..model("chat", &["--wake-ms", "1500"]) };
+    let shelf = start(scratch.path(), 150, vec![slow]);
+    until(&shelf, "preloaded", |shelf| status(shelf, "chat") == ModelStatus::Awake).await;
+    assert!(!story(&shelf).contains("WakeFailed"), "{}", story(&shelf));
+    let why = shelf.why("chat", 5).expect("configured").now.join(" ");
+    assert!(why.contains("Each MiB of it saves") && why.contains("us to bring back"), "{why}");
     shelf.shutdown(soon()).await;
 }
 

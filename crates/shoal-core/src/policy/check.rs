@@ -10,6 +10,7 @@ use super::state::{Action, ModelState, Plan, ShelfState};
 use super::victims::{floor, kept};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
+use crate::protocol::LeaseKind;
 
 /// Says what is wrong with `plan` for `state`, if anything is.
 ///
@@ -53,7 +54,8 @@ pub fn check(state: &ShelfState, plan: &Plan) -> Result<(), String> {
                 }
                 let stands =
                     |rival: &ModelId| models.get(rival).is_some_and(|rival| !rival.stands().is_zero());
-                if let Some(rival) = model.apart.iter().find(|rival| stands(rival)) {
+                let is_overhead = asked.2 == LeaseKind::Overhead;
+                if let Some(rival) = model.apart.iter().find(|rival| !is_overhead && stands(rival)) {
                     return Err(format!("{} may not stand beside {}", model.name, of(rival)?.name));
                 }
                 answered.push((model.id, *request));
@@ -97,9 +99,14 @@ fn may_evict(model: &ModelState, bytes: ByteCount, ordered: ByteCount) -> Result
     Ok(())
 }
 
-fn asked(state: &ShelfState, model: &ModelState, request: u64) -> Result<(ByteCount, ByteCount), String> {
+/// Least, most and kind of what was asked.
+fn asked(
+    state: &ShelfState,
+    model: &ModelState,
+    request: u64,
+) -> Result<(ByteCount, ByteCount, LeaseKind), String> {
     let found = state.requests.iter().find(|asked| asked.model == model.id && asked.request == request);
     found
-        .map(|asked| (asked.bytes_min, asked.bytes))
+        .map(|asked| (asked.bytes_min, asked.bytes, asked.kind))
         .ok_or_else(|| format!("{} has no request {request}", model.name))
 }

@@ -7,6 +7,7 @@ use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
 use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, takeable_by_hand};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
+use crate::protocol::LeaseKind;
 
 /// Decides what to do at `now_ms`. See the [module](super) for the rules.
 #[must_use]
@@ -59,7 +60,9 @@ impl Decision<'_> {
         if request.bytes_min > most {
             return self.deny(request, true, reason::never(&self.field, model, request, most));
         }
-        if let Some(rival) = self.lasting_rival(model) {
+        // What a process takes beside weights and KV it takes wherever its model is.
+        let stands_apart = request.kind != LeaseKind::Overhead;
+        if let Some(rival) = self.lasting_rival(model).filter(|_| stands_apart) {
             return self.deny(request, true, reason::apart_for_ever(model, rival));
         }
         let wanted = request.bytes.min(room).max(request.bytes_min);
@@ -72,7 +75,8 @@ impl Decision<'_> {
         }
         let wanted = wanted.min(allowed);
 
-        if let Some(reason) = self.part_from_rivals(model, request) {
+        let rivals = if stands_apart { self.part_from_rivals(model, request) } else { None };
+        if let Some(reason) = rivals {
             // What it will need is left to it by younger ones; whoever is in its turn may still grow.
             let left = self.field.eventual(request).saturating_sub(request.bytes_min);
             self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));

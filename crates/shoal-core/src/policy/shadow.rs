@@ -29,13 +29,15 @@ pub struct ShadowCounts {
 pub struct Shadow {
     policy: Box<dyn Policy>,
     counts: ShadowCounts,
+    /// What it last wanted where the live policy wanted nothing; it wants it again at each look then.
+    alone: BTreeMap<ModelId, ByteCount>,
 }
 
 impl Shadow {
     /// Lets `policy` watch.
     #[must_use]
     pub fn new(policy: Box<dyn Policy>) -> Self {
-        Self { policy, counts: ShadowCounts::default() }
+        Self { policy, counts: ShadowCounts::default(), alone: BTreeMap::new() }
     }
 
     /// The name of the policy that watches.
@@ -56,6 +58,13 @@ impl Shadow {
         let (live, shadow) = (evicted(live), evicted(&said));
         if live.is_empty() && shadow.is_empty() {
             return None;
+        }
+        if !live.is_empty() {
+            self.alone.clear();
+        } else if self.alone == shadow {
+            return None;
+        } else {
+            self.alone.clone_from(&shadow);
         }
         let sum = |evicted: &BTreeMap<ModelId, ByteCount>| evicted.values().copied().sum::<ByteCount>();
         self.counts.decisions += 1;

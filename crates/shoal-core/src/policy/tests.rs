@@ -385,6 +385,11 @@ fn who_may_not_stand_beside_another_waits_until_it_is_gone() {
     let busy = ModelState { active: 1, turn_since_ms: Some(9_000), ..rival.clone() };
     assert_eq!(evicted(&plan(&state(busy.clone()), 10_000)), [], "not in its turn");
     assert_eq!(evicted(&plan(&state(busy), 11_000)), [(1, 34)], "but after it");
+    let mut starting = state(rival.clone());
+    starting.requests[0].kind = LeaseKind::Overhead;
+    let said = plan(&starting, 10_000);
+    assert!(matches!(&said.actions[..], [Action::Grant { .. }]), "a process may start: {}", reasons(&said));
+    assert_eq!(check(&starting, &said), Ok(()));
     let gone = ModelState { weights_held: MIB(0), kv_held: MIB(0), up: false, ..rival };
     let said = plan(&state(gone.clone()), 10_000);
     assert!(matches!(&said.actions[..], [Action::Grant { .. }]), "its process may stay: {}", reasons(&said));
@@ -500,6 +505,32 @@ fn a_shadow_counts_where_it_would_have_done_otherwise() {
     );
     let counts = ShadowCounts { decisions: 2, differing: 1, evicted_live: MIB(80), evicted_shadow: MIB(80) };
     assert_eq!(shadow.counts(), counts);
+}
+
+/// Lets nobody run longer than a second.
+#[derive(Debug)]
+struct Impatient;
+
+impl Policy for Impatient {
+    fn name(&self) -> &'static str {
+        "impatient"
+    }
+
+    fn plan(&self, state: &ShelfState, now_ms: u64) -> Plan {
+        Value.plan(&ShelfState { quantum_ms: 1_000, ..state.clone() }, now_ms)
+    }
+}
+
+#[test]
+fn what_a_shadow_wants_again_and_again_is_counted_once() {
+    let mut busy = model(1, "one", 80, 80);
+    (busy.active, busy.turn_since_ms) = (1, Some(7_500));
+    let state = shelf(80, vec![model(0, "chat", 40, 0), busy], vec![wake(0, 40, 1)]);
+    let mut shadow = Shadow::new(Box::new(Impatient));
+    for _ in 0..3 {
+        shadow.watch(&state, &Value.plan(&state, 9_000), 9_000);
+    }
+    assert_eq!((shadow.counts().decisions, shadow.counts().differing), (1, 1));
 }
 
 #[test]

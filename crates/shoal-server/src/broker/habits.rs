@@ -6,13 +6,14 @@
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::thrash::{Thrash, ThrashFigures};
 use shoal_core::policy::worth::of_weights;
-use shoal_core::policy::{LinkSpeeds, Shadow, UseRate};
+use shoal_core::policy::{LinkSpeeds, Plan, Policy, Shadow, ShelfState, UseRate, check};
 use shoal_core::protocol::LeaseKind;
 
 use super::Core;
 use crate::state::{EventKind, ShadowSnapshot, SharingSnapshot, ThrashSnapshot};
 
-/// Above this the shelf thrashes: two requests have paid for bringing a whole model back that had just left.
+/// From this on the shelf thrashes: of two requests one has paid for bringing a whole model back that had just left. Told
+/// only once that was as much as the whole budget: a sleep and a wake by hand are nothing to complain of.
 const THRASHES: f64 = 0.5;
 /// Below this it does so no more.
 const RESTS: f64 = 0.25;
@@ -36,6 +37,8 @@ pub(crate) struct Habits {
 pub(crate) struct Remembered {
     links: LinkSpeeds,
     thrashes: bool,
+    /// Why a plan was last not obeyed.
+    refused: Option<String>,
     /// What the shadow last said.
     shadow_said: Option<String>,
 }
@@ -76,7 +79,7 @@ impl Core {
         let index = figures.index();
         if index < RESTS {
             self.remembered.thrashes = false;
-        } else if index >= THRASHES && !self.remembered.thrashes {
+        } else if index >= THRASHES && figures.thrashed >= self.book.budget() && !self.remembered.thrashes {
             self.remembered.thrashes = true;
             let (thrashed, served) = (figures.thrashed, figures.served);
             self.tell(now_ms, None, EventKind::Thrashing { thrashed, served });
@@ -125,13 +128,28 @@ impl Core {
         links.restore_us_per_mib(model.weights_total, model.usage.source_only)
     }
 
+    /// Who decides.
+    pub(super) fn deciding(&self) -> &dyn Policy {
+        self.foreign.as_ref().unwrap_or(&self.policy).as_ref()
+    }
+
+    /// What to do, and who decided it. A plan of a policy that is not ours is obeyed only if it may be; where not, ours
+    /// decides, and that is told once for each thing that is wrong.
+    pub(super) fn decide(&mut self, state: &ShelfState, now_ms: u64) -> (Plan, String) {
+        let (plan, name) = (self.deciding().plan(state, now_ms), self.deciding().name().to_owned());
+        let wrong = if self.foreign.is_some() { check(state, &plan).err() } else { None };
+        let Some(reason) = wrong else { return (plan, name) };
+        let instead = self.policy.name().to_owned();
+        if self.remembered.refused.as_ref() != Some(&reason) {
+            self.remembered.refused = Some(reason.clone());
+            let what = EventKind::PolicyRefused { policy: name, instead: instead.clone(), reason };
+            self.tell(now_ms, None, what);
+        }
+        (self.policy.plan(state, now_ms), instead)
+    }
+
     /// What the shadow said of the newest decision.
-    pub(super) fn watch(
-        &mut self,
-        state: &shoal_core::policy::ShelfState,
-        plan: &shoal_core::policy::Plan,
-        now_ms: u64,
-    ) {
+    pub(super) fn watch(&mut self, state: &ShelfState, plan: &Plan, now_ms: u64) {
         let Some(said) = self.shadow.as_mut().and_then(|shadow| shadow.watch(state, plan, now_ms)) else {
             return;
         };
@@ -155,7 +173,7 @@ impl Core {
             }
         };
         SharingSnapshot {
-            policy: self.policy.name().to_owned(),
+            policy: self.deciding().name().to_owned(),
             evicts: self.config.sharing.evicts,
             quantum_ms: self.timing.quantum_ms,
             thrash: thrash_snapshot(figures, total),

@@ -164,7 +164,9 @@ impl Core {
             .map(|(_, model)| model.host_share)
             .sum();
         // Whose copies are to stay in host memory gets what that takes, before the rest is divided.
-        let stays = |model: &Record| model.config.sleep == SleepDepth::Host && !is_lost(model);
+        let stays = |model: &Record| {
+            model.config.sleep == SleepDepth::Host && model.host_need.is_some() && !is_lost(model)
+        };
         let promised =
             |model: &Record| if stays(model) { model.host_need.unwrap_or_default() } else { ByteCount::ZERO };
         let reserved: ByteCount = self.models.iter().map(promised).sum();

@@ -112,6 +112,8 @@ pub(crate) struct Core {
     pub(crate) started_unix_ms: u64,
     pub(crate) stopping: bool,
     pub(crate) policy: Box<dyn Policy>,
+    /// One that is not ours and decides in its place, as far as its plans may be obeyed.
+    pub(crate) foreign: Option<Box<dyn Policy>>,
     pub(crate) shadow: Option<Shadow>,
     remembered: habits::Remembered,
     /// Workers of a server before that are being ended, and what they hold is not known.
@@ -153,6 +155,7 @@ impl Core {
             started_unix_ms,
             stopping: false,
             policy: builtin(&config.sharing.policy).unwrap_or_else(|| Box::new(Value)),
+            foreign: None,
             shadow: config.sharing.shadow.as_deref().and_then(builtin).map(Shadow::new),
             remembered: habits::Remembered::default(),
             strangers: BTreeSet::new(),

@@ -105,7 +105,9 @@ impl Core {
     pub(super) fn order_wake(&mut self, place: usize, bytes: ByteCount, reason: String, now_ms: u64) {
         let number = self.number();
         let model = &mut self.models[place];
-        let deadline_ms = model.parked.iter().map(|parked| parked.deadline_ms).max().unwrap_or(0);
+        // One that nobody waits for has the time that somebody would have.
+        let unasked_ms = now_ms + millis(self.config.limits.wait_max);
+        let deadline_ms = model.parked.iter().map(|parked| parked.deadline_ms).max().unwrap_or(unasked_ms);
         let allowed_ms = deadline_ms.saturating_sub(now_ms).max(1_000);
         model.never = None;
         let said =

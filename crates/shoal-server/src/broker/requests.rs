@@ -141,7 +141,9 @@ impl Core {
         let contended = !self.asked.is_empty();
         let model = &mut self.models[place];
         let was_idle = !model.is_busy();
-        self.note_request(place, was_idle, was_asleep, now_ms);
+        if wanted == Wanted::Route {
+            self.note_request(place, was_idle, was_asleep, now_ms);
+        }
         let model = &mut self.models[place];
         model.note_pause(now_ms);
         model.last_used_ms = Some(now_ms);

@@ -52,10 +52,10 @@ impl Core {
                 break;
             }
             let state = self.policy_state(now_ms);
-            let plan = self.policy.plan(&state, now_ms);
+            let (plan, policy) = self.decide(&state, now_ms);
             self.watch(&state, &plan, now_ms);
             again_at = plan.again_at_ms;
-            if !self.carry_out(&state, plan, now_ms) {
+            if !self.carry_out(&state, plan, &policy, now_ms) {
                 break;
             }
         }
@@ -215,9 +215,9 @@ impl Core {
     }
 
     /// Does what the plan says. True where that may call for another plan.
-    fn carry_out(&mut self, state: &ShelfState, plan: Plan, now_ms: u64) -> bool {
+    fn carry_out(&mut self, state: &ShelfState, plan: Plan, policy: &str, now_ms: u64) -> bool {
         let acts = plan.actions.iter().any(|action| !matches!(action, Action::Wait { .. }));
-        let decision = if acts { self.write_down(state, &plan, now_ms) } else { 0 };
+        let decision = if acts { self.write_down(state, &plan, policy, now_ms) } else { 0 };
         let mut changed = false;
         for action in plan.actions {
             match action {
@@ -253,13 +253,13 @@ impl Core {
     }
 
     /// Writes a decision down with the state it was made from (I11). Gives its number.
-    fn write_down(&mut self, state: &ShelfState, plan: &Plan, now_ms: u64) -> u64 {
+    fn write_down(&mut self, state: &ShelfState, plan: &Plan, policy: &str, now_ms: u64) -> u64 {
         self.decisions += 1;
         if let Some(log) = &self.decision_log {
             let line = Decision {
                 number: self.decisions,
                 version: DECISION_VERSION,
-                policy: self.policy.name(),
+                policy,
                 at_ms: self.unix_ms(now_ms),
                 now_ms,
                 state,

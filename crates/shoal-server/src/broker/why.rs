@@ -6,9 +6,12 @@
 use std::fmt::Write as _;
 
 use shoal_core::bytes::ByteCount;
+use shoal_core::policy::worth::of_weights;
+use shoal_core::policy::{ShelfState, turn_ms};
 use shoal_core::protocol::LeaseKind;
 
 use super::{Core, Life, Record};
+use crate::config::SleepDepth;
 use crate::state::{Event, ModelStatus, Why};
 
 impl Core {
@@ -176,7 +179,23 @@ impl Core {
         if let Some(min) = model.config.min {
             said.push(format!("It keeps {min} in any case (`min`)."));
         }
-        let quantum_ms = self.timing.quantum_ms;
+        if model.config.sleep == SleepDepth::None {
+            said.push("Its weights stay on the device (`sleep = \"none\"`).".to_owned());
+        }
+        if !model.config.apart.is_empty() {
+            said.push(format!(
+                "It is never there together with {} (`apart`).",
+                model.config.apart.join(", ")
+            ));
+        }
+        let state = self.policy_model(model.id.0 as usize, now_ms);
+        said.push(format!(
+            "Each MiB of it saves {} of waiting for each second that it is kept: it takes {} us to bring back.",
+            of_weights(&state, now_ms),
+            state.restore_us_per_mib
+        ));
+        let turns = ShelfState { quantum_ms: self.timing.quantum_ms, ..ShelfState::default() };
+        let quantum_ms = turn_ms(&turns, &state);
         match (model.turn_since_ms, model.is_busy()) {
             (Some(since_ms), true) => {
                 let (ran, turn) = (seconds(now_ms.saturating_sub(since_ms)), seconds(quantum_ms));

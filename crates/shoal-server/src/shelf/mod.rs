@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
+use shoal_core::policy::Policy;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -125,6 +126,18 @@ impl Shelf {
     /// # Errors
     /// [`ShelfError`]: another server has the directory, a directory cannot be written, minimums that do not fit.
     pub fn start(config: Arc<ServerConfig>) -> Result<Self, ShelfError> {
+        Self::start_with(config, None)
+    }
+
+    /// [`Shelf::start`] with a policy that is not among ours. Each of its plans is checked before it is obeyed
+    /// ([`shoal_core::policy::check`]); in place of one that must not be, the configured policy decides, and an event says so.
+    ///
+    /// # Errors
+    /// As [`Shelf::start`].
+    pub fn start_with(
+        config: Arc<ServerConfig>,
+        policy: Option<Box<dyn Policy>>,
+    ) -> Result<Self, ShelfError> {
         let sum: ByteCount = config.models.iter().filter_map(|model| model.min).sum();
         if sum > config.device_budget {
             return Err(ShelfError::Minimums { sum, budget: config.device_budget });
@@ -147,6 +160,7 @@ impl Shelf {
         let journal = Journal::begin(config.journal(), budgets, entries);
         let sockets = survivors::sockets(&config, &found);
         let mut core = Core::new(config, timing, millis(unix), Some(decisions));
+        core.foreign = policy;
         for (model, socket) in core.models.iter_mut().zip(sockets) {
             model.listen_at(socket);
         }

@@ -277,6 +277,15 @@ pub enum EventKind {
         #[schema(value_type = u64)]
         served: ByteCount,
     },
+    /// A policy that is not ours planned what must not be done; ours decided.
+    PolicyRefused {
+        /// Its name.
+        policy: String,
+        /// Who decided.
+        instead: String,
+        /// What was wrong.
+        reason: String,
+    },
     /// A model was pinned or unpinned.
     Pinned {
         /// Pinned now.
@@ -314,6 +323,7 @@ impl EventKind {
             Self::OverheadCorrected { .. } => "overhead_corrected",
             Self::ProtocolError { .. } => "protocol_error",
             Self::Thrashing { .. } => "thrashing",
+            Self::PolicyRefused { .. } => "policy_refused",
             Self::Pinned { .. } => "pinned",
         }
     }

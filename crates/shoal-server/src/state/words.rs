@@ -88,6 +88,9 @@ impl fmt::Display for EventKind {
                 "models come back soon after they left: {thrashed} within a minute, where requests were answered with \
                  {served}; fewer models at once, a longer `quantum` or more memory would help"
             ),
+            Self::PolicyRefused { policy, instead, reason } => {
+                write!(f, "a plan of {policy} was not obeyed, {instead} decided: {reason}")
+            }
             Self::Pinned { pinned: true } => f.write_str("pinned"),
             Self::Pinned { pinned: false } => f.write_str("no longer pinned"),
         }
@@ -105,6 +108,7 @@ impl EventKind {
                 | Self::EvictTimedOut { .. }
                 | Self::ProtocolError { .. }
                 | Self::Thrashing { .. }
+                | Self::PolicyRefused { .. }
                 | Self::WorkerLeft { .. }
                 | Self::RestartScheduled { .. }
         )
