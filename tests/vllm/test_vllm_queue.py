@@ -133,6 +133,38 @@ def test_what_is_promised_has_memory() -> None:
     engine.check()
 
 
+@pytest.mark.parametrize("error", [shoal.LeaseError, shoal.OutOfMemoryError, shoal.DeadlineError])
+def test_memory_that_cannot_be_had_now_is_a_shortage_and_no_failure(error: type[shoal.Error]) -> None:
+    class Memory:
+        def alloc(self, n: int) -> list[int] | None:
+            raise error(f"{n} blocks: not now")
+
+        def free(self, ids: list[int]) -> None:
+            raise AssertionError(ids)
+
+        def available(self) -> int:
+            return BLOCKS
+
+    queue = ElasticQueue([Block(number) for number in range(BLOCKS)], Memory(), BLOCKS)
+    queue.adopt(1)
+    queue.expect(5)
+    assert queue.num_free_blocks == 0
+    with pytest.raises(ValueError, match="0 have memory"):
+        queue.popleft_n(5)
+    assert queue.used == 1
+
+
+def test_a_step_that_does_not_end_lets_a_limit_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    assert engine.take(120)
+    monkeypatch.setattr(ElasticCache, "shrink", lambda *_: (_ for _ in ()).throw(shoal.DeadlineError("a step runs")))
+    engine.cache.set_limit(2 * MIB)
+    monkeypatch.undo()
+    engine.free(sorted(engine.used), is_kept=False)
+    engine.cache.keep_limit()
+    assert engine.cache.kv.usage()["mapped"] <= 2 * MIB + engine.cache.kv.groups[0].granule_min
+
+
 def test_more_than_there_are_is_an_error_that_changes_nothing() -> None:
     engine = Engine()
     with pytest.raises(ValueError, match="free blocks"):

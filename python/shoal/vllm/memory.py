@@ -165,9 +165,11 @@ class EngineMemory:
     def step(self) -> Iterator[None]:
         """Hold everything while a step is launched, and mark the step when it was."""
         with self.guard():
-            yield
-        if self.cache is not None and not torch.cuda.is_current_stream_capturing():
-            self.cache.kv.record_step(torch.cuda.current_stream())
+            try:
+                yield
+            finally:
+                if self.cache is not None and not torch.cuda.is_current_stream_capturing():
+                    self.cache.kv.record_step(torch.cuda.current_stream())
 
     def usage(self) -> dict[str, Any]:
         """Give figures in bytes.

@@ -1,11 +1,12 @@
 """The entry point that vLLM calls in each of its processes (group ``vllm.general_plugins``).
 
-Inert unless ``SHOAL=1``. Then it makes :class:`shoal.vllm.worker.Worker` the worker of engines that name none.
+Inert unless ``SHOAL=1`` on an NVIDIA GPU. Then :class:`shoal.vllm.worker.Worker` is the worker where none is named.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
@@ -29,7 +30,10 @@ def register() -> None:
     check_version()
     from vllm.platforms import current_platform
 
-    _prefer(type(current_platform))
+    if current_platform.is_cuda():
+        _prefer(type(current_platform))
+    else:
+        logging.getLogger("vllm.shoal").warning("SHOAL=1 changes nothing here: vLLM does not run on an NVIDIA GPU.")
 
 
 def _prefer(platform: Any) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.errors import LeaseError, OutOfMemoryError
+from shoal.errors import DeadlineError, LeaseError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -289,7 +289,7 @@ class ElasticQueue:
         while len(taken) < n:
             try:
                 got = self._memory.alloc(n - len(taken))
-            except (LeaseError, OutOfMemoryError):
+            except (LeaseError, OutOfMemoryError, DeadlineError):
                 got = None
             if got is None:
                 if taken:
