@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{OpenApi, ToSchema};
 
 use crate::gateway::{ApiError, App, ErrorBody};
-use crate::shelf::Report;
+use crate::shelf::{Reloaded, Report};
 use crate::state::ShelfSnapshot;
 
 pub(crate) use extract::{Name, Order, Parameters};
@@ -32,7 +32,7 @@ const ORDER_WAIT_S_MAX: f64 = 3600.0;
         title = "Shoal",
         description = "Managing the models of a Shoal server. Clients of models use /v1 (OpenAI's API)."
     ),
-    paths(state, why::why, wake, sleep, pin, crate::events::watch, log::log, healthz, metrics),
+    paths(state, why::why, wake, sleep, pin, reload, crate::events::watch, log::log, healthz, metrics),
     components(schemas(crate::state::Event))
 )]
 pub(crate) struct Document;
@@ -46,6 +46,7 @@ pub(crate) fn routes() -> axum::Router<Arc<App>> {
         .route("/api/v1/models/{name}/sleep", post(sleep))
         .route("/api/v1/models/{name}/pin", post(pin))
         .route("/api/v1/models/{name}/log", get(log::log))
+        .route("/api/v1/reload", post(reload))
         .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(openapi))
@@ -140,6 +141,21 @@ async fn pin(
     Order(order): Order<PinOrder>,
 ) -> Result<Json<Report>, ApiError> {
     Ok(Json(app.models.pin(&name, order.pinned)?))
+}
+
+/// Nothing to say beside the order.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ReloadOrder {}
+
+/// Read the configuration's file again. Only what changed is touched; a file that is wrong changes nothing.
+#[utoipa::path(post, path = "/api/v1/reload", tag = "orders", request_body = ReloadOrder,
+    responses((status = 200, body = Reloaded), (status = 409, body = ErrorBody)))]
+async fn reload(
+    State(app): State<Arc<App>>,
+    Order(ReloadOrder {}): Order<ReloadOrder>,
+) -> Result<Json<Reloaded>, ApiError> {
+    Ok(Json(app.models.reload().await?))
 }
 
 /// Alive.

@@ -109,6 +109,8 @@ pub(crate) struct Facts {
     pub(crate) wake_ordered: bool,
     /// It has to give up anything at all.
     pub(crate) reclaiming: bool,
+    /// It answers its last requests.
+    pub(crate) retiring: bool,
     /// It gives up all that it holds or nothing.
     pub(crate) is_rigid: bool,
     /// A process was started for it.
@@ -126,6 +128,7 @@ pub(crate) fn status(life: &Life, loaded: bool, facts: &Facts) -> ModelStatus {
         Life::Starting { .. } | Life::Awaited { .. } => ModelStatus::Starting,
         Life::Failed { .. } => ModelStatus::Failed,
         Life::Stopped => ModelStatus::Stopped,
+        Life::Ready if facts.retiring => ModelStatus::Draining,
         Life::Ready if loaded && !facts.weights_ordered => ModelStatus::Awake,
         // A wake that comes while it drains begins when it is gone.
         Life::Ready if facts.is_rigid && facts.reclaiming => ModelStatus::Draining,

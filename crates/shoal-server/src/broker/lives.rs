@@ -28,7 +28,12 @@ pub(crate) struct Greeting {
 impl Core {
     pub(super) fn refuse_unknown_engines(&mut self) {
         for place in 0..self.models.len() {
-            if let Some(reason) = self.models[place].engine_missing() {
+            let model = &self.models[place];
+            // Once is enough.
+            if model.is_removed || matches!(model.life(), Life::Failed { .. }) {
+                continue;
+            }
+            if let Some(reason) = model.engine_missing() {
                 self.fail(place, "engine", &reason, true, 0);
             }
         }
@@ -76,7 +81,8 @@ impl Core {
             };
             self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
         }
-        if self.stopping {
+        // What it was started for may have gone meanwhile.
+        if self.stopping || !matches!(self.models[place].life(), Life::Starting { .. }) {
             self.models[place].end.notify_one();
         }
         self.settle(now_ms);
@@ -150,7 +156,8 @@ impl Core {
     /// Host bytes for a worker that starts: what it needs where that fits, else as much as the others that lack some. A
     /// share is its worker's until that ends, so what was given away before is not given again (I1).
     fn share_host(&self, place: usize) -> ByteCount {
-        let is_lost = |model: &Record| matches!(model.life(), Life::Failed { permanent: true, .. });
+        let is_lost =
+            |model: &Record| model.is_removed || matches!(model.life(), Life::Failed { permanent: true, .. });
         let needs: Vec<_> = self
             .models
             .iter()
@@ -181,6 +188,8 @@ impl Core {
             .into_iter()
             .zip(&self.models)
             .map(|(need, model)| if stays(model) { Some(ByteCount::ZERO) } else { need })
+            // What nobody needs is divided among all, and one that may be added while these run.
+            .chain([Some(ByteCount::ZERO)])
             .collect();
         let shares = fair_shares(self.config.host_budget.saturating_sub(reserved), &needs);
         let share = shares[place] + promised(&self.models[place]);
@@ -278,6 +287,11 @@ impl Core {
         self.settle(now_ms);
     }
 
+    /// Its worker was told to end.
+    pub(super) fn end_connection(&mut self, place: usize, now_ms: u64) {
+        self.connection_over(place, now_ms);
+    }
+
     fn connection_over(&mut self, place: usize, now_ms: u64) {
         let model = &mut self.models[place];
         let id = model.id;
@@ -343,6 +357,10 @@ impl Core {
             self.advance(place, LifeEvent::GoneForGood);
             return;
         }
+        if self.retired(place, now_ms) {
+            return;
+        }
+        let model = &mut self.models[place];
         if matches!(model.life(), Life::Failed { permanent: true, .. }) {
             return;
         }

@@ -18,6 +18,7 @@ mod lifecycle;
 mod lives;
 mod orders;
 mod record;
+mod reload;
 mod requests;
 mod settle;
 mod show;
@@ -37,6 +38,7 @@ pub(crate) use lifecycle::{Life, LifeEvent};
 #[cfg(test)]
 pub(crate) use lives::Greeting;
 pub(crate) use record::{Record, host_need};
+pub(crate) use reload::Follow;
 pub(crate) use requests::{Begun, Reached, Wanted};
 
 /// How many workers may be starting at the same time: loading is the heaviest moment of a small machine.
@@ -197,7 +199,7 @@ impl Core {
         self.started_unix_ms + now_ms
     }
 
-    fn tell(&mut self, now_ms: u64, place: Option<usize>, what: EventKind) {
+    pub(crate) fn tell(&mut self, now_ms: u64, place: Option<usize>, what: EventKind) {
         let at_ms = self.unix_ms(now_ms);
         let model = place.map(|place| self.models[place].name.as_str());
         let event = self.events.push(at_ms, model, what);

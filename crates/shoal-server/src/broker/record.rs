@@ -12,6 +12,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use super::habits::Habits;
 use super::lifecycle::{Facts, Life, Lifecycle};
 use super::orders::Order;
+use super::reload::Retiring;
 use super::requests::Parked;
 use crate::config::{Engine, ModelConfig, ServerConfig};
 use crate::shelf::Target;
@@ -107,6 +108,10 @@ pub(crate) struct Record {
     pub(crate) error: Option<String>,
     /// What this process said of its failure, or what was found wrong with it.
     pub(crate) last_words: Option<String>,
+    /// It was taken off the shelf; the place is another's once its process is gone.
+    pub(crate) is_removed: bool,
+    /// Its worker is to go once its requests are answered.
+    pub(crate) retiring: Option<Retiring>,
     /// Its process was started by a server before and has not said what it holds.
     pub(crate) is_unaccounted: bool,
     /// This process was ready once.
@@ -183,6 +188,8 @@ impl Record {
             progress: None,
             error: None,
             last_words: None,
+            is_removed: false,
+            retiring: None,
             is_unaccounted: false,
             was_ready: false,
             quick_ends: 0,
@@ -232,6 +239,16 @@ impl Record {
         }
     }
 
+    /// A model of this configuration is kept in the same way: by a worker, or as a command.
+    pub(crate) fn is_same_kind(&self, model: &ModelConfig) -> bool {
+        self.is_rigid() == (model.engine == Engine::Command)
+    }
+
+    /// What its worker told of a model that it is no more.
+    pub(crate) fn forget_needs(&mut self, model: &ModelConfig) {
+        self.host_need = if self.is_rigid() { Some(ByteCount::ZERO) } else { model.weights.map(host_need) };
+    }
+
     /// It gives up all that it holds or nothing.
     pub(crate) fn is_rigid(&self) -> bool {
         self.config.engine == Engine::Command
@@ -248,7 +265,7 @@ impl Record {
 
     /// All its weights are on the device and none of them were ordered away.
     pub(crate) fn is_up(&self) -> bool {
-        self.cycle.loaded() && !self.orders.values().any(Order::takes_weights)
+        self.cycle.loaded() && self.retiring.is_none() && !self.orders.values().any(Order::takes_weights)
     }
 
     /// Its workers listen there from now on.
@@ -272,6 +289,7 @@ impl Record {
             weights_ordered: self.orders.values().any(Order::takes_weights),
             wake_ordered: self.wake_ordered(),
             reclaiming: !self.ordered().is_zero(),
+            retiring: self.retiring.is_some(),
             is_rigid: self.is_rigid(),
             was_started: self.starts > 0,
             stopping,

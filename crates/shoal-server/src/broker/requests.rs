@@ -64,11 +64,17 @@ pub(crate) enum Begun {
 }
 
 impl Core {
+    /// The names there are, in the order of the shelf.
+    fn known(&self) -> Vec<String> {
+        let on_it = self.models.iter().filter(|model| !model.is_removed);
+        on_it.map(|model| model.name.clone()).collect()
+    }
+
     pub(crate) fn place_of(&self, name: &str) -> Result<usize, RouteError> {
-        self.by_name.get(name).copied().ok_or_else(|| RouteError::UnknownModel {
-            name: name.to_owned(),
-            known: self.models.iter().map(|model| model.name.clone()).collect(),
-        })
+        self.by_name
+            .get(name)
+            .copied()
+            .ok_or_else(|| RouteError::UnknownModel { name: name.to_owned(), known: self.known() })
     }
 
     /// A request begins, or somebody wants a model awake.
@@ -279,6 +285,9 @@ impl Core {
         if model.is_rigid() && keep > 0.0 && keep < 1.0 {
             return refuse("its engine is a command, which gives up all that it holds or nothing".to_owned());
         }
+        if model.retiring.is_some() {
+            return refuse("its worker is on its way out: it was configured otherwise".to_owned());
+        }
         if !model.is_ready() {
             return refuse(
                 format!("it is {:?} and has nothing on the device", model.cycle.shown()).to_lowercase(),
@@ -358,10 +367,10 @@ impl Core {
         if self.stopping {
             return Err(ShelfError::ShuttingDown);
         }
-        self.by_name.get(name).copied().ok_or_else(|| ShelfError::UnknownModel {
-            name: name.to_owned(),
-            known: self.models.iter().map(|model| model.name.clone()).collect(),
-        })
+        self.by_name
+            .get(name)
+            .copied()
+            .ok_or_else(|| ShelfError::UnknownModel { name: name.to_owned(), known: self.known() })
     }
 
     pub(crate) fn status_of(&self, place: usize) -> ModelStatus {

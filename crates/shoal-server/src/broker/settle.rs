@@ -59,6 +59,7 @@ impl Core {
                 break;
             }
         }
+        self.end_retiring(now_ms);
         self.start_next(now_ms);
         for place in 0..self.models.len() {
             self.show_status(place, now_ms);
@@ -68,7 +69,14 @@ impl Core {
         let retry = self.models.iter().filter(|model| !model.parked.is_empty());
         let retry = retry.map(|model| model.wake_not_before_ms).filter(|at| *at > now_ms).min();
         let waits = (!self.asked.is_empty()).then_some(fresh).flatten();
-        let timer = [again_at, waits, retry, self.next_order_deadline(), self.next_life_deadline(now_ms)];
+        let timer = [
+            again_at,
+            waits,
+            retry,
+            self.next_order_deadline(),
+            self.next_life_deadline(now_ms),
+            self.next_retiring(),
+        ];
         // A moment later than planned: a timer that rings early would find nothing due.
         let timer = timer.into_iter().flatten().min().map(|at| at.max(now_ms + 1));
         if timer != self.timer_ms {
@@ -172,7 +180,7 @@ impl Core {
         ModelState {
             id: model.id,
             name: model.name.clone(),
-            ready: model.is_ready(),
+            ready: model.is_ready() && model.retiring.is_none(),
             weights_total: model.weights_total,
             weights_held: held(LeaseKind::Weights),
             kv_held: held(LeaseKind::Kv),

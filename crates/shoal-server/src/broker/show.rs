@@ -48,8 +48,16 @@ impl Core {
                 })
                 .collect(),
             sharing: self.sharing_snapshot(now_ms),
-            models: (0..self.models.len()).map(|place| self.model_snapshot(place, now_ms)).collect(),
+            models: (0..self.models.len())
+                .filter(|place| !self.is_off(*place))
+                .map(|place| self.model_snapshot(place, now_ms))
+                .collect(),
         }
+    }
+
+    /// It was taken off the shelf, and nothing of it is left.
+    fn is_off(&self, place: usize) -> bool {
+        self.models[place].is_removed && self.models[place].pid.is_none()
     }
 
     fn model_snapshot(&self, place: usize, now_ms: u64) -> ModelSnapshot {

@@ -81,6 +81,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Have the server read its configuration again; only what changed is touched
+    Reload {
+        #[command(flatten)]
+        order: Order,
+    },
     /// Print everything the server knows, as JSON
     State {
         #[command(flatten)]
@@ -176,6 +181,7 @@ pub fn run_to(args: Vec<String>, out: &mut (dyn Write + Send), errors: &mut (dyn
         Command::Serve { file, check } => serve::serve(file.as_deref(), check, out, errors),
         Command::Ps { at, json } => orders::ps(&at, json, out),
         Command::Why { model, last, at, json } => orders::why(&model, last, &at, json, out),
+        Command::Reload { order } => orders::reload(&order, out),
         Command::State { at } => orders::state(&at, out),
         Command::Wake { model, order } => orders::wake(&model, &order, out),
         Command::Sleep { model, keep, order } => orders::sleep(&model, keep, &order, out),
@@ -212,7 +218,7 @@ mod tests {
         Arguments::command().debug_assert();
         let (code, out, _) = said(&["--help"]);
         assert_eq!(code, 0);
-        for command in ["serve", "ps", "wake", "sleep", "pin", "unpin", "why", "doctor", "state"] {
+        for command in ["serve", "ps", "wake", "sleep", "pin", "unpin", "why", "reload", "doctor", "state"] {
             assert!(out.contains(&format!("\n  {command} ")), "{command} is not in\n{out}");
         }
         assert_eq!(said(&["--version"]).1.trim(), format!("shoal {}", env!("CARGO_PKG_VERSION")));

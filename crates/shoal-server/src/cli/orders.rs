@@ -1,4 +1,4 @@
-//! `ps`, `why`, `state`, `wake`, `sleep`, `pin`, `unpin`: asking a running server.
+//! `ps`, `why`, `state`, `wake`, `sleep`, `pin`, `unpin`, `reload`: asking a running server.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -9,9 +9,11 @@ use shoal_core::bytes::ByteCount;
 
 use super::client::Client;
 use super::{At, Failure, Order, Out};
-use crate::api::{PinOrder, SleepOrder, WakeOrder};
-use crate::shelf::Report;
-use crate::state::{LatencySnapshot, ModelSnapshot, ModelStatus, SharingSnapshot, ShelfSnapshot, Why};
+use crate::api::{PinOrder, ReloadOrder, SleepOrder, WakeOrder};
+use crate::shelf::{Reloaded, Report};
+use crate::state::{
+    EventKind, LatencySnapshot, ModelSnapshot, ModelStatus, SharingSnapshot, ShelfSnapshot, Why,
+};
 
 const READ_WAIT_MAX: Duration = Duration::from_secs(10);
 const HEADINGS: [&str; 12] = [
@@ -90,6 +92,19 @@ pub(super) fn sleep(model: &str, keep: f64, order: &Order, out: Out<'_>) -> Resu
 
 pub(super) fn pin(model: &str, pinned: bool, order: &Order, out: Out<'_>) -> Result<(), Failure> {
     send(model, "pin", &PinOrder { pinned }, order, out)
+}
+
+pub(super) fn reload(order: &Order, out: Out<'_>) -> Result<(), Failure> {
+    let wait_max = Duration::from_secs_f64(order.wait) + READ_WAIT_MAX;
+    let said: Reloaded =
+        understood(&Client::find(&order.at)?.ask("/api/v1/reload", Some(&ReloadOrder {}), wait_max)?)?;
+    if order.json {
+        return print_json(&said, out);
+    }
+    let Reloaded { added, removed, restarted, changed, needs_restart } = said;
+    let what = EventKind::Reloaded { added, removed, restarted, changed, needs_restart };
+    writeln!(out, "{}", printable(&what.to_string()))?;
+    Ok(())
 }
 
 fn understood<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {

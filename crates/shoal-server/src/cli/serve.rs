@@ -77,6 +77,7 @@ impl Signals {
 
 async fn run(config: ServerConfig, keys: Option<Keys>, out: Out<'_>, errors: Out<'_>) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
+    let mut hangups = signal(SignalKind::hangup())?;
     let listener = bind(config.listen).await.map_err(Failure::new)?;
     let address = listener.local_addr()?;
     let config = Arc::new(config);
@@ -106,10 +107,15 @@ async fn run(config: ServerConfig, keys: Option<Keys>, out: Out<'_>, errors: Out
         }
     });
     let mut ended = None;
-    if shown.is_ok() {
+    while shown.is_ok() {
         tokio::select! {
-            () = signals.next() => {}
-            result = &mut answering => ended = Some(result),
+            () = signals.next() => break,
+            // Its outcome is an event, and in the log.
+            _ = hangups.recv() => drop(models.reload().await),
+            result = &mut answering => {
+                ended = Some(result);
+                break;
+            }
         }
     }
     stop.cancel();

@@ -136,6 +136,7 @@ impl From<ShelfError> for ApiError {
         let (status, code) = match error {
             ShelfError::UnknownModel { .. } => (StatusCode::NOT_FOUND, "model_not_found"),
             ShelfError::Refused { .. } => (StatusCode::CONFLICT, "refused"),
+            ShelfError::Configuration { .. } => (StatusCode::CONFLICT, "configuration"),
             ShelfError::Deadline { .. } => (StatusCode::GATEWAY_TIMEOUT, "deadline"),
             ShelfError::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
-use crate::shelf::{Report, Route, RouteError, ShelfError};
+use crate::shelf::{Reloaded, Report, Route, RouteError, ShelfError};
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 /// The models, seen from the outside. [`crate::shelf::Shelf`] is the real one.
@@ -37,6 +37,9 @@ pub trait Models: Debug + Send + Sync + 'static {
     /// # Errors
     /// As the shelf's.
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError>;
+
+    /// Reads the configuration again; only what changed is touched.
+    fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>>;
 
     /// Everything, at this moment.
     fn snapshot(&self) -> ShelfSnapshot;

@@ -121,6 +121,12 @@ pub enum ShelfError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A configuration is wrong; the one before holds.
+    #[error("{reason}")]
+    Configuration {
+        /// What is wrong.
+        reason: String,
+    },
     /// The server is ending.
     #[error("the server is shutting down")]
     ShuttingDown,

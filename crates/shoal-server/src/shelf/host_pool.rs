@@ -140,6 +140,18 @@ impl HostPool {
         }
     }
 
+    /// There are so many models from now on; one that was there keeps its place.
+    pub(super) fn grow(&mut self, models: usize) {
+        self.models.resize_with(models.max(self.models.len()), OfModel::default);
+    }
+
+    /// Another model stands in this place: what the one before left goes (I12).
+    pub(super) fn clear(&mut self, place: usize) -> Vec<HostFile> {
+        let Some(model) = self.models.get_mut(place) else { return Vec::new() };
+        let OfModel { lent, kept } = std::mem::take(model);
+        lent.into_values().chain(kept.into_iter().map(|kept| kept.file)).collect()
+    }
+
     /// A model's worker has staged its weights: what it did not want of what was left there goes.
     pub(super) fn is_ready(&mut self, place: usize) -> Vec<HostFile> {
         let kept =

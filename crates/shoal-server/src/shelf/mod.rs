@@ -11,6 +11,7 @@
 mod error;
 mod host_pool;
 mod models;
+mod reload;
 mod route;
 mod runtime_dir;
 mod steward;
@@ -34,6 +35,7 @@ use crate::supervisor::Journal;
 
 pub use error::{RouteError, ShelfError};
 use host_pool::HostPool;
+pub use reload::Reloaded;
 pub use route::{Report, Route, RouteSink, Target};
 use runtime_dir::RuntimeDir;
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures_util::future::{BoxFuture, FutureExt};
 use tokio::sync::broadcast;
 
-use super::{Report, Route, RouteError, Shelf, ShelfError};
+use super::{Reloaded, Report, Route, RouteError, Shelf, ShelfError};
 use crate::gateway::Models;
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
@@ -34,6 +34,10 @@ impl Models for Shelf {
 
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
         Self::pin(self, model, pinned)
+    }
+
+    fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {
+        Self::reload(self).boxed()
     }
 
     fn snapshot(&self) -> ShelfSnapshot {

@@ -34,17 +34,17 @@ const REMEDY: &str = "`command` must be a program in PATH, or a path to one";
 
 /// Keeps the model at `place` until the server ends.
 pub(super) async fn keep(shared: Arc<Shared>, place: usize) {
-    let Some((command, start, end)) = shared.with(|core, _| {
+    let (start, end) = shared.with(|core, _| {
         let model = &core.models[place];
-        Some((model.config.command.clone()?, Arc::clone(&model.start), Arc::clone(&model.end)))
-    }) else {
-        return;
-    };
+        (Arc::clone(&model.start), Arc::clone(&model.end))
+    });
     loop {
         tokio::select! {
             () = shared.cancel.cancelled() => return,
             () = start.notified() => {}
         }
+        // Another configuration may have come since the last one.
+        let Some(command) = shared.with(|core, _| core.models[place].config.command.clone()) else { return };
         let _stale = end.notified().now_or_never();
         let began = Instant::now();
         shared.with(|core, now_ms| core.handle_started(place, std::process::id(), now_ms));

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::host_pool::Lent;
 use super::survivors::{self, Found};
 use super::{RouteError, RouteSink, Shared, steward};
-use crate::broker::{Core, Reached, Record, Wanted, millis};
+use crate::broker::{Core, Reached, Wanted, millis};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
 use crate::supervisor::identity;
@@ -51,20 +51,22 @@ pub(super) fn start(shared: &Arc<Shared>, listener: Listener, found: Vec<Found>)
             Err(_) => drop(tokio::spawn(survivors::end(Arc::clone(shared), found, patience))),
         }
     }
-    let rigid: Vec<bool> = shared.with(|core, _| core.models.iter().map(Record::is_rigid).collect());
-    for (place, is_rigid) in rigid.into_iter().enumerate() {
-        if is_rigid {
-            tokio::spawn(steward::keep(Arc::clone(shared), place));
-        } else {
-            tokio::spawn(keep_process(Arc::clone(shared), place, going_on.remove(&place)));
-        }
+    for place in 0..shared.with(|core, _| core.models.len()) {
+        keep(shared, place, going_on.remove(&place));
+    }
+}
+
+/// Starts the task of one place.
+pub(super) fn keep(shared: &Arc<Shared>, place: usize, before: Option<Survivor>) {
+    if shared.with(|core, _| core.models[place].is_rigid()) {
+        tokio::spawn(steward::keep(Arc::clone(shared), place));
+    } else {
+        tokio::spawn(keep_process(Arc::clone(shared), place, before));
     }
 }
 
 /// Workers' logs stay bounded also while their workers live.
 async fn keep_logs(shared: Arc<Shared>) {
-    let logs: Vec<PathBuf> =
-        shared.with(|core, _| core.models.iter().map(|model| model.log.clone()).collect());
     loop {
         tokio::select! {
             () = shared.cancel.cancelled() => return,
@@ -72,7 +74,8 @@ async fn keep_logs(shared: Arc<Shared>) {
         }
         let overdue = shared.pool.lock().overdue(Instant::now());
         let_go(overdue);
-        let logs = logs.clone();
+        let logs: Vec<PathBuf> =
+            shared.with(|core, _| core.models.iter().map(|model| model.log.clone()).collect());
         let looked = tokio::task::spawn_blocking(move || {
             for path in logs {
                 if let Err(error) = bound_log(&path, LOG_BYTES_MAX) {
@@ -262,7 +265,7 @@ fn trim(shared: &Shared) {
 }
 
 /// Gives memory back to the machine, which takes a moment where it is much.
-fn let_go(files: impl IntoIterator<Item = HostFile> + Send + 'static) {
+pub(super) fn let_go(files: impl IntoIterator<Item = HostFile> + Send + 'static) {
     let files: Vec<HostFile> = files.into_iter().collect();
     if !files.is_empty() {
         tokio::task::spawn_blocking(move || drop(files));

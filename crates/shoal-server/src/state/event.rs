@@ -46,6 +46,24 @@ pub enum EventKind {
         /// Why.
         reason: String,
     },
+    /// Another configuration holds from now on.
+    Reloaded {
+        /// Models that are new.
+        added: Vec<String>,
+        /// Models that are not there any more.
+        removed: Vec<String>,
+        /// Models that are served by another worker from now on.
+        restarted: Vec<String>,
+        /// Models of which only limits changed.
+        changed: Vec<String>,
+        /// Keys of `[server]` that changed and count from the next start of the server.
+        needs_restart: Vec<String>,
+    },
+    /// A configuration was not taken; the one before holds.
+    ReloadRefused {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A model's status changed.
     StatusChanged {
         /// Before.
@@ -300,6 +318,8 @@ impl EventKind {
         match self {
             Self::ServerStarted { .. } => "server_started",
             Self::ServerStopping { .. } => "server_stopping",
+            Self::Reloaded { .. } => "reloaded",
+            Self::ReloadRefused { .. } => "reload_refused",
             Self::StatusChanged { .. } => "status_changed",
             Self::WorkerStarted { .. } => "worker_started",
             Self::WorkerAdopted { .. } => "worker_adopted",

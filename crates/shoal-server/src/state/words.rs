@@ -16,6 +16,25 @@ impl fmt::Display for EventKind {
                 write!(f, "server started on {device} with {budget} to share")
             }
             Self::ServerStopping { reason } => write!(f, "server is stopping: {reason}"),
+            Self::Reloaded { added, removed, restarted, changed, needs_restart } => {
+                let parts = [
+                    ("added", added),
+                    ("removed", removed),
+                    ("started anew", restarted),
+                    ("changed", changed),
+                    ("only at the next start", needs_restart),
+                ];
+                let parts: Vec<String> = parts
+                    .iter()
+                    .filter(|(_, names)| !names.is_empty())
+                    .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+                    .collect();
+                let said = if parts.is_empty() { "nothing changed".to_owned() } else { parts.join("; ") };
+                write!(f, "configuration read again ({said})")
+            }
+            Self::ReloadRefused { reason } => {
+                write!(f, "a configuration was not taken, and nothing changed: {reason}")
+            }
             Self::StatusChanged { from, to, after_ms, bytes, reason } => {
                 write!(f, "{} -> {} after {}", status(*from), status(*to), Ms(*after_ms))?;
                 if !bytes.is_zero() {
@@ -110,6 +129,7 @@ impl EventKind {
                 | Self::Thrashing { .. }
                 | Self::PolicyRefused { .. }
                 | Self::WorkerLeft { .. }
+                | Self::ReloadRefused { .. }
                 | Self::RestartScheduled { .. }
         )
     }

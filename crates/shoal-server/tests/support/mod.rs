@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use shoal_core::bytes::ByteCount;
 use shoal_server::config::{MachineMemory, ServerConfig, Surroundings, parse};
 use shoal_server::gateway::{App, Keys, Models, Settings, bind, serve};
-use shoal_server::shelf::{Report, Route, RouteError, RouteSink, ShelfError, Target};
+use shoal_server::shelf::{Reloaded, Report, Route, RouteError, RouteSink, ShelfError, Target};
 use shoal_server::state::{Event, EventKind, EventLog, Missed, ModelStatus, ShelfSnapshot, Why};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -190,6 +190,9 @@ impl Models for FakeModels {
 
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
         self.report(model, format!("pin {model} {pinned}"))
+    }
+    fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {
+        async { Ok(Reloaded { added: vec!["oak".to_owned()], ..Reloaded::default() }) }.boxed()
     }
     fn snapshot(&self) -> ShelfSnapshot {
         snapshot(self.log.lock().last_id(), &self.socket("log"))

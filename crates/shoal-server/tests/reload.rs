@@ -1,0 +1,162 @@
+//! Another configuration under a running shelf, with workers that have no model: only what changed is touched.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
+use shoal_server::shelf::{Reloaded, RouteError, Shelf, ShelfError};
+use shoal_server::state::{EventKind, ModelStatus};
+
+fn model(name: &str, args: &[&str]) -> ModelConfig {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
+    let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
+    ModelConfig {
+        engine: Engine::Worker,
+        args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
+        ..ModelConfig::new(name, "/none")
+    }
+}
+
+fn config(directory: &Path, models: Vec<ModelConfig>) -> ServerConfig {
+    ServerConfig {
+        file: directory.join("shoal.toml"),
+        listen: ([127, 0, 0, 1], 0).into(),
+        api_key_file: None,
+        allowed_hosts: vec![],
+        device: DeviceChoice::Sim,
+        device_budget: ByteCount::mib(400),
+        host_budget: ByteCount::gib(1),
+        host_memory: None,
+        disk: vec![],
+        models,
+        runtime_dir: directory.join("run"),
+        state_dir: directory.join("state"),
+        cache_dir: directory.join("cache"),
+        log_dir: directory.join("logs"),
+        python: PathBuf::from("python3"),
+        limits: Limits::default(),
+        quantum: Duration::from_secs(3),
+        sharing: Sharing::default(),
+        orphan_wait: Duration::ZERO,
+        notes: vec![],
+        unservable: vec![],
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+fn pid(shelf: &Shelf, name: &str) -> Option<u32> {
+    shelf.snapshot().model(name)?.pid
+}
+
+async fn until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = soon();
+    while !holds() {
+        assert!(Instant::now() < deadline, "never came: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn names(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_what_changed_is_touched() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let before = ["same", "limits", "anew", "gone"].map(|name| model(name, &["--weights", "50"]));
+    let shelf = Shelf::start(Arc::new(config(scratch.path(), before.to_vec()))).expect("it starts");
+    for name in ["same", "limits", "anew", "gone"] {
+        drop(shelf.route(name, soon()).await.expect("routed"));
+    }
+    let pids = ["same", "limits", "anew", "gone"].map(|name| pid(&shelf, name).expect("it runs"));
+    // Two have a request: it is answered before its worker goes.
+    let routes =
+        [shelf.route("anew", soon()).await.expect("up"), shelf.route("gone", soon()).await.expect("up")];
+
+    let limits = ModelConfig { priority: 5, max: None, keep_alive_s: Some(600), ..before[1].clone() };
+    let after = vec![model("new", &[]), limits, before[0].clone(), model("anew", &["--weights", "60"])];
+    let quicker = ServerConfig {
+        quantum: Duration::from_secs(1),
+        device_budget: ByteCount::mib(999),
+        ..config(scratch.path(), after.clone())
+    };
+    let said = shelf.reload_with(quicker).expect("a good one");
+    let expected = Reloaded {
+        added: names(&["new"]),
+        removed: names(&["gone"]),
+        restarted: names(&["anew"]),
+        changed: names(&["limits"]),
+        needs_restart: names(&["device_budget"]),
+    };
+    assert_eq!(said, expected);
+    assert_eq!(shelf.snapshot().device.budget, ByteCount::mib(400), "as it was");
+    assert_eq!(shelf.snapshot().model("limits").expect("there").priority, 5);
+
+    let refused = shelf.route("gone", soon()).await.expect_err("it is off the shelf");
+    let RouteError::UnknownModel { known, .. } = refused else { panic!("{refused}") };
+    assert_eq!(known, names(&["same", "limits", "anew", "new"]));
+    // Whoever asks for the changed one waits for its next worker.
+    let waiting = {
+        let shelf = shelf.clone();
+        tokio::spawn(async move { shelf.route("anew", soon()).await.map(|route| route.was_asleep()) })
+    };
+    until("it is parked", || {
+        shelf.snapshot().model("anew").is_some_and(|model| model.counts.requests_parked == 1)
+    })
+    .await;
+    let status = |name: &str| shelf.snapshot().model(name).map(|model| model.status);
+    assert_eq!(status("anew"), Some(ModelStatus::Draining));
+    assert_eq!(status("gone"), Some(ModelStatus::Draining));
+    assert_eq!(pid(&shelf, "anew"), Some(pids[2]), "its request is not over");
+    drop(routes);
+    assert!(waiting.await.expect("no panic").expect("routed"));
+    until("it is gone", || status("gone").is_none()).await;
+    assert_eq!([pid(&shelf, "same"), pid(&shelf, "limits")], [Some(pids[0]), Some(pids[1])]);
+    assert_ne!(pid(&shelf, "anew"), Some(pids[2]));
+    assert_eq!(shelf.snapshot().model("anew").expect("there").bytes.weights_total, ByteCount::mib(60));
+    drop(shelf.route("new", soon()).await.expect("routed"));
+
+    // The place of the one that went is taken by the next, and nothing of it is left there.
+    let mut again = after.clone();
+    again.push(model("gone", &["--weights", "70"]));
+    assert_eq!(shelf.reload_with(config(scratch.path(), again)).expect("a good one").added, names(&["gone"]));
+    drop(shelf.route("gone", soon()).await.expect("routed"));
+    let snapshot = shelf.snapshot();
+    let gone = snapshot.model("gone").expect("there");
+    assert_eq!(
+        (gone.bytes.weights_total, gone.counts.requests_total, gone.starts),
+        (ByteCount::mib(70), 1, 1)
+    );
+    let sum: ByteCount = snapshot.models.iter().map(|model| model.lease.total).sum();
+    assert_eq!(snapshot.device.leased, sum);
+    assert_eq!(snapshot.models.len(), 5);
+    shelf.shutdown(soon()).await;
+    assert_eq!(shelf.snapshot().device.leased, ByteCount::ZERO);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_cannot_be_changes_nothing_and_one_that_mends_a_failure_does() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let broken = model("broken", &["--fail", "device"]);
+    let shelf = Shelf::start(Arc::new(config(scratch.path(), vec![broken.clone()]))).expect("it starts");
+    until("it fails", || shelf.snapshot().models[0].status == ModelStatus::Failed).await;
+    until("its worker is gone", || shelf.snapshot().models[0].pid.is_none()).await;
+    let greedy = ModelConfig { min: Some(ByteCount::gib(4)), ..broken };
+    let refused = shelf.reload_with(config(scratch.path(), vec![greedy])).expect_err("too much");
+    assert!(matches!(refused, ShelfError::Configuration { .. }), "{refused}");
+    assert!(refused.to_string().contains("device budget of 400 MiB"), "{refused}");
+    assert!(shelf.reload().await.is_err(), "there is no such file");
+    let told = shelf.events_since(0).expect("few");
+    let count = told.iter().filter(|event| matches!(event.what, EventKind::ReloadRefused { .. })).count();
+    assert_eq!(count, 2);
+    let mended = config(scratch.path(), vec![model("broken", &[])]);
+    assert_eq!(shelf.reload_with(mended).expect("a good one").restarted, names(&["broken"]));
+    drop(shelf.route("broken", soon()).await.expect("it is started again"));
+    let same = config(scratch.path(), vec![model("broken", &[])]);
+    assert_eq!(shelf.reload_with(same).expect("a good one"), Reloaded::default());
+}
