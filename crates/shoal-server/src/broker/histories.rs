@@ -102,6 +102,20 @@ struct Worker {
     orders: VecDeque<FromServer>,
 }
 
+fn entry(place: usize, pid: u32) -> Entry {
+    Entry {
+        model: format!("m{place}"),
+        pid,
+        start: 1,
+        socket: PathBuf::from("/none/worker-0.sock"),
+        fingerprint: String::new(),
+        log: PathBuf::from("/none"),
+        log_from: 0,
+        starts: 1,
+        at_ms: 0,
+    }
+}
+
 struct Client {
     place: usize,
     wanted: Wanted,
@@ -373,6 +387,10 @@ impl World {
     /// The server is killed, and another begins: clients are lost, workers are not, but for those that die meanwhile.
     fn restart(&mut self) {
         self.core = World::core(self.seed);
+        // The journal has those that the server before still waited to be rid of, too.
+        for (pid, _) in &self.strangers {
+            self.core.expect_end(&entry(0, *pid), "a test", self.now_ms);
+        }
         self.clients.clear();
         self.routed.clear();
         let mut gone = Vec::new();
@@ -382,17 +400,7 @@ impl World {
             let open = worker.wake.take().map(|(_, request)| (request, WEIGHTS.saturating_sub(worker.held)));
             worker.had_server = was_greeted;
             worker.open = worker.open.or(open);
-            let entry = Entry {
-                model: format!("m{place}"),
-                pid: worker.pid,
-                start: 1,
-                socket: PathBuf::from("/none/worker-0.sock"),
-                fingerprint: String::new(),
-                log: PathBuf::from("/none"),
-                log_from: 0,
-                starts: 1,
-                at_ms: 0,
-            };
+            let entry = entry(*place, worker.pid);
             match self.dice.roll(10) {
                 // One that was not welcome yet ends with its server.
                 0 => gone.push(*place),
