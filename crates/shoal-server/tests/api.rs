@@ -216,10 +216,10 @@ async fn state_log_metrics_and_description() {
 
     support::worker(&models, "worker", axum::Router::new().fallback(|| async { "an answer" }));
     assert_eq!(
-        text(post(server.address, "/v1/embeddings", r#"{"model":"chat"}"#).await).await.1,
+        text(post(server.address, "/v1/embeddings", r#"{"model":"chat","input":"x"}"#).await).await.1,
         "an answer"
     );
-    post(server.address, "/v1/chat/completions", r#"{"model":"broken"}"#).await;
+    post(server.address, "/v1/chat/completions", r#"{"model":"broken","messages":[0]}"#).await;
     post(server.address, "/v1/chat/completions", r#"{"model":"no\nbody"}"#).await;
     let (_, metrics) = text(get(server.address, "/metrics").await).await;
     for line in [

@@ -17,7 +17,7 @@ use support::{FakeModels, ask, get, post, raw_worker, refusal, settings, start, 
 const CHAT: &str = "/v1/chat/completions";
 
 fn for_model(model: &str, streamed: bool) -> String {
-    format!(r#"{{ "model" : "{model}",  "stream":{streamed}, "extra": [1.50, "\u00e9"] }}"#)
+    format!(r#"{{ "model" : "{model}",  "stream":{streamed}, "messages": [0], "extra": [1.50, "\u00e9"] }}"#)
 }
 
 /// Sends what it got back: method, target, headers, body.
@@ -220,6 +220,9 @@ async fn a_request_for_a_sleeping_model_waits() {
     assert!((400..2000).contains(&waited), "{waited}");
 }
 
+/// What the fake says of a wake has a line end in it, and a line that would be data.
+const COMMENT: &str = ": waiting for slow (waking, 45 %data: x)\n\n";
+
 #[tokio::test]
 async fn a_stream_that_waits_long_begins_with_comments() {
     let models = FakeModels::new();
@@ -233,13 +236,13 @@ async fn a_stream_that_waits_long_begins_with_comments() {
     assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
     assert_eq!(response.headers()["x-shoal-was-asleep"], "true");
     let first = response.frame().await.expect("some").expect("whole").into_data().expect("data");
-    assert_eq!(first, ": waiting for slow\n\n");
+    assert_eq!(first, COMMENT);
     assert!(asked.elapsed() < Duration::from_millis(350), "it began only after {:?}", asked.elapsed());
     let (_, rest) = text(response).await;
-    let comments = rest.matches(": waiting for slow\n\n").count();
+    let comments = rest.matches(COMMENT).count();
     assert!((2..=8).contains(&comments), "{comments} comments in 340 ms");
     assert!(rest.ends_with("data: {\"x\":1}\n\ndata: [DONE]\n\n"), "{rest}");
-    assert_eq!(rest.replace(": waiting for slow\n\n", "").matches("data:").count(), 2);
+    assert_eq!(rest.replace(COMMENT, "").matches("data:").count(), 2);
     until("the route ends", || models.sink.ended.load(Ordering::SeqCst) == 1).await;
 }
 
@@ -323,6 +326,8 @@ async fn bad_requests_are_told_at_once() {
         ("{\"model\":", 400, "invalid_json"),
         ("{}", 400, "missing_required_parameter"),
         ("{\"model\":7}", 400, "invalid_type"),
+        ("{\"model\":\"slow\"}", 400, "missing_required_parameter"),
+        ("{\"model\":\"slow\",\"messages\":[]}", 400, "invalid_value"),
         (long.as_str(), 413, "request_too_large"),
     ] {
         let (status, code, _) = refusal(post(server.address, CHAT, body.to_owned()).await).await;
@@ -343,7 +348,7 @@ async fn an_answer_before_the_body_was_read_says_that_the_connection_closes() {
     let models = FakeModels::new();
     worker(&models, "worker", Router::new().fallback(mirror));
     let server = start(Arc::clone(&models), "request_bytes_max = '64KiB'", false, settings()).await;
-    let long = |bytes| format!(r#"{{"model":"chat","x":"{}"}}"#, "y".repeat(bytes));
+    let long = |bytes| format!(r#"{{"model":"chat","messages":[0],"x":"{}"}}"#, "y".repeat(bytes));
     let foreign = [support::JSON, ("origin", "http://elsewhere.example")];
     for (path, headers, body, expected, closes) in [
         // Read to its end and thrown away, so that a client that is still writing hears of it.

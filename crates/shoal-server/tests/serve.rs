@@ -120,7 +120,7 @@ async fn two_models_share_less_than_they_need() {
     );
     for round in 0..2 {
         for name in ["one", "two"] {
-            let body = format!(r#"{{"model":"{name}"}}"#);
+            let body = format!(r#"{{"model":"{name}","messages":[0]}}"#);
             let (status, answer) = text(post(served.address, "/v1/chat/completions", body).await).await;
             assert_eq!(status, 200, "round {round}: {answer}");
             assert!(answer.contains("\"whole\": true"), "{answer}");
@@ -136,7 +136,8 @@ async fn two_models_share_less_than_they_need() {
     let (_, metrics) = text(get(served.address, "/metrics").await).await;
     assert!(metrics.contains("shoal_requests_total{model=\"one\",status=\"200\"} 2"), "{metrics}");
     let (status, code, error) =
-        refusal(post(served.address, "/v1/chat/completions", r#"{"model":"three"}"#).await).await;
+        refusal(post(served.address, "/v1/chat/completions", r#"{"model":"three","messages":[0]}"#).await)
+            .await;
     assert_eq!((status, code.as_str()), (404, "model_not_found"));
     assert!(error["message"].as_str().expect("text").contains("one, two"), "{error}");
 
@@ -178,7 +179,8 @@ async fn two_models_share_less_than_they_need() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_for_programs_is_one_object_a_line() {
     let mut served = serve_with(&[("SHOAL_LOG_FORMAT", "json")]);
-    let (status, _) = text(post(served.address, "/v1/chat/completions", r#"{"model":"one"}"#).await).await;
+    let (status, _) =
+        text(post(served.address, "/v1/chat/completions", r#"{"model":"one","messages":[0]}"#).await).await;
     assert_eq!(status, 200);
     assert_eq!(served.interrupt().0, 0);
     let mut log = String::new();

@@ -55,6 +55,25 @@ impl Core {
         }
     }
 
+    /// How far a model that somebody waits for is.
+    pub(crate) fn progress_of(&self, place: usize) -> Option<String> {
+        let model = &self.models[place];
+        let status = self.status_of(place);
+        let word = crate::state::status_word(status);
+        match status {
+            ModelStatus::Starting | ModelStatus::Restarting => Some(match &model.progress {
+                Some(progress) => format!("{word}, {progress}"),
+                None => word.to_owned(),
+            }),
+            ModelStatus::Waking if !model.weights_total.is_zero() && !model.is_rigid() => {
+                let there = model.usage.weights_device.min(model.weights_total);
+                Some(format!("{word}, {} %", there.0 * 100 / model.weights_total.0))
+            }
+            ModelStatus::Awake | ModelStatus::Failed | ModelStatus::Stopped => None,
+            _ => Some(word.to_owned()),
+        }
+    }
+
     /// It was taken off the shelf, and nothing of it is left.
     fn is_off(&self, place: usize) -> bool {
         self.models[place].is_removed && self.models[place].pid.is_none()

@@ -1,4 +1,5 @@
-//! The two things the gateway reads in a request's body: which model, and whether to stream.
+//! What the gateway reads in a request's body: which model, whether to stream, and whether what no request of its kind can
+//! do without is there, so that a bad one does not wake a model.
 
 use std::time::Duration;
 
@@ -6,7 +7,8 @@ use axum::body::Body;
 use axum::http::StatusCode;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::error::ApiError;
@@ -21,10 +23,76 @@ const AWAY_WAIT_MAX: Duration = Duration::from_secs(5);
 pub(crate) struct Ask {
     pub(crate) model: String,
     pub(crate) stream: bool,
+    messages: Given,
+    prompt: Given,
+    prompt_embeds: Given,
+    input: Given,
+}
+
+/// What is there of a field.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Given {
+    /// Nothing, or null.
+    #[default]
+    Missing,
+    EmptyList,
+    List,
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Given {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Look;
+        impl<'de> Visitor<'de> for Look {
+            type Value = Given;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("anything")
+            }
+            fn visit_unit<E>(self) -> Result<Given, E> {
+                Ok(Given::Missing)
+            }
+            fn visit_bool<E>(self, _: bool) -> Result<Given, E> {
+                Ok(Given::Other)
+            }
+            fn visit_i64<E>(self, _: i64) -> Result<Given, E> {
+                Ok(Given::Other)
+            }
+            fn visit_u64<E>(self, _: u64) -> Result<Given, E> {
+                Ok(Given::Other)
+            }
+            fn visit_f64<E>(self, _: f64) -> Result<Given, E> {
+                Ok(Given::Other)
+            }
+            fn visit_str<E>(self, _: &str) -> Result<Given, E> {
+                Ok(Given::Other)
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Given, A::Error> {
+                let mut given = Given::EmptyList;
+                while list.next_element::<IgnoredAny>()?.is_some() {
+                    given = Given::List;
+                }
+                Ok(given)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Given, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Given::Other)
+            }
+        }
+        deserializer.deserialize_any(Look)
+    }
 }
 
 #[derive(Deserialize)]
 struct Seen {
+    #[serde(default)]
+    messages: Given,
+    #[serde(default)]
+    prompt: Given,
+    #[serde(default)]
+    prompt_embeds: Given,
+    #[serde(default)]
+    input: Given,
     #[serde(default)]
     model: Value,
     #[serde(default)]
@@ -45,7 +113,9 @@ impl Ask {
         let seen: Seen = serde_json::from_slice(body).map_err(|error| malformed(&error))?;
         match seen.model {
             Value::String(model) if !model.is_empty() => {
-                Ok(Self { model, stream: seen.stream.as_bool().unwrap_or(false) })
+                let stream = seen.stream.as_bool().unwrap_or(false);
+                let Seen { messages, prompt, prompt_embeds, input, .. } = seen;
+                Ok(Self { model, stream, messages, prompt, prompt_embeds, input })
             }
             Value::Null => {
                 Err(ApiError::invalid(Some("model"), "missing_required_parameter", "`model` is missing"))
@@ -55,6 +125,34 @@ impl Ask {
                 "invalid_type",
                 "`model` must be a string, the name of a model",
             )),
+        }
+    }
+}
+
+impl Ask {
+    /// Finds what a request to this path cannot do without, in the words of our worker. Of other paths nothing is known, and
+    /// what is more than missing is the worker's business.
+    pub(crate) fn check(&self, path: &str) -> Result<(), ApiError> {
+        let missing = |name: &'static str| {
+            Err(ApiError::invalid(Some(name), "missing_required_parameter", format!("'{name}' is missing")))
+        };
+        match path {
+            "/v1/chat/completions" => match self.messages {
+                Given::List => Ok(()),
+                Given::Missing => missing("messages"),
+                Given::EmptyList => {
+                    let message = "'messages' must hold at least one message";
+                    Err(ApiError::invalid(Some("messages"), "invalid_value", message))
+                }
+                Given::Other => {
+                    Err(ApiError::invalid(Some("messages"), "invalid_type", "'messages' must be a list"))
+                }
+            },
+            "/v1/completions" if [self.prompt, self.prompt_embeds] == [Given::Missing; 2] => {
+                missing("prompt")
+            }
+            "/v1/embeddings" if [self.input, self.messages] == [Given::Missing; 2] => missing("input"),
+            _ => Ok(()),
         }
     }
 }
@@ -101,11 +199,42 @@ mod tests {
     #[test]
     fn only_model_and_stream_are_read() {
         let read = |text: &str| Ask::read(text.as_bytes());
-        let ask = |model: &str, stream| Ask { model: model.to_owned(), stream };
+        let missing = Given::Missing;
+        let ask = |model: &str, stream| Ask {
+            model: model.to_owned(),
+            stream,
+            messages: missing,
+            prompt: missing,
+            prompt_embeds: missing,
+            input: missing,
+        };
         assert_eq!(read(r#"{"model":"chat","x":{"model":3}}"#), Ok(ask("chat", false)));
         assert_eq!(read(r#" {"stream":true,"model":"chat"}"#), Ok(ask("chat", true)));
         assert_eq!(read(r#"{"stream":"yes","model":"chat"}"#), Ok(ask("chat", false)));
         assert_eq!(read(r#"{"model":"\u0063hat"}"#), Ok(ask("chat", false)));
+    }
+
+    #[test]
+    fn what_no_request_can_do_without_is_missed_by_path_and_nothing_more() {
+        let (chat, text, embed) = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings");
+        for (path, fields, code) in [
+            (chat, "", Some("missing_required_parameter")),
+            (chat, r#","messages":null"#, Some("missing_required_parameter")),
+            (chat, r#","messages":7"#, Some("invalid_type")),
+            (chat, r#","messages":{"a":[1]}"#, Some("invalid_type")),
+            (chat, r#","messages":[]"#, Some("invalid_value")),
+            (chat, r#","messages":[7,{"a":[]}]"#, None),
+            (text, r#","messages":[1]"#, Some("missing_required_parameter")),
+            (text, r#","prompt":"x"   "#, None),
+            (text, r#","prompt":[1,2]"#, None),
+            (text, r#","prompt_embeds":"x"   "#, None),
+            (embed, r#","prompt":"x"   "#, Some("missing_required_parameter")),
+            (embed, r#","input":false"#, None),
+            ("/v1/rerank", "", None),
+        ] {
+            let ask = Ask::read(format!("{{\"model\":\"m\"{fields}}}").as_bytes()).expect("a body");
+            assert_eq!(ask.check(path).err().map(|error| error.code), code, "{path} {fields}");
+        }
     }
 
     #[test]

@@ -73,6 +73,12 @@ pub(crate) async fn forward(State(app): State<Arc<App>>, request: Request) -> Re
         Ok(ask) => ask,
         Err(error) => return app.refused(None, error),
     };
+    // Before it is waited for: a bad request wakes nobody. Who is unknown is told of that first.
+    if app.models.is_strict(&ask.model)
+        && let Err(error) = ask.check(head.uri.path())
+    {
+        return app.refused(Some(&ask.model), error);
+    }
     let errand = Errand { deadline: asked + app.limits.wait_max, app, head, body, ask, asked };
     if errand.ask.stream { errand.answer_stream().await } else { errand.answer().await }
 }
@@ -226,12 +232,11 @@ enum Stage {
 
 /// The status is 200 from here on; what goes wrong becomes an event.
 fn begin_early(errand: Arc<Errand>, answer: Answering) -> Response {
-    let comment = Bytes::from(format!(": waiting for {}\n\n", errand.ask.model.escape_default()));
     let mut pause = Duration::ZERO;
     let stream = futures_util::stream::unfold(Stage::Waiting(answer), move |stage| {
-        let (errand, comment) = (Arc::clone(&errand), comment.clone());
+        let errand = Arc::clone(&errand);
         let pause_now = std::mem::replace(&mut pause, errand.app.settings.comment_every);
-        async move { next_bytes(stage, &errand, comment, pause_now).await }
+        async move { next_bytes(stage, &errand, pause_now).await }
     });
     let mut response = Response::new(Body::from_stream(stream));
     let headers = response.headers_mut();
@@ -241,17 +246,25 @@ fn begin_early(errand: Arc<Errand>, answer: Answering) -> Response {
     response
 }
 
+/// What a client that waits may see meanwhile: never a part of the answer, and for a program nothing at all.
+fn comment(errand: &Errand) -> Bytes {
+    let model = &errand.ask.model;
+    let how = errand.app.models.progress(model).map_or_else(String::new, |how| format!(" ({how})"));
+    // One line: a worker's own words may be in it.
+    let how: String = how.chars().filter(|c| !c.is_control()).collect();
+    Bytes::from(format!(": waiting for {}{how}\n\n", model.escape_default()))
+}
+
 async fn next_bytes(
     stage: Stage,
     errand: &Errand,
-    comment: Bytes,
     pause: Duration,
 ) -> Option<(Result<Bytes, axum::Error>, Stage)> {
     let mut body = match stage {
         Stage::Over => return None,
         Stage::Passing(body) => body,
         Stage::Waiting(mut answer) => match tokio::time::timeout(pause, &mut answer).await {
-            Err(_) => return Some((Ok(comment), Stage::Waiting(answer))),
+            Err(_) => return Some((Ok(comment(errand)), Stage::Waiting(answer))),
             Ok(Err(error)) => {
                 errand.app.metrics.request(&errand.ask.model, error.status);
                 return Some((Ok(error.sse().into()), Stage::Over));

@@ -38,6 +38,12 @@ pub trait Models: Debug + Send + Sync + 'static {
     /// As the shelf's.
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError>;
 
+    /// Whether there is a model of that name whose requests must be of OpenAI's form.
+    fn is_strict(&self, model: &str) -> bool;
+
+    /// How far a model that is waited for is, in a few words, such as `"waking, 45 %"`.
+    fn progress(&self, model: &str) -> Option<String>;
+
     /// Reads the configuration again; only what changed is touched.
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>>;
 

@@ -204,6 +204,20 @@ impl Shelf {
         self.shared().with(|core, now_ms| Ok(core.why(core.shelf_place(model)?, last, now_ms)))
     }
 
+    /// Whether there is a model of that name whose requests must be of OpenAI's form. What a command accepts is its own
+    /// business.
+    #[must_use]
+    pub fn is_strict(&self, model: &str) -> bool {
+        self.shared()
+            .with(|core, _| core.by_name.get(model).is_some_and(|place| !core.models[*place].is_rigid()))
+    }
+
+    /// How far a model that is waited for is, in a few words; none where there is nothing to say.
+    #[must_use]
+    pub fn progress(&self, model: &str) -> Option<String> {
+        self.shared().with(|core, _| core.progress_of(*core.by_name.get(model)?))
+    }
+
     /// Events from now on.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<Arc<Event>> {

@@ -36,6 +36,14 @@ impl Models for Shelf {
         Self::pin(self, model, pinned)
     }
 
+    fn is_strict(&self, model: &str) -> bool {
+        Self::is_strict(self, model)
+    }
+
+    fn progress(&self, model: &str) -> Option<String> {
+        Self::progress(self, model)
+    }
+
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {
         Self::reload(self).boxed()
     }

@@ -24,13 +24,7 @@ impl fmt::Display for EventKind {
                     ("changed", changed),
                     ("only at the next start", needs_restart),
                 ];
-                let parts: Vec<String> = parts
-                    .iter()
-                    .filter(|(_, names)| !names.is_empty())
-                    .map(|(what, names)| format!("{what}: {}", names.join(", ")))
-                    .collect();
-                let said = if parts.is_empty() { "nothing changed".to_owned() } else { parts.join("; ") };
-                write!(f, "configuration read again ({said})")
+                write!(f, "configuration read again ({})", parted(parts))
             }
             Self::ReloadRefused { reason } => {
                 write!(f, "a configuration was not taken, and nothing changed: {reason}")
@@ -145,6 +139,13 @@ impl fmt::Display for Ms {
         }
         write!(f, "{}.{} s", self.0 / 1000, self.0 % 1000 / 100)
     }
+}
+
+/// Those parts that have anything in them.
+fn parted<const PARTS: usize>(parts: [(&str, &Vec<String>); PARTS]) -> String {
+    let parts = parts.iter().filter(|(_, names)| !names.is_empty());
+    let parts: Vec<String> = parts.map(|(what, names)| format!("{what}: {}", names.join(", "))).collect();
+    if parts.is_empty() { "nothing changed".to_owned() } else { parts.join("; ") }
 }
 
 fn waiting(requests: u64) -> String {

@@ -191,6 +191,12 @@ impl Models for FakeModels {
     fn pin(&self, model: &str, pinned: bool) -> Result<Report, ShelfError> {
         self.report(model, format!("pin {model} {pinned}"))
     }
+    fn is_strict(&self, model: &str) -> bool {
+        NAMES.contains(&model)
+    }
+    fn progress(&self, model: &str) -> Option<String> {
+        (model == "slow").then(|| "waking, 45 %\ndata: x".to_owned())
+    }
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {
         async { Ok(Reloaded { added: vec!["oak".to_owned()], ..Reloaded::default() }) }.boxed()
     }
