@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 
 use super::event::EventKind;
@@ -96,11 +97,7 @@ impl fmt::Display for EventKind {
                 write!(f, "takes {overhead} besides its regions, {uncovered} of it not covered yet")
             }
             Self::ProtocolError { reason } => write!(f, "broke the protocol and is ended: {reason}"),
-            Self::Thrashing { thrashed, served } => write!(
-                f,
-                "models come back soon after they left: {thrashed} within a minute, where requests were answered with \
-                 {served}; fewer models at once, a longer `quantum` or more memory would help"
-            ),
+            Self::Thrashing { thrashed, served } => thrashing(f, *thrashed, *served),
             Self::PolicyRefused { policy, instead, reason } => {
                 write!(f, "a plan of {policy} was not obeyed, {instead} decided: {reason}")
             }
@@ -127,6 +124,14 @@ impl EventKind {
                 | Self::RestartScheduled { .. }
         )
     }
+}
+
+fn thrashing(f: &mut fmt::Formatter<'_>, thrashed: ByteCount, served: ByteCount) -> fmt::Result {
+    write!(
+        f,
+        "models come back soon after they left: {thrashed} within a minute, where requests were answered with {served}; \
+         fewer models at once, a longer `quantum` or more memory would help"
+    )
 }
 
 /// Milliseconds, as seconds where that reads better.
