@@ -31,6 +31,7 @@ class FakeBroker:
             "say": "welcome", "version": 1, "spec": spec, "device": "sim", "device_bytes": device_bytes or budget,
             "host_budget": host, "data_socket": str(self.data_socket),
         }  # fmt: skip
+        self.usage = {"kv_live": 0, "kv_device": 0}
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen(1)
@@ -62,6 +63,8 @@ class FakeBroker:
                 else:
                     answer = {"say": "lease_deny", "reason": f"{free} bytes are free"}
                 self.say(answer | {"request": said["request"]})
+            case "usage":
+                self.usage = said["usage"]
             case "lease_return":
                 self.leased[said["kind"]] -= said["bytes"]
 

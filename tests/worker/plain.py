@@ -1,4 +1,4 @@
-"""Ordinary memory behind the worker's seam, with a budget, and poison wherever nothing is backed."""
+"""Ordinary memory behind the worker's seam, with a budget, and poison wherever no block is."""
 
 from __future__ import annotations
 
@@ -11,43 +11,126 @@ from shoal.worker.memory import ShortageError
 
 
 class PlainKv:
-    def __init__(self, memory: PlainMemory, block_bytes: int, blocks: int) -> None:
-        self.memory = memory
-        self.block_bytes = block_bytes
-        self.arena = torch.full((block_bytes * blocks,), 0xFF, dtype=torch.uint8)  # NaN in every float type
-        self.ids: set[int] = set()
-        self.peak = 0
-        self.refusals = 0
+    """A model of the KV cache: lists and dictionaries. Blocks that are neither owned nor cached are NaN."""
 
-    def tensor(self, offset, shape, stride, dtype):
-        return self.arena.view(dtype).as_strided(tuple(shape), tuple(stride), offset)
+    def __init__(self, memory: PlainMemory, layout, blocks: int, *, is_caching: bool) -> None:
+        self.memory = memory
+        self.is_caching = is_caching
+        self.block_bytes = layout.block_bytes
+        self.tokens = layout.block_tokens
+        self.arena = torch.full((blocks * layout.block_bytes,), 0xFF, dtype=torch.uint8)  # NaN in every float type
+        self.shape = (blocks, layout.block_tokens, layout.token_elements)
+        self.dtype = layout.dtype
+        self.owners: dict[int, int] = {}
+        self.sealed: dict[int, tuple[str, tuple[int, ...]]] = {}  # block: salt, and all tokens up to its end
+        self.known: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.cached: list[int] = []  # sealed and nobody's, the next to be evicted first
+        self.digests: dict[int, bytes] = {}
+        self.peak = self.refusals = self.evicted = self.found = 0
+
+    def tensor(self):
+        return self.arena.view(self.dtype).view(self.shape)
 
     def _of(self, block):
         return self.arena[block * self.block_bytes : (block + 1) * self.block_bytes]
 
-    def back(self, blocks):
-        assert not self.ids & set(blocks), "backed twice"
-        if len(self.ids) + len(blocks) > self.memory.blocks_max:
+    @property
+    def ids(self):
+        return set(self.owners)
+
+    def alloc(self, count):
+        if len(self.owners) + count > min(self.memory.blocks_max, self.shape[0]):
             self.refusals += 1
-            return False
-        for block in blocks:
+            return None
+        while len(self.owners) + len(self.cached) + count > min(self.memory.blocks_max, self.shape[0]):
+            self._evict()
+        free = (block for block in range(self.shape[0]) if block not in self.owners and block not in self.sealed)
+        taken = [next(free) for _ in range(count)]
+        for block in taken:
             assert bool((self._of(block) == 0xFF).all()), f"somebody wrote to block {block} while it had no memory"
             self._of(block).zero_()
-            self.ids.add(block)
-        self.peak = max(self.peak, len(self.ids))
-        return True
+            self.owners[block] = 1
+        self.peak = max(self.peak, len(self.owners) + len(self.cached))
+        return taken
 
-    def unback(self, blocks):
-        assert set(blocks) <= self.ids, "unbacked what is not backed"
-        for block in blocks:
+    def _evict(self):
+        self.evicted += 1
+        self._forget(self.cached[0])
+
+    def _forget(self, block):
+        self.check(block)
+        del self.known[self.sealed.pop(block)], self.digests[block]
+        if block in self.cached:
+            self.cached.remove(block)
             self._of(block).fill_(0xFF)
-            self.ids.discard(block)
+
+    def check(self, block):
+        """What a sealed block holds is what was sealed: nobody writes to it any more."""
+        assert self._of(block).numpy().tobytes() == self.digests[block], f"somebody wrote to the sealed block {block}"
+
+    def free(self, blocks):
+        for block in blocks:
+            assert block in self.owners, f"freed block {block}, which nobody owns"
+            self.owners[block] -= 1
+            if self.owners[block] == 0:
+                del self.owners[block]
+                if block in self.sealed:
+                    self.cached.append(block)
+                else:
+                    self._of(block).fill_(0xFF)
+
+    def available(self):
+        return max(0, self.shape[0] - len(self.owners))
+
+    def ready(self):
+        return max(0, min(self.memory.blocks_max, self.shape[0]) - len(self.owners))
+
+    def match(self, tokens, salt):
+        assert self.is_caching
+        blocks = []
+        for end in range(self.tokens, len(tokens) + 1, self.tokens):
+            block = self.known.get((salt, tuple(tokens[:end])))
+            if block is None:
+                break
+            self.check(block)
+            blocks.append(block)
+        for block in blocks:
+            self.owners[block] = self.owners.get(block, 0) + 1
+            if block in self.cached:
+                self.cached.remove(block)
+        self.found += len(blocks) * self.tokens
+        return len(blocks) * self.tokens, blocks
+
+    def seal(self, tokens, blocks, salt):
+        assert self.is_caching
+        for place in range(len(tokens) // self.tokens):
+            content, block = (salt, tuple(tokens[: (place + 1) * self.tokens])), blocks[place]
+            assert block in self.owners
+            assert self.sealed.get(block, content) == content, "sealed twice with different tokens"
+            found = self.known.setdefault(content, block)
+            if found != block and found in self.owners:
+                self.owners[found] += 1
+                self.free([block])
+                blocks[place] = found
+            elif found == block and block not in self.sealed:
+                assert not bool(torch.isnan(self._of(block).view(self.dtype)).any()), "sealed before it was filled"
+                self.sealed[block] = content
+                self.digests[block] = self._of(block).numpy().tobytes()
+
+    def forget_all(self):
+        for block in list(self.sealed):
+            self._forget(block)
+
+    def record_step(self, stream):
+        assert stream == 0
 
     @property
-    def backed_bytes(self):
-        return len(self.ids) * self.block_bytes
+    def mapped_bytes(self):
+        return (len(self.owners) + len(self.cached)) * self.block_bytes
 
-    live_bytes = backed_bytes
+    @property
+    def live_bytes(self):
+        return len(self.owners) * self.block_bytes
 
 
 class PlainMemory:
@@ -76,12 +159,13 @@ class PlainMemory:
             self.guards += 1
             yield
 
-    def kv(self, block_bytes, blocks):
-        self.space = PlainKv(self, block_bytes, blocks)
+    def kv(self, layout, blocks, *, is_caching):
+        self.space = PlainKv(self, layout, blocks, is_caching=is_caching)
         return self.space
 
-    def trim(self):
-        pass
+    def trim(self, *, cached=False):
+        while cached and self.space is not None and self.space.cached:
+            self.space._evict()
 
     def overhead_peak(self):
         return None

@@ -46,7 +46,9 @@ def test_choices_share_their_batches_and_draw_each_for_itself(llama_dir, tmp_pat
         assert worker.memory.guards - before - alone <= alone + 4, "four take no more steps than one"
         texts = [choice["text"] for choice in answer["choices"]]
         assert len(set(texts)) == 4
-        assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 48, "total_tokens": 51}
+        cached = {"cached_tokens": 0}
+        usage = {"prompt_tokens": 3, "completion_tokens": 48, "total_tokens": 51, "prompt_tokens_details": cached}
+        assert answer["usage"] == usage
         for number, text in enumerate(texts):
             one = await choices(worker, "completions", sampled | {"seed": 7 + number})
             assert one["choices"][0]["text"] == text

@@ -63,7 +63,7 @@ async def answers(engine, indices):
 
 
 def test_nothing_is_resident_before_and_no_kv_after():
-    with simulated_memory("64MiB") as mem, engine_on(mem) as engine:
+    with simulated_memory("64MiB") as mem, engine_on(mem, prefix_caching=False) as engine:
         assert mem.usage()["weights_device"] == mem.usage()["kv_device"] == 0
         assert mem.usage()["weights_total"] > 4 * MIB
 
@@ -76,6 +76,22 @@ def test_nothing_is_resident_before_and_no_kv_after():
         asyncio.run(run())
 
 
+def test_what_prefixes_hold_stays_until_it_is_wanted():
+    with simulated_memory("64MiB") as mem, engine_on(mem) as engine:
+
+        async def run():
+            assert await answers(engine, range(6)) == [expected(i) for i in range(6)]
+            await settled(lambda: engine.kv_bytes()[1] == mem.usage()["kv_live"] == 0)
+            assert engine.kv_bytes()[0] == mem.usage()["kv_device"] > 0
+            weights = mem.usage()["weights_device"]
+            report = await asyncio.to_thread(mem.reclaim, mem.usage()["kv_device"])
+            assert (mem.usage()["kv_device"], report.copied) == (0, 0), "it goes first, and without a copy"
+            assert mem.usage()["weights_device"] == weights
+            assert await answers(engine, range(6)) == [expected(i) for i in range(6)]
+
+        asyncio.run(run())
+
+
 def test_the_least_kv_memory_is_what_a_short_request_takes():
     with simulated_memory("64MiB") as mem, engine_on(mem, kv_max_bytes=20 * MIB, block_tokens=64) as engine:
         assert engine.limits.block_bytes == MIB // 4
@@ -83,7 +99,7 @@ def test_the_least_kv_memory_is_what_a_short_request_takes():
         async def run():
             generation = engine.submit(PROMPTS[0][:20], Sampling(temperature=0.0), 200)
             await anext(generation)
-            assert mem.usage()["kv_device"] == engine.limits.kv_bytes_min == 4 * MIB
+            assert mem.usage()["kv_device"] == engine.limits.kv_bytes_min == 2 * MIB
             generation.cancel()
 
         asyncio.run(run())
@@ -225,7 +241,9 @@ async def play(engine, mem, steps):
             assert await asyncio.wait_for(task, 30) == expected(index)
         except asyncio.CancelledError:
             assert task.cancelled()
-    await settled(lambda: engine.kv_bytes() == (0, 0))
+    await settled(lambda: engine.kv_bytes()[1] == 0)
+    await asyncio.to_thread(mem.reclaim, 1 << 40)
+    assert engine.kv_bytes() == (0, 0), "nothing is kept but what nobody owns"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

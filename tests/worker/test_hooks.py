@@ -21,9 +21,12 @@ def _renamed(self, blocks, shareable, why):
     ("owner", "name", "named"),
     [
         (cache_manager.BlockManager, "free_blocks", "hook 1"),
+        (cache_manager.SlidingAttentionCacheAllocator, "allocate_blocks", "hook 1"),
         (cache_manager.BlockManager, "get_free_blocks", "hook 1"),
         (cache.PagedAttentionCache, "allocate_blocks", "hook 2"),
         (cache.PagedAttentionCache, "update", "hook 2"),
+        (cache.PagedAttentionCache, "search_prefix_match", "prefix sharing"),
+        (cache.PagedAttentionCache, "mark_shareable_blocks_as_complete", "prefix sharing"),
         (continuous_api.ContinuousBatchingManager, "_create_batch_processor", "hook 2"),
         (utils, "attn_mask_is_needed", "hook 3"),
         (continuous_api.ContinuousBatchProcessor, "prepare_next_batch", "the engine step"),

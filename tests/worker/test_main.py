@@ -90,8 +90,9 @@ def expected(llama_dir):
     return loaded.tokenizer.decode(alone(loaded.model, prompt, 24), skip_special_tokens=True)
 
 
-def test_it_takes_no_device_memory_before_a_request_and_no_kv_after(llama_dir, start, expected):
-    worker = start(llama_dir)
+@pytest.mark.parametrize("is_caching", [False, True])
+def test_it_takes_no_device_memory_before_a_request_and_owns_no_kv_after(llama_dir, start, expected, is_caching):
+    worker = start(llama_dir, prefix_caching=is_caching)
     capabilities = worker.ready()
     assert capabilities["routes"] == ["chat/completions", "completions"]
     assert capabilities["context_tokens"] == 256
@@ -102,8 +103,12 @@ def test_it_takes_no_device_memory_before_a_request_and_no_kv_after(llama_dir, s
     assert text_of(worker.post("completions", ASK)) == expected
     assert worker.broker.leased["weights"] >= capabilities["weights_bytes"]
     assert worker.broker.leased["kv"] in (0, 2 * MIB)
-    worker.broker.wait(lambda b: b.leased["kv"] == 0, 10)
     worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["tokens_out"] == 24, 10)
+    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_live"] == 0, 10)
+    if is_caching:
+        assert worker.broker.leased["kv"] == worker.usage()["kv_device"] == worker.usage()["kv_cached"] == 2 * MIB
+        assert worker.broker.order("reclaim", bytes=1)["copied"] == 0, "what a prefix holds goes before weights do"
+    worker.broker.wait(lambda b: b.leased["kv"] == 0, 10)
     worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_device"] == 0, 10)
     assert worker.broker.peak <= worker.broker.budget
 

@@ -28,35 +28,27 @@ PIECE = 2 * MIB
 PROMPTS = ["the sea", "the sea is wide and fish", "a", "shoals of fish swim in the sea", "def swim(", "the sea is"]
 
 
-def digests(raw: torch.Tensor, piece: int) -> list[bytes]:
-    view = memoryview(raw.numpy())
-    return [hashlib.blake2b(view[at : at + piece], digest_size=16).digest() for at in range(0, len(view), piece)]
-
-
 class WitnessedKv(DeviceKv):
     """KV blocks whose bytes are known between two steps."""
 
-    def __init__(self, mem, block_bytes, blocks):
-        super().__init__(mem, block_bytes, blocks)
-        self._bytes = super().tensor(0, (block_bytes * blocks,), (1,), torch.uint8)
-        self._block_bytes = block_bytes
-        self.backed: set[int] = set()
+    def __init__(self, mem, layout, blocks, *, is_caching):
+        super().__init__(mem, layout, blocks, is_caching=is_caching)
+        tensor = self.tensor()
+        self._bytes = tensor.view(torch.uint8).view(tensor.shape[0], -1)
         self.left: dict[int, bytes] = {}
 
-    def back(self, blocks):
-        granted = super().back(blocks)
-        self.backed |= set(blocks) if granted else set()
-        return granted
-
-    def unback(self, blocks):
-        super().unback(blocks)
-        self.backed -= set(blocks)
+    def free(self, blocks):
+        super().free(blocks)
         for block in blocks:
-            self.left.pop(block, None)
+            if not self._group.owners(block):
+                self.left.pop(block, None)
+
+    @property
+    def owned(self):
+        return [block for block in range(self._group.blocks) if self._group.owners(block)]
 
     def hashes(self, blocks):
-        size = self._block_bytes
-        return {block: digests(self._bytes[block * size : (block + 1) * size], size)[0] for block in blocks}
+        return {block: hashlib.blake2b(self._bytes[block].numpy(), digest_size=16).digest() for block in blocks}
 
 
 class WitnessedMemory(DeviceMemory):
@@ -76,8 +68,8 @@ class WitnessedMemory(DeviceMemory):
                       ((name, as_bytes(value)) for name, value in before.items())}  # fmt: skip
         return size
 
-    def kv(self, block_bytes, blocks):
-        self._kv = WitnessedKv(self.mem, block_bytes, blocks)
+    def kv(self, layout, blocks, *, is_caching):
+        self._kv = WitnessedKv(self.mem, layout, blocks, is_caching=is_caching)
         return self._kv
 
     @contextlib.contextmanager
@@ -93,7 +85,7 @@ class WitnessedMemory(DeviceMemory):
                     self.wrong.append(f"KV block {block}")
                 self.compared["kv"] += 1
             yield
-            self._kv.left = self._kv.hashes(self._kv.backed)
+            self._kv.left = self._kv.hashes(self._kv.owned)
 
 
 def as_bytes(value: torch.Tensor) -> torch.Tensor:
@@ -174,7 +166,7 @@ def test_the_witness_sees_a_wrong_byte(wide_dir, tmp_path):
         if len(touched) < 2 and memory._kv.left:
             with mem.guard():
                 block = min(memory._kv.left)
-                memory._kv._bytes[block * memory._kv._block_bytes] ^= 1
+                memory._kv._bytes[block, 0] ^= 1
                 as_bytes(next(iter(memory.tensors.values())))[0] ^= 1
             touched.append(block)
 

@@ -221,7 +221,7 @@ impl MemoryManager {
         caches.push(Arc::downgrade(cache));
     }
 
-    fn caches(&self) -> Vec<Arc<kv_cache::Shared>> {
+    pub(crate) fn caches(&self) -> Vec<Arc<kv_cache::Shared>> {
         self.caches.lock().iter().filter_map(Weak::upgrade).collect()
     }
 

@@ -383,9 +383,10 @@ impl PyKvCache {
         py.detach(|| cache.record_step(torch_hooks::stream_of(stream))).map_err(errors::of_memory)
     }
 
-    fn trim(&self, py: Python<'_>, nbytes: u64) -> PyResult<ReportTuple> {
+    fn trim(&self, py: Python<'_>, nbytes: u64, cached: bool) -> PyResult<ReportTuple> {
         let cache = self.cache.get()?;
-        py.detach(|| cache.trim(ByteCount(nbytes)))
+        let bytes = ByteCount(nbytes);
+        py.detach(|| if cached { cache.trim_cached(bytes) } else { cache.trim(bytes) })
             .map(|report| convert::evicted(py, report))
             .map_err(errors::of_memory)
     }

@@ -445,13 +445,15 @@ class KvCache:
         """
         self._native.record_step(int(getattr(stream, "cuda_stream", stream)))
 
-    def trim(self, nbytes: Size = _ALL) -> Report:
+    def trim(self, nbytes: Size = _ALL, *, cached: bool = False) -> Report:
         """Give memory back in which no block lies, whatever is expected.
 
         Parameters
         ----------
         nbytes
             How many bytes; all there are, without it.
+        cached
+            Whether to evict for it what nobody owns and is only cached.
 
         Returns
         -------
@@ -463,7 +465,7 @@ class KvCache:
         DeadlineError
             While a step runs.
         """
-        return Report._of(self._native.trim(parse_size(nbytes)), whole=True)
+        return Report._of(self._native.trim(parse_size(nbytes), cached), whole=True)
 
     def usage(self) -> dict[str, Any]:
         """Give figures.

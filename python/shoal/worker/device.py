@@ -1,4 +1,4 @@
-"""The worker's memory for real: Shoal's regions, guards and KV backing behind the engines' seam."""
+"""The worker's memory for real: Shoal's regions, guards and KV cache behind the engines' seam."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import shoal.torch
-from shoal import DeadlineError, Error, KvBacking, LeaseError, MemoryManager, OutOfMemoryError, TransferError
+from shoal import (
+    DeadlineError,
+    Error,
+    KvGroupSpec,
+    LeaseError,
+    MemoryManager,
+    OutOfMemoryError,
+    RegionError,
+    TransferError,
+)
 
 from .errors import LoadError
 from .memory import ShortageError
@@ -23,47 +32,91 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from .kv import KvLayout
+
 
 logger = logging.getLogger(__name__)
 
 _CONTEXT_BYTES = 530 << 20  # an H100's, with our kernels and torch's; where it cannot be measured
 _PLAUSIBLE_BYTES_MAX = 1 << 30
+_KV_PATIENCE_S = 2.0  # how long one attempt to get KV memory may wait for what others give up
 _ALONE_S = 20.0  # how long a worker waits for others to have measured
 
 
 class DeviceKv:
-    """KV blocks in one region of address space."""
+    """KV blocks in Shoal's own cache: one group, in which a token's keys and values of all layers lie together."""
 
-    def __init__(self, mem: MemoryManager, block_bytes: int, blocks: int) -> None:
-        self._region = mem.region("kv", block_bytes * blocks, kind="kv")
-        self._backing = KvBacking(self._region, block_bytes=block_bytes, blocks=blocks)
+    def __init__(self, mem: MemoryManager, layout: KvLayout, blocks: int, *, is_caching: bool) -> None:
+        dtype = str(layout.dtype).removeprefix("torch.")
+        spec = KvGroupSpec("kv", 1, layout.token_elements, "latent", block_tokens=layout.block_tokens, dtype=dtype)
+        self.cache = mem.kv_cache(
+            groups=[spec],
+            max_bytes=blocks * layout.block_bytes,
+            # A batch's memory is asked for before it is computed, so nothing is kept ahead of that: others may need it.
+            spare_max=0,
+            patience_s=_KV_PATIENCE_S,
+            eviction="lru" if is_caching else None,
+        )
+        self._group = self.cache.groups[0]
 
-    def tensor(self, offset: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Make a strided view that starts `offset` elements into the region."""
-        return shoal.torch.tensor(self._region, offset * dtype.itemsize, shape, dtype, stride)
+    def tensor(self) -> torch.Tensor:
+        """Make a tensor over all blocks."""
+        return self.cache.tensors()[0]
 
-    def back(self, blocks: Sequence[int]) -> bool:
-        """Give all `blocks` memory; False where it cannot be had now."""
-        return self._backing.back(blocks)
+    def alloc(self, count: int) -> list[int] | None:
+        """Take blocks; None where memory for them cannot be had now."""
+        return self._group.alloc(count)
 
-    def unback(self, blocks: Sequence[int]) -> None:
-        """Take the memory of `blocks` away."""
-        self._backing.unback(blocks)
+    def free(self, blocks: Sequence[int]) -> None:
+        """Take one owner from each block."""
+        self._group.free(blocks)
 
-    def trim(self) -> None:
-        """Give back the pages that no block lies on."""
-        if idle := self._backing.idle_bytes:
-            self._backing.trim(idle)
+    def available(self) -> int:
+        """How many blocks the limit allows."""
+        return self._group.available()
+
+    def ready(self) -> int:
+        """How many blocks can be had without more memory."""
+        (figures,) = self.cache.usage()["groups"]
+        return figures["free_mapped_blocks"] + figures["cached_blocks"]
+
+    def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
+        """Find the longest sealed prefix, and own its blocks too."""
+        return self.cache.match(tokens, salt=salt)
+
+    def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
+        """Let the full blocks of a sequence be found."""
+        for _, place, own, found in self.cache.seal(tokens, blocks, salt=salt).duplicates:
+            try:
+                self._group.fork([found])
+            except RegionError:
+                continue  # nobody owns it: it may be evicted at any moment
+            self._group.free([own])
+            blocks[place] = found
+
+    def forget_all(self) -> None:
+        """Let nothing be found any more."""
+        self.cache.forget_all()
+
+    def record_step(self, stream: Any) -> None:
+        """Say that a step was launched."""
+        self.cache.record_step(stream)
+
+    def trim(self, *, cached: bool) -> None:
+        """Give back the memory in which nothing lies, or nothing that somebody owns."""
+        usage = self.cache.usage()
+        if usage["empty"] or (cached and usage["cached"]):
+            self.cache.trim(cached=cached)
 
     @property
-    def backed_bytes(self) -> int:
-        """Device bytes committed, whole pages."""
-        return self._backing.backed_bytes
+    def mapped_bytes(self) -> int:
+        """Device bytes, whole pages (after a reclaim, their contents may lie on the host)."""
+        return self.cache.usage()["mapped"]
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the blocks that are backed."""
-        return self._backing.live_bytes
+        """Bytes of the blocks that have an owner."""
+        return self.cache.usage()["live"]
 
 
 class Overhead:
@@ -256,17 +309,17 @@ class DeviceMemory:
             logger.info("memory for host copies: %s", reason)
         return placement.region.bytes
 
-    def kv(self, block_bytes: int, blocks: int) -> DeviceKv:
-        """Reserve address space for `blocks` KV blocks."""
-        self._kv = DeviceKv(self._mem, block_bytes, blocks)
+    def kv(self, layout: KvLayout, blocks: int, *, is_caching: bool) -> DeviceKv:
+        """Reserve address space for `blocks` KV blocks or more."""
+        self._kv = DeviceKv(self._mem, layout, blocks, is_caching=is_caching)
         return self._kv
 
-    def trim(self) -> None:
-        """Give back KV pages that were kept although no block lies on them."""
+    def trim(self, *, cached: bool = False) -> None:
+        """Give back KV memory in which nothing lies, or, with `cached`, nothing that somebody owns."""
         if self._kv is not None:
             try:
-                self._kv.trim()
-            except Error as error:  # a reclaim finds these pages first anyway
-                logger.warning("KV pages without a block stay for now: %s", error)
+                self._kv.trim(cached=cached)
+            except Error as error:  # a reclaim finds this memory first anyway
+                logger.warning("KV memory without an owner stays for now: %s", error)
         if self._overhead is not None:
             self._overhead.release_cached()

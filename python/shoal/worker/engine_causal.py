@@ -7,7 +7,8 @@ transformers computes; this module decides when a step runs and what happens whe
 - The batch is then computed inside `Memory.guard`, so eviction happens only between steps (I13), and a step on evicted
   weights or blocks first brings them back. A batch whose guard could not be had stays prepared and is tried again;
   if that does not help, its requests give their blocks up and are scheduled anew, as far as memory then reaches.
-- Without requests the thread holds no guard, touches nothing and gives the whole KV cache back.
+- Without requests the thread holds no guard, touches nothing and owns no KV block. What prefixes hold stays cached as
+  long as nobody else wants the memory.
 - Where memory cannot be had, requests wait, up to `stall_timeout_s` without any step; then they fail, each with a
   clear error. The engine itself goes on (I10: every wait has a deadline).
 
@@ -22,7 +23,7 @@ import itertools
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -69,9 +70,13 @@ class Generation:
         ``"stop"`` or ``"length"`` after the last token.
     logprobs
         How likely each token was, if that was asked for; never behind the tokens that were given out.
+    cached_tokens
+        How many tokens of the prompt were found in the KV cache, and not computed; known with the first token.
     """
 
-    def __init__(self, engine: CausalEngine, name: str, eos: frozenset[int], told: int | None = None) -> None:
+    def __init__(
+        self, engine: CausalEngine, name: str, eos: frozenset[int], told: int | None = None, salt: str = ""
+    ) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()  # bounded by the token limit
@@ -81,6 +86,8 @@ class Generation:
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogprob] = []
         self.told = told
+        self.salt = salt
+        self.cached_tokens = 0
         self.delivered = 0
         self.created = time.monotonic()
         self.ended = False
@@ -169,6 +176,7 @@ class CausalEngine:
         self._lock = threading.Lock()  # for _live
         self._names = itertools.count()
         self._tokens_out = 0
+        self._tokens_cached = 0
         self._stop = threading.Event()
         self._stalled_since: float | None = None
         self._preempted = False  # in this stall
@@ -191,7 +199,7 @@ class CausalEngine:
                 max_requests_per_batch=min(spec.requests_max, spec.batch_tokens_max),
                 max_blocks_per_request=0,
                 max_memory_percent=0.9,
-                allow_block_sharing=False,
+                allow_block_sharing=False,  # the cache shares, not transformers' block manager
                 use_async_batching=False,
                 use_cuda_graph=False,
                 scheduler_type=scheduling.NAME,
@@ -201,12 +209,12 @@ class CausalEngine:
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._sampler]))
         manager.logit_processor.tensors_required = 1
         manager.output_router = _Router(self)
-        space = self._memory.kv(limits.block_bytes, limits.blocks + PADDING_BLOCKS)
-        with (
-            torch.no_grad(),
-            hooks.elastic_cache(functools.partial(ElasticCache, space, limits.layout), UnboundedMemoryHandler),
-        ):
+        layout, is_caching = limits.layout, spec.prefix_caching and limits.layout.shares_prefixes
+        blocks = self._memory.kv(layout, limits.blocks + PADDING_BLOCKS, is_caching=is_caching)
+        cache = functools.partial(ElasticCache, blocks, layout, is_caching, self._salt_of, self._found)
+        with torch.no_grad(), hooks.elastic_cache(cache, UnboundedMemoryHandler):
             processor = manager._create_batch_processor()
+        processor.cache.pads(processor.inputs_and_outputs)
         manager.batch_processor = processor
         return manager, processor, processor.cache
 
@@ -245,13 +253,18 @@ class CausalEngine:
         return Counts(running=running, waiting=live - running, tokens_out=self._tokens_out)
 
     def kv_bytes(self) -> tuple[int, int]:
-        """Bytes backed and bytes live of the KV cache."""
-        return self._cache.space.backed_bytes, self._cache.space.live_bytes
+        """Device bytes of the KV cache, and bytes of its blocks that requests have."""
+        return self._cache.kv.mapped_bytes, self._cache.kv.live_bytes
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, tokens_max: int, *, ignore_eos: bool = False
+        self, prompt: Sequence[int], sampling: Sampling, tokens_max: int, *, ignore_eos: bool = False, salt: str = ""
     ) -> Generation:
         """Take a request in; call it on the event loop that will read the answer.
+
+        Parameters
+        ----------
+        salt
+            Only what requests with the same salt have computed is used again for this one.
 
         Raises
         ------
@@ -262,7 +275,7 @@ class CausalEngine:
             raise ApiError("the prompt is empty: at least one token is needed", param="prompt", code="empty_prompt")
         self.limits.check(len(prompt), tokens_max)
         eos = frozenset() if ignore_eos else self.eos
-        generation = Generation(self, f"r{next(self._names)}", eos, sampling.logprobs)
+        generation = Generation(self, f"r{next(self._names)}", eos, sampling.logprobs, salt)
         with self._lock:
             if self._stop.is_set():
                 raise ApiError("the model is shutting down", status=503, code="shutting_down")
@@ -322,7 +335,7 @@ class CausalEngine:
         self._processor.scheduler.clear_cancelled_requests()
 
     def _rest(self) -> None:
-        """Wait for a request; without one for a moment, give all KV memory back."""
+        """Wait for a request; without one for a moment, own no KV block and give back what none lies in."""
         self._stalled_since = None
         wakeup = self._manager._has_new_requests
         if not wakeup.wait(timeout=None if self._resting else _LINGER_S):
@@ -367,8 +380,31 @@ class CausalEngine:
     def _compute(self) -> None:
         """Run the prepared batch; inside a guard."""
         self._cache.begin_step()
-        self._processor._generation_step(self._model)
+        try:
+            self._processor._generation_step(self._model)
+        finally:
+            self._cache.kv.record_step(self._stream())
         self._processor.update_batch()
+
+    def _stream(self) -> Any:
+        """Give the stream that steps run on; 0 where there are none."""
+        if self._model.device.type != "cuda":
+            return 0
+        return self._processor.inputs_and_outputs.compute_stream or torch.cuda.current_stream(self._model.device)
+
+    def _salt_of(self, name: str) -> str | None:
+        with self._lock:
+            generation = self._live.get(name)
+        return None if generation is None else generation.salt
+
+    def _found(self, name: str, tokens: int) -> None:
+        """Remember how much of a prompt was found; not of one that is computed again, which finds its own."""
+        state = self._processor.scheduler.waiting_requests.get(name)
+        with self._lock:
+            generation = self._live.get(name)
+        if generation is not None and state is not None and not state._true_initial_tokens:
+            self._tokens_cached += tokens - generation.cached_tokens
+            generation.cached_tokens = tokens
 
     def _abandon(self, error: Exception) -> None:
         """End all requests and begin anew, with every block free."""
@@ -377,6 +413,8 @@ class CausalEngine:
         self._cache.free_all_requests()
         self._processor.scheduler.reset()
         self._cache.blocks.end_step()
+        if self._cache.use_prefix_sharing:
+            self._cache.kv.forget_all()  # who knows what the step has written
 
     def _preempt(self) -> None:
         """Take the blocks of all running requests (soft reset): what they have generated is computed again later."""
@@ -399,11 +437,11 @@ class CausalEngine:
         with self._lock:
             late = [live for live in self._live.values() if now - max(since, live.created) > limit]
         for generation in late:
-            backed, live_bytes = self.kv_bytes()
+            held, live_bytes = self.kv_bytes()
             self._fail(
                 generation.name,
                 ApiError(
-                    f"no device memory became free within {limit:g} s: the KV cache holds {backed} bytes, "
+                    f"no device memory became free within {limit:g} s: the KV cache holds {held} bytes, "
                     f"{live_bytes} of them in use, of its {self.limits.blocks * self.limits.block_bytes} and could not "
                     "get more, or the weights could not be brought back",
                     status=503,
@@ -414,7 +452,7 @@ class CausalEngine:
         if self._prepared and (late or (not self._preempted and now - since >= min(_PREEMPT_S, 0.75 * limit))):
             self._preempt()
         if not late:
-            self._memory.trim()
+            self._memory.trim(cached=True)  # what is only cached may be what somebody waits for, or our own weights
             self._manager._has_new_requests.wait(timeout=_RETRY_S)
             self._manager._has_new_requests.clear()
 

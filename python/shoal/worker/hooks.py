@@ -1,6 +1,7 @@
 """The three places where transformers' continuous batching is made elastic, and a check that they are still there.
 
-1. **Blocks**: a `BlockManager` whose blocks get memory before they are handed out (:mod:`shoal.worker.kv`).
+1. **Blocks**: a `BlockManager` whose blocks are those of our KV cache, and prefixes found and sealed in that
+   (:mod:`shoal.worker.kv`).
 2. **KV tensors**: a `PagedAttentionCache` whose tensors are views of our address space, and a memory handler that lets
    the address space be larger than the memory (:mod:`shoal.worker.kv`).
 3. **Attention**: ``paged|shoal``, a kernel that works sequence by sequence (this module): no batch-wide mask is
@@ -21,7 +22,13 @@ import torch
 import transformers
 from transformers import AttentionInterface
 from transformers.generation.continuous_batching import cache as cache_module
-from transformers.generation.continuous_batching import cache_manager, continuous_api, model_runner, scheduler
+from transformers.generation.continuous_batching import (
+    cache_manager,
+    continuous_api,
+    input_outputs,
+    model_runner,
+    scheduler,
+)
 from transformers.generation.continuous_batching import cb_logits_processors as logits_module
 from transformers.integrations.sdpa_attention import repeat_kv
 
@@ -132,14 +139,15 @@ def _source_has(function: Any, *texts: str) -> bool:
 def _check_blocks() -> bool:
     manager = cache_manager.BlockManager
     probe = manager(2, 4, tp_on=False)
+    allocators = (cache_manager.FullAttentionCacheAllocator, cache_manager.SlidingAttentionCacheAllocator)
     return (
         _parameters(manager.__init__) == ["num_blocks", "block_size", "tp_on"]
         and _parameters(manager.get_free_blocks) == ["n_blocks", "last_block_id", "shareable", "group_id"]
         and _parameters(manager.free_blocks) == ["blocks", "shareable"]
         and list(probe._uninit_block_ids) == [0, 1]
-        and _source_has(manager.get_free_blocks, "self.has_enough_free_blocks(n_blocks)", "_uninit_block_ids.popleft()")
-        and _source_has(manager.free_blocks, "_uninit_block_ids.extend(blocks)")
         and isinstance(manager.num_free_blocks, property)
+        and all(_source_has(kind.allocate_blocks, "block_manager.get_free_blocks(") for kind in allocators)
+        and _source_has(cache_manager.CacheAllocator.free_blocks, "self.block_table.pop(", "block_manager.free_blocks(")
     )
 
 
@@ -157,8 +165,27 @@ def _check_tensors() -> bool:
         )
         and _source_has(cache.update, "k_cache.index_copy_(0,", "torch.index_select(k_cache, 0,")
         and _parameters(cache.allocate_blocks) == ["n_blocks", "request_id", "allocated_blocks"]
+        and _parameters(cache_manager.SlidingAttentionCacheAllocator.__init__)
+        == ["index", "block_size", "sliding_window", "sentinel_index", "write_trash_index"]
+        and _source_has(input_outputs.ContinuousBatchingIOs.__init__, "_read_trash_index", "_write_trash_index")
         and _source_has(api._create_batch_processor, "PagedAttentionCache(", "SCHEDULER_MAPPING.get(scheduler_type")
         and _parameters(cache_module.PagedAttentionMemoryHandler.get_available_memory) == []
+    )
+
+
+def _check_prefixes() -> bool:
+    cache, base = cache_module.PagedAttentionCache, scheduler.FIFOScheduler
+    return (
+        _parameters(cache.search_prefix_match) == ["request_id", "prompt_ids"]
+        and _parameters(cache.mark_shareable_blocks_as_complete) == ["state", "num_complete_blocks"]
+        and _source_has(
+            base._infer_request_tokens,
+            "self.cache.use_prefix_sharing and state.status == RequestStatus.PENDING",
+            "self.cache.search_prefix_match(state.request_id, state.remaining_prefill_tokens)",
+            "state.allocated_blocks += prefill_length // self.cache.block_size",
+        )
+        and _source_has(base._process_candidates, "if self.cache.allow_block_sharing:")
+        and _source_has(input_outputs.ContinuousBatchingIOs.prepare_batch_tensors, "position_offset += query_length")
     )
 
 
@@ -173,6 +200,7 @@ def _check_steps() -> bool:
     return (
         _parameters(processor.prepare_next_batch) == []
         and _parameters(processor.update_batch) == []
+        and _source_has(processor.update_batch, "self.cache.mark_shareable_blocks_as_complete(state, future_state.")
         and _parameters(processor._generation_step) == ["model"]
         and _parameters(processor._update_tp_group_state) == []
         and _parameters(processor.handle_batch_error) == ["error"]
@@ -195,6 +223,7 @@ def _check_sampling() -> bool:
 HOOKS: dict[str, tuple[Callable[[], bool], str]] = {
     "blocks": (_check_blocks, "hook 1 (BlockManager in continuous_batching/cache_manager.py)"),
     "tensors": (_check_tensors, "hook 2 (PagedAttentionCache in continuous_batching/cache.py)"),
+    "prefixes": (_check_prefixes, "prefix sharing (search_prefix_match, mark_shareable_blocks_as_complete)"),
     "attention": (_check_attention, "hook 3 (AttentionInterface and attn_mask_is_needed)"),
     "steps": (_check_steps, "the engine step (ContinuousBatchProcessor and FIFOScheduler)"),
     "sampling": (

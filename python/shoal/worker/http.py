@@ -268,7 +268,9 @@ def _submit(served: Served, ask: GenerationAsk, prompts: list[list[int]], param:
         for prompt, tokens_max in zip(prompts, wanted, strict=True):
             for number in range(ask.n):  # a seed and the next: what one choice draws, it draws alone too
                 sampling = replace(ask.sampling, seed=ask.sampling.seed + number)
-                generations.append(engine.submit(prompt, sampling, tokens_max, ignore_eos=ask.ignore_eos))
+                generations.append(
+                    engine.submit(prompt, sampling, tokens_max, ignore_eos=ask.ignore_eos, salt=ask.cache_salt)
+                )
     except BaseException:
         for generation in generations:
             generation.cancel()
@@ -311,6 +313,10 @@ class _Writer(TextStream):
     def finish_reason(self) -> str:
         return "stop" if self.stopped else self._generation.finish_reason or "length"
 
+    @property
+    def cached(self) -> int:
+        return self._generation.cached_tokens
+
     def news(self, *, last: bool = False) -> dict[str, Any] | None:
         """As `logprobs`, but None where there is nothing new to tell."""
         before = self._told
@@ -344,9 +350,16 @@ async def _texts(generation: Generation, writer: TextStream) -> AsyncIterator[tu
     yield writer.finish(), True
 
 
-def _usage(prompts: list[list[int]], writers: list[_Writer]) -> dict[str, int]:
+def _usage(prompts: list[list[int]], writers: list[_Writer]) -> dict[str, Any]:
     prompt, completion = sum(map(len, prompts)), sum(writer.tokens for writer in writers)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    each = len(writers) // len(prompts)  # choices: a prompt counts once, with what none of its choices computed
+    cached = sum(min(writer.cached for writer in writers[at : at + each]) for at in range(0, len(writers), each))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 async def _streamed(

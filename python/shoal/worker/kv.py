@@ -1,31 +1,35 @@
-"""The KV cache whose blocks have memory only while they are used.
+"""transformers' paged cache on Shoal's KV blocks.
 
-transformers keeps its bookkeeping of blocks; this module makes memory follow it (hooks 1 and 2 of
-:mod:`shoal.worker.hooks`). The layout is token-major: K and V of one token in all layers lie together, so one block is
-one contiguous piece, and the tensor of each layer is a strided view.
+transformers says which request wants how many blocks; which they are, who owns them and what is found again in them is
+the KV cache's business (hooks 1 and 2 of :mod:`shoal.worker.hooks`): its block manager keeps no list of its own. The
+layout is token-major: K and V of one token in all layers lie together, so one block is one contiguous piece, and the
+tensor of each layer is a strided view.
 
-Rules kept here: a block has memory before it is handed out; it loses it only on entering the list of uninitialised
-blocks; `num_free_blocks` never promises a block whose memory was just refused; the two padding blocks at the end have
-memory while the cache is awake, and the first of them reads as zeros (I12: a new block is zeroed by the device).
+Rules kept here: a block has memory before it is handed out; `num_free_blocks` never promises a block whose memory was
+just refused; two padding blocks are allocated while the cache is awake, and the first of them reads as zeros; a block
+is sealed when the step that filled it was launched, and never written again (a request computes at least the last token
+of its prompt itself, in a block of its own).
+
+Prefixes are shared where all layers see the whole context. Layers with a window keep it in blocks that they write round
+and round, which nobody else can read.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.continuous_batching import cache as cache_module
-from transformers.generation.continuous_batching.cache_manager import BlockManager
+from transformers.generation.continuous_batching.cache_manager import BlockManager, SlidingAttentionCacheAllocator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable
 
     from transformers import PreTrainedConfig
+    from transformers.generation.continuous_batching.requests import RequestState
 
-    from .memory import KvSpace
+    from .memory import KvBlocks
 
 PADDING_BLOCKS = 2
 
@@ -74,6 +78,11 @@ class KvLayout:
         return (self.groups - self.windowed) * blocks + self.windowed * min(blocks, self.window_blocks)
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether requests can use each other's blocks: every layer sees the whole context, by one block table."""
+        return self.groups == 1 and not self.windowed
+
+    @property
     def token_elements(self) -> int:
         """Elements between a token and the next."""
         return 2 * self.layers * self.kv_heads * self.head_dim
@@ -83,137 +92,87 @@ class KvLayout:
         """Bytes of one block: K and V of all layers."""
         return self.block_tokens * self.token_elements * self.dtype.itemsize
 
-    def views(self, space: KvSpace, blocks: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """One K and one V tensor for each layer, over `blocks` blocks; none is touched."""
-        shape = (blocks * self.block_tokens, self.kv_heads, self.head_dim)
+    def views(self, blocks: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """One K and one V tensor for each layer, over all `blocks`, shape [tokens, kv heads, head dimension]."""
+        shape = (blocks.shape[0] * self.block_tokens, self.kv_heads, self.head_dim)
         stride = (self.token_elements, self.head_dim, 1)
-        step = self.kv_heads * self.head_dim
-        tensors = [space.tensor(i * step, shape, stride, self.dtype) for i in range(2 * self.layers)]
+        step, start = self.kv_heads * self.head_dim, blocks.storage_offset()
+        tensors = [blocks.as_strided(shape, stride, start + i * step) for i in range(2 * self.layers)]
         return tensors[0::2], tensors[1::2]
 
 
-class FreeBlocks:
-    """transformers' list of uninitialised blocks, with memory taken on entering and given ahead of leaving.
+class ElasticBlockManager(BlockManager):
+    """Hook 1: transformers' block manager, whose blocks are those of a KV cache.
 
-    The lowest free block leaves first, so that blocks in use stay close together and whole pages fall free.
+    The parent's lists stay empty, and what is shared is counted by the cache: no block is "shareable" here.
     """
 
-    def __init__(self, blocks: int, space: KvSpace) -> None:
-        self._space = space
-        self._bare = list(range(blocks))  # a heap: without memory
-        self._backed: deque[int] = deque()  # with memory, about to leave
-        self.keep = False  # while true, what enters keeps its memory for the next to leave
-
-    def __len__(self) -> int:
-        return len(self._bare) + len(self._backed)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._backed
-        yield from sorted(self._bare)
-
-    @property
-    def backed(self) -> int:
-        """How many could leave at once."""
-        return len(self._backed)
-
-    def back(self, count: int) -> bool:
-        """See to it that `count` blocks can leave; False, and nothing changed, where memory cannot be had."""
-        missing = count - len(self._backed)
-        if missing <= 0:
-            return True
-        if missing > len(self._bare):
-            return False
-        blocks = [heapq.heappop(self._bare) for _ in range(missing)]
-        try:
-            granted = self._space.back(blocks)
-        except BaseException:
-            self._push(blocks)
-            raise
-        if not granted:
-            self._push(blocks)
-            return False
-        self._backed.extend(blocks)
-        return True
-
-    def settle(self) -> None:
-        """Take the memory of all blocks in the list."""
-        self.keep = False
-        if self._backed:
-            blocks = list(self._backed)
-            self._backed.clear()
-            self._space.unback(blocks)
-            self._push(blocks)
-
-    def popleft(self) -> int:
-        """Take the next block, which has memory."""
-        return self._backed.popleft()
-
-    def append(self, block: int) -> None:
-        """Let a block enter."""
-        self.extend((block,))
-
-    def extend(self, blocks: Iterable[int]) -> None:
-        """Let blocks enter, and lose their memory unless the step at hand is short of it."""
-        blocks = list(blocks)
-        if self.keep:
-            self._backed.extend(blocks)
-        elif blocks:
-            self._space.unback(blocks)
-            self._push(blocks)
-
-    def _push(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            heapq.heappush(self._bare, block)
-
-
-class ElasticBlockManager(BlockManager):
-    """Hook 1: transformers' block manager, whose blocks get memory before `get_free_blocks` returns."""
-
-    def __init__(self, num_blocks: int, block_size: int, tp_on: bool, space: KvSpace) -> None:
-        super().__init__(num_blocks, block_size, tp_on)
-        self._free = FreeBlocks(num_blocks, space)
-        self._uninit_block_ids = self._free
-        self._short = False
+    def __init__(self, num_blocks: int, block_size: int, blocks: KvBlocks) -> None:
+        super().__init__(0, block_size, tp_on=False)
+        self.num_blocks = num_blocks
+        self._blocks = blocks
+        self._secured: list[int] = []  # taken and about to be handed out
+        self._left: int | None = None  # how many can still be had, after memory was refused in this step
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be had: all free ones, until memory was refused in this step; then those that have it."""
-        free = self._free.backed if self._short else len(self._free)
-        return free + len(self._init_block_ids)
+        """Blocks that can be had: what the limit allows, until memory was refused in this step; then what is there."""
+        return len(self._secured) + (self._blocks.available() if self._left is None else self._left)
 
     @property
     def short(self) -> bool:
         """Whether memory was refused in this step."""
-        return self._short
+        return self._left is not None
 
     def begin_step(self) -> None:
         """Ask for memory anew."""
-        self._short = False
+        self._left = None
 
     def end_step(self) -> None:
-        """Give back what was kept for this step and not used."""
-        self._short = False
-        self._free.settle()
+        """Give back what was secured and not handed out."""
+        self._left = None
+        if self._secured:
+            self._blocks.free(self._secured)
+            self._secured = []
 
     def secure(self, count: int) -> bool:
-        """Have memory for `count` blocks before any of them is handed out."""
-        if not self.has_enough_free_blocks(count):
-            return False
-        if self._short and count > self._free.backed:
-            return False
-        if self._free.back(count):
+        """Take `count` blocks before any of them is handed out."""
+        missing = count - len(self._secured)
+        if missing <= 0:
             return True
-        self._short = True
-        self._free.keep = True
-        return False
+        if self._left is not None and missing > self._left:
+            return False
+        taken = self._blocks.alloc(missing)
+        if taken is None:
+            # Others may give memory up at any moment. What is said in this step holds until a block is freed in it.
+            self._left = min(missing - 1, self._blocks.ready())
+            return False
+        if self._left is not None:
+            self._left = max(0, self._left - missing)
+        self._secured += taken
+        return True
+
+    def has_enough_free_blocks(self, n_blocks: int) -> bool:
+        """Whether so many can be had, as far as is known."""
+        return n_blocks <= self.num_free_blocks
 
     def get_free_blocks(
         self, n_blocks: int, last_block_id: int | None, shareable: bool, group_id: int
     ) -> list[int] | None:
-        """As transformers', with memory behind every block returned; None where there is none."""
+        """Hand out blocks, each with memory; None where there is none."""
+        del last_block_id, shareable, group_id
         if not self.secure(n_blocks):
             return None
-        return super().get_free_blocks(n_blocks, last_block_id, shareable, group_id)
+        taken, self._secured = self._secured[:n_blocks], self._secured[n_blocks:]
+        return taken
+
+    def free_blocks(self, blocks: list[int], shareable: bool) -> None:
+        """Take one owner from each block."""
+        del shareable
+        if blocks:
+            self._blocks.free(blocks)
+            if self._left is not None:
+                self._left = self._blocks.ready()
 
 
 class UnboundedMemoryHandler(cache_module.PagedAttentionMemoryHandler):
@@ -225,22 +184,46 @@ class UnboundedMemoryHandler(cache_module.PagedAttentionMemoryHandler):
 
 
 class ElasticCache(cache_module.PagedAttentionCache):
-    """Hook 2: transformers' paged cache over our address space."""
+    """Hook 2: transformers' paged cache over our address space.
 
-    def __init__(self, space: KvSpace, layout: KvLayout, *args: Any, **kwargs: Any) -> None:
+    Parameters
+    ----------
+    blocks
+        Where they lie.
+    is_caching
+        Whether prefixes are found again.
+    salt_of
+        The tenant of a request, by its name; None if that is not known any more, and then nothing is shared.
+    found
+        Told the name of a request that begins, or begins again, and how many of its tokens were found.
+    """
+
+    def __init__(
+        self,
+        blocks: KvBlocks,
+        layout: KvLayout,
+        is_caching: bool,
+        salt_of: Callable[[str], str | None],
+        found: Callable[[str, int], None],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         # On the meta device the parent's tensors, and the zeros it writes, take no memory and touch none of ours.
         device = kwargs.pop("device")
         super().__init__(*args, device=torch.device("meta"), **kwargs)
         self.device = device
-        self._space = space
-        self.key_cache, self.value_cache = layout.views(space, self.num_blocks + PADDING_BLOCKS)
+        self._kv = blocks
+        self.key_cache, self.value_cache = layout.views(blocks.tensor())
         for tensor in (*self.key_cache, *self.value_cache):
-            if tuple(tensor.shape) != tuple(self.cache_shape):
+            if tensor.shape[0] < self.cache_shape[0] or tuple(tensor.shape[1:]) != tuple(self.cache_shape[1:]):
                 raise ValueError(f"a KV tensor has shape {tuple(tensor.shape)}, the cache expects {self.cache_shape}")
             torch._dynamo.mark_static_address(tensor)
-        self.blocks = ElasticBlockManager(self.num_blocks, self.block_size, False, space)
+        self.blocks = ElasticBlockManager(self.num_blocks, self.block_size, blocks)
         self._block_manager = self.blocks
-        self._awake = False
+        self.allow_block_sharing = self.use_prefix_sharing = is_caching and layout.shares_prefixes
+        self._salt_of, self._found = salt_of, found
+        self._padding: list[int] = []
+        self._pads: list[Any] = []
         self._zeroed = False
         self._lengths: dict[str, list[int]] = {}
 
@@ -252,41 +235,74 @@ class ElasticCache(cache_module.PagedAttentionCache):
 
     @property
     def awake(self) -> bool:
-        """Whether the padding blocks have memory."""
-        return self._awake
+        """Whether there are padding blocks."""
+        return bool(self._padding)
 
     @property
-    def space(self) -> KvSpace:
+    def kv(self) -> KvBlocks:
         """Where the blocks lie."""
-        return self._space
+        return self._kv
+
+    def pads(self, inputs: Any) -> None:
+        """Keep transformers' `inputs` informed of where padding is read and written."""
+        self._pads.append(inputs)
 
     def wake(self) -> bool:
-        """Give the padding blocks memory; False where it cannot be had."""
-        if self._awake:
+        """Take padding blocks; False where they cannot be had."""
+        if self._padding:
             return True
-        padding = list(range(self.num_blocks, self.num_blocks + PADDING_BLOCKS))
-        if not self._space.back(padding):
+        padding = self._kv.alloc(PADDING_BLOCKS)
+        if padding is None:
             return False
-        self._awake, self._zeroed = True, False
+        self._padding, self._zeroed = padding, False
+        read, write = padding
+        self.read_trash_index = read * self.block_size
+        self.sentinel_index = self.read_trash_index + 1
+        self.write_trash_index = write * self.block_size
+        for inputs in self._pads:
+            inputs._read_trash_index, inputs._write_trash_index = self.read_trash_index, self.write_trash_index
+        for allocator in self.group_cache_managers:
+            if isinstance(allocator, SlidingAttentionCacheAllocator):
+                allocator.sentinel_index = self.sentinel_index
+                allocator.write_trash_index = self.write_trash_index
         return True
 
     def begin_step(self) -> None:
         """Forget the last step's lengths; make the read-trash block read as zeros, once after each wake. In a guard."""
         self._lengths.clear()
         if not self._zeroed:
-            start = self.num_blocks * self.block_size
+            start = self.read_trash_index
             for tensor in (*self.key_cache, *self.value_cache):
                 tensor[start : start + self.block_size].zero_()
             self._zeroed = True
 
     def sleep(self) -> None:
-        """Take the memory of the padding blocks; every other block must be free."""
-        if self._awake:
-            self._awake = False
-            self._space.unback(list(range(self.num_blocks, self.num_blocks + PADDING_BLOCKS)))
+        """Free the padding blocks; no request may be inside."""
+        if self._padding:
+            self._kv.free(self._padding)
+            self._padding = []
 
     def allocate_blocks(self, n_blocks: int, request_id: str, allocated_blocks: int) -> int | None:
-        """As transformers', but memory for all groups is secured first: an allocation never fails half-way."""
+        """As transformers', but blocks for all groups are secured first: an allocation never fails half-way."""
         if not self.blocks.secure(self.blocks_needed(n_blocks, allocated_blocks)):
             return None
         return super().allocate_blocks(n_blocks, request_id, allocated_blocks)
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        """Find the longest cached prefix and give its blocks to the request; all but the last token may be found."""
+        salt = self._salt_of(request_id)
+        tokens, blocks = (0, []) if salt is None else self._kv.match(prompt_ids[:-1], salt)
+        if tokens:
+            self.group_cache_managers[0].block_table[request_id] = blocks
+            self._total_prefix_length += tokens
+        self._found(request_id, tokens)
+        return tokens
+
+    def mark_shareable_blocks_as_complete(self, state: RequestState, num_complete_blocks: int) -> None:
+        """Seal the blocks that the step at hand has filled."""
+        blocks, salt = self.group_cache_managers[0].block_table.get(state.request_id), self._salt_of(state.request_id)
+        if not num_complete_blocks or not self.use_prefix_sharing or not blocks or salt is None:
+            return
+        # The newest token is known, but its keys and values are computed by the next step.
+        computed = (state.initial_tokens + state.generated_tokens)[: state.position_offset]
+        self._kv.seal(computed, blocks, salt)

@@ -135,12 +135,9 @@ class CausalLimits:
         """Device bytes that the KV cache takes for one request of so many tokens, alone."""
         return self._pages_bytes(self.layout.request_blocks(-(-tokens // self.block_tokens) + _SPARE_BLOCKS))
 
-    def _pages_bytes(self, first: int) -> int:
-        """Count the bytes of the pages under the `first` blocks and under the padding behind all blocks."""
-        front_end = -(-first * self.block_bytes // _PAGE_BYTES)
-        padding_start = max(front_end, self.blocks * self.block_bytes // _PAGE_BYTES)
-        padding_end = -(-(self.blocks + PADDING_BLOCKS) * self.block_bytes // _PAGE_BYTES)
-        return (front_end + max(0, padding_end - padding_start)) * _PAGE_BYTES
+    def _pages_bytes(self, blocks: int) -> int:
+        """Count the bytes of the pages under so many blocks and the padding beside them."""
+        return -(-(blocks + PADDING_BLOCKS) * self.block_bytes // _PAGE_BYTES) * _PAGE_BYTES
 
     def check(self, prompt: int, answer: int | None, param: str = "prompt") -> int:
         """Give how many tokens the answer may have; None asks for all there is room for.

@@ -1,6 +1,6 @@
 """The seam between the engines and Shoal's memory.
 
-The engines see only :class:`Memory` and :class:`KvSpace`: enter a guard, place weights once, back and unback KV blocks.
+The engines see only :class:`Memory` and :class:`KvBlocks`: enter a guard, place weights once, take and free KV blocks.
 Apart, so that an engine reads (and is tested) without knowing how bytes move between tiers.
 
 Invariants: I13 (a forward runs inside a guard; eviction never happens inside one).
@@ -16,30 +16,53 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .kv import KvLayout
+
 
 class ShortageError(Exception):
     """Device memory could not be had in time; what asked may ask again later."""
 
 
-class KvSpace(Protocol):
-    """Address space for KV blocks, each with memory only while it is backed."""
+class KvBlocks(Protocol):
+    """Blocks of KV memory: what is allocated has memory, and what was sealed is found again until it is evicted.
 
-    def tensor(self, offset: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Make a strided view that starts `offset` elements into the space; making it touches nothing."""
+    What nobody owns any more is free, or cached if it was sealed; what is cached goes when memory is short.
+    """
 
-    def back(self, blocks: Sequence[int]) -> bool:
-        """Give all `blocks` memory; False, and nothing changed, where it cannot be had now."""
+    def tensor(self) -> torch.Tensor:
+        """Make a tensor over all blocks, shape [blocks, tokens of a block, elements of a token]; touches nothing."""
 
-    def unback(self, blocks: Sequence[int]) -> None:
-        """Take the memory of `blocks` away; their content is gone."""
+    def alloc(self, count: int) -> list[int] | None:
+        """Take blocks, all or none; None where memory for them cannot be had now."""
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Take one owner from each block; those of a sequence in its order."""
+
+    def available(self) -> int:
+        """How many blocks the limit allows."""
+
+    def ready(self) -> int:
+        """How many blocks can be had without more memory: free ones that have it, and cached ones."""
+
+    def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
+        """Find the longest prefix that is sealed under this salt, and own its blocks too; its length, and these."""
+
+    def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
+        """Let the full blocks of a sequence be found; what was there already takes a copy's place in `blocks`."""
+
+    def forget_all(self) -> None:
+        """Let nothing be found any more."""
+
+    def record_step(self, stream: Any) -> None:
+        """Say that a step was launched on this stream, before blocks that it uses are freed."""
 
     @property
-    def backed_bytes(self) -> int:
-        """Device bytes committed, whole pages."""
+    def mapped_bytes(self) -> int:
+        """Device bytes, whole pages, cached ones included."""
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the blocks that have memory because somebody asked for it."""
+        """Bytes of the blocks that have an owner."""
 
 
 class Memory(Protocol):
@@ -54,11 +77,11 @@ class Memory(Protocol):
             What is missing could not be brought back in time.
         """
 
-    def kv(self, block_bytes: int, blocks: int) -> KvSpace:
-        """Reserve address space for `blocks` KV blocks."""
+    def kv(self, layout: KvLayout, blocks: int, *, is_caching: bool) -> KvBlocks:
+        """Reserve address space for `blocks` KV blocks or more; `is_caching`: what is sealed is found again."""
 
     def overhead_peak(self) -> int | None:
         """Device bytes that the process has taken at most beside its regions; None where there is nothing to count."""
 
-    def trim(self) -> None:
-        """Give back device memory that nothing uses now, such as backed KV pages without a block."""
+    def trim(self, *, cached: bool = False) -> None:
+        """Give back device memory that nothing uses now; with `cached`, also that of blocks that nobody owns."""

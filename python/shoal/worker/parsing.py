@@ -31,7 +31,7 @@ _HARMLESS = frozenset(
 _COMMON = frozenset(
     {
         "stream", "stream_options", "stop", "max_tokens", "temperature", "top_p", "top_k", "seed", "presence_penalty",
-        "frequency_penalty", "logit_bias", "n", "ignore_eos", "logprobs",
+        "frequency_penalty", "logit_bias", "n", "ignore_eos", "logprobs", "cache_salt",
     }
 )  # fmt: skip
 # Fields that would change the answer, with the values that ask for nothing.
@@ -80,6 +80,7 @@ class GenerationAsk:
     sampling: Sampling
     ignore_eos: bool
     n: int = 1
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def generation_ask(body: Mapping[str, Any], model: str, defaults: SamplingDefaul
         sampling=_sampling(body, defaults, _chat_logprobs(body) if chat else _text_logprobs(body)),
         ignore_eos=boolean(body, "ignore_eos", False),
         n=n,
+        cache_salt=text(body, "cache_salt", ""),
     )
 
 

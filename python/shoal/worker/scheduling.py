@@ -7,9 +7,12 @@ guard and asks again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching.requests import RequestState
 
 NAME = "shoal"
 
@@ -36,6 +39,13 @@ class ElasticScheduler(FIFOScheduler):
         if batch is None and not self._preempting_helps():
             return [], fast_path, 0, 0
         return batch, fast_path, tokens, kv_read
+
+    def _infer_request_tokens(self, state: RequestState, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
+        """As transformers', but a request that a found prefix made active waits no longer, whatever it lacks still."""
+        tokens: list[int] = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
+        if state.request_id in self.active_requests:
+            self.waiting_requests.pop(state.request_id, None)
+        return tokens
 
     def _preempting_helps(self) -> bool:
         """Whether the offloading manager would find a victim (its own conditions, asked before it is)."""

@@ -53,6 +53,8 @@ class WorkerSpec:
         measured figure corrects it upwards.
     block_tokens
         Tokens of one KV block.
+    prefix_caching
+        Whether KV of a prompt's beginning is used again for prompts that begin alike.
     batch_tokens_max
         Most tokens of one engine step; longer prompts are computed in pieces.
     requests_max
@@ -74,6 +76,7 @@ class WorkerSpec:
     device_bytes_max: int | None = None
     overhead_bytes: int = 832 << 20
     block_tokens: int = 16
+    prefix_caching: bool = True
     batch_tokens_max: int = 512
     requests_max: int = 256
     stall_timeout_s: float = 60.0
@@ -130,6 +133,10 @@ def _checked(key: str, value: Any) -> Any:
     if key in ("source", "revision", "dtype", "device"):
         if not isinstance(value, str):
             raise SpecError(f"{key}: {value!r} is not a string")
+        return value
+    if key == "prefix_caching":
+        if not isinstance(value, bool):
+            raise SpecError(f"{key}: {value!r} is neither true nor false")
         return value
     if key == "stall_timeout_s":
         if isinstance(value, bool) or not isinstance(value, int | float):

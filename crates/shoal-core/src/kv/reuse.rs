@@ -12,8 +12,9 @@ use super::prefix::{
     EventBatch, Found, GroupOptions, GroupRule, NO_BLOCK, PrefixCache, PrefixOptions, PrefixStats, Sealed,
     Start,
 };
-use super::state::{Group, KvError, KvState};
+use super::state::{GranuleId, Group, KvError, KvState};
 use crate::bytes::ByteCount;
+use crate::extent::PageRun;
 
 /// How what blocks hold is remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,6 +279,30 @@ impl KvState {
             }
         }
         Ok(Some(ByteCount(u64::from(units) * self.groups[at].unit_bytes)))
+    }
+
+    /// Evicts what is cached in granules in which nothing is owned and whose pages `is_had` takes.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn evict_where(&mut self, is_had: impl Fn(&[PageRun]) -> bool) -> Result<(), KvError> {
+        for at in 0..self.groups.len() {
+            if self.reuse.is_none() || self.groups[at].pool.figures().cached == 0 {
+                continue;
+            }
+            for (slot, _) in self.groups[at].pool.evictable() {
+                // Gone with one before it.
+                let Some((mut blocks, _)) = self.groups[at].pool.blocks_and_units(slot) else { continue };
+                if !is_had(&self.runs(GranuleId { group: at, slot })?) {
+                    continue;
+                }
+                if self.groups[at].pool.is_pinned(slot) {
+                    blocks.start -= 1;
+                }
+                self.evict_with(at, |prefix, evicted| prefix.evict_blocks(at, blocks, evicted))?;
+            }
+        }
+        Ok(())
     }
 
     fn evict_with(

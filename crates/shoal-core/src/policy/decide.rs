@@ -48,9 +48,8 @@ impl Decision<'_> {
         let Some(model) = self.field.model(request.model) else {
             return self.deny(request, true, format!("there is no {}", request.model));
         };
-        if request.deadline_ms <= self.field.now_ms {
-            return self.deny(request, false, reason::too_late(&self.field, model, request));
-        }
+        // Whoever has no patience (left) may have what is free, and disturbs nobody.
+        let is_late = request.deadline_ms <= self.field.now_ms;
         let granted = self.granted.get(&model.id).copied().unwrap_or_default();
         let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held() + granted));
         if request.bytes_min > room {
@@ -70,6 +69,10 @@ impl Decision<'_> {
             Some(spare) if !self.field.in_turn(model) => spare,
             _ => ByteCount(u64::MAX),
         };
+        let is_to_be_had = request.bytes_min <= allowed.min(self.field.free) && !self.has_rivals(model);
+        if is_late && !is_to_be_had {
+            return self.deny(request, false, reason::too_late(&self.field, model, request));
+        }
         if request.bytes_min > allowed {
             return self.wait(request, reason::behind(model, request, allowed));
         }
@@ -169,6 +172,12 @@ impl Decision<'_> {
         let rivals = model.apart.iter().filter_map(|rival| self.field.model(*rival));
         let mut standing = rivals.filter(|rival| rival.ready && !rival.stands().is_zero());
         standing.find(|rival| kept(rival) > rival.overhead_held)
+    }
+
+    /// Whether anybody has memory that `model` may not stand beside.
+    fn has_rivals(&self, model: &ModelState) -> bool {
+        let mut rivals = model.apart.iter().filter_map(|rival| self.field.model(*rival));
+        rivals.any(|rival| !rival.stands().is_zero() || self.granted.contains_key(&rival.id))
     }
 
     /// Sends those away that `model` may not stand beside. Why it has to wait for them, where it has to.

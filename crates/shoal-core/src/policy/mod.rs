@@ -42,7 +42,8 @@
 //! be. So with `k` requests before it, now or later (priority lets younger ones pass), and `r` models wholly resident
 //! when it was asked, a request waits for at most `k + r + 1` turns, each as long as the longest turn, bringing the largest
 //! model back, and an answer of a victim. Pins, starts and deaths begin the count anew. A request that could not be met
-//! even with everything that may be taken is denied at once.
+//! even with everything that may be taken is denied at once. One whose deadline is there is granted from what is free, or
+//! denied: nobody is disturbed for it.
 //!
 //! # Other policies
 //! All this is the policy [`Value`]. Others are a [`Policy`] too; each plan of one that is not ours is [checked](check())

@@ -231,6 +231,24 @@ fn the_silent_are_passed_over_and_deadlines_end_the_wait() {
 }
 
 #[test]
+fn who_has_no_patience_gets_what_is_free_and_disturbs_nobody() {
+    let models = vec![model(0, "chat", 30, 30), ModelState { last_used_ms: 1, ..model(1, "other", 60, 60) }];
+    let mut request = PendingRequest { kind: LeaseKind::Kv, deadline_ms: 10_000, ..wake(0, 10, 1) };
+    let said = plan(&shelf(100, models.clone(), vec![request.clone()]), 10_000);
+    assert!(
+        matches!(&said.actions[..], [Action::Grant { bytes, .. }] if *bytes == MIB(10)),
+        "{}",
+        reasons(&said)
+    );
+    request.bytes = MIB(20);
+    request.bytes_min = MIB(20);
+    let hasty = plan(&shelf(100, models.clone(), vec![request.clone()]), 10_000);
+    assert!(matches!(&hasty.actions[..], [Action::Deny { never: false, .. }]), "{}", reasons(&hasty));
+    request.deadline_ms = 20_000;
+    assert_eq!(evicted(&plan(&shelf(100, models, vec![request]), 10_000)), [(1, 10)]);
+}
+
+#[test]
 fn parked_requests_wake_their_model_once_and_keep_alive_puts_it_to_sleep() {
     let mut wanted = model(0, "chat", 60, 20);
     wanted.parked = 3;

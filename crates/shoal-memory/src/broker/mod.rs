@@ -48,6 +48,8 @@ const REQUESTS_MAX: usize = 64;
 const ORDERS_MAX: usize = 16;
 /// How long one line may take to be written before the socket counts as dead.
 const WRITE_WAIT: Duration = Duration::from_secs(5);
+/// How long an answer is waited for at least.
+const ANSWER_MIN: Duration = Duration::from_millis(100);
 
 /// What the server said first.
 #[derive(Clone, Debug, PartialEq)]
@@ -462,6 +464,8 @@ impl LeaseSource for BrokerClient {
         let asked = Request { answer: Answer::Waiting, kind, bytes, bytes_min, until, reason };
         let (request, epoch, said) = self.open_request(asked)?;
         self.say(epoch, &said);
+        // Without patience the server answers at once, by what is free.
+        let until = until.max(start + ANSWER_MIN);
         let mut state = self.state.lock();
         loop {
             let is_late = Instant::now() >= until;

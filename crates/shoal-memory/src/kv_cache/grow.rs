@@ -50,13 +50,18 @@ impl Shared {
                 }
             }
             let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX);
-            if self.grow_now(group, wanted, deadline)? {
+            // As long as something is only cached here, nobody else gives up memory for what this cache asks for: memory is
+            // leased where some lies free, and else what is cached goes.
+            let figures = self.state.lock().pool(group)?.figures();
+            let patience =
+                if figures.cached > 0 { Patience::turns(deadline) } else { Patience::all(deadline) };
+            if self.grow_now(group, wanted, patience)? {
                 continue;
             }
             // What is cached makes up for a part, and there may be memory for the rest: before anything is evicted.
-            let cached = self.state.lock().pool(group)?.figures().cached;
-            if cached > 0 && cached < wanted {
-                self.grow_now(group, wanted - cached, deadline)?;
+            let makes_up = figures.cached + figures.available;
+            if figures.cached > 0 && makes_up < wanted {
+                self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
             }
             if !self.state.lock().evict_for(group, wanted)? && !self.make_room(group, wanted, deadline)? {
                 return Ok(false);
@@ -94,8 +99,8 @@ impl Shared {
     }
 
     /// [`grow`](Self::grow), and false too where there is no memory for it now.
-    fn grow_now(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
-        match self.grow(group, blocks, deadline) {
+    fn grow_now(&self, group: usize, blocks: u32, patience: Patience) -> Result<bool, MemoryError> {
+        match self.grow(group, blocks, patience) {
             Err(error) if is_not_now(&error) => {
                 tracing::debug!(%error, blocks, "no memory for blocks now");
                 Ok(false)
@@ -105,12 +110,12 @@ impl Shared {
     }
 
     /// Maps what `blocks` blocks lack. False: there is no room for it under the limit.
-    fn grow(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
+    fn grow(&self, group: usize, blocks: u32, patience: Patience) -> Result<bool, MemoryError> {
         let late =
             || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
-        let _growing = self.growing.take(deadline).ok_or_else(late)?;
+        let _growing = self.growing.take(patience.turns).ok_or_else(late)?;
         let Some(planned) = self.state.lock().plan_growth(group, blocks)? else { return Ok(false) };
-        self.map(&planned, deadline, true)?;
+        self.map(&planned, patience, true)?;
         Ok(true)
     }
 
@@ -139,7 +144,7 @@ impl Shared {
             if planned.is_empty() {
                 break;
             }
-            match self.map(&planned, deadline, false) {
+            match self.map(&planned, Patience::turns(deadline), false) {
                 Ok(()) => {
                     has_mapped = true;
                     if refused.is_none() {
@@ -167,7 +172,7 @@ impl Shared {
             || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
         let _growing = self.growing.take(deadline).ok_or_else(late)?;
         let Some(repack) = self.state.lock().plan_repack(group, moves_max)? else { return Ok(None) };
-        match self.map(&repack.planned, deadline, false) {
+        match self.map(&repack.planned, Patience::all(deadline), false) {
             Ok(()) => Ok(Some(repack)),
             Err(error) if is_not_now(&error) => Ok(None),
             Err(error) => Err(error),
@@ -175,7 +180,7 @@ impl Shared {
     }
 
     /// Gives planned granules memory, all or none, and says so. `may_restore`: what lies on the host comes with it.
-    fn map(&self, planned: &[GranuleId], deadline: Instant, may_restore: bool) -> Result<(), MemoryError> {
+    fn map(&self, planned: &[GranuleId], patience: Patience, may_restore: bool) -> Result<(), MemoryError> {
         let runs = {
             let state = self.state.lock();
             let runs = planned.iter().map(|granule| state.runs(*granule));
@@ -183,7 +188,7 @@ impl Shared {
         };
         let done = runs
             .map_err(MemoryError::from)
-            .and_then(|runs| self.map_runs(&runs.concat(), deadline, may_restore));
+            .and_then(|runs| self.map_runs(&runs.concat(), patience, may_restore));
         let mut state = self.state.lock();
         for granule in planned {
             if done.is_ok() {
@@ -195,8 +200,8 @@ impl Shared {
         done
     }
 
-    fn map_runs(&self, runs: &[PageRun], deadline: Instant, may_restore: bool) -> Result<(), MemoryError> {
-        let manager = self.manager();
+    fn map_runs(&self, runs: &[PageRun], patience: Patience, may_restore: bool) -> Result<(), MemoryError> {
+        let (manager, deadline) = (self.manager(), patience.turns);
         // One at a time, or two would ask for the same missing bytes. Neither turn nor data lock is held while asking.
         let restoring = match self.region.missing_bytes() {
             ByteCount::ZERO => None,
@@ -209,7 +214,7 @@ impl Shared {
             self.drop_idle_copies();
             [self.region.wanted_extents(runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
-        let mut supply = self.region.supply(extents, Content::Zeroed, deadline, "KV blocks")?;
+        let mut supply = self.region.supply(extents, Content::Zeroed, patience.lease, "KV blocks")?;
         let _turn = manager.take_turn_only(deadline.max(Instant::now() + AHEAD_WAIT))?;
         let missing = self.region.missing_bytes();
         if self.region.uncommitted(runs)? + missing > supply.bytes()
@@ -263,11 +268,23 @@ impl Shared {
         Ok(true)
     }
 
-    pub(super) fn trim(&self, bytes: ByteCount) -> Result<Report, MemoryError> {
-        let start = Instant::now();
-        let (manager, deadline) = (self.manager(), self.manager().operation_deadline());
+    /// Gives back memory in which nothing lies, or, with `may_evict`, nothing that is owned.
+    pub(crate) fn trim(
+        &self,
+        bytes: ByteCount,
+        may_evict: bool,
+        deadline: Instant,
+    ) -> Result<Report, MemoryError> {
+        let (start, manager) = (Instant::now(), self.manager());
         // What becomes empty from here on is not fenced by what is waited for below.
-        let clocks = self.state.lock().clocks();
+        let clocks = {
+            let mut state = self.state.lock();
+            if may_evict {
+                let empty = state.usage().empty;
+                state.evict_granules(bytes.saturating_sub(empty))?;
+            }
+            state.clocks()
+        };
         if !self.fence(deadline)? {
             return Err(MemoryError::Deadline {
                 doing: "waiting for running steps",
@@ -312,15 +329,16 @@ impl Shared {
         report
     }
 
-    /// Forgets what lies off the device although no block uses it. Needs the turn.
+    /// Forgets what lies off the device although nobody owns it: no step waits for what is only cached. Needs the turn.
     pub(crate) fn drop_idle_copies(&self) {
         if self.region.missing_bytes().is_zero() {
             return;
         }
-        let planned = self
-            .state
-            .lock()
-            .plan_drop(|runs| runs.iter().any(|run| !self.region.missing_within(*run).is_empty()));
+        let is_off = |runs: &[PageRun]| runs.iter().any(|run| !self.region.missing_within(*run).is_empty());
+        let planned = {
+            let mut state = self.state.lock();
+            state.evict_where(is_off).and_then(|()| state.plan_drop(is_off))
+        };
         let mut report = Report::new(ByteCount::ZERO);
         match planned {
             Ok(planned) => self.unmap(&planned, Fate::GivenBack, &mut report),
@@ -351,6 +369,25 @@ impl Shared {
                 report.fail(error.into());
             }
         }
+    }
+}
+
+/// Until when what is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Patience {
+    /// Turns of this process.
+    turns: Instant,
+    /// A lease: others may have to give memory up for it. If that is over, only what lies free is granted.
+    lease: Instant,
+}
+
+impl Patience {
+    const fn all(until: Instant) -> Self {
+        Self { turns: until, lease: until }
+    }
+
+    fn turns(until: Instant) -> Self {
+        Self { turns: until, lease: Instant::now() }
     }
 }
 

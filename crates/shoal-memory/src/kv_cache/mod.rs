@@ -140,6 +140,22 @@ impl MemoryManager {
         self.register_cache(&shared);
         Ok(KvCache { _ahead: Ahead::start(&shared), shared })
     }
+
+    /// Frees memory of KV caches in which nothing is owned, without a gate: after the steps that were recorded. Hold neither
+    /// turn nor data lock.
+    pub(crate) fn release_cached(&self, bytes: ByteCount, deadline: Instant) -> ByteCount {
+        let mut freed = ByteCount::ZERO;
+        for cache in self.caches() {
+            if freed >= bytes || cache.unowned_bytes().is_zero() {
+                continue;
+            }
+            match cache.trim(bytes - freed, true, deadline) {
+                Ok(report) => freed += report.freed,
+                Err(error) => tracing::debug!(%error, "what KV caches only remember stays for now"),
+            }
+        }
+        freed
+    }
 }
 
 impl KvCache {
@@ -309,7 +325,15 @@ impl KvCache {
     /// # Errors
     /// [`MemoryError::Deadline`] while another operation or a step runs, [`MemoryError::Device`].
     pub fn trim(&self, bytes: ByteCount) -> Result<Report, MemoryError> {
-        self.shared.trim(bytes)
+        self.shared.trim(bytes, false, self.shared.manager().operation_deadline())
+    }
+
+    /// [`trim`](Self::trim), and what is only cached is evicted where that gives memory back.
+    ///
+    /// # Errors
+    /// As [`trim`](Self::trim). What was evicted stays so.
+    pub fn trim_cached(&self, bytes: ByteCount) -> Result<Report, MemoryError> {
+        self.shared.trim(bytes, true, self.shared.manager().operation_deadline())
     }
 
     /// Figures.
@@ -355,6 +379,12 @@ impl Shared {
     /// Bytes of memory that hold nothing but prefixes which no request uses.
     pub(crate) fn cached_bytes(&self) -> ByteCount {
         self.state.lock().evictable_bytes()
+    }
+
+    /// Bytes of memory in which nothing is owned.
+    pub(crate) fn unowned_bytes(&self) -> ByteCount {
+        let state = self.state.lock();
+        state.usage().empty + state.evictable_bytes()
     }
 
     fn check_invariants(&self) -> Result<(), String> {

@@ -453,6 +453,14 @@ impl Region {
                 }
                 manager.empty_pool(bytes);
                 acquire()
+            })
+            .or_else(|error| {
+                // A KV cache decides for itself what it forgets to grow.
+                if self.kind() == LeaseKind::Kv || manager.release_cached(bytes, deadline).is_zero() {
+                    return Err(error);
+                }
+                manager.empty_pool(bytes);
+                acquire()
             });
         let granted =
             granted.map_err(|source| MemoryError::Lease { region: self.name().to_owned(), source })?;

@@ -125,6 +125,7 @@ impl Core {
                 "revision": model.config.revision,
                 "dtype": model.config.dtype,
                 "context": model.config.context,
+                "prefix_caching": model.config.prefix_caching,
                 "device": config.device.to_string(),
                 "device_bytes_max": model.config.max,
             }),

@@ -176,6 +176,8 @@ pub struct ModelConfig {
     pub dtype: Option<String>,
     /// Longest prompt plus answer, in tokens.
     pub context: Option<u32>,
+    /// KV of a prompt's beginning is used again for prompts that begin alike.
+    pub prefix_caching: bool,
     /// Its weights stay on the device.
     pub pin: bool,
     /// Device bytes it can always have.
@@ -212,6 +214,7 @@ impl ModelConfig {
             args: Vec::new(),
             dtype: None,
             context: None,
+            prefix_caching: true,
             pin: false,
             min: None,
             max: None,

@@ -81,6 +81,7 @@ pub struct ModelSection {
     pub args: Vec<String>,
     pub dtype: Option<String>,
     pub context: Option<u32>,
+    pub prefix_caching: bool,
     pub pin: bool,
     pub min: Option<Sited<ByteCount>>,
     pub max: Option<Sited<ByteCount>>,
@@ -109,7 +110,7 @@ const SERVER_KEYS: [&str; 16] = [
     "evict",
     "orphan_s_max",
 ];
-const MODEL_KEYS: [&str; 24] = [
+const MODEL_KEYS: [&str; 25] = [
     "name",
     "source",
     "revision",
@@ -119,6 +120,7 @@ const MODEL_KEYS: [&str; 24] = [
     "args",
     "dtype",
     "context",
+    "prefix_caching",
     "pin",
     "min",
     "max",
@@ -312,6 +314,7 @@ impl<'i> Reader<'i> {
             args,
             dtype: self.parsed(table, "dtype", dtype).map(bare).filter(|name| name != "auto"),
             context: self.whole(table, "context"),
+            prefix_caching: !table.contains_key("prefix_caching") || self.boolean(table, "prefix_caching"),
             pin: self.boolean(table, "pin"),
             min,
             max,

@@ -232,6 +232,7 @@ fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> 
         args: model.args,
         dtype: model.dtype,
         context: model.context,
+        prefix_caching: model.prefix_caching,
         pin: model.pin,
         min: model.min.map(|min| min.value),
         max: model.max.map(|max| max.value),

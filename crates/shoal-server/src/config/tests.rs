@@ -116,6 +116,7 @@ fn every_key_is_read() {
         args = ["--verbose"]
         dtype = "float32"
         context = 2048
+        prefix_caching = false
         pin = true
         min = "64MiB"
         max = "1GiB"
@@ -147,6 +148,7 @@ fn every_key_is_read() {
     assert_eq!(model.python.as_deref(), Some(Path::new("/etc/venv/bin/python")));
     assert_eq!(model.env["OMP_NUM_THREADS"], "2");
     assert_eq!((model.context, model.pin, model.priority), (Some(2048), true, -3));
+    assert!(!model.prefix_caching && config.models[1].prefix_caching);
     assert_eq!((model.min, model.max), (Some(ByteCount::mib(64)), Some(ByteCount::gib(1))));
     assert_eq!(model.keep_alive_s, Some(600));
     assert_eq!((model.preload, model.sleep), (true, SleepDepth::Host));
