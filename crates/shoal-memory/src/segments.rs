@@ -43,6 +43,8 @@ const ALLOCATE_WAIT: Duration = Duration::from_secs(10);
 const FREE_WAIT: Duration = Duration::from_secs(1);
 /// How long the thread that frees what is retired waits at a time.
 const REAP_WAIT: Duration = Duration::from_millis(50);
+/// How often a freeze looks whether another thread is done with what it frees.
+const IN_HAND_NAP: Duration = Duration::from_micros(200);
 
 /// What a region of segments holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -325,7 +327,7 @@ impl Segments {
                 }
             }
         }
-        self.sweep(deadline.saturating_duration_since(Instant::now()));
+        self.sweep_all(deadline);
         self.release_unused(deadline)?;
         // What it has too much is for others.
         manager.trim_pool(ByteCount(u64::MAX))?;
@@ -517,6 +519,21 @@ impl Segments {
             }
         }
         self.reap_later();
+    }
+
+    /// Frees all that is retired, also what another thread has in hand, which would be sealed otherwise; by a deadline.
+    fn sweep_all(&self, deadline: Instant) {
+        loop {
+            self.sweep(deadline.saturating_duration_since(Instant::now()));
+            let is_done = {
+                let state = self.state.lock();
+                state.in_hand == 0 && state.retired.is_empty()
+            };
+            if is_done || Instant::now() >= deadline {
+                return;
+            }
+            thread::sleep(IN_HAND_NAP);
+        }
     }
 
     /// Lets a thread free what could not be freed at once: torch holds its lock here, and waits for nothing.

@@ -218,3 +218,20 @@ fn what_is_discarded_loses_its_memory_and_keeps_its_addresses_until_torch_gives_
     segments.check_invariants().expect("what came later at its addresses has memory");
     world.check();
 }
+
+#[test]
+fn freezing_takes_in_nothing_that_another_thread_is_freeing() {
+    let world = world(64, 64);
+    let segments = growing(&world, "weights");
+    for turn in 0..1200 {
+        let dead = take(&segments, 2);
+        // A thread frees it, and is at some point of that when the freeze begins.
+        segments.discard(&[dead]);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_micros(turn / 4) {}
+        segments.freeze(&[], WAIT).expect("awake");
+        assert_eq!(segments.region().usage().total, ByteCount::ZERO, "turn {turn}");
+        segments.free(dead, None).expect("torch gives it back");
+    }
+    world.check();
+}
