@@ -79,6 +79,17 @@ impl Fake {
     }
 }
 
+impl Fake {
+    /// What is given back, and the next request: the one who asks does not wait for what the reader gives back.
+    fn hear_return_and_request(&mut self) -> (FromWorker, u64, ByteCount) {
+        match (self.hear(), self.hear()) {
+            (FromWorker::SlabRequest { request, bytes }, other)
+            | (other, FromWorker::SlabRequest { request, bytes }) => (other, request, bytes),
+            others => panic!("{others:?} are no request for memory"),
+        }
+    }
+}
+
 fn welcome(version: u32) -> FromServer {
     FromServer::Welcome {
         version,
@@ -143,12 +154,10 @@ fn memory_is_borrowed_with_its_file_refused_and_returned() {
         // One without its file, and one of another length than it says.
         let (request, bytes) = fake.hear_slab_request();
         fake.say(&grant(request, 6, bytes));
-        let first = fake.hear();
-        let (request, _) = fake.hear_slab_request();
+        let (first, request, _) = fake.hear_return_and_request();
         fake.say_with(&grant(request, 7, ByteCount::mib(6)), &file);
-        let second = fake.hear();
         // One that comes too late.
-        let (request, bytes) = fake.hear_slab_request();
+        let (second, request, bytes) = fake.hear_return_and_request();
         (fake, file, [first, second], request, bytes)
     });
     let source = client.slab_source().expect("the server lends");
