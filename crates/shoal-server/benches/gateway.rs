@@ -24,8 +24,8 @@ use hyper_util::rt::TokioIo;
 use shoal_server::gateway::Settings;
 use support::{FakeModels, Server};
 
-const BODY: &str =
-    r#"{"model":"chat","stream":true,"messages":[{"role":"user","content":"How deep does a shoal swim?"}]}"#;
+/// What both routes take: a request that lacks its text is refused before it is passed on.
+const BODY: &str = r#"{"model":"chat","stream":true,"prompt":"A shoal","messages":[{"role":"user","content":"How deep does a shoal swim?"}]}"#;
 const EVENT_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Copy)]
