@@ -137,8 +137,11 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     path = _prepared(spec, tell)
     files = loading.inspect(path)
     memory = _open(client, spec)
+    begun = time.monotonic()
     loaded = loading.load(files, spec, tell)
+    read = time.monotonic()
     weights = memory.place(loaded.model, path, lambda done, total: tell("placing", done, total))
+    logger.info("model made in %.1f s, its weights placed in %.1f s", read - begun, time.monotonic() - read)
     memory.warm_up(loaded.model.dtype)
     return assemble(name, loaded, memory, spec, weights)
 
