@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::reason;
 use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
-use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, takeable_by_hand};
+use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, owed, takeable_by_hand};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
 use crate::protocol::LeaseKind;
@@ -22,6 +22,7 @@ pub(super) fn plan_by(state: &ShelfState, now_ms: u64, choice: Choice) -> Plan {
         plan: Plan::default(),
         spare: None,
         granted: BTreeMap::new(),
+        granted_kv: BTreeMap::new(),
     };
     let mut requests: Vec<_> = state.requests.iter().collect();
     requests.sort_by_cached_key(|request| decision.field.seniority(request));
@@ -41,6 +42,8 @@ struct Decision<'a> {
     spare: Option<ByteCount>,
     /// What this plan granted already.
     granted: BTreeMap<ModelId, ByteCount>,
+    /// And of that for KV.
+    granted_kv: BTreeMap<ModelId, ByteCount>,
 }
 
 impl Decision<'_> {
@@ -51,11 +54,18 @@ impl Decision<'_> {
         // Whoever has no patience (left) may have what is free, and disturbs nobody.
         let is_late = request.deadline_ms <= self.field.now_ms;
         let granted = self.granted.get(&model.id).copied().unwrap_or_default();
-        let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held() + granted));
+        let granted_kv = self.granted_kv.get(&model.id).copied().unwrap_or_default();
+        // Of what was granted just now, all but KV is among the weights that are owed.
+        let beside = if request.kind == LeaseKind::Kv { granted_kv + owed(model, request) } else { granted };
+        let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held() + beside));
         if request.bytes_min > room {
             return self.deny(request, true, reason::over_max(model, request));
         }
-        let most = self.field.most(request);
+        let most = self.field.most(request).saturating_sub(if request.kind == LeaseKind::Kv {
+            granted_kv
+        } else {
+            ByteCount::ZERO
+        });
         if request.bytes_min > most {
             return self.deny(request, true, reason::never(&self.field, model, request, most));
         }
@@ -64,7 +74,7 @@ impl Decision<'_> {
         if let Some(rival) = self.lasting_rival(model).filter(|_| stands_apart) {
             return self.deny(request, true, reason::apart_for_ever(model, rival));
         }
-        let wanted = request.bytes.min(room).max(request.bytes_min);
+        let wanted = request.bytes.min(room).min(most).max(request.bytes_min);
         let allowed = match self.spare {
             Some(spare) if !self.field.in_turn(model) => spare,
             _ => ByteCount(u64::MAX),
@@ -92,6 +102,9 @@ impl Decision<'_> {
             self.field.free -= bytes;
             self.spend(bytes);
             *self.granted.entry(model.id).or_default() += bytes;
+            if request.kind == LeaseKind::Kv {
+                *self.granted_kv.entry(model.id).or_default() += bytes;
+            }
             self.act(Action::Grant { model: request.model, request: request.request, bytes, reason });
             return;
         }

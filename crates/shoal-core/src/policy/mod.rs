@@ -21,6 +21,9 @@
 //! A model whose requests follow each other sooner than it could be brought back counts as busy in the pause between
 //! two, within its turn: the pauses of a few clients do not end it.
 //!
+//! KV never takes the room of weights that its own model lacks: what is in use is not given up for them, so the model could
+//! not run again. Such a request is denied, as one that comes while the weights are there.
+//!
 //! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
 //! taken below its minimum, of one that does not sleep only KV is taken. Two models that may not stand beside each other
 //! ([`ModelState::apart`]) never hold weights or KV at the same time: who asks second waits until the other, once it is

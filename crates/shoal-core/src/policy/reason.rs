@@ -1,7 +1,7 @@
 //! Decisions in words, with the numbers they rest on.
 
 use super::state::{ModelState, PendingRequest};
-use super::victims::{Candidate, Choice, Class, Field, Part, floor, kept, worth_of};
+use super::victims::{Candidate, Choice, Class, Field, Part, floor, kept, owed, worth_of};
 use super::worth::spread_ms;
 use crate::bytes::ByteCount;
 use crate::protocol::LeaseKind;
@@ -155,11 +155,18 @@ pub(super) fn keep_alive_over(model: &ModelState, now_ms: u64) -> String {
 
 pub(super) fn over_max(model: &ModelState, request: &PendingRequest) -> String {
     format!(
-        "{}, holds {} and may hold {} at most",
+        "{}, holds {}{} and may hold {} at most",
         needs(model, request),
         model.held(),
+        lacking(model, request),
         model.max.unwrap_or(request.bytes)
     )
+}
+
+/// What of its weights has to come before it can use the KV that it asks for.
+fn lacking(model: &ModelState, request: &PendingRequest) -> String {
+    let owed = owed(model, request);
+    if owed.is_zero() { String::new() } else { format!(", lacks {owed} of its weights") }
 }
 
 pub(super) fn never(
@@ -169,11 +176,12 @@ pub(super) fn never(
     most: ByteCount,
 ) -> String {
     format!(
-        "{}, and there are {most} at most: the budget is {}, {} holds {} itself{}",
+        "{}, and there are {most} at most: the budget is {}, {} holds {} itself{}{}",
         needs(model, request),
         field.state.budget,
         model.name,
         model.held(),
+        lacking(model, request),
         holders(field, model, |other| {
             let kept = kept(other);
             (!kept.is_zero() && other.ready)

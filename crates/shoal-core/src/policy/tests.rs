@@ -595,3 +595,59 @@ fn a_plan_that_must_not_be_obeyed_is_told_from_one_that_may() {
     let fine = vec![evict(1, 40), wait(1), restore(0)];
     assert_eq!(check(&state, &Plan { actions: fine, again_at_ms: None }), Ok(()));
 }
+
+/// A model that gave a part of its weights up while requests run in it: were its KV to grow into their room, they could not
+/// come back before those requests end, and those cannot go on without them.
+#[test]
+fn kv_never_takes_the_room_of_ones_own_missing_weights() {
+    let kv = |request, bytes, least| PendingRequest {
+        request,
+        kind: LeaseKind::Kv,
+        bytes: MIB(bytes),
+        bytes_min: MIB(least),
+        ..wake(0, 0, request)
+    };
+    let of = |held: u64, kv_held: u64, max: Option<u64>, requests: Vec<PendingRequest>| {
+        let mut chat = model(0, "chat", 80, held);
+        (chat.kv_held, chat.kv_live, chat.active, chat.max) = (MIB(kv_held), MIB(kv_held), 1, max.map(MIB));
+        shelf(100, vec![chat], requests)
+    };
+    let granted = |state: &ShelfState| -> Vec<u64> {
+        let plan = plan(state, 10_000);
+        check(state, &plan).expect("a plan of ours");
+        let bytes = plan.actions.iter().filter_map(|action| match action {
+            Action::Grant { bytes, .. } => Some(bytes.0 >> 20),
+            _ => None,
+        });
+        bytes.collect()
+    };
+    for max in [None, Some(100)] {
+        assert_eq!(granted(&of(80, 16, max, vec![kv(1, 4, 2)])), [4], "whole, it may have what is left");
+        assert_eq!(
+            granted(&of(30, 16, max, vec![kv(1, 4, 2)])),
+            [4],
+            "and as much where weights are missing"
+        );
+        assert_eq!(granted(&of(30, 18, max, vec![kv(1, 4, 2)])), [2], "but no more");
+        assert_eq!(
+            granted(&of(30, 14, max, vec![kv(1, 4, 2), kv(2, 4, 2)])),
+            [4, 2],
+            "all requests together"
+        );
+        let with_weights = vec![wake(0, 50, 0), kv(1, 4, 2)];
+        assert_eq!(
+            granted(&of(30, 16, max, with_weights)),
+            [50, 4],
+            "weights that are on their way count once"
+        );
+    }
+    let state = of(30, 20, None, vec![kv(1, 4, 2)]);
+    let denied = plan(&state, 10_000);
+    assert!(
+        matches!(&denied.actions[..], [Action::Deny { never: true, reason, .. }]
+            if reason == "chat needs 4 MiB (at least 2 MiB) for KV, and there are 0 B at most: the budget is 100 MiB, \
+                          chat holds 50 MiB itself, lacks 50 MiB of its weights"),
+        "{}",
+        reasons(&denied)
+    );
+}

@@ -287,10 +287,10 @@ impl<'a> Field<'a> {
     }
 
     /// The most that `request` could ever be given: the budget less what others cannot be made to yield and what the
-    /// asking model holds itself.
+    /// asking model holds itself, and beside KV the weights that it lacks.
     pub(super) fn most(&self, request: &PendingRequest) -> ByteCount {
         let own = self.model(request.model).map_or(ByteCount::ZERO, |model| {
-            let kept = self.kept_by_all.saturating_sub(kept(model));
+            let kept = self.kept_by_all.saturating_sub(kept(model)) + owed(model, request);
             let surplus = model.kv_held.saturating_sub(model.kv_live);
             let yields = request.kind != LeaseKind::Kv && model.ready && !model.pinned;
             kept + if yields { model.held().saturating_sub(surplus) } else { model.held() }
@@ -346,6 +346,15 @@ impl<'a> Field<'a> {
         model.is_whole()
             && (model.is_busy() || self.lingers_until(model).is_some())
             && self.protected_until(model).is_some()
+    }
+}
+
+/// Weights that `model` still needs before it can use what `request` asks for. KV in the room of them would keep them out for
+/// ever, since KV that is in use is not given up for one's own weights.
+pub(super) fn owed(model: &ModelState, request: &PendingRequest) -> ByteCount {
+    match request.kind {
+        LeaseKind::Kv => model.weights_total.saturating_sub(model.weights_held),
+        LeaseKind::Weights | LeaseKind::Overhead => ByteCount::ZERO,
     }
 }
 
