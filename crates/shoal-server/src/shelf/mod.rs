@@ -341,7 +341,7 @@ impl Shelf {
             core.handle_stop(millis(allowed), now_ms);
             Arc::clone(&core.process_gone)
         });
-        let all_gone = async {
+        let all_gone = || async {
             loop {
                 let notified = gone.notified();
                 tokio::pin!(notified);
@@ -352,12 +352,13 @@ impl Shelf {
                 notified.await;
             }
         };
-        if tokio::time::timeout_at(deadline.into(), all_gone).await.is_err() {
+        if tokio::time::timeout_at(deadline.into(), all_gone()).await.is_err() {
             let left = shared.with(|core, _| core.processes());
             tracing::warn!(left, "workers did not end in time and are killed");
         }
-        shared.journal.lock().close();
-        // Whatever is left is killed as its task ends.
+        // Whatever is left is killed by its task. The journal goes once nothing is left to be found.
         shared.cancel.cancel();
+        let _in_time = tokio::time::timeout(tasks::KILLED_WAIT_MAX, all_gone()).await;
+        shared.journal.lock().close();
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shared;
-use super::tasks::SocketFile;
+use super::tasks::{KILLED_WAIT_MAX, SocketFile};
 use crate::config::{Engine, ServerConfig};
 use crate::supervisor::{Entry, Survivor};
 
@@ -74,9 +74,15 @@ pub(super) async fn end(shared: Arc<Shared>, found: Found, patience: Duration) {
     let Found { entry, mut process, .. } = found;
     let _socket = SocketFile::new(entry.socket);
     let ended = tokio::select! {
-        // Dropping the process kills it.
-        () = shared.cancel.cancelled() => return,
-        ended = process.end(patience) => ended,
+        () = shared.cancel.cancelled() => None,
+        ended = process.end(patience) => Some(ended),
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => match tokio::time::timeout(KILLED_WAIT_MAX, process.end(Duration::ZERO)).await {
+            Ok(ended) => ended,
+            Err(_) => return,
+        },
     };
     if let Err(error) = ended {
         tracing::error!(pid = entry.pid, %error, "a worker cannot be waited for; nothing is granted");

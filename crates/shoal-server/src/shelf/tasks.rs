@@ -37,6 +37,8 @@ const DECISIONS_BETWEEN_LOOKS: u32 = 256;
 const LOGS_LOOK: Duration = Duration::from_secs(5);
 /// How long to wait before accepting again when that failed (no descriptors left).
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
+/// How long a process that was killed as the server ends is waited for. It may hang in the kernel.
+pub(super) const KILLED_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Starts them all. They end with the shared token.
 pub(super) fn start(shared: &Arc<Shared>, listener: Listener, found: Vec<Found>) {
@@ -334,21 +336,28 @@ async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Surv
         };
         let pid = process.pid();
         let exit = tokio::select! {
-            // Dropping the process kills it.
-            () = shared.cancel.cancelled() => return,
-            exit = process.wait() => exit,
+            () = shared.cancel.cancelled() => None,
+            exit = process.wait() => Some(exit),
             () = end.notified() => {
                 tokio::select! {
-                    () = shared.cancel.cancelled() => return,
+                    () = shared.cancel.cancelled() => None,
                     exit = async {
                         // It may be on its way out already: that is its own, better way to end.
                         match tokio::time::timeout(patience, process.wait()).await {
                             Ok(exit) => exit,
                             Err(_) => process.end(patience).await,
                         }
-                    } => exit,
+                    } => Some(exit),
                 }
             }
+        };
+        // The server ends: it is killed, and seen to be gone.
+        let exit = match exit {
+            Some(exit) => exit,
+            None => match tokio::time::timeout(KILLED_WAIT_MAX, process.end(Duration::ZERO)).await {
+                Ok(exit) => exit,
+                Err(_) => return,
+            },
         };
         match exit {
             Ok(exit) => {
