@@ -4,9 +4,11 @@
 # SHOAL_TORCH_INDEX=URL|DIR   where torch comes from, instead of pip's own choice
 # XDG_CACHE_HOME=DIR          where the demo's models and torch's packages are kept (in DIR/shoal)
 # SHELF=FILE                  what `make serve` serves
+# MINUTES=60 SEED=N           how long `make soak` goes on, and with which dice
 
 PYTHON ?= python3
 SHELF ?= examples/shelf.toml
+MINUTES ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := .shoal/stamps
@@ -20,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve test test-rust test-python test-wheel test-gpu check bench ui setup environment models clean
+.PHONY: help demo serve test test-rust test-python test-wheel test-gpu soak check bench ui setup environment models clean
 
 help: ## List these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|' 2>/dev/null \
@@ -45,6 +47,9 @@ test-wheel: setup ## Build the wheel, install it into a clean environment, use i
 
 test-gpu: ## Tests on a machine with an NVIDIA GPU (PART=name runs one part)
 	@tests/gpu/run.sh $(PART)
+
+soak: setup models ## Random traffic, orders and kills against the demo's server, every answer compared (MINUTES=60)
+	@$(BIN)/python -m tests.soak.serve --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --result .shoal/soak.json
 
 check: setup ## Formatting, lints, types, licences and duplicates of dependencies
 	cargo fmt --all --check

@@ -113,7 +113,7 @@ class Server:
     def start_again(self) -> None:
         """Start another one in its place, with what the configuration says by now."""
         assert self.process.poll() is not None, "it runs"
-        self.process = _start(self.home, self.config)
+        self.process = start(self.home, self.config)
         wait_until_up(self)
 
     def stop(self, timeout_s: float = 30) -> int:
@@ -148,7 +148,7 @@ def write_config(home: Path, server: dict[str, object], models: list[dict[str, o
     return path
 
 
-def _start(home: Path, config: Path) -> subprocess.Popen[bytes]:
+def start(home: Path, config: Path) -> subprocess.Popen[bytes]:
     with (home / "serve.log").open("ab") as log:
         command = [sys.executable, "-m", "shoal", "serve", str(config)]
         return subprocess.Popen(command, env=environment(home), stdout=log, stderr=subprocess.STDOUT)
@@ -159,7 +159,7 @@ def serve(home: Path, *, models: list[dict[str, object]], **server: object) -> I
     """Run `shoal serve` with these settings until the block ends; on the way out nothing of it may be left."""
     port = free_port()
     config = write_config(home, {"listen": f"127.0.0.1:{port}", "device": "sim", **server}, models)
-    running = Server(home, port, _start(home, config), config)
+    running = Server(home, port, start(home, config), config)
     try:
         wait_until_up(running)
         yield running
