@@ -44,6 +44,7 @@ def model(name: str, status: str = "awake", **more: Any) -> dict[str, Any]:
             "host": 0,
         },
         "pinned": False,
+        "keys": [],
         "is_elastic": True,
         "counts": {
             "requests_active": 0,

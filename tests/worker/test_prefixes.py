@@ -172,6 +172,14 @@ def test_the_answer_says_how_much_was_cached(llama_dir, tmp_path):
         status, answer = await worker.post("completions", ask | {"cache_salt": 7})
         assert (status, answer["error"]["param"]) == (400, "cache_salt")
         assert told == [0, 32, 0, 32]
+        # The server's word comes before the client's.
+        told.clear()
+        for salt, more in (("alice", {}), ("alice", {}), ("bob", {}), ("alice", {"cache_salt": "mine"}), ("bob", {})):
+            headers = {"X-Shoal-Cache-Salt": salt}
+            async with worker.session.post("http://x/v1/completions", json=ask | more, headers=headers) as response:
+                answer = await response.json()
+            told.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert told == [0, 32, 0, 0, 32]
 
     with_worker(llama_dir, tmp_path, act)
 

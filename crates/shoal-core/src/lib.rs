@@ -13,6 +13,7 @@
 //! | [`page_table`] | the extents of a region; what should move |
 //! | [`slabs`] | which part of which slab of host memory is whose, and what moves so that a large part fits |
 //! | [`source`] | files that bytes can be read from again |
+//! | [`fair`] | whose request is next, of those that wait for one model |
 //! | [`kv`] | KV blocks: who owns them, which memory they need, what comes and goes |
 //! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
 //! | [`shares`] | how a budget that nobody gives back is divided |
@@ -24,6 +25,7 @@
 pub mod bytes;
 pub mod copy_plan;
 pub mod extent;
+pub mod fair;
 pub mod ids;
 pub mod kv;
 pub mod lease;

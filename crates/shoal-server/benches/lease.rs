@@ -107,6 +107,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         listen: ([127, 0, 0, 1], 0).into(),
         api_key_file: None,
         allowed_hosts: vec![],
+        separate_keys: false,
         device: DeviceChoice::Sim,
         device_budget: ByteCount::gib(8),
         host_budget: ByteCount::gib(1),

@@ -1,6 +1,7 @@
 //! `/metrics`: what the gateway counted itself, and the shelf's figures at the moment of asking.
 //!
-//! Labels are bounded: models by the configuration, statuses by HTTP. A name that no model has is counted under `""`.
+//! Labels are bounded: models by the configuration, keys by their file (and only by their names), statuses by HTTP. A name
+//! that no model has is counted under `""`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -18,11 +19,18 @@ use prometheus_client::registry::Registry;
 use shoal_core::bytes::ByteCount;
 
 use crate::gateway::Models;
+use crate::shelf::Caller;
 use crate::state::{ModelSnapshot, ShelfSnapshot};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
     model: String,
+    status: u32,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct KeyLabels {
+    key: String,
     status: u32,
 }
 
@@ -38,6 +46,7 @@ pub(crate) struct Metrics {
     registry: Registry,
     known: BTreeSet<String>,
     requests: Family<RequestLabels, Counter>,
+    key_requests: Family<KeyLabels, Counter>,
     first_byte: Family<FirstByteLabels, Histogram, fn() -> Histogram>,
 }
 
@@ -49,8 +58,11 @@ impl Metrics {
     pub(crate) fn new(models: &Arc<dyn Models>) -> Self {
         let mut registry = Registry::with_prefix("shoal");
         let requests = Family::default();
+        let key_requests = Family::default();
         let first_byte = Family::new_with_constructor(seconds_histogram as fn() -> Histogram);
         registry.register("requests", "Requests under /v1, by model and status", requests.clone());
+        let what = "Requests under /v1, by the name of their key and status, where keys are wanted";
+        registry.register("key_requests", what, key_requests.clone());
         registry.register(
             "first_byte_seconds",
             "Time from a request to the first byte of its answer, by whether the model was asleep",
@@ -58,10 +70,14 @@ impl Metrics {
         );
         registry.register_collector(Box::new(ShelfCollector { models: Arc::clone(models) }));
         let known = models.snapshot().models.into_iter().map(|model| model.name).collect();
-        Self { registry, known, requests, first_byte }
+        Self { registry, known, requests, key_requests, first_byte }
     }
 
-    pub(crate) fn request(&self, model: &str, status: StatusCode) {
+    pub(crate) fn request(&self, model: &str, caller: &Caller, status: StatusCode) {
+        if let Some(key) = caller.name() {
+            let labels = KeyLabels { key: key.to_owned(), status: status.as_u16().into() };
+            self.key_requests.get_or_create(&labels).inc();
+        }
         let model = self.known.get(model).cloned().unwrap_or_default();
         self.requests.get_or_create(&RequestLabels { model, status: status.as_u16().into() }).inc();
     }
@@ -162,9 +178,24 @@ impl Collector for ShelfCollector {
                     .map(|(state, count)| (of(model, "state", state), gauge(ByteCount(count))))
             }),
         )?;
+        keys(encoder, &state)?;
         sharing(encoder, &state)?;
         counters(encoder, &state)
     }
+}
+
+fn keys(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
+    let rows = shelf.models.iter().flat_map(|model| {
+        model.keys.iter().flat_map(|key| {
+            [("active", key.active), ("parked", key.parked)].map(|(state, count)| {
+                let name = key.key.clone().unwrap_or_default();
+                let labels: Labels =
+                    vec![("model", model.name.clone()), ("key", name), ("state", state.to_owned())];
+                (labels, gauge(ByteCount(count)))
+            })
+        })
+    });
+    family(encoder, "key_requests_now", "Requests answered or waiting now, by the name of their key", rows)
 }
 
 fn sharing(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {

@@ -147,7 +147,7 @@ fn keys_are_required_beyond_loopback_and_must_be_good() {
     let output = shoal(dir.path(), &["serve", "--check"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let out = text(&output.stdout);
-    assert!(out.contains("1 key;") && out.contains("chmod 600") && !out.contains(KEY), "{out}");
+    assert!(out.contains("1 key (key 1);") && out.contains("chmod 600") && !out.contains(KEY), "{out}");
 }
 
 #[test]

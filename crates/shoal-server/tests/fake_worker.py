@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lease-wait-ms", type=int, default=20_000, help="deadline of lease requests")
     parser.add_argument("--die-in-wake", help="kill itself in the middle of the first wake; a file marks it as done")
     parser.add_argument("--slab", help="borrow memory, leave words in it and die, once; a file marks it as done")
+    parser.add_argument("--inside", type=int, default=0, help="requests that wait inside it, as it says")
     parser.add_argument("--ignore-reclaim", action="store_true")
     parser.add_argument("--ignore-shutdown", action="store_true")
     parser.add_argument("--fail", help="say Failed with this code instead of Ready")
@@ -186,6 +187,7 @@ class Worker:
         )  # fmt: skip
         usage |= {"weights_device": self.held, "weights_total": self.total}
         usage["overhead_device"] = self.options.overhead * MIB
+        usage["requests_waiting"] = self.options.inside
         self.say(say="usage", usage=usage)
 
     def serve(self, path: str) -> None:

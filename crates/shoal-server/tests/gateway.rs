@@ -458,6 +458,33 @@ async fn connections_to_workers_are_used_again_and_replaced_when_stale() {
 }
 
 #[tokio::test]
+async fn a_request_counts_for_its_keys_name_and_its_cached_prefixes_can_be_its_own() {
+    let alice = format!("Bearer {}", support::KEY_OF_ALICE);
+    let unnamed = format!("Bearer {}", support::KEY);
+    for (server, separate) in [("", false), ("separate_keys = true\napi_key_file = '/keys'", true)] {
+        let models = FakeModels::new();
+        worker(&models, "worker", Router::new().fallback(mirror));
+        let server = start(Arc::clone(&models), server, true, settings()).await;
+        let mut salts = Vec::new();
+        for key in [&alice, &unnamed, &alice] {
+            let headers = [support::JSON, ("authorization", key), ("x-shoal-cache-salt", "of-my-own")];
+            let (_, echo) =
+                text(ask(server.address, "POST", CHAT, &headers, for_model("chat", false)).await).await;
+            assert!(!echo.contains("of-my-own"), "{echo}");
+            let salt = echo.lines().find_map(|line| line.strip_prefix("x-shoal-cache-salt="));
+            salts.push(salt.map(str::to_owned));
+        }
+        assert_eq!(*models.callers.lock(), ["alice", "key 1", "alice"].map(|name| Some(name.to_owned())));
+        assert!(salts.iter().all(|salt| salt.is_some() == separate), "{salts:?}");
+        assert!(!separate || salts[0] == salts[2] && salts[0] != salts[1], "{salts:?}");
+        let headers = [("authorization", &*alice)];
+        let (_, figures) = text(ask(server.address, "GET", "/metrics", &headers, "").await).await;
+        assert!(figures.contains("shoal_key_requests_total{key=\"alice\",status=\"200\"} 2"), "{figures}");
+        assert!(!figures.contains(support::KEY_OF_ALICE) && !figures.contains(support::KEY));
+    }
+}
+
+#[tokio::test]
 async fn models_are_listed() {
     let server = start(FakeModels::new(), "", false, settings()).await;
     let (status, list) = text(get(server.address, "/v1/models").await).await;

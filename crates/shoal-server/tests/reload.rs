@@ -25,6 +25,7 @@ fn config(directory: &Path, models: Vec<ModelConfig>) -> ServerConfig {
         listen: ([127, 0, 0, 1], 0).into(),
         api_key_file: None,
         allowed_hosts: vec![],
+        separate_keys: false,
         device: DeviceChoice::Sim,
         device_budget: ByteCount::mib(400),
         host_budget: ByteCount::gib(1),

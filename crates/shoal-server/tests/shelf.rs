@@ -29,6 +29,7 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         listen: ([127, 0, 0, 1], 0).into(),
         api_key_file: None,
         allowed_hosts: vec![],
+        separate_keys: false,
         device: DeviceChoice::Sim,
         device_budget: ByteCount(budget_mib * MIB),
         host_budget: ByteCount::gib(1),

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _PROMPTS_MAX = 128
 _TEXTS_MAX = 2048
+_CACHE_SALT = "X-Shoal-Cache-Salt"  # as the server's gateway says it
 _CONNECTIONS_MAX = 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -282,6 +283,9 @@ async def _generate(
     request: web.Request, shape: _Shape, ask: GenerationAsk, prompts: list[list[int]], param: str
 ) -> web.StreamResponse:
     served = request.app[_SERVED]
+    own = request.headers.get(_CACHE_SALT)
+    if own is not None:  # the server keeps its clients apart; what one asks for holds among its own requests
+        ask = replace(ask, cache_salt=f"{own}\0{ask.cache_salt}")
     answer = _Answer(shape, ask, shape.prefix + uuid.uuid4().hex, int(time.time()))
     generations = _submit(served, ask, prompts, param)
     writers = [_Writer(served.tokenizer, answer, generation) for generation in generations]

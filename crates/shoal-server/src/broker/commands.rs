@@ -45,6 +45,6 @@ impl Core {
 
     /// Requests that the program answers now.
     pub(crate) fn requests_of(&self, place: usize) -> u64 {
-        self.models[place].active
+        self.models[place].queue.active()
     }
 }

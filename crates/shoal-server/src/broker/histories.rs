@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Begun, Core, Greeting, Life, Reached, Timing, Wanted};
 use crate::config::{DeviceChoice, Limits, ModelConfig, ServerConfig, Sharing};
-use crate::shelf::RouteError;
+use crate::shelf::{Caller, RouteError};
 use crate::supervisor::{Entry, Exit};
 
 const MODELS: usize = 3;
@@ -53,6 +53,10 @@ fn config(seed: u64) -> ServerConfig {
     let mut models: Vec<ModelConfig> =
         (0..MODELS).map(|n| ModelConfig::new(format!("m{n}"), "/none")).collect();
     let mut sharing = Sharing::default();
+    // Few places, so that requests wait for awake models too.
+    for model in &mut models {
+        model.parallel_max = 1 + u32::try_from(seed % 3).unwrap_or(0);
+    }
     match seed % 4 {
         1 => (models[0].apart, models[1].apart) = (vec!["m1".to_owned()], vec!["m0".to_owned()]),
         2 => models.iter_mut().for_each(|model| model.preload = true),
@@ -64,6 +68,7 @@ fn config(seed: u64) -> ServerConfig {
         listen: ([127, 0, 0, 1], 0).into(),
         api_key_file: None,
         allowed_hosts: vec![],
+        separate_keys: false,
         device: DeviceChoice::Sim,
         device_budget: BUDGET,
         host_budget: ByteCount::gib(1),
@@ -131,7 +136,7 @@ struct World {
     now_ms: u64,
     workers: BTreeMap<usize, Worker>,
     clients: Vec<Client>,
-    routed: Vec<usize>,
+    routed: Vec<(usize, Caller)>,
     /// Workers of a server before that are being ended, and what they hold.
     strangers: Vec<(u32, ByteCount)>,
     pids: u32,
@@ -178,8 +183,8 @@ impl World {
         let mut left = Vec::new();
         for mut client in std::mem::take(&mut self.clients) {
             match client.answer.try_recv() {
-                Ok(Ok(reached)) if client.wanted == Wanted::Route => self.routed.push(reached.place),
-                Ok(_) => {}
+                Ok(Ok(reached)) => self.begun(&client.wanted, reached.place),
+                Ok(Err(_)) => {}
                 Err(oneshot::error::TryRecvError::Closed) => {
                     panic!("seed {}: a request was forgotten", self.seed)
                 }
@@ -221,10 +226,16 @@ impl World {
             "seed {}: m0 and m1 are on the device together",
             self.seed
         );
-        let parked: usize = self.core.models.iter().map(|model| model.parked.len()).sum();
+        let parked: usize = self.core.models.iter().map(|model| model.queue.len()).sum();
         assert!(parked <= self.clients.len(), "seed {}: somebody waits whom nobody knows", self.seed);
         for model in &self.core.models {
-            assert!(model.parked.len() <= 4, "I10");
+            assert!(model.queue.len() <= 4, "I10");
+            let active = model.queue.active();
+            let routed = self.routed.iter().filter(|(place, _)| self.core.models[*place].name == model.name);
+            assert!(active <= u64::from(model.config.parallel_max), "seed {}", self.seed);
+            assert!(routed.count() as u64 <= active, "seed {}: a place was given twice", self.seed);
+            let is_line = model.is_up() && model.has_room() && model.queue.requests() > 0;
+            assert!(!is_line, "seed {}: a place is free and somebody waits for it", self.seed);
             assert!(model.is_ready() || !model.cycle.loaded());
         }
     }
@@ -279,9 +290,9 @@ impl World {
         };
         self.core.handle_exited(place, &exit, None, self.now_ms);
         // It answered nobody: its requests are over.
-        while let Some(index) = self.routed.iter().position(|routed| *routed == place) {
-            self.routed.remove(index);
-            self.core.handle_route_ended(place, self.now_ms);
+        while let Some(index) = self.routed.iter().position(|routed| routed.0 == place) {
+            let (place, caller) = self.routed.remove(index);
+            self.core.handle_route_ended(place, &caller, self.now_ms);
         }
     }
 
@@ -442,16 +453,32 @@ impl World {
     fn ask(&mut self, place: usize, wanted: Wanted, wait_ms: u64) {
         let deadline_ms = self.now_ms + wait_ms;
         let name = self.core.models[place].name.clone();
-        match self.core.handle_wanted(&name, wanted, self.now_ms, deadline_ms) {
-            Ok(Begun::Reached(reached)) => {
-                if wanted == Wanted::Route {
-                    self.routed.push(reached.place);
-                }
-            }
+        match self.core.handle_wanted(&name, wanted.clone(), self.now_ms, deadline_ms) {
+            Ok(Begun::Reached(reached)) => self.begun(&wanted, reached.place),
             Ok(Begun::Parked { place, ticket, answer }) => {
                 self.clients.push(Client { place, wanted, ticket, deadline_ms, answer });
             }
             Err(error) => assert!(!self.is_calm, "seed {}: {error}", self.seed),
+        }
+    }
+
+    /// Somebody goes away, and may have been answered in the same moment.
+    fn leave(&mut self, mut client: Client) {
+        client.answer.close();
+        match client.answer.try_recv() {
+            Ok(Ok(reached)) => self.begun(&client.wanted, reached.place),
+            Ok(Err(_)) => {}
+            Err(_) => self.core.handle_left(client.place, client.ticket, self.now_ms),
+        }
+    }
+
+    fn caller(&mut self) -> Caller {
+        Caller::new(["alice", "bob", "carol"][self.dice.index(3)], true)
+    }
+
+    fn begun(&mut self, wanted: &Wanted, place: usize) {
+        if let Wanted::Route(caller) = wanted {
+            self.routed.push((place, caller.clone()));
         }
     }
 
@@ -462,23 +489,19 @@ impl World {
         match self.dice.roll(100) {
             0..40 => {
                 let wait_ms = 100 + self.dice.roll(20_000);
-                self.ask(place, Wanted::Route, wait_ms);
+                let caller = self.caller();
+                self.ask(place, Wanted::Route(caller), wait_ms);
             }
             40..60 if !self.routed.is_empty() => {
                 let index = self.dice.index(self.routed.len());
-                let place = self.routed.swap_remove(index);
-                self.core.handle_route_ended(place, self.now_ms);
+                let (place, caller) = self.routed.swap_remove(index);
+                self.core.handle_route_ended(place, &caller, self.now_ms);
             }
             60..68 => self.exit(place),
             68..75 if !self.clients.is_empty() => {
                 let index = self.dice.index(self.clients.len());
-                let mut client = self.clients.swap_remove(index);
-                client.answer.close();
-                match client.answer.try_recv() {
-                    Ok(Ok(reached)) => self.routed.push(reached.place),
-                    Ok(Err(_)) => {}
-                    Err(_) => self.core.handle_left(client.place, client.ticket, self.now_ms),
-                }
+                let client = self.clients.swap_remove(index);
+                self.leave(client);
             }
             75..85 => {
                 let keep = self.dice.roll(11) as f64 / 10.0;
@@ -516,11 +539,14 @@ impl World {
         // What is left of the disorder runs out first.
         self.run(40_000);
         self.is_calm = true;
-        self.clients.clear();
+        for client in std::mem::take(&mut self.clients) {
+            self.leave(client);
+        }
         for place in 0..MODELS {
             self.ask(place, Wanted::Wake, CALM_MS);
             self.run(CALM_MS);
-            self.ask(place, Wanted::Route, CALM_MS);
+            let caller = self.caller();
+            self.ask(place, Wanted::Route(caller), CALM_MS);
             self.run(5_000);
             assert!(self.clients.is_empty(), "seed {}: {:?}", self.seed, self.core.models[place].life());
         }
@@ -536,8 +562,8 @@ impl World {
             self.pass(20);
             self.expire();
             self.check();
-            while let Some(place) = self.routed.pop() {
-                self.core.handle_route_ended(place, self.now_ms);
+            while let Some((place, caller)) = self.routed.pop() {
+                self.core.handle_route_ended(place, &caller, self.now_ms);
             }
         }
     }

@@ -110,6 +110,7 @@ impl Core {
         if was_running || runs {
             model.last_used_ms = Some(now_ms);
         }
+        model.waiting_inside = u64::from(usage.requests_waiting);
         model.usage = usage;
         let held = self.book.held(model.id, LeaseKind::Weights);
         let total = model.weights_total;

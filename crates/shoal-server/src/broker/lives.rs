@@ -54,7 +54,7 @@ impl Core {
             };
             let next = (0..self.models.len())
                 .filter(|place| due(&self.models[*place]))
-                .min_by_key(|place| (self.models[*place].parked.is_empty(), *place));
+                .min_by_key(|place| (self.models[*place].queue.is_empty(), *place));
             let Some(place) = next else { return };
             self.advance(place, LifeEvent::StartOrdered { now_ms });
             self.models[place].start.notify_one();
@@ -298,7 +298,7 @@ impl Core {
         let id = model.id;
         model.connection = None;
         model.orders.clear();
-        model.last_used_ms = model.last_used_ms.max(Some(now_ms).filter(|_| model.active > 0));
+        model.last_used_ms = model.last_used_ms.max(Some(now_ms).filter(|_| model.queue.active() > 0));
         if let Some(words) = &model.last_words {
             model.cycle.note(words.clone());
         }

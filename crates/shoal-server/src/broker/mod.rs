@@ -17,6 +17,7 @@ mod leases;
 mod lifecycle;
 mod lives;
 mod orders;
+mod queue;
 mod record;
 mod reload;
 mod requests;

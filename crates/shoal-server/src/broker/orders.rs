@@ -107,7 +107,7 @@ impl Core {
         let model = &mut self.models[place];
         // One that nobody waits for has the time that somebody would have.
         let unasked_ms = now_ms + millis(self.config.limits.wait_max);
-        let deadline_ms = model.parked.iter().map(|parked| parked.deadline_ms).max().unwrap_or(unasked_ms);
+        let deadline_ms = model.queue.latest_deadline_ms().unwrap_or(unasked_ms);
         let allowed_ms = deadline_ms.saturating_sub(now_ms).max(1_000);
         model.never = None;
         let said =
@@ -198,7 +198,7 @@ impl Core {
         model.counts.wakes += 1;
         model.counts.restored += bytes;
         model.wake_time.push(duration_ms as f64);
-        let parked = model.parked.len() as u64;
+        let parked = model.queue.len() as u64;
         if model.is_ready() {
             if !bytes.is_zero() {
                 model.cycle.note(format!("{bytes} came back in {duration_ms} ms"));

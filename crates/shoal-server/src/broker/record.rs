@@ -12,8 +12,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use super::habits::Habits;
 use super::lifecycle::{Facts, Life, Lifecycle};
 use super::orders::Order;
+use super::queue::Queue;
 use super::reload::Retiring;
-use super::requests::Parked;
 use crate::config::{Engine, ModelConfig, ServerConfig};
 use crate::shelf::Target;
 use crate::state::LatencySnapshot;
@@ -22,6 +22,8 @@ use crate::supervisor::Backoff;
 /// What a worker's copies need beside the weights' own bytes: the scratch of its transfers, the ends of extents.
 const HOST_SPARE: ByteCount = ByteCount::mib(16);
 const HOST_SPARE_PART: u64 = 64;
+/// Requests that wait inside a worker so that it never lacks one to begin.
+const WAITING_INSIDE_MAX: u64 = 4;
 /// How many times a distribution keeps.
 const LATENCIES_KEPT: usize = 512;
 
@@ -124,8 +126,10 @@ pub(crate) struct Record {
     pub(crate) end: Arc<Notify>,
 
     pub(crate) orders: BTreeMap<u64, Order>,
-    pub(crate) parked: VecDeque<Parked>,
-    pub(crate) active: u64,
+    /// Who waits for it, and who has a place at it.
+    pub(crate) queue: Queue,
+    /// Requests that wait inside its worker for others of it: what the worker said last, less those that ended since.
+    pub(crate) waiting_inside: u64,
     pub(crate) counts: Counts,
     pub(crate) first_byte_awake: Latencies,
     pub(crate) first_byte_asleep: Latencies,
@@ -138,6 +142,10 @@ pub(crate) struct Record {
     /// That turn had the KV of a request from its beginning.
     pub(crate) turn_had_kv: bool,
     pub(crate) wanting_since_ms: Option<u64>,
+    /// It could run a request when that was last looked at.
+    pub(crate) could_run: bool,
+    /// When it could last run one and then could not any more.
+    pub(crate) ran_until_ms: u64,
     pub(crate) rising_until_ms: Option<u64>,
     /// How soon a request has lately followed the end of the one before.
     pub(crate) pause_ms: Option<u64>,
@@ -196,8 +204,8 @@ impl Record {
             start: Arc::new(Notify::new()),
             end: Arc::new(Notify::new()),
             orders: BTreeMap::new(),
-            parked: VecDeque::new(),
-            active: 0,
+            queue: Queue::default(),
+            waiting_inside: 0,
             counts: Counts::default(),
             first_byte_awake: Latencies::default(),
             first_byte_asleep: Latencies::default(),
@@ -207,6 +215,8 @@ impl Record {
             turn_since_ms: None,
             turn_had_kv: false,
             wanting_since_ms: None,
+            could_run: false,
+            ran_until_ms: 0,
             rising_until_ms: None,
             pause_ms: None,
             idle_since_ms: None,
@@ -296,10 +306,21 @@ impl Record {
         }
     }
 
+    /// One more request may be sent to it now. What its worker could not begin yet waits here rather than there, where
+    /// nobody takes turns.
+    pub(crate) fn has_room(&self) -> bool {
+        let active = self.queue.active();
+        active < u64::from(self.config.parallel_max)
+            && (active == 0 || self.waiting_inside <= WAITING_INSIDE_MAX)
+    }
+
+    /// No request is at it, and none inside its worker.
+    pub(crate) fn is_idle_inside(&self) -> bool {
+        self.queue.active() == 0 && self.usage.requests_running + self.usage.requests_waiting == 0
+    }
+
     pub(crate) fn is_busy(&self) -> bool {
-        self.active > 0
-            || !self.parked.is_empty()
-            || self.usage.requests_running + self.usage.requests_waiting > 0
+        !self.queue.is_empty() || !self.is_idle_inside()
     }
 
     /// KV without which it cannot run any request, in whole pages.
@@ -335,6 +356,7 @@ impl Record {
         self.wake_failures = 0;
         self.wake_not_before_ms = 0;
         self.waits_for = None;
+        self.waiting_inside = 0;
         self.progress = None;
     }
 }

@@ -45,6 +45,7 @@ impl Core {
             listen: old.listen,
             api_key_file: old.api_key_file.clone(),
             allowed_hosts: old.allowed_hosts.clone(),
+            separate_keys: old.separate_keys,
             device: old.device,
             device_budget: old.device_budget,
             host_budget: old.host_budget,
@@ -120,7 +121,7 @@ impl Core {
             record.is_removed
                 && *record.life() == Life::Stopped
                 && record.pid.is_none()
-                && record.active == 0
+                && record.queue.active() == 0
                 && record.is_same_kind(model)
         };
         let free = self.models.iter().position(is_free);
@@ -189,7 +190,7 @@ impl Core {
         for place in 0..self.models.len() {
             let model = &self.models[place];
             let Some(Retiring { until_ms }) = model.retiring else { continue };
-            let is_at_work = model.is_ready() && model.active > 0;
+            let is_at_work = model.is_ready() && model.queue.active() > 0;
             // One that is being started has no process yet, and is ended once it has.
             if model.pid.is_none() || matches!(model.life(), Life::Ending) || is_at_work && now_ms < until_ms
             {
@@ -237,6 +238,7 @@ fn fixed_keys(old: &ServerConfig, new: &ServerConfig) -> Vec<String> {
         ("listen", old.listen != new.listen),
         ("api_key_file", old.api_key_file != new.api_key_file),
         ("allowed_hosts", old.allowed_hosts != new.allowed_hosts),
+        ("separate_keys", old.separate_keys != new.separate_keys),
         ("device", old.device != new.device),
         ("device_budget", old.device_budget != new.device_budget),
         ("host_budget", old.host_budget != new.host_budget),

@@ -7,7 +7,7 @@ use shoal_core::protocol::LeaseKind;
 use tokio::sync::oneshot;
 
 use super::{Core, Life, PARKED_TOTAL_MAX, lifecycle};
-use crate::shelf::{RouteError, ShelfError, Target};
+use crate::shelf::{Caller, RouteError, ShelfError, Target};
 use crate::state::{EventKind, ModelStatus};
 
 /// When a full queue may be worth another try.
@@ -34,10 +34,10 @@ pub(crate) struct Told {
 }
 
 /// What somebody who waits for a model wants of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
-    /// To send it a request.
-    Route,
+    /// To send it a request of this caller.
+    Route(Caller),
     /// To have it awake.
     Wake,
 }
@@ -49,6 +49,8 @@ pub(crate) struct Parked {
     pub(crate) wanted: Wanted,
     pub(crate) since_ms: u64,
     pub(crate) deadline_ms: u64,
+    /// The model was not there when it began to wait.
+    pub(crate) was_asleep: bool,
     /// What wakes had brought and copied when it began to wait.
     pub(crate) brought_before: (ByteCount, ByteCount),
     pub(crate) answer: oneshot::Sender<Result<Reached, RouteError>>,
@@ -57,9 +59,9 @@ pub(crate) struct Parked {
 /// How a request began.
 #[derive(Debug)]
 pub(crate) enum Begun {
-    /// The model is awake.
+    /// The model is awake and has a place.
     Reached(Reached),
-    /// The model is not; the answer comes later.
+    /// It is not, or has none; the answer comes later.
     Parked { place: usize, ticket: u64, answer: oneshot::Receiver<Result<Reached, RouteError>> },
 }
 
@@ -80,7 +82,7 @@ impl Core {
     /// A request begins, or somebody wants a model awake.
     ///
     /// # Errors
-    /// [`RouteError`]: unknown, failed, too many waiting, shutting down.
+    /// [`RouteError`]: unknown, failed, too many waiting (in all, or of its key), shutting down.
     pub(crate) fn handle_wanted(
         &mut self,
         name: &str,
@@ -92,8 +94,17 @@ impl Core {
         if self.stopping {
             return Err(RouteError::ShuttingDown);
         }
-        if self.models[place].is_up() {
-            let reached = self.reach(place, wanted, now_ms, now_ms, false);
+        let is_up = self.models[place].is_up();
+        let has_place = match &wanted {
+            Wanted::Route(_) => self.models[place].queue.requests() == 0 && self.models[place].has_room(),
+            Wanted::Wake => true,
+        };
+        if is_up && has_place {
+            let was_idle = self.models[place].is_idle_inside();
+            if let Wanted::Route(caller) = &wanted {
+                self.models[place].queue.begin(caller, now_ms);
+            }
+            let reached = self.reach(place, &wanted, was_idle, (now_ms, now_ms), false);
             self.settle(now_ms);
             return Ok(Begun::Reached(reached));
         }
@@ -106,55 +117,68 @@ impl Core {
             let retry_after = retry_ms.map(Duration::from_millis);
             return Err(RouteError::Failed { model: name.to_owned(), reason, retry_after });
         }
-        let in_all: usize = self.models.iter().map(|model| model.parked.len()).sum();
-        let here = self.models[place].parked.len();
-        let limit = self.config.limits.parked_max as usize;
-        for (parked, limit) in [(here, limit), (in_all, PARKED_TOTAL_MAX)] {
-            if parked >= limit {
-                self.models[place].counts.refused += 1;
-                let model = name.to_owned();
-                let error = RouteError::Full { model, parked, limit, retry_after: RETRY_AFTER };
-                self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: error.to_string() });
-                return Err(error);
-            }
+        if let Some(error) = self.no_room_to_wait(place, &wanted) {
+            self.models[place].counts.refused += 1;
+            self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: error.to_string() });
+            return Err(error);
         }
         let ticket = self.number();
         let (answer, receiver) = oneshot::channel();
         let model = &mut self.models[place];
         let brought_before = model.brought;
-        model.parked.push_back(Parked {
-            ticket,
-            wanted,
-            since_ms: now_ms,
-            deadline_ms,
-            brought_before,
-            answer,
-        });
-        let parked = model.parked.len() as u64;
-        self.tell(now_ms, Some(place), EventKind::RequestParked { parked });
+        let was_asleep = !is_up;
+        let parked =
+            Parked { ticket, wanted, since_ms: now_ms, deadline_ms, was_asleep, brought_before, answer };
+        model.queue.push(parked, now_ms);
+        let parked = model.queue.len() as u64;
+        // Of a model that is there, that a line has formed; it grows and shrinks with each request.
+        if was_asleep || parked == 1 {
+            self.tell(now_ms, Some(place), EventKind::RequestParked { parked });
+        }
         self.settle(now_ms);
         Ok(Begun::Parked { place, ticket, answer: receiver })
+    }
+
+    /// Why one more cannot wait, where it cannot: the queue is full, or its key has as much of it as it may.
+    fn no_room_to_wait(&self, place: usize, wanted: &Wanted) -> Option<RouteError> {
+        let model = &self.models[place];
+        let in_all: usize = self.models.iter().map(|model| model.queue.len()).sum();
+        let limit = self.config.limits.parked_max as usize;
+        for (parked, limit) in [(model.queue.len(), limit), (in_all, PARKED_TOTAL_MAX)] {
+            if parked >= limit {
+                let model = model.name.clone();
+                return Some(RouteError::Full { model, parked, limit, retry_after: RETRY_AFTER });
+            }
+        }
+        let Wanted::Route(caller) = wanted else { return None };
+        let key = caller.name().filter(|_| caller.has_rivals())?;
+        let (parked, left) = model.queue.share(caller, limit);
+        (parked >= left).then(|| RouteError::KeyFull {
+            model: model.name.clone(),
+            key: key.to_owned(),
+            parked,
+            left,
+            retry_after: RETRY_AFTER,
+        })
     }
 
     fn reach(
         &mut self,
         place: usize,
-        wanted: Wanted,
-        since_ms: u64,
-        now_ms: u64,
+        wanted: &Wanted,
+        was_idle: bool,
+        (since_ms, now_ms): (u64, u64),
         was_asleep: bool,
     ) -> Reached {
         let contended = !self.asked.is_empty();
-        let model = &mut self.models[place];
-        let was_idle = !model.is_busy();
-        if wanted == Wanted::Route {
+        let is_request = matches!(wanted, Wanted::Route(_));
+        if is_request {
             self.note_request(place, was_idle, was_asleep, now_ms);
         }
         let model = &mut self.models[place];
         model.note_pause(now_ms);
         model.last_used_ms = Some(now_ms);
-        if wanted == Wanted::Route {
-            model.active += 1;
+        if is_request {
             model.counts.requests += 1;
         }
         // While somebody waits for memory, no turn begins anew. It begins once there is KV for a request.
@@ -166,19 +190,22 @@ impl Core {
         Reached { place, target: model.target.clone(), waited_ms, was_asleep, brought }
     }
 
-    /// Answers those who waited for a model that is up now.
+    /// Answers those who waited for a model that is up now, as far as it has places for them.
     pub(super) fn unpark(&mut self, place: usize, now_ms: u64) {
         while self.models[place].is_up() {
-            let Some(parked) = self.models[place].parked.pop_front() else { return };
-            if parked.answer.is_closed() {
-                continue;
-            }
-            let mut reached = self.reach(place, parked.wanted, parked.since_ms, now_ms, true);
-            let (bytes, copied) = self.models[place].brought;
-            let (bytes_before, copied_before) = parked.brought_before;
-            reached.brought = (bytes.saturating_sub(bytes_before), copied.saturating_sub(copied_before));
-            if parked.answer.send(Ok(reached)).is_err() && parked.wanted == Wanted::Route {
-                self.models[place].active -= 1;
+            let model = &mut self.models[place];
+            let (has_room, was_idle) = (model.has_room(), model.is_idle_inside());
+            let Some(parked) = model.queue.next(has_room, now_ms) else { return };
+            let sent = !parked.answer.is_closed() && {
+                let times = (parked.since_ms, now_ms);
+                let mut reached = self.reach(place, &parked.wanted, was_idle, times, parked.was_asleep);
+                let (bytes, copied) = self.models[place].brought;
+                let (bytes_before, copied_before) = parked.brought_before;
+                reached.brought = (bytes.saturating_sub(bytes_before), copied.saturating_sub(copied_before));
+                parked.answer.send(Ok(reached)).is_ok()
+            };
+            if let (Wanted::Route(caller), false) = (&parked.wanted, sent) {
+                self.models[place].queue.end(caller, now_ms);
             }
         }
     }
@@ -193,7 +220,7 @@ impl Core {
     ) {
         let stopping = self.stopping;
         let model = &mut self.models[place];
-        let parked: Vec<Parked> = model.parked.drain(..).collect();
+        let parked = model.queue.drain();
         if parked.is_empty() {
             return;
         }
@@ -214,7 +241,7 @@ impl Core {
     pub(crate) fn handle_too_late(&mut self, place: usize, ticket: u64, now_ms: u64) -> String {
         let reason = self.what_it_waits_for(place, now_ms);
         let model = &mut self.models[place];
-        model.parked.retain(|parked| parked.ticket != ticket);
+        model.queue.remove(ticket);
         model.counts.refused += 1;
         self.tell(now_ms, Some(place), EventKind::RequestRefused { reason: reason.clone() });
         self.settle(now_ms);
@@ -223,10 +250,7 @@ impl Core {
 
     /// Somebody went away while waiting, if they were still waiting.
     pub(crate) fn handle_left(&mut self, place: usize, ticket: u64, now_ms: u64) {
-        let parked = &mut self.models[place].parked;
-        let before = parked.len();
-        parked.retain(|parked| parked.ticket != ticket);
-        if parked.len() != before {
+        if self.models[place].queue.remove(ticket) {
             self.settle(now_ms);
         }
     }
@@ -235,6 +259,10 @@ impl Core {
         let model = &self.models[place];
         let asked = self.asked.iter().find(|asked| asked.pending.model == model.id);
         match (model.life(), asked) {
+            (Life::Ready, _) if model.is_up() => {
+                let (active, most) = (model.queue.active(), model.config.parallel_max);
+                format!("it is there and answers {active} other requests ({most} at the same time at most)")
+            }
             (Life::Ready, Some(asked)) => asked.waits_for.clone(),
             (Life::Ready, None) => model
                 .waits_for
@@ -256,11 +284,12 @@ impl Core {
     }
 
     /// A routed request is over.
-    pub(crate) fn handle_route_ended(&mut self, place: usize, now_ms: u64) {
+    pub(crate) fn handle_route_ended(&mut self, place: usize, caller: &Caller, now_ms: u64) {
         let model = &mut self.models[place];
-        model.active = model.active.saturating_sub(1);
+        model.queue.end(caller, now_ms);
+        model.waiting_inside = model.waiting_inside.saturating_sub(1);
         model.last_used_ms = Some(now_ms);
-        if model.active == 0 && model.parked.is_empty() {
+        if model.queue.active() == 0 && model.queue.is_empty() {
             model.idle_since_ms = Some(now_ms);
         }
         self.settle(now_ms);

@@ -66,7 +66,7 @@ impl Core {
         }
         self.book.check_invariants();
         let fresh = self.models.iter().map(|model| model.fresh_kv.1).filter(|until| *until > now_ms).min();
-        let retry = self.models.iter().filter(|model| !model.parked.is_empty());
+        let retry = self.models.iter().filter(|model| !model.queue.is_empty());
         let retry = retry.map(|model| model.wake_not_before_ms).filter(|at| *at > now_ms).min();
         let waits = (!self.asked.is_empty()).then_some(fresh).flatten();
         let timer = [
@@ -91,7 +91,7 @@ impl Core {
             && !self.is_settling()
             && (!self.asked.is_empty()
                 || self.models.iter().any(|model| {
-                    (!model.parked.is_empty() && !model.is_up())
+                    (!model.queue.is_empty() && !model.is_up())
                         || model.config.keep_alive_s.is_some()
                         || model.habits.preload
                 }))
@@ -120,11 +120,15 @@ impl Core {
         }
         let can_run = whole && (has_kv || model.turn_since_ms.is_some());
         let wants = model.is_ready() && !can_run && (asks || model.is_busy());
+        if std::mem::replace(&mut model.could_run, can_run) && !can_run {
+            model.ran_until_ms = now_ms;
+        }
         if !wants {
             model.wanting_since_ms = None;
         } else if model.wanting_since_ms.is_none() {
-            let parked = model.parked.front().map(|parked| parked.since_ms);
-            model.wanting_since_ms = Some(parked.unwrap_or(now_ms));
+            // Requests that waited in line while it ran do not make it older than those that could not run at all.
+            let oldest = model.queue.oldest().map(|parked| parked.since_ms.max(model.ran_until_ms));
+            model.wanting_since_ms = Some(oldest.unwrap_or(now_ms));
         }
         if !whole || model.cycle.loaded() || !model.is_ready() {
             model.rising_until_ms = None;
@@ -195,8 +199,8 @@ impl Core {
             min: model.config.min.unwrap_or(ByteCount::ZERO),
             max: model.config.max,
             priority: model.config.priority,
-            active: narrow(model.active.max(inside)),
-            parked: narrow(model.parked.len() as u64),
+            active: narrow(model.queue.active().max(inside)),
+            parked: narrow(model.queue.len() as u64),
             last_used_ms: model.last_used_ms.unwrap_or(0),
             turn_since_ms: model.turn_since_ms,
             wanting_since_ms: model.wanting_since_ms,

@@ -6,9 +6,10 @@ use shoal_core::tier::Tier;
 
 use super::{Core, Record};
 use crate::config::DeviceChoice;
+use crate::shelf::Caller;
 use crate::state::{
-    DeviceSnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus, SCHEMA_VERSION,
-    ShelfSnapshot, StateSnapshot, TierSnapshot, WaitingSnapshot,
+    DeviceSnapshot, KeySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus,
+    SCHEMA_VERSION, ShelfSnapshot, StateSnapshot, TierSnapshot, WaitingSnapshot,
 };
 
 impl Core {
@@ -56,8 +57,13 @@ impl Core {
     }
 
     /// How far a model that somebody waits for is.
-    pub(crate) fn progress_of(&self, place: usize) -> Option<String> {
+    pub(crate) fn progress_of(&self, place: usize, caller: &Caller) -> Option<String> {
         let model = &self.models[place];
+        if model.is_up() && model.queue.requests() > 0 {
+            let (own, _) = model.queue.share(caller, 0);
+            let own = caller.name().map_or_else(String::new, |_| format!(", {own} of them with this key"));
+            return Some(format!("awake, {} requests wait for their turn{own}", model.queue.requests()));
+        }
         let status = self.status_of(place);
         let word = crate::state::status_word(status);
         match status {
@@ -134,8 +140,8 @@ impl Core {
             restore_us_per_mib: self.restore_cost(place),
             thrash: self.model_thrash(place, now_ms),
             counts: ModelCounts {
-                requests_active: model.active,
-                requests_parked: model.parked.len() as u64,
+                requests_active: model.queue.active(),
+                requests_parked: model.queue.len() as u64,
                 requests_total: counts.requests,
                 requests_refused: counts.refused,
                 tokens_out: (counts.tokens_before + usage.tokens_out).max(counts.tokens_routed),
@@ -146,6 +152,18 @@ impl Core {
                 leases_granted: counts.granted,
                 leases_denied: counts.denied,
             },
+            parallel_max: model.config.parallel_max,
+            keys: model
+                .queue
+                .standings(now_ms)
+                .map(|stands| KeySnapshot {
+                    key: stands.key.name().map(str::to_owned),
+                    active: stands.active.into(),
+                    parked: stands.waiting as u64,
+                    waited_ms: stands.first.map_or(0, |first| now_ms.saturating_sub(first.since_ms)),
+                    used_ms: stands.used_ms,
+                })
+                .collect(),
             first_byte_awake: model.first_byte_awake.snapshot(),
             first_byte_asleep: model.first_byte_asleep.snapshot(),
             wake_time: model.wake_time.snapshot(),

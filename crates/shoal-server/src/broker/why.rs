@@ -6,12 +6,14 @@
 use std::fmt::Write as _;
 
 use shoal_core::bytes::ByteCount;
+use shoal_core::fair::Standing;
 use shoal_core::policy::worth::of_weights;
 use shoal_core::policy::{ShelfState, turn_ms};
 use shoal_core::protocol::LeaseKind;
 
 use super::{Core, Life, Record};
 use crate::config::SleepDepth;
+use crate::shelf::Caller;
 use crate::state::{Event, ModelStatus, Why};
 
 impl Core {
@@ -141,22 +143,33 @@ impl Core {
     fn wanted(&self, place: usize, now_ms: u64) -> Vec<String> {
         let model = &self.models[place];
         let mut said = Vec::new();
-        if model.active > 0 {
-            said.push(format!("It answers {}.", requests(model.active)));
+        let (active, waiting) = (model.queue.active(), model.queue.len() as u64);
+        if active > 0 {
+            said.push(format!("It answers {}.", requests(active)));
         }
-        if let Some(first) = model.parked.front() {
-            let waits = if model.parked.len() == 1 { "waits" } else { "wait" };
+        if let Some(first) = model.queue.oldest() {
+            let waits = if waiting == 1 { "waits" } else { "wait" };
             let since = seconds(now_ms.saturating_sub(first.since_ms));
             let left = seconds(first.deadline_ms.saturating_sub(now_ms));
-            let count = requests(model.parked.len() as u64);
+            let count = requests(waiting);
             said.push(format!("{count} {waits} for it, the first for {since}; it is told no in {left}."));
         }
+        if model.is_up() && model.queue.requests() > 0 {
+            let most = model.config.parallel_max;
+            let why = if active >= u64::from(most) {
+                format!("it answers as many at the same time as it may ({most}, `parallel_max`)")
+            } else {
+                format!("{} wait inside its worker already", requests(model.waiting_inside))
+            };
+            said.push(format!("They wait for a place: {why}."));
+        }
+        said.extend(by_key(model, now_ms));
         for asked in self.asked.iter().filter(|asked| asked.pending.model == model.id) {
             let since = seconds(now_ms.saturating_sub(asked.pending.asked_ms));
             let why = if asked.waits_for.is_empty() { &asked.reason } else { &asked.waits_for };
             said.push(format!("It has waited for memory for {since}: {why}."));
         }
-        if model.wake_not_before_ms > now_ms && !model.parked.is_empty() {
+        if model.wake_not_before_ms > now_ms && !model.queue.is_empty() {
             let again = seconds(model.wake_not_before_ms - now_ms);
             said.push(format!("Its last wake failed; the next is in {again}."));
         }
@@ -233,6 +246,17 @@ fn elsewhere(model: &Record) -> String {
         .map(|(bytes, place)| format!("{bytes} are {place}"))
         .collect();
     if places.is_empty() { String::new() } else { format!("; {}", places.join(", ")) }
+}
+
+/// Whose requests they are, where more than one key has some.
+fn by_key(model: &Record, now_ms: u64) -> Option<String> {
+    let told = |stands: Standing<'_, Caller, _>| {
+        let Standing { key, active, waiting, .. } = stands;
+        format!("{key} has {active} there and {waiting} waiting")
+    };
+    let told: Vec<String> = model.queue.standings(now_ms).map(told).collect();
+    let next = "the next place is for who has had least time at it";
+    (told.len() > 1).then(|| format!("Of these, {}; {next}.", told.join(", ")))
 }
 
 fn requests(count: u64) -> String {

@@ -161,9 +161,25 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
         text.push_str(line.trim_end());
         text.push('\n');
     }
+    text.push_str(&keys_of(&shelf.models));
     for model in &shelf.models {
         if let Some(error) = &model.error {
             let _ = writeln!(text, "{}: {}", model.name, printable(error));
+        }
+    }
+    text
+}
+
+/// Whose requests they are, where keys have names.
+fn keys_of(models: &[ModelSnapshot]) -> String {
+    let mut text = String::new();
+    for model in models {
+        let named = model.keys.iter().filter_map(|key| {
+            Some(format!("{} {} active, {} waiting", printable(key.key.as_deref()?), key.active, key.parked))
+        });
+        let named: Vec<String> = named.collect();
+        if !named.is_empty() {
+            let _ = writeln!(text, "{} by key: {}", model.name, named.join("; "));
         }
     }
     text

@@ -195,7 +195,7 @@ fn banner(config: &ServerConfig, keys: Option<&Keys>, url: Option<&str>) -> Stri
     }
     line("logs", &config.log_dir.display().to_string());
     if let Some(keys) = keys {
-        line("keys", &format!("{keys:?}; clients must show one"));
+        line("keys", &format!("{keys:?} ({}); clients must show one", keys.names().join(", ")));
         if keys.readable_by_others {
             line("note", "other users of this machine can read api_key_file; chmod 600 it");
         }

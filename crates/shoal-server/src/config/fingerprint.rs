@@ -1,7 +1,7 @@
 //! What a worker was started with, as a short text: one that was started with something else has to be started anew.
 //!
 //! Apart because it decides which keys of a model may change under a running worker: those that are not in it (`min`,
-//! `priority`, `pin`, `keep_alive`) are the server's own business, those that are were said to the worker once.
+//! `priority`, `pin`, `keep_alive`, `parallel_max`) are the server's own business, those that are were said to the worker once.
 
 use xxhash_rust::xxh3::xxh3_64;
 

@@ -58,6 +58,8 @@ pub const ORPHAN_WAIT_DEFAULT: Duration = Duration::from_secs(30);
 pub const ORPHAN_WAIT_MAX: Duration = Duration::from_hours(1);
 /// The name of the journal in the runtime directory.
 const JOURNAL: &str = "journal";
+/// How many requests a model answers at the same time, by default, while others wait for their turn.
+pub const PARALLEL_DEFAULT: u32 = 64;
 /// The longest model name.
 pub const MODEL_NAME_BYTES_MAX: usize = 64;
 
@@ -72,6 +74,8 @@ pub struct ServerConfig {
     pub api_key_file: Option<PathBuf>,
     /// Names by which the server may be called in a Host header, besides loopback's and the listening address.
     pub allowed_hosts: Vec<String>,
+    /// What a request with one key has computed is not used again for requests with another.
+    pub separate_keys: bool,
     /// The device; never [`DeviceChoice::Auto`] here.
     pub device: DeviceChoice,
     /// Device bytes that all models together may hold.
@@ -190,6 +194,8 @@ pub struct ModelConfig {
     pub keep_alive_s: Option<u64>,
     /// The program, for [`Engine::Command`].
     pub command: Option<CommandConfig>,
+    /// The most requests that it has at the same time; others wait for their turn.
+    pub parallel_max: u32,
     /// Brought to the device before anybody asks for it, as long as nobody has to give anything up for it.
     pub preload: bool,
     /// How deep it may sleep.
@@ -221,6 +227,7 @@ impl ModelConfig {
             priority: 0,
             keep_alive_s: None,
             command: None,
+            parallel_max: PARALLEL_DEFAULT,
             preload: false,
             sleep: SleepDepth::default(),
             apart: Vec::new(),

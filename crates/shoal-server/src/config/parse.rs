@@ -55,6 +55,7 @@ pub struct ServerSection {
     pub listen: Option<Sited<SocketAddr>>,
     pub api_key_file: Option<Sited<PathBuf>>,
     pub allowed_hosts: Vec<String>,
+    pub separate_keys: Option<Sited<bool>>,
     pub device: Option<Sited<DeviceChoice>>,
     pub device_budget: Option<Sited<ByteCount>>,
     pub host_budget: Option<Sited<ByteCount>>,
@@ -88,14 +89,16 @@ pub struct ModelSection {
     pub priority: i32,
     pub keep_alive_s: Option<u64>,
     pub command: Option<CommandSection>,
+    pub parallel_max: Option<u32>,
     pub sharing: SharingSection,
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 16] = [
+const SERVER_KEYS: [&str; 17] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
+    "separate_keys",
     "device",
     "device_budget",
     "host_budget",
@@ -110,7 +113,7 @@ const SERVER_KEYS: [&str; 16] = [
     "evict",
     "orphan_s_max",
 ];
-const MODEL_KEYS: [&str; 25] = [
+const MODEL_KEYS: [&str; 26] = [
     "name",
     "source",
     "revision",
@@ -126,6 +129,7 @@ const MODEL_KEYS: [&str; 25] = [
     "max",
     "priority",
     "keep_alive",
+    "parallel_max",
     COMMAND_KEYS[0],
     COMMAND_KEYS[1],
     COMMAND_KEYS[2],
@@ -258,6 +262,10 @@ impl<'i> Reader<'i> {
             }),
             api_key_file: self.parsed(table, "api_key_file", path),
             allowed_hosts: self.strings(table, "allowed_hosts"),
+            separate_keys: table.get("separate_keys").map(|value| {
+                let separate = self.boolean(table, "separate_keys");
+                self.sited(&value.span(), separate)
+            }),
             device: self.parsed(table, "device", device),
             device_budget: self.size(table, "device_budget"),
             host_budget: self.size(table, "host_budget"),
@@ -321,6 +329,7 @@ impl<'i> Reader<'i> {
             priority: self.priority(table),
             keep_alive_s: self.seconds(table, "keep_alive"),
             command,
+            parallel_max: self.whole(table, "parallel_max"),
             sharing: SharingSection::read(self, table, kind),
         };
         // A model with a name is kept even if something else is wrong with it, so that its double is found too.

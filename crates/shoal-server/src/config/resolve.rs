@@ -12,12 +12,12 @@ use shoal_core::bytes::ByteCount;
 use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
 use super::models::{unservable, weights_of};
-use super::parse::{ModelSection, ShoalFile, Sited};
+use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
     Budgets, DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
-    QUANTUM_DEFAULT, ServerConfig,
+    PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig,
 };
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
@@ -38,6 +38,7 @@ impl ShoalFile {
         let directory = file.parent().unwrap_or(Path::new("/"));
         let home = surroundings.home.as_deref();
         let server = self.server;
+        let separate_keys = separates_keys(&server, &mut problems);
 
         let listen_default = || Sited {
             value: LISTEN_DEFAULT.parse().unwrap_or(([127, 0, 0, 1], 8000).into()),
@@ -110,6 +111,7 @@ impl ShoalFile {
             listen: listen.value,
             api_key_file: server.api_key_file.map(|path| absolute(&path.value, directory, home)),
             allowed_hosts: server.allowed_hosts,
+            separate_keys,
             device,
             device_budget,
             host_budget,
@@ -137,6 +139,15 @@ impl ShoalFile {
             unservable,
         })
     }
+}
+
+fn separates_keys(server: &ServerSection, problems: &mut Vec<Problem>) -> bool {
+    let Some(key) = server.separate_keys.as_ref().filter(|key| key.value) else { return false };
+    if server.api_key_file.is_none() {
+        let why = "there are no keys to tell apart without `api_key_file`".to_owned();
+        problems.push(key.problem(ProblemKind::BadValue { key: "separate_keys".to_owned(), why }));
+    }
+    true
 }
 
 /// Budgets of a file that says none: those of the server before where workers of it live, because what they hold is not
@@ -239,6 +250,7 @@ fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> 
         priority: model.priority,
         keep_alive_s: model.keep_alive_s,
         command,
+        parallel_max: model.parallel_max.unwrap_or(PARALLEL_DEFAULT),
         preload: model.sharing.preload,
         sleep: model.sharing.sleep.map_or_else(Default::default, |sleep| sleep.value),
         apart: model.sharing.apart.into_iter().map(|name| name.value).collect(),

@@ -72,6 +72,21 @@ fn a_command_has_its_keys_and_defaults() {
 }
 
 #[test]
+fn keys_can_be_kept_apart_where_there_are_any() {
+    let text =
+        "[server]\nseparate_keys = true\nAND[[model]]\nname = 'a'\nsource = 'org/a'\nparallel_max = 4\n";
+    let config = load_here(&text.replace("AND", "api_key_file = 'keys'\n")).expect("good");
+    assert_eq!((config.separate_keys, config.models[0].parallel_max), (true, 4));
+    let wrong = load_here(&text.replace("AND", "")).expect_err("there are no keys");
+    assert!(wrong.contains("there are no keys to tell apart without `api_key_file`"), "{wrong}");
+    let none =
+        load_here(&text.replace("AND", "").replace("true", "false").replace('4', "0")).expect_err("no place");
+    assert!(none.contains("`parallel_max`"), "{none}");
+    let plain = load_here("[[model]]\nname = 'a'\nsource = 'org/a'\n").expect("good");
+    assert_eq!((plain.separate_keys, plain.models[0].parallel_max), (false, PARALLEL_DEFAULT));
+}
+
+#[test]
 fn the_shortest_file_gets_every_default() {
     let config = load_here("[[model]]\nname = 'chat'\nsource = 'org/chat'\n").expect("good");
     assert_eq!(config.listen.to_string(), LISTEN_DEFAULT);

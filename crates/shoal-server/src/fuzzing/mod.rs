@@ -159,7 +159,8 @@ pub fn keys(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if Keys::parse(text, Path::new("keys")).is_ok() {
         let shown = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-        for key in shown {
+        // A name may stand before it.
+        for key in shown.filter_map(|line| line.split_ascii_whitespace().last()) {
             assert!(key.len() >= 16 && HeaderValue::from_str(&format!("Bearer {key}")).is_ok(), "{key:?}");
         }
     }

@@ -122,6 +122,10 @@ impl From<RouteError> for ApiError {
                 retry_after: Some(retry_after),
                 ..Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", message)
             },
+            RouteError::KeyFull { retry_after, .. } => Self {
+                retry_after: Some(retry_after),
+                ..Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting_of_key", message)
+            },
             RouteError::Deadline { .. } => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "model_wait_timeout", message)
             }
@@ -142,5 +146,28 @@ impl From<ShelfError> for ApiError {
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         Self::new(status, code, message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_with_too_much_waiting_is_told_to_come_again() {
+        let error = ApiError::from(RouteError::KeyFull {
+            model: "chat".to_owned(),
+            key: "alice".to_owned(),
+            parked: 128,
+            left: 128,
+            retry_after: Duration::from_secs(2),
+        });
+        assert_eq!(
+            (error.code, error.body().error.kind.as_str()),
+            ("too_many_waiting_of_key", "rate_limit_error")
+        );
+        let response = error.into_response();
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "2");
     }
 }

@@ -21,8 +21,9 @@ use super::App;
 use super::ask::{Ask, read_body};
 use super::error::{ApiError, ErrorBody};
 use super::passing::{Journey, Passing};
+use super::salts::CACHE_SALT;
 use super::upstream::UpstreamError;
-use crate::shelf::Route;
+use crate::shelf::{Caller, Route};
 
 const WAIT_MS: HeaderName = HeaderName::from_static("x-shoal-wait-ms");
 const WAS_ASLEEP: HeaderName = HeaderName::from_static("x-shoal-was-asleep");
@@ -31,8 +32,9 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(50);
 const ERROR_BODY_BYTES_MAX: usize = 64 << 10;
 const BODY_WAIT_MAX: Duration = Duration::from_mins(2);
 
-/// Headers that belong to one connection, not to the request; and the key, which is ours alone.
-const DROPPED: [HeaderName; 12] = [
+/// Headers that belong to one connection, not to the request; and those that are ours alone: the key, and what we say to
+/// workers.
+const DROPPED: [HeaderName; 13] = [
     header::CONNECTION,
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
@@ -44,6 +46,7 @@ const DROPPED: [HeaderName; 12] = [
     header::EXPECT,
     header::AUTHORIZATION,
     header::COOKIE,
+    CACHE_SALT,
     HeaderName::from_static("keep-alive"),
 ];
 
@@ -51,6 +54,7 @@ const DROPPED: [HeaderName; 12] = [
 pub(crate) async fn forward(State(app): State<Arc<App>>, request: Request) -> Response {
     let asked = Instant::now();
     let (head, body) = request.into_parts();
+    let caller = head.extensions.get::<Caller>().cloned().unwrap_or_default();
     if head.method != Method::POST {
         let message =
             format!("there is no {} {}; requests for a model are POSTs", head.method, head.uri.path());
@@ -59,27 +63,29 @@ pub(crate) async fn forward(State(app): State<Arc<App>>, request: Request) -> Re
     let read = tokio::time::timeout(BODY_WAIT_MAX, read_body(body, app.limits.request_bytes_max)).await;
     let body = match read {
         Ok(Ok(body)) => body,
-        Ok(Err(error)) => return app.refused(None, error),
+        Ok(Err(error)) => return app.refused(None, &caller, error),
         Err(_) => {
             let error = ApiError::new(
                 StatusCode::REQUEST_TIMEOUT,
                 "incomplete_body",
                 "the body did not arrive in time",
             );
-            return app.refused(None, error);
+            return app.refused(None, &caller, error);
         }
     };
     let ask = match Ask::read(&body) {
         Ok(ask) => ask,
-        Err(error) => return app.refused(None, error),
+        Err(error) => return app.refused(None, &caller, error),
     };
     // Before it is waited for: a bad request wakes nobody. Who is unknown is told of that first.
-    if app.models.is_strict(&ask.model)
-        && let Err(error) = ask.check(head.uri.path())
-    {
-        return app.refused(Some(&ask.model), error);
+    let is_strict = app.models.is_strict(&ask.model);
+    if is_strict && let Err(error) = ask.check(head.uri.path()) {
+        return app.refused(Some(&ask.model), &caller, error);
     }
-    let errand = Errand { deadline: asked + app.limits.wait_max, app, head, body, ask, asked };
+    // What a program of others makes of a header is not known.
+    let salt = app.salts.as_ref().filter(|_| is_strict).map(|salts| salts.of(&caller));
+    let deadline = asked + app.limits.wait_max;
+    let errand = Errand { app, head, body, ask, asked, deadline, caller, salt };
     if errand.ask.stream { errand.answer_stream().await } else { errand.answer().await }
 }
 
@@ -92,11 +98,13 @@ struct Errand {
     ask: Ask,
     asked: Instant,
     deadline: Instant,
+    caller: Caller,
+    salt: Option<HeaderValue>,
 }
 
 impl Errand {
     async fn route(&self) -> Result<Route, ApiError> {
-        Ok(self.app.models.route(&self.ask.model, self.deadline).await?)
+        Ok(self.app.models.route(&self.ask.model, &self.caller, self.deadline).await?)
     }
 
     async fn answer(self) -> Response {
@@ -136,10 +144,10 @@ impl Errand {
     fn settle(&self, answer: Result<Response, ApiError>) -> Response {
         match answer {
             Ok(response) => {
-                self.app.metrics.request(&self.ask.model, response.status());
+                self.app.metrics.request(&self.ask.model, &self.caller, response.status());
                 response
             }
-            Err(error) => self.app.refused(Some(&self.ask.model), error),
+            Err(error) => self.app.refused(Some(&self.ask.model), &self.caller, error),
         }
     }
 
@@ -218,6 +226,9 @@ impl Errand {
         *request.headers_mut() = passed_headers(&self.head.headers);
         request.headers_mut().remove(header::CONTENT_LENGTH);
         request.headers_mut().insert(header::HOST, HeaderValue::from_static("shoal"));
+        if let Some(salt) = &self.salt {
+            request.headers_mut().insert(CACHE_SALT, salt.clone());
+        }
         request
     }
 }
@@ -232,6 +243,8 @@ enum Stage {
 
 /// The status is 200 from here on; what goes wrong becomes an event.
 fn begin_early(errand: Arc<Errand>, answer: Answering) -> Response {
+    // As far as can be said before the wait is over: an awake model's request waits for its turn.
+    let was_asleep = !errand.app.models.is_awake(&errand.ask.model);
     let mut pause = Duration::ZERO;
     let stream = futures_util::stream::unfold(Stage::Waiting(answer), move |stage| {
         let errand = Arc::clone(&errand);
@@ -242,14 +255,15 @@ fn begin_early(errand: Arc<Errand>, answer: Answering) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert(WAS_ASLEEP, HeaderValue::from_static("true"));
+    headers.insert(WAS_ASLEEP, HeaderValue::from_static(if was_asleep { "true" } else { "false" }));
     response
 }
 
 /// What a client that waits may see meanwhile: never a part of the answer, and for a program nothing at all.
 fn comment(errand: &Errand) -> Bytes {
     let model = &errand.ask.model;
-    let how = errand.app.models.progress(model).map_or_else(String::new, |how| format!(" ({how})"));
+    let how =
+        errand.app.models.progress(model, &errand.caller).map_or_else(String::new, |how| format!(" ({how})"));
     // One line: a worker's own words may be in it.
     let how: String = how.chars().filter(|c| !c.is_control()).collect();
     Bytes::from(format!(": waiting for {}{how}\n\n", model.escape_default()))
@@ -266,11 +280,11 @@ async fn next_bytes(
         Stage::Waiting(mut answer) => match tokio::time::timeout(pause, &mut answer).await {
             Err(_) => return Some((Ok(comment(errand)), Stage::Waiting(answer))),
             Ok(Err(error)) => {
-                errand.app.metrics.request(&errand.ask.model, error.status);
+                errand.app.metrics.request(&errand.ask.model, &errand.caller, error.status);
                 return Some((Ok(error.sse().into()), Stage::Over));
             }
             Ok(Ok(response)) => {
-                errand.app.metrics.request(&errand.ask.model, response.status());
+                errand.app.metrics.request(&errand.ask.model, &errand.caller, response.status());
                 if !response.status().is_success() || !is_event_stream(response.headers()) {
                     return Some((Ok(late_error(response).await.into()), Stage::Over));
                 }

@@ -5,7 +5,6 @@
 //! `application/json`, which a foreign page cannot send without being asked first. Beyond loopback a key is required too.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -15,105 +14,9 @@ use axum::response::{IntoResponse, Response};
 
 use super::App;
 use super::error::ApiError;
+use super::keys::Keys;
 use crate::config::ServerConfig;
-
-const KEY_BYTES_MIN: usize = 16;
-
-/// The keys that clients may show.
-#[derive(Clone)]
-pub struct Keys {
-    keys: Vec<String>,
-    /// The file can be read by other users of this machine.
-    pub readable_by_others: bool,
-}
-
-impl std::fmt::Debug for Keys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.keys.len() {
-            1 => f.write_str("1 key"),
-            count => write!(f, "{count} keys"),
-        }
-    }
-}
-
-/// Why there are no keys.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum KeyError {
-    /// The file cannot be read.
-    #[error("api_key_file {}: {source}", file.display())]
-    Unreadable {
-        /// The file.
-        file: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// Without a key nobody could come in, or everybody.
-    #[error("api_key_file {} holds no key: write one a line, at least {KEY_BYTES_MIN} characters long", file.display())]
-    Empty {
-        /// The file.
-        file: PathBuf,
-    },
-    /// Short keys can be guessed.
-    #[error("api_key_file {} line {line}: a key needs at least {KEY_BYTES_MIN} visible ASCII characters", file.display())]
-    Weak {
-        /// The file.
-        file: PathBuf,
-        /// From 1.
-        line: usize,
-    },
-}
-
-impl Keys {
-    /// Reads a file with one key a line; empty lines and lines that begin with `#` are skipped.
-    ///
-    /// # Errors
-    /// [`KeyError`] if it cannot be read, holds none, or holds one too short.
-    pub fn read(file: &Path) -> Result<Self, KeyError> {
-        use std::os::unix::fs::MetadataExt;
-        let unreadable = |source| KeyError::Unreadable { file: file.to_owned(), source };
-        let text = std::fs::read_to_string(file).map_err(unreadable)?;
-        let mode = std::fs::metadata(file).map_err(unreadable)?.mode();
-        Ok(Self { readable_by_others: mode & 0o077 != 0, ..Self::parse(&text, file)? })
-    }
-
-    /// The keys in a text that was read from `file`.
-    pub(crate) fn parse(text: &str, file: &Path) -> Result<Self, KeyError> {
-        let mut keys = Vec::new();
-        for (index, line) in text.lines().enumerate() {
-            let key = line.trim();
-            if key.is_empty() || key.starts_with('#') {
-                continue;
-            }
-            if key.len() < KEY_BYTES_MIN || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
-                return Err(KeyError::Weak { file: file.to_owned(), line: index + 1 });
-            }
-            keys.push(key.to_owned());
-        }
-        if keys.is_empty() {
-            return Err(KeyError::Empty { file: file.to_owned() });
-        }
-        Ok(Self { keys, readable_by_others: false })
-    }
-
-    /// Compares with every key, in a time that tells nothing about them but how many there are and how long the shown
-    /// one is.
-    fn holds(&self, shown: &str) -> bool {
-        let mut found = 0u8;
-        for key in &self.keys {
-            found |= u8::from(same(key.as_bytes(), shown.as_bytes()));
-        }
-        found != 0
-    }
-}
-
-fn same(key: &[u8], shown: &[u8]) -> bool {
-    let mut difference = u8::from(key.len() != shown.len());
-    for (index, byte) in shown.iter().enumerate() {
-        difference |= std::hint::black_box(byte ^ key[index % key.len()]);
-    }
-    std::hint::black_box(difference) == 0
-}
+use crate::shelf::Caller;
 
 /// What the gate knows.
 #[derive(Debug)]
@@ -187,19 +90,17 @@ impl Guard {
         Ok(())
     }
 
-    fn check_key(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let Some(keys) = &self.keys else { return Ok(()) };
+    fn check_key(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        let Some(keys) = &self.keys else { return Ok(Caller::default()) };
         let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let shown = shown.and_then(|value| value.split_once(' '));
         let shown =
             shown.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, key)| key.trim());
         match shown {
-            Some(shown) if keys.holds(shown) => Ok(()),
-            Some(_) => Err(ApiError::new(
-                StatusCode::UNAUTHORIZED,
-                "invalid_api_key",
-                "that API key is not known here",
-            )),
+            Some(shown) => keys.find(shown).cloned().ok_or_else(|| {
+                let message = "that API key is not known here";
+                ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+            }),
             None => Err(ApiError::new(
                 StatusCode::UNAUTHORIZED,
                 "missing_api_key",
@@ -208,21 +109,24 @@ impl Guard {
         }
     }
 
-    pub(crate) fn check(&self, request: &Request) -> Result<(), ApiError> {
+    /// Lets a request in, and says whose it is.
+    pub(crate) fn check(&self, request: &Request) -> Result<Caller, ApiError> {
         let (headers, path) = (request.headers(), request.uri().path());
         self.check_host(headers, request.uri().authority())?;
         let changes = !request.method().is_safe();
         if changes {
             Self::check_origin(headers)?;
         }
-        if is_under(path, "/v1") || is_under(path, "/api") || path == "/metrics" {
-            self.check_key(headers)?;
-        }
+        let caller = if is_under(path, "/v1") || is_under(path, "/api") || path == "/metrics" {
+            self.check_key(headers)?
+        } else {
+            Caller::default()
+        };
         if changes && is_under(path, "/api") && !is_json(headers) {
             let message = "send this with Content-Type: application/json";
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "not_json", message));
         }
-        Ok(())
+        Ok(caller)
     }
 }
 
@@ -236,9 +140,12 @@ fn is_json(headers: &HeaderMap) -> bool {
 }
 
 /// The gate, and the headers that every response carries.
-pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub(crate) async fn check(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let mut response = match app.guard.check(&request) {
-        Ok(()) => next.run(request).await,
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
         Err(error) => {
             let unauthorised = error.status == StatusCode::UNAUTHORIZED;
             let mut response = error.into_response();
@@ -324,25 +231,5 @@ mod tests {
             assert!(!check(Some(origin), None), "{origin}");
         }
         assert!(!check(None, Some("cross-site")) && !check(None, Some("same-site")));
-    }
-
-    #[test]
-    fn keys_are_read_and_compared_whole() {
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        let read = |text: &str| {
-            std::fs::write(file.path(), text).expect("written");
-            Keys::read(file.path())
-        };
-        let keys = read("# ours\n\n0123456789abcdef\n  fedcba9876543210 \n").expect("two");
-        assert!(keys.holds("0123456789abcdef") && keys.holds("fedcba9876543210"));
-        for wrong in
-            ["", "0", "0123456789abcde", "0123456789abcdef0", "0123456789abcdef0123456789abcdef", "# ours"]
-        {
-            assert!(!keys.holds(wrong), "{wrong}");
-        }
-        assert_eq!(format!("{keys:?}"), "2 keys", "keys are never printed");
-        assert!(matches!(read("# none\n"), Err(KeyError::Empty { .. })));
-        assert!(matches!(read("\nshort\n"), Err(KeyError::Weak { line: 2, .. })));
-        assert!(matches!(Keys::read(Path::new("/nowhere/keys")), Err(KeyError::Unreadable { .. })));
     }
 }

@@ -6,9 +6,11 @@
 //! | module | subject |
 //! |---|---|
 //! | `guard` | hosts, origins, keys, headers: who may ask |
+//! | `keys` | the keys that may be shown, and whose they are |
 //! | `ask` | the two fields that are read |
 //! | `forward` | waiting, passing on, trying again |
 //! | `passing` | an answer on its way back |
+//! | `salts` | what keeps the cached prefixes of one key from another |
 //! | `unread` | answers to requests whose body nobody read |
 //! | `upstream` | connections to the workers |
 //! | `error` | the one form of every error |
@@ -19,8 +21,10 @@ mod ask;
 mod error;
 mod forward;
 mod guard;
+mod keys;
 mod models;
 mod passing;
+mod salts;
 mod serve;
 mod unread;
 mod upstream;
@@ -38,16 +42,18 @@ use tokio_util::sync::CancellationToken;
 use crate::api::Name;
 use crate::config::{Limits, ServerConfig};
 use crate::metrics::Metrics;
+use crate::shelf::Caller;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use ask::Ask;
 pub(crate) use ask::read_body;
 pub use error::{ApiError, ErrorBody, ErrorDetail};
-pub use guard::{KeyError, Keys};
+pub use keys::{KeyError, Keys};
 pub use models::Models;
 pub use serve::{bind, serve};
 
 pub(crate) use guard::Guard;
+use salts::Salts;
 use upstream::Lanes;
 pub(crate) use upstream::probe;
 
@@ -84,6 +90,7 @@ pub struct App {
     pub(crate) limits: Limits,
     pub(crate) settings: Settings,
     pub(crate) guard: Guard,
+    pub(crate) salts: Option<Salts>,
     pub(crate) lanes: Arc<Lanes>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) watchers: Arc<Semaphore>,
@@ -106,6 +113,7 @@ impl App {
             limits: config.limits,
             settings,
             guard: Guard::new(config, keys),
+            salts: config.separate_keys.then(Salts::new),
             lanes: Arc::default(),
             watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
             ending: CancellationToken::new(),
@@ -133,9 +141,9 @@ impl App {
     }
 
     /// Counts a refusal and gives it its form.
-    pub(crate) fn refused(&self, model: Option<&str>, error: ApiError) -> Response {
+    pub(crate) fn refused(&self, model: Option<&str>, caller: &Caller, error: ApiError) -> Response {
         tracing::debug!(model, status = error.status.as_u16(), message = error.message, "refused");
-        self.metrics.request(model.unwrap_or(""), error.status);
+        self.metrics.request(model.unwrap_or(""), caller, error.status);
         error.into_response()
     }
 }

@@ -7,13 +7,19 @@ use std::time::Instant;
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
-use crate::shelf::{Reloaded, Report, Route, RouteError, ShelfError};
+use crate::shelf::{Caller, Reloaded, Report, Route, RouteError, ShelfError};
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 /// The models, seen from the outside. [`crate::shelf::Shelf`] is the real one.
 pub trait Models: Debug + Send + Sync + 'static {
-    /// The way to `model`, once it is awake. Dropping the future gives the place in the queue up.
-    fn route<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Route, RouteError>>;
+    /// The way to `model` for a request of `caller`, once it is awake and its turn has come. Dropping the future gives the
+    /// place in the queue up.
+    fn route<'a>(
+        &'a self,
+        model: &'a str,
+        caller: &'a Caller,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Route, RouteError>>;
 
     /// Brings a model's weights to the device.
     fn wake<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Report, ShelfError>>;
@@ -41,8 +47,11 @@ pub trait Models: Debug + Send + Sync + 'static {
     /// Whether there is a model of that name whose requests must be of OpenAI's form.
     fn is_strict(&self, model: &str) -> bool;
 
-    /// How far a model that is waited for is, in a few words, such as `"waking, 45 %"`.
-    fn progress(&self, model: &str) -> Option<String>;
+    /// Whether a model of that name is awake now.
+    fn is_awake(&self, model: &str) -> bool;
+
+    /// How far a model that `caller` waits for is, in a few words, such as `"waking, 45 %"`.
+    fn progress(&self, model: &str, caller: &Caller) -> Option<String>;
 
     /// Reads the configuration again; only what changed is touched.
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>>;

@@ -39,6 +39,23 @@ pub enum RouteError {
         /// When it may be worth asking again.
         retry_after: Duration,
     },
+    /// Too many requests of one key wait already, and others are to find room (429).
+    #[error(
+        "{parked} requests of key {key:?} wait for model {model:?} already, and it may have no more while {left} places are \
+         left for all"
+    )]
+    KeyFull {
+        /// Which.
+        model: String,
+        /// The key's name.
+        key: String,
+        /// How many of its requests wait.
+        parked: usize,
+        /// Places that are left in the model's queue.
+        left: usize,
+        /// When it may be worth asking again.
+        retry_after: Duration,
+    },
     /// The model was not there before the request's deadline (504).
     #[error("model {model:?} was not there within {:.1} s: {reason}", waited.as_secs_f64())]
     Deadline {

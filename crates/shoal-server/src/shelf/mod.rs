@@ -8,6 +8,7 @@
 //! When the last handle is dropped, the workers end with it. When the process dies, they wait for another server, which
 //! finds them by the journal (`survivors`).
 
+mod caller;
 mod error;
 mod host_pool;
 mod models;
@@ -33,6 +34,7 @@ use crate::control::Listener;
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
 use crate::supervisor::Journal;
 
+pub use caller::Caller;
 pub use error::{RouteError, ShelfError};
 use host_pool::HostPool;
 pub use reload::Reloaded;
@@ -96,7 +98,8 @@ impl Shared {
         deadline: Instant,
     ) -> Result<Reached, RouteError> {
         let deadline_ms = self.at_ms(deadline);
-        let begun = self.with(|core, now_ms| core.handle_wanted(model, wanted, now_ms, deadline_ms))?;
+        let begun =
+            self.with(|core, now_ms| core.handle_wanted(model, wanted.clone(), now_ms, deadline_ms))?;
         let asked = Instant::now();
         let (place, ticket, answer) = match begun {
             Begun::Reached(reached) => return Ok(reached),
@@ -212,10 +215,16 @@ impl Shelf {
             .with(|core, _| core.by_name.get(model).is_some_and(|place| !core.models[*place].is_rigid()))
     }
 
-    /// How far a model that is waited for is, in a few words; none where there is nothing to say.
+    /// Whether a model of that name is awake now.
     #[must_use]
-    pub fn progress(&self, model: &str) -> Option<String> {
-        self.shared().with(|core, _| core.progress_of(*core.by_name.get(model)?))
+    pub fn is_awake(&self, model: &str) -> bool {
+        self.shared().with(|core, _| core.by_name.get(model).is_some_and(|place| core.models[*place].is_up()))
+    }
+
+    /// How far a model that `caller` waits for is, in a few words; none where there is nothing to say.
+    #[must_use]
+    pub fn progress(&self, model: &str, caller: &Caller) -> Option<String> {
+        self.shared().with(|core, _| core.progress_of(*core.by_name.get(model)?, caller))
     }
 
     /// Events from now on.
@@ -232,15 +241,29 @@ impl Shelf {
         self.shared().with(|core, _| core.events.since(id))
     }
 
-    /// The way of one request to `model`. At once where it is awake; else the request is parked, one wake for all of
-    /// them. Dropping the future gives the place in the queue up.
+    /// [`Shelf::route_for`] one who shows no key.
     ///
     /// # Errors
     /// [`RouteError`].
     pub async fn route(&self, model: &str, deadline: Instant) -> Result<Route, RouteError> {
-        let reached = self.reach(model, Wanted::Route, deadline).await?;
+        self.route_for(model, &Caller::default(), deadline).await
+    }
+
+    /// The way of one request of `caller` to `model`. At once where it is awake and has a place for it; else the request
+    /// is parked, one wake for all of them, and its turn comes as is fair to all callers. Dropping the future gives the place
+    /// in the queue up.
+    ///
+    /// # Errors
+    /// [`RouteError`].
+    pub async fn route_for(
+        &self,
+        model: &str,
+        caller: &Caller,
+        deadline: Instant,
+    ) -> Result<Route, RouteError> {
+        let reached = self.reach(model, Wanted::Route(caller.clone()), deadline).await?;
         let waited = Duration::from_millis(reached.waited_ms);
-        let sink = Arc::new(tasks::Sink::new(Arc::clone(self.shared()), reached.place));
+        let sink = Arc::new(tasks::Sink::new(Arc::clone(self.shared()), reached.place, caller.clone()));
         Ok(Route::new(reached.target, waited, reached.was_asleep, Some(sink)))
     }
 
@@ -260,7 +283,7 @@ impl Shelf {
             RouteError::Failed { reason, .. } => refused(reason),
             RouteError::Deadline { model, waited, reason } => ShelfError::Deadline { model, waited, reason },
             RouteError::ShuttingDown => ShelfError::ShuttingDown,
-            full @ RouteError::Full { .. } => refused(full.to_string()),
+            full @ (RouteError::Full { .. } | RouteError::KeyFull { .. }) => refused(full.to_string()),
         })?;
         let summary = if reached.was_asleep { "it was woken" } else { "it was awake" }.to_owned();
         let (bytes, copied) = reached.brought;

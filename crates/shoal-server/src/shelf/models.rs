@@ -6,13 +6,18 @@ use std::time::Instant;
 use futures_util::future::{BoxFuture, FutureExt};
 use tokio::sync::broadcast;
 
-use super::{Reloaded, Report, Route, RouteError, Shelf, ShelfError};
+use super::{Caller, Reloaded, Report, Route, RouteError, Shelf, ShelfError};
 use crate::gateway::Models;
 use crate::state::{Event, Missed, ShelfSnapshot, Why};
 
 impl Models for Shelf {
-    fn route<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Route, RouteError>> {
-        Self::route(self, model, deadline).boxed()
+    fn route<'a>(
+        &'a self,
+        model: &'a str,
+        caller: &'a Caller,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Route, RouteError>> {
+        self.route_for(model, caller, deadline).boxed()
     }
 
     fn wake<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Report, ShelfError>> {
@@ -40,8 +45,12 @@ impl Models for Shelf {
         Self::is_strict(self, model)
     }
 
-    fn progress(&self, model: &str) -> Option<String> {
-        Self::progress(self, model)
+    fn is_awake(&self, model: &str) -> bool {
+        Self::is_awake(self, model)
+    }
+
+    fn progress(&self, model: &str, caller: &Caller) -> Option<String> {
+        Self::progress(self, model, caller)
     }
 
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {

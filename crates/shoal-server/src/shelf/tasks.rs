@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::host_pool::Lent;
 use super::survivors::{self, Found};
-use super::{RouteError, RouteSink, Shared, steward};
+use super::{Caller, RouteError, RouteSink, Shared, steward};
 use crate::broker::{Core, Reached, Wanted, millis};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
@@ -520,10 +520,12 @@ impl Drop for Waiting {
         self.answer.close();
         match self.answer.try_recv() {
             // Answered, and nobody took it: the request it stands for is over.
-            Ok(Ok(_)) if self.wanted == Wanted::Route => {
-                self.shared.with(|core, now_ms| core.handle_route_ended(self.place, now_ms));
+            Ok(Ok(_)) => {
+                if let Wanted::Route(caller) = &self.wanted {
+                    self.shared.with(|core, now_ms| core.handle_route_ended(self.place, caller, now_ms));
+                }
             }
-            Ok(_) => {}
+            Ok(Err(_)) => {}
             Err(oneshot::error::TryRecvError::Empty | oneshot::error::TryRecvError::Closed) => {
                 self.shared.with(|core, now_ms| core.handle_left(self.place, self.ticket, now_ms));
             }
@@ -536,11 +538,12 @@ impl Drop for Waiting {
 pub(super) struct Sink {
     shared: Arc<Shared>,
     place: usize,
+    caller: Caller,
 }
 
 impl Sink {
-    pub(super) const fn new(shared: Arc<Shared>, place: usize) -> Self {
-        Self { shared, place }
+    pub(super) const fn new(shared: Arc<Shared>, place: usize, caller: Caller) -> Self {
+        Self { shared, place, caller }
     }
 }
 
@@ -558,7 +561,7 @@ impl RouteSink for Sink {
     }
 
     fn ended(&self) {
-        self.shared.with(|core, now_ms| core.handle_route_ended(self.place, now_ms));
+        self.shared.with(|core, now_ms| core.handle_route_ended(self.place, &self.caller, now_ms));
     }
 }
 

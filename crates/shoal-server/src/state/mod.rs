@@ -14,8 +14,8 @@ mod words;
 pub use event::{Event, EventKind, SCHEMA_VERSION};
 pub use log::{EventLog, Missed};
 pub use snapshot::{
-    DeviceSnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus,
-    ShadowSnapshot, SharingSnapshot, ShelfSnapshot, StateSnapshot, ThrashSnapshot, TierSnapshot,
+    DeviceSnapshot, KeySnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot,
+    ModelStatus, ShadowSnapshot, SharingSnapshot, ShelfSnapshot, StateSnapshot, ThrashSnapshot, TierSnapshot,
     WaitingSnapshot,
 };
 pub use why::Why;

@@ -227,6 +227,12 @@ pub struct ModelSnapshot {
     pub thrash: ThrashSnapshot,
     /// Counters since the server started, and requests now.
     pub counts: ModelCounts,
+    /// The most requests that it answers at the same time; others wait for their turn.
+    #[serde(default)]
+    pub parallel_max: u32,
+    /// Whose these requests are, by the names of their keys.
+    #[serde(default)]
+    pub keys: Vec<KeySnapshot>,
     /// Time to the first byte of requests that found it awake.
     pub first_byte_awake: LatencySnapshot,
     /// Time to the first byte of requests that had to wait for it.
@@ -341,6 +347,22 @@ pub struct ModelCounts {
     pub leases_granted: u64,
     /// Lease requests denied.
     pub leases_denied: u64,
+}
+
+/// What one key has at a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct KeySnapshot {
+    /// The key's name, never the key; none where no key is wanted.
+    pub key: Option<String>,
+    /// Its requests being answered now.
+    pub active: u64,
+    /// Its requests that wait now.
+    pub parked: u64,
+    /// How long the first of those has waited (milliseconds).
+    pub waited_ms: u64,
+    /// Time at the model that it is charged with (milliseconds), to be compared with that of the others here: the next
+    /// place is for who has had least.
+    pub used_ms: u64,
 }
 
 /// A distribution of times, over the newest few hundred.

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use shoal_core::bytes::ByteCount;
 use shoal_server::config::{MachineMemory, ServerConfig, Surroundings, parse};
 use shoal_server::gateway::{App, Keys, Models, Settings, bind, serve};
-use shoal_server::shelf::{Reloaded, Report, Route, RouteError, RouteSink, ShelfError, Target};
+use shoal_server::shelf::{Caller, Reloaded, Report, Route, RouteError, RouteSink, ShelfError, Target};
 use shoal_server::state::{Event, EventKind, EventLog, Missed, ModelStatus, ShelfSnapshot, Why};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +34,8 @@ pub struct FakeModels {
     pub wake_time: Duration,
     pub log: Mutex<EventLog>,
     pub orders: Mutex<Vec<String>>,
+    /// Whose requests were routed, by the names of their keys.
+    pub callers: Mutex<Vec<Option<String>>>,
     pub sink: Arc<Seen>,
     pub routed: AtomicU64,
     pub waiting: Arc<AtomicU64>,
@@ -65,6 +67,7 @@ impl FakeModels {
             wake_time: Duration::from_millis(400),
             log: Mutex::new(EventLog::new(16)),
             orders: Mutex::default(),
+            callers: Mutex::default(),
             sink: Arc::default(),
             routed: AtomicU64::new(0),
             waiting: Arc::default(),
@@ -160,7 +163,13 @@ impl Drop for Waiting {
 }
 
 impl Models for FakeModels {
-    fn route<'a>(&'a self, model: &'a str, deadline: Instant) -> BoxFuture<'a, Result<Route, RouteError>> {
+    fn route<'a>(
+        &'a self,
+        model: &'a str,
+        caller: &'a Caller,
+        deadline: Instant,
+    ) -> BoxFuture<'a, Result<Route, RouteError>> {
+        self.callers.lock().push(caller.name().map(str::to_owned));
         self.find(model, deadline).boxed()
     }
     fn wake<'a>(&'a self, model: &'a str, _: Instant) -> BoxFuture<'a, Result<Report, ShelfError>> {
@@ -194,7 +203,10 @@ impl Models for FakeModels {
     fn is_strict(&self, model: &str) -> bool {
         NAMES.contains(&model)
     }
-    fn progress(&self, model: &str) -> Option<String> {
+    fn is_awake(&self, model: &str) -> bool {
+        model == "chat"
+    }
+    fn progress(&self, model: &str, _caller: &Caller) -> Option<String> {
         (model == "slow").then(|| "waking, 45 %\ndata: x".to_owned())
     }
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {
@@ -247,6 +259,8 @@ pub fn snapshot(last_event_id: u64, log: &Path) -> ShelfSnapshot {
 }
 
 pub const KEY: &str = "0123456789abcdef0123456789abcdef";
+/// Another one, with a name.
+pub const KEY_OF_ALICE: &str = "fedcba9876543210fedcba9876543210";
 
 /// A server on a free port of loopback; stops when dropped.
 #[derive(Debug)]
@@ -293,7 +307,7 @@ pub async fn start(models: Arc<FakeModels>, server: &str, with_keys: bool, setti
         parse(&text).and_then(|file| file.resolve(Path::new("/x.toml"), &surroundings)).expect("a good file");
     let keys = with_keys.then(|| {
         let file = models.dir.path().join("keys");
-        std::fs::write(&file, format!("{KEY}\n")).expect("written");
+        std::fs::write(&file, format!("{KEY}\nalice {KEY_OF_ALICE}\n")).expect("written");
         Keys::read(&file).expect("a key")
     });
     let listener = bind(config.listen).await.expect("a free port");
