@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use shoal_core::bytes::ByteCount;
 use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
 use shoal_server::shelf::{Caller, Route, RouteError, Shelf};
-use shoal_server::state::{KeySnapshot, ModelSnapshot, ModelStatus};
+use shoal_server::state::{Event, KeySnapshot, ModelSnapshot, ModelStatus};
 use tokio::sync::mpsc;
 
 fn model(parallel_max: u32, args: &[&str]) -> ModelConfig {
@@ -71,6 +71,15 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
         assert!(Instant::now() < deadline, "never came: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// What happened, for messages of failed tests.
+fn story(shelf: &Shelf) -> String {
+    let events = shelf.events_since(0).unwrap_or_default();
+    let told = |event: &Arc<Event>| {
+        format!("{} {} {}", event.at_ms % 100_000, event.model.as_deref().unwrap_or("-"), event.text)
+    };
+    events.iter().map(told).collect::<Vec<_>>().join("\n")
 }
 
 /// Clients that report when they have a place, and keep it until the report's route is dropped.
@@ -172,6 +181,8 @@ async fn one_key_does_not_fill_the_queue_for_others() {
     let error = shelf.route_for("chat", &key("dora"), soon()).await.expect_err("it is full");
     assert!(matches!(error, RouteError::Full { parked: 6, limit: 6, .. }), "{error:?}");
     assert_eq!(chat(&shelf).counts.requests_refused, 3);
+    // Time at the model is counted in milliseconds.
+    tokio::time::sleep(Duration::from_millis(20)).await;
     drop(place);
     let mut order = String::new();
     for _ in 0..6 {
@@ -255,11 +266,14 @@ async fn a_line_at_a_model_that_runs_does_not_make_it_older_than_those_that_cann
     let shelf = start_all(scratch.path(), 10, models.to_vec());
     let ask = |name: &'static str| {
         let shelf = shelf.clone();
-        tokio::spawn(async move { shelf.route(name, soon()).await.expect("its turn comes") })
+        tokio::spawn(async move {
+            let route = shelf.route(name, soon()).await;
+            route.unwrap_or_else(|error| panic!("{error}\n{}", story(&shelf)))
+        })
     };
     let parked = |name: &str| shelf.snapshot().model(name).expect("configured").counts.requests_parked;
     let place = shelf.route("chat", soon()).await.expect("routed");
-    let line = [ask("chat"), ask("chat")];
+    let line = [ask("chat"), ask("chat")].map(|asked| tokio::spawn(async move { asked.await.map(drop) }));
     until("a line", || parked("chat") == 2).await;
     let code = ask("code");
     until("code waits", || parked("code") == 1).await;
@@ -270,7 +284,7 @@ async fn a_line_at_a_model_that_runs_does_not_make_it_older_than_those_that_cann
     assert_eq!(chat(&shelf).counts.wakes, 1, "chat came back before docs came at all");
     drop((place, code, docs));
     for request in line {
-        drop(request.await.expect("it ran"));
+        request.await.expect("it ran").expect("its turn came");
     }
     shelf.shutdown(soon()).await;
 }
