@@ -35,6 +35,7 @@ NEVER = {
 HOMES = {
     "unsafe": (
         "shoal-device/",
+        "shoal-memory/src/disk/ring.rs",
         "shoal-python/src/buffer.rs",
         "shoal-python/src/dlpack.rs",
         "shoal-python/src/torch_hooks/",

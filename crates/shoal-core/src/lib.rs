@@ -14,6 +14,7 @@
 //! | [`slabs`] | which part of which slab of host memory is whose, and what moves so that a large part fits |
 //! | [`source`] | files that bytes can be read from again |
 //! | [`fair`] | whose request is next, of those that wait for one model |
+//! | [`store`] | blocks on a slower tier: names, bytes on disk, what goes where, what makes room |
 //! | [`kv`] | KV blocks: who owns them, which memory they need, what comes and goes |
 //! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
 //! | [`shares`] | how a budget that nobody gives back is divided |
@@ -36,4 +37,5 @@ pub mod residency;
 pub mod shares;
 pub mod slabs;
 pub mod source;
+pub mod store;
 pub mod tier;

@@ -39,6 +39,6 @@ pub use error::{DeviceError, ErrorKind};
 pub use fault::FaultDevice;
 pub use hash::{Hasher, hash_bytes};
 pub use owned::{
-    Event, Frame, HashTicket, HostBuffer, HostSlab, HostView, Mapping, Reservation, Span, Stream,
+    Event, Frame, HashTicket, HostBuffer, HostSlab, HostView, HostViewMut, Mapping, Reservation, Span, Stream,
 };
 pub use sim::{SimDevice, SimOptions};

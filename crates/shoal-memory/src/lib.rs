@@ -12,6 +12,8 @@
 //! | [`pool`] | frames that regions gave up and the next growth takes |
 //! | [`lease`] | who grants device bytes: [`LeaseSource`], [`LocalBudget`] |
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
+//! | [`store`] | [`Store`](store::Store): blocks by name, on whatever tier |
+//! | [`disk`] | [`DiskTier`](disk::DiskTier): blocks that outlive the process |
 //! | [`error`] | why something was not done |
 //!
 //! How locks nest: first the turn of restores, then the *gate* (I13: steps share it, evictions take it alone), then the *turn* (one operation changes
@@ -31,6 +33,7 @@ mod turn;
 mod turn_tests;
 
 pub mod broker;
+pub mod disk;
 pub mod error;
 pub mod guard;
 pub mod kv;
@@ -40,6 +43,7 @@ pub mod manager;
 pub mod pool;
 pub mod region;
 pub mod segments;
+pub mod store;
 pub mod transfer;
 
 pub use arena::HostUsage;

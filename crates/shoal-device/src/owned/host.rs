@@ -146,6 +146,44 @@ impl Drop for HostView {
     }
 }
 
+/// A range of a buffer that is written by whoever has this. Meanwhile everybody else is answered [`DeviceError::Busy`].
+pub struct HostViewMut {
+    buffer: Arc<HostBuffer>,
+    entry: Use,
+}
+
+impl fmt::Debug for HostViewMut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostViewMut").field("range", &self.entry).finish_non_exhaustive()
+    }
+}
+
+impl HostViewMut {
+    /// The bytes. They stay at their address for as long as this lives, wherever it moves.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        let (start, length) =
+            self.buffer.locate(ByteCount(self.entry.start), ByteCount(self.entry.end - self.entry.start));
+        // SAFETY: the range lies in this part of a live slab (checked when it was entered), which no other buffer has,
+        // and the entered use keeps everybody else away from it until the view drops.
+        unsafe { slice::from_raw_parts(start, length) }
+    }
+
+    /// The bytes, to be written.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        let (start, length) =
+            self.buffer.locate(ByteCount(self.entry.start), ByteCount(self.entry.end - self.entry.start));
+        // SAFETY: as in `as_slice`; this borrow of the view is the only one.
+        unsafe { slice::from_raw_parts_mut(start, length) }
+    }
+}
+
+impl Drop for HostViewMut {
+    fn drop(&mut self) {
+        self.buffer.leave(self.entry);
+    }
+}
+
 impl HostBuffer {
     /// Host memory of its own, zeroed, that the device can copy from and to; page-locked if that is allowed.
     ///
@@ -232,6 +270,19 @@ impl HostBuffer {
     pub fn view(self: &Arc<Self>, offset: ByteCount, bytes: ByteCount) -> Result<HostView, DeviceError> {
         let entry = self.enter(offset, bytes, false)?;
         Ok(HostView { buffer: Arc::clone(self), entry })
+    }
+
+    /// Lends a range for writing for as long as the answer lives (a disk fills it meanwhile).
+    ///
+    /// # Errors
+    /// As [`HostBuffer::write`].
+    pub fn view_mut(
+        self: &Arc<Self>,
+        offset: ByteCount,
+        bytes: ByteCount,
+    ) -> Result<HostViewMut, DeviceError> {
+        let entry = self.enter(offset, bytes, true)?;
+        Ok(HostViewMut { buffer: Arc::clone(self), entry })
     }
 
     /// Lends a range for writing, without a copy (to read a file into it).

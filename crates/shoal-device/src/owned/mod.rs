@@ -12,7 +12,7 @@
 //! | [`Mapping`] | map / unmap | reservation, frame |
 //! | [`HostSlab`] | allocate, lock / free | device |
 //! | [`HostBuffer`] | a part of a slab | slab |
-//! | [`HostView`] | a range of it that is read / written again | buffer |
+//! | [`HostView`], [`HostViewMut`] | a range of it that is read, that is written | buffer |
 //! | [`Stream`] | create / destroy | device |
 //! | [`Event`] | create + record / destroy | device |
 //!
@@ -27,7 +27,7 @@ mod stream;
 
 use std::sync::Arc;
 
-pub use host::{HostBuffer, HostView};
+pub use host::{HostBuffer, HostView, HostViewMut};
 pub use memory::{Frame, Mapping, Reservation};
 use shoal_core::bytes::ByteCount;
 pub use slab::HostSlab;

@@ -137,7 +137,9 @@ impl HostSlab {
         }
     }
 
-    pub(super) fn address(&self) -> u64 {
+    /// Where it lies in this process: what registers it elsewhere (`io_uring`) has to know, and to hold the slab meanwhile.
+    #[must_use]
+    pub fn address(&self) -> u64 {
         self.raw.0
     }
 

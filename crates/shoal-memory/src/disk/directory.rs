@@ -1,0 +1,307 @@
+//! The directory of one disk: whose it is, of which version, and that nobody else has it.
+//!
+//! Apart because it comes before the log, and because nothing here may be destroyed by mistake: a directory that is not
+//! plainly ours, of this version, and free, is refused and left as it is.
+//!
+//! ```text
+//! DIRECTORY/         0700
+//!   tier.json        format, segment length, the secret of all checksums; written once
+//!   lock             locked by the process that has the directory
+//!   log              the segments
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
+use shoal_core::store::format::{Secret, UNIT, VERSION};
+
+use super::error::DiskError;
+use super::file::LogFile;
+use super::medium::Medium;
+use super::ring::Ring;
+use super::threads::Threads;
+
+const MARKER: &str = "tier.json";
+const MARKER_NEW: &str = "tier.json.new";
+const LOCK: &str = "lock";
+const LOG: &str = "log";
+/// Longer is no marker.
+const MARKER_BYTES_MAX: u64 = 4096;
+
+/// How requests reach the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// `io_uring` where the kernel allows it, else threads.
+    #[default]
+    Auto,
+    /// Threads.
+    Threads,
+}
+
+/// A directory that is ours for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Directory {
+    path: PathBuf,
+    secret: Secret,
+    segment_bytes: u64,
+    _lock: File,
+}
+
+/// What the marker says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Marker {
+    secret: Secret,
+    segment_bytes: u64,
+}
+
+fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+    let path = path.to_owned();
+    move |error| DiskError::Io { doing, path, source: Arc::new(error) }
+}
+
+impl Directory {
+    /// Takes a directory, making it where there is none. `segment_bytes` counts for a new one only.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub(super) fn take(path: &Path, segment_bytes: u64) -> Result<Self, DiskError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(io_error("cannot make the directory", path))?;
+        // Looked at before the lock is made, so that what is not ours gets no file of ours.
+        let before = read_marker(path)?;
+        if before.is_none() {
+            check_empty(path)?;
+        }
+        let lock = lock(path)?;
+        let marker = match read_marker(path)? {
+            Some(marker) => marker,
+            None => write_marker(path, segment_bytes)?,
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            secret: marker.secret,
+            segment_bytes: marker.segment_bytes,
+            _lock: lock,
+        })
+    }
+
+    pub(super) fn secret(&self) -> Secret {
+        self.secret
+    }
+
+    pub(super) fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
+    }
+
+    /// The log, by the best means that this machine allows.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn medium(
+        &self,
+        engine: Engine,
+        depth: usize,
+        wants_direct: bool,
+    ) -> Result<Box<dyn Medium>, DiskError> {
+        let path = self.path.join(LOG);
+        let (file, reason) = LogFile::open(&path, wants_direct).map_err(io_error("cannot open", &path))?;
+        let mut reasons: Vec<String> = reason.into_iter().collect();
+        if engine == Engine::Auto {
+            match Ring::new(file.clone(), depth, reasons.clone()) {
+                Ok(ring) => return Ok(Box::new(ring)),
+                Err(error) => {
+                    reasons.push(format!("io_uring is not to be had ({error}), so threads read and write"));
+                }
+            }
+        }
+        let threads =
+            Threads::new(file, depth, reasons).map_err(io_error("cannot start threads for", &path))?;
+        Ok(Box::new(threads))
+    }
+}
+
+/// A random number.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn random() -> Result<u64, DiskError> {
+    let mut bytes = [0; 8];
+    getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|errno| {
+        io_error("cannot get a random number from", Path::new("the system"))(errno.into())
+    })?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn lock(path: &Path) -> Result<File, DiskError> {
+    let lock_path = path.join(LOCK);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&lock_path)
+        .map_err(io_error("cannot open", &lock_path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(DiskError::InUse { path: path.to_owned() }),
+        Err(errno) => Err(io_error("cannot lock", &lock_path)(errno.into())),
+    }
+}
+
+fn check_empty(path: &Path) -> Result<(), DiskError> {
+    let cannot_list = || io_error("cannot list", path);
+    for entry in fs::read_dir(path).map_err(cannot_list())? {
+        let name = entry.map_err(cannot_list())?.file_name();
+        // A disk that is formatted for this has the one folder.
+        if ![LOCK, MARKER_NEW, "lost+found"].iter().any(|ours| name == *ours) {
+            let entry = name.to_string_lossy().into_owned();
+            return Err(DiskError::Foreign { path: path.to_owned(), entry });
+        }
+    }
+    Ok(())
+}
+
+fn read_marker(path: &Path) -> Result<Option<Marker>, DiskError> {
+    let path_of_marker = path.join(MARKER);
+    let file = match File::open(&path_of_marker) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("cannot open", &path_of_marker)(error)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MARKER_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io_error("cannot read", &path_of_marker))?;
+    parse_marker(&bytes).map(Some).map_err(|problem| match problem {
+        MarkerProblem::OtherVersion(found) => {
+            DiskError::OtherVersion { path: path.to_owned(), found, ours: VERSION }
+        }
+        MarkerProblem::Damaged(reason) => {
+            DiskError::Damaged { path: path_of_marker, reason: reason.to_owned() }
+        }
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MarkerProblem {
+    OtherVersion(u64),
+    Damaged(&'static str),
+}
+
+fn parse_marker(bytes: &[u8]) -> Result<Marker, MarkerProblem> {
+    use MarkerProblem::Damaged;
+    let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|_| Damaged("it is not JSON"))?;
+    let format = value["format"].as_u64().ok_or(Damaged("it has no format"))?;
+    if format != u64::from(VERSION) {
+        return Err(MarkerProblem::OtherVersion(format));
+    }
+    let segment_bytes = value["segment_bytes"].as_u64().ok_or(Damaged("it has no segment_bytes"))?;
+    let secret = value["secret"].as_str().and_then(|text| u128::from_str_radix(text, 16).ok());
+    let secret = Secret(secret.ok_or(Damaged("it has no secret"))?);
+    if segment_bytes < 16 * UNIT || segment_bytes % UNIT != 0 || segment_bytes > 1 << 40 {
+        return Err(Damaged("its segment_bytes are impossible"));
+    }
+    Ok(Marker { secret, segment_bytes })
+}
+
+fn write_marker(path: &Path, segment_bytes: u64) -> Result<Marker, DiskError> {
+    let (new, marker) = (path.join(MARKER_NEW), path.join(MARKER));
+    let mut random = [0; 16];
+    getrandom(&mut random, GetRandomFlags::empty())
+        .map_err(|errno| io_error("cannot make a secret for", path)(errno.into()))?;
+    let secret = Secret(u128::from_le_bytes(random));
+    let value = serde_json::json!({
+        "format": VERSION,
+        "segment_bytes": segment_bytes,
+        "secret": format!("{:032x}", secret.0),
+        "about": "the disk tier of shoal: KV cache that can be computed again",
+    });
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .map_err(io_error("cannot make", &new))?;
+    file.write_all(format!("{value:#}\n").as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(io_error("cannot write", &new))?;
+    fs::rename(&new, &marker).map_err(io_error("cannot name", &marker))?;
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(io_error("cannot write out", path))?;
+    Ok(Marker { secret, segment_bytes })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const SEGMENT: u64 = 1 << 20;
+
+    #[test]
+    fn a_directory_is_made_once_and_had_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b");
+        let directory = Directory::take(&path, SEGMENT).unwrap();
+        let secret = directory.secret();
+        assert!(matches!(Directory::take(&path, SEGMENT), Err(DiskError::InUse { .. })));
+        drop(directory);
+        let directory = Directory::take(&path, 2 * SEGMENT).unwrap();
+        assert!(directory.secret() == secret && directory.segment_bytes() == SEGMENT, "as it was made");
+        directory.medium(Engine::Auto, 4, true).unwrap();
+        let mode = |name: &str| fs::metadata(path.join(name)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode("."), 0o700);
+        for name in [MARKER, LOCK, LOG] {
+            assert_eq!(mode(name), 0o600, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_ours_stays_as_it_is() {
+        type Case = (&'static str, &'static [u8], fn(&DiskError) -> bool);
+        let cases: [Case; 5] = [
+            ("tier.json", br#"{"format": 2, "what": "ever"}"#, |error| {
+                matches!(error, DiskError::OtherVersion { found: 2, .. })
+            }),
+            ("tier.json", b"{", |error| matches!(error, DiskError::Damaged { .. })),
+            ("tier.json", br#"{"format": 1, "segment_bytes": 5, "secret": "ff"}"#, |error| {
+                matches!(error, DiskError::Damaged { .. })
+            }),
+            ("tier.json", br#"{"format": 1, "segment_bytes": 1048576, "secret": "x"}"#, |error| {
+                matches!(error, DiskError::Damaged { .. })
+            }),
+            ("diary.txt", b"mine", |error| matches!(error, DiskError::Foreign { .. })),
+        ];
+        for (name, bytes, is_right) in cases {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join(name), bytes).unwrap();
+            let error = Directory::take(folder.path(), SEGMENT).unwrap_err();
+            assert!(is_right(&error) && !error.is_passing(), "{error}");
+            let names: Vec<_> =
+                fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(names, [name], "nothing was added");
+            assert_eq!(fs::read(folder.path().join(name)).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn a_start_that_was_cut_short_is_no_obstacle() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(MARKER_NEW), b"{").unwrap();
+        fs::write(folder.path().join(LOCK), b"").unwrap();
+        Directory::take(folder.path(), SEGMENT).unwrap();
+    }
+}

@@ -1,0 +1,89 @@
+//! Why a directory is no disk tier.
+//!
+//! Apart from [`crate::MemoryError`]: these are told to whoever configures, before anything is served.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use shoal_core::bytes::ByteCount;
+
+/// Why a disk tier was not opened. Whatever lies in the directory is as it was.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// Another process has it.
+    #[error("{} is the disk tier of another process; give each server a directory of its own", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Another version of Shoal made it.
+    #[error(
+        "{} was made by another version (format {found}, this one has {ours}); it was left as it is: remove it, or \
+         give another directory",
+        path.display()
+    )]
+    OtherVersion {
+        /// The directory.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+        /// Ours.
+        ours: u32,
+    },
+    /// Something else lies there.
+    #[error("{} holds {entry:?}, which is no disk tier's; give an empty directory", path.display())]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// What was found.
+        entry: String,
+    },
+    /// What describes the directory cannot be read.
+    #[error("{} is damaged ({reason}); it was left as it is: remove it to start anew", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// In which way.
+        reason: String,
+    },
+    /// The options make no tier.
+    #[error("disk {}: {reason}", path.display())]
+    Options {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// The cap leaves no room for two segments.
+    #[error(
+        "disk {}: {bytes} is too little: at least {bytes_min}, two segments", path.display()
+    )]
+    TooSmall {
+        /// The directory.
+        path: PathBuf,
+        /// The cap.
+        bytes: ByteCount,
+        /// The least.
+        bytes_min: ByteCount,
+    },
+    /// The system refused. The disk is set aside and tried again.
+    #[error("{doing} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// What the system said.
+        source: Arc<io::Error>,
+    },
+}
+
+impl DiskError {
+    /// Whether it is worth another try without anybody changing anything.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Io { .. })
+    }
+}

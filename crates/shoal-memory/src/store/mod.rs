@@ -1,0 +1,137 @@
+//! What every tier below the device keeps blocks behind: put, get, contains, remove, by name.
+//!
+//! Apart because host, disk and remote tiers are one thing to whoever demotes and restores blocks. All calls come back at
+//! once with a [`Ticket`]; queues have bounds and every ticket has a deadline (I10). What a tier gives is what was put, or
+//! nothing: an error of a tier is a [`Miss`] (I8). Bytes never change under a name, so putting what is there already is
+//! done at once, and nothing has to be invalidated.
+
+mod buffer;
+mod ticket;
+
+use std::fmt;
+use std::time::Duration;
+
+pub use buffer::{Aligned, Buffer};
+pub use shoal_core::store::admission::{AdmissionRule, Candidate, Verdict};
+pub use shoal_core::store::key::{Fingerprint, StoreKey};
+pub(crate) use ticket::Promise;
+pub use ticket::Ticket;
+
+/// Why a block was not served, or not kept.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Miss {
+    /// The tier does not have it.
+    #[error("not here")]
+    Absent,
+    /// What was read is not what was put; it was dropped.
+    #[error("damaged where it lay, and dropped")]
+    Corrupt,
+    /// It is encrypted, and with another key or there is none.
+    #[error("encrypted with a key that is not here")]
+    Locked,
+    /// The disk, or whatever holds it, failed.
+    #[error("{doing}: {reason}")]
+    Failed {
+        /// What was being done.
+        doing: &'static str,
+        /// What the system said.
+        reason: String,
+    },
+    /// Not in time.
+    #[error("not within its deadline")]
+    Deadline,
+    /// The one who asked asked no more.
+    #[error("cancelled")]
+    Cancelled,
+    /// More is waiting than the tier keeps in its queue.
+    #[error("{waiting} requests are waiting already")]
+    Busy {
+        /// How many.
+        waiting: usize,
+    },
+    /// The tier has no room, and nothing in it can make room.
+    #[error("no room: {reason}")]
+    NoRoom {
+        /// Why.
+        reason: String,
+    },
+    /// Longer than a block of this tier may be, or than the memory it is to be read to.
+    #[error("{bytes} bytes, and at most {bytes_max} fit")]
+    TooLong {
+        /// Its length.
+        bytes: u64,
+        /// What fits.
+        bytes_max: u64,
+    },
+    /// The disk failed too often and is left alone for now, or was never usable.
+    #[error("set aside: {reason}")]
+    Aside {
+        /// Why.
+        reason: String,
+    },
+    /// The tier is closed.
+    #[error("closed")]
+    Closed,
+}
+
+/// What became of a put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// It is there now.
+    Written,
+    /// It was there, or somebody else's put of it is done.
+    Already,
+}
+
+/// A block that was read and verified.
+#[derive(Debug)]
+pub struct Fetched {
+    /// The memory that was given for it; the block is its first `bytes`.
+    pub buffer: Buffer,
+    /// The block's length.
+    pub bytes: usize,
+}
+
+impl Fetched {
+    /// The block.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        self.buffer.as_slice().get(..self.bytes).unwrap_or_default()
+    }
+}
+
+/// What is known of a block that is offered to a tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Its length.
+    pub bytes: u64,
+    /// What computing it again would take, where that is known.
+    pub recompute_us: Option<u64>,
+}
+
+/// A tier that keeps blocks by name.
+pub trait Store: fmt::Debug + Send + Sync {
+    /// What it is called in logs and figures.
+    fn name(&self) -> &str;
+
+    /// Whether it has the block, as far as it knows without reading: a [`Store::get`] may still miss.
+    fn contains(&self, key: &StoreKey) -> bool;
+
+    /// Notes that the block was seen, and says whether it is worth a [`Store::put`]. The answer binds nobody.
+    fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict;
+
+    /// Keeps `bytes`, the first of `source`, which is given back (dropped) when they are written or given up.
+    fn put(&self, key: StoreKey, source: Buffer, bytes: usize, deadline: Duration) -> Ticket<Stored>;
+
+    /// Reads a block to `target`, verified. Where the ticket ends as a miss, the memory is dropped as soon as no transfer
+    /// touches it any more.
+    fn get(&self, key: StoreKey, target: Buffer, deadline: Duration) -> Ticket<Fetched>;
+
+    /// Forgets a block: from now on it is not served, and once the ticket is done not after a restart either. Whether there
+    /// was one.
+    fn remove(&self, key: StoreKey, deadline: Duration) -> Ticket<bool>;
+
+    /// Writes out what was put before, past every cache of the system.
+    fn flush(&self, deadline: Duration) -> Ticket<()>;
+}

@@ -1,0 +1,137 @@
+//! An answer that comes later.
+//!
+//! Apart because it is the one place where a caller waits for a tier: always with a deadline (I10). A promise that is
+//! dropped answers too, so nobody waits for what nobody will do.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::Miss;
+
+#[derive(Debug)]
+struct Shared<T> {
+    answer: Mutex<Option<Result<T, Miss>>>,
+    arrived: Condvar,
+    is_done: AtomicBool,
+    is_cancelled: AtomicBool,
+    deadline: Instant,
+}
+
+/// The caller's end: what was asked for, or why not.
+#[derive(Debug)]
+pub struct Ticket<T>(Arc<Shared<T>>);
+
+/// The tier's end.
+#[derive(Debug)]
+pub(crate) struct Promise<T>(Option<Arc<Shared<T>>>);
+
+impl<T> Ticket<T> {
+    /// A ticket with a deadline from now, and the promise that answers it.
+    pub(crate) fn new(deadline: Duration) -> (Self, Promise<T>) {
+        let now = Instant::now();
+        let shared = Arc::new(Shared {
+            answer: Mutex::new(None),
+            arrived: Condvar::new(),
+            is_done: AtomicBool::new(false),
+            is_cancelled: AtomicBool::new(false),
+            deadline: now.checked_add(deadline).unwrap_or(now + Duration::from_hours(24)),
+        });
+        (Self(Arc::clone(&shared)), Promise(Some(shared)))
+    }
+
+    /// A ticket that is answered already.
+    #[must_use]
+    pub fn ready(answer: Result<T, Miss>) -> Self {
+        let (ticket, promise) = Self::new(Duration::ZERO);
+        promise.answer(answer);
+        ticket
+    }
+
+    /// Waits for the answer, until the deadline at most.
+    ///
+    /// # Errors
+    /// Why there is none. After [`Miss::Deadline`] a transfer may still be under way; it has its memory to itself.
+    pub fn wait(self) -> Result<T, Miss> {
+        let mut answer = self.0.answer.lock();
+        while answer.is_none() {
+            if self.0.arrived.wait_until(&mut answer, self.0.deadline).timed_out() && answer.is_none() {
+                self.0.is_cancelled.store(true, Ordering::Relaxed);
+                return Err(Miss::Deadline);
+            }
+        }
+        answer.take().unwrap_or(Err(Miss::Closed))
+    }
+
+    /// Whether [`Ticket::wait`] would come back at once.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.0.is_done.load(Ordering::Acquire)
+    }
+
+    /// Asks no more: what has not begun does not begin, and what is read arrives nowhere.
+    pub fn cancel(&self) {
+        self.0.is_cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+impl<T> Promise<T> {
+    /// Answers. After the first time nothing happens.
+    pub(crate) fn answer(mut self, answer: Result<T, Miss>) {
+        self.give(answer);
+    }
+
+    fn give(&mut self, answer: Result<T, Miss>) {
+        if let Some(shared) = self.0.take() {
+            // Whoever wakes takes the answer; one that nobody waits for is dropped with the ticket.
+            *shared.answer.lock() = Some(answer);
+            shared.is_done.store(true, Ordering::Release);
+            shared.arrived.notify_all();
+        }
+    }
+
+    /// Whether nobody wants the answer any more.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.as_ref().is_none_or(|shared| shared.is_cancelled.load(Ordering::Relaxed))
+    }
+
+    /// Until when the caller waits.
+    pub(crate) fn deadline(&self) -> Instant {
+        self.0.as_ref().map_or_else(Instant::now, |shared| shared.deadline)
+    }
+}
+
+impl<T> Drop for Promise<T> {
+    fn drop(&mut self) {
+        self.give(Err(Miss::Closed));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_ticket_is_answered() {
+        let (ticket, promise) = Ticket::new(Duration::from_mins(1));
+        assert!(!ticket.is_done());
+        promise.answer(Ok(7));
+        assert!(ticket.is_done());
+        assert_eq!(ticket.wait(), Ok(7));
+
+        let (ticket, promise) = Ticket::<u32>::new(Duration::from_mins(1));
+        drop(promise);
+        assert_eq!(ticket.wait(), Err(Miss::Closed));
+
+        let (ticket, promise) = Ticket::<u32>::new(Duration::ZERO);
+        assert_eq!(ticket.wait(), Err(Miss::Deadline));
+        assert!(promise.is_cancelled(), "nobody waits any more");
+
+        let (ticket, promise) = Ticket::<u32>::new(Duration::from_mins(1));
+        ticket.cancel();
+        assert!(promise.is_cancelled());
+        assert_eq!(Ticket::<u32>::ready(Err(Miss::Absent)).wait(), Err(Miss::Absent));
+    }
+}
