@@ -30,8 +30,11 @@ def lines(answer: httpx.Response) -> Iterator[str]:
             yield line.decode().rstrip("\r")
 
 
-def stream(client: httpx.Client, url: str, model: str, prompt: str, tokens: int) -> Timed:
-    """Complete one prompt greedily, streamed; a refusal is a result too (its status says so)."""
+def stream(client: httpx.Client, url: str, model: str, prompt: str, tokens: int, *, salt: str | None = None) -> Timed:
+    """Complete one prompt greedily, streamed; a refusal is a result too (its status says so).
+
+    With a `salt` that is new each time nothing of the prompt is found in the prefix cache.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -40,6 +43,8 @@ def stream(client: httpx.Client, url: str, model: str, prompt: str, tokens: int)
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if salt is not None:
+        body["cache_salt"] = salt
     start = time.perf_counter()
     first, count, text = 0.0, 0, ""
     with client.stream("POST", url, json=body) as answer:

@@ -49,7 +49,7 @@ impl Dice {
 
 /// Every fourth history has two models that stand apart, every fourth preloads, every fourth has another policy and one
 /// that watches.
-fn config(seed: u64) -> ServerConfig {
+pub(super) fn config(seed: u64) -> ServerConfig {
     let mut models: Vec<ModelConfig> =
         (0..MODELS).map(|n| ModelConfig::new(format!("m{n}"), "/none")).collect();
     let mut sharing = Sharing::default();

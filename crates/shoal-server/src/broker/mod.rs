@@ -23,6 +23,8 @@ mod reload;
 mod requests;
 mod settle;
 mod show;
+#[cfg(test)]
+mod turn_tests;
 mod why;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -146,6 +146,8 @@ pub(crate) struct Record {
     pub(crate) could_run: bool,
     /// When it could last run one and then could not any more.
     pub(crate) ran_until_ms: u64,
+    /// What that was before a turn began without KV, which ends if it asks for some after all.
+    pub(crate) wanted_before_ms: Option<u64>,
     pub(crate) rising_until_ms: Option<u64>,
     /// How soon a request has lately followed the end of the one before.
     pub(crate) pause_ms: Option<u64>,
@@ -217,6 +219,7 @@ impl Record {
             wanting_since_ms: None,
             could_run: false,
             ran_until_ms: 0,
+            wanted_before_ms: None,
             rising_until_ms: None,
             pause_ms: None,
             idle_since_ms: None,

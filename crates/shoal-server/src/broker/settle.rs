@@ -106,15 +106,22 @@ impl Core {
         let whole = held >= model.weights_total && !held.is_zero();
         let has_kv = kv_held >= model.kv_min();
         if !whole {
-            model.turn_since_ms = None;
+            (model.turn_since_ms, model.wanted_before_ms) = (None, None);
         } else if model.cycle.loaded() && model.is_busy() {
             // Waiting for the first KV is no part of a turn; one that runs and never asks for any has its turn too.
             match model.turn_since_ms {
-                None if has_kv || !asks => (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), has_kv),
+                None if has_kv || !asks => {
+                    (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), has_kv);
+                    model.wanted_before_ms = model.wanting_since_ms.filter(|_| !has_kv);
+                }
                 Some(_) if !model.turn_had_kv && has_kv => {
                     (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), true);
+                    model.wanted_before_ms = None;
                 }
-                Some(_) if !model.turn_had_kv && asks => model.turn_since_ms = None,
+                // It is as old as before: else whoever began to want after it would take what it was just given.
+                Some(_) if !model.turn_had_kv && asks => {
+                    (model.turn_since_ms, model.wanting_since_ms) = (None, model.wanted_before_ms.take());
+                }
                 _ => {}
             }
         }

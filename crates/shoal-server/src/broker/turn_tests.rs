@@ -1,0 +1,120 @@
+//! The moment between a model's return and its first KV, on the core alone.
+
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerUsage};
+use tokio::sync::mpsc;
+
+use super::histories::config;
+use super::{Begun, Core, Timing, Wanted};
+
+const WEIGHTS: ByteCount = ByteCount::mib(60);
+const KV: ByteCount = ByteCount::mib(16);
+
+/// The core with workers that are ready, and what each was told.
+struct Bench {
+    core: Core,
+    heard: Vec<mpsc::Receiver<FromServer>>,
+    requests: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let mut core = Core::new(Arc::new(config(0)), Timing::default(), 1_000_000, None);
+        core.handle_timer(0);
+        let mut heard = Vec::new();
+        for (place, pid) in [100, 101].into_iter().enumerate() {
+            assert!(
+                Arc::clone(&core.models[place].start).notified().now_or_never().is_some(),
+                "it is to start"
+            );
+            core.handle_started(place, pid, 0);
+            let (sender, receiver) = mpsc::channel(64);
+            core.handle_greeted(&format!("m{place}"), pid, sender, None, 0).expect("it is expected");
+            heard.push(receiver);
+            let capabilities = WorkerCapabilities {
+                weights_bytes: WEIGHTS,
+                kv_bytes_min: KV,
+                ..WorkerCapabilities::default()
+            };
+            core.handle_message(place, pid, FromWorker::Ready { capabilities }, 0);
+        }
+        Self { core, heard, requests: 0 }
+    }
+
+    fn say(&mut self, place: usize, message: FromWorker, now_ms: u64) {
+        let pid = self.core.models[place].pid.expect("it runs");
+        self.core.handle_message(place, pid, message, now_ms);
+    }
+
+    fn told(&mut self, place: usize) -> Vec<FromServer> {
+        std::iter::from_fn(|| self.heard[place].try_recv().ok()).collect()
+    }
+
+    fn request(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
+        self.requests += 1;
+        let (request, reason) = (self.requests, "a test".to_owned());
+        let said =
+            FromWorker::LeaseRequest { request, kind, bytes, bytes_min: bytes, deadline_ms: 5_000, reason };
+        self.say(place, said, now_ms);
+    }
+
+    fn done(&mut self, place: usize, order: u64, bytes: ByteCount, now_ms: u64) {
+        let said =
+            FromWorker::OrderDone { order, bytes, copied: ByteCount::ZERO, duration_us: 1, error: None };
+        self.say(place, said, now_ms);
+    }
+
+    fn usage(&mut self, place: usize, weights: ByteCount, now_ms: u64) {
+        let usage = WorkerUsage { weights_device: weights, weights_total: WEIGHTS, ..WorkerUsage::default() };
+        self.say(place, FromWorker::Usage { usage }, now_ms);
+    }
+
+    /// A client waits for a model, whose worker asks for what is missing of its weights; the number of that wake.
+    fn wanted(&mut self, place: usize, missing: ByteCount, now_ms: u64) -> u64 {
+        let begun =
+            self.core.handle_wanted(&format!("m{place}"), Wanted::Route, now_ms, 60_000).expect("parked");
+        assert!(matches!(begun, Begun::Parked { .. }), "it sleeps");
+        std::mem::forget(begun);
+        let wake = self.told(place).into_iter().find_map(|said| match said {
+            FromServer::Wake { order, .. } => Some(order),
+            _ => None,
+        });
+        self.request(place, LeaseKind::Weights, missing, now_ms);
+        wake.expect("it is woken")
+    }
+}
+
+#[test]
+fn who_asks_for_its_first_kv_is_as_old_as_its_wake() {
+    let mut bench = Bench::new();
+    // The second has been here, and 28 MiB of it are left.
+    let wake = bench.wanted(1, WEIGHTS, 10);
+    bench.usage(1, WEIGHTS, 20);
+    bench.done(1, wake, WEIGHTS, 20);
+    bench.core.handle_route_ended(1, 30);
+    bench.core.handle_sleep("m1", 28.0 / 60.0, 40).expect("it is idle");
+    let Some(FromServer::Reclaim { order, bytes, .. }) =
+        bench.told(1).into_iter().find(|said| matches!(said, FromServer::Reclaim { .. }))
+    else {
+        panic!("it is asked for the rest")
+    };
+    assert_eq!(bytes, ByteCount::mib(32));
+    bench.usage(1, ByteCount::mib(28), 50);
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 50);
+    bench.done(1, order, bytes, 50);
+
+    // The first comes back; meanwhile somebody wants the second, which waits for the first's turn to end.
+    let wake = bench.wanted(0, WEIGHTS, 100);
+    bench.wanted(1, ByteCount::mib(32), 110);
+    bench.usage(0, WEIGHTS, 120);
+    bench.done(0, wake, WEIGHTS, 120);
+    bench.request(0, LeaseKind::Kv, KV, 122);
+    let orders = |told: Vec<FromServer>| {
+        told.into_iter().filter(|said| matches!(said, FromServer::Reclaim { .. })).collect::<Vec<_>>()
+    };
+    assert!(orders(bench.told(0)).is_empty(), "what it was given just now is not taken by who came later");
+    assert_eq!(orders(bench.told(1)).len(), 1, "who came later gives what the first lacks of its KV");
+}
