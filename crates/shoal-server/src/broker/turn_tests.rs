@@ -9,9 +9,14 @@ use tokio::sync::mpsc;
 
 use super::histories::config;
 use super::{Begun, Core, Timing, Wanted};
+use crate::shelf::Caller;
 
 const WEIGHTS: ByteCount = ByteCount::mib(60);
 const KV: ByteCount = ByteCount::mib(16);
+
+fn caller() -> Caller {
+    Caller::new("alice", false)
+}
 
 /// The core with workers that are ready, and what each was told.
 struct Bench {
@@ -74,8 +79,10 @@ impl Bench {
 
     /// A client waits for a model, whose worker asks for what is missing of its weights; the number of that wake.
     fn wanted(&mut self, place: usize, missing: ByteCount, now_ms: u64) -> u64 {
-        let begun =
-            self.core.handle_wanted(&format!("m{place}"), Wanted::Route, now_ms, 60_000).expect("parked");
+        let begun = self
+            .core
+            .handle_wanted(&format!("m{place}"), Wanted::Route(caller()), now_ms, 60_000)
+            .expect("parked");
         assert!(matches!(begun, Begun::Parked { .. }), "it sleeps");
         std::mem::forget(begun);
         let wake = self.told(place).into_iter().find_map(|said| match said {
@@ -94,7 +101,7 @@ fn who_asks_for_its_first_kv_is_as_old_as_its_wake() {
     let wake = bench.wanted(1, WEIGHTS, 10);
     bench.usage(1, WEIGHTS, 20);
     bench.done(1, wake, WEIGHTS, 20);
-    bench.core.handle_route_ended(1, 30);
+    bench.core.handle_route_ended(1, &caller(), 30);
     bench.core.handle_sleep("m1", 28.0 / 60.0, 40).expect("it is idle");
     let Some(FromServer::Reclaim { order, bytes, .. }) =
         bench.told(1).into_iter().find(|said| matches!(said, FromServer::Reclaim { .. }))
