@@ -156,6 +156,8 @@ pub struct Log {
     segments: Vec<Segment>,
     index: HashMap<StoreKey, Home>,
     open: Option<u32>,
+    /// Somebody found no segment to write to.
+    is_wanted: bool,
     seq_next: u64,
     boot: u64,
     /// Most segments for now: fewer than the cap while the disk is full.
@@ -176,6 +178,7 @@ impl Log {
             segments: (0..slots.min(options.segments_max)).map(|_| Segment::free()).collect(),
             index: HashMap::new(),
             open: None,
+            is_wanted: false,
             seq_next: 1,
             boot,
             slots_max: options.segments_max,
@@ -409,6 +412,7 @@ impl Log {
         let is_on_its_way = |segment: &Segment| {
             !matches!(segment.state, State::Free | State::Open | State::Lost) || segment.readers > 0
         };
+        self.is_wanted = free.is_none();
         let Some(slot) = free else {
             // Nobody else makes room on a disk this small: the open one has to.
             if !self.segments.iter().any(is_on_its_way) {
@@ -468,7 +472,9 @@ impl Log {
         let has_room = self.segments.len() < self.slots_max as usize || self.segments.iter().any(makes_room);
         let is_full = self.index.len() >= self.options.entries_max
             && !self.segments.iter().any(|segment| segment.state == State::Cleaning);
-        if has_room && !is_full {
+        // As long as nobody writes, what is there may stay.
+        let is_written = self.open.is_some() || self.is_wanted;
+        if !is_written || (has_room && !is_full) {
             return None;
         }
         let now = self.seq_next;

@@ -113,20 +113,31 @@ impl Directory {
         wants_direct: bool,
     ) -> Result<Box<dyn Medium>, DiskError> {
         let path = self.path.join(LOG);
-        let (file, reason) = LogFile::open(&path, wants_direct).map_err(io_error("cannot open", &path))?;
-        let mut reasons: Vec<String> = reason.into_iter().collect();
-        if engine == Engine::Auto {
-            match Ring::new(file.clone(), depth, reasons.clone()) {
-                Ok(ring) => return Ok(Box::new(ring)),
-                Err(error) => {
-                    reasons.push(format!("io_uring is not to be had ({error}), so threads read and write"));
-                }
+        medium(&path, engine, depth, wants_direct).map_err(io_error("cannot open", &path))
+    }
+}
+
+/// A file by the best means that this machine allows.
+///
+/// # Errors
+/// The system's.
+pub(super) fn medium(
+    path: &Path,
+    engine: Engine,
+    depth: usize,
+    wants_direct: bool,
+) -> io::Result<Box<dyn Medium>> {
+    let (file, reason) = LogFile::open(path, wants_direct)?;
+    let mut reasons: Vec<String> = reason.into_iter().collect();
+    if engine == Engine::Auto {
+        match Ring::new(file.clone(), depth, reasons.clone()) {
+            Ok(ring) => return Ok(Box::new(ring)),
+            Err(error) => {
+                reasons.push(format!("io_uring is not to be had ({error}), so threads read and write"));
             }
         }
-        let threads =
-            Threads::new(file, depth, reasons).map_err(io_error("cannot start threads for", &path))?;
-        Ok(Box::new(threads))
     }
+    Ok(Box::new(Threads::new(file, depth, reasons)?))
 }
 
 /// A random number.

@@ -30,7 +30,8 @@ mod worker;
 #[cfg(test)]
 mod worker_tests;
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
@@ -81,6 +82,14 @@ pub struct DiskUsage {
     pub speed: DiskSpeed,
 }
 
+/// A file alone, by the means that a tier would use: what a tier is measured against.
+///
+/// # Errors
+/// The system's.
+pub fn raw_medium(path: &Path, engine: Engine, depth: usize) -> io::Result<Box<dyn Medium>> {
+    directory::medium(path, engine, depth, true)
+}
+
 /// Where a disk's medium comes from: its directory, or a test.
 type Open = Box<dyn FnMut() -> Result<(Box<dyn Medium>, Secret, u64), DiskError> + Send>;
 
@@ -107,8 +116,20 @@ impl DiskTier {
     /// A directory that has to be left alone: in use, of another version, not a tier's, damaged; or wrong options. Nothing
     /// is changed in it, and no disk is opened.
     pub fn open(disks: &[DiskSpec], options: DiskOptions) -> Result<Self, DiskError> {
+        Self::open_through(disks, options, |medium| medium)
+    }
+
+    /// As [`DiskTier::open`], with something around each disk's file: what counts, delays or fails its requests.
+    ///
+    /// # Errors
+    /// As [`DiskTier::open`].
+    pub fn open_through(
+        disks: &[DiskSpec],
+        options: DiskOptions,
+        wrap: impl Fn(Box<dyn Medium>) -> Box<dyn Medium> + Clone + Send + 'static,
+    ) -> Result<Self, DiskError> {
         let opens = disks.iter().map(|disk| {
-            let (spec, options) = (disk.clone(), options.clone());
+            let (spec, options, wrap) = (disk.clone(), options.clone(), wrap.clone());
             let mut directory: Option<Directory> = None;
             let open = move || {
                 let directory = match &mut directory {
@@ -116,7 +137,7 @@ impl DiskTier {
                     none => none.insert(Directory::take(&spec.path, options.segment_bytes.0)?),
                 };
                 let medium = directory.medium(options.engine, options.depth, options.wants_direct)?;
-                Ok((medium, directory.secret(), directory.segment_bytes()))
+                Ok((wrap(medium), directory.secret(), directory.segment_bytes()))
             };
             (disk.clone(), Box::new(open) as Open)
         });

@@ -44,6 +44,11 @@ enum Flight {
         record: u64,
         bytes: usize,
     },
+    /// A whole record, copied together.
+    Staged {
+        record: u64,
+        bytes: usize,
+    },
     Header {
         slot: u32,
     },
@@ -105,6 +110,7 @@ pub(super) struct Worker {
     record_bytes: u64,
     health: Health,
     begun: Instant,
+    looked: Instant,
     token_next: u64,
     flights: HashMap<u64, Flown>,
     reads: VecDeque<Op>,
@@ -116,6 +122,8 @@ pub(super) struct Worker {
     puts: VecDeque<PendingPut>,
     put_next: u64,
     records: HashMap<u64, RecordFlight>,
+    /// Memory that records were copied together in, to be used again.
+    staging: Vec<Aligned>,
     record_next: u64,
     /// Names that are on their way to the disk.
     writing: HashSet<StoreKey>,
@@ -156,6 +164,7 @@ impl Worker {
             record_bytes,
             health,
             begun: now,
+            looked: now,
             token_next: 0,
             flights: HashMap::new(),
             reads: VecDeque::new(),
@@ -166,6 +175,7 @@ impl Worker {
             puts: VecDeque::new(),
             put_next: 0,
             records: HashMap::new(),
+            staging: Vec::new(),
             record_next: 0,
             writing: HashSet::new(),
             flushes: Vec::new(),
@@ -198,7 +208,10 @@ impl Worker {
                 self.handle_request(request, now);
             }
         }
-        self.look_at_deadlines(now);
+        if now.saturating_duration_since(self.looked) >= LOOK / 4 {
+            self.looked = now;
+            self.look_at_deadlines(now);
+        }
         self.form_records(now);
         self.clean();
         self.seal();
@@ -307,6 +320,13 @@ impl Worker {
             Flight::Part { record, bytes } => {
                 self.writes_in_flight -= 1;
                 self.part_is_done(record, bytes, result, now);
+            }
+            Flight::Staged { record, bytes } => {
+                self.writes_in_flight -= 1;
+                self.part_is_done(record, bytes, result, now);
+                if let Some(Buffer::Own(memory)) = buffer {
+                    self.keep_staging(memory);
+                }
             }
             Flight::Header { slot } => {
                 self.writes_in_flight -= 1;
@@ -491,7 +511,9 @@ impl Worker {
         }
         self.with_log(Log::close);
         for op in held {
-            if let Some(Flown { flight: Flight::Part { record, bytes }, .. }) = self.flights.remove(&op.token)
+            let flown = self.flights.remove(&op.token);
+            if let Some(Flight::Part { record, bytes } | Flight::Staged { record, bytes }) =
+                flown.map(|flown| flown.flight)
             {
                 let error = io::Error::other("its segment's header could not be written");
                 self.part_is_done(record, bytes, Err(error), now);
@@ -507,7 +529,7 @@ impl Worker {
         let Some(flown) = self.flights.get_mut(&token) else { return };
         match &mut flown.flight {
             Flight::Get(reading) => reading.look(now, true),
-            Flight::Part { record, .. } => {
+            Flight::Part { record, .. } | Flight::Staged { record, .. } => {
                 if let Some(record) = self.records.get_mut(record) {
                     record.give_up(&miss());
                 }
@@ -536,6 +558,9 @@ impl Worker {
     }
 
     fn answer_flushes(&mut self) {
+        if self.flushes.is_empty() {
+            return;
+        }
         let oldest_put = self.puts.iter().filter(|put| put.is_asked()).map(|put| put.number).min();
         let oldest_record = self.records.values().map(|record| record.oldest).min();
         let oldest = oldest_put.into_iter().chain(oldest_record).min().unwrap_or(u64::MAX);
@@ -589,7 +614,7 @@ impl Worker {
         self.token_next += 1;
         let queue = match (verb, &flight) {
             (Verb::Read, _) => &mut self.reads,
-            (_, Flight::Part { .. }) if self.header.is_some() => &mut self.held,
+            (_, Flight::Part { .. } | Flight::Staged { .. }) if self.header.is_some() => &mut self.held,
             _ => &mut self.writes,
         };
         queue.push_back(Op { token, verb, offset, buffer, bytes });

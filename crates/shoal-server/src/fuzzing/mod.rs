@@ -16,6 +16,10 @@ use axum::http::{HeaderName, HeaderValue, Request, header};
 use serde_json::Value;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker};
+use shoal_core::store::format::{
+    Entry, Footer, Secret, UNIT, UNIT_LEN, footer_bytes, padded, read_footer, read_record_header,
+    read_segment_header, reseal,
+};
 
 use crate::api::{Order, PinOrder, SleepOrder, WakeOrder};
 use crate::config::{MachineMemory, ServerConfig, Surroundings, parse, read_listing, tensor_bytes};
@@ -26,9 +30,10 @@ use crate::state::ShelfSnapshot;
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their files in `fuzz/fuzz_targets` and of their folders in `fuzz/seeds`.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("config", config),
     ("control", control),
+    ("disk", disk),
     ("gate", gate),
     ("gpus", gpus),
     ("keys", keys),
@@ -98,6 +103,48 @@ pub fn control(data: &[u8]) {
         // Not equal: numbers with a point may lose their last digit.
         let again = serde_json::from_slice::<FromServer>(&line).expect("our own words");
         assert_eq!(std::mem::discriminant(&again), std::mem::discriminant(&said));
+    }
+}
+
+/// What a disk gives back: headers of segments and records (the front of a unit) and footers (the end of a segment), with the
+/// checksum they came with and with the one they should have. All that is taken lies inside its segment.
+pub fn disk(data: &[u8]) {
+    const SECRET: Secret = Secret(7);
+    const SEGMENT: u64 = 1 << 20;
+    let units = data.len().next_multiple_of(UNIT_LEN).clamp(UNIT_LEN, 16 * UNIT_LEN);
+    let data = &data[..data.len().min(units)];
+    let (mut front, mut end) = (vec![0; units], vec![0; units]);
+    front[..data.len()].copy_from_slice(data);
+    end[units - data.len()..].copy_from_slice(data);
+    let number = |bytes: &[u8], at: usize| {
+        bytes.get(at..at + 8).map_or(0, |word| u64::from_le_bytes(word.try_into().unwrap_or_default()))
+    };
+    let inside = |entries: &[Entry], from: u64, to: u64| {
+        for entry in entries {
+            let last = entry.offset + padded(entry.bytes.into());
+            let is_inside =
+                entry.offset.is_multiple_of(UNIT) && entry.offset >= from && last <= to && entry.bytes > 0;
+            assert!(is_inside, "{entry:?} lies outside {from}..{to}");
+        }
+    };
+    for is_resealed in [false, true] {
+        if is_resealed {
+            reseal(SECRET, &mut front[..UNIT_LEN]);
+            reseal(SECRET, &mut end);
+        }
+        if let Some(header) = read_segment_header(SECRET, SEGMENT, &front) {
+            assert!(header.seq < u64::MAX, "the next segment needs a number");
+        }
+        let offset = number(&front, 16);
+        if let Some(record) = read_record_header(SECRET, number(&front, 8), offset, SEGMENT, &front) {
+            assert!(offset + record.bytes <= SEGMENT && record.bytes > UNIT, "{record:?}");
+            inside(&record.entries, offset + UNIT, offset + record.bytes);
+        }
+        match read_footer(SECRET, number(&end, units - 56), SEGMENT, &end) {
+            Footer::None => {}
+            Footer::Longer(bytes) => assert!(bytes > units as u64 && bytes < SEGMENT, "{bytes}"),
+            Footer::Entries(entries) => inside(&entries, 2 * UNIT, SEGMENT - footer_bytes(entries.len())),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use shoal_core::store::format::{ENTRIES_MAX, Entry, UNIT_LEN, padded, write_record_header};
+use shoal_core::store::format::{ENTRIES_MAX, Entry, UNIT, UNIT_LEN, padded, write_record_header};
 use shoal_core::store::key::StoreKey;
 use shoal_core::store::log::Placed;
 
@@ -14,7 +14,7 @@ use super::{Flight, Worker};
 use crate::store::{Aligned, Buffer, Miss, Promise, Stored};
 
 /// From this length on a block is written from where it lies; shorter ones are copied together.
-const DIRECT_BYTES_MIN: u64 = 64 << 10;
+const DIRECT_BYTES_MIN: u64 = 256 << 10;
 
 /// A block that waits to be written.
 pub(super) struct PendingPut {
@@ -305,20 +305,42 @@ impl Worker {
             }
         } else {
             let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-            let mut all = Aligned::zeroed(length);
+            let mut all = self.take_staging(length);
             all.as_mut_slice()[..UNIT_LEN].copy_from_slice(&*header);
             for (put, entry) in puts.into_iter().zip(&placed.entries) {
                 let PendingPut { key, source, bytes, number, kind, .. } = put;
                 let at = usize::try_from(entry.offset - offset).unwrap_or(usize::MAX);
                 let payload = source.as_slice().get(..bytes as usize).unwrap_or_default();
-                all.as_mut_slice()[at..at + payload.len()].copy_from_slice(payload);
+                let end = at + payload.len();
+                all.as_mut_slice()[at..end].copy_from_slice(payload);
+                all.as_mut_slice()[end..end.next_multiple_of(UNIT_LEN)].fill(0);
                 oldest = oldest.min(number);
                 blocks.push(InRecord { key, bytes, kind });
             }
-            let flight = Flight::Part { record, bytes: length };
+            let flight = Flight::Staged { record, bytes: length };
             self.start(flight, Verb::Write, base + offset, Some(Buffer::Own(all)), length);
         }
         self.records.insert(record, RecordFlight { placed, blocks, parts_left, failed: None, oldest });
+    }
+
+    /// Memory for a record of so many bytes; what is in it is of an earlier one.
+    fn take_staging(&mut self, bytes: usize) -> Aligned {
+        let fits = |memory: &Aligned| memory.as_slice().len() >= bytes;
+        match self.staging.iter().position(fits) {
+            Some(at) => self.staging.swap_remove(at),
+            None => Aligned::zeroed(bytes.max(self.staging_bytes())),
+        }
+    }
+
+    pub(super) fn keep_staging(&mut self, memory: Aligned) {
+        if self.staging.len() < self.medium.depth() && memory.as_slice().len() == self.staging_bytes() {
+            self.staging.push(memory);
+        }
+    }
+
+    /// The longest record of several blocks.
+    fn staging_bytes(&self) -> usize {
+        usize::try_from(UNIT + padded(self.record_bytes)).unwrap_or(usize::MAX)
     }
 
     pub(super) fn part_is_done(
