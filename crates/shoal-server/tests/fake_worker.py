@@ -31,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--wake-ms", type=int, default=5, help="how long the bytes of a wake take")
     parser.add_argument("--start-ms", type=int, default=0, help="how long loading takes")
     parser.add_argument("--lease-wait-ms", type=int, default=20_000, help="deadline of lease requests")
+    parser.add_argument("--short-wakes", type=int, default=0, help="so many wakes bring half, and are answered as done")
     parser.add_argument("--die-in-wake", help="kill itself in the middle of the first wake; a file marks it as done")
     parser.add_argument("--slab", help="borrow memory, leave words in it and die, once; a file marks it as done")
     parser.add_argument("--inside", type=int, default=0, help="requests that wait inside it, as it says")
@@ -153,7 +154,11 @@ class Worker:
         began = time.monotonic()
         brought = 0
         error = None
-        while self.held < self.total:
+        wanted = self.total
+        if self.options.short_wakes:
+            self.options.short_wakes -= 1
+            wanted //= 2
+        while self.held < wanted:
             step = min(self.total - self.held, -(-self.total // self.options.chunks))
             answer = self.lease(step)
             if answer["say"] == "lease_deny":

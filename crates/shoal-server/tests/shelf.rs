@@ -277,6 +277,23 @@ async fn a_worker_killed_in_the_middle_of_a_wake_gives_its_lease_back_and_its_re
     shelf.shutdown(soon()).await;
 }
 
+/// What its worker had when it answered was ordered away in the meantime, and the answer came last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wake_that_is_done_with_a_part_missing_is_not_the_whole_model_and_is_ordered_again() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = start(scratch.path(), 120, vec![model("chat", &["--chunks", "2", "--short-wakes", "3"])]);
+    let begun = Instant::now();
+    let route = shelf.route("chat", soon()).await.expect("woken in the end");
+    assert!(ask(&route).await.contains("\"whole\": true"));
+    // Each time after a moment, not at once.
+    assert!(begun.elapsed() >= Duration::from_millis(3 * 10), "{:?}", begun.elapsed());
+    let snapshot = shelf.snapshot();
+    let chat = snapshot.model("chat").expect("configured");
+    assert_eq!((chat.lease.weights, chat.counts.wakes), (ByteCount(100 * MIB), 4), "{}", story(&shelf));
+    check_ledger(&shelf);
+    shelf.shutdown(soon()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_ignores_orders_is_passed_over_and_then_the_requester_hears_why() {
     let scratch = tempfile::tempdir().expect("scratch");

@@ -13,6 +13,8 @@ const RECLAIM_BYTES_PER_MS: u64 = 256 << 10;
 /// Wakes that fail are tried again after this, doubled each time.
 const WAKE_RETRY_MS: u64 = 100;
 const WAKE_RETRY_MS_MAX: u64 = 3_000;
+/// A wake that brought nothing, because what is missing is just leaving, is ordered again after this.
+const WAKE_AGAIN_MS: u64 = 10;
 /// How long a model that could not give all is passed over.
 const SHORT_SKIP_MS: u64 = 1_000;
 
@@ -186,12 +188,16 @@ impl Core {
         }
         let model = &mut self.models[place];
         let held = self.book.held(model.id, LeaseKind::Weights);
-        // Given back again while the answer was on its way: then it is not up after all.
+        // Given back again while the answer was on its way, or ordered away and not gone yet: then it is not up after all.
+        // Its worker would answer another order at once in the same way, so that waits a moment.
         let partly = model.weights_total > held;
         let evicted_meanwhile = model.orders.values().any(Order::takes_weights);
-        let is_there = !(held.is_zero() || partly && evicted_meanwhile);
+        let declared = model.capabilities.as_ref().map_or(ByteCount::ZERO, |can| can.weights_bytes);
+        let is_there = !held.is_zero() && held >= declared && !(partly && evicted_meanwhile);
         if is_there {
             model.weights_total = held;
+        } else {
+            model.wake_not_before_ms = now_ms + WAKE_AGAIN_MS;
         }
         model.wake_failures = 0;
         model.error = None;
