@@ -120,6 +120,100 @@ impl LeaseSource for LocalBudget {
     }
 }
 
+/// A source beside which bytes can be kept that were leased ahead: whoever asks gets those first.
+///
+/// For what has to be sure of its memory before it begins, and takes it piece by piece while others would take what is
+/// free: a process that loads. What is kept counts as held by it, as it does for the source.
+#[derive(Debug)]
+pub struct LeaseAhead {
+    source: Arc<dyn LeaseSource>,
+    kept: Mutex<Held>,
+}
+
+impl LeaseAhead {
+    /// Nothing is kept yet.
+    #[must_use]
+    pub fn new(source: Arc<dyn LeaseSource>) -> Arc<Self> {
+        Arc::new(Self { source, kept: Mutex::default() })
+    }
+
+    /// Leases `bytes` for whoever asks for this kind next.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; nothing was granted.
+    pub fn keep(
+        &self,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        deadline: Duration,
+        reason: &str,
+    ) -> Result<(), LeaseError> {
+        let granted = self.source.acquire(kind, bytes, bytes, deadline, reason)?;
+        self.kept.lock().add(kind, granted);
+        Ok(())
+    }
+
+    /// What is kept for `kind` and nobody has asked for yet.
+    #[must_use]
+    pub fn kept(&self, kind: LeaseKind) -> ByteCount {
+        self.kept.lock().get(kind)
+    }
+
+    /// Gives back what is kept; returns how much that was.
+    pub fn give_up(&self) -> ByteCount {
+        let mut all = ByteCount::ZERO;
+        for kind in LeaseKind::ALL {
+            let bytes = {
+                let mut kept = self.kept.lock();
+                let bytes = kept.get(kind);
+                kept.take(kind, bytes)
+            };
+            if !bytes.is_zero() {
+                self.source.give_back(kind, bytes);
+                all += bytes;
+            }
+        }
+        all
+    }
+}
+
+impl LeaseSource for LeaseAhead {
+    fn acquire(
+        &self,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        bytes_min: ByteCount,
+        deadline: Duration,
+        reason: &str,
+    ) -> Result<ByteCount, LeaseError> {
+        let own = {
+            let mut kept = self.kept.lock();
+            let own = kept.get(kind).min(bytes);
+            kept.take(kind, own)
+        };
+        if own == bytes {
+            return Ok(own);
+        }
+        let (rest, rest_min) = (bytes - own, bytes_min.saturating_sub(own));
+        match self.source.acquire(kind, rest, rest_min, deadline, reason) {
+            Ok(granted) => Ok(own + granted),
+            Err(_) if !own.is_zero() && own >= bytes_min => Ok(own),
+            Err(error) => {
+                self.kept.lock().add(kind, own);
+                Err(error)
+            }
+        }
+    }
+
+    fn give_back(&self, kind: LeaseKind, bytes: ByteCount) {
+        self.source.give_back(kind, bytes);
+    }
+
+    fn held(&self, kind: LeaseKind) -> ByteCount {
+        self.source.held(kind)
+    }
+}
+
 /// Leased bytes with an owner: dropping it gives them back.
 #[derive(Debug)]
 pub(crate) struct Grant {
@@ -186,6 +280,35 @@ impl Drop for Grant {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_leased_ahead_goes_first_and_the_rest_comes_back() {
+        let budget = LocalBudget::new(ByteCount::mib(10));
+        let ahead = LeaseAhead::new(Arc::clone(&budget) as _);
+        let source: Arc<dyn LeaseSource> = Arc::clone(&ahead) as _;
+        let ask = |bytes| Grant::acquire(&source, LeaseKind::Weights, bytes, Duration::ZERO, "a test");
+        let keep = |bytes| ahead.keep(LeaseKind::Weights, bytes, Duration::ZERO, "a start");
+        keep(ByteCount::mib(6)).expect("fits");
+        assert!(keep(ByteCount::mib(5)).is_err());
+        // Another takes what is free: what is kept is still there.
+        let free = budget.acquire(LeaseKind::Kv, ByteCount::mib(4), ByteCount::mib(4), Duration::ZERO, "");
+        assert_eq!(free.expect("free"), ByteCount::mib(4));
+        let five = ask(ByteCount::mib(5)).expect("kept");
+        assert_eq!((ahead.kept(LeaseKind::Weights), five.bytes()), (ByteCount::mib(1), ByteCount::mib(5)));
+        assert!(ask(ByteCount::mib(2)).is_err());
+        assert_eq!(ahead.kept(LeaseKind::Weights), ByteCount::mib(1), "a refusal changes nothing");
+        let some = ahead
+            .acquire(LeaseKind::Weights, ByteCount::mib(2), ByteCount::mib(1), Duration::ZERO, "")
+            .expect("the least of use is there");
+        assert_eq!(some, ByteCount::mib(1));
+        budget.give_back(LeaseKind::Kv, ByteCount::mib(4));
+        let three = ask(ByteCount::mib(3)).expect("free again");
+        keep(ByteCount::mib(1)).expect("fits");
+        assert_eq!((ahead.give_up(), ahead.give_up()), (ByteCount::mib(1), ByteCount::ZERO));
+        drop((five, three));
+        source.give_back(LeaseKind::Weights, some);
+        assert_eq!(budget.held(LeaseKind::Weights), ByteCount::ZERO);
+    }
 
     #[test]
     fn grants_never_exceed_the_budget_and_come_back_on_drop() {

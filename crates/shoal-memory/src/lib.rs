@@ -52,7 +52,7 @@ pub use error::{ErrorKind, LeaseError, MemoryError};
 pub use guard::Guard;
 pub use kv::KvBacking;
 pub use kv_cache::{KvCache, KvCacheSpec};
-pub use lease::{LeaseSource, LocalBudget};
+pub use lease::{LeaseAhead, LeaseSource, LocalBudget};
 pub use manager::{ManagerOptions, MemoryManager};
 pub use pool::{PoolOptions, PoolUsage};
 pub use region::{Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};

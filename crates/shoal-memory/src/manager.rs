@@ -393,9 +393,10 @@ impl MemoryManager {
         Instant::now() + self.options.operation_wait
     }
 
-    /// Frees device memory on somebody's order, without any engine's help: first what lies in the pool, which waits for
-    /// nobody, then KV memory that no block uses, then memory in which blocks are only cached, then what may be discarded,
-    /// then weights from the last extent backwards, then KV contents (copied to the host).
+    /// Frees device memory on somebody's order: first what lies in the pool, which waits for nobody; then what an engine that
+    /// keeps books of its own can do without, if it says so in time ([`crate::KvCache::next_wanted`]); then, without any
+    /// engine's help, KV memory that no block uses, memory in which blocks are only cached, what may be discarded, weights
+    /// from the last extent backwards, KV contents (copied to the host).
     /// Regions that a step holds for itself ([`Region::guard`]) come after all others.
     ///
     /// # Errors
@@ -407,6 +408,11 @@ impl MemoryManager {
         tracing::debug!(%bytes, reason, "reclaim");
         let mut report = Report::new(bytes);
         report.absorb_released(self.empty_pool(bytes));
+        for cache in self.caches() {
+            if report.freed < bytes {
+                report.freed += cache.ask_keeper(bytes - report.freed, deadline);
+            }
+        }
         if report.freed >= bytes {
             report.duration = start.elapsed();
             return Ok(report);

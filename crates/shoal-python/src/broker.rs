@@ -53,12 +53,18 @@ impl PyBrokerClient {
 #[pymethods]
 impl PyBrokerClient {
     #[staticmethod]
-    #[pyo3(signature = (path, model, timeout_s = 10.0))]
-    fn connect(py: Python<'_>, path: PathBuf, model: &str, timeout_s: f64) -> PyResult<Self> {
+    #[pyo3(signature = (path, model, timeout_s = 10.0, pid = None))]
+    fn connect(
+        py: Python<'_>,
+        path: PathBuf,
+        model: &str,
+        timeout_s: f64,
+        pid: Option<u32>,
+    ) -> PyResult<Self> {
         let timeout = convert::seconds("timeout_s", timeout_s)?;
-        let (client, welcome) = py
-            .detach(|| BrokerClient::connect(&path, model, std::process::id(), timeout))
-            .map_err(errors::of_memory)?;
+        let pid = pid.unwrap_or_else(std::process::id);
+        let (client, welcome) =
+            py.detach(|| BrokerClient::connect(&path, model, pid, timeout)).map_err(errors::of_memory)?;
         Ok(Self {
             client: Owned::new(client),
             path,

@@ -373,6 +373,25 @@ impl PyKvCache {
         Ok(self.cache.get()?.block_tokens())
     }
 
+    /// Waits until a reclaim wants what the engine only remembers: the question's number, and bytes.
+    fn next_wanted(&self, py: Python<'_>, timeout_s: f64) -> PyResult<Option<(u64, u64)>> {
+        let cache = self.cache.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        Ok(py.detach(|| cache.next_wanted(timeout)).map(|(number, bytes)| (number, bytes.0)))
+    }
+
+    fn answer_wanted(&self, py: Python<'_>, number: u64, freed: u64) -> PyResult<()> {
+        let cache = self.cache.get()?;
+        py.detach(|| cache.answer_wanted(number, ByteCount(freed)));
+        Ok(())
+    }
+
+    fn set_kept(&self, py: Python<'_>, nbytes: u64) -> PyResult<()> {
+        let cache = self.cache.get()?;
+        py.detach(|| cache.set_kept(ByteCount(nbytes)));
+        Ok(())
+    }
+
     fn set_limit(&self, py: Python<'_>, nbytes: u64, revision: Option<u64>) -> PyResult<()> {
         let cache = self.cache.get()?;
         py.detach(|| cache.set_limit(ByteCount(nbytes), revision)).map_err(errors::of_memory)

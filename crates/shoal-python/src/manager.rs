@@ -13,8 +13,8 @@ use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{CudaDevice, Device, DeviceError, DeviceMemory, SimDevice, SimOptions};
 use shoal_memory::{
-    BrokerClient, Guard, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager, RegionSpec,
-    Segments,
+    BrokerClient, Guard, LeaseAhead, LeaseSource, LocalBudget, ManagerOptions, MemoryError, MemoryManager,
+    RegionSpec, Segments,
 };
 
 use crate::broker::PyBrokerClient;
@@ -28,6 +28,8 @@ use crate::region::PyRegion;
 #[pyclass(frozen, name = "MemoryManager", module = "shoal._native")]
 pub(crate) struct PyMemoryManager {
     manager: Owned<Arc<MemoryManager>>,
+    /// What was leased before it is needed.
+    ahead: Arc<LeaseAhead>,
 }
 
 #[pymethods]
@@ -47,7 +49,7 @@ impl PyMemoryManager {
     ) -> PyResult<Self> {
         let choice = Choice::of(device)?;
         let client = broker.map(|broker| broker.client().map(Arc::clone)).transpose()?;
-        let manager = py.detach(move || {
+        let (manager, ahead) = py.detach(move || {
             if let Some(client) = &client {
                 lease_overhead(client.as_ref(), ByteCount(overhead)).map_err(errors::of_memory)?;
             }
@@ -62,15 +64,45 @@ impl PyMemoryManager {
                     LocalBudget::new(choice.default_budget(memory)) as _
                 }
             };
-            let mut options = ManagerOptions::new(ByteCount(host_budget), lease);
+            let ahead = LeaseAhead::new(lease);
+            let mut options = ManagerOptions::new(ByteCount(host_budget), Arc::clone(&ahead) as _);
             options.slabs = client.as_ref().and_then(BrokerClient::slab_source);
             let manager = MemoryManager::new(device, options).map_err(errors::of_memory)?;
             if let Some(client) = client {
                 client.serve(&manager).map_err(errors::of_memory)?;
             }
-            Ok::<_, PyErr>(manager)
+            Ok::<_, PyErr>((manager, ahead))
         })?;
-        Ok(Self { manager: Owned::new(manager) })
+        Ok(Self { manager: Owned::new(manager), ahead })
+    }
+
+    /// Leases bytes for regions to come.
+    fn lease_ahead(
+        &self,
+        py: Python<'_>,
+        kind: &str,
+        nbytes: u64,
+        timeout_s: f64,
+        reason: &str,
+    ) -> PyResult<()> {
+        self.manager.get()?;
+        let (kind, bytes) = (convert::lease_kind(kind)?, ByteCount(nbytes));
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        py.detach(|| self.ahead.keep(kind, bytes, timeout, reason))
+            .map_err(|source| errors::of_memory(MemoryError::Lease { region: reason.to_owned(), source }))
+    }
+
+    /// Gives back what was leased and not needed; how many bytes that was.
+    fn give_up_leases(&self, py: Python<'_>) -> PyResult<u64> {
+        self.manager.get()?;
+        Ok(py.detach(|| self.ahead.give_up()).0)
+    }
+
+    /// Makes the lease for what the process takes besides its regions so large.
+    fn set_overhead(&self, py: Python<'_>, nbytes: u64, timeout_s: f64) -> PyResult<()> {
+        self.manager.get()?;
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        py.detach(|| set_overhead(self.ahead.as_ref(), ByteCount(nbytes), timeout)).map_err(errors::of_memory)
     }
 
     fn region(
@@ -194,6 +226,23 @@ fn lease_overhead(source: &dyn LeaseSource, bytes: ByteCount) -> Result<(), Memo
     }
     source
         .acquire(LeaseKind::Overhead, bytes, bytes, OVERHEAD_WAIT, "its context and libraries")
+        .map(drop)
+        .map_err(|source| MemoryError::Lease { region: "context and libraries".to_owned(), source })
+}
+
+/// Takes what is missing of that lease, or gives back what is too much.
+fn set_overhead(source: &dyn LeaseSource, bytes: ByteCount, timeout: Duration) -> Result<(), MemoryError> {
+    let held = source.held(LeaseKind::Overhead);
+    if bytes < held {
+        source.give_back(LeaseKind::Overhead, held - bytes);
+        return Ok(());
+    }
+    if bytes == held {
+        return Ok(());
+    }
+    let lacking = bytes - held;
+    source
+        .acquire(LeaseKind::Overhead, lacking, lacking, timeout, "its context, libraries and activations")
         .map(drop)
         .map_err(|source| MemoryError::Lease { region: "context and libraries".to_owned(), source })
 }

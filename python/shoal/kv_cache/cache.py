@@ -427,6 +427,46 @@ class KvCache:
         """
         self._native.set_limit(parse_size(limit), revision)
 
+    def next_wanted(self, timeout_s: float) -> tuple[int, int] | None:
+        """Wait until a reclaim wants memory in which lies what the engine only remembers.
+
+        For an engine with books of its own, which owns such blocks here. From the first call on, each reclaim asks
+        before it takes weights, and waits a moment for :meth:`answer_wanted`.
+
+        Parameters
+        ----------
+        timeout_s
+            How long to wait, in seconds. The GIL is let go meanwhile.
+
+        Returns
+        -------
+        tuple of int or None
+            The question's number and how many bytes are wanted; None if nothing was.
+        """
+        return self._native.next_wanted(timeout_s)
+
+    def answer_wanted(self, number: int, freed: int) -> None:
+        """Answer a question of :meth:`next_wanted`.
+
+        Parameters
+        ----------
+        number
+            Its number.
+        freed
+            How many bytes went since.
+        """
+        self._native.answer_wanted(number, freed)
+
+    def set_kept(self, nbytes: int) -> None:
+        """Say how many bytes the engine only remembers: they count as cached, and not as used.
+
+        Parameters
+        ----------
+        nbytes
+            How many.
+        """
+        self._native.set_kept(nbytes)
+
     def record_step(self, stream: Any = 0) -> None:
         """Say that a step was launched. Do so after each, on each stream that steps run on.
 

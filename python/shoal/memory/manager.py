@@ -322,6 +322,54 @@ class MemoryManager:
         """
         return Report._of(self._native.reclaim(parse_size(nbytes), timeout_s, reason), whole=False)
 
+    def lease_ahead(self, kind: Kind, nbytes: Size, *, timeout_s: float = TIMEOUT_S, reason: str = "a start") -> None:
+        """Lease device memory for regions that will be filled, before it is needed piece by piece.
+
+        Parameters
+        ----------
+        kind
+            What it is for; what regions of this kind commit comes out of it first.
+        nbytes
+            How many bytes.
+        timeout_s
+            How long it may wait for others to give memory up, in seconds.
+        reason
+            Why, in a sentence, for people.
+
+        Raises
+        ------
+        LeaseError
+            If it cannot be had in time. Nothing was leased.
+        """
+        self._native.lease_ahead(kind, parse_size(nbytes), timeout_s, reason)
+
+    def give_up_leases(self) -> int:
+        """Give back what :meth:`lease_ahead` leased and no region has needed.
+
+        Returns
+        -------
+        int
+            How many bytes.
+        """
+        return self._native.give_up_leases()
+
+    def set_overhead(self, nbytes: Size, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Make the lease for what the process takes besides its regions smaller or larger.
+
+        Parameters
+        ----------
+        nbytes
+            How many bytes it is to be: context, libraries, activations.
+        timeout_s
+            How long a larger one may wait for others to give memory up, in seconds.
+
+        Raises
+        ------
+        LeaseError
+            If it cannot be had in time. The lease is as it was.
+        """
+        self._native.set_overhead(parse_size(nbytes), timeout_s)
+
     def usage(self) -> dict[str, Any]:
         """Give bytes by kind and place.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -20,6 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import parent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,13 +37,12 @@ logger = logging.getLogger("shoal.worker")
 _GRACE_S = 10.0  # how long running requests may take after SIGTERM
 _PARENT_CHECK_S = 1.0
 _TELL_S = 0.5
-_PR_SET_PDEATHSIG = 1
 _INSTALL = "pip install 'shoal[serve]' brings what serving needs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve one model; returns the exit status."""
-    if not _end_with_parent():
+    if not parent.end_with_parent():
         print("shoal.worker: the server that started this worker is gone", file=sys.stderr)
         return 1
     parser = argparse.ArgumentParser(prog="python -m shoal.worker", description="Serve one model for shoal serve.")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-    parent = os.getppid()
+    server = os.getppid()
     try:
         from shoal import BrokerClient, Error
     except ImportError as error:
@@ -64,35 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     client.on_disconnect = "exit"
     if client.server_wait_s > 0:
-        _outlive_parent()
-        parent = 0
-    return _serve(client, options.model, parent)
+        parent.outlive_parent()
+        server = 0
+    return _serve(client, options.model, server)
 
 
-def _end_with_parent() -> bool:
-    """Ask to be killed when the server ends, however early; false where it has ended already.
-
-    What a worker sees of its server later, the closed control socket, it does not see while it imports or loads.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            reason = os.strerror(ctypes.get_errno())
-            print(f"shoal.worker: no signal at the server's end ({reason})", file=sys.stderr)
-    # Whoever ended before the request for the signal causes none. In a container the server itself may be process 1.
-    server = os.environ.get("SHOAL_SERVER_PID", "")
-    return os.getppid() == int(server) if server.isdecimal() else os.getppid() != 1
-
-
-def _outlive_parent() -> None:
-    """Go on without the server: the control socket's closing, and the wait after it, tell when to end."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
-    # The kernel hangs a group of processes up that is without its parent while one of it is stopped.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def _serve(client: BrokerClient, name: str, parent: int) -> int:
+def _serve(client: BrokerClient, name: str, server: int) -> int:
     from .errors import LoadError, described
 
     try:
@@ -105,7 +82,7 @@ def _serve(client: BrokerClient, name: str, parent: int) -> int:
         logger.exception("the model could not be made ready")
         client.failed("internal", described(error))
         return 1
-    return asyncio.run(_run(client, assembled, parent))
+    return asyncio.run(_run(client, assembled, server))
 
 
 def _assemble(client: BrokerClient, name: str) -> Assembled:
@@ -211,7 +188,7 @@ def _prepared(spec: WorkerSpec, progress: Progress) -> Path:
         raise LoadError(getattr(error, "code", None) or "model_missing", str(error)) from error
 
 
-async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
+async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     """Serve until there is a reason to end."""
     from .http import make_app, serve
     from .usage import Counts, Reporter
@@ -235,7 +212,7 @@ async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
     reporter.start()
     client.ready(assembled.capabilities)
     logger.info("ready: %s", _in_words(assembled.capabilities))
-    watch = asyncio.create_task(_watch(client, assembled, ending, parent))
+    watch = asyncio.create_task(_watch(client, assembled, ending, server))
     await ending.wait()
     watch.cancel()
     grace_s = _grace(watch)
@@ -256,7 +233,7 @@ async def _run(client: BrokerClient, assembled: Assembled, parent: int) -> int:
     return status
 
 
-async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Event, parent: int) -> float:
+async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Event, server: int) -> float:
     """Wait for the server's word, its death or the engine's; returns how long running requests may take."""
     while True:
         order: dict[str, Any] | None = await asyncio.to_thread(client.wait_shutdown, _PARENT_CHECK_S)
@@ -268,8 +245,8 @@ async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Eve
             client.failed("internal", "the engine's thread ended; the log says why")
             ending.set()
             return 0.0
-        # Where the parent is nobody to it (0), the socket tells: it closes when no other server came in time.
-        if (parent and os.getppid() != parent) or not client.connected:
+        # Where the server is nobody to it (0), the socket tells: it closes when no other server came in time.
+        if (server and os.getppid() != server) or not client.connected:
             logger.warning("the server is gone")
             ending.set()
             return 0.0

@@ -13,6 +13,7 @@
 mod ahead;
 mod debug;
 mod grow;
+mod keeper;
 mod moves;
 mod reuse;
 
@@ -39,6 +40,7 @@ use crate::turn::Turn;
 use ahead::{Ahead, Signal};
 use debug::Debug;
 pub use debug::Stray;
+use keeper::Keeper;
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;
@@ -94,6 +96,7 @@ pub(crate) struct Shared {
     step: Mutex<Option<Arc<Event>>>,
     signal: Mutex<Signal>,
     signalled: Condvar,
+    keeper: Keeper,
     started: Instant,
     patience: Duration,
     debug: Option<Debug>,
@@ -133,6 +136,7 @@ impl MemoryManager {
             step: Mutex::default(),
             signal: Mutex::default(),
             signalled: Condvar::new(),
+            keeper: Keeper::default(),
             started: Instant::now(),
             patience: spec.patience,
             debug: spec.is_debug.then(|| Debug::new(&self.device)).transpose()?,
@@ -373,12 +377,15 @@ impl Shared {
     pub(crate) fn held_bytes(&self) -> ByteCount {
         let state = self.state.lock();
         let usage = state.usage();
-        usage.mapped.saturating_sub(usage.empty).saturating_sub(state.evictable_bytes())
+        let held = usage.mapped.saturating_sub(usage.empty).saturating_sub(state.evictable_bytes());
+        drop(state);
+        held.saturating_sub(self.kept())
     }
 
     /// Bytes of memory that hold nothing but prefixes which no request uses.
     pub(crate) fn cached_bytes(&self) -> ByteCount {
-        self.state.lock().evictable_bytes()
+        let evictable = self.state.lock().evictable_bytes();
+        evictable + self.kept()
     }
 
     /// Bytes of memory in which nothing is owned.

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::record::host_need;
 use super::{Core, Life, LifeEvent, Record, STARTING_MAX};
-use crate::config::SleepDepth;
+use crate::config::{Engine, SleepDepth};
 use crate::state::EventKind;
 use crate::supervisor::Exit;
 
@@ -120,15 +120,7 @@ impl Core {
         }
         let welcome = FromServer::Welcome {
             version: VERSION,
-            spec: serde_json::json!({
-                "source": model.config.source,
-                "revision": model.config.revision,
-                "dtype": model.config.dtype,
-                "context": model.config.context,
-                "prefix_caching": model.config.prefix_caching,
-                "device": config.device.to_string(),
-                "device_bytes_max": model.config.max,
-            }),
+            spec: config.spec_of(&model.config),
             device: config.device.to_string(),
             device_bytes: config.device_budget,
             host_budget: share,
@@ -415,7 +407,7 @@ impl Core {
         for place in 0..self.models.len() {
             self.expire_awaited(place, now_ms);
             let Life::Starting { heard_ms, greeted } = *self.models[place].life() else { continue };
-            let allowed_ms = if greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max };
+            let allowed_ms = self.patience_ms(place, greeted);
             if self.models[place].pid.is_some() && now_ms >= heard_ms + allowed_ms {
                 let what = if greeted { "it said nothing while loading" } else { "it did not say hello" };
                 self.break_off(place, format!("{what} for {} s", allowed_ms / 1_000), now_ms);
@@ -423,16 +415,23 @@ impl Core {
         }
     }
 
+    /// How long a worker that starts may say nothing. vLLM imports and configures for long before its engine greets.
+    fn patience_ms(&self, place: usize, greeted: bool) -> u64 {
+        let is_vllm = self.models[place].config.engine == Engine::Vllm;
+        if greeted || is_vllm { self.timing.silence_ms_max } else { self.timing.hello_ms_max }
+    }
+
     /// When the next life may have to be acted on.
     pub(super) fn next_life_deadline(&self, now_ms: u64) -> Option<u64> {
         self.models
             .iter()
-            .filter_map(|model| match model.life() {
+            .enumerate()
+            .filter_map(|(place, model)| match model.life() {
                 Life::Waiting { at_ms, .. } if *at_ms > now_ms => Some(*at_ms),
                 Life::Awaited { until_ms } => Some(*until_ms),
-                Life::Starting { heard_ms, greeted } if model.pid.is_some() => Some(
-                    heard_ms + if *greeted { self.timing.silence_ms_max } else { self.timing.hello_ms_max },
-                ),
+                Life::Starting { heard_ms, greeted } if model.pid.is_some() => {
+                    Some(heard_ms + self.patience_ms(place, *greeted))
+                }
                 _ => None,
             })
             .min()

@@ -238,17 +238,13 @@ impl Record {
     /// The engine's reason for not being there, where it is not.
     pub(crate) fn engine_missing(&self) -> Option<String> {
         match self.config.engine {
-            Engine::Vllm => Some(
-                "engine = \"vllm\" is planned and not in this version; write engine = \"transformers\""
-                    .to_owned(),
-            ),
             Engine::Worker if self.config.args.is_empty() => {
                 Some("engine = \"worker\" needs the command in args".to_owned())
             }
             Engine::Command if self.config.command.is_none() => {
                 Some("engine = \"command\" needs a command".to_owned())
             }
-            Engine::Transformers | Engine::Worker | Engine::Command => None,
+            Engine::Transformers | Engine::Vllm | Engine::Worker | Engine::Command => None,
         }
     }
 

@@ -21,6 +21,7 @@ mod sharing;
 mod surroundings;
 #[cfg(test)]
 mod tests;
+mod vllm;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -151,6 +152,20 @@ impl ServerConfig {
         self.models.iter().find(|model| model.name == name)
     }
 
+    /// What `model`'s worker is told of it (`WorkerSpec` in python/shoal/worker/spec.py).
+    #[must_use]
+    pub fn spec_of(&self, model: &ModelConfig) -> serde_json::Value {
+        serde_json::json!({
+            "source": model.source,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "context": model.context,
+            "prefix_caching": model.prefix_caching,
+            "device": self.device.to_string(),
+            "device_bytes_max": model.max,
+        })
+    }
+
     /// The interpreter that runs `model`'s worker.
     #[must_use]
     pub fn python_of<'a>(&'a self, model: &'a ModelConfig) -> &'a Path {
@@ -173,8 +188,8 @@ pub struct ModelConfig {
     pub python: Option<PathBuf>,
     /// Environment added for its worker.
     pub env: BTreeMap<String, String>,
-    /// Arguments added for its worker; those of the program for [`Engine::Command`], the whole command for
-    /// [`Engine::Worker`].
+    /// Arguments added for its worker; vLLM's own for [`Engine::Vllm`], those of the program for [`Engine::Command`], the
+    /// whole command for [`Engine::Worker`].
     pub args: Vec<String>,
     /// `"float32"`, `"bfloat16"`, `"float16"`; what its files say by default.
     pub dtype: Option<String>,
@@ -242,7 +257,7 @@ pub enum Engine {
     /// `python -m shoal.worker`, transformers underneath.
     #[default]
     Transformers,
-    /// vLLM with the plugin.
+    /// `python -m shoal.vllm.serve`, vLLM's own API server and engine underneath.
     Vllm,
     /// Any program that speaks OpenAI's API: started and stopped as it is needed.
     Command,

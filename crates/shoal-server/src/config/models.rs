@@ -69,10 +69,11 @@ pub(super) fn unservable(
     if !directory.exists() {
         return Some(format!("model {name:?} will fail: there is no {}", model.source));
     }
-    if model.engine != Engine::Transformers {
+    if !has_weights_of_its_own(model.engine) {
         return None;
     }
-    if !directory.is_dir() {
+    // vLLM also reads a model from one file.
+    if !directory.is_dir() && model.engine == Engine::Transformers {
         return Some(format!("model {name:?} will fail: {} is a file, not a directory", model.source));
     }
     let weights = weights_of(model, device, cache)?;
@@ -85,9 +86,14 @@ pub(super) fn unservable(
     })
 }
 
+/// Its worker is ours and loads the files that `source` names.
+const fn has_weights_of_its_own(engine: Engine) -> bool {
+    matches!(engine, Engine::Transformers | Engine::Vllm)
+}
+
 /// What the model's weights take, as far as the headers of its files show now; none where they cannot be read (yet).
 pub(super) fn weights_of(model: &ModelConfig, device: DeviceChoice, cache: &Path) -> Option<ByteCount> {
-    if model.engine != Engine::Transformers {
+    if !has_weights_of_its_own(model.engine) {
         return None;
     }
     weights_bytes(&files_of(model, cache)?, model.dtype.as_deref(), matches!(device, DeviceChoice::Cuda(_)))

@@ -19,7 +19,7 @@ use super::error::{Problem, ProblemKind};
 use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
 use super::{
     CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, ORPHAN_WAIT_MAX,
-    QUANTUM_MAX, QUANTUM_MIN,
+    QUANTUM_MAX, QUANTUM_MIN, vllm,
 };
 
 /// A value and where it stands.
@@ -304,6 +304,7 @@ impl<'i> Reader<'i> {
             let why = "\"worker\" needs the command in `args`".to_owned();
             self.problems.push(engine.problem(ProblemKind::BadValue { key: "engine".to_owned(), why }));
         }
+        vllm::check_args(self, table, kind);
         let command = CommandSection::read(self, whole, table, kind, &args, &section);
         let (min, max) = (self.size(table, "min"), self.size(table, "max"));
         if let (Some(min), Some(max)) = (&min, &max)
@@ -628,7 +629,7 @@ fn engine(text: &str) -> Result<Engine, String> {
         "transformers" => Ok(Engine::Transformers),
         "command" => Ok(Engine::Command),
         "worker" => Ok(Engine::Worker),
-        "vllm" => Err("\"vllm\" is planned, and not in this version; \"transformers\" is".to_owned()),
+        "vllm" => Ok(Engine::Vllm),
         _ => Err(one_of(text, &ENGINES)),
     }
 }

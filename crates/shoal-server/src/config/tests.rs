@@ -287,7 +287,15 @@ fn mistakes_are_named_with_their_line() {
             ":4:1: unknown key `engin` in [[model]] \"b\"; did you mean `engine`?",
         ),
         ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'tranformers'", "did you mean \"transformers\"?"),
-        ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'vllm'", "planned"),
+        ("[[model]]\nname = 'b'\nengine = 'vllm'", "lacks `source`"),
+        (
+            "[[model]]\nname = 'b'\nsource = 'b'\nengine = 'vllm'\nargs = ['--max-num-seqs', '8', '--port=1']",
+            "`args`: vLLM's --port is set by the server; leave it out",
+        ),
+        (
+            "[[model]]\nname = 'b'\nsource = 'b'\nengine = 'vllm'\nargs = ['--gpu_memory_utilization', '0.5']",
+            "leave it out, and set `max` where the model is to have less",
+        ),
         ("[[model]]\nname = 'b'\nsource = 'b'\nengine = 'worker'", "needs the command in `args`"),
         ("[[model]]\nname = 'b'\nengine = 'command'", "lacks `command`"),
         ("[[model]]\nname = 'b'\nengine = 'command'\ncommand = 'x'", "lacks `device_bytes`"),

@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::process::Pid;
 use shoal_core::protocol::{FromWorker, VERSION, WorkerHolds};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -79,13 +80,23 @@ impl Listener {
             return Err(ControlError::Version { theirs: version, ours: VERSION });
         }
         let ours = rustix::process::geteuid().as_raw();
-        let is_peer = peer.pid().and_then(|actual| u32::try_from(actual).ok()) == Some(pid);
-        if peer.uid() != ours || !is_peer {
+        if peer.uid() != ours || !peer.pid().is_some_and(|actual| speaks_for(actual, pid)) {
             let actual = format!("process {:?} of user {}", peer.pid(), peer.uid());
             return Err(ControlError::Impostor { claimed: pid, actual });
         }
         Ok(Greeted { model, pid, holds, incoming, outgoing })
     }
+}
+
+/// Whether a process may say that it is process `claimed`: it is, or that one leads its group. A worker is started as the
+/// leader of a group of its own, so whoever is in it was started by it: an engine that keeps its memory in a child.
+fn speaks_for(actual: i32, claimed: u32) -> bool {
+    let Some((actual, claimed)) =
+        Pid::from_raw(actual).zip(i32::try_from(claimed).ok().and_then(Pid::from_raw))
+    else {
+        return false;
+    };
+    actual == claimed || rustix::process::getpgid(Some(actual)) == Ok(claimed)
 }
 
 impl Drop for Listener {
@@ -137,6 +148,28 @@ mod tests {
         assert_eq!(line, "{\"say\":\"lease_deny\",\"request\":1,\"reason\":\"full\"}\n");
         drop(client);
         assert!(greeted.incoming.next().await?.is_none(), "half a line is no message");
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_child_speaks_for_the_leader_of_its_group_and_for_nobody_else() -> Outcome {
+        use std::os::unix::process::CommandExt;
+        let mut leader = std::process::Command::new("sh");
+        leader
+            .args(["-c", "sleep 100 & echo $!; wait"])
+            .process_group(0)
+            .stdout(std::process::Stdio::piped());
+        let mut leader = leader.spawn()?;
+        let mut line = String::new();
+        let mut out = std::io::BufReader::new(leader.stdout.take().ok_or("a pipe")?);
+        std::io::BufRead::read_line(&mut out, &mut line)?;
+        let child: i32 = line.trim().parse()?;
+        let claims = [leader.id(), u32::try_from(child)?, std::process::id(), 0, u32::MAX];
+        assert_eq!(claims.map(|claimed| speaks_for(child, claimed)), [true, true, false, false, false]);
+        assert!(!speaks_for(i32::try_from(leader.id())?, u32::try_from(child)?));
+        let group = i32::try_from(leader.id()).ok().and_then(Pid::from_raw).ok_or("a group")?;
+        rustix::process::kill_process_group(group, rustix::process::Signal::KILL)?;
+        leader.wait()?;
         Ok(())
     }
 

@@ -22,7 +22,8 @@ use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
 use crate::supervisor::identity;
 use crate::supervisor::{
-    Entry, Exit, LOG_BYTES_MAX, Launch, Survivor, WORKER_REMEDY, WorkerProcess, bound_log, open_log,
+    Entry, Exit, LOG_BYTES_MAX, Launch, Survivor, VLLM_REMEDY, WORKER_REMEDY, WorkerProcess, bound_log,
+    open_log,
 };
 
 /// Messages that may wait for a worker to read them.
@@ -308,6 +309,13 @@ impl Process {
             Self::Before(process) => process.end(patience).await,
         }
     }
+
+    /// What an ended one started ends too, and with it what that holds of the device.
+    async fn clear_group(&self) {
+        if let Self::Ours(process) = self {
+            process.clear_group().await;
+        }
+    }
 }
 
 /// Starts a model's worker when it is told to, and sees it end. The first may be there already.
@@ -361,6 +369,7 @@ async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Surv
         };
         match exit {
             Ok(exit) => {
+                process.clear_group().await;
                 shared.journal.lock().ended(pid);
                 shared.pool.lock().process_gone(place, Instant::now());
                 let last_line = process.last_line();
@@ -462,11 +471,19 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
                 .map(|arg| arg.replace("{control}", &control).replace("{model}", &model.name))
                 .collect()
         }
-        Engine::Transformers | Engine::Vllm | Engine::Command => {
+        Engine::Vllm => Launch::vllm_command(config.python_of(&model), &control, &model.name, &model.args),
+        Engine::Transformers | Engine::Command => {
             Launch::worker_command(config.python_of(&model), &control, &model.name, &model.args)
         }
     };
     let mut env = model.env.clone();
+    let mut remedy = WORKER_REMEDY;
+    if model.engine == Engine::Vllm {
+        remedy = VLLM_REMEDY;
+        // The process that greets is a child of the one that has to know this, and that long before it greets.
+        env.insert("SHOAL_SPEC".to_owned(), config.spec_of(&model).to_string());
+        env.insert("SHOAL_DATA_SOCKET".to_owned(), socket.to_string_lossy().into_owned());
+    }
     env.insert("SHOAL_RUNTIME_DIR".to_owned(), config.runtime_dir.to_string_lossy().into_owned());
     env.insert("SHOAL_CONTROL".to_owned(), control.to_string_lossy().into_owned());
     // A worker that finds another parent was orphaned before it could ask for a signal at our end.
@@ -476,7 +493,7 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
     env.entry("CUDA_DEVICE_ORDER".to_owned()).or_insert_with(|| "PCI_BUS_ID".to_owned());
     // Its output is a log: lines must not wait in a buffer for the process to end.
     env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
-    (Launch { model: model.name, command, env, log, remedy: WORKER_REMEDY }, socket)
+    (Launch { model: model.name, command, env, log, remedy }, socket)
 }
 
 /// Brings a model back because it was pinned, unless it is let go before.

@@ -14,6 +14,8 @@ use super::log_file;
 
 /// How often a group whose leader has ended is looked at.
 const GROUP_LOOK: Duration = Duration::from_millis(20);
+/// How long what a worker left is waited for: it was killed, and gives its memory back.
+const GROUP_WAIT: Duration = Duration::from_secs(10);
 
 /// Everything it takes to start a worker.
 #[derive(Clone, Debug)]
@@ -34,14 +36,36 @@ pub struct Launch {
 pub const WORKER_REMEDY: &str =
     "set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[serve]";
 
+/// The same of those that run vLLM.
+pub const VLLM_REMEDY: &str =
+    "set `python` of the model, or SHOAL_PYTHON, to an interpreter that has shoal[vllm]";
+
 impl Launch {
     /// The command of a worker of ours: `PYTHON -m shoal.worker --control SOCKET --model NAME ARGS`.
     #[must_use]
     pub fn worker_command(python: &Path, control_socket: &Path, model: &str, args: &[String]) -> Vec<String> {
+        Self::python_command(python, "shoal.worker", control_socket, model, args)
+    }
+
+    /// The command of one that runs vLLM: `PYTHON -m shoal.vllm.serve --control SOCKET --model NAME -- ARGS`, whose
+    /// arguments are vLLM's.
+    #[must_use]
+    pub fn vllm_command(python: &Path, control_socket: &Path, model: &str, args: &[String]) -> Vec<String> {
+        let args: Vec<String> = std::iter::once("--".to_owned()).chain(args.iter().cloned()).collect();
+        Self::python_command(python, "shoal.vllm.serve", control_socket, model, &args)
+    }
+
+    fn python_command(
+        python: &Path,
+        module: &str,
+        control_socket: &Path,
+        model: &str,
+        args: &[String],
+    ) -> Vec<String> {
         let fixed = [
             python.to_string_lossy().into_owned(),
             "-m".to_owned(),
-            "shoal.worker".to_owned(),
+            module.to_owned(),
             "--control".to_owned(),
             control_socket.to_string_lossy().into_owned(),
             "--model".to_owned(),
@@ -209,6 +233,21 @@ impl WorkerProcess {
         self.signal_group(Signal::KILL);
     }
 
+    /// Once it is gone: ends what it started and left in its group, and waits a bounded time until that is gone too, with
+    /// what it holds of the device.
+    pub async fn clear_group(&self) {
+        let Some(group) = self.group() else { return };
+        let lives = || rustix::process::test_kill_process_group(group).is_ok();
+        let deadline = Instant::now() + GROUP_WAIT;
+        while lives() && Instant::now() < deadline {
+            self.signal_group(Signal::KILL);
+            tokio::time::sleep(GROUP_LOOK).await;
+        }
+        if lives() {
+            tracing::warn!(pid = self.pid, "what a worker started is still there");
+        }
+    }
+
     /// Waits until the process and everything else in its group is gone.
     async fn wait_group(&mut self) -> std::io::Result<Exit> {
         let exit = self.wait().await?;
@@ -310,6 +349,40 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Err("what it started outlived it".into())
+    }
+
+    #[tokio::test]
+    async fn what_a_worker_leaves_is_ended_after_it() -> Result<(), Box<dyn std::error::Error>> {
+        let scratch = tempfile::tempdir()?;
+        let script = "(trap '' TERM; while :; do sleep 0.05; done) & exit 7";
+        let mut worker = WorkerProcess::start(&launch(scratch.path(), script))?;
+        let exit = worker.wait().await?;
+        assert_eq!(exit.status.and_then(|status| status.code()), Some(7));
+        worker.clear_group().await;
+        let group = worker.group().ok_or("a group")?;
+        let entries = std::fs::read_dir("/proc")?.filter_map(|entry| Some(entry.ok()?.path()));
+        let alive =
+            entries.filter_map(|path| std::fs::read_to_string(path.join("stat")).ok()).filter(|stat| {
+                let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+                let state = fields.next();
+                state != Some("Z") && fields.nth(1) == Some(&group.as_raw_nonzero().to_string())
+            });
+        assert_eq!(alive.count(), 0, "what it started lives on");
+        Ok(())
+    }
+
+    #[test]
+    fn arguments_of_vllm_follow_a_mark() {
+        let command = Launch::vllm_command(
+            Path::new("/py"),
+            Path::new("/run/control.sock"),
+            "ash",
+            &["--enforce-eager".to_owned()],
+        );
+        let wanted =
+            ["/py", "-m", "shoal.vllm.serve", "--control", "/run/control.sock", "--model", "ash", "--"];
+        assert_eq!(command[..8], wanted);
+        assert_eq!(command[8..], ["--enforce-eager"]);
     }
 
     #[tokio::test]
