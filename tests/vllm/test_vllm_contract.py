@@ -204,3 +204,86 @@ def test_warming_up_uses_the_first_blocks() -> None:
     assert "prompt_len = decode_query_len + 1" in said, "warming up uses prompts of another length"
     assert "decode_len = prompt_len + decode_query_len" in said
     assert "model_runner.scheduler_config.max_num_seqs" in said
+
+
+def test_the_api_server_is_built_of_three_functions() -> None:
+    server = "entrypoints/openai/api_server.py"
+    assert parameters(server, "setup_server") == ["args", "reuse_port"], "setup_server takes other arguments"
+    assert "args.uds" in text(server, "setup_server"), "the API server does not listen at a Unix socket any more"
+    assert parameters(server, "build_async_engine_client")[0] == "args"
+    assert parameters(server, "build_and_serve")[:4] == ["engine_client", "listen_address", "sock", "args"]
+    worker = calls(server, "run_server_worker")
+    assert {"build_async_engine_client", "build_and_serve"} <= set(worker), "run_server_worker is built otherwise"
+    assert "await shutdown_task" in text(server, "run_server_worker"), "build_and_serve gives nothing to await any more"
+    assert "'/health'" in text("entrypoints/serve/instrumentator/health.py"), "nothing answers at /health"
+
+
+def test_arguments_are_read_by_one_parser_and_have_the_names_that_we_give() -> None:
+    arguments = "entrypoints/openai/cli_args.py"
+    assert parameters(arguments, "make_arg_parser") == ["parser"]
+    assert parameters(arguments, "validate_parsed_serve_args") == ["args"]
+    assert "class FlexibleArgumentParser" in text("utils/argparse_utils.py")
+    engine = text("engine/arg_utils.py")
+    for name in (
+        "--model", "--served-model-name", "--worker-cls", "--distributed-executor-backend", "--max-model-len",
+        "--dtype", "--enable-prefix-caching", "--shutdown-timeout",
+    ):  # fmt: skip
+        assert f"'{name}'" in engine, f"vLLM has no {name} any more"
+    assert "uds: str | None" in text(arguments, "BaseFrontendArgs") or "uds:" in text(arguments), "vLLM has no --uds"
+    assert "'uni'" in text("config/parallel.py"), "there is no executor within the engine's process"
+
+
+def test_an_idle_engine_says_so_in_its_loop_and_is_woken_by_its_queue() -> None:
+    core = "v1/engine/core.py"
+    loop = text(core, "EngineCoreProc", "_process_input_queue")
+    notified, waits = loop.find("self._notify_idle_state_callbacks()"), loop.find("self.input_queue.get(block=block)")
+    assert 0 <= notified < waits, "an engine waits for requests without looking for idle work before"
+    assert parameters(core, "EngineCoreProc", "_notify_idle_state_callbacks") == ["self"]
+    said = text(core, "EngineCoreProc", "_handle_client_request")
+    assert re.search(r"EngineCoreRequestType\.WAKEUP:\s+return", said), "WAKEUP means something now"
+    assert "WAKEUP" in text("v1/engine/__init__.py", "EngineCoreRequestType")
+
+
+def test_a_step_is_launched_by_the_thread_that_schedules() -> None:
+    executor = "v1/executor/uniproc_executor.py"
+    assert "run_method" in calls(executor, "UniProcExecutor", "collective_rpc")
+    assert "submit" not in text(executor, "UniProcExecutor", "collective_rpc"), "steps are launched by another thread"
+    assert "self.collective_rpc" in calls(executor, "UniProcExecutor", "execute_model")
+
+
+def test_the_scheduler_counts_requests_and_gives_tokens() -> None:
+    scheduler = "v1/core/sched/scheduler.py"
+    assert "Returns (num_running_reqs, num_waiting_reqs)" in text(scheduler, "Scheduler", "get_request_counts")
+    assert "dict[int, EngineCoreOutputs]" in text(scheduler, "Scheduler", "update_from_output").split(":\n", 1)[0]
+    assert "new_token_ids: list[int]" in text("v1/engine/__init__.py", "EngineCoreOutput")
+    assert "outputs: list[EngineCoreOutput]" in text("v1/engine/__init__.py", "EngineCoreOutputs")
+
+
+def test_a_start_beside_others_is_decided_by_two_settings() -> None:
+    check = text("v1/worker/utils.py", "request_memory")
+    assert "cache_config.gpu_memory_utilization" in check, "the check at the start goes by something else"
+    profiling = text(WORKER, "Worker", "determine_available_memory")
+    given, asserts = profiling.find("self.cache_config.kv_cache_memory_bytes"), profiling.find("assert ")
+    assert 0 <= given < asserts, "profiling looks at what is free before it looks at kv_cache_memory_bytes"
+    assert "return self._reserve_mm_ipc_gpu_memory(kv_cache_memory_bytes)" in profiling or re.search(
+        r"if .*kv_cache_memory_bytes.*:.*?return", profiling, re.S
+    )
+    assert parameters(WORKER, "Worker", "load_model")[0] == "self"
+
+
+def test_the_stand_in_has_the_seams_that_the_tests_of_the_shelf_stand_on() -> None:
+    """What `tests/vllm/fake` calls by a name is called so in vLLM too."""
+    fake = Path(__file__).parent / "fake" / "vllm"
+    pairs = {
+        "v1/worker/gpu_worker.py": ("Worker", {"_fail"}),
+        "v1/core/block_pool.py": ("BlockPool", set()),
+        "v1/engine/core.py": ("EngineCoreProc", {"_read", "_handle"}),
+    }
+    for path, (name, own) in pairs.items():
+        theirs = {node.name for node in ast.walk(find(path, name)) if isinstance(node, ast.FunctionDef)}
+        if path == "v1/engine/core.py":
+            theirs |= {"__init__"}
+        tree = ast.parse((fake / path).read_text("utf-8"))
+        made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        named = {node.name for node in made.body if isinstance(node, ast.FunctionDef)} - own
+        assert named <= theirs, f"vllm/{path}: {name} has no {sorted(named - theirs)}"

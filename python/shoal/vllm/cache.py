@@ -106,6 +106,8 @@ class ElasticCache:
         Where it lies.
     plan
         What vLLM asks for.
+    yields
+        Whether contents may be copied to the host when others need memory, between two steps.
 
     Attributes
     ----------
@@ -121,7 +123,7 @@ class ElasticCache:
         vLLM's pool over it, once there is one.
     """
 
-    def __init__(self, mem: MemoryManager, plan: Plan) -> None:
+    def __init__(self, mem: MemoryManager, plan: Plan, *, yields: bool = False) -> None:
         self.plan = plan
         self.blocks = plan.blocks
         # To vLLM a block of a layer is so many bytes; what is in them is the attention backend's business.
@@ -130,8 +132,9 @@ class ElasticCache:
             groups=[spec], layout="layer", max_bytes=plan.nbytes, eviction=None, granule_max=PIECE_BYTES,
             patience_s=PATIENCE_S, name="kv",
         )  # fmt: skip
-        # A scheduler that counts on a block writes to it in the same step: it must not go by anyone else's word.
-        self.kv.region._native.set_yields(False)
+        # A scheduler that counts on a block writes to it in the same step: it goes by anyone else's word only where a
+        # step waits until it is back.
+        self.kv.region._native.set_yields(yields)
         group = self.kv.groups[0]
         self.blocks_per_unit = max(group.granule_min // group.block_bytes, 1)
         self.units_per_piece = max(PIECE_BYTES // group.granule_min, 1)
@@ -187,6 +190,33 @@ class ElasticCache:
         if self._held[1:]:
             self.kv.free(self._held[1:])
         self._held = self._held[:1]
+
+    def bytes_of(self, blocks: int) -> int:
+        """Say how much memory so many blocks take in whole pieces, the null block's own included.
+
+        Parameters
+        ----------
+        blocks
+            How many.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
+        unit = self.kv.groups[0].granule_min
+        return (-(-blocks * (self.plan.nbytes // self.blocks) // unit) + 1) * unit
+
+    def kept_bytes(self) -> int:
+        """Say how much memory is there for blocks that are only cached.
+
+        Returns
+        -------
+        int
+            Bytes of these blocks, by their number.
+        """
+        queue = None if self.pool is None else self.pool.free_block_queue
+        return 0 if queue is None else queue.cached * (self.plan.nbytes // self.blocks)
 
     def forget(self) -> int:
         """Let all cached blocks go, and their memory.

@@ -1,7 +1,7 @@
 """vLLM's GPU worker with its memory in regions. Imported by vLLM, as ``--worker-cls shoal.vllm.Worker``.
 
-What is overridden is where memory comes from, when it may go, and what sleeping means. ``tests/vllm/test_contract.py``
-says of each of these places whether it still is where it was.
+What is overridden is where memory comes from, when it may go, and what sleeping means. Of each of these places
+``tests/vllm/test_vllm_contract.py`` says whether it still is where it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vllm.v1.worker.gpu import attn_utils
 
 from shoal.errors import RegionError
 from shoal.vllm.memory import EngineMemory, KvWhileAsleep
+from shoal.vllm.shelf import STEP_WAIT_S, Shelf
+from shoal.vllm.start import StartNeeds
 
 __all__ = ["Worker"]
 
@@ -39,21 +41,74 @@ class Worker(gpu_worker.Worker):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        refuse_unsupported(self.vllm_config)
+        self._shelf = Shelf.of_environment()
+        with self._telling("beginning"):
+            refuse_unsupported(self.vllm_config)
         self._memory: EngineMemory | None = None
         self._is_warm = False
+        self._needs: StartNeeds | None = None
 
     # Where memory comes from.
 
     def init_device(self) -> None:
-        """Open the device, and let graphs be captured into a region."""
-        index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
-        torch.accelerator.set_device_index(index)
-        self._memory = EngineMemory(f"cuda:{index}")
-        if not self.model_config.enforce_eager:
-            # Whoever captures asks the platform for this pool when it is made, which is after this.
-            type(current_platform)._global_graph_pool = self._memory.graph_pool()
-        super().init_device()
+        """Open the device, with a lease for all that a start needs if a server has a say.
+
+        Graphs are captured into a region.
+        """
+        with self._telling("opening the device"):
+            self._memory = self._open_memory()
+            if not self.model_config.enforce_eager:
+                # Whoever captures asks the platform for this pool when it is made, which is after this.
+                type(current_platform)._global_graph_pool = self._memory.graph_pool()
+            super().init_device()
+
+    def _open_memory(self) -> EngineMemory:
+        if self._shelf is not None and self._shelf.device == "sim":
+            device = "sim"
+        else:
+            index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+            device = f"cuda:{index}"
+        if self._shelf is None:
+            torch.accelerator.set_device_index(index)
+            return EngineMemory(device)
+        blocks = self._warm_up_blocks([self.cache_config.block_size or 16])
+        needs = StartNeeds.of(self.vllm_config, blocks, on_gpu=device != "sim")
+        needs.cache(self._shelf.room)
+        mem = self._shelf.open(device, needs)
+        self._needs = needs
+        figures = mem.device_memory()
+        needs.tell(self.cache_config, self._shelf.room, figures["total"], figures["free"])
+        logger.info(
+            "Leased to start: %s; %d bytes of addresses for KV.", needs, self.cache_config.kv_cache_memory_bytes
+        )
+        return EngineMemory(device, mem)
+
+    def load_model(self, *arguments: Any, **named: Any) -> None:
+        """Load the weights into their region.
+
+        Parameters
+        ----------
+        arguments
+            vLLM's.
+        """
+        with self._telling("loading"):
+            super().load_model(*arguments, **named)
+            self.memory.place(getattr(self.model_runner, "model", None))
+
+    def determine_available_memory(self) -> int:
+        """Profile a step.
+
+        Returns
+        -------
+        int
+            Bytes of the KV cache.
+        """
+        with self._telling("profiling"):
+            self.memory.forget_peak()
+            available = super().determine_available_memory()
+            if self._shelf is not None:
+                self._shelf.profiled(self.memory.beside_regions())
+            return available
 
     def _maybe_get_memory_pool_context(self, tag: str) -> contextlib.AbstractContextManager[Any]:
         if tag == "weights":
@@ -79,13 +134,21 @@ class Worker(gpu_worker.Worker):
             return
         from shoal.vllm.pool import install
 
-        cache = self.memory.make_cache(kv_cache_config)
-        cache.hold(self._warm_up_blocks(kv_cache_config))
-        with self._allocating(cache.tensors()) as asked:
-            super().initialize_from_config(kv_cache_config)
-        if not asked:
-            raise RegionError("vLLM did not ask for its KV cache where it was expected to; nothing of it is elastic")
-        install(cache)
+        with self._telling("making the KV cache"):
+            cache = self.memory.make_cache(kv_cache_config)
+            sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+            blocks = min(self._warm_up_blocks(sizes), cache.blocks)
+            if self._shelf is not None and self._needs is not None:
+                self._shelf.lease_kv(self.memory.mem, self._needs, cache.bytes_of(blocks))
+            cache.hold(blocks)
+            with self._allocating(cache.tensors()) as asked:
+                super().initialize_from_config(kv_cache_config)
+            if not asked:
+                raise RegionError(
+                    "vLLM did not ask for its KV cache where it was expected to; nothing of it is elastic",
+                    kind="unsupported",
+                )
+            install(cache)
         logger.info(
             "KV cache: %d blocks, %.2f GiB of addresses; memory comes with use.",
             cache.blocks, cache.plan.nbytes / (1 << 30),
@@ -100,12 +163,15 @@ class Worker(gpu_worker.Worker):
             vLLM's.
         """
         # Nothing of ours comes or goes while a graph is captured.
-        with self.memory.guard():
-            times = super().compile_or_warm_up_model()
-        torch.cuda.synchronize()
-        if self.memory.cache is not None:
-            self.memory.cache.release()
-        self.memory.freeze()
+        with self._telling("warming up"):
+            with self.memory.guard():
+                times = super().compile_or_warm_up_model()
+            self.memory.synchronize()
+            if self.memory.cache is not None:
+                self.memory.cache.release()
+            self.memory.freeze()
+            if self._shelf is not None:
+                self._shelf.started(self.memory)
         self._is_warm = True
         return times
 
@@ -127,7 +193,10 @@ class Worker(gpu_worker.Worker):
         cache = self.memory.cache
         if self._is_warm and cache is not None and cache.pool is None:
             raise RegionError("vLLM's scheduler hands out blocks by itself; its KV cache is not elastic")
-        with self.memory.step():
+        if self._shelf is not None and self._is_warm:
+            # The scheduler has decided, and nothing of this step has begun.
+            self._shelf.errands.run()
+        with self.memory.step(STEP_WAIT_S):
             return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -143,12 +212,12 @@ class Worker(gpu_worker.Worker):
         ModelRunnerOutput or AsyncModelRunnerOutput
             vLLM's.
         """
-        with self.memory.step():
+        with self.memory.step(STEP_WAIT_S):
             return super().sample_tokens(grammar_output)
 
     def execute_dummy_batch(self) -> None:
         """Launch a step of nothing, with all memory there."""
-        with self.memory.step():
+        with self.memory.step(STEP_WAIT_S):
             super().execute_dummy_batch()
 
     def reload_weights(self, *arguments: Any, **named: Any) -> None:
@@ -199,7 +268,7 @@ class Worker(gpu_worker.Worker):
         dict
             As :meth:`~shoal.vllm.memory.EngineMemory.sleep`.
         """
-        torch.cuda.synchronize()
+        self.memory.synchronize()
         report = self.memory.sleep(kv)
         logger.info("Asleep in %.3f s: %s", report["seconds"], report)
         return report
@@ -252,7 +321,33 @@ class Worker(gpu_worker.Worker):
         """
         return 0 if self.memory.cache is None else self.memory.cache.shrink(nbytes)
 
+    def shoal_ready(self, capabilities: dict[str, Any]) -> dict[str, Any]:
+        """Tell the server that requests are answered.
+
+        Parameters
+        ----------
+        capabilities
+            What the API server knows.
+
+        Returns
+        -------
+        dict
+            As :meth:`~shoal.vllm.shelf.Shelf.ready`.
+
+        Raises
+        ------
+        RegionError
+            There is no server.
+        """
+        if self._shelf is None:
+            raise RegionError("this engine was not started by shoal serve")
+        return self._shelf.ready(capabilities)
+
     # Helpers.
+
+    def _telling(self, phase: str) -> contextlib.AbstractContextManager[Any]:
+        """Give a context whose failures the server hears of, if there is one."""
+        return contextlib.nullcontext() if self._shelf is None else self._shelf.telling(phase)
 
     @property
     def memory(self) -> EngineMemory:
@@ -261,14 +356,13 @@ class Worker(gpu_worker.Worker):
             raise RegionError("the worker's device is not open yet: init_device comes first")
         return self._memory
 
-    def _warm_up_blocks(self, config: Any) -> int:
-        """Say how many of the first blocks warming up may write to."""
+    def _warm_up_blocks(self, sizes: list[int]) -> int:
+        """Say how many of the first blocks warming up may write to, given the tokens of a block of each group."""
         scheduler = self.vllm_config.scheduler_config
         # A prompt of one token more than a decode step takes, then that step.
         short = 2 * (1 + self.vllm_config.num_speculative_tokens) + 1
         blocks = 64
-        for group in config.kv_cache_groups:
-            size = group.kv_cache_spec.block_size
+        for size in sizes:
             # Either as many requests as there may be, or all tokens of a step in one.
             blocks += max(scheduler.max_num_seqs * -(-short // size), -(-scheduler.max_num_batched_tokens // size))
         return blocks

@@ -1,0 +1,159 @@
+"""vLLM's API server as far as tests ask for it: completions over a Unix socket, one engine in a process of its own."""
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+from aiohttp import web
+
+from vllm.v1.engine import EngineCoreRequestType
+
+
+class Engine:
+    def __init__(self, config):
+        self.model_config = config.model_config
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        from vllm.v1.engine.core import run_engine_core
+
+        self.process = context.Process(target=run_engine_core, args=(config, theirs), name="EngineCore")
+        self.process.start()
+        theirs.close()
+        self.number = 0
+        self.streams, self.calls = {}, {}
+
+    async def begin(self):
+        loop = asyncio.get_running_loop()
+        try:
+            assert (await loop.run_in_executor(None, self.pipe.recv))[0] == "ready"
+        except EOFError as error:
+            raise RuntimeError("Engine core initialization failed. See root cause above.") from error
+        self.reading = loop.run_in_executor(None, self._read, loop)
+
+    def _read(self, loop):
+        while True:
+            try:
+                said = self.pipe.recv()
+            except (EOFError, OSError):
+                # As vLLM ends when its engine is dead.
+                loop.call_soon_threadsafe(os.kill, os.getpid(), signal.SIGTERM)
+                return
+            loop.call_soon_threadsafe(self._hear, said)
+
+    def _hear(self, said):
+        if said[0] == "outputs":
+            for request_id, tokens, is_done, cached in said[1]:
+                self.streams[request_id].put_nowait((tokens, is_done, cached))
+        else:
+            future = self.calls.pop(said[1])
+            future.set_result(said[2]) if said[0] == "result" else future.set_exception(RuntimeError(said[2]))
+
+    async def collective_rpc(self, method, args=()):
+        self.number = number = self.number + 1
+        self.calls[number] = future = asyncio.get_running_loop().create_future()
+        self.pipe.send((EngineCoreRequestType.UTILITY, (number, method, args)))
+        return await future
+
+    async def generate(self, prompt, most):
+        self.number = number = self.number + 1
+        self.streams[number] = stream = asyncio.Queue()
+        self.pipe.send((EngineCoreRequestType.ADD, (number, prompt, most)))
+        is_done = False
+        while not is_done:
+            tokens, is_done, cached = await stream.get()
+            yield tokens, is_done, cached
+        del self.streams[number]
+
+
+def setup_server(args, *, reuse_port):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(args.uds)
+    return f"unix:{args.uds}", sock
+
+
+@contextlib.asynccontextmanager
+async def build_async_engine_client(args):
+    text = SimpleNamespace(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=128, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=args.model,
+            max_model_len=args.max_model_len,
+            dtype="float32",
+            enforce_eager=True,
+            hf_text_config=text,
+            enable_sleep_mode=False,
+            enable_cumem_allocator=False,
+        ),
+        cache_config=SimpleNamespace(block_size=16, kv_cache_memory_bytes=None, gpu_memory_utilization=0.92),
+        scheduler_config=SimpleNamespace(max_num_seqs=args.max_num_seqs, max_num_batched_tokens=512),
+        parallel_config=SimpleNamespace(world_size=args.tensor_parallel_size, data_parallel_size=1),
+        kv_transfer_config=None,
+        num_speculative_tokens=0,
+        worker_cls=args.worker_cls,
+        caches=not args.no_enable_prefix_caching,
+        step_seconds=args.step_seconds,
+        fail_at=args.fail_at,
+    )
+    engine = Engine(config)
+    try:
+        await engine.begin()
+        yield engine
+    finally:
+        engine.pipe.close()
+        engine.process.join(10)
+
+
+async def build_and_serve(engine, listen_address, sock, args):
+    async def health(request):
+        return web.Response()
+
+    async def described(request):
+        return web.json_response({"paths": {"/v1/completions": {"post": {}}, "/v1/models": {"get": {}}}})
+
+    async def completions(request):
+        body = await request.json()
+        prompt = list(body["prompt"].encode())
+        text, cached = [], 0
+        stream = None
+        async for tokens, _, found in engine.generate(prompt, body["max_tokens"]):
+            cached = found
+            text += tokens
+            if body.get("stream"):
+                if stream is None:
+                    stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                    await stream.prepare(request)
+                piece = {"choices": [{"index": 0, "text": bytes(tokens).decode()}]}
+                await stream.write(f"data: {json.dumps(piece)}\n\n".encode())
+        if stream is not None:
+            await stream.write(b"data: [DONE]\n\n")
+            return stream
+        usage = {
+            "prompt_tokens": len(prompt), "completion_tokens": len(text),
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
+        choices = [{"index": 0, "text": bytes(text).decode()}]
+        # What nobody else would pass on shows that bodies are not touched on their way.
+        return web.json_response({"choices": choices, "usage": usage, "echo": body.get("vllm_xargs")})
+
+    app = web.Application()
+    app.add_routes([web.get("/health", health), web.get("/openapi.json", described)])
+    app.add_routes([web.post("/v1/completions", completions)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.SockSite(runner, sock).start()
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    await ending.wait()
+
+    async def shut_down():
+        await runner.cleanup()
+
+    return shut_down()

@@ -1,0 +1,16 @@
+def make_arg_parser(parser):
+    for name in ("model", "served-model-name", "uds", "worker-cls", "distributed-executor-backend", "dtype"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--max-num-seqs", type=int, default=8)
+    parser.add_argument("--no-enable-prefix-caching", action="store_true")
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--shutdown-timeout", type=int, default=0)
+    parser.add_argument("--fail-at", default="")
+    return parser
+
+
+def validate_parsed_serve_args(args):
+    if args.max_num_seqs < 1:
+        raise ValueError("max_num_seqs is less than 1")
