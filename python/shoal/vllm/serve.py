@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,16 +260,23 @@ async def serve(args: argparse.Namespace) -> None:
     listen_address, sock = api_server.setup_server(args, reuse_port=False)
     async with api_server.build_async_engine_client(args) as engine:
         announcing = asyncio.create_task(announce(engine, args.uds))
+        announcing.add_done_callback(_end_unannounced)
         try:
             shutdown = await api_server.build_and_serve(engine, listen_address, sock, args)
         finally:
             announcing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await announcing
+            await asyncio.gather(announcing, return_exceptions=True)
     try:
         await shutdown
     finally:
         sock.close()
+
+
+def _end_unannounced(announcing: asyncio.Task[None]) -> None:
+    """End a worker that nobody will ever ask, because it could not say that it is ready."""
+    if not announcing.cancelled() and (error := announcing.exception()) is not None:
+        logger.critical("the server was not told that requests are answered: %s", error)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def announce(engine: Any, socket: str) -> None:

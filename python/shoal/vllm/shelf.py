@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal import BrokerClient, MemoryManager
-from shoal.errors import DeadlineError, Error, LeaseError, RegionError
+from shoal.errors import DeadlineError, LeaseError, RegionError
 from shoal.vllm.errands import Errands, listen
 from shoal.worker import parent
 from shoal.worker.usage import Counts, Reporter
@@ -133,7 +133,7 @@ class Shelf:
         try:
             yield
         except Exception as error:
-            is_lasting = isinstance(error, ValueError) or getattr(error, "kind", None) in ("unsupported", "layout")
+            is_lasting = getattr(error, "kind", None) in ("unsupported", "layout")
             code = "model_unsupported" if is_lasting else "internal"
             self.client.failed(code, f"{phase}: {error}")
             raise
@@ -238,8 +238,11 @@ class Shelf:
         listen(EngineCoreProc, self.errands, self._begin)
 
     def overhead_peak(self) -> int | None:
-        """Give device bytes beside the regions; None on a simulated device."""
-        return self._fixed + self._profiled if self._fixed else None
+        """Give the most device bytes beside the regions so far; None on a simulated device."""
+        if not self._fixed:
+            return None
+        taken = 0 if self.memory is None else self.memory.beside_regions()
+        return self._fixed + max(self._profiled, taken)
 
     def _begin(self, engine: Any) -> None:
         """Serve an engine that waits for its first request."""
@@ -338,7 +341,7 @@ class Shelf:
                     cache.kv.answer_wanted(number, freed)
                 cache.kv.set_kept(cache.kept_bytes())
                 memory.release_unused()
-            except Error as error:
+            except Exception as error:  # noqa: BLE001 - whoever asks is answered by this thread alone
                 logger.warning("Memory was not given up: %s", error)
                 time.sleep(LOOK_S)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.errors import RegionError
+
 __all__ = ["StartNeeds"]
 
 MIB = 1 << 20
@@ -122,15 +124,16 @@ class StartNeeds:
 
         Raises
         ------
-        ValueError
+        RegionError
             No KV cache is left; the message has the figures.
         """
         left = room - self.weights - self.overhead
         if left < self.kv:
-            raise ValueError(
+            raise RegionError(
                 f"it needs {self.total} bytes to start ({self.weights} for weights and graphs, {self.overhead} for a "
                 f"step and the driver, {self.kv} for KV), and can have {room}; a smaller --max-num-seqs or "
-                "--max-num-batched-tokens needs less"
+                "--max-num-batched-tokens needs less",
+                kind="unsupported",
             )
         return left // (2 * MIB) * 2 * MIB
 
@@ -148,7 +151,7 @@ class StartNeeds:
 
         Raises
         ------
-        ValueError
+        RegionError
             As :meth:`cache`.
         """
         # Given in bytes, it is not derived from what is free, and what others take meanwhile is not looked at.
