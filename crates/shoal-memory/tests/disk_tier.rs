@@ -45,7 +45,7 @@ fn get(tier: &DiskTier, block: u128, bytes: usize) -> Result<(), Miss> {
 }
 
 /// Sizes on both sides of every border: parts of a unit, packed, direct.
-const SIZES: [usize; 7] = [1, 4096, 5000, 256 << 10, (256 << 10) + 1, MIB, 2 * MIB];
+const SIZES: [usize; 7] = [1, 4096, 5000, 64 << 10, (64 << 10) + 1, MIB, 2 * MIB];
 
 #[test]
 fn blocks_outlive_the_process_by_every_means() {

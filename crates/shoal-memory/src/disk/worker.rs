@@ -9,18 +9,18 @@
 mod cleaning;
 mod reads;
 mod records;
+mod removal;
+mod segments;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_core::store::format::{
-    Entry, Secret, UNIT, UNIT_LEN, write_footer, write_removed, write_segment_header,
-};
+use shoal_core::store::format::{Entry, Secret, UNIT};
 use shoal_core::store::health::Health;
 use shoal_core::store::key::StoreKey;
-use shoal_core::store::log::{Log, Unsealed};
+use shoal_core::store::log::Log;
 
 use self::cleaning::Cleaning;
 use self::reads::Reading;
@@ -198,6 +198,11 @@ impl Worker {
     pub(super) fn step(&mut self, now: Instant) -> Result<Duration, String> {
         let mut done = std::mem::take(&mut self.done);
         self.medium.reap(&mut done);
+        if !done.is_empty() && !(self.reads.is_empty() && self.writes.is_empty()) {
+            // The disk has work while what it gave is verified.
+            self.pump(now);
+            self.medium.wait(Duration::ZERO);
+        }
         for done in done.drain(..) {
             self.handle_done(done, now);
         }
@@ -319,6 +324,8 @@ impl Worker {
             Flight::Get(reading) => self.got(reading, result, buffer, flown.since, now),
             Flight::Part { record, bytes } => {
                 self.writes_in_flight -= 1;
+                // Before its owner hears of it, who may want to write to it at once.
+                drop(buffer);
                 self.part_is_done(record, bytes, result, now);
             }
             Flight::Staged { record, bytes } => {
@@ -389,134 +396,6 @@ impl Worker {
                 self.erasing -= 1;
                 self.with_log(|log| log.unpin(slot));
                 self.is_unsure |= !self.check_written(result, UNIT, "cannot give a segment up", now);
-            }
-        }
-    }
-
-    /// Forgets a block: out of the index at once, and on the disk its first bytes are overwritten, so that its checksum is
-    /// wrong for ever.
-    fn take_remove(&mut self, key: &StoreKey, promise: Promise<bool>) {
-        // One that is being written is forgotten as soon as it is there.
-        let is_coming = self.forget_coming(key);
-        let removed = self.with_log(|log| log.forget(key));
-        // What makes room has an older copy of what was written again.
-        if let Some(slot) = self.cleaning.as_ref().map(|cleaning| cleaning.slot) {
-            self.erase(slot);
-        }
-        match removed {
-            Some((slot, entry)) => self.scratch(slot, &entry, Some(promise)),
-            None => promise.answer(Ok(is_coming)),
-        }
-    }
-
-    /// Makes a block on the disk unreadable.
-    fn scratch(&mut self, slot: u32, entry: &Entry, promise: Option<Promise<bool>>) {
-        self.with_log(|log| log.pin(slot));
-        let mut removed = Box::new([0; UNIT_LEN]);
-        write_removed(self.secret, &entry.key, &mut removed);
-        let buffer = Some(Buffer::Own(Aligned::copy_of(&*removed)));
-        let offset = u64::from(slot) * self.segment_bytes + entry.offset;
-        self.start(Flight::Scratch { slot, promise }, Verb::Write, offset, buffer, UNIT_LEN);
-    }
-
-    /// Makes a segment on the disk unreadable.
-    fn erase(&mut self, slot: u32) {
-        self.with_log(|log| log.pin(slot));
-        self.erasing += 1;
-        let zeroes = Some(Buffer::Own(Aligned::zeroed(UNIT_LEN)));
-        let offset = u64::from(slot) * self.segment_bytes;
-        self.start(Flight::Erase { slot }, Verb::Write, offset, zeroes, UNIT_LEN);
-    }
-
-    /// Tells those whose block is gone for good: no footer names it any more, and no older copy is left.
-    fn answer_removals(&mut self) {
-        if self.removed.is_empty() {
-            return;
-        }
-        let is_needed = |flight: &Flight| {
-            matches!(
-                flight,
-                Flight::Erase { .. }
-                    | Flight::BeforeFooter { .. }
-                    | Flight::Footer { .. }
-                    | Flight::FooterSync { .. }
-            )
-        };
-        let hangs = self.flights.values().any(|flown| flown.is_late && is_needed(&flown.flight));
-        if !hangs && (self.erasing > 0 || self.with_log(|log| log.has_stale())) {
-            return;
-        }
-        let is_unsure = std::mem::take(&mut self.is_unsure) || hangs;
-        for promise in self.removed.drain(..) {
-            let reason = "it is not served, but may be again after a restart".to_owned();
-            let miss = Miss::Failed { doing: "cannot remove a block from the disk", reason };
-            promise.answer(if is_unsure { Err(miss) } else { Ok(true) });
-        }
-    }
-
-    /// Gives segments their footers.
-    fn seal(&mut self) {
-        let is_last = self.is_closing() && self.puts.is_empty() && self.records.is_empty();
-        if is_last {
-            self.with_log(Log::close);
-        }
-        while let Some(Unsealed { slot, header, entries }) = self.with_log(Log::next_unsealed) {
-            // What a footer names has to be on the disk before it.
-            let footer = write_footer(self.secret, header.stamp, &entries);
-            self.start(Flight::BeforeFooter { slot, footer }, Verb::Sync, 0, None, 0);
-        }
-    }
-
-    /// Opens the next segment, making the file longer if it may be. Whether there is one.
-    fn open_segment(&mut self, now: Instant) -> bool {
-        if self.with_log(|log| log.needs_growth()) {
-            let slots = self.with_log(|log| u64::from(log.usage().segments));
-            match self.medium.grow((slots + 1) * self.segment_bytes) {
-                Ok(()) => self.with_log(Log::grown),
-                Err(error) => {
-                    tracing::warn!(%error, "the disk tier cannot grow, and goes on with what it has");
-                    self.with_log(Log::stop_growing);
-                    self.grow_again = Some(now + GROW_AGAIN);
-                    let is_full =
-                        matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-                    if !is_full {
-                        self.failed("cannot make room on the disk", &error, now);
-                    }
-                }
-            }
-        }
-        let Some(opened) = self.with_log(Log::open_next) else { return false };
-        let mut header = Box::new([0; UNIT_LEN]);
-        write_segment_header(self.secret, opened.header, self.segment_bytes, &mut header);
-        let buffer = Some(Buffer::Own(Aligned::copy_of(&*header)));
-        // A header that comes late must not meet a later one of the same place.
-        self.with_log(|log| log.pin(opened.slot));
-        let at = u64::from(opened.slot) * self.segment_bytes;
-        self.start(Flight::Header { slot: opened.slot }, Verb::Write, at, buffer, UNIT_LEN);
-        self.header = Some(opened.slot);
-        true
-    }
-
-    /// The open segment has its header, or it cannot be used. Until then nothing is written to it: whoever finds the old
-    /// header after a crash must find what it stood for.
-    fn header_is_done(&mut self, slot: u32, is_written: bool, now: Instant) {
-        if self.header != Some(slot) {
-            return;
-        }
-        self.header = None;
-        let held = std::mem::take(&mut self.held);
-        if is_written {
-            self.writes.extend(held);
-            return;
-        }
-        self.with_log(Log::close);
-        for op in held {
-            let flown = self.flights.remove(&op.token);
-            if let Some(Flight::Part { record, bytes } | Flight::Staged { record, bytes }) =
-                flown.map(|flown| flown.flight)
-            {
-                let error = io::Error::other("its segment's header could not be written");
-                self.part_is_done(record, bytes, Err(error), now);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_core::store::format::{ENTRIES_MAX, Entry, UNIT, UNIT_LEN, padded, write_record_header};
 use shoal_core::store::key::StoreKey;
@@ -14,7 +14,7 @@ use super::{Flight, Worker};
 use crate::store::{Aligned, Buffer, Miss, Promise, Stored};
 
 /// From this length on a block is written from where it lies; shorter ones are copied together.
-const DIRECT_BYTES_MIN: u64 = 256 << 10;
+const DIRECT_BYTES_MIN: u64 = 64 << 10;
 
 /// A block that waits to be written.
 pub(super) struct PendingPut {
@@ -243,6 +243,9 @@ impl Worker {
             };
             let puts: Vec<_> = self.puts.drain(..count).collect();
             self.write_record(placed, puts);
+            // The disk has work while the next one is hashed.
+            self.pump(now);
+            self.medium.wait(Duration::ZERO);
         }
     }
 
