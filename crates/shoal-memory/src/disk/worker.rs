@@ -198,7 +198,8 @@ impl Worker {
     pub(super) fn step(&mut self, now: Instant) -> Result<Duration, String> {
         let mut done = std::mem::take(&mut self.done);
         self.medium.reap(&mut done);
-        if !done.is_empty() && !(self.reads.is_empty() && self.writes.is_empty()) {
+        let has_work = !self.reads.is_empty() || !self.writes.is_empty();
+        if has_work && !done.is_empty() {
             // The disk has work while what it gave is verified.
             self.pump(now);
             self.medium.wait(Duration::ZERO);

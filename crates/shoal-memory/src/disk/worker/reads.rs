@@ -54,6 +54,11 @@ impl Worker {
             self.shared.notes.lock().counts.absent += 1;
             return promise.answer(Err(Miss::Absent));
         };
+        if entry.is_sealed() {
+            // This version has no keys.
+            self.with_log(|log| log.unpin(slot));
+            return promise.answer(Err(Miss::Locked));
+        }
         let bytes = u64::from(entry.bytes);
         let mut target = target;
         let room = target.as_mut_slice().map_or(0, |memory| memory.len()) as u64;
