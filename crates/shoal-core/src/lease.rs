@@ -8,6 +8,10 @@
 //! measured: [`LeaseBook::measure_overhead`] raises the lease to the measured peak. The correction may use the
 //! *headroom*, the part of the budget that is never leased otherwise, because those bytes are taken already.
 //!
+//! What the driver shows to be taken by others ([`crate::drift`]) is *charged*: it cannot be leased. It may come when more
+//! is leased already; then nothing is granted, and what is leased beyond is [owed](LeaseBook::owed) until holders have
+//! given it back. What is left by a holder that died is *returning* until it is seen to be free.
+//!
 //! Keeps I1, checked after every change.
 
 use std::collections::BTreeMap;
@@ -90,7 +94,11 @@ const fn place(kind: LeaseKind) -> usize {
 pub struct LeaseBook {
     budget: ByteCount,
     headroom: ByteCount,
+    /// What others are seen to have of the budget.
+    charged: ByteCount,
     accounts: BTreeMap<ModelId, Account>,
+    /// What processes held that are gone, and that was not seen to be free yet.
+    departed: BTreeMap<u32, ByteCount>,
     leased: ByteCount,
 }
 
@@ -98,7 +106,14 @@ impl LeaseBook {
     /// A book for `budget` bytes, of which `headroom` (at most all) are leased only to cover measured overhead.
     #[must_use]
     pub fn new(budget: ByteCount, headroom: ByteCount) -> Self {
-        Self { budget, headroom: headroom.min(budget), accounts: BTreeMap::new(), leased: ByteCount::ZERO }
+        Self {
+            budget,
+            headroom: headroom.min(budget),
+            charged: ByteCount::ZERO,
+            accounts: BTreeMap::new(),
+            departed: BTreeMap::new(),
+            leased: ByteCount::ZERO,
+        }
     }
 
     /// What there is in all, headroom included.
@@ -113,22 +128,52 @@ impl LeaseBook {
         self.headroom
     }
 
-    /// Sum of all leases, closing accounts included.
+    /// Sum of all leases, closing accounts and what is returning included.
     #[must_use]
     pub const fn leased(&self) -> ByteCount {
         self.leased
     }
 
+    /// What may be leased in all: the budget less its headroom and what is charged.
+    #[must_use]
+    pub const fn leasable(&self) -> ByteCount {
+        self.budget.saturating_sub(self.headroom).saturating_sub(self.charged)
+    }
+
     /// What can be granted now.
     #[must_use]
     pub const fn free(&self) -> ByteCount {
-        self.budget.saturating_sub(self.headroom).saturating_sub(self.leased)
+        self.leasable().saturating_sub(self.leased)
     }
 
-    /// What accounts that are closing still hold.
+    /// What others are seen to have of the budget.
+    #[must_use]
+    pub const fn charged(&self) -> ByteCount {
+        self.charged
+    }
+
+    /// Others are seen to have so much of the budget. No lease changes by it.
+    pub fn charge(&mut self, bytes: ByteCount) {
+        self.charged = bytes.min(self.budget.saturating_sub(self.headroom));
+        self.check_invariants();
+    }
+
+    /// What is leased beyond what may be, because others came: to be given back.
+    #[must_use]
+    pub fn owed(&self) -> ByteCount {
+        self.leased.saturating_sub(self.leasable()).min(self.charged)
+    }
+
+    /// What accounts that are closing, and processes that are gone, still hold.
     #[must_use]
     pub fn returning(&self) -> ByteCount {
-        self.accounts.values().filter(|account| account.closing).map(Account::total).sum()
+        let closing = self.accounts.values().filter(|account| account.closing).map(Account::total);
+        closing.chain(self.departed.values().copied()).sum()
+    }
+
+    /// Processes that are gone and whose memory was not seen to be free, with what they held.
+    pub fn departed(&self) -> impl Iterator<Item = (u32, ByteCount)> + '_ {
+        self.departed.iter().map(|(process, bytes)| (*process, *bytes))
     }
 
     /// What `model` holds for `kind`; corrections count as overhead. Zero without an account.
@@ -270,13 +315,36 @@ impl LeaseBook {
         returned
     }
 
+    /// The holder's process is gone, and its memory is still to be seen free: the account ends, what it held stays leased
+    /// until [`arrive`](Self::arrive). Gives how much that is.
+    pub fn depart(&mut self, model: ModelId, process: u32) -> ByteCount {
+        let held = self.accounts.remove(&model).map_or(ByteCount::ZERO, |account| account.total());
+        if !held.is_zero() {
+            *self.departed.entry(process).or_default() += held;
+        }
+        self.check_invariants();
+        held
+    }
+
+    /// What a process held that is gone is free. Gives how much that was.
+    pub fn arrive(&mut self, process: u32) -> ByteCount {
+        let returned = self.departed.remove(&process).unwrap_or_default();
+        self.leased -= returned;
+        self.check_invariants();
+        returned
+    }
+
     /// Checks I1.
     ///
     /// # Panics
     /// Where leases exceed the budget or do not add up: a mistake in this module.
     pub fn check_invariants(&self) {
         assert!(self.leased <= self.budget, "I1: {} leased of {}", self.leased, self.budget);
-        debug_assert_eq!(self.leased, self.accounts.values().map(Account::total).sum(), "I1: sums differ");
+        debug_assert_eq!(
+            self.leased,
+            self.accounts.values().map(Account::total).chain(self.departed.values().copied()).sum(),
+            "I1: sums differ"
+        );
     }
 }
 
@@ -351,6 +419,40 @@ mod tests {
         assert_eq!((book.free(), book.returning()), (MIB(90), MIB(0)));
         assert_eq!(book.close(A), MIB(0));
         assert_eq!(book.grant(A, LeaseKind::Kv, MIB(1)), Err(LeaseBookError::NoAccount { model: A }));
+    }
+
+    #[test]
+    fn what_others_have_cannot_be_leased_and_what_is_leased_beyond_is_owed() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Weights, MIB(60)).expect("fits");
+        book.charge(MIB(20));
+        assert_eq!((book.leasable(), book.free(), book.owed()), (MIB(70), MIB(10), MIB(0)));
+        assert!(book.grant(B, LeaseKind::Kv, MIB(12)).is_err());
+        book.charge(MIB(45));
+        assert_eq!((book.leased(), book.free(), book.owed()), (MIB(60), MIB(0), MIB(15)));
+        book.give_back(A, LeaseKind::Weights, MIB(20)).expect("held");
+        assert_eq!((book.free(), book.owed()), (MIB(5), MIB(0)));
+        book.charge(MIB(1_000));
+        assert_eq!((book.charged(), book.leasable(), book.owed()), (MIB(90), MIB(0), MIB(40)));
+        book.charge(MIB(0));
+        assert_eq!(book.grant(B, LeaseKind::Kv, MIB(50)), Ok(()));
+        // Overhead that was measured is there already, in the headroom: nobody owes that.
+        assert_eq!(book.measure_overhead(A, MIB(10)), Ok(MIB(0)));
+        assert_eq!((book.leased(), book.owed()), (MIB(100), MIB(0)));
+    }
+
+    #[test]
+    fn what_a_dead_process_held_stays_leased_beside_the_next_ones_account() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Weights, MIB(50)).expect("fits");
+        assert_eq!((book.depart(A, 7), book.depart(B, 8)), (MIB(50), MIB(0)));
+        assert_eq!(book.departed().collect::<Vec<_>>(), [(7, MIB(50))]);
+        book.open(A).expect("its next process");
+        assert!(book.grant(A, LeaseKind::Weights, MIB(50)).is_err());
+        assert_eq!((book.returning(), book.leased(), book.total(A)), (MIB(50), MIB(50), MIB(0)));
+        assert_eq!((book.arrive(7), book.arrive(7)), (MIB(50), MIB(0)));
+        assert_eq!(book.grant(A, LeaseKind::Weights, MIB(50)), Ok(()));
+        assert_eq!(book.returning(), MIB(0));
     }
 
     #[test]

@@ -17,6 +17,7 @@
 //! | [`store`] | blocks on a slower tier: names, bytes on disk, what goes where, what makes room |
 //! | [`kv`] | KV blocks: who owns them, which memory they need, what comes and goes |
 //! | [`lease`] | who holds how many device bytes, and that the sum stays within the budget |
+//! | [`drift`] | what the ledger says beside what the device's driver shows |
 //! | [`shares`] | how a budget that nobody gives back is divided |
 //! | [`policy`] | who gives bytes up for whom, each with its reason |
 //! | [`protocol`] | what a worker and the server say to each other on the control socket |
@@ -25,6 +26,7 @@
 
 pub mod bytes;
 pub mod copy_plan;
+pub mod drift;
 pub mod extent;
 pub mod fair;
 pub mod ids;

@@ -16,6 +16,9 @@ enum Op {
     Measure(u32, u64),
     BeginClosing(u32),
     Close(u32),
+    Charge(u64),
+    Depart(u32, u32),
+    Arrive(u32),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -27,23 +30,37 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (model.clone(), kind, 0..60u64).prop_map(|(m, k, b)| Op::GiveBack(m, k, b)),
         2 => (model.clone(), 0..60u64).prop_map(|(m, b)| Op::Measure(m, b)),
         1 => model.clone().prop_map(Op::BeginClosing),
-        1 => model.prop_map(Op::Close),
+        1 => model.clone().prop_map(Op::Close),
+        2 => (0..120u64).prop_map(Op::Charge),
+        1 => (model, 0..3u32).prop_map(|(m, process)| Op::Depart(m, process)),
+        1 => (0..3u32).prop_map(Op::Arrive),
     ]
 }
 
 /// granted by kind, measured correction, closing
 type Plain = BTreeMap<u32, ([u64; 3], u64, bool)>;
 
-fn sum(plain: &Plain) -> u64 {
-    plain.values().map(|(granted, correction, _)| granted.iter().sum::<u64>() + correction).sum()
+/// What others have, and what processes held that are gone.
+#[derive(Default)]
+struct Beside {
+    charged: u64,
+    departed: BTreeMap<u32, u64>,
+}
+
+fn total((granted, correction, _): &([u64; 3], u64, bool)) -> u64 {
+    granted.iter().sum::<u64>() + correction
+}
+
+fn sum(plain: &Plain, beside: &Beside) -> u64 {
+    plain.values().map(total).sum::<u64>() + beside.departed.values().sum::<u64>()
 }
 
 const BUDGET: u64 = 100;
 const HEADROOM: u64 = 15;
 
-fn step(plain: &mut Plain, book: &mut LeaseBook, op: &Op) {
-    let free = (BUDGET - HEADROOM).saturating_sub(sum(plain));
-    let left = BUDGET - sum(plain);
+fn step(plain: &mut Plain, beside: &mut Beside, book: &mut LeaseBook, op: &Op) {
+    let free = (BUDGET - HEADROOM).saturating_sub(beside.charged).saturating_sub(sum(plain, beside));
+    let left = BUDGET - sum(plain, beside);
     let index = |kind: LeaseKind| LeaseKind::ALL.iter().position(|k| *k == kind).expect("one of all");
     match *op {
         Op::Open(m) => {
@@ -93,6 +110,21 @@ fn step(plain: &mut Plain, book: &mut LeaseBook, op: &Op) {
                 .map_or(0, |(granted, correction, _)| granted.iter().sum::<u64>() + correction);
             assert_eq!(book.close(ModelId(m)), ByteCount(expected));
         }
+        Op::Charge(bytes) => {
+            book.charge(ByteCount(bytes));
+            beside.charged = bytes.min(BUDGET - HEADROOM);
+        }
+        Op::Depart(m, process) => {
+            let held = plain.remove(&m).as_ref().map_or(0, total);
+            assert_eq!(book.depart(ModelId(m), process), ByteCount(held));
+            if held > 0 {
+                *beside.departed.entry(process).or_default() += held;
+            }
+        }
+        Op::Arrive(process) => {
+            let back = beside.departed.remove(&process).unwrap_or(0);
+            assert_eq!(book.arrive(process), ByteCount(back));
+        }
     }
 }
 
@@ -102,11 +134,16 @@ proptest! {
     #[test]
     fn the_sum_of_leases_stays_within_the_budget(ops in prop::collection::vec(op(), 1..200)) {
         let mut book = LeaseBook::new(ByteCount(BUDGET), ByteCount(HEADROOM));
-        let mut plain = Plain::new();
+        let (mut plain, mut beside) = (Plain::new(), Beside::default());
         for op in &ops {
-            step(&mut plain, &mut book, op);
-            prop_assert_eq!(book.leased(), ByteCount(sum(&plain)));
+            step(&mut plain, &mut beside, &mut book, op);
+            let (leased, leasable) = (sum(&plain, &beside), BUDGET - HEADROOM - beside.charged);
+            prop_assert_eq!(book.leased(), ByteCount(leased));
             prop_assert!(book.leased() <= book.budget());
+            prop_assert_eq!(book.leasable(), ByteCount(leasable));
+            prop_assert_eq!(book.owed(), ByteCount(leased.saturating_sub(leasable).min(beside.charged)));
+            let closing: u64 = plain.values().filter(|account| account.2).map(total).sum();
+            prop_assert_eq!(book.returning(), ByteCount(closing + beside.departed.values().sum::<u64>()));
             for m in 0..4 {
                 let (granted, correction, _) = plain.get(&m).copied().unwrap_or_default();
                 prop_assert_eq!(book.held(ModelId(m), LeaseKind::Weights), ByteCount(granted[0]));
