@@ -94,10 +94,14 @@ def event(number: int, kind: str, about: str | None = "oak", **more: Any) -> str
     return f"id: {number}\ndata: {json.dumps(data)}\n\n"
 
 
-def opened(*models: dict[str, Any], started: int = 1_700_000_000_000) -> tuple[Browser, Request]:
+def opened(
+    *models: dict[str, Any], started: int = 1_700_000_000_000, device: dict[str, Any] | None = None
+) -> tuple[Browser, Request]:
     """A page that has its first state and a live feed."""
     browser = Browser()
-    browser.answer(browser.request("/api/v1/state"), state(*models, started=started))
+    first = state(*models, started=started)
+    first["device"] |= device or {}
+    browser.answer(browser.request("/api/v1/state"), first)
     feed = browser.request("/api/v1/events")
     browser.answer(feed)
     browser.push(feed, ": events of a shoal server\n\n")
@@ -164,6 +168,29 @@ def test_a_state_shows_tiers_and_models() -> None:
     assert figures[-1] == "\u2013", "a server that does not say since when"
     assert cards["fir"].find(tag="dd")[-1].text == "3 s (all in host memory)"
     assert cards["fir"].find(with_class="badge")[0].title == "it was told to sleep"
+
+
+def test_what_no_model_has_is_shown_beside_what_models_have() -> None:
+    driver = {
+        "lost": None,
+        "others": 24 * MIB,
+        "drift": 2 * MIB,
+        "processes": [{"pid": 7, "name": "py<i>thon", "bytes": 24 * MIB}, {"pid": 8, "name": None, "bytes": None}],
+    }
+    browser, _ = opened(model("oak"), device={"taken": 24 * MIB, "returning": 8 * MIB, "driver": driver})
+    track = browser.see("tiers").find(with_class="track")[0]
+    assert [box.title for box in track.find(with_class="others")] == ["others: 24 MiB", "returning: 8 MiB"]
+    assert track.attributes["aria-label"].endswith("others 24 MiB, returning 8 MiB")
+    expected = (
+        "Others have 24 MiB of the device, 24 MiB come off the budget (py<i>thon 7: 24 MiB, process 8); "
+        "models have 2 MiB beyond their leases"
+    )
+    assert browser.see("others").text == expected
+    lost, _ = opened(model("oak"), device={"driver": driver | {"lost": "it hangs"}})
+    assert lost.see("others").text == "The driver is not heard, the ledger alone counts: it hangs"
+    older, _ = opened(model("oak"))
+    assert older.see("others").text == ""
+    assert not older.see("tiers").find(with_class="others")
 
 
 def test_decisions_are_told_with_their_reasons_newest_first() -> None:

@@ -65,7 +65,14 @@ fn full_shelf(models: u32) -> ShelfState {
         })
         .collect();
     let budget = models.iter().map(ModelState::held).sum();
-    ShelfState { budget, extent: ByteCount::mib(2), quantum_ms: 2_000, models, requests, is_manual: false }
+    ShelfState {
+        budget,
+        extent: ByteCount::mib(2),
+        quantum_ms: 2_000,
+        models,
+        requests,
+        ..ShelfState::default()
+    }
 }
 
 fn plans(criterion: &mut Criterion) {

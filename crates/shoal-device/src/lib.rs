@@ -6,6 +6,7 @@
 //! | [`owned`] | what callers use: objects that hold their parents and give themselves back on Drop |
 //! | [`sim`] | the simulated device: real address space, real faults, memory of this machine |
 //! | `cuda` (feature `cuda`) | the CUDA device: an NVIDIA GPU through its driver |
+//! | [`gauge`] | how much of a device is taken and by whom, without opening it |
 //! | [`fault`] | a device that fails on request and remembers what it was asked |
 //! | [`conformance`] | one suite that every device must pass |
 //! | [`host`] | memory of this machine: what it is made of, what is allowed |
@@ -24,6 +25,7 @@ pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod fault;
+pub mod gauge;
 pub mod hash;
 pub mod host;
 pub mod owned;

@@ -179,6 +179,7 @@ impl Collector for ShelfCollector {
             }),
         )?;
         keys(encoder, &state)?;
+        driver(encoder, &state)?;
         sharing(encoder, &state)?;
         counters(encoder, &state)
     }
@@ -196,6 +197,53 @@ fn keys(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Resu
         })
     });
     family(encoder, "key_requests_now", "Requests answered or waiting now, by the name of their key", rows)
+}
+
+/// The device as its driver shows it, beside the ledger.
+fn driver(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
+    let device = &shelf.device;
+    let of = |kind: &str, bytes: ByteCount| -> (Labels, ConstGauge<i64>) {
+        (vec![("kind", kind.to_owned())], gauge(bytes))
+    };
+    let ledger = [
+        of("leased", device.leased),
+        of("returning", device.returning),
+        of("headroom", device.headroom),
+        of("taken", device.taken),
+        of("free", device.free),
+    ];
+    family(
+        encoder,
+        "device_ledger_bytes",
+        "The device by the ledger: \"taken\" is what others have of the budget",
+        ledger,
+    )?;
+    let Some(seen) = &device.driver else { return Ok(()) };
+    family(
+        encoder,
+        "device_driver_bytes",
+        "The device by its driver: \"drift\" is what models have beyond their leases, and a part of \"ours\"",
+        [
+            of("total", seen.total),
+            of("free", seen.free),
+            of("ours", seen.ours),
+            of("drift", seen.drift),
+            of("others", seen.others),
+        ],
+    )?;
+    family(
+        encoder,
+        "device_driver_up",
+        "1 while the driver answers",
+        [(Labels::new(), ConstGauge::new(i64::from(seen.lost.is_none())))],
+    )?;
+    let seen = shelf.models.iter().filter(|model| model.lease.seen.is_some());
+    family(
+        encoder,
+        "model_drift_bytes",
+        "What the driver shows of a model's process less its lease",
+        seen.map(|model| (vec![("model", model.name.clone())], ConstGauge::new(model.lease.drift))),
+    )
 }
 
 fn sharing(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {

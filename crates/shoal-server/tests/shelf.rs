@@ -31,7 +31,9 @@ fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Server
         allowed_hosts: vec![],
         separate_keys: false,
         device: DeviceChoice::Sim,
+        device_uuid: None,
         device_budget: ByteCount(budget_mib * MIB),
+        headroom: ByteCount::ZERO,
         host_budget: ByteCount::gib(1),
         host_memory: None,
         disk: vec![],
@@ -118,13 +120,18 @@ fn check_ledger(shelf: &Shelf) {
                 *held.entry(name).or_default() -= bytes.0;
                 Some(*leased)
             }
-            EventKind::WorkerExited { returned, .. } => {
+            EventKind::WorkerExited { pid, returned, returning, .. } => {
                 assert_eq!(
                     held.remove(&name).unwrap_or(0),
                     returned.0,
                     "all of it comes back: {}",
                     story(shelf)
                 );
+                held.insert(format!("process {pid}"), returning.0);
+                None
+            }
+            EventKind::MemoryReturned { pid, bytes, .. } => {
+                assert_eq!(held.remove(&format!("process {pid}")), Some(bytes.0), "{}", story(shelf));
                 None
             }
             _ => None,

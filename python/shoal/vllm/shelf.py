@@ -117,7 +117,7 @@ class Shelf:
     def room(self) -> int:
         """Bytes that the model can have when nobody else has any."""
         most = self.client.welcome["spec"].get("device_bytes_max")
-        budget = int(self.client.welcome["device_bytes"])
+        budget = int(self.client.welcome["spec"].get("device_bytes") or self.client.welcome["device_bytes"])
         return min(budget, int(most)) if most is not None else budget
 
     @contextlib.contextmanager

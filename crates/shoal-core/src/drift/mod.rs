@@ -130,7 +130,8 @@ pub fn compare(
     let leasable = ByteCount(reading.free.0.saturating_add(within)).saturating_sub(keep);
     // Less than a page cannot be leased anyway.
     let missing = budget.saturating_sub(leasable);
-    found.taken = ByteCount(missing.0.checked_next_multiple_of(PAGE_BYTES.0).unwrap_or(missing.0)).min(budget);
+    found.taken =
+        ByteCount(missing.0.checked_next_multiple_of(PAGE_BYTES.0).unwrap_or(missing.0)).min(budget);
     found
 }
 

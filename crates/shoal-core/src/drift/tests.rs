@@ -80,7 +80,11 @@ fn one_reading_alone_moves_nothing() {
     assert_eq!(notes(&mut charge, &[8, 30, 8, 8]), [None; 4]);
     assert_eq!(notes(&mut charge, &[8]), [Some(8)], "three agree");
     assert_eq!(notes(&mut charge, &[0, 1, 0]), [None, None, Some(1)]);
-    assert_eq!(notes(&mut charge, &[0, 0, 0]), [None, Some(0), None], "nothing is nothing, however little it was");
+    assert_eq!(
+        notes(&mut charge, &[0, 0, 0]),
+        [None, Some(0), None],
+        "nothing is nothing, however little it was"
+    );
     assert_eq!((charge.taken(), charge.is_unsure(tolerance)), (MIB(0), false));
 }
 
@@ -153,8 +157,7 @@ proptest! {
             seen.push(found);
             let before = charge.taken();
             let newest: Vec<u64> = seen.iter().rev().take(3).copied().collect();
-            match charge.note(MIB(found), tolerance) {
-                Some(taken) => {
+            if let Some(taken) = charge.note(MIB(found), tolerance) {
                     prop_assert_eq!(taken, charge.taken());
                     prop_assert!(taken != before);
                     prop_assert!(newest.contains(&(taken.0 >> 20)), "{taken} of {newest:?}");
@@ -162,8 +165,8 @@ proptest! {
                     prop_assert!(moved >= tolerance || taken.is_zero());
                     prop_assert!(taken < before || newest[..2].iter().all(|found| MIB(*found) >= taken));
                     prop_assert!(taken > before || newest.iter().all(|found| MIB(*found) <= taken));
-                }
-                None => prop_assert_eq!(before, charge.taken()),
+            } else {
+                prop_assert_eq!(before, charge.taken());
             }
         }
         for _ in 0..3 {

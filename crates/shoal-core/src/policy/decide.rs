@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::reason;
 use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
-use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, owed, takeable_by_hand};
+use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, owed};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
 use crate::protocol::LeaseKind;
@@ -24,6 +24,7 @@ pub(super) fn plan_by(state: &ShelfState, now_ms: u64, choice: Choice) -> Plan {
         granted: BTreeMap::new(),
         granted_kv: BTreeMap::new(),
     };
+    decision.make_room();
     let mut requests: Vec<_> = state.requests.iter().collect();
     requests.sort_by_cached_key(|request| decision.field.seniority(request));
     for request in requests {
@@ -66,8 +67,15 @@ impl Decision<'_> {
         } else {
             ByteCount::ZERO
         });
-        if request.bytes_min > most {
+        // Others may leave the device again; KV is asked for anew before long.
+        let patience = if request.kind == LeaseKind::Kv { ByteCount::ZERO } else { self.field.state.taken };
+        if request.bytes_min > most + patience {
             return self.deny(request, true, reason::never(&self.field, model, request, most));
+        }
+        if request.bytes_min > most {
+            // Nobody else is held up for it.
+            let reason = reason::never(&self.field, model, request, most);
+            return if is_late { self.deny(request, false, reason) } else { self.wait(request, reason) };
         }
         // What a process takes beside weights and KV it takes wherever its model is.
         let stands_apart = request.kind != LeaseKind::Overhead;
@@ -132,6 +140,35 @@ impl Decision<'_> {
         self.wait(request, reason);
     }
 
+    /// Has that come back which is leased and which others have taken of the device, in the same order as for anybody.
+    fn make_room(&mut self) {
+        let extent = self.field.state.extent.max(ByteCount(1));
+        let mut missing = self.field.owed;
+        let mut picks: Vec<(Candidate, ByteCount)> = Vec::new();
+        for &candidate in self.field.candidates() {
+            if missing.is_zero() {
+                break;
+            }
+            let taken: ByteCount =
+                picks.iter().filter(|(pick, _)| pick.model == candidate.model).map(|(_, bytes)| *bytes).sum();
+            let offer = self.field.offer_for_room(candidate).saturating_sub(taken);
+            let is_whole = candidate.part == Part::All
+                && (self.field.choice == Choice::WholeLru
+                    || self.field.state.models[candidate.model].is_rigid);
+            let bytes = if is_whole { offer } else { missing.round_up_to(extent).min(offer) };
+            if !bytes.is_zero() {
+                missing = missing.saturating_sub(bytes);
+                picks.push((candidate, bytes));
+            }
+        }
+        for (candidate, bytes) in one_order_each(picks) {
+            let victim = &self.field.state.models[candidate.model];
+            let reason = reason::make_room(&self.field, candidate, victim);
+            self.field.take(candidate.model, bytes);
+            self.act(Action::Evict { model: victim.id, requester: None, bytes, reason });
+        }
+    }
+
     /// What can be had for `request` now, and of whom.
     fn gather(
         &self,
@@ -166,18 +203,7 @@ impl Decision<'_> {
                 picks.push((candidate, bytes));
             }
         }
-        // One order a model.
-        let mut merged: Vec<(Candidate, ByteCount)> = Vec::with_capacity(picks.len());
-        for (candidate, bytes) in picks {
-            match merged.iter_mut().find(|(known, _)| known.model == candidate.model) {
-                Some((known, sum)) => {
-                    (known.class, known.part) = (candidate.class, candidate.part);
-                    *sum += bytes;
-                }
-                None => merged.push((candidate, bytes)),
-            }
-        }
-        (found, merged)
+        (found, one_order_each(picks))
     }
 
     /// One that `model` may not stand beside, and that cannot be made to leave.
@@ -248,7 +274,11 @@ impl Decision<'_> {
         for (place, model) in state.models.iter().enumerate() {
             let Some(until) = kept_until(model) else { continue };
             // Whoever says how long a model is kept has said that it is to go after that.
-            let bytes = if state.is_manual { takeable_by_hand(model) } else { self.field.takeable_at(place) };
+            let bytes = if state.is_manual {
+                self.field.takeable_by_hand_at(place)
+            } else {
+                self.field.takeable_at(place)
+            };
             if model.is_busy() || model.wake_ordered || self.field.asks(place) || bytes.is_zero() {
                 continue;
             }
@@ -321,4 +351,19 @@ impl Decision<'_> {
             self.act(Action::Restore { model: model.id, bytes, reason });
         }
     }
+}
+
+/// One order a model.
+fn one_order_each(picks: Vec<(Candidate, ByteCount)>) -> Vec<(Candidate, ByteCount)> {
+    let mut merged: Vec<(Candidate, ByteCount)> = Vec::with_capacity(picks.len());
+    for (candidate, bytes) in picks {
+        match merged.iter_mut().find(|(known, _)| known.model == candidate.model) {
+            Some((known, sum)) => {
+                (known.class, known.part) = (candidate.class, candidate.part);
+                *sum += bytes;
+            }
+            None => merged.push((candidate, bytes)),
+        }
+    }
+    merged
 }

@@ -30,6 +30,12 @@
 //! idle or its turn is over, has given all of it up. Where nothing is to be evicted by itself ([`ShelfState::is_manual`])
 //! only step 1 and 2 are taken, and requests wait for somebody to act.
 //!
+//! # When others take memory of the device
+//! What they have comes off the budget ([`ShelfState::taken`]). Where more is leased by then, that comes back in the same
+//! order, before any request is met; nobody asked for it, so nobody's age counts. A model in its turn keeps what it runs
+//! with, and so does one that could not run with what is left. A request that cannot be met only because of it waits, for
+//! others may leave, and holds nobody up.
+//!
 //! # Against thrashing
 //! What is brought back runs for a turn, is asked last for a while when it is idle, and is not taken for the sake of what
 //! nobody asked for: a model is preloaded only into what is free. How much moves for nothing all the same is the
@@ -63,6 +69,8 @@ pub mod thrash;
 mod victims;
 pub mod worth;
 
+#[cfg(test)]
+mod crowded;
 #[cfg(test)]
 mod tests;
 

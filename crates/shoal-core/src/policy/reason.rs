@@ -48,10 +48,19 @@ pub(super) fn evict(
     request: &PendingRequest,
     free: ByteCount,
 ) -> String {
+    let why = if victim.id == model.id {
+        format!("{} uses its own free KV memory", victim.name)
+    } else {
+        why_chosen(field, candidate, victim)
+    };
+    format!("{}, {free} are free; {why}", needs(model, request))
+}
+
+/// Why this one was chosen.
+fn why_chosen(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
     let idle = seconds(field.now_ms.saturating_sub(victim.last_used_ms));
     let name = &victim.name;
-    let why = match candidate.class {
-        _ if victim.id == model.id => format!("{name} uses its own free KV memory"),
+    match candidate.class {
         _ if candidate.part == Part::Cached => format!(
             "{name} holds {} of KV for prompts that may come again, worth least ({})",
             victim.kv_cached,
@@ -84,8 +93,18 @@ pub(super) fn evict(
                 seconds(field.turn_ms(victim))
             )
         }
-    };
-    format!("{}, {free} are free; {why}", needs(model, request))
+    }
+}
+
+/// Others took memory of the device.
+pub(super) fn make_room(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
+    let over = field.state.models.iter().map(ModelState::held).sum::<ByteCount>();
+    format!(
+        "others have {} of the device that models share, {} is left and {over} is leased; {}",
+        field.state.taken,
+        field.state.budget,
+        why_chosen(field, candidate, victim)
+    )
 }
 
 /// The currency with the numbers that it was made from.
@@ -176,9 +195,10 @@ pub(super) fn never(
     most: ByteCount,
 ) -> String {
     format!(
-        "{}, and there are {most} at most: the budget is {}, {} holds {} itself{}{}",
+        "{}, and there are {most} at most: the budget is {}{}, {} holds {} itself{}{}",
         needs(model, request),
         field.state.budget,
+        taken(field),
         model.name,
         model.held(),
         lacking(model, request),
@@ -190,12 +210,21 @@ pub(super) fn never(
     )
 }
 
+/// What others have of the device, where they have some.
+fn taken(field: &Field<'_>) -> String {
+    match field.state.taken {
+        ByteCount::ZERO => String::new(),
+        taken => format!(" while others have {taken} of the device"),
+    }
+}
+
 pub(super) fn too_late(field: &Field<'_>, model: &ModelState, request: &PendingRequest) -> String {
     let waited = seconds(field.now_ms.saturating_sub(request.asked_ms));
     format!(
-        "{} and waited {waited} for it; {} are free{}",
+        "{} and waited {waited} for it; {} are free{}{}",
         needs(model, request),
         field.free,
+        taken(field),
         busy_holders(field, model)
     )
 }
@@ -208,7 +237,8 @@ pub(super) fn wait(
 ) -> String {
     let manual =
         if field.state.is_manual { ", and nothing is evicted by itself (evict = \"never\")" } else { "" };
-    format!("{}; {found} can be had now{manual}{}", needs(model, request), busy_holders(field, model))
+    let taken = taken(field);
+    format!("{}; {found} can be had now{taken}{manual}{}", needs(model, request), busy_holders(field, model))
 }
 
 pub(super) fn behind(model: &ModelState, request: &PendingRequest, spare: ByteCount) -> String {

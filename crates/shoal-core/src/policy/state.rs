@@ -9,8 +9,12 @@ use crate::protocol::LeaseKind;
 /// The shelf as the policy sees it. Times are milliseconds on any one clock.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShelfState {
-    /// What may be leased in all (the budget less its headroom).
+    /// What may be leased in all (the budget less its headroom and what others have of it).
     pub budget: ByteCount,
+    /// What others have that could be leased otherwise; not in `budget`. What is leased beyond the budget because of it has
+    /// to come back.
+    #[serde(default)]
+    pub taken: ByteCount,
     /// The unit in which bytes are ordered back.
     pub extent: ByteCount,
     /// How long a model may run before it can be made to yield to a waiting one.
@@ -198,7 +202,7 @@ pub enum Action {
         /// Who yields.
         model: ModelId,
         /// For whose request; `model` itself where it gives up KV that it does not use, to have it as weights. None
-        /// where nobody asked (`keep_alive`).
+        /// where nobody asked (`keep_alive`), or others took memory of the device.
         requester: Option<ModelId>,
         /// How much.
         bytes: ByteCount,

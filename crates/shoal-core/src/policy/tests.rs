@@ -3,9 +3,9 @@ use crate::bytes::ByteCount;
 use crate::ids::ModelId;
 use crate::protocol::LeaseKind;
 
-const MIB: fn(u64) -> ByteCount = ByteCount::mib;
+pub(super) const MIB: fn(u64) -> ByteCount = ByteCount::mib;
 
-fn model(id: u32, name: &str, total: u64, held: u64) -> ModelState {
+pub(super) fn model(id: u32, name: &str, total: u64, held: u64) -> ModelState {
     ModelState {
         id: ModelId(id),
         name: name.to_owned(),
@@ -18,7 +18,7 @@ fn model(id: u32, name: &str, total: u64, held: u64) -> ModelState {
     }
 }
 
-fn wake(model: u32, mib: u64, asked_ms: u64) -> PendingRequest {
+pub(super) fn wake(model: u32, mib: u64, asked_ms: u64) -> PendingRequest {
     PendingRequest {
         model: ModelId(model),
         request: asked_ms,
@@ -30,7 +30,7 @@ fn wake(model: u32, mib: u64, asked_ms: u64) -> PendingRequest {
     }
 }
 
-fn shelf(budget: u64, models: Vec<ModelState>, requests: Vec<PendingRequest>) -> ShelfState {
+pub(super) fn shelf(budget: u64, models: Vec<ModelState>, requests: Vec<PendingRequest>) -> ShelfState {
     ShelfState {
         budget: MIB(budget),
         extent: MIB(2),
@@ -41,7 +41,7 @@ fn shelf(budget: u64, models: Vec<ModelState>, requests: Vec<PendingRequest>) ->
     }
 }
 
-fn evicted(plan: &Plan) -> Vec<(u32, u64)> {
+pub(super) fn evicted(plan: &Plan) -> Vec<(u32, u64)> {
     plan.actions
         .iter()
         .filter_map(|action| match action {
@@ -51,7 +51,7 @@ fn evicted(plan: &Plan) -> Vec<(u32, u64)> {
         .collect()
 }
 
-fn reasons(plan: &Plan) -> String {
+pub(super) fn reasons(plan: &Plan) -> String {
     serde_json::to_string_pretty(plan).expect("plain data")
 }
 

@@ -82,13 +82,19 @@ pub(super) struct Field<'a> {
     pub(super) choice: Choice,
     index: BTreeMap<ModelId, usize>,
     left: Vec<Left>,
+    /// What this plan took of each model.
+    took: Vec<ByteCount>,
     candidates: Vec<Candidate>,
     /// The oldest request of each model that waits.
     senior: Vec<Option<Seniority>>,
+    /// A request of the model's cannot be met before others leave the device: its age protects nothing.
+    stuck: Vec<bool>,
     pub(super) free: ByteCount,
     pub(super) incoming: ByteCount,
     /// When time alone may change something: a turn ends, or a model may be asked again.
     pub(super) next_change_ms: u64,
+    /// What is to come back because others took memory, and was not ordered yet.
+    pub(super) owed: ByteCount,
     kept_by_all: ByteCount,
 }
 
@@ -97,15 +103,21 @@ impl<'a> Field<'a> {
         let index: BTreeMap<_, _> =
             state.models.iter().enumerate().map(|(place, model)| (model.id, place)).collect();
         let held: ByteCount = state.models.iter().map(ModelState::held).sum();
+        let incoming: ByteCount = state.models.iter().map(|model| model.ordered.min(model.held())).sum();
+        let owed = held.saturating_sub(state.budget).min(state.taken);
         let mut field = Self {
             state,
             now_ms,
             choice,
             left: state.models.iter().map(|model| left_of(model, state.is_manual)).collect(),
+            took: vec![ByteCount::ZERO; state.models.len()],
             candidates: Vec::new(),
             senior: vec![None; state.models.len()],
+            stuck: vec![false; state.models.len()],
             free: state.budget.saturating_sub(held),
-            incoming: state.models.iter().map(|model| model.ordered.min(model.held())).sum(),
+            // What was ordered already is owed first.
+            incoming: incoming.saturating_sub(owed),
+            owed: owed.saturating_sub(incoming),
             next_change_ms: u64::MAX,
             kept_by_all: state.models.iter().map(kept).sum(),
             index,
@@ -117,10 +129,13 @@ impl<'a> Field<'a> {
         let next_change_ms = changes.flatten().min().unwrap_or(u64::MAX);
         field.next_change_ms = next_change_ms;
         for request in &state.requests {
-            if let Some(&place) = field.index.get(&request.model) {
-                let age = field.seniority(request);
-                field.senior[place] = Some(field.senior[place].map_or(age, |old| old.min(age)));
+            let Some(&place) = field.index.get(&request.model) else { continue };
+            if request.bytes_min > field.most(request) {
+                field.stuck[place] = true;
+                continue;
             }
+            let age = field.seniority(request);
+            field.senior[place] = Some(field.senior[place].map_or(age, |old| old.min(age)));
         }
         field.candidates = field.rank_all();
         field
@@ -245,10 +260,35 @@ impl<'a> Field<'a> {
         let now = match candidate.class {
             Class::Surplus | Class::Idle | Class::IdleFresh | Class::IdleKept => true,
             // Between two requests of one wake it waits as well.
-            Class::WaitsBehind => younger && self.standing(model) > age,
+            Class::WaitsBehind => younger && (self.stuck[candidate.model] || self.standing(model) > age),
             Class::TurnOver => younger && self.protected_until(model).is_none(),
         };
         if now { left.all } else { ByteCount::ZERO }
+    }
+
+    /// How much `candidate` may give now because others took memory of the device. One that runs, and could not run with
+    /// what is left, keeps what it runs with: it would be stopped for good, and what it has is there.
+    pub(super) fn offer_for_room(&self, candidate: Candidate) -> ByteCount {
+        let model = &self.state.models[candidate.model];
+        let left = self.left[candidate.model];
+        match (candidate.part, candidate.class) {
+            (Part::Unused, _) => left.unused,
+            (Part::Cached, _) => left.spare,
+            (Part::All, Class::TurnOver | Class::WaitsBehind) if model.is_rigid => ByteCount::ZERO,
+            (Part::All, Class::TurnOver)
+                if self.protected_until(model).is_some() || !self.could_return(model) =>
+            {
+                left.spare
+            }
+            (Part::All, _) => left.all,
+        }
+    }
+
+    /// All that it takes to run `model` fits into the budget as it is now.
+    fn could_return(&self, model: &ModelState) -> bool {
+        let kept = self.kept_by_all.saturating_sub(kept(model));
+        let needed = model.weights_total + model.kv_min.max(model.kv_live) + model.overhead_held;
+        kept + needed <= self.state.budget
     }
 
     /// See [`turn_ms`].
@@ -320,6 +360,7 @@ impl<'a> Field<'a> {
 
     /// Marks bytes of the model at `place` as taken. Workers give unused KV up first, whatever the order was for.
     pub(super) fn take(&mut self, place: usize, bytes: ByteCount) {
+        self.took[place] += bytes;
         let left = &mut self.left[place];
         left.all = left.all.saturating_sub(bytes);
         left.spare = left.spare.saturating_sub(bytes);
@@ -329,6 +370,11 @@ impl<'a> Field<'a> {
     /// What could still be ordered of the model at `place`.
     pub(super) fn takeable_at(&self, place: usize) -> ByteCount {
         self.left[place].all
+    }
+
+    /// [`takeable_at`](Self::takeable_at), whether or not anything is evicted by itself.
+    pub(super) fn takeable_by_hand_at(&self, place: usize) -> ByteCount {
+        takeable(&self.state.models[place]).all.saturating_sub(self.took[place])
     }
 
     pub(super) fn place(&self, id: ModelId) -> Option<usize> {
@@ -416,11 +462,6 @@ fn takeable(model: &ModelState) -> Left {
     let unused = spare.saturating_sub(model.kv_cached);
     let open = |bytes: ByteCount| bytes.saturating_sub(model.ordered).min(all);
     Left { all, spare: open(spare), unused: open(unused) }
-}
-
-/// What an idle model could give up, whether or not anything is evicted by itself.
-pub(super) fn takeable_by_hand(model: &ModelState) -> ByteCount {
-    takeable(model).all
 }
 
 /// What two kinds of bytes are worth together.

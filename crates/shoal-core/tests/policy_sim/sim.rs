@@ -11,6 +11,8 @@ use shoal_core::policy::{
 };
 use shoal_core::protocol::LeaseKind;
 
+use crate::random::Random;
+
 /// The longest that a worker takes to answer an order.
 const ANSWER_MS_MAX: u64 = 200;
 /// What bringing a MiB back takes.
@@ -20,26 +22,6 @@ const LOAD_ENDS_MS: u64 = 40_000;
 const QUIET_BY_MS: u64 = LOAD_ENDS_MS + 3_600_000;
 /// Plans for one moment; more would mean that carrying plans out never comes to rest.
 const PLANS_PER_MOMENT_MAX: usize = 64;
-
-/// Splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % end
-    }
-
-    fn one_in(&mut self, times: u64) -> bool {
-        self.below(times) == 0
-    }
-
-    fn mib(&mut self, from: u64, to: u64) -> ByteCount {
-        ByteCount::mib(from + self.below(to - from))
-    }
-}
 
 /// How long a worker that did not carry an order out is passed over.
 const SKIP_MS: u64 = 700;
@@ -128,6 +110,12 @@ struct Asked {
     older: BTreeSet<(ModelId, u64)>,
     /// Models that were wholly resident then: each may begin one turn while this waits.
     resident: u64,
+}
+
+impl Asked {
+    fn is(&self, model: ModelId, request: u64) -> bool {
+        (self.pending.model, self.pending.request) == (model, request)
+    }
 }
 
 pub(crate) struct Sim<'a> {
@@ -405,6 +393,10 @@ impl<'a> Sim<'a> {
         }
     }
 
+    fn leased(&self) -> ByteCount {
+        self.workers.iter().map(|worker| worker.state.held()).sum()
+    }
+
     fn resident(&self) -> u64 {
         self.workers.iter().filter(|worker| worker.state.is_whole()).count() as u64
     }
@@ -432,11 +424,15 @@ impl<'a> Sim<'a> {
             check(&state, &said)?;
             self.seen.plans += 1;
             self.again_at_ms = said.again_at_ms.filter(|at| *at > self.now_ms && *at < u64::MAX);
-            if said.actions.iter().all(|action| matches!(action, Action::Wait { .. })) {
-                return Ok(());
-            }
+            let is_at_rest = said.actions.iter().all(|action| matches!(action, Action::Wait { .. }));
             for action in said.actions {
                 self.obey(action)?;
+            }
+            if self.leased() > self.budget_now {
+                self.count_anew();
+            }
+            if is_at_rest {
+                return Ok(());
             }
         }
         Err(format!("plans for one moment never come to rest: {}", self.unserved()))
@@ -448,6 +444,7 @@ impl<'a> Sim<'a> {
             extent: ByteCount::mib(2),
             quantum_ms: self.quantum_ms,
             is_manual: false,
+            taken: self.budget.saturating_sub(self.budget_now),
             models: self.workers.iter().map(|worker| worker.state.clone()).collect(),
             requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
         }
@@ -538,10 +535,8 @@ impl<'a> Sim<'a> {
                 let kept = if state.keeps_weights { state.weights_held } else { ByteCount::ZERO };
                 let floor = state.min.max(state.overhead_held + kept);
                 if state.pinned || !state.ready || bytes.is_zero() || floor + ordered + bytes > state.held() {
-                    return Err(format!(
-                        "{model} must not be ordered {bytes} (holds {}): {reason}",
-                        state.held()
-                    ));
+                    let held = state.held();
+                    return Err(format!("{model} must not be ordered {bytes} (holds {held}): {reason}"));
                 }
                 let takes_weights = bytes > state.kv_held.saturating_sub(state.kv_live);
                 if takes_weights {
@@ -570,7 +565,7 @@ impl<'a> Sim<'a> {
                 }
                 let (held, max) = (state.held(), state.max);
                 self.workers[model.0 as usize].settle_kv();
-                let leased: ByteCount = self.workers.iter().map(|worker| worker.state.held()).sum();
+                let leased = self.leased();
                 if bytes < asked.pending.bytes_min || bytes > asked.pending.bytes {
                     return Err(format!("{model} was granted {bytes}, which it did not ask for"));
                 }
@@ -578,10 +573,8 @@ impl<'a> Sim<'a> {
                     return Err(format!("{model} stands beside {beside}"));
                 }
                 if leased > self.budget_now || max.is_some_and(|max| held > max) {
-                    return Err(format!(
-                        "{model} was granted {bytes}: {leased} of {} leased",
-                        self.budget_now
-                    ));
+                    let budget = self.budget_now;
+                    return Err(format!("{model} was granted {bytes}: {leased} of {budget} leased"));
                 }
                 self.seen.grants += 1;
             }
@@ -597,6 +590,14 @@ impl<'a> Sim<'a> {
                 worker.state.preload = false;
                 worker.settle_kv();
                 self.seen.denied += 1;
+            }
+            // It cannot be met before others leave the device.
+            Action::Wait { model, request, reason, .. } if reason.contains(" at most: ") => {
+                let now_ms = self.now_ms;
+                self.asked
+                    .iter_mut()
+                    .filter(|asked| asked.is(model, request))
+                    .for_each(|asked| asked.since_ms = now_ms);
             }
             Action::Wait { .. } => {}
         }
@@ -615,7 +616,7 @@ impl<'a> Sim<'a> {
         let place = self
             .asked
             .iter()
-            .position(|asked| asked.pending.model == model && asked.pending.request == request)
+            .position(|asked| asked.is(model, request))
             .ok_or_else(|| format!("an answer to {model} without a question"))?;
         Ok(self.asked.remove(place))
     }

@@ -119,7 +119,7 @@ impl Core {
         }
         for place in 0..self.models.len() {
             let model = &self.models[place];
-            let (id, peak) = (model.id, model.usage.overhead_device);
+            let (id, peak) = (model.id, model.overhead_peak());
             if peak > self.book.held(id, LeaseKind::Overhead)
                 && let Ok(uncovered) = self.book.measure_overhead(id, peak)
             {

@@ -33,6 +33,7 @@ impl Core {
         let id = model.id;
         let pid = model.child.take().unwrap_or_default();
         model.usage.overhead_device = ByteCount::ZERO;
+        model.forget_seen();
         model.error = trouble;
         let asked = model.error.is_none();
         let returned = self.book.total(id);
@@ -40,7 +41,11 @@ impl Core {
         if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {
             tracing::debug!(%error, "a program without an account ended");
         }
-        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned, asked });
+        self.tell(
+            now_ms,
+            Some(place),
+            EventKind::WorkerExited { pid, status, returned, returning: ByteCount::ZERO, asked },
+        );
     }
 
     /// Requests that the program answers now.

@@ -1,7 +1,7 @@
 //! Seeded histories of the core in virtual time: requests, kills of workers and of the server, failures, orders that are
-//! refused or ignored, against
-//! the production policy, with workers that are numbers. After every step I1 holds and nobody who waits is forgotten; when
-//! the disorder ends, every model serves again. A seed replays exactly.
+//! refused or ignored, others that come to the device and leave it, a driver that answers late, hides processes or is
+//! silent, against the production policy, with workers that are numbers. After every step I1 holds and nobody who waits is
+//! forgotten; when the disorder ends, every model serves again. A seed replays exactly.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::process::ExitStatusExt;
@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use shoal_core::bytes::ByteCount;
+use shoal_core::drift::{ProcessReading, Reading};
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerHolds, WorkerUsage};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Begun, Core, Greeting, Life, Reached, Timing, Wanted};
+use super::dice::Dice;
+use super::{Begun, Core, Greeting, Life, Looked, Reached, Timing, Wanted};
 use crate::config::{DeviceChoice, Limits, ModelConfig, ServerConfig, Sharing};
 use crate::shelf::{Caller, RouteError};
 use crate::supervisor::{Entry, Exit};
@@ -27,24 +29,8 @@ const STEPS: usize = 200;
 /// As long as a model can be kept waiting by two others that use their whole turns, and by retries of wakes.
 const CALM_MS: u64 = 60_000;
 
-/// xorshift64*.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % sides
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.roll(length as u64)).unwrap_or(0)
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.roll(100) < percent
-    }
+fn hides(seed: u64) -> bool {
+    seed % 5 == 2
 }
 
 /// Every fourth history has two models that stand apart, every fourth preloads, every fourth has another policy and one
@@ -69,8 +55,11 @@ pub(super) fn config(seed: u64) -> ServerConfig {
         api_key_file: None,
         allowed_hosts: vec![],
         separate_keys: false,
-        device: DeviceChoice::Sim,
+        // Every fifth has a driver that hides who has what.
+        device: if hides(seed) { DeviceChoice::Cuda(0) } else { DeviceChoice::Sim },
+        device_uuid: None,
         device_budget: BUDGET,
+        headroom: ByteCount::ZERO,
         host_budget: ByteCount::gib(1),
         host_memory: None,
         disk: vec![],
@@ -141,6 +130,16 @@ struct World {
     strangers: Vec<(u32, ByteCount)>,
     pids: u32,
     is_calm: bool,
+    /// Nothing fails, and nobody has to be served yet.
+    is_still: bool,
+    /// What others have of the device.
+    others: ByteCount,
+    /// What the device still has of processes that are gone, and until when.
+    lingering: Vec<(u32, ByteCount, u64)>,
+    /// A reading on its way.
+    looked: Option<Looked>,
+    /// Readings that counted.
+    looks: u64,
 }
 
 impl World {
@@ -158,6 +157,11 @@ impl World {
             strangers: Vec::new(),
             pids: 100,
             is_calm: false,
+            is_still: false,
+            others: ByteCount::ZERO,
+            lingering: Vec::new(),
+            looked: None,
+            looks: 0,
         }
     }
 
@@ -253,7 +257,7 @@ impl World {
             };
             if !self.workers.contains_key(&place) && start.notified().now_or_never().is_some() {
                 let _stale = end.notified().now_or_never();
-                if !self.is_calm && self.dice.chance(5) {
+                if !self.is_steady() && self.dice.chance(5) {
                     self.core.handle_not_started(place, "no such program".to_owned(), self.now_ms);
                     continue;
                 }
@@ -280,6 +284,12 @@ impl World {
 
     fn exit(&mut self, place: usize) {
         let Some(worker) = self.workers.remove(&place) else { return };
+        // What one held that had not said so yet is known to nobody; it counts as others' once it is seen.
+        let is_known = !self.core.models[place].is_unaccounted && self.core.driver.is_heard();
+        if is_known && !self.is_calm && self.dice.chance(60) && !worker.held.is_zero() {
+            let until_ms = self.now_ms + self.dice.roll(3_000);
+            self.lingering.push((worker.pid, worker.held, until_ms));
+        }
         if worker.heard.is_some() && self.dice.chance(50) {
             let greeting = Greeting { place, pid: worker.pid };
             self.core.handle_disconnected(greeting, None, self.now_ms);
@@ -298,7 +308,7 @@ impl World {
 
     /// One worker does the next thing that it has to.
     fn work(&mut self, place: usize) {
-        let now_ms = self.now_ms;
+        let (now_ms, is_steady) = (self.now_ms, self.is_steady());
         let Some(worker) = self.workers.get_mut(&place) else { return };
         let Some(heard) = &mut worker.heard else {
             if worker.is_silent {
@@ -331,7 +341,7 @@ impl World {
         }
         if !worker.is_ready {
             worker.is_ready = true;
-            if !self.is_calm && self.dice.chance(4) {
+            if !is_steady && self.dice.chance(4) {
                 let code = if self.dice.chance(50) { "internal" } else { "device" }.to_owned();
                 return self.say(place, FromWorker::Failed { code, message: "a test".to_owned() });
             }
@@ -351,25 +361,32 @@ impl World {
             }
             Some(FromServer::LeaseGrant { request, bytes, .. }) => {
                 worker.held += bytes;
-                let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
-                let error =
-                    (!self.is_calm && self.dice.chance(10)).then(|| "the device has no memory".to_owned());
+                let wake = worker.wake.take_if(|(_, waits)| *waits == request);
+                let is_full = self.used() > BUDGET;
+                // What the dead hold is nobody's while the driver shows it; others may come at any time.
+                let is_early = !hides(self.seed) && self.used() - self.others > BUDGET;
+                assert!(!is_early, "seed {}: granted before it was back", self.seed);
+                let fails = is_full || wake.is_some() && !is_steady && self.dice.chance(10);
+                let error = fails.then(|| "the device has no memory".to_owned());
+                let Some(worker) = self.workers.get_mut(&place) else { return };
                 if error.is_some() {
                     worker.held -= bytes;
                     self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
                 }
                 self.usage(place);
-                self.done(place, order, bytes, error);
+                if let Some((order, _)) = wake {
+                    self.done(place, order, bytes, error);
+                }
             }
             Some(FromServer::LeaseDeny { request, reason }) => {
                 let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
                 self.done(place, order, ByteCount::ZERO, Some(reason));
             }
             Some(FromServer::Reclaim { order, bytes, .. }) => {
-                if !self.is_calm && self.dice.chance(10) {
+                if !is_steady && self.dice.chance(10) {
                     return; // it never answers
                 }
-                let some = if !self.is_calm && self.dice.chance(20) { ByteCount(bytes.0 / 2) } else { bytes };
+                let some = if !is_steady && self.dice.chance(20) { ByteCount(bytes.0 / 2) } else { bytes };
                 let some = some.min(worker.held);
                 worker.held -= some;
                 if !some.is_zero() {
@@ -395,6 +412,39 @@ impl World {
         self.say(place, said);
     }
 
+    const fn is_steady(&self) -> bool {
+        self.is_calm || self.is_still
+    }
+
+    /// What everybody has of the device.
+    fn used(&self) -> ByteCount {
+        let workers = self.workers.values().map(|worker| worker.held);
+        let lingering = self.lingering.iter().map(|(_, bytes, _)| *bytes);
+        let strangers = self.strangers.iter().map(|(_, held)| *held);
+        self.others + workers.chain(lingering).chain(strangers).sum()
+    }
+
+    /// The driver is asked; its answer counts when it comes.
+    fn look(&mut self) {
+        self.lingering.retain(|(_, _, until_ms)| *until_ms > self.now_ms);
+        let begun_ms = self.core.begin_look(self.now_ms);
+        let of = |process, bytes| ProcessReading { process, bytes: Some(bytes) };
+        let workers = self.workers.values().map(|worker| of(worker.pid, worker.held));
+        let lingering = self.lingering.iter().map(|(pid, bytes, _)| of(*pid, *bytes));
+        let others = [of(1, self.others)].into_iter();
+        let hides = hides(self.seed);
+        let processes = workers.chain(lingering).chain(others).filter(|_| !hides).collect();
+        let reading = Reading { total: BUDGET, free: BUDGET.saturating_sub(self.used()), processes };
+        self.looked = Some(Looked { reading, begun_ms, ..Looked::default() });
+    }
+
+    fn see(&mut self) {
+        if let Some(looked) = self.looked.take() {
+            self.looks += 1;
+            self.core.handle_looked(looked, self.now_ms);
+        }
+    }
+
     /// The server is killed, and another begins: clients are lost, workers are not, but for those that die meanwhile.
     fn restart(&mut self) {
         self.core = World::core(self.seed);
@@ -404,6 +454,10 @@ impl World {
         }
         self.clients.clear();
         self.routed.clear();
+        // Of these no server knows any more; they are others'.
+        let lost: ByteCount = self.lingering.drain(..).map(|(_, bytes, _)| bytes).sum();
+        self.others += lost;
+        self.looked = None;
         let mut gone = Vec::new();
         for (place, worker) in &mut self.workers {
             let was_greeted = worker.heard.take().is_some() || worker.had_server;
@@ -513,6 +567,17 @@ impl World {
             }
             90..93 => self.usage(place),
             93..95 => self.restart(),
+            95..98 => {
+                // Others take what is free, or leave.
+                let free = BUDGET.saturating_sub(self.used() - self.others);
+                let most = ByteCount::mib(2 * self.dice.roll(30));
+                self.others = if self.dice.chance(40) { ByteCount::ZERO } else { most.min(free) };
+            }
+            98 => {
+                self.looked = None;
+                self.core.handle_driver_lost("a test".to_owned(), self.now_ms);
+                self.lingering.clear();
+            }
             _ => {}
         }
     }
@@ -523,11 +588,36 @@ impl World {
             self.keep_processes();
             let place = self.dice.index(MODELS);
             self.work(place);
+            if self.looked.is_none() && self.dice.chance(60) {
+                self.look();
+            } else if self.dice.chance(70) {
+                self.see();
+            }
             self.expire();
             self.check();
             let ms = self.dice.roll(200);
             self.pass(ms);
         }
+    }
+
+    /// Others came to stay: what they have comes off, and what was leased beyond is back, as far as anybody may be asked.
+    fn crowd(&mut self) {
+        for place in 0..MODELS {
+            let name = self.core.models[place].name.clone();
+            let _ = self.core.handle_pin(&name, false, self.now_ms);
+        }
+        self.is_still = true;
+        self.run(30_000);
+        let others = ByteCount::mib(24).min(BUDGET.saturating_sub(self.used() - self.others));
+        self.others = others;
+        self.run(20_000);
+        let charged = self.core.book.charged();
+        let off = charged.saturating_sub(others).max(others.saturating_sub(charged));
+        assert!(off <= ByteCount::mib(4), "seed {}: {charged} are charged, others have {others}", self.seed);
+        assert!(self.used() <= BUDGET, "seed {}: more than there is", self.seed);
+        assert!(self.core.book.owed().is_zero(), "seed {}: {} are owed", self.seed, self.core.book.owed());
+        self.is_still = false;
+        self.others = ByteCount::ZERO;
     }
 
     /// Nothing goes wrong any more: whoever asks is served.
@@ -539,6 +629,9 @@ impl World {
         // What is left of the disorder runs out first.
         self.run(40_000);
         self.is_calm = true;
+        self.run(4_000);
+        assert!(self.core.book.charged().is_zero(), "seed {}: others have left", self.seed);
+        assert!(self.core.book.departed().next().is_none(), "seed {}: all the dead are gone", self.seed);
         for client in std::mem::take(&mut self.clients) {
             self.leave(client);
         }
@@ -554,7 +647,12 @@ impl World {
     }
 
     fn run(&mut self, ms: u64) {
-        for _ in 0..ms / 20 {
+        for step in 0..ms / 20 {
+            match step % 25 {
+                0 => self.look(),
+                5 => self.see(),
+                _ => {}
+            }
             self.keep_processes();
             for place in 0..MODELS {
                 self.work(place);
@@ -577,11 +675,15 @@ fn whatever_happens_leases_hold_and_all_models_serve_again() {
         Some(seed) => seed..=seed,
         None => 1..=number("SHOAL_HISTORIES").unwrap_or(60),
     };
+    let mut looks = 0;
     for seed in seeds {
         let mut world = World::new(seed);
         world.play();
+        world.crowd();
         world.calm();
+        looks += world.looks;
     }
+    assert!(looks > 100, "the driver was hardly heard");
 }
 
 #[test]

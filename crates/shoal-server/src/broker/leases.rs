@@ -128,7 +128,7 @@ impl Core {
             // Covered once all is known.
             return;
         }
-        let (id, peak) = (model.id, model.usage.overhead_device);
+        let (id, peak) = (model.id, model.overhead_peak());
         if peak <= self.book.held(id, LeaseKind::Overhead) {
             return;
         }
@@ -175,7 +175,7 @@ impl Core {
         let Some(asked) = self.take_asked(place, request) else { return };
         let kind = asked.pending.kind;
         if request == OVERHEAD_REQUEST {
-            let peak = self.models[place].usage.overhead_device;
+            let peak = self.models[place].overhead_peak();
             if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
                 self.cover_overhead(place, uncovered, now_ms);
             }

@@ -122,7 +122,7 @@ impl Core {
             version: VERSION,
             spec: config.spec_of(&model.config),
             device: config.device.to_string(),
-            device_bytes: config.device_budget,
+            device_bytes: config.device_budget + config.headroom,
             host_budget: share,
             data_socket: model.socket.to_string_lossy().into_owned(),
             lends_slabs: config.host_memory.is_some(),
@@ -206,8 +206,8 @@ impl Core {
         model.capabilities = Some(capabilities);
         model.progress = None;
         let (what, allowed) = match model.config.max {
-            Some(max) if max < self.book.budget() => ("its max", max),
-            _ => ("the device budget", self.book.budget()),
+            Some(max) if max < self.config.device_budget => ("its max", max),
+            _ => ("the device budget", self.config.device_budget),
         };
         if needed > allowed {
             let reason = if self.models[place].is_rigid() {
@@ -323,11 +323,15 @@ impl Core {
         model.orders.clear();
         model.forget_process();
         self.asked.retain(|asked| asked.pending.model != id);
-        let returned = self.book.close(id);
+        let (returned, returning) = if self.models[place].is_rigid() {
+            (self.book.close(id), ByteCount::ZERO)
+        } else {
+            self.depart(place, pid, now_ms)
+        };
         self.models[place].is_unaccounted = false;
         if !self.models[place].is_rigid() {
-            let what =
-                EventKind::WorkerExited { pid, status: exit.to_string(), returned, asked: self.stopping };
+            let (status, asked) = (exit.to_string(), self.stopping);
+            let what = EventKind::WorkerExited { pid, status, returned, returning, asked };
             self.tell(now_ms, Some(place), what);
         }
         let model = &mut self.models[place];
@@ -463,10 +467,5 @@ impl Core {
     /// Processes that are not gone yet.
     pub(crate) fn processes(&self) -> usize {
         self.models.iter().filter(|model| model.pid.is_some()).count() + self.strangers.len()
-    }
-
-    /// Everything that may be granted to a model.
-    pub(super) fn leasable(&self) -> ByteCount {
-        self.book.budget().saturating_sub(self.book.headroom())
     }
 }

@@ -10,6 +10,9 @@
 
 mod adoption;
 mod commands;
+#[cfg(test)]
+mod dice;
+mod driver;
 mod habits;
 #[cfg(test)]
 mod histories;
@@ -37,6 +40,7 @@ use tokio::sync::{Notify, mpsc};
 use crate::config::ServerConfig;
 use crate::state::{EventKind, EventLog};
 
+pub(crate) use driver::Looked;
 pub(crate) use lifecycle::{Life, LifeEvent};
 #[cfg(test)]
 pub(crate) use lives::Greeting;
@@ -110,6 +114,7 @@ pub(crate) struct Core {
     pub(crate) config: Arc<ServerConfig>,
     pub(crate) timing: Timing,
     pub(crate) book: LeaseBook,
+    pub(crate) driver: driver::Driver,
     pub(crate) models: Vec<Record>,
     pub(crate) by_name: BTreeMap<String, usize>,
     pub(crate) asked: Vec<Asked>,
@@ -134,6 +139,8 @@ pub(crate) struct Core {
     pub(crate) timer_moved: Arc<Notify>,
     /// Told when a process is gone.
     pub(crate) process_gone: Arc<Notify>,
+    /// Told when the driver is to be asked before its time.
+    pub(crate) look_soon: Arc<Notify>,
 }
 
 impl Core {
@@ -151,7 +158,8 @@ impl Core {
             .collect();
         let by_name = models.iter().enumerate().map(|(place, model)| (model.name.clone(), place)).collect();
         let mut core = Self {
-            book: LeaseBook::new(config.device_budget, shoal_core::bytes::ByteCount::ZERO),
+            book: LeaseBook::new(config.device_budget + config.headroom, config.headroom),
+            driver: driver::Driver::default(),
             timing,
             models,
             by_name,
@@ -171,6 +179,7 @@ impl Core {
             timer_ms: None,
             timer_moved: Arc::new(Notify::new()),
             process_gone: Arc::new(Notify::new()),
+            look_soon: Arc::new(Notify::new()),
             config,
         };
         let what = EventKind::ServerStarted {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::drift::Agreed;
 use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -91,6 +92,14 @@ pub(crate) struct Record {
     /// The program that runs for it now, where its engine is a command.
     pub(crate) child: Option<u32>,
     pub(crate) log: PathBuf,
+    /// What the driver shows of its process; none where it shows nothing.
+    pub(crate) seen: Option<ByteCount>,
+    /// Its lease when the driver was last asked.
+    pub(crate) leased_then: ByteCount,
+    /// What it was seen to have beyond its lease, lately.
+    pub(crate) drift: Agreed,
+    /// What it was seen to take beside weights and KV, at its peak.
+    pub(crate) overhead_seen: ByteCount,
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
     pub(crate) host_need: Option<ByteCount>,
     /// Host bytes that its present process may use.
@@ -175,6 +184,10 @@ impl Record {
             target: Target::Unix(config.runtime_dir.join(format!("worker-{place}.sock"))),
             socket: config.runtime_dir.join(format!("worker-{place}.sock")),
             child: None,
+            seen: None,
+            leased_then: ByteCount::ZERO,
+            drift: Agreed::default(),
+            overhead_seen: ByteCount::ZERO,
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
             host_need: if model.engine == Engine::Command {
@@ -342,10 +355,24 @@ impl Record {
         self.connection.as_ref().is_some_and(|connection| connection.try_send(message).is_ok())
     }
 
+    /// What its process takes beside weights and KV at its peak, by its own word and by the driver's.
+    pub(crate) fn overhead_peak(&self) -> ByteCount {
+        self.usage.overhead_device.max(self.overhead_seen)
+    }
+
+    /// Forgets what the driver showed of one process.
+    pub(crate) fn forget_seen(&mut self) {
+        self.seen = None;
+        self.leased_then = ByteCount::ZERO;
+        self.drift.clear();
+        self.overhead_seen = ByteCount::ZERO;
+    }
+
     /// Forgets what belonged to one process.
     pub(crate) fn forget_process(&mut self) {
         self.connection = None;
         self.host_share = ByteCount::ZERO;
+        self.forget_seen();
         self.counts.tokens_before += self.usage.tokens_out;
         self.usage = WorkerUsage { weights_total: self.usage.weights_total, ..WorkerUsage::default() };
         self.turn_since_ms = None;

@@ -90,6 +90,7 @@ impl Core {
         !self.stopping
             && !self.is_settling()
             && (!self.asked.is_empty()
+                || !self.book.owed().is_zero()
                 || self.models.iter().any(|model| {
                     (!model.queue.is_empty() && !model.is_up())
                         || model.config.keep_alive_s.is_some()
@@ -167,8 +168,11 @@ impl Core {
     }
 
     fn policy_state(&self, now_ms: u64) -> ShelfState {
+        // What the dead held is leased to nobody who could be asked, and will come back.
+        let departed = self.book.departed().map(|(_, bytes)| bytes).sum();
         ShelfState {
-            budget: self.leasable(),
+            budget: self.book.leasable().saturating_sub(departed),
+            taken: self.book.charged() + departed,
             extent: PAGE_BYTES,
             quantum_ms: self.timing.quantum_ms,
             is_manual: !self.config.sharing.evicts,
@@ -243,6 +247,14 @@ impl Core {
                 Action::Evict { model, bytes, reason, requester } => {
                     let whom = (requester.map(|model| model.0 as usize), Some(decision));
                     self.order_reclaim(model.0 as usize, bytes, reason, whom, None, now_ms);
+                    // What left for the sake of others comes back like what left for a model.
+                    let is_over = state.models.iter().any(|known| {
+                        let kept = known.keep_alive_ms.map(|kept| known.last_used_ms.saturating_add(kept));
+                        known.id == model && kept.is_some_and(|until| until <= now_ms)
+                    });
+                    if requester.is_none() && !state.taken.is_zero() && !is_over {
+                        self.note_sent_away(model.0 as usize, true);
+                    }
                     changed = true;
                 }
                 Action::Restore { model, bytes, reason } => {

@@ -52,6 +52,7 @@ impl Core {
         if model.is_ready() {
             said.extend(self.kept(model, now_ms));
         }
+        said.extend(self.beside(place));
         if let Some(error) = model.error.as_ref().filter(|_| !matches!(model.life(), Life::Failed { .. })) {
             said.push(format!("What went wrong last: {error}."));
         }
@@ -98,7 +99,7 @@ impl Core {
                 for (what, bytes) in beside {
                     let _ = write!(said, ", with {bytes} for {what}");
                 }
-                let _ = write!(said, "; all models share {}.", self.book.budget());
+                let _ = write!(said, "; all models share {}.", self.book.leasable());
                 said
             }
             (ModelStatus::Asleep, _) if model.is_rigid() => {

@@ -12,7 +12,8 @@ use super::{At, Failure, Order, Out};
 use crate::api::{PinOrder, ReloadOrder, SleepOrder, WakeOrder};
 use crate::shelf::{Reloaded, Report};
 use crate::state::{
-    EventKind, LatencySnapshot, ModelSnapshot, ModelStatus, SharingSnapshot, ShelfSnapshot, Why,
+    DeviceSnapshot, EventKind, LatencySnapshot, ModelSnapshot, ModelStatus, SharingSnapshot, ShelfSnapshot,
+    Why,
 };
 
 const READ_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -146,6 +147,7 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
     let device = &shelf.device;
     let simulated = if device.simulated { " (simulated in RAM)" } else { "" };
     let mut text = format!("{}{simulated}: {} of {} leased\n", device.name, device.leased, device.budget);
+    text.push_str(&driver_of(device));
     text.push_str(&sharing_of(&shelf.sharing));
     let mut rows = vec![HEADINGS.map(str::to_owned)];
     rows.extend(shelf.models.iter().map(|model| row(model, shelf.at_ms)));
@@ -183,6 +185,34 @@ fn keys_of(models: &[ModelSnapshot]) -> String {
         }
     }
     text
+}
+
+/// What the driver shows, where it is not just what is leased.
+fn driver_of(device: &DeviceSnapshot) -> String {
+    let Some(driver) = &device.driver else { return String::new() };
+    if let Some(lost) = &driver.lost {
+        return format!("the driver is not heard, the ledger alone counts: {}\n", printable(lost));
+    }
+    let mut said = vec![format!("{} of {} are free on the device", driver.free, driver.total)];
+    if !device.taken.is_zero() {
+        said.push(format!("others have {}, of which {} come off the budget", driver.others, device.taken));
+    }
+    if !driver.drift.is_zero() {
+        said.push(format!("models have {} beyond their leases", driver.drift));
+    }
+    if !device.returning.is_zero() {
+        said.push(format!("{} are returning", device.returning));
+    }
+    if said.len() == 1 {
+        return String::new();
+    }
+    let who = driver.processes.iter().filter(|_| !device.taken.is_zero()).take(3).map(|process| {
+        let bytes = process.bytes.map_or_else(String::new, |bytes| format!(" {bytes}"));
+        format!("{} ({}){bytes}", process.name.as_deref().unwrap_or("process"), process.pid)
+    });
+    let who: Vec<String> = who.collect();
+    let who = if who.is_empty() { String::new() } else { format!(" [{}]", printable(&who.join(", "))) };
+    format!("{}{who}\n", said.join("; "))
 }
 
 /// Who decides, what the moving is good for, what another policy would have done.
@@ -279,7 +309,7 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Event, EventKind, ShadowSnapshot};
+    use crate::state::{DriverSnapshot, Event, EventKind, ProcessSnapshot, ShadowSnapshot};
 
     #[test]
     fn decisions_are_told_with_how_long_ago_and_whose() {
@@ -306,6 +336,34 @@ mod tests {
         let expected = "chat is asleep.\nIt  [31mwaits.\n\n   7 min ago  gives up 2 MiB: because\n   1.2 s ago  code \
                         gives up it\n(3 earlier ones: --last 5)\n";
         assert_eq!(told(&why), expected);
+    }
+
+    #[test]
+    fn what_others_have_is_told_with_its_numbers_and_nothing_where_there_is_nothing_to_tell() {
+        let mut device = DeviceSnapshot {
+            driver: Some(DriverSnapshot {
+                total: ByteCount::gib(80),
+                free: ByteCount::gib(3),
+                others: ByteCount::gib(5),
+                processes: vec![ProcessSnapshot {
+                    pid: 7,
+                    name: Some("py\u{1b}thon".to_owned()),
+                    bytes: Some(ByteCount::gib(4)),
+                }],
+                ..DriverSnapshot::default()
+            }),
+            ..DeviceSnapshot::default()
+        };
+        assert_eq!(driver_of(&DeviceSnapshot::default()), "");
+        assert_eq!(driver_of(&device), "");
+        device.taken = ByteCount::gib(4);
+        let expected = "3 GiB of 80 GiB are free on the device; others have 5 GiB, of which 4 GiB come off the budget \
+                        [py thon (7) 4 GiB]\n";
+        assert_eq!(driver_of(&device), expected);
+        (device.taken, device.returning) = (ByteCount::ZERO, ByteCount::mib(2));
+        assert_eq!(driver_of(&device), "3 GiB of 80 GiB are free on the device; 2 MiB are returning\n");
+        device.driver.as_mut().expect("just made").lost = Some("it hangs".to_owned());
+        assert_eq!(driver_of(&device), "the driver is not heard, the ledger alone counts: it hangs\n");
     }
 
     #[test]

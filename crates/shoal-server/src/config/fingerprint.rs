@@ -13,7 +13,7 @@ impl ServerConfig {
     pub fn fingerprint(&self, model: &ModelConfig) -> String {
         let said = serde_json::json!([
             [env!("CARGO_PKG_VERSION"), shoal_core::protocol::VERSION],
-            [self.device.to_string(), self.device_budget, self.runtime_dir],
+            [self.device.to_string(), self.device_budget + self.headroom, self.runtime_dir],
             [model.name, model.engine.name(), model.source, model.revision],
             [self.python_of(model), model.env, model.args],
             [model.dtype, model.context, model.max, format!("{:?}", model.sleep)],

@@ -79,8 +79,12 @@ pub struct ServerConfig {
     pub separate_keys: bool,
     /// The device; never [`DeviceChoice::Auto`] here.
     pub device: DeviceChoice,
+    /// The GPU that workers see as [`device`](Self::device), by the driver's name for it; none for the simulated device.
+    pub device_uuid: Option<String>,
     /// Device bytes that all models together may hold.
     pub device_budget: ByteCount,
+    /// Device bytes beside those that are to stay free, for what nobody foresees.
+    pub headroom: ByteCount,
     /// Host bytes that all models together may use for copies.
     pub host_budget: ByteCount,
     /// What memory of host copies is made of that the server lends to workers; `None`: they make their own.
@@ -162,6 +166,7 @@ impl ServerConfig {
             "context": model.context,
             "prefix_caching": model.prefix_caching,
             "device": self.device.to_string(),
+            "device_bytes": self.device_budget,
             "device_bytes_max": model.max,
         })
     }

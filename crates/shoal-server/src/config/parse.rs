@@ -58,6 +58,7 @@ pub struct ServerSection {
     pub separate_keys: Option<Sited<bool>>,
     pub device: Option<Sited<DeviceChoice>>,
     pub device_budget: Option<Sited<ByteCount>>,
+    pub headroom: Option<ByteCount>,
     pub host_budget: Option<Sited<ByteCount>>,
     pub host_memory: Option<HostMemory>,
     pub disk: Vec<DiskTier>,
@@ -94,13 +95,14 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 17] = [
+const SERVER_KEYS: [&str; 18] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
     "separate_keys",
     "device",
     "device_budget",
+    "headroom",
     "host_budget",
     "host_memory",
     "disk",
@@ -268,6 +270,7 @@ impl<'i> Reader<'i> {
             }),
             device: self.parsed(table, "device", device),
             device_budget: self.size(table, "device_budget"),
+            headroom: self.size(table, "headroom").map(|size| size.value),
             host_budget: self.size(table, "host_budget"),
             host_memory: self.parsed(table, "host_memory", host_memory).map(|choice| choice.value),
             disk: self.disk(table),

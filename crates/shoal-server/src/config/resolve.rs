@@ -2,7 +2,8 @@
 //!
 //! **Defaults of the budgets.** The simulated device takes its bytes from the same RAM as the host tier, so it gets a
 //! quarter of what may be used and the host tier half, the rest stays for the workers themselves. A GPU gets what is free
-//! on it now, less a gibibyte that is never leased.
+//! on it now, less the headroom: a gibibyte, if nothing else is said. Where a budget is given, the headroom is at most half of
+//! what the GPU has beside it, so that it does not eat into what was asked for. The simulated device has none by itself.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,7 +22,7 @@ use super::{
 };
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
-/// What is left of a GPU's free memory, for what nobody foresees.
+/// What is left of a GPU's free memory, for what nobody foresees, where nothing is said.
 const HEADROOM: ByteCount = ByteCount::gib(1);
 
 fn round_down(bytes: ByteCount) -> ByteCount {
@@ -61,7 +62,7 @@ impl ShoalFile {
 
         let usable = surroundings.memory.usable();
         let mut notes = Vec::new();
-        let by_default = default_budgets(surroundings, gpu);
+        let by_default = default_budgets(surroundings, gpu, server.headroom.unwrap_or(HEADROOM));
         let device_budget = server.device_budget.as_ref().map_or(by_default.device, |bytes| bytes.value);
         let host_budget = server.host_budget.as_ref().map_or(by_default.host, |bytes| bytes.value);
         if let Some((_, gpu)) = gpu {
@@ -113,7 +114,9 @@ impl ShoalFile {
             allowed_hosts: server.allowed_hosts,
             separate_keys,
             device,
+            device_uuid: gpu.map(|(_, gpu)| gpu.uuid.clone()),
             device_budget,
+            headroom: headroom_of(server.headroom, server.device_budget.is_some(), device_budget, gpu),
             host_budget,
             host_memory,
             disk: server
@@ -150,16 +153,31 @@ fn separates_keys(server: &ServerSection, problems: &mut Vec<Problem>) -> bool {
     true
 }
 
+/// What is to stay free beside the budget. They are added to each other, so the sum has to be a number.
+fn headroom_of(
+    said: Option<ByteCount>,
+    is_budgeted: bool,
+    budget: ByteCount,
+    gpu: Option<(u32, &Gpu)>,
+) -> ByteCount {
+    let by_default = match (gpu, is_budgeted) {
+        (None, _) => ByteCount::ZERO,
+        (Some(_), false) => HEADROOM,
+        (Some((_, gpu)), true) => HEADROOM.min(ByteCount(gpu.total.saturating_sub(budget).0 / 2)),
+    };
+    said.unwrap_or(by_default).min(ByteCount(u64::MAX - budget.0))
+}
+
 /// Budgets of a file that says none: those of the server before where workers of it live, because what they hold is not
 /// free and is theirs to share as before; else parts of what is free.
-fn default_budgets(surroundings: &Surroundings, gpu: Option<(u32, &Gpu)>) -> Budgets {
+fn default_budgets(surroundings: &Surroundings, gpu: Option<(u32, &Gpu)>, headroom: ByteCount) -> Budgets {
     if let Some(before) = surroundings.budgets_before {
         return before;
     }
     let usable = surroundings.memory.usable();
     let part = |part: u64| round_down(ByteCount(usable.0 / part)).max(BUDGET_UNIT);
     let device = match gpu {
-        Some((_, gpu)) => round_down(gpu.free.saturating_sub(HEADROOM)).max(BUDGET_UNIT),
+        Some((_, gpu)) => round_down(gpu.free.saturating_sub(headroom)).max(BUDGET_UNIT),
         None => part(4),
     };
     Budgets { device, host: part(2) }

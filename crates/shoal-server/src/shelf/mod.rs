@@ -11,6 +11,7 @@
 mod caller;
 mod error;
 mod host_pool;
+mod look;
 mod models;
 mod reload;
 mod route;
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::Policy;
+use shoal_device::gauge::{Gauge, GaugeError};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -143,6 +145,28 @@ impl Shelf {
         config: Arc<ServerConfig>,
         policy: Option<Box<dyn Policy>>,
     ) -> Result<Self, ShelfError> {
+        let opener = look::opener(&config);
+        Self::start_by(config, policy, opener)
+    }
+
+    /// [`Shelf::start_with`], with another gauge of the device than the configured device's. `open` is called on the
+    /// thread that reads it, at first and after each reading that failed.
+    ///
+    /// # Errors
+    /// As [`Shelf::start`].
+    pub fn start_measured(
+        config: Arc<ServerConfig>,
+        policy: Option<Box<dyn Policy>>,
+        open: impl FnMut() -> Result<Box<dyn Gauge>, GaugeError> + Send + 'static,
+    ) -> Result<Self, ShelfError> {
+        Self::start_by(config, policy, Some(Box::new(open)))
+    }
+
+    fn start_by(
+        config: Arc<ServerConfig>,
+        policy: Option<Box<dyn Policy>>,
+        opener: Option<look::Opener>,
+    ) -> Result<Self, ShelfError> {
         let sum: ByteCount = config.models.iter().filter_map(|model| model.min).sum();
         if sum > config.device_budget {
             return Err(ShelfError::Minimums { sum, budget: config.device_budget });
@@ -185,6 +209,9 @@ impl Shelf {
             _runtime_dir: runtime_dir,
         });
         tasks::start(&shared, listener, found);
+        if let Some(opener) = opener {
+            tokio::spawn(look::keep(Arc::clone(&shared), opener));
+        }
         shared.with(Core::handle_timer);
         Ok(Self { handle: Arc::new(Handle { shared }) })
     }

@@ -138,9 +138,13 @@ pub enum EventKind {
         pid: u32,
         /// `"exit code 1"`, `"signal 9 (SIGKILL)"`, ...
         status: String,
-        /// Device bytes that came back with it.
+        /// Device bytes that it had leased, which come back with it.
         #[schema(value_type = u64)]
         returned: ByteCount,
+        /// Of those, leased until they are seen to be free (`memory_returned`).
+        #[serde(default)]
+        #[schema(value_type = u64)]
+        returning: ByteCount,
         /// It was told to end, by a server that ends too or because others needed its memory.
         #[serde(default)]
         asked: bool,
@@ -272,6 +276,57 @@ pub enum EventKind {
         #[schema(value_type = u64)]
         leased: ByteCount,
     },
+    /// A worker was seen to have more of the device than it leased.
+    Drifted {
+        /// What the driver shows of it.
+        #[schema(value_type = u64)]
+        seen: ByteCount,
+        /// Its lease.
+        #[schema(value_type = u64)]
+        leased: ByteCount,
+    },
+    /// What others have of the device changed, and with it what models share.
+    DeviceTaken {
+        /// What others have: other processes, the driver.
+        #[schema(value_type = u64)]
+        others: ByteCount,
+        /// What models have beyond their leases.
+        #[schema(value_type = u64)]
+        drift: ByteCount,
+        /// What comes off the budget because of both.
+        #[schema(value_type = u64)]
+        taken: ByteCount,
+        /// What is left to share.
+        #[schema(value_type = u64)]
+        left: ByteCount,
+        /// What is leased beyond that, and to come back.
+        #[schema(value_type = u64)]
+        owed: ByteCount,
+        /// The largest of the other processes that the driver shows, in words.
+        who: Vec<String>,
+    },
+    /// The memory of a process that ended was seen to be free.
+    MemoryReturned {
+        /// Its process id.
+        pid: u32,
+        /// How much it was.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// How long after its end (milliseconds).
+        after_ms: u64,
+        /// False where nobody saw it: what is missing counts as others' then.
+        seen: bool,
+    },
+    /// The device's memory cannot be read.
+    DriverLost {
+        /// Why.
+        reason: String,
+    },
+    /// The device's memory can be read again.
+    DriverFound {
+        /// Who is asked.
+        source: String,
+    },
     /// A worker's overhead was measured to be larger than declared.
     OverheadCorrected {
         /// Its lease for overhead now.
@@ -340,6 +395,11 @@ impl EventKind {
             Self::LeaseGranted { .. } => "lease_granted",
             Self::LeaseDenied { .. } => "lease_denied",
             Self::LeaseReturned { .. } => "lease_returned",
+            Self::Drifted { .. } => "drifted",
+            Self::DeviceTaken { .. } => "device_taken",
+            Self::MemoryReturned { .. } => "memory_returned",
+            Self::DriverLost { .. } => "driver_lost",
+            Self::DriverFound { .. } => "driver_found",
             Self::OverheadCorrected { .. } => "overhead_corrected",
             Self::ProtocolError { .. } => "protocol_error",
             Self::Thrashing { .. } => "thrashing",

@@ -14,9 +14,9 @@ mod words;
 pub use event::{Event, EventKind, SCHEMA_VERSION};
 pub use log::{EventLog, Missed};
 pub use snapshot::{
-    DeviceSnapshot, KeySnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot,
-    ModelStatus, ShadowSnapshot, SharingSnapshot, ShelfSnapshot, StateSnapshot, ThrashSnapshot, TierSnapshot,
-    WaitingSnapshot,
+    DeviceSnapshot, DriverSnapshot, KeySnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts,
+    ModelSnapshot, ModelStatus, ProcessSnapshot, ShadowSnapshot, SharingSnapshot, ShelfSnapshot,
+    StateSnapshot, ThrashSnapshot, TierSnapshot, WaitingSnapshot,
 };
 pub use why::Why;
 pub(crate) use words::status as status_word;

@@ -39,7 +39,7 @@ impl ShelfSnapshot {
 }
 
 /// The device that is shared.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct DeviceSnapshot {
     /// `"sim"` or `"cuda:N"`.
     pub name: String,
@@ -48,18 +48,67 @@ pub struct DeviceSnapshot {
     /// What all models together may hold.
     #[schema(value_type = u64)]
     pub budget: ByteCount,
-    /// Of the budget, never leased; takes up overheads that turn out larger than declared.
+    /// Beside the budget, and not leased; takes up overheads that turn out larger than declared, and is to stay free.
     #[schema(value_type = u64)]
     pub headroom: ByteCount,
+    /// Of the budget, what others are seen to have: it cannot be leased.
+    #[serde(default)]
+    #[schema(value_type = u64)]
+    pub taken: ByteCount,
     /// Sum of all leases.
     #[schema(value_type = u64)]
     pub leased: ByteCount,
-    /// Of those, held by processes that died and are not gone yet.
+    /// Of those, held by processes that died, until the driver shows that memory to be free.
     #[schema(value_type = u64)]
     pub returning: ByteCount,
     /// What can be leased at once.
     #[schema(value_type = u64)]
     pub free: ByteCount,
+    /// What the device's driver shows; none before it was asked.
+    #[serde(default)]
+    pub driver: Option<DriverSnapshot>,
+}
+
+/// The device as its driver shows it, beside the ledger. Asked for every second.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct DriverSnapshot {
+    /// Who was asked.
+    pub source: String,
+    /// How old the figures are (milliseconds).
+    pub age_ms: u64,
+    /// Why there are no newer ones, where they are late.
+    pub lost: Option<String>,
+    /// All of the device's memory.
+    #[schema(value_type = u64)]
+    pub total: ByteCount,
+    /// What nobody has.
+    #[schema(value_type = u64)]
+    pub free: ByteCount,
+    /// What processes of this server's models have.
+    #[schema(value_type = u64)]
+    pub ours: ByteCount,
+    /// Of it, beyond their leases.
+    #[schema(value_type = u64)]
+    pub drift: ByteCount,
+    /// What all others have: other processes, the driver itself.
+    #[schema(value_type = u64)]
+    pub others: ByteCount,
+    /// The driver shows each model's process. Where not, models' figures are their own word.
+    pub is_by_process: bool,
+    /// Other processes that it shows, the largest first; not all where there are many.
+    pub processes: Vec<ProcessSnapshot>,
+}
+
+/// Somebody else's process on the device.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ProcessSnapshot {
+    /// Its number.
+    pub pid: u32,
+    /// Its name, where it can be seen from here.
+    pub name: Option<String>,
+    /// What it has; none where the driver does not say.
+    #[schema(value_type = Option<u64>)]
+    pub bytes: Option<ByteCount>,
 }
 
 /// One tier.
@@ -315,6 +364,13 @@ pub struct LeaseSnapshot {
     /// Of it, ordered back and not returned yet.
     #[schema(value_type = u64)]
     pub reclaiming: ByteCount,
+    /// What the driver shows of its process; none where it shows nothing of it.
+    #[serde(default)]
+    #[schema(value_type = Option<u64>)]
+    pub seen: Option<ByteCount>,
+    /// What that is more than the lease (bytes; negative: leased and not there).
+    #[serde(default)]
+    pub drift: i64,
     /// Host bytes that its copies may take, beside all this.
     #[schema(value_type = u64)]
     pub host: ByteCount,

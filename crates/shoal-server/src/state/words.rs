@@ -51,6 +51,9 @@ impl fmt::Display for EventKind {
             }
             Self::WorkerLoading { phase, done, total } => write!(f, "{phase}: {done} of {total}"),
             Self::WorkerReady { pid, weights } => write!(f, "worker {pid} is ready, {weights} of weights"),
+            Self::WorkerExited { pid, status, returning, .. } if !returning.is_zero() => {
+                write!(f, "worker {pid} ended ({status}); {returning} are on their way back")
+            }
             Self::WorkerExited { pid, status, returned, .. } => {
                 write!(f, "worker {pid} ended ({status}); {returned} came back")
             }
@@ -90,6 +93,11 @@ impl fmt::Display for EventKind {
             Self::LeaseReturned { lease, bytes, leased } => {
                 write!(f, "lease for {} -{bytes}, {leased} leased in all", kind(*lease))
             }
+            Self::Drifted { .. }
+            | Self::DeviceTaken { .. }
+            | Self::MemoryReturned { .. }
+            | Self::DriverLost { .. }
+            | Self::DriverFound { .. } => driver(f, self),
             Self::OverheadCorrected { overhead, uncovered } if uncovered.is_zero() => {
                 write!(f, "takes {overhead} besides its regions")
             }
@@ -117,6 +125,7 @@ impl EventKind {
                 | Self::WakeFailed { .. }
                 | Self::EvictTimedOut { .. }
                 | Self::ProtocolError { .. }
+                | Self::DriverLost { .. }
                 | Self::Thrashing { .. }
                 | Self::PolicyRefused { .. }
                 | Self::WorkerLeft { .. }
@@ -132,6 +141,51 @@ fn thrashing(f: &mut fmt::Formatter<'_>, thrashed: ByteCount, served: ByteCount)
         "models come back soon after they left: {thrashed} within a minute, where requests were answered with {served}; \
          fewer models at once, a longer `quantum` or more memory would help"
     )
+}
+
+/// What the device's driver showed.
+fn driver(f: &mut fmt::Formatter<'_>, what: &EventKind) -> fmt::Result {
+    match what {
+        EventKind::Drifted { seen, leased } => {
+            write!(f, "has {seen} of the device by the driver's word, {leased} of it leased")
+        }
+        EventKind::DeviceTaken { others, drift, taken, left, owed, who } => {
+            device_taken(f, (*others, *drift, *taken, *left, *owed), who)
+        }
+        EventKind::MemoryReturned { pid, bytes, after_ms, seen: true } => {
+            write!(f, "{bytes} of process {pid} are free, {} after its end", Ms(*after_ms))
+        }
+        EventKind::MemoryReturned { pid, bytes, after_ms, .. } => write!(
+            f,
+            "{bytes} of process {pid} were not seen to be free within {}; what is missing counts as others'",
+            Ms(*after_ms)
+        ),
+        EventKind::DriverLost { reason } => {
+            write!(f, "what is taken of the device cannot be read, and the ledger alone counts: {reason}")
+        }
+        EventKind::DriverFound { source } => write!(f, "what is taken of the device is read again: {source}"),
+        _ => Ok(()),
+    }
+}
+
+type Figures = (ByteCount, ByteCount, ByteCount, ByteCount, ByteCount);
+
+fn device_taken(
+    f: &mut fmt::Formatter<'_>,
+    (others, drift, taken, left, owed): Figures,
+    who: &[String],
+) -> fmt::Result {
+    if taken.is_zero() {
+        return write!(f, "all of the device's budget can be shared again: {left}");
+    }
+    write!(f, "{taken} of the device's budget are taken, {left} are left to share: others have {others}")?;
+    if !who.is_empty() {
+        write!(f, " ({})", who.join(", "))?;
+    }
+    if !drift.is_zero() {
+        write!(f, ", models {drift} beyond their leases")?;
+    }
+    if owed.is_zero() { Ok(()) } else { write!(f, "; {owed} are to come back") }
 }
 
 /// Milliseconds, as seconds where that reads better.

@@ -35,7 +35,8 @@ fn processes_of(leader: u32) -> Vec<u32> {
     pids.filter(|pid| group_of(*pid) == Some(leader)).collect()
 }
 
-fn group_of(pid: u32) -> Option<u32> {
+/// The process group of a process; none where it cannot be seen.
+pub(crate) fn group_of(pid: u32) -> Option<u32> {
     let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
     // The name stands in brackets and may hold anything: state, parent and group follow the last bracket.
     stat.rsplit_once(')')?.1.split_whitespace().nth(2)?.parse().ok()

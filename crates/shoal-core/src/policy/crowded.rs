@@ -1,0 +1,91 @@
+//! Plans where others took memory of the device.
+
+use super::tests::{MIB, evicted, model, reasons, shelf, wake};
+use super::*;
+use crate::ids::ModelId;
+
+/// Who has come, and how much is left: 100 MiB in all, so much of it others'.
+fn crowded(taken: u64, models: Vec<ModelState>, requests: Vec<PendingRequest>) -> ShelfState {
+    ShelfState { taken: MIB(taken), ..shelf(100 - taken, models, requests) }
+}
+
+fn busy(model: ModelState, turn_since_ms: u64) -> ModelState {
+    ModelState { active: 1, turn_since_ms: Some(turn_since_ms), ..model }
+}
+
+#[test]
+fn what_others_took_comes_back_from_the_idle_and_only_as_much_as_is_owed() {
+    let idle = ModelState { last_used_ms: 10, ..model(0, "chat", 40, 40) };
+    let runs = busy(model(1, "code", 40, 40), 9_000);
+    let state = crowded(30, vec![idle, runs], vec![]);
+    let said = plan(&state, 10_000);
+    assert_eq!(evicted(&said), [(0, 10)]);
+    assert!(
+        reasons(&said).contains(
+            "others have 30 MiB of the device that models share, 70 MiB is left and 80 MiB is leased"
+        )
+    );
+    assert!(matches!(&said.actions[..], [Action::Evict { requester: None, .. }]));
+    assert_eq!(check(&state, &said), Ok(()));
+    // What was ordered already is not ordered again; where nothing is owed, nothing is.
+    let mut ordered = state.clone();
+    ordered.models[0].ordered = MIB(10);
+    assert_eq!(evicted(&plan(&ordered, 10_000)), []);
+    assert_eq!(evicted(&plan(&crowded(20, state.models, vec![]), 10_000)), []);
+}
+
+#[test]
+fn one_that_runs_yields_to_others_only_if_it_can_come_back() {
+    let two = |taken| {
+        crowded(taken, vec![busy(model(0, "chat", 40, 40), 0), busy(model(1, "code", 40, 40), 1)], vec![])
+    };
+    // Turns are over: in the 70 left they take turns.
+    assert_eq!(evicted(&plan(&two(30), 10_000)), [(0, 10)]);
+    // In their turns they keep what they run with.
+    assert_eq!(evicted(&plan(&two(30), 1_000)), []);
+    // In 30 neither could run again.
+    assert_eq!(evicted(&plan(&two(70), 10_000)), []);
+    let mut pinned = two(30);
+    pinned.models[0].pinned = true;
+    assert_eq!(evicted(&plan(&pinned, 10_000)), [], "with the other pinned there is no room to come back to");
+    let by_hand = ShelfState { is_manual: true, ..crowded(70, vec![model(0, "chat", 40, 40)], vec![]) };
+    assert_eq!(evicted(&plan(&by_hand, 10_000)), [], "nothing is evicted by itself");
+}
+
+#[test]
+fn one_that_does_not_answer_is_passed_over_for_the_next() {
+    let silent = ModelState { skip_until_ms: 20_000, last_used_ms: 10, ..model(0, "chat", 40, 40) };
+    let next = ModelState { last_used_ms: 500, ..model(1, "code", 40, 40) };
+    assert_eq!(evicted(&plan(&crowded(30, vec![silent, next], vec![]), 10_000)), [(1, 10)]);
+}
+
+#[test]
+fn a_request_that_only_others_stand_against_waits_and_holds_nobody_up() {
+    let away = |id, name, total| model(id, name, total, 0);
+    let models = vec![away(0, "chat", 80), away(1, "code", 40)];
+    let state = crowded(30, models, vec![wake(0, 80, 1), wake(1, 40, 2)]);
+    let said = plan(&state, 10_000);
+    assert!(
+        matches!(&said.actions[..], [Action::Wait { model: ModelId(0), reason, .. }, Action::Grant { model: ModelId(1), .. }]
+            if reason.contains("while others have 30 MiB of the device")),
+        "{}",
+        reasons(&said)
+    );
+    // Its time is over, or it would not do even without them.
+    let late = PendingRequest { deadline_ms: 9_000, ..wake(0, 80, 1) };
+    let said = plan(&ShelfState { requests: vec![late], ..state.clone() }, 10_000);
+    assert!(matches!(&said.actions[..], [Action::Deny { never: false, .. }]), "{}", reasons(&said));
+    let said = plan(&ShelfState { requests: vec![wake(0, 120, 1)], ..state }, 10_000);
+    assert!(matches!(&said.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&said));
+}
+
+#[test]
+fn what_is_owed_and_what_keep_alive_sends_away_are_not_ordered_twice() {
+    let idle = ModelState { kv_held: MIB(22), keep_alive_ms: Some(0), ..model(0, "chat", 1, 0) };
+    for is_manual in [false, true] {
+        let state = ShelfState { is_manual, ..crowded(79, vec![idle.clone()], vec![]) };
+        let said = plan(&state, 10_000);
+        assert_eq!(check(&state, &said), Ok(()), "{}", reasons(&said));
+        assert_eq!(evicted(&said).iter().map(|(_, mib)| mib).sum::<u64>(), 22);
+    }
+}

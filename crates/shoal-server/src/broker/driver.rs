@@ -1,0 +1,345 @@
+//! What the device's driver shows, beside what the ledger says.
+//!
+//! Apart because it is the one thing in the core that is measured and not told: a reading comes every second, from a thread
+//! that may hang ([`crate::shelf`]), and what follows from it is [`shoal_core::drift`]'s part. Here are readings matched with
+//! models, and what becomes of the difference: others' memory comes off the budget, a worker's own beyond its lease becomes
+//! overhead of it, and what a dead worker held stays leased until it is seen to be free. Nobody is ended for any of it.
+//!
+//! Without readings, or before the first, the ledger alone counts, as it would on a device that shows nothing.
+
+use std::collections::BTreeMap;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::drift::{Charge, Comparison, Holder, Reading, compare, is_back, tolerance};
+use shoal_core::protocol::LeaseKind;
+
+use super::Core;
+use crate::config::DeviceChoice;
+use crate::state::{DriverSnapshot, EventKind, ProcessSnapshot};
+
+/// How long what a dead process held is waited for where the driver does not show processes.
+const RETURN_MS_MAX: u64 = 10_000;
+/// Other processes that are shown, and that a sentence names.
+const SHOWN_MAX: usize = 16;
+const NAMED_MAX: usize = 3;
+
+/// One reading, with what is known of the processes in it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Looked {
+    pub(crate) reading: Reading,
+    /// The group that each process is in, where that can be seen.
+    pub(crate) groups: BTreeMap<u32, u32>,
+    /// Names of processes, where they can be seen.
+    pub(crate) names: BTreeMap<u32, String>,
+    /// When it was begun, on the core's clock.
+    pub(crate) begun_ms: u64,
+}
+
+impl Looked {
+    /// What the process `leader` and its group have; none where nothing of them is shown.
+    fn of(&self, leader: u32) -> Option<ByteCount> {
+        let shown = self.reading.processes.iter().filter(|shown| self.is_of(shown.process, leader));
+        shown.filter_map(|shown| shown.bytes).reduce(|sum, bytes| ByteCount(sum.0.saturating_add(bytes.0)))
+    }
+
+    fn is_of(&self, process: u32, leader: u32) -> bool {
+        process == leader || self.groups.get(&process) == Some(&leader)
+    }
+}
+
+/// A process that ended with leases.
+#[derive(Clone, Copy, Debug)]
+struct Departed {
+    since_ms: u64,
+    /// What others had before it did.
+    others: ByteCount,
+}
+
+/// What is known of the device.
+#[derive(Debug, Default)]
+pub(crate) struct Driver {
+    /// Who is asked.
+    pub(crate) source: String,
+    /// There are readings, and the newest one succeeded.
+    is_read: bool,
+    lost: Option<String>,
+    looked: Looked,
+    found: Comparison,
+    charge: Charge,
+    /// It did not show every model's process when last asked.
+    hides: bool,
+    departed: BTreeMap<u32, Departed>,
+}
+
+impl Driver {
+    /// There are readings, and the newest one succeeded.
+    #[cfg(test)]
+    pub(crate) const fn is_heard(&self) -> bool {
+        self.is_read
+    }
+}
+
+impl Core {
+    /// The driver is being asked: what is leased now may be what it shows.
+    pub(crate) fn begin_look(&mut self, now_ms: u64) -> u64 {
+        for model in &mut self.models {
+            model.leased_then = self.book.total(model.id);
+        }
+        now_ms
+    }
+
+    /// The driver answered. True where another reading should follow soon.
+    pub(crate) fn handle_looked(&mut self, looked: Looked, now_ms: u64) -> bool {
+        if self.driver.lost.take().is_some() {
+            let source = self.driver.source.clone();
+            self.tell(now_ms, None, EventKind::DriverFound { source });
+        }
+        self.driver.is_read = true;
+        self.driver.looked = looked;
+        if self.is_settling() || self.stopping {
+            // What is leased is not known to the full.
+            return false;
+        }
+        let total = self.driver.looked.reading.total;
+        let mut holders = self.live_holders();
+        self.driver.hides = holders.iter().any(Holder::is_hidden);
+        let departed: Vec<(u32, ByteCount)> = self.book.departed().collect();
+        let mut gone = holders.clone();
+        for (process, bytes) in &departed {
+            let seen = self.driver.looked.of(*process);
+            // Where nothing is shown, it counts as there until it is seen to be back.
+            let said = if self.driver.hides { *bytes } else { ByteCount::ZERO };
+            holders.push(Holder { leased: *bytes, said, seen });
+            gone.push(Holder { leased: *bytes, said: ByteCount::ZERO, seen: None });
+        }
+        let budget = self.config.device_budget;
+        let reading = &self.driver.looked.reading;
+        let found = compare(reading, budget, self.config.headroom, holders);
+        let without = compare(reading, budget, self.config.headroom, gone);
+        self.driver.found = Comparison { is_by_process: !self.driver.hides, ..found };
+        let returned = self.see_returned(&departed, &without, now_ms);
+        let drifted = self.see_drift(tolerance(total), now_ms);
+        let changed = self.driver.charge.note(found.taken, tolerance(total));
+        if let Some(taken) = changed {
+            self.book.charge(taken);
+            self.tell_taken(now_ms);
+        }
+        if returned || drifted || changed.is_some() || !self.book.owed().is_zero() {
+            self.settle(now_ms);
+        }
+        self.driver.charge.is_unsure(tolerance(total)) || self.book.departed().next().is_some()
+    }
+
+    /// The driver does not answer, or not with a reading.
+    pub(crate) fn handle_driver_lost(&mut self, reason: String, now_ms: u64) {
+        self.driver.is_read = false;
+        let is_news = self.driver.lost.is_none();
+        self.driver.lost = Some(reason.clone());
+        if is_news && !self.stopping {
+            self.tell(now_ms, None, EventKind::DriverLost { reason });
+        }
+        // Nobody would ever see them back.
+        let departed: Vec<u32> = self.book.departed().map(|(process, _)| process).collect();
+        for process in &departed {
+            self.arrive(*process, false, now_ms);
+        }
+        if !departed.is_empty() {
+            self.settle(now_ms);
+        }
+    }
+
+    /// The process of the model at `place` is gone. What it held is free at once where nobody can see otherwise. Gives
+    /// what it held, and what of it is still to be seen free.
+    pub(super) fn depart(&mut self, place: usize, process: u32, now_ms: u64) -> (ByteCount, ByteCount) {
+        let id = self.models[place].id;
+        if !self.driver.is_read || self.stopping {
+            return (self.book.close(id), ByteCount::ZERO);
+        }
+        let others = self.driver.found.others;
+        self.driver.departed.insert(process, Departed { since_ms: now_ms, others });
+        let held = self.book.depart(id, process);
+        self.look_soon.notify_one();
+        (held, held)
+    }
+
+    fn arrive(&mut self, process: u32, seen: bool, now_ms: u64) {
+        let bytes = self.book.arrive(process);
+        let since_ms = self.driver.departed.remove(&process).map_or(now_ms, |departed| departed.since_ms);
+        let after_ms = now_ms.saturating_sub(since_ms);
+        self.tell(now_ms, None, EventKind::MemoryReturned { pid: process, bytes, after_ms, seen });
+    }
+
+    /// Those of the dead whose memory is free by now. `without` is the comparison as if all of it were.
+    fn see_returned(&mut self, departed: &[(u32, ByteCount)], without: &Comparison, now_ms: u64) -> bool {
+        let in_all: ByteCount = departed.iter().map(|(_, bytes)| *bytes).sum();
+        let mut any = false;
+        for (process, _) in departed {
+            let Some(&Departed { since_ms, others }) = self.driver.departed.get(process) else { continue };
+            if self.driver.looked.begun_ms < since_ms {
+                // It may have lived then.
+                continue;
+            }
+            let is_late = now_ms.saturating_sub(since_ms) >= RETURN_MS_MAX;
+            let is_there = self.driver.looked.of(*process).is_some_and(|bytes| !bytes.is_zero());
+            let is_free = !is_there && (!self.driver.hides || is_back(without, others, in_all));
+            if is_free || is_late && !is_there {
+                self.arrive(*process, is_free, now_ms);
+                any = true;
+            }
+        }
+        // Those that held nothing.
+        let held: Vec<u32> = self.book.departed().map(|(process, _)| process).collect();
+        self.driver.departed.retain(|process, _| held.contains(process));
+        any
+    }
+
+    /// Every model's process, with what was read of it.
+    fn live_holders(&mut self) -> Vec<Holder> {
+        let is_simulated = self.config.device == DeviceChoice::Sim;
+        let mut holders = Vec::with_capacity(self.models.len());
+        for model in &mut self.models {
+            let is_rigid = model.is_rigid();
+            let process = if is_rigid { model.child } else { model.pid };
+            model.seen = process.and_then(|process| self.driver.looked.of(process));
+            let leased = self.book.total(model.id);
+            if process.is_none() && leased.is_zero() {
+                continue;
+            }
+            let usage = &model.usage;
+            let on_device = [usage.weights_device, usage.kv_device, usage.pooled, usage.overhead_device];
+            // A simulated device hides nobody.
+            let said = if is_simulated { ByteCount::ZERO } else { on_device.into_iter().sum() };
+            // What was given back while the driver was asked may be in its answer.
+            holders.push(Holder { leased: leased.max(model.leased_then), said, seen: model.seen });
+        }
+        holders
+    }
+
+    /// What a worker has beyond its lease time and again is overhead of it.
+    fn see_drift(&mut self, tolerance: ByteCount, now_ms: u64) -> bool {
+        let mut any = false;
+        for place in 0..self.models.len() {
+            let model = &mut self.models[place];
+            let Some(seen) = model.seen.filter(|_| !model.is_rigid() && model.connection.is_some()) else {
+                model.drift.clear();
+                continue;
+            };
+            let leased = self.book.total(model.id).max(model.leased_then);
+            let beyond = model.drift.note(seen.saturating_sub(leased));
+            let peak = self.book.held(model.id, LeaseKind::Overhead) + beyond;
+            if beyond < tolerance || peak.saturating_sub(model.overhead_seen) < tolerance {
+                continue;
+            }
+            model.overhead_seen = peak;
+            model.drift.clear();
+            let (id, peak) = (model.id, model.overhead_peak());
+            self.tell(now_ms, Some(place), EventKind::Drifted { seen, leased });
+            if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
+                self.cover_overhead(place, uncovered, now_ms);
+            }
+            any = true;
+        }
+        any
+    }
+
+    fn tell_taken(&mut self, now_ms: u64) {
+        let Comparison { others, drift, .. } = self.driver.found;
+        let mut who: Vec<String> = self.others().into_iter().map(|process| in_words(&process)).collect();
+        if who.len() > NAMED_MAX {
+            who.truncate(NAMED_MAX);
+            who.push("and others".to_owned());
+        }
+        let (taken, left, owed) = (self.book.charged(), self.book.leasable(), self.book.owed());
+        self.tell(now_ms, None, EventKind::DeviceTaken { others, drift, taken, left, owed, who });
+    }
+
+    /// Other processes on the device, the largest first.
+    fn others(&self) -> Vec<ProcessSnapshot> {
+        let looked = &self.driver.looked;
+        let ours = |process: u32| {
+            self.models.iter().any(|model| {
+                let leader = if model.is_rigid() { model.child } else { model.pid };
+                leader.is_some_and(|leader| looked.is_of(process, leader))
+            }) || self.book.departed().any(|(leader, _)| looked.is_of(process, leader))
+        };
+        let shown = looked.reading.processes.iter();
+        let mut others: Vec<ProcessSnapshot> = shown
+            .filter(|shown| shown.bytes != Some(ByteCount::ZERO) && !ours(shown.process))
+            .map(|shown| ProcessSnapshot {
+                pid: shown.process,
+                name: looked.names.get(&shown.process).cloned(),
+                bytes: shown.bytes,
+            })
+            .collect();
+        others.sort_by_key(|process| (std::cmp::Reverse(process.bytes), process.pid));
+        others
+    }
+
+    pub(super) fn driver_snapshot(&self, now_ms: u64) -> Option<DriverSnapshot> {
+        let driver = &self.driver;
+        if driver.looked.reading.total.is_zero() && driver.lost.is_none() {
+            return None;
+        }
+        let mut processes = self.others();
+        processes.truncate(SHOWN_MAX);
+        Some(DriverSnapshot {
+            source: driver.source.clone(),
+            age_ms: now_ms.saturating_sub(driver.looked.begun_ms),
+            lost: driver.lost.clone(),
+            total: driver.looked.reading.total,
+            free: driver.looked.reading.free,
+            ours: driver.found.ours,
+            drift: driver.found.drift,
+            others: driver.found.others,
+            is_by_process: driver.found.is_by_process,
+            processes,
+        })
+    }
+
+    /// What the driver shows of a model beyond its lease; negative where it is less.
+    pub(super) fn drift_of(&self, place: usize) -> i64 {
+        let model = &self.models[place];
+        let number = |bytes: ByteCount| i64::try_from(bytes.0).unwrap_or(i64::MAX);
+        model.seen.map_or(0, |seen| number(seen).saturating_sub(number(self.book.total(model.id))))
+    }
+
+    /// What of the device is not this shelf's, as far as it concerns the model at `place`.
+    pub(super) fn beside(&self, place: usize) -> Vec<String> {
+        let mut said = Vec::new();
+        if !self.book.charged().is_zero() {
+            let who =
+                self.others().first().map_or_else(String::new, |first| format!(", {} most", in_words(first)));
+            said.push(format!(
+                "Others have {} of the device{who}: {} come off the budget, and {} are left to share.",
+                self.driver.found.others,
+                self.book.charged(),
+                self.book.leasable()
+            ));
+        }
+        if !self.book.owed().is_zero() {
+            said.push(format!("{} of what is leased are to come back because of that.", self.book.owed()));
+        }
+        let returning: ByteCount = self.book.departed().map(|(_, bytes)| bytes).sum();
+        if !returning.is_zero() {
+            said.push(format!("{returning} of processes that ended were not seen to be free yet."));
+        }
+        let drift = self.drift_of(place);
+        if let (Some(seen), true) = (self.models[place].seen, drift > 0) {
+            said.push(format!(
+                "Its process has {seen} of the device by the driver's word, more than it leased."
+            ));
+        }
+        if let Some(lost) = &self.driver.lost {
+            said.push(format!(
+                "What is taken of the device cannot be read ({lost}): the ledger alone counts."
+            ));
+        }
+        said
+    }
+}
+
+fn in_words(process: &ProcessSnapshot) -> String {
+    let name = process.name.as_ref().map_or_else(String::new, |name| format!("{name} "));
+    let bytes = process.bytes.map_or_else(String::new, |bytes| format!(": {bytes}"));
+    format!("{name}{}{bytes}", process.pid)
+}
