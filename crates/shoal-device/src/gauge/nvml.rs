@@ -1,7 +1,7 @@
 //! A GPU by NVIDIA's management library (NVML), as `nvidia-smi` sees it.
 //!
-//! Bound by hand: nine functions, found by name when a gauge is opened, so that nothing of NVIDIA's is needed to build or
-//! to start. The crate that wraps all of NVML brings a second version of several crates we have, for these nine. Codes are
+//! Bound by hand: eight functions, found by name when a gauge is opened, so that nothing of NVIDIA's is needed to build or
+//! to start. The crate that wraps all of NVML brings a second version of several crates we have, for these eight. Codes are
 //! plain numbers here, because a newer driver may answer one that no list of today has.
 //!
 //! What the driver shows is not always what one hopes for: in a container it may name processes by the host's numbers, name

@@ -33,6 +33,8 @@ pub(crate) struct Looked {
     pub(crate) names: BTreeMap<u32, String>,
     /// When it was begun, on the core's clock.
     pub(crate) begun_ms: u64,
+    /// How long it took.
+    pub(crate) took_us: u64,
 }
 
 impl Looked {
@@ -66,7 +68,7 @@ pub(crate) struct Driver {
     looked: Looked,
     found: Comparison,
     charge: Charge,
-    /// It did not show every model's process when last asked.
+    /// It did not show every model's process that had something when last asked.
     hides: bool,
     departed: BTreeMap<u32, Departed>,
 }
@@ -102,7 +104,11 @@ impl Core {
         }
         let total = self.driver.looked.reading.total;
         let mut holders = self.live_holders();
-        self.driver.hides = holders.iter().any(Holder::is_hidden);
+        // Only one that has something tells whether it would be shown; the last that did counts until another does.
+        let mut telling = holders.iter().filter(|holder| !holder.said.is_zero()).peekable();
+        if telling.peek().is_some() {
+            self.driver.hides = telling.any(Holder::is_hidden);
+        }
         let departed: Vec<(u32, ByteCount)> = self.book.departed().collect();
         let mut gone = holders.clone();
         for (process, bytes) in &departed {
@@ -285,6 +291,7 @@ impl Core {
         Some(DriverSnapshot {
             source: driver.source.clone(),
             age_ms: now_ms.saturating_sub(driver.looked.begun_ms),
+            took_us: driver.looked.took_us,
             lost: driver.lost.clone(),
             total: driver.looked.reading.total,
             free: driver.looked.reading.free,

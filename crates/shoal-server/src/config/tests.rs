@@ -413,6 +413,41 @@ fn a_gpu_is_taken_with_what_is_free_on_it_less_a_gibibyte() {
 }
 
 #[test]
+fn the_headroom_stays_free_beside_the_budget() {
+    let mut here = surroundings(Path::new("/nowhere"));
+    let model = "[[model]]\nname = 'a'\nsource = 'org/a'\n";
+    let of = |server: &str, here: &Surroundings| {
+        let config = load(&format!("[server]\n{server}{model}"), here).expect("a good file");
+        (config.device_budget, config.headroom, config.device_uuid)
+    };
+    assert_eq!(
+        of("device_budget = '1GiB'\n", &here),
+        (ByteCount::gib(1), ByteCount::ZERO, None),
+        "none in RAM"
+    );
+    let said = of("device_budget = '1GiB'\nheadroom = '64MiB'\n", &here);
+    assert_eq!(said, (ByteCount::gib(1), ByteCount::mib(64), None));
+    here.nvidia = Some("/dev/nvidia0".into());
+    here.gpus = Some(Gpus { listed: Ok(vec![gpu()]), visible: None });
+    let uuid = || Some("GPU-a".to_owned());
+    let whole = ByteCount::mib((81_008 - 1_024) / 64 * 64);
+    assert_eq!(of("", &here), (whole, ByteCount::gib(1), uuid()));
+    let more = ByteCount::mib((81_008 - 4_096) / 64 * 64);
+    assert_eq!(
+        of("headroom = '4GiB'\n", &here),
+        (more, ByteCount::gib(4), uuid()),
+        "it comes off what is free"
+    );
+    assert_eq!(of("device_budget = '70GiB'\n", &here), (ByteCount::gib(70), ByteCount::gib(1), uuid()));
+    // Somebody who wants nearly all of it gets that.
+    let most = of("device_budget = '81000MiB'\n", &here);
+    assert_eq!(most, (ByteCount::mib(81_000), ByteCount((559 << 20) / 2), uuid()));
+    // Numbers that nobody has are still numbers.
+    let endless = of("device = 'sim'\ndevice_budget = '16777215TiB'\nheadroom = '16777215TiB'\n", &here);
+    assert!(endless.0.checked_add(endless.1).is_some());
+}
+
+#[test]
 fn loopback_needs_no_key_however_it_is_written() {
     for listen in ["127.0.0.1:0", "[::1]:8000", "127.3.2.1:1", "[::ffff:127.0.0.1]:8000"] {
         load_here(&format!("[server]\nlisten = '{listen}'\n[[model]]\nname = 'a'\nsource = 'a'\n"))

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shoal_core::drift::Reading;
 use shoal_device::gauge::{Gauge, GaugeError, NvmlGauge, SimGauge};
@@ -108,9 +108,11 @@ fn start(mut opener: Opener) -> std::io::Result<(SyncSender<u64>, mpsc::Receiver
     let work = move || {
         let mut gauge: Option<Box<dyn Gauge>> = None;
         while let Ok(begun_ms) = asked.recv() {
+            let began = Instant::now();
             let read = look(&mut gauge, &mut opener).map(|(reading, source)| {
+                let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
                 let (groups, names) = processes(&reading, Path::new("/proc"));
-                (Looked { reading, groups, names, begun_ms }, source)
+                (Looked { reading, groups, names, begun_ms, took_us }, source)
             });
             if answer.blocking_send(read.map_err(|error| error.to_string())).is_err() {
                 return;

@@ -76,6 +76,9 @@ pub struct DriverSnapshot {
     pub source: String,
     /// How old the figures are (milliseconds).
     pub age_ms: u64,
+    /// How long it took to read them (microseconds).
+    #[serde(default)]
+    pub took_us: u64,
     /// Why there are no newer ones, where they are late.
     pub lost: Option<String>,
     /// All of the device's memory.
