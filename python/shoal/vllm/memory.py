@@ -30,6 +30,9 @@ logger = logging.getLogger("vllm.shoal")
 GUARD_WAIT_S = 5.0
 """How long one attempt to have everything back may take."""
 
+REFUSED_S = 0.02
+"""How long it waits between two attempts."""
+
 FORGET_AFTER = 2
 """Attempts after which cached blocks are forgotten, so that a step needs less."""
 
@@ -173,6 +176,8 @@ class EngineMemory:
                     logger.warning("A step waits for its memory: %s", error)
                 if tries >= FORGET_AFTER and self.cache is not None and self.cache.pool is not None:
                     self.cache.pool.forget()
+                # What is refused at once is not asked for without end.
+                time.sleep(REFUSED_S)
 
     def sleep(self, kv: KvWhileAsleep = "keep", *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """Give up all device memory. Nothing may be running.
