@@ -192,9 +192,12 @@ HOLDER = """
         region.commit(0, 40 << 20)
         child = os.fork()
         if child == 0:
+            os.setsid()  # what is left in the worker's group is ended with it
+            Path(sys.argv[3]).write_text(str(os.getpid()))
             time.sleep(600)
             os._exit(0)
-        Path(sys.argv[3]).write_text(str(child))
+        while not Path(sys.argv[3]).exists() or not Path(sys.argv[3]).read_text():
+            time.sleep(0.01)
     client.ready({
         "routes": ["completions"], "context_tokens": 16, "weights_bytes": 2 << 20, "kv_block_bytes": 0,
         "kv_bytes_min": 0, "kv_block_tokens": 0, "dtype": "float32",
