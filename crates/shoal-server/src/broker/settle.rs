@@ -107,22 +107,15 @@ impl Core {
         let whole = held >= model.weights_total && !held.is_zero();
         let has_kv = kv_held >= model.kv_min();
         if !whole {
-            (model.turn_since_ms, model.wanted_before_ms) = (None, None);
+            model.turn_since_ms = None;
         } else if model.cycle.loaded() && model.is_busy() {
             // Waiting for the first KV is no part of a turn; one that runs and never asks for any has its turn too.
             match model.turn_since_ms {
-                None if has_kv || !asks => {
-                    (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), has_kv);
-                    model.wanted_before_ms = model.wanting_since_ms.filter(|_| !has_kv);
-                }
+                None if has_kv || !asks => (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), has_kv),
                 Some(_) if !model.turn_had_kv && has_kv => {
                     (model.turn_since_ms, model.turn_had_kv) = (Some(now_ms), true);
-                    model.wanted_before_ms = None;
                 }
-                // It is as old as before: else whoever began to want after it would take what it was just given.
-                Some(_) if !model.turn_had_kv && asks => {
-                    (model.turn_since_ms, model.wanting_since_ms) = (None, model.wanted_before_ms.take());
-                }
+                Some(_) if !model.turn_had_kv && asks => model.turn_since_ms = None,
                 _ => {}
             }
         }
@@ -131,12 +124,19 @@ impl Core {
         if std::mem::replace(&mut model.could_run, can_run) && !can_run {
             model.ran_until_ms = now_ms;
         }
-        if !wants {
-            model.wanting_since_ms = None;
-        } else if model.wanting_since_ms.is_none() {
-            // Requests that waited in line while it ran do not make it older than those that could not run at all.
-            let oldest = model.queue.oldest().map(|parked| parked.since_ms.max(model.ran_until_ms));
-            model.wanting_since_ms = Some(oldest.unwrap_or(now_ms));
+        if wants {
+            // After a turn without KV, which was none, it is as old as before: else whoever began to want after it would
+            // take what it was just given.
+            let before = model.wanted_before_ms.take();
+            if model.wanting_since_ms.is_none() {
+                // Requests that waited in line while it ran do not make it older than those that could not run at all.
+                let oldest = model.queue.oldest().map(|parked| parked.since_ms.max(model.ran_until_ms));
+                model.wanting_since_ms = before.or(oldest).or(Some(now_ms));
+            }
+        } else {
+            let is_open = model.turn_since_ms.is_some() && !model.turn_had_kv && model.is_busy();
+            let since = model.wanting_since_ms.take().or(model.wanted_before_ms);
+            model.wanted_before_ms = since.filter(|_| is_open);
         }
         if !whole || model.cycle.loaded() || !model.is_ready() {
             model.rising_until_ms = None;

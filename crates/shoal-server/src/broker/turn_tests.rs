@@ -125,3 +125,24 @@ fn who_asks_for_its_first_kv_is_as_old_as_its_wake() {
     assert!(orders(bench.told(0)).is_empty(), "what it was given just now is not taken by who came later");
     assert_eq!(orders(bench.told(1)).len(), 1, "who came later gives what the first lacks of its KV");
 }
+
+/// The same where one client waits and nobody asks for anything when its weights come: that client's way to the worker is no
+/// turn either.
+#[test]
+fn a_single_client_keeps_the_age_of_its_wake_too() {
+    for has_run in [false, true] {
+        let mut bench = Bench::new();
+        let wake = bench.wanted(0, WEIGHTS, 1_000);
+        assert_eq!(bench.core.models[0].wanting_since_ms, Some(1_000));
+        bench.usage(0, WEIGHTS, 1_200);
+        bench.done(0, wake, WEIGHTS, 1_200);
+        assert_eq!(bench.core.models[0].wanting_since_ms, None, "it may need no KV at all");
+        bench.core.handle_timer(1_250);
+        if has_run {
+            bench.request(0, LeaseKind::Kv, KV, 1_260);
+        }
+        bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: ByteCount::mib(2) }, 1_300);
+        let since = if has_run { 1_300 } else { 1_000 };
+        assert_eq!(bench.core.models[0].wanting_since_ms, Some(since), "what was no turn ends no wait");
+    }
+}
