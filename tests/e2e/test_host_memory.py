@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+from tests.support import models
 from tests.support.server import Server, serve
+from tests.support.streams import alive
+from tests.support.witness import until
 
 MIB = 1 << 20
 STAGED = 160 * MIB
@@ -71,3 +72,66 @@ def test_a_killed_workers_memory_serves_the_next(tmp_path: Path) -> None:
         second, _ = story(server, pid)
         assert "right=True" in second, "what the first one left is not seen"
         assert int(second.split()[0].removeprefix("lent=")) >= 64, second
+
+
+def lent_files(pid: int) -> set[int]:
+    """The server's memory files that a process holds open (the server), by their inode numbers."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if str(entry.readlink()).startswith("/memfd:shoal-host"):
+                found.add(entry.stat().st_ino)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def lent_mappings(pid: int) -> dict[int, int]:
+    """How much of which of them a process maps (a worker), in bytes."""
+    found: dict[int, int] = {}
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if match := re.match(r"(\w+)-(\w+) \S+ \S+ \S+ (\d+) +/memfd:shoal-host", line):
+            first, last, inode = int(match[1], 16), int(match[2], 16), int(match[3])
+            found[inode] = found.get(inode, 0) + last - first
+    return found
+
+
+def test_weights_in_the_servers_memory_outlive_the_server(tmp_path: Path) -> None:
+    """A killed server's slabs go to the next with their worker, which wakes from them, and then to its next worker."""
+    made = models.make_llama(tmp_path / "big", seed=0, hidden=512)
+    weights = (made / "model.safetensors").stat().st_size
+    assert weights > 64 * MIB, "smaller ones need no slab of the server"
+    table = {"name": "big", "source": str(made), "dtype": "float32", "context": 512}
+    settings = {"device_budget": "256MiB", "host_budget": weights + 128 * MIB, "host_memory": "shared"}
+    with serve(tmp_path, models=[table], **settings) as server:
+        server.wait_for("big", "asleep")
+        right = server.complete("big", "abc", 20)
+        assert server.order("big", "sleep").status_code == 200
+        before = server.model("big")
+        worker, held = before["pid"], lent_mappings(before["pid"])
+        assert sum(held.values()) >= 64 * MIB, "the host copies do not lie in the server's memory: nothing is tested"
+        assert held.keys() <= lent_files(server.process.pid)
+        for _ in range(2):
+            server.kill()
+            assert alive(worker)
+            server.start_again()
+            server.wait_for("big", "asleep", timeout_s=30)
+            now = server.model("big")
+            assert now["pid"] == worker
+            assert lent_mappings(worker) == held, "the same memory, mapped as before"
+            # By descriptor: the next server is its owner from now on.
+            until(lambda: held.keys() <= lent_files(server.process.pid), 10, "the next server has the slabs")
+            assert now["lease"]["host"] == before["lease"]["host"]
+            assert now["bytes"]["host"] >= weights
+            assert server.complete("big", "abc", 20) == right, "woken from what the killed server had lent"
+            assert server.order("big", "sleep").status_code == 200
+        # Now the worker dies: what it had of a server before serves the next one, which finds it touched.
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: server.model("big")["pid"] not in {None, worker}, 60, "another worker starts")
+        server.wait_for("big", "asleep")
+        kept = lent_mappings(server.model("big")["pid"])
+        assert set(kept) & set(held), "memory that is there is not made again"
+        # What of it the next one has no use for is given back: the server keeps no more than it lends.
+        until(lambda: lent_files(server.process.pid) == set(kept), 10, "the rest goes")
+        assert sum(kept.values()) <= weights + 128 * MIB
+        assert server.complete("big", "abc", 20) == right

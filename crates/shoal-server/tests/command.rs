@@ -1,6 +1,8 @@
 //! `engine = "command"`: real programs that know nothing of Shoal, started, measured, drained and ended.
 
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +10,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_server::config::{MachineMemory, ServerConfig, Surroundings, parse};
 use shoal_server::shelf::{Route, Shelf, Target};
 use shoal_server::state::{EventKind, ModelSnapshot, ModelStatus};
+use support::shelves::{alive, script};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 const MIB: u64 = 1 << 20;
@@ -48,10 +51,6 @@ fn start_in(dir: tempfile::TempDir, budget_mib: u64, models: &str) -> Scene {
 
 fn start(budget_mib: u64, models: &str) -> Scene {
     start_in(directory(), budget_mib, models)
-}
-
-fn script(name: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name).to_string_lossy().into_owned()
 }
 
 /// A `[[model]]` whose engine is the fake program.
@@ -135,11 +134,6 @@ async fn post(route: &Route, path: &str, body: &str) -> std::io::Result<String> 
         Target::Tcp(address) => over(tokio::net::TcpStream::connect(address).await?, &head, body).await,
         Target::Unix(path) => over(tokio::net::UnixStream::connect(path).await?, &head, body).await,
     }
-}
-
-fn alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
 }
 
 #[tokio::test(flavor = "multi_thread")]

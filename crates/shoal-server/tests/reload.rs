@@ -1,68 +1,14 @@
 //! Another configuration under a running shelf, with workers that have no model: only what changed is touched.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod support;
+
+use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
-use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
-use shoal_server::shelf::{Reloaded, RouteError, Shelf, ShelfError};
+use shoal_server::config::{ModelConfig, ServerConfig};
+use shoal_server::shelf::{Reloaded, RouteError, ShelfError};
 use shoal_server::state::{EventKind, ModelStatus};
-
-fn model(name: &str, args: &[&str]) -> ModelConfig {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
-    let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
-    ModelConfig {
-        engine: Engine::Worker,
-        args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
-        ..ModelConfig::new(name, "/none")
-    }
-}
-
-fn config(directory: &Path, models: Vec<ModelConfig>) -> ServerConfig {
-    ServerConfig {
-        file: directory.join("shoal.toml"),
-        listen: ([127, 0, 0, 1], 0).into(),
-        api_key_file: None,
-        allowed_hosts: vec![],
-        separate_keys: false,
-        device: DeviceChoice::Sim,
-        device_uuid: None,
-        device_budget: ByteCount::mib(400),
-        headroom: ByteCount::ZERO,
-        host_budget: ByteCount::gib(1),
-        host_memory: None,
-        disk: vec![],
-        models,
-        runtime_dir: directory.join("run"),
-        state_dir: directory.join("state"),
-        cache_dir: directory.join("cache"),
-        log_dir: directory.join("logs"),
-        python: PathBuf::from("python3"),
-        limits: Limits::default(),
-        quantum: Duration::from_secs(3),
-        sharing: Sharing::default(),
-        orphan_wait: Duration::ZERO,
-        notes: vec![],
-        unservable: vec![],
-    }
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
-
-fn pid(shelf: &Shelf, name: &str) -> Option<u32> {
-    shelf.snapshot().model(name)?.pid
-}
-
-async fn until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = soon();
-    while !holds() {
-        assert!(Instant::now() < deadline, "never came: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use support::shelves::{config, model, pid, soon, start, until};
 
 fn names(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
@@ -72,7 +18,7 @@ fn names(names: &[&str]) -> Vec<String> {
 async fn only_what_changed_is_touched() {
     let scratch = tempfile::tempdir().expect("scratch");
     let before = ["same", "limits", "anew", "gone"].map(|name| model(name, &["--weights", "50"]));
-    let shelf = Shelf::start(Arc::new(config(scratch.path(), before.to_vec()))).expect("it starts");
+    let shelf = start(scratch.path(), 400, before.to_vec());
     for name in ["same", "limits", "anew", "gone"] {
         drop(shelf.route(name, soon()).await.expect("routed"));
     }
@@ -86,7 +32,7 @@ async fn only_what_changed_is_touched() {
     let quicker = ServerConfig {
         quantum: Duration::from_secs(1),
         device_budget: ByteCount::mib(999),
-        ..config(scratch.path(), after.clone())
+        ..config(scratch.path(), 400, after.clone())
     };
     let said = shelf.reload_with(quicker).expect("a good one");
     let expected = Reloaded {
@@ -108,7 +54,7 @@ async fn only_what_changed_is_touched() {
         let shelf = shelf.clone();
         tokio::spawn(async move { shelf.route("anew", soon()).await.map(|route| route.was_asleep()) })
     };
-    until("it is parked", || {
+    until(&shelf, "it is parked", |shelf| {
         shelf.snapshot().model("anew").is_some_and(|model| model.counts.requests_parked == 1)
     })
     .await;
@@ -118,7 +64,7 @@ async fn only_what_changed_is_touched() {
     assert_eq!(pid(&shelf, "anew"), Some(pids[2]), "its request is not over");
     drop(routes);
     assert!(waiting.await.expect("no panic").expect("routed"));
-    until("it is gone", || status("gone").is_none()).await;
+    until(&shelf, "it is gone", |shelf| shelf.snapshot().model("gone").is_none()).await;
     assert_eq!([pid(&shelf, "same"), pid(&shelf, "limits")], [Some(pids[0]), Some(pids[1])]);
     assert_ne!(pid(&shelf, "anew"), Some(pids[2]));
     assert_eq!(shelf.snapshot().model("anew").expect("there").bytes.weights_total, ByteCount::mib(60));
@@ -127,7 +73,10 @@ async fn only_what_changed_is_touched() {
     // The place of the one that went is taken by the next, and nothing of it is left there.
     let mut again = after.clone();
     again.push(model("gone", &["--weights", "70"]));
-    assert_eq!(shelf.reload_with(config(scratch.path(), again)).expect("a good one").added, names(&["gone"]));
+    assert_eq!(
+        shelf.reload_with(config(scratch.path(), 400, again)).expect("a good one").added,
+        names(&["gone"])
+    );
     drop(shelf.route("gone", soon()).await.expect("routed"));
     let snapshot = shelf.snapshot();
     let gone = snapshot.model("gone").expect("there");
@@ -146,20 +95,20 @@ async fn only_what_changed_is_touched() {
 async fn one_that_cannot_be_changes_nothing_and_one_that_mends_a_failure_does() {
     let scratch = tempfile::tempdir().expect("scratch");
     let broken = model("broken", &["--fail", "device"]);
-    let shelf = Shelf::start(Arc::new(config(scratch.path(), vec![broken.clone()]))).expect("it starts");
-    until("it fails", || shelf.snapshot().models[0].status == ModelStatus::Failed).await;
-    until("its worker is gone", || shelf.snapshot().models[0].pid.is_none()).await;
+    let shelf = start(scratch.path(), 400, vec![broken.clone()]);
+    until(&shelf, "it fails", |shelf| shelf.snapshot().models[0].status == ModelStatus::Failed).await;
+    until(&shelf, "its worker is gone", |shelf| shelf.snapshot().models[0].pid.is_none()).await;
     let greedy = ModelConfig { min: Some(ByteCount::gib(4)), ..broken };
-    let refused = shelf.reload_with(config(scratch.path(), vec![greedy])).expect_err("too much");
+    let refused = shelf.reload_with(config(scratch.path(), 400, vec![greedy])).expect_err("too much");
     assert!(matches!(refused, ShelfError::Configuration { .. }), "{refused}");
     assert!(refused.to_string().contains("device budget of 400 MiB"), "{refused}");
     assert!(shelf.reload().await.is_err(), "there is no such file");
     let told = shelf.events_since(0).expect("few");
     let count = told.iter().filter(|event| matches!(event.what, EventKind::ReloadRefused { .. })).count();
     assert_eq!(count, 2);
-    let mended = config(scratch.path(), vec![model("broken", &[])]);
+    let mended = config(scratch.path(), 400, vec![model("broken", &[])]);
     assert_eq!(shelf.reload_with(mended).expect("a good one").restarted, names(&["broken"]));
     drop(shelf.route("broken", soon()).await.expect("it is started again"));
-    let same = config(scratch.path(), vec![model("broken", &[])]);
+    let same = config(scratch.path(), 400, vec![model("broken", &[])]);
     assert_eq!(shelf.reload_with(same).expect("a good one"), Reloaded::default());
 }

@@ -1,88 +1,18 @@
 //! How memory is shared, by what the configuration says of it: real processes whose leases are numbers.
 
-use std::path::{Path, PathBuf};
+mod support;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::{Action, Plan, Policy, ShelfState, Value, builtin};
-use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing, SleepDepth};
+use shoal_server::config::{ServerConfig, Sharing, SleepDepth};
 use shoal_server::shelf::Shelf;
-use shoal_server::state::{Event, EventKind, ModelStatus};
+use shoal_server::state::{EventKind, ModelStatus};
+use support::shelves::{config, events, model, soon, start, status, story, until};
 
 const MIB: u64 = 1 << 20;
-
-fn model(name: &str, args: &[&str]) -> ModelConfig {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
-    let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
-    ModelConfig {
-        engine: Engine::Worker,
-        args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
-        ..ModelConfig::new(name, "/none")
-    }
-}
-
-fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> ServerConfig {
-    ServerConfig {
-        file: directory.join("shoal.toml"),
-        listen: ([127, 0, 0, 1], 0).into(),
-        api_key_file: None,
-        allowed_hosts: vec![],
-        separate_keys: false,
-        device: DeviceChoice::Sim,
-        device_uuid: None,
-        device_budget: ByteCount(budget_mib * MIB),
-        headroom: ByteCount::ZERO,
-        host_budget: ByteCount::gib(1),
-        host_memory: None,
-        disk: vec![],
-        models,
-        runtime_dir: directory.join("run"),
-        state_dir: directory.join("state"),
-        cache_dir: directory.join("cache"),
-        log_dir: directory.join("logs"),
-        python: PathBuf::from("python3"),
-        limits: Limits::default(),
-        quantum: Duration::from_secs(3),
-        orphan_wait: Duration::ZERO,
-        sharing: Sharing::default(),
-        notes: vec![],
-        unservable: vec![],
-    }
-}
-
-fn start(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Shelf {
-    Shelf::start(Arc::new(config(directory, budget_mib, models))).expect("the shelf starts")
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
-
-/// Waits until `what` holds, and fails with the events when it does not.
-async fn until(shelf: &Shelf, what: &str, holds: impl Fn(&Shelf) -> bool) {
-    let deadline = soon();
-    while !holds(shelf) {
-        assert!(Instant::now() < deadline, "never came: {what}\n{}", story(shelf));
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-fn events(shelf: &Shelf) -> Vec<Arc<Event>> {
-    shelf.events_since(0).expect("few events")
-}
-
-fn story(shelf: &Shelf) -> String {
-    let lines: Vec<String> = events(shelf)
-        .iter()
-        .map(|event| format!("{} {} {:?}", event.id, event.model.as_deref().unwrap_or("-"), event.what))
-        .collect();
-    lines.join("\n")
-}
-
-fn status(shelf: &Shelf, name: &str) -> ModelStatus {
-    shelf.snapshot().model(name).expect("configured").status
-}
 
 /// Brings a model to the device and lets it be idle again.
 async fn use_once(shelf: &Shelf, name: &str) {

@@ -1,24 +1,19 @@
 //! Turns at one model: fair to API keys, bounded, given up by those who leave. Workers without a model, as in `shelf.rs`.
 
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_core::bytes::ByteCount;
-use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
+use shoal_server::config::{Limits, ModelConfig, ServerConfig};
 use shoal_server::shelf::{Caller, Route, RouteError, Shelf};
 use shoal_server::state::{Event, KeySnapshot, ModelSnapshot, ModelStatus};
+use support::shelves::{self, soon};
 use tokio::sync::mpsc;
 
 fn model(parallel_max: u32, args: &[&str]) -> ModelConfig {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_worker.py");
-    let fixed = ["python3", &script.to_string_lossy(), "--control", "{control}", "--model", "{model}"];
-    ModelConfig {
-        engine: Engine::Worker,
-        args: fixed.iter().chain(args).map(|arg| (*arg).to_owned()).collect(),
-        parallel_max,
-        ..ModelConfig::new("chat", "/none")
-    }
+    ModelConfig { parallel_max, ..shelves::model("chat", args) }
 }
 
 fn start(directory: &Path, parked_max: u32, chat: ModelConfig) -> Shelf {
@@ -27,36 +22,11 @@ fn start(directory: &Path, parked_max: u32, chat: ModelConfig) -> Shelf {
 
 fn start_all(directory: &Path, parked_max: u32, models: Vec<ModelConfig>) -> Shelf {
     let config = ServerConfig {
-        file: directory.join("shoal.toml"),
-        listen: ([127, 0, 0, 1], 0).into(),
-        api_key_file: None,
-        allowed_hosts: vec![],
-        separate_keys: false,
-        device: DeviceChoice::Sim,
-        device_uuid: None,
-        device_budget: ByteCount::mib(120),
-        headroom: ByteCount::ZERO,
-        host_budget: ByteCount::gib(1),
-        host_memory: None,
-        disk: vec![],
-        models,
-        runtime_dir: directory.join("run"),
-        state_dir: directory.join("state"),
-        cache_dir: directory.join("cache"),
-        log_dir: directory.join("logs"),
-        python: PathBuf::from("python3"),
         limits: Limits { parked_max, ..Limits::default() },
         quantum: Duration::from_millis(300),
-        sharing: Sharing::default(),
-        orphan_wait: Duration::ZERO,
-        notes: vec![],
-        unservable: vec![],
+        ..shelves::config(directory, 120, models)
     };
     Shelf::start(Arc::new(config)).expect("the shelf starts")
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
 }
 
 fn key(name: &str) -> Caller {

@@ -1,6 +1,8 @@
 //! A shelf and workers that do what a test needs, a server around them, and a client.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses its part")]
 
+pub mod shelves;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
