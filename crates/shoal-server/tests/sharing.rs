@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::{Action, Plan, Policy, ShelfState, Value, builtin};
-use shoal_server::config::{ServerConfig, Sharing, SleepDepth};
+use shoal_server::config::{ModelConfig, ServerConfig, Sharing, SleepDepth};
 use shoal_server::shelf::Shelf;
-use shoal_server::state::{EventKind, ModelStatus};
+use shoal_server::state::{Event, EventKind, ModelStatus};
 use support::shelves::{config, events, model, soon, start, status, story, until};
 
 const MIB: u64 = 1 << 20;
