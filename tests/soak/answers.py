@@ -265,7 +265,9 @@ def _judge_refusal(case: Case, answer: Answer, *, is_excused: bool) -> Verdict:
         return Verdict(outcome, f"a refusal that does not say why: {error}")
     if case.refusal:
         is_right = (answer.status, code) == case.refusal
-        is_away = is_excused and code in {"model_not_found", "model_unavailable", "shutting_down", "worker_lost"}
+        # Its worker is who finds some faults, and may be away, or waited for in vain.
+        away = {"model_not_found", "model_unavailable", "shutting_down", "worker_lost", "model_wait_timeout"}
+        is_away = is_excused and code in away
         return Verdict(outcome, None if is_right or is_away else f"should have been {case.refusal}: {error}")
     if code == "too_many_waiting":
         said = answer.status != 429 or answer.retry_after

@@ -127,7 +127,7 @@ impl Core {
         if wants {
             // After a turn without KV, which was none, it is as old as before: else whoever began to want after it would
             // take what it was just given.
-            let before = model.wanted_before_ms.take();
+            let before = model.wanted_before_ms.take().filter(|_| whole);
             if model.wanting_since_ms.is_none() {
                 // Requests that waited in line while it ran do not make it older than those that could not run at all.
                 let oldest = model.queue.oldest().map(|parked| parked.since_ms.max(model.ran_until_ms));

@@ -92,27 +92,30 @@ impl Bench {
         self.request(place, LeaseKind::Weights, missing, now_ms);
         wake.expect("it is woken")
     }
+
+    /// The second model has been here, and 28 MiB of it are left.
+    fn leave_a_part_of_the_second(&mut self) {
+        let wake = self.wanted(1, WEIGHTS, 10);
+        self.usage(1, WEIGHTS, 20);
+        self.done(1, wake, WEIGHTS, 20);
+        self.core.handle_route_ended(1, &caller(), 30);
+        self.core.handle_sleep("m1", 28.0 / 60.0, 40).expect("it is idle");
+        let Some(FromServer::Reclaim { order, bytes, .. }) =
+            self.told(1).into_iter().find(|said| matches!(said, FromServer::Reclaim { .. }))
+        else {
+            panic!("it is asked for the rest")
+        };
+        assert_eq!(bytes, ByteCount::mib(32));
+        self.usage(1, ByteCount::mib(28), 50);
+        self.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 50);
+        self.done(1, order, bytes, 50);
+    }
 }
 
 #[test]
 fn who_asks_for_its_first_kv_is_as_old_as_its_wake() {
     let mut bench = Bench::new();
-    // The second has been here, and 28 MiB of it are left.
-    let wake = bench.wanted(1, WEIGHTS, 10);
-    bench.usage(1, WEIGHTS, 20);
-    bench.done(1, wake, WEIGHTS, 20);
-    bench.core.handle_route_ended(1, &caller(), 30);
-    bench.core.handle_sleep("m1", 28.0 / 60.0, 40).expect("it is idle");
-    let Some(FromServer::Reclaim { order, bytes, .. }) =
-        bench.told(1).into_iter().find(|said| matches!(said, FromServer::Reclaim { .. }))
-    else {
-        panic!("it is asked for the rest")
-    };
-    assert_eq!(bytes, ByteCount::mib(32));
-    bench.usage(1, ByteCount::mib(28), 50);
-    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 50);
-    bench.done(1, order, bytes, 50);
-
+    bench.leave_a_part_of_the_second();
     // The first comes back; meanwhile somebody wants the second, which waits for the first's turn to end.
     let wake = bench.wanted(0, WEIGHTS, 100);
     bench.wanted(1, ByteCount::mib(32), 110);
@@ -126,23 +129,26 @@ fn who_asks_for_its_first_kv_is_as_old_as_its_wake() {
     assert_eq!(orders(bench.told(1)).len(), 1, "who came later gives what the first lacks of its KV");
 }
 
-/// The same where one client waits and nobody asks for anything when its weights come: that client's way to the worker is no
-/// turn either.
+/// The same where nobody asks for anything when its weights come: that its client goes to the worker is no turn either. A
+/// turn that ends because others need its weights was one, with KV or without.
 #[test]
 fn a_single_client_keeps_the_age_of_its_wake_too() {
     for has_run in [false, true] {
         let mut bench = Bench::new();
-        let wake = bench.wanted(0, WEIGHTS, 1_000);
-        assert_eq!(bench.core.models[0].wanting_since_ms, Some(1_000));
-        bench.usage(0, WEIGHTS, 1_200);
-        bench.done(0, wake, WEIGHTS, 1_200);
+        bench.leave_a_part_of_the_second();
+        let wake = bench.wanted(0, WEIGHTS, 100);
+        assert_eq!(bench.core.models[0].wanting_since_ms, Some(100));
+        bench.usage(0, WEIGHTS, 120);
+        bench.done(0, wake, WEIGHTS, 120);
+        bench.core.handle_timer(121);
         assert_eq!(bench.core.models[0].wanting_since_ms, None, "it may need no KV at all");
-        bench.core.handle_timer(1_250);
         if has_run {
-            bench.request(0, LeaseKind::Kv, KV, 1_260);
+            let bytes = ByteCount::mib(2);
+            bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 122);
+        } else {
+            bench.request(0, LeaseKind::Kv, KV, 122);
         }
-        bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: ByteCount::mib(2) }, 1_300);
-        let since = if has_run { 1_300 } else { 1_000 };
-        assert_eq!(bench.core.models[0].wanting_since_ms, Some(since), "what was no turn ends no wait");
+        let since = if has_run { 122 } else { 100 };
+        assert_eq!(bench.core.models[0].wanting_since_ms, Some(since));
     }
 }
