@@ -134,6 +134,20 @@ fn not_now_is_an_answer_and_changes_nothing() {
 }
 
 #[test]
+fn an_allocation_waits_for_memory_that_is_just_leaving() {
+    let world = world(1024, 16);
+    let wanted = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 256);
+    let cache = world.manager.kv_cache(KvCacheSpec { patience: WAIT, ..wanted }).expect("addresses");
+    let all = cache.available(0).expect("there is a group") as usize;
+    for round in 0..30_u64 {
+        let ids = alloc(&cache, all).unwrap_or_else(|| panic!("round {round}: the limit allows them all"));
+        cache.free(0, &ids).expect("they are owned");
+        // The cache's own thread gives back what is empty, about now.
+        thread::sleep(Duration::from_millis(round % 5));
+    }
+}
+
+#[test]
 fn refused_calls_change_nothing() {
     let world = world(32, 64);
     let cache = cache(&world, 32);

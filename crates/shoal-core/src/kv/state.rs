@@ -302,6 +302,12 @@ impl KvState {
         Ok(owned <= self.limit.bytes().0)
     }
 
+    /// Whether memory is leaving that would be room under the limit once it is gone.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.groups.iter().any(|group| group.pool.is_leaving())
+    }
+
     /// How many more blocks of a group an allocation could be given, with memory that is mapped, that the limit allows, or
     /// that other groups would give up: exactly so many where blocks do not straddle granules, at most so many where they do.
     ///

@@ -38,7 +38,7 @@ impl Shared {
     pub(super) fn alloc_plainly<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
         let deadline = Instant::now() + self.patience;
         for _ in 0..ATTEMPTS_MAX {
-            {
+            let was_leaving = {
                 let mut state = self.state.lock();
                 if state.alloc(group, ids)? {
                     let wants_attention = state.wants_attention(group);
@@ -48,7 +48,8 @@ impl Shared {
                     }
                     return Ok(true);
                 }
-            }
+                state.is_leaving()
+            };
             let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX);
             // As long as something is only cached here, nobody else gives up memory for what this cache asks for: memory is
             // leased where some lies free, and else what is cached goes.
@@ -63,11 +64,37 @@ impl Shared {
             if figures.cached > 0 && makes_up < wanted {
                 self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
             }
-            if !self.state.lock().evict_for(group, wanted)? && !self.make_room(group, wanted, deadline)? {
+            if !self.state.lock().evict_for(group, wanted)?
+                && !self.make_room(group, wanted, deadline)?
+                && !self.await_leaving(was_leaving, group, wanted, deadline)?
+            {
                 return Ok(false);
             }
         }
         Ok(false)
+    }
+
+    /// Waits until what is leaving has left, which counts under the limit and holds its addresses until then. False: nothing
+    /// is, or was when it was asked last, or it takes too long, or the limit would not do all the same.
+    fn await_leaving(
+        &self,
+        was_leaving: bool,
+        group: usize,
+        blocks: u32,
+        deadline: Instant,
+    ) -> Result<bool, MemoryError> {
+        {
+            let state = self.state.lock();
+            if !state.fits_limit(group, blocks)? || !(was_leaving || state.is_leaving()) {
+                return Ok(false);
+            }
+        }
+        // Whoever unmaps has the turn until all of it is gone.
+        match self.manager().take_turn_only(deadline) {
+            Ok(_turn) => Ok(true),
+            Err(error) if is_not_now(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Takes memory from what is empty or only cached in other groups, so that this one can grow under the limit. False: no

@@ -194,6 +194,13 @@ impl BlockPool {
         Ok(())
     }
 
+    /// Whether any granule is leaving: its memory is about to be room for others.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        let slots = (0_u32..).zip(&self.granules);
+        slots.into_iter().any(|(slot, granule)| granule.stage == Stage::Leaving && self.is_at(slot))
+    }
+
     /// The units of a granule: first and how many.
     #[must_use]
     pub fn units_of(&self, slot: u32) -> Option<(u32, u32)> {
