@@ -347,6 +347,7 @@ def test_many_wait_for_the_device_at_once(mem: shoal.MemoryManager) -> None:
         thread.start()
     for thread in threads:
         thread.join(150)
+    assert not any(thread.is_alive() for thread in threads), "one hangs"
     assert not late
 
 
@@ -362,6 +363,15 @@ def test_memory_follows_use(mem: shoal.MemoryManager) -> None:
     until("it is mapped before it is asked for", lambda: kv.usage()["groups"][0]["free_mapped_blocks"] >= 10)
     kv.record_step()
     kv.check()
+
+
+def test_an_engine_may_make_streams_as_it_goes(mem: shoal.MemoryManager) -> None:
+    kv = small(mem)
+    for stream in range(1, 200):  # of steps that have ended
+        kv.record_step(stream)
+    kv.free(kv.alloc(4))
+    kv.trim()
+    until("its memory goes", lambda: mem.device_memory()["used_by_this_process"] == 0)
 
 
 def test_compaction_says_where_blocks_went(mem: shoal.MemoryManager) -> None:
@@ -386,11 +396,14 @@ def test_compaction_says_where_blocks_went(mem: shoal.MemoryManager) -> None:
         for block in kept:
             assert (keys[moves.get(block, block)] == torch.tensor(block, dtype=torch.float16)).all()
     # An engine that copies by itself.
-    (one,) = kv.alloc(1)
-    target = next(block for block in range(one + 1, kv.groups[0].blocks) if kv.groups[0].owners(block) is None)
+    one, target = kv.alloc(2)
+    kv.free([target])
     with pytest.raises(shoal.RegionError):
         kv.groups[0].moved([(one, kept[0])] if kept[0] not in moves else [(one, moves[kept[0]])])
-    kv.groups[0].moved([(one, target)] if kv.usage()["groups"][0]["free_mapped_blocks"] and target < 16 else [])
+    kv.groups[0].moved([(one, target)])
+    assert kv.groups[0].owners(one) is None
+    assert kv.groups[0].owners(target) == 1
+    kv.free([target])
     kv.check()
 
 
@@ -398,15 +411,21 @@ def test_threads_share_a_cache(mem: shoal.MemoryManager) -> None:
     kv = small(mem)
     owner = [0] * kv.groups[0].blocks
     wrong: list[int] = []
+    had = [0] * 9
+    together = threading.Barrier(8)
 
     def run(me: int) -> None:
         ids = np.zeros(7, np.int64)
-        for _ in range(300):
+        together.wait(60)
+        for turn in range(300):
             if kv.alloc_into(ids):
+                had[me] += 1
                 for block in ids.tolist():
                     if owner[block]:
                         wrong.append(block)
                     owner[block] = me
+                if turn % 20 == 0:
+                    time.sleep(0)  # others run while these are owned
                 for block in ids.tolist():
                     owner[block] = 0
                 kv.free_from(ids)
@@ -416,7 +435,9 @@ def test_threads_share_a_cache(mem: shoal.MemoryManager) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "one hangs"
     assert not wrong
+    assert min(had[1:]) > 0, "each was given some"
     assert kv.usage()["live"] == 0
 
 

@@ -26,7 +26,8 @@ use crate::error::MemoryError;
 use crate::region::BlockCopy;
 use crate::turn::{Taken, Turn};
 
-/// NaN in every floating type that is a power of two of bytes long, and in those of one byte.
+/// NaN in every floating type that is a power of two of bytes long, and in those of one byte but the two `fnuz` ones, whose
+/// only NaN is 0x80: there it is a number that no KV holds by chance.
 const FILL: u8 = 0xFF;
 /// What is copied at a time.
 const FILLER_BYTES: ByteCount = ByteCount::mib(1);
