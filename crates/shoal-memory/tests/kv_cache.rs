@@ -142,7 +142,6 @@ fn an_allocation_waits_for_memory_that_is_just_leaving() {
     for round in 0..30_u64 {
         let ids = alloc(&cache, all).unwrap_or_else(|| panic!("round {round}: the limit allows them all"));
         cache.free(0, &ids).expect("they are owned");
-        // The cache's own thread gives back what is empty, about now.
         thread::sleep(Duration::from_millis(round % 5));
     }
 }

@@ -442,6 +442,11 @@ class KvCache:
         -------
         tuple of int or None
             The question's number and how many bytes are wanted; None if nothing was.
+
+        Raises
+        ------
+        RegionError
+            If the cache is gone.
         """
         return self._native.next_wanted(timeout_s)
 
@@ -454,6 +459,11 @@ class KvCache:
             Its number.
         freed
             How many bytes went since.
+
+        Raises
+        ------
+        RegionError
+            If the cache is gone.
         """
         self._native.answer_wanted(number, freed)
 
@@ -464,6 +474,11 @@ class KvCache:
         ----------
         nbytes
             How many.
+
+        Raises
+        ------
+        RegionError
+            If the cache is gone.
         """
         self._native.set_kept(nbytes)
 

@@ -350,6 +350,11 @@ class MemoryManager:
         -------
         int
             How many bytes.
+
+        Raises
+        ------
+        Error
+            If the manager is closed.
         """
         return self._native.give_up_leases()
 
