@@ -312,7 +312,10 @@ impl KvCache {
             steps.retain(|_, event| !event.wait(Duration::ZERO).unwrap_or(false));
         }
         if steps.len() >= STREAMS_MAX && !steps.contains_key(&stream) {
-            return Err(self.shared.region.refuse("mark a step", "steps run on more than 64 streams at once"));
+            return Err(self
+                .shared
+                .region
+                .refuse("mark a step", "steps run on more than 64 streams at once"));
         }
         let old = steps.insert(stream, Arc::new(event));
         drop(steps);
