@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -26,24 +25,6 @@ BUDGET, HEADROOM = 64 * MIB, 8 * MIB
 PROMPT = "abc"
 
 
-def device(server: Server) -> dict[str, Any]:
-    """The shared device, by the server's word."""
-    return dict(server.state()["device"])
-
-
-def told(server: Server, kind: str) -> list[dict[str, Any]]:
-    """All events of a kind, oldest first."""
-    events: list[dict[str, Any]] = []
-    last = server.state()["last_event_id"]
-    with server.http.stream("GET", "/api/v1/events?since=0") as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                events.append(json.loads(line.removeprefix("data: ")))
-                if events[-1]["id"] >= last:
-                    break
-    return [event for event in events if event["kind"] == kind]
-
-
 def shoal(server: Server, *command: str) -> str:
     """What a command prints."""
     said = subprocess.run(
@@ -60,7 +41,7 @@ def resident(server: Server) -> int:
 
 def room_beside(server: Server, others: int) -> int:
     """What is free on the device, once the driver was seen to know of all that others have."""
-    seen = device(server)["driver"]
+    seen = server.device()["driver"]
     return int(seen["free"]) if seen["others"] == others else 0
 
 
@@ -75,17 +56,17 @@ def test_others_take_memory_and_leave(tmp_path: Path, model_tables: list[dict[st
         assert server.order(names[2], "sleep").status_code == httpx.codes.OK
         for name in names[:2]:
             assert server.order(name, "wake").status_code == httpx.codes.OK
-        until(lambda: device(server)["driver"] is not None, 10, "the driver is asked")
-        before = device(server)
+        until(lambda: server.device()["driver"] is not None, 10, "the driver is asked")
+        before = server.device()
         assert (before["taken"], before["budget"], before["driver"]["others"]) == (0, BUDGET, 0)
         assert before["leased"] > 40 * MIB
         pids = server.workers()
         with stranger(server, BUDGET + HEADROOM) as other:
             other.take(16 * MIB)
-            until(lambda: device(server)["taken"] == 16 * MIB, 10, "it comes off the budget")
-            until(lambda: device(server)["leased"] <= BUDGET - 16 * MIB, 10, "what is leased beyond comes back")
-            until(lambda: device(server)["driver"]["free"] >= HEADROOM - 2 * MIB, 10, "what is to stay free is free")
-            now = device(server)
+            until(lambda: server.device()["taken"] == 16 * MIB, 10, "it comes off the budget")
+            until(lambda: server.device()["leased"] <= BUDGET - 16 * MIB, 10, "what is leased beyond comes back")
+            until(lambda: server.device()["driver"]["free"] >= HEADROOM - 2 * MIB, 10, "what is to stay free is free")
+            now = server.device()
             assert now["driver"]["others"] == 16 * MIB
             assert [process["pid"] for process in now["driver"]["processes"]] == [other.process.pid]
             assert now["driver"]["is_by_process"]
@@ -109,15 +90,15 @@ def test_others_take_memory_and_leave(tmp_path: Path, model_tables: list[dict[st
                 until(lambda others=others: room_beside(server, others) >= 6 * MIB, 15, "models make room")
                 other.take(4 * MIB)
                 others += 4 * MIB
-            until(lambda: device(server)["taken"] == others, 15, "all of it comes off")
+            until(lambda: server.device()["taken"] == others, 15, "all of it comes off")
             assert server.workers() == pids
-            events = told(server, "device_taken")
+            events = server.told("device_taken")
             assert [event["taken"] for event in events] == sorted(event["taken"] for event in events)
             assert f"{other.process.pid}: " in events[0]["text"]
-            evicted = [event for event in told(server, "evict_started") if "others have 16 MiB" in event["text"]]
+            evicted = [event for event in server.told("evict_started") if "others have 16 MiB" in event["text"]]
             assert evicted, "models yielded for somebody's sake"
-        until(lambda: device(server)["taken"] == 0, 10, "the budget grows back")
-        assert "can be shared again" in told(server, "device_taken")[-1]["text"]
+        until(lambda: server.device()["taken"] == 0, 10, "the budget grows back")
+        assert "can be shared again" in server.told("device_taken")[-1]["text"]
         for name in names:
             assert server.complete(name, PROMPT, 8) == right[name]
         assert server.workers() == pids, "somebody was ended for it"
@@ -134,7 +115,7 @@ def test_a_model_that_does_not_fit_beside_others_waits_and_comes_when_they_leave
         server.order(name, "sleep")
         with stranger(server, BUDGET) as other:
             other.take(48 * MIB)
-            until(lambda: device(server)["taken"] == 48 * MIB, 10, "it comes off")
+            until(lambda: server.device()["taken"] == 48 * MIB, 10, "it comes off")
             refused = server.order(name, "wake", wait_s=2)
             assert refused.status_code != httpx.codes.OK
             assert "while others have 48 MiB of the device" in refused.text, refused.text
@@ -164,7 +145,7 @@ def test_a_holder_that_does_not_answer(tmp_path: Path, model_tables: list[dict[s
             refused = server.order(asking, "wake", wait_s=8)
             assert refused.status_code != httpx.codes.OK
             assert "did not answer when asked" in refused.text, refused.text
-            late = told(server, "evict_timed_out")
+            late = server.told("evict_timed_out")
             assert {event["model"] for event in late} == {first, second}, "the next one was not asked"
             os.kill(pids[second], signal.SIGCONT)
             assert server.complete(asking, PROMPT, 8) == right[asking]
@@ -225,16 +206,16 @@ def test_the_memory_of_the_dead_is_returning_until_it_is_seen_free(
         server.wait_for(name, "asleep")
         server.wait_for("holder", "asleep", "partly_resident", "awake")
         until(lambda: server.model("holder")["lease"]["total"] == 40 * MIB, 10, "it holds")
-        until(lambda: device(server)["driver"]["ours"] == 40 * MIB, 10, "the driver shows it")
+        until(lambda: server.device()["driver"]["ours"] == 40 * MIB, 10, "the driver shows it")
         pid = server.workers()["holder"]
         child = int(child_file.read_text())
         try:
             os.kill(pid, signal.SIGKILL)
             until(lambda: not alive(pid), 10, "it is gone")
-            until(lambda: device(server)["returning"] == 40 * MIB, 10, "its bytes are returning")
+            until(lambda: server.device()["returning"] == 40 * MIB, 10, "its bytes are returning")
             client = Stream(server, name)
             time.sleep(2.5)
-            now = device(server)
+            now = server.device()
             assert (now["returning"], now["leased"]) == (40 * MIB, 40 * MIB), "given away before it was free"
             assert now["taken"] == 0, "counted twice"
             assert not client.texts
@@ -242,7 +223,7 @@ def test_the_memory_of_the_dead_is_returning_until_it_is_seen_free(
         finally:
             os.kill(child, signal.SIGKILL)
         assert client.end()
-        assert device(server)["returning"] == 0
-        (returned,) = told(server, "memory_returned")
+        assert server.device()["returning"] == 0
+        (returned,) = server.told("memory_returned")
         assert (returned["pid"], returned["bytes"], returned["seen"]) == (pid, 40 * MIB, True)
         assert returned["after_ms"] > 2_000

@@ -320,23 +320,6 @@ def tight(  # noqa: PLR0917 - what the first half made
             print(server.logs(60), json.dumps(server.state(), indent=1)[-6000:])
 
 
-def device(server: Server) -> dict[str, Any]:
-    return dict(server.state()["device"])
-
-
-def told(server: Server, kind: str) -> list[dict[str, Any]]:
-    """All events of a kind, oldest first."""
-    events: list[dict[str, Any]] = []
-    last = server.state()["last_event_id"]
-    with server.http.stream("GET", "/api/v1/events?since=0") as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                events.append(json.loads(line.removeprefix("data: ")))
-                if events[-1]["id"] >= last:
-                    break
-    return [event for event in events if event["kind"] == kind]
-
-
 def beside_others(
     report: Report, root: Path, tables: list[dict[str, object]], greedy: dict[tuple[str, str], str], vectors: Any
 ) -> None:
@@ -353,7 +336,7 @@ def beside_others(
         check_answers(server, greedy, vectors)
         pids = server.workers()
         time.sleep(4)
-        before = device(server)
+        before = server.device()
         driver = before["driver"] or {}
         print("the driver:", json.dumps(driver))
         for model in server.state()["models"]:
@@ -364,15 +347,15 @@ def beside_others(
                               [model["lease"]["drift"]], "bytes")  # fmt: skip
         report.check("the driver is read, and nothing is amiss", lambda: expect_quiet(before))
         report.figure("one reading of the driver", "time", [driver.get("took_us", 0)], "us")
-        other = Taker() if ON_GPU else Stranger(server.runtime_dir, capacity)
+        other = Stranger.on_gpu(DEVICE) if ON_GPU else Stranger.simulated(server.runtime_dir, capacity)
         try:
 
             def take() -> None:
                 begun = time.monotonic()
                 other.take(unit)
-                until(lambda: device(server)["taken"] >= unit * 9 // 10, 20, "it comes off the budget")
+                until(lambda: server.device()["taken"] >= unit * 9 // 10, 20, "it comes off the budget")
                 report.figure("others' memory comes off the budget", "after", [time.monotonic() - begun], "s")
-                now = device(server)
+                now = server.device()
                 print("with", unit, "taken:", json.dumps(now))
                 print(shoal_ps(server))
                 # A context of its own, and the libraries that come with it.
@@ -382,11 +365,11 @@ def beside_others(
             report.check("models answer beside another process that takes memory", take)
 
             def crowd() -> None:
-                room = device(server)["driver"]["free"]
-                other.take(room - device(server)["headroom"] // 2)
-                until(lambda: bool(told(server, "evict_started")), 20, "models yield")
-                keep = device(server)["headroom"] * 9 // 10
-                until(lambda: device(server)["driver"]["free"] >= keep, 20, "the headroom is free again")
+                room = server.device()["driver"]["free"]
+                other.take(room - server.device()["headroom"] // 2)
+                until(lambda: bool(server.told("evict_started")), 20, "models yield")
+                keep = server.device()["headroom"] * 9 // 10
+                until(lambda: server.device()["driver"]["free"] >= keep, 20, "the headroom is free again")
                 assert server.workers() == pids, "somebody was ended for it"
 
             report.check("idle models yield so that the headroom stays free", crowd)
@@ -395,7 +378,7 @@ def beside_others(
 
         def back() -> None:
             begun = time.monotonic()
-            until(lambda: device(server)["taken"] == before["taken"], 30, "the budget grows back")
+            until(lambda: server.device()["taken"] == before["taken"], 30, "the budget grows back")
             report.figure("the budget grows back when others leave", "after", [time.monotonic() - begun], "s")
             check_answers(server, greedy, vectors)
             assert server.workers() == pids
@@ -404,15 +387,15 @@ def beside_others(
 
         def returned() -> None:
             os.kill(pids["ash"], signal.SIGKILL)
-            until(lambda: bool(told(server, "memory_returned")), 20, "its memory is seen free")
-            (event,) = told(server, "memory_returned")
+            until(lambda: bool(server.told("memory_returned")), 20, "its memory is seen free")
+            (event,) = server.told("memory_returned")
             assert event["seen"], event
             report.figure("a killed worker's memory is seen free", "after", [event["after_ms"]], "ms")
             assert server.complete("ash", PROMPTS[0], TOKENS) == greedy["ash", PROMPTS[0]]
 
         report.check("a killed worker's memory is returning until it is seen free", returned)
         print(*(event["text"] for kind in ("device_taken", "drifted", "overhead_corrected", "memory_returned")
-                for event in told(server, kind)), sep="\n")  # fmt: skip
+                for event in server.told(kind)), sep="\n")  # fmt: skip
         if report.failed:
             print(server.logs(60), json.dumps(server.state(), indent=1)[-6000:])
 
@@ -427,34 +410,6 @@ def expect_quiet(seen: dict[str, Any]) -> None:
 def shoal_ps(server: Server) -> str:
     command = [sys.executable, "-m", "shoal", "ps", "--server", server.url]
     return subprocess.run(command, env=environment(server.home), check=True, capture_output=True, text=True).stdout
-
-
-class Taker:
-    """A process that takes memory of the GPU by torch, as somebody's notebook would."""
-
-    CODE = """
-import sys, torch
-held = []
-for line in sys.stdin:
-    held.append(torch.empty(int(line), dtype=torch.uint8, device=sys.argv[1]))
-    torch.cuda.synchronize()
-    print("taken", flush=True)
-"""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", self.CODE, DEVICE]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def take(self, nbytes: int) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{nbytes}\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "taken\n", "the GPU had no memory for it"
-
-    def leave(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=20)
 
 
 def bfloat16(report: Report, root: Path, path: Path) -> None:

@@ -65,6 +65,22 @@ class Server:
         """One model's part of the state."""
         return next(model for model in self.state()["models"] if model["name"] == name)
 
+    def device(self) -> dict[str, Any]:
+        """The shared device's part of the state."""
+        return dict(self.state()["device"])
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """All events of a kind that are kept, oldest first."""
+        events: list[dict[str, Any]] = []
+        last = self.state()["last_event_id"]
+        with self.http.stream("GET", "/api/v1/events?since=0") as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    events.append(json.loads(line.removeprefix("data: ")))
+                    if events[-1]["id"] >= last:
+                        break
+        return [event for event in events if event["kind"] == kind]
+
     def wait_for(self, name: str, *statuses: str, timeout_s: float = 120) -> dict[str, Any]:
         """Wait until a model has one of the statuses; raises with the log's tail when it does not come."""
         deadline = time.monotonic() + timeout_s

@@ -1,4 +1,4 @@
-"""Somebody else's process that takes memory of the simulated device, outside of any lease."""
+"""Somebody else's process that takes memory of the device, outside of any lease."""
 
 from __future__ import annotations
 
@@ -28,12 +28,33 @@ for line in sys.stdin:
 """
 
 
+# By torch, as somebody's notebook would.
+_TAKE_ON_GPU = """
+import sys, torch
+held = []
+for line in sys.stdin:
+    held.append(torch.empty(int(line), dtype=torch.uint8, device=sys.argv[1]))
+    torch.cuda.synchronize()
+    print("taken", flush=True)
+"""
+
+
 class Stranger:
     """A process of nobody the server knows."""
 
-    def __init__(self, runtime_dir: Path, capacity: int) -> None:
-        command = [sys.executable, "-c", _TAKE, str(capacity), str(runtime_dir)]
+    def __init__(self, code: str, *arguments: str) -> None:
+        command = [sys.executable, "-c", code, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    @classmethod
+    def simulated(cls, runtime_dir: Path, capacity: int) -> Stranger:
+        """Run one on the simulated device of a runtime directory."""
+        return cls(_TAKE, str(capacity), str(runtime_dir))
+
+    @classmethod
+    def on_gpu(cls, device: str) -> Stranger:
+        """Run one on a GPU, such as ``"cuda:0"``."""
+        return cls(_TAKE_ON_GPU, device)
 
     def take(self, nbytes: int) -> None:
         """Take so many bytes more, for good."""
@@ -46,13 +67,13 @@ class Stranger:
     def leave(self) -> None:
         """End it, and its memory with it."""
         self.process.kill()
-        self.process.communicate(timeout=10)
+        self.process.communicate(timeout=20)
 
 
 @contextmanager
 def stranger(server: Server, capacity: int) -> Iterator[Stranger]:
     """Run one beside a server whose device has `capacity` bytes."""
-    one = Stranger(server.runtime_dir, capacity)
+    one = Stranger.simulated(server.runtime_dir, capacity)
     try:
         yield one
     finally:

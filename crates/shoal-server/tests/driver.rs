@@ -1,7 +1,9 @@
 //! The device's driver, played by a test: readings that come, fail, hang, or hide who has what. Workers without a model, as
 //! in `shelf.rs`.
 
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -10,9 +12,10 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::drift::{ProcessReading, Reading};
 use shoal_device::gauge::{Gauge, GaugeError};
-use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
+use shoal_server::config::{DeviceChoice, Engine, ModelConfig, ServerConfig};
 use shoal_server::shelf::Shelf;
-use shoal_server::state::{DriverSnapshot, Event, EventKind, ModelSnapshot, ModelStatus};
+use shoal_server::state::{DriverSnapshot, EventKind, ModelSnapshot, ModelStatus};
+use support::shelves::{config, events, soon};
 
 const MIB: fn(u64) -> ByteCount = ByteCount::mib;
 const BUDGET: ByteCount = ByteCount::mib(120);
@@ -84,30 +87,10 @@ fn model(name: &str, args: &[&str]) -> ModelConfig {
 
 fn start(directory: &Path, device: DeviceChoice, models: Vec<ModelConfig>, script: &Script) -> Shelf {
     let config = ServerConfig {
-        file: directory.join("shoal.toml"),
-        listen: ([127, 0, 0, 1], 0).into(),
-        api_key_file: None,
-        allowed_hosts: vec![],
-        separate_keys: false,
         device,
-        device_uuid: None,
-        device_budget: BUDGET,
         headroom: HEADROOM,
-        host_budget: ByteCount::gib(1),
-        host_memory: None,
-        disk: vec![],
-        models,
-        runtime_dir: directory.join("run"),
-        state_dir: directory.join("state"),
-        cache_dir: directory.join("cache"),
-        log_dir: directory.join("logs"),
-        python: PathBuf::from("python3"),
-        limits: Limits::default(),
         quantum: Duration::from_millis(300),
-        sharing: Sharing::default(),
-        orphan_wait: Duration::ZERO,
-        notes: vec![],
-        unservable: vec![],
+        ..config(directory, BUDGET.0 >> 20, models)
     };
     let script = script.clone();
     let open = move || {
@@ -117,10 +100,6 @@ fn start(directory: &Path, device: DeviceChoice, models: Vec<ModelConfig>, scrip
     Shelf::start_measured(Arc::new(config), None, open).expect("the shelf starts")
 }
 
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
-
 async fn until(shelf: &Shelf, what: &str, holds: impl Fn() -> bool) {
     let deadline = soon();
     while !holds() {
@@ -128,10 +107,6 @@ async fn until(shelf: &Shelf, what: &str, holds: impl Fn() -> bool) {
         assert!(Instant::now() < deadline, "never came: {what}\n{}", story());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-}
-
-fn events(shelf: &Shelf) -> Vec<Arc<Event>> {
-    shelf.events_since(0).expect("few events")
 }
 
 fn told(shelf: &Shelf, is: impl Fn(&EventKind) -> bool) -> Vec<String> {
