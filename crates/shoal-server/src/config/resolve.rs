@@ -17,7 +17,7 @@ use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
-    Budgets, DeviceChoice, DiskTier, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
+    Budgets, DeviceChoice, DiskTier, Engine, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
     PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig,
 };
 
@@ -41,11 +41,8 @@ impl ShoalFile {
         let server = self.server;
         let separate_keys = separates_keys(&server, &mut problems);
 
-        let listen_default = || Sited {
-            value: LISTEN_DEFAULT.parse().unwrap_or(([127, 0, 0, 1], 8000).into()),
-            line: 0,
-            column: 0,
-        };
+        let unsited = LISTEN_DEFAULT.parse().unwrap_or(([127, 0, 0, 1], 8000).into());
+        let listen_default = || Sited { value: unsited, line: 0, column: 0 };
         let listen = server.listen.unwrap_or_else(listen_default);
         if !listen.value.ip().to_canonical().is_loopback() && server.api_key_file.is_none() {
             problems.push(listen.problem(ProblemKind::OpenToAll { listen: listen.value.to_string() }));
@@ -97,6 +94,7 @@ impl ShoalFile {
         }
         both_ways(&mut models);
         check_host(&models, &depths, host_budget, &mut problems);
+        notes.extend(models.iter().filter(|_| separate_keys).filter_map(shares_prefixes));
         let unservable: Vec<String> =
             models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
         if !problems.is_empty() {
@@ -151,6 +149,15 @@ fn separates_keys(server: &ServerSection, problems: &mut Vec<Problem>) -> bool {
         problems.push(key.problem(ProblemKind::BadValue { key: "separate_keys".to_owned(), why }));
     }
     true
+}
+
+/// What to know of a model whose cached prefixes `separate_keys` does not keep apart.
+fn shares_prefixes(model: &ModelConfig) -> Option<String> {
+    let shares = !matches!(model.engine, Engine::Transformers);
+    shares.then(|| {
+        let (name, engine) = (&model.name, model.engine.name());
+        format!("separate_keys: {name} (engine = \"{engine}\") is not told of keys; prefixes that it caches are for all of them")
+    })
 }
 
 /// What is to stay free beside the budget. They are added to each other, so the sum has to be a number.

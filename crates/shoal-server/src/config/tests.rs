@@ -77,6 +77,10 @@ fn keys_can_be_kept_apart_where_there_are_any() {
         "[server]\nseparate_keys = true\nAND[[model]]\nname = 'a'\nsource = 'org/a'\nparallel_max = 4\n";
     let config = load_here(&text.replace("AND", "api_key_file = 'keys'\n")).expect("good");
     assert_eq!((config.separate_keys, config.models[0].parallel_max), (true, 4));
+    assert!(!config.notes.iter().any(|note| note.contains("separate_keys")), "{:?}", config.notes);
+    let shared = text.replace("AND", "api_key_file = 'keys'\n") + "engine = 'vllm'\n";
+    let told = load_here(&shared).expect("good").notes;
+    assert!(told.iter().any(|note| note.contains("separate_keys: a (engine = \"vllm\")")), "{told:?}");
     let wrong = load_here(&text.replace("AND", "")).expect_err("there are no keys");
     assert!(wrong.contains("there are no keys to tell apart without `api_key_file`"), "{wrong}");
     let none =
