@@ -160,6 +160,20 @@ def test_engines_that_do_not_fit_together_take_turns_and_nothing_is_lost(tmp_pat
         assert others == [expected("birch", f"{number} " * 100, 4) for number in range(6)]
 
 
+def test_engines_that_start_at_once_and_need_more_than_they_foresaw_do_not_wait_for_one_another(tmp_path: Path) -> None:
+    """Each gets its first 16 MiB; the 4 MiB that either lacks then are there only when the other gives some back."""
+    names = ["ash", "birch"]
+    shelf = [table(tmp_path, name, "--profile-seconds", "3") for name in names]
+    with (
+        serve(tmp_path, models=shelf, device_budget="34MiB", host_budget="128MiB") as server,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        asked = [clients.submit(ask, server, name, "both", 4) for name in names]
+        for name, answer in zip(names, asked, strict=True):
+            assert text(answer.result(300)) == expected(name, "both", 4)
+        assert server.state()["waiting"] == []
+
+
 def test_a_killed_engine_comes_back_and_the_others_do_not_notice(tmp_path: Path) -> None:
     shelf = [table(tmp_path, name) for name in ("ash", "birch")]
     with serve(tmp_path, models=shelf, device_budget="128MiB", host_budget="128MiB") as server:

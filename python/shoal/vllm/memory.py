@@ -179,6 +179,22 @@ class EngineMemory:
                 # What is refused at once is not asked for without end.
                 time.sleep(REFUSED_S)
 
+    def step_back(self) -> bool:
+        """Give up the weights' device memory in the midst of a start; :meth:`wake` brings them back.
+
+        Returns
+        -------
+        bool
+            False if they do not fit into the host budget, or not in time: then some of them may have gone.
+        """
+        try:
+            for region in self._regions.values():
+                region.sleep(timeout_s=TIMEOUT_S)
+        except (OutOfMemoryError, DeadlineError) as error:
+            logger.warning("Weights cannot leave the device while the engine starts: %s", error)
+            return False
+        return True
+
     def sleep(self, kv: KvWhileAsleep = "keep", *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """Give up all device memory. Nothing may be running.
 

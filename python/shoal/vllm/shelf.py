@@ -38,6 +38,9 @@ logger = logging.getLogger("vllm.shoal")
 START_WAIT_S = 600.0
 """How long a start waits for others to give memory up."""
 
+GLANCE_S = 2.0
+"""How long a start waits with its weights on the device for what it had not foreseen."""
+
 STEP_WAIT_S = 300.0
 """How long a step waits for its memory before the engine fails."""
 
@@ -166,29 +169,29 @@ class Shelf:
         with _one_at_a_time(directory / "start.lock", START_WAIT_S):
             deadline = time.monotonic() + START_WAIT_S
 
-            def left() -> float:
-                return max(deadline - time.monotonic(), 1.0)
-
             if on_gpu:
                 from shoal.worker.device import Overhead
 
                 overhead = Overhead(device, directory)
                 mem = overhead.open(lambda: MemoryManager(device, broker=self.client, overhead=CONTEXT_BYTES))
                 self._fixed = needs.driver
-                mem.set_overhead(needs.overhead, timeout_s=left())
+                mem.set_overhead(needs.overhead, timeout_s=max(deadline - time.monotonic(), 1.0))
             else:
                 mem = MemoryManager(device, broker=self.client)
-            mem.lease_ahead("weights", needs.weights, timeout_s=left(), reason="the weights of an engine that starts")
-            mem.lease_ahead("kv", needs.kv, timeout_s=left(), reason="the KV blocks that warm an engine up")
+            self._lease(mem, needs.weights, needs.kv, deadline)
         return mem
 
-    def lease_kv(self, mem: MemoryManager, needs: StartNeeds, nbytes: int) -> None:
+    def lease_kv(self, memory: EngineMemory, needs: StartNeeds, nbytes: int) -> None:
         """Lease what warming up takes, where it is more than was foreseen.
+
+        An engine that held its weights while it waits could wait for another that starts and waits for these weights.
+        So what is not there soon is waited for with empty hands: the weights go to the host, all leases go back, and
+        everything is leased anew, one engine at a time.
 
         Parameters
         ----------
-        mem
-            The process's own.
+        memory
+            The engine's. Its weights are loaded, and nothing runs.
         needs
             What was leased.
         nbytes
@@ -198,10 +201,36 @@ class Shelf:
         ------
         LeaseError
             It cannot be had in time.
+        Error
+            The weights do not come back.
         """
-        if nbytes > needs.kv:
-            reason = "the KV blocks that warm an engine up"
-            mem.lease_ahead("kv", nbytes - needs.kv, timeout_s=START_WAIT_S, reason=reason)
+        mem, more = memory.mem, nbytes - needs.kv
+        if more <= 0:
+            return
+        reason = "the KV blocks that warm an engine up"
+        try:
+            mem.lease_ahead("kv", more, timeout_s=GLANCE_S, reason=reason)
+        except LeaseError as error:
+            logger.info("All leases of this start go back until there is room for all that it needs: %s", error)
+        else:
+            return
+        if not memory.step_back():
+            # The host has no room for weights that were changed: then they stay, and whoever else starts has to yield.
+            mem.lease_ahead("kv", more, timeout_s=START_WAIT_S, reason=reason)
+            return
+        mem.give_up_leases()
+        with _one_at_a_time(Path(self.client.path).parent / "start.lock", START_WAIT_S):
+            self._lease(mem, needs.weights, nbytes, time.monotonic() + START_WAIT_S)
+            memory.wake()
+
+    @staticmethod
+    def _lease(mem: MemoryManager, weights: int, kv: int, deadline: float) -> None:
+        """Lease weights, then KV, until a time of :func:`time.monotonic`."""
+        for kind, nbytes, what in (
+            ("weights", weights, "the weights of an engine that starts"),
+            ("kv", kv, "the KV blocks that warm an engine up"),
+        ):
+            mem.lease_ahead(kind, nbytes, timeout_s=max(deadline - time.monotonic(), 1.0), reason=what)  # type: ignore[arg-type]
 
     def profiled(self, activations: int) -> None:
         """Note what a step takes at most beside regions.

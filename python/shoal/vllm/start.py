@@ -98,13 +98,15 @@ class StartNeeds:
         tokens, requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         activations = tokens * (4 * hidden + 3 * inner) * item + requests * vocabulary * 4 * LOGITS_COPIES
         block = 2 * kv_heads * head * item * layers * (config.cache_config.block_size or 16)
+        # Memory comes in pages of every layer at once, and vLLM's null block has its own.
+        unit = 2 * MIB * layers
         per_layer = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
         by_shape = (layers * per_layer + 2 * vocabulary * hidden) * item
         weights = _weights_bytes(Path(str(model.model)), item, model) or by_shape
         graphs = GRAPHS_BYTES if on_gpu and not model.enforce_eager else 0
         return cls(
             weights=_pages(weights * 102 // 100 + graphs),
-            kv=_pages(block * warm_up_blocks),
+            kv=(-(-block * warm_up_blocks // unit) + 1) * unit,
             driver=DRIVER_BYTES if on_gpu else 0,
             activations=_pages(activations + SPARE_BYTES) if on_gpu else 0,
         )

@@ -139,7 +139,7 @@ class Worker(gpu_worker.Worker):
             sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
             blocks = min(self._warm_up_blocks(sizes), cache.blocks)
             if self._shelf is not None and self._needs is not None:
-                self._shelf.lease_kv(self.memory.mem, self._needs, cache.bytes_of(blocks))
+                self._shelf.lease_kv(self.memory, self._needs, cache.bytes_of(blocks))
             cache.hold(blocks)
             with self._allocating(cache.tensors()) as asked:
                 super().initialize_from_config(kv_cache_config)

@@ -100,6 +100,7 @@ async def build_async_engine_client(args):
         worker_cls=args.worker_cls,
         caches=not args.no_enable_prefix_caching,
         step_seconds=args.step_seconds,
+        profile_seconds=args.profile_seconds,
         fail_at=args.fail_at,
     )
     engine = Engine(config)

@@ -80,6 +80,7 @@ class Worker:
             self.model_runner.load_model()
 
     def determine_available_memory(self):
+        time.sleep(self.vllm_config.profile_seconds)
         if self.cache_config.kv_cache_memory_bytes:
             return self.cache_config.kv_cache_memory_bytes
         raise AssertionError("Error in memory profiling")
