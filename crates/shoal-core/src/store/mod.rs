@@ -12,9 +12,11 @@
 //! | [`log`] | which segment is written, what lies where, what makes room |
 //! | [`admission`] | what is worth a write |
 //! | [`health`] | when a disk has failed too often |
+//! | [`recompute`] | what of a prompt is loaded, and from which token on it is computed |
 
 pub mod admission;
 pub mod format;
 pub mod health;
 pub mod key;
 pub mod log;
+pub mod recompute;
