@@ -11,6 +11,7 @@
 //! | `kv_cache` | `KvCache` and its groups |
 //! | `broker` | `BrokerClient`: a worker's line to the server |
 //! | `buffer`, `dlpack` | memory as the buffer protocol and as `DLPack` see it; the homes of `unsafe` |
+//! | `policy` | the server's policies, for policies in Python |
 //! | `torch_hooks` | what torch's allocator calls |
 //! | `owner` | handles belong to the process that made them |
 //! | `convert`, `errors` | Python's words for our values and our failures |
@@ -30,6 +31,7 @@ mod kv;
 mod kv_cache;
 mod manager;
 mod owner;
+mod policy;
 mod region;
 mod torch_hooks;
 
@@ -51,6 +53,8 @@ mod _native {
     use crate::kv_cache::{PyKvCache, PyKvGroup};
     #[pymodule_export]
     use crate::manager::{PyGuard, PyMemoryManager};
+    #[pymodule_export]
+    use crate::policy::{policies, policy_plan};
     #[pymodule_export]
     use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
 

@@ -174,7 +174,12 @@ async fn a_preloaded_model_has_all_the_time_that_it_needs() {
 async fn another_policy_decides_and_a_shadow_is_counted_and_both_can_be_replayed() {
     let scratch = tempfile::tempdir().expect("scratch");
     let models = vec![model("chat", &[]), model("code", &["--weights", "80"])];
-    let sharing = Sharing { policy: "lru".to_owned(), shadow: Some("value".to_owned()), evicts: true };
+    let sharing = Sharing {
+        policy: "lru".to_owned(),
+        shadow: Some("value".to_owned()),
+        evicts: true,
+        ..Sharing::default()
+    };
     let shelf = Shelf::start(Arc::new(ServerConfig { sharing, ..config(scratch.path(), 150, models) }))
         .expect("the shelf starts");
     for name in ["chat", "code", "chat"] {

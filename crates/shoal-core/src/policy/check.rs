@@ -26,8 +26,9 @@ pub fn check(state: &ShelfState, plan: &Plan) -> Result<(), String> {
     let mut answered: Vec<(ModelId, u64)> = Vec::new();
     for action in &plan.actions {
         match action {
-            Action::Evict { model, bytes, .. } => {
+            Action::Evict { model, bytes, requester, .. } => {
                 let model = of(model)?;
+                requester.as_ref().map(of).transpose()?;
                 let sum = ordered.entry(model.id).or_default();
                 *sum = sum.checked_add(*bytes).ok_or_else(|| format!("{bytes} of {}", model.name))?;
                 may_evict(model, *bytes, *sum)?;
@@ -61,8 +62,8 @@ pub fn check(state: &ShelfState, plan: &Plan) -> Result<(), String> {
                 answered.push((model.id, *request));
             }
             Action::Deny { model, request, .. } | Action::Wait { model, request, .. } => {
-                if models.contains_key(model) {
-                    asked(state, of(model)?, *request)?;
+                if !state.requests.iter().any(|asked| asked.model == *model && asked.request == *request) {
+                    return Err(format!("{model} has no request {request}"));
                 }
                 answered.push((*model, *request));
             }
@@ -86,7 +87,7 @@ fn may_evict(model: &ModelState, bytes: ByteCount, ordered: ByteCount) -> Result
         let why = if model.pinned { "pinned" } else { "not ready, or asked for nothing" };
         return Err(format!("{name} cannot be ordered to give up {bytes}: it is {why}"));
     }
-    if kept(model) + ordered > model.held() {
+    if kept(model).checked_add(ordered).is_none_or(|sum| sum > model.held()) {
         return Err(format!(
             "{name} cannot give up {ordered} in all: it holds {} and keeps {}",
             model.held(),

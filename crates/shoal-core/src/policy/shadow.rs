@@ -27,7 +27,9 @@ pub struct ShadowCounts {
 /// A policy that only watches.
 #[derive(Debug)]
 pub struct Shadow {
-    policy: Box<dyn Policy>,
+    name: String,
+    /// None where others ask it and say what it planned.
+    policy: Option<Box<dyn Policy>>,
     counts: ShadowCounts,
     /// What it last wanted where the live policy wanted nothing; it wants it again at each look then.
     alone: BTreeMap<ModelId, ByteCount>,
@@ -37,13 +39,20 @@ impl Shadow {
     /// Lets `policy` watch.
     #[must_use]
     pub fn new(policy: Box<dyn Policy>) -> Self {
-        Self { policy, counts: ShadowCounts::default(), alone: BTreeMap::new() }
+        let name = policy.name().to_owned();
+        Self { name, policy: Some(policy), counts: ShadowCounts::default(), alone: BTreeMap::new() }
+    }
+
+    /// Lets a policy of that name watch that cannot be asked from here: what it says is brought to [`Shadow::compare`].
+    #[must_use]
+    pub fn told(name: &str) -> Self {
+        Self { name: name.to_owned(), policy: None, counts: ShadowCounts::default(), alone: BTreeMap::new() }
     }
 
     /// The name of the policy that watches.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.policy.name()
+        &self.name
     }
 
     /// What was counted.
@@ -54,8 +63,14 @@ impl Shadow {
 
     /// The live policy made `live` of `state`. Gives in words what the shadow would have done, where it differs.
     pub fn watch(&mut self, state: &ShelfState, live: &Plan, now_ms: u64) -> Option<String> {
-        let said = self.policy.plan(state, now_ms);
-        let (live, shadow) = (evicted(live), evicted(&said));
+        let said = self.policy.as_ref()?.plan(state, now_ms);
+        self.compare(state, live, &said)
+    }
+
+    /// The live policy made `live` of `state`, and the shadow `said`. Gives in words what it would have done, where it
+    /// differs.
+    pub fn compare(&mut self, state: &ShelfState, live: &Plan, said: &Plan) -> Option<String> {
+        let (live, shadow) = (evicted(live), evicted(said));
         if live.is_empty() && shadow.is_empty() {
             return None;
         }

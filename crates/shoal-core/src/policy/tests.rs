@@ -588,6 +588,14 @@ fn a_plan_that_must_not_be_obeyed_is_told_from_one_that_may() {
         (vec![grant(3, 9, 5)], "rival may not stand beside idle"),
         (vec![wait(1), wait(1)], "answered twice"),
         (vec![restore(8)], "there is no"),
+        (
+            vec![Action::Wait { model: ModelId(9), request: 1, until_ms: 0, reason: String::new() }],
+            "no request 1",
+        ),
+        (
+            vec![Action::Deny { model: ModelId(9), request: 1, never: true, reason: String::new() }],
+            "no request 1",
+        ),
     ] {
         let said = check(&state, &Plan { actions, again_at_ms: None }).expect_err(says);
         assert!(said.contains(says), "{said}");

@@ -6,10 +6,12 @@
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::thrash::{Thrash, ThrashFigures};
 use shoal_core::policy::worth::of_weights;
-use shoal_core::policy::{LinkSpeeds, Plan, Policy, Shadow, ShelfState, UseRate, check};
+use shoal_core::policy::{LinkSpeeds, Plan, Policy, Shadow, ShelfState, UseRate, Value, builtin, check};
 use shoal_core::protocol::LeaseKind;
 
-use super::Core;
+use super::outside::Outside;
+use super::{Core, millis};
+use crate::config::is_outside;
 use crate::state::{EventKind, ShadowSnapshot, SharingSnapshot, ThrashSnapshot};
 
 /// From this on the shelf thrashes: of two requests one has paid for bringing a whole model back that had just left. Told
@@ -133,28 +135,61 @@ impl Core {
         self.foreign.as_ref().unwrap_or(&self.policy).as_ref()
     }
 
-    /// What to do, and who decided it. A plan of a policy that is not ours is obeyed only if it may be; where not, ours
+    /// Makes the configured policies those that decide and watch.
+    pub(super) fn choose_policies(&mut self) {
+        let sharing = self.config.sharing.clone();
+        let wait_ms = millis(sharing.policy_wait);
+        let outside = |core: &mut Self, name: Option<&str>| {
+            let name = name.filter(|name| is_outside(name))?;
+            let id = core.number();
+            Some(Outside::new(id, name, wait_ms))
+        };
+        self.outside = outside(self, Some(&sharing.policy));
+        self.outside_shadow = outside(self, sharing.shadow.as_deref());
+        self.policy = builtin(&sharing.policy).unwrap_or_else(|| Box::new(Value));
+        let shadow = |name: &str| builtin(name).map_or_else(|| Shadow::told(name), Shadow::new);
+        self.shadow = sharing.shadow.as_deref().map(shadow);
+    }
+
+    /// What to do, and who decided it; where a policy outside has been asked, until when it is waited for. A plan of a policy that is not ours is obeyed only if it may be; where not, ours
     /// decides, and that is told once for each thing that is wrong.
-    pub(super) fn decide(&mut self, state: &ShelfState, now_ms: u64) -> (Plan, String) {
+    pub(super) fn decide(&mut self, state: &ShelfState, now_ms: u64) -> Result<(Plan, String), u64> {
+        if self.foreign.is_none()
+            && let Some(decided) = self.decide_outside(state, now_ms)
+        {
+            return decided;
+        }
         let (plan, name) = (self.deciding().plan(state, now_ms), self.deciding().name().to_owned());
         let wrong = if self.foreign.is_some() { check(state, &plan).err() } else { None };
-        let Some(reason) = wrong else { return (plan, name) };
+        let Some(reason) = wrong else { return Ok((plan, name)) };
         let instead = self.policy.name().to_owned();
         if self.remembered.refused.as_ref() != Some(&reason) {
             self.remembered.refused = Some(reason.clone());
             let what = EventKind::PolicyRefused { policy: name, instead: instead.clone(), reason };
             self.tell(now_ms, None, what);
         }
-        (self.policy.plan(state, now_ms), instead)
+        Ok((self.policy.plan(state, now_ms), instead))
     }
 
     /// What the shadow said of the newest decision.
     pub(super) fn watch(&mut self, state: &ShelfState, plan: &Plan, now_ms: u64) {
-        let Some(said) = self.shadow.as_mut().and_then(|shadow| shadow.watch(state, plan, now_ms)) else {
-            return;
-        };
+        self.watch_outside(state, plan, now_ms);
+        if let Some(said) = self.shadow.as_mut().and_then(|shadow| shadow.watch(state, plan, now_ms)) {
+            self.shadow_said(said);
+        }
+    }
+
+    pub(super) fn shadow_said(&mut self, said: String) {
         tracing::debug!("{said}");
         self.remembered.shadow_said = Some(said);
+    }
+
+    /// The name of the policy that is to decide.
+    pub(super) fn policy_name(&self) -> &str {
+        match &self.outside {
+            Some(outside) if self.foreign.is_none() => &outside.name,
+            _ => self.deciding().name(),
+        }
     }
 
     /// How memory is shared, for others to see.
@@ -170,10 +205,13 @@ impl Core {
                 evicted_live: counts.evicted_live,
                 evicted_shadow: counts.evicted_shadow,
                 last: self.remembered.shadow_said.clone(),
+                missed: self.outside_shadow.as_ref().map_or(0, |watcher| watcher.missed),
+                trouble: self.outside_shadow.as_ref().and_then(|watcher| watcher.instead.clone()),
             }
         };
         SharingSnapshot {
-            policy: self.deciding().name().to_owned(),
+            policy: self.policy_name().to_owned(),
+            instead: self.outside.as_ref().and_then(|outside| outside.instead.clone()),
             evicts: self.config.sharing.evicts,
             quantum_ms: self.timing.quantum_ms,
             thrash: thrash_snapshot(figures, total),

@@ -20,6 +20,7 @@ mod leases;
 mod lifecycle;
 mod lives;
 mod orders;
+pub(crate) mod outside;
 mod queue;
 mod record;
 mod reload;
@@ -34,7 +35,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shoal_core::lease::LeaseBook;
-use shoal_core::policy::{PendingRequest, Policy, Shadow, Value, builtin};
+use shoal_core::policy::{PendingRequest, Policy, Shadow, Value};
 use tokio::sync::{Notify, mpsc};
 
 use crate::config::ServerConfig;
@@ -125,6 +126,9 @@ pub(crate) struct Core {
     /// One that is not ours and decides in its place, as far as its plans may be obeyed.
     pub(crate) foreign: Option<Box<dyn Policy>>,
     pub(crate) shadow: Option<Shadow>,
+    /// Policies in processes of their own: the one that decides, and the one that watches.
+    pub(crate) outside: Option<outside::Outside>,
+    pub(crate) outside_shadow: Option<outside::Outside>,
     remembered: habits::Remembered,
     /// Workers of a server before that are being ended, and what they hold is not known.
     pub(crate) strangers: BTreeSet<u32>,
@@ -167,9 +171,11 @@ impl Core {
             events: EventLog::new(EVENTS_KEPT),
             started_unix_ms,
             stopping: false,
-            policy: builtin(&config.sharing.policy).unwrap_or_else(|| Box::new(Value)),
+            policy: Box::new(Value),
             foreign: None,
-            shadow: config.sharing.shadow.as_deref().and_then(builtin).map(Shadow::new),
+            shadow: None,
+            outside: None,
+            outside_shadow: None,
             remembered: habits::Remembered::default(),
             strangers: BTreeSet::new(),
             is_journaled: false,
@@ -187,6 +193,7 @@ impl Core {
             budget: core.config.device_budget,
         };
         core.tell(0, None, what);
+        core.choose_policies();
         core.refuse_unknown_engines();
         core
     }

@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use shoal_core::policy::{Shadow, Value, builtin};
 use shoal_core::protocol::FromServer;
 
 use super::{Core, Life, LifeEvent, Record, millis};
@@ -62,8 +61,7 @@ impl Core {
         self.config = Arc::clone(&config);
         self.timing.quantum_ms = millis(config.quantum);
         if old.sharing != config.sharing {
-            self.policy = builtin(&config.sharing.policy).unwrap_or_else(|| Box::new(Value));
-            self.shadow = config.sharing.shadow.as_deref().and_then(builtin).map(Shadow::new);
+            self.choose_policies();
         }
         let mut follow = Follow::default();
         for place in 0..self.models.len() {

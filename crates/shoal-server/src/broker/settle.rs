@@ -52,7 +52,13 @@ impl Core {
                 break;
             }
             let state = self.policy_state(now_ms);
-            let (plan, policy) = self.decide(&state, now_ms);
+            let (plan, policy) = match self.decide(&state, now_ms) {
+                Ok(decided) => decided,
+                Err(until_ms) => {
+                    again_at = Some(until_ms);
+                    break;
+                }
+            };
             self.watch(&state, &plan, now_ms);
             again_at = plan.again_at_ms;
             if !self.carry_out(&state, plan, &policy, now_ms) {

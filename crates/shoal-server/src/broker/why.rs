@@ -53,6 +53,16 @@ impl Core {
             said.extend(self.kept(model, now_ms));
         }
         said.extend(self.beside(place));
+        if let Some(outside) = &self.outside {
+            said.push(match &outside.instead {
+                None => format!("Who yields to whom is decided by {}.", outside.name),
+                Some(reason) => format!(
+                    "Who yields to whom is to be decided by {}, but {reason}; {} decides in its place.",
+                    outside.name,
+                    self.policy.name()
+                ),
+            });
+        }
         if let Some(error) = model.error.as_ref().filter(|_| !matches!(model.life(), Life::Failed { .. })) {
             said.push(format!("What went wrong last: {error}."));
         }

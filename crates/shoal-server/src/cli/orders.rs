@@ -231,12 +231,18 @@ fn sharing_of(sharing: &SharingSnapshot) -> String {
             thrash.thrashed, thrash.served
         );
     }
+    if let Some(reason) = &sharing.instead {
+        let _ = write!(text, "; it does not decide now: {}", printable(reason));
+    }
     if let Some(shadow) = &sharing.shadow {
         let _ = write!(
             text,
             "; {} would have decided otherwise in {} of {}",
             shadow.policy, shadow.differing, shadow.decisions
         );
+        if let Some(trouble) = &shadow.trouble {
+            let _ = write!(text, " and missed {}: {}", shadow.missed, printable(trouble));
+        }
     }
     text.push('\n');
     text

@@ -42,7 +42,8 @@ pub use locate::{SAMPLE, find_file};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use models::tensor_bytes;
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
-pub use sharing::{Sharing, SharingSection, SleepDepth};
+pub(crate) use sharing::OUTSIDE;
+pub use sharing::{Sharing, SharingSection, SleepDepth, is_outside};
 pub use surroundings::{Budgets, MachineMemory, Surroundings};
 
 /// The address served by default.

@@ -112,6 +112,7 @@ const SERVER_KEYS: [&str; 18] = [
     "quantum",
     "policy",
     "shadow",
+    "policy_wait",
     "evict",
     "orphan_s_max",
 ];
@@ -277,7 +278,7 @@ impl<'i> Reader<'i> {
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),
             wait_s_max: self.seconds(table, "wait_s_max"),
             parked_max: self.whole(table, "parked_max"),
-            quantum: self.quantum(table),
+            quantum: self.duration(table, "quantum", QUANTUM_MIN, QUANTUM_MAX),
             sharing: Sharing::read(self, table),
             orphan_s_max: self.orphan(table),
         }
@@ -446,36 +447,52 @@ impl<'i> Reader<'i> {
     }
 
     /// Whole seconds, or a string with a unit of milliseconds or more.
-    fn quantum(&mut self, table: &DeTable<'i>) -> Option<Duration> {
-        const KEY: &str = "quantum";
-        let value = table.get(KEY)?;
+    pub(super) fn duration(
+        &mut self,
+        table: &DeTable<'i>,
+        key: &str,
+        least: Duration,
+        most: Duration,
+    ) -> Option<Duration> {
+        const FORMS: &str = "seconds, or a string such as \"500ms\", \"3s\" or \"1m\"";
+        let value = table.get(key)?;
         let read = match value.get_ref() {
             DeValue::Integer(_) => whole(value.get_ref()).and_then(|seconds| u64::try_from(seconds).ok()),
             DeValue::String(text) => {
                 let text = text.trim();
                 if let Some(ms) = text.strip_suffix("ms").and_then(|ms| ms.trim().parse().ok()) {
-                    return self.quantum_within(value, Duration::from_millis(ms));
+                    return self.within(value, key, Duration::from_millis(ms), (least, most));
                 }
                 seconds_of(text)
             }
             _ => {
-                self.wrong_type(value, KEY, "seconds, or a string such as \"500ms\", \"3s\" or \"1m\"");
+                self.wrong_type(value, key, FORMS);
                 return None;
             }
         };
         let Some(seconds) = read else {
-            self.bad(value, KEY, "write whole seconds, or a string such as \"500ms\", \"3s\" or \"1m\"");
+            self.bad(value, key, format!("write whole {FORMS}"));
             return None;
         };
-        self.quantum_within(value, Duration::from_secs(seconds))
+        self.within(value, key, Duration::from_secs(seconds), (least, most))
     }
 
-    fn quantum_within(&mut self, value: &Value<'i>, quantum: Duration) -> Option<Duration> {
-        if (QUANTUM_MIN..=QUANTUM_MAX).contains(&quantum) {
-            return Some(quantum);
+    fn within(
+        &mut self,
+        value: &Value<'i>,
+        key: &str,
+        read: Duration,
+        (least, most): (Duration, Duration),
+    ) -> Option<Duration> {
+        if (least..=most).contains(&read) {
+            return Some(read);
         }
-        let (least, most) = (QUANTUM_MIN.as_millis(), QUANTUM_MAX.as_secs() / 3_600);
-        self.bad(value, "quantum", format!("{quantum:?} does not lie between {least} ms and {most} h"));
+        let told = |bound: Duration| match bound.as_secs() {
+            0 => format!("{} ms", bound.as_millis()),
+            seconds if seconds % 3_600 == 0 => format!("{} h", seconds / 3_600),
+            seconds => format!("{seconds} s"),
+        };
+        self.bad(value, key, format!("{read:?} does not lie between {} and {}", told(least), told(most)));
         None
     }
 

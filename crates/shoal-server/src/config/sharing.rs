@@ -4,6 +4,7 @@
 //! the line of the key that would have to change.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::BUILTIN;
@@ -16,6 +17,12 @@ use crate::broker::host_need;
 
 /// The keys of a model that are read here.
 pub(super) const SHARING_KEYS: [&str; 3] = ["preload", "sleep", "apart"];
+/// What the name of a policy begins with that is a function of Python.
+pub(crate) const OUTSIDE: &str = "python:";
+/// How long such a policy may take for one decision, by default.
+const POLICY_WAIT_DEFAULT: Duration = Duration::from_millis(100);
+const POLICY_WAIT_MIN: Duration = Duration::from_millis(1);
+const POLICY_WAIT_MAX: Duration = Duration::from_secs(10);
 const DEPTHS: [&str; 3] = ["none", "host", "source"];
 const EVICTS: [&str; 2] = ["auto", "never"];
 
@@ -50,20 +57,26 @@ pub struct Sharing {
     pub policy: String,
     /// Who watches, and is only counted.
     pub shadow: Option<String>,
+    /// How long a policy in a process of its own may take for one decision.
+    pub policy_wait: Duration,
     /// Models are put to sleep for each other's sake. Where not, somebody has to say so each time.
     pub evicts: bool,
 }
 
 impl Default for Sharing {
     fn default() -> Self {
-        Self { policy: BUILTIN[0].to_owned(), shadow: None, evicts: true }
+        Self { policy: BUILTIN[0].to_owned(), shadow: None, policy_wait: POLICY_WAIT_DEFAULT, evicts: true }
     }
 }
 
 impl Sharing {
     pub(super) fn read<'i>(reader: &mut Reader<'i>, table: &DeTable<'i>) -> Self {
         let policy = |text: &str| -> Result<String, String> {
-            if BUILTIN.contains(&text) { Ok(text.to_owned()) } else { Err(one_of(text, &BUILTIN)) }
+            if let Some(callable) = text.strip_prefix(OUTSIDE) {
+                return callable_name(callable).map(|name| format!("{OUTSIDE}{name}"));
+            }
+            let or = format!("; or \"{OUTSIDE}MODULE:FUNCTION\", a function of Python");
+            if BUILTIN.contains(&text) { Ok(text.to_owned()) } else { Err(one_of(text, &BUILTIN) + &or) }
         };
         let evicts = reader.parsed(table, "evict", |text| match text {
             "auto" => Ok(true),
@@ -75,9 +88,33 @@ impl Sharing {
                 .parsed(table, "policy", policy)
                 .map_or_else(|| Self::default().policy, |name| name.value),
             shadow: reader.parsed(table, "shadow", policy).map(|name| name.value),
+            policy_wait: reader
+                .duration(table, "policy_wait", POLICY_WAIT_MIN, POLICY_WAIT_MAX)
+                .unwrap_or(POLICY_WAIT_DEFAULT),
             evicts: evicts.is_none_or(|evicts| evicts.value),
         }
     }
+}
+
+/// Whether a policy of this name is a function of Python, which decides in a process of its own.
+#[must_use]
+pub fn is_outside(policy: &str) -> bool {
+    policy.starts_with(OUTSIDE)
+}
+
+/// `package.module:function`; the last point may stand for the colon.
+fn callable_name(text: &str) -> Result<String, String> {
+    let is_name = |part: &str| {
+        part.chars().enumerate().all(|(at, c)| c == '_' || c.is_alphabetic() || at > 0 && c.is_alphanumeric())
+            && !part.is_empty()
+    };
+    let (module, function) = text.split_once(':').or_else(|| text.rsplit_once('.')).unwrap_or(("", text));
+    if !module.split('.').all(is_name) || !function.split('.').all(is_name) {
+        return Err(format!(
+            "{text:?} names no function of a module; write \"{OUTSIDE}package.module:function\""
+        ));
+    }
+    Ok(format!("{module}:{function}"))
 }
 
 /// What a `[[model]]` says of sharing, as written.

@@ -91,6 +91,28 @@ fn keys_can_be_kept_apart_where_there_are_any() {
 }
 
 #[test]
+fn a_policy_may_be_a_function_of_python() {
+    let with = |server: &str| load_here(&format!("[server]\n{server}\n[[model]]\nname = 'a'\nsource = 'org/a'\n"));
+    let config = with("policy = 'python:house.rules:plan'\nshadow = 'python:other.plan'\npolicy_wait = '250ms'");
+    let sharing = config.expect("good").sharing;
+    assert_eq!(sharing.policy, "python:house.rules:plan");
+    assert_eq!(sharing.shadow.as_deref(), Some("python:other:plan"), "a point may stand for the colon");
+    assert_eq!(sharing.policy_wait, Duration::from_millis(250));
+    assert!(is_outside(&sharing.policy) && !is_outside("value"));
+    for (wrong, says) in [
+        ("policy = 'python:'", "names no function of a module"),
+        ("policy = 'python:plan'", "names no function of a module"),
+        ("policy = 'python:a b:plan'", "names no function of a module"),
+        ("shadow = 'python:a:2x'", "write \"python:package.module:function\""),
+        ("policy = 'valeu'", "did you mean \"value\"?; or \"python:MODULE:FUNCTION\", a function of Python"),
+        ("policy_wait = '11s'", "`policy_wait`: 11s does not lie between 1 ms and 10 s"),
+    ] {
+        let error = with(wrong).expect_err(wrong);
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[test]
 fn the_shortest_file_gets_every_default() {
     let config = load_here("[[model]]\nname = 'chat'\nsource = 'org/chat'\n").expect("good");
     assert_eq!(config.listen.to_string(), LISTEN_DEFAULT);
@@ -171,7 +193,12 @@ fn every_key_is_read() {
     assert_eq!((model.min, model.max), (Some(ByteCount::mib(64)), Some(ByteCount::gib(1))));
     assert_eq!(model.keep_alive_s, Some(600));
     assert_eq!((model.preload, model.sleep), (true, SleepDepth::Host));
-    let sharing = Sharing { policy: "lru".to_owned(), shadow: Some("value".to_owned()), evicts: false };
+    let sharing = Sharing {
+        policy: "lru".to_owned(),
+        shadow: Some("value".to_owned()),
+        evicts: false,
+        ..Sharing::default()
+    };
     assert_eq!(config.sharing, sharing);
     let apart = |name: &str| config.model(name).expect("listed").apart.clone();
     assert_eq!(

@@ -3,7 +3,7 @@
 //! [`Shelf`] is the handle that the gateway, the API and the command line hold. Behind it is one
 //! [`Core`](crate::broker) and a handful of tasks that carry bytes and watch processes and decide nothing: one that
 //! accepts workers, two for each connection, one for each model's process, one for the clock. A model whose engine is a
-//! command has a steward in its worker's place.
+//! command has a steward in its worker's place; a policy in Python has a process with a task of its own.
 //!
 //! When the last handle is dropped, the workers end with it. When the process dies, they wait for another server, which
 //! finds them by the journal (`survivors`).
@@ -13,6 +13,7 @@ mod error;
 mod host_pool;
 mod look;
 mod models;
+mod policy_process;
 mod reload;
 mod route;
 mod runtime_dir;
@@ -212,6 +213,7 @@ impl Shelf {
         if let Some(opener) = opener {
             tokio::spawn(look::keep(Arc::clone(&shared), opener));
         }
+        policy_process::keep_all(&shared);
         shared.with(Core::handle_timer);
         Ok(Self { handle: Arc::new(Handle { shared }) })
     }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use shoal_core::bytes::ByteCount;
 use utoipa::ToSchema;
 
-use super::{Shelf, ShelfError, tasks};
+use super::{Shelf, ShelfError, policy_process, tasks};
 use crate::broker::{Core, Follow};
 use crate::config::{ServerConfig, Surroundings};
 use crate::state::EventKind;
@@ -60,6 +60,7 @@ impl Shelf {
             reused.into_iter().flat_map(|place| pool.clear(place)).collect()
         };
         tasks::let_go(gone);
+        policy_process::keep_all(self.shared());
         for place in places {
             tasks::keep(self.shared(), place, None);
         }

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::host_pool::Lent;
 use super::survivors::{self, Found};
-use super::{Caller, RouteError, RouteSink, Shared, steward};
+use super::{Caller, RouteError, RouteSink, Shared, policy_process, steward};
 use crate::broker::{Core, Reached, Wanted, millis};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
@@ -77,8 +77,9 @@ async fn keep_logs(shared: Arc<Shared>) {
         }
         let overdue = shared.pool.lock().overdue(Instant::now());
         let_go(overdue);
-        let logs: Vec<PathBuf> =
+        let mut logs: Vec<PathBuf> =
             shared.with(|core, _| core.models.iter().map(|model| model.log.clone()).collect());
+        logs.push(shared.with(|core, _| core.config.log_dir.join(policy_process::LOG)));
         let looked = tokio::task::spawn_blocking(move || {
             for path in logs {
                 if let Err(error) = bound_log(&path, LOG_BYTES_MAX) {

@@ -150,8 +150,11 @@ pub struct WaitingSnapshot {
 /// Who decides how memory is shared, and what comes of it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct SharingSnapshot {
-    /// The policy: `"value"`, `"lru"`.
+    /// The policy: `"value"`, `"lru"`, `"python:MODULE:FUNCTION"`.
     pub policy: String,
+    /// Why `value` decided in its place last, where it did.
+    #[serde(default)]
+    pub instead: Option<String>,
     /// Models are put to sleep for each other's sake (`evict`).
     pub evicts: bool,
     /// A busy model's turn (milliseconds).
@@ -196,6 +199,12 @@ pub struct ShadowSnapshot {
     pub evicted_shadow: ByteCount,
     /// The newest difference, in words.
     pub last: Option<String>,
+    /// Decisions that it could not see, or of which it said nothing that may be.
+    #[serde(default)]
+    pub missed: u64,
+    /// Why it missed the last one, where it did.
+    #[serde(default)]
+    pub trouble: Option<String>,
 }
 
 /// What a model is doing.

@@ -1,0 +1,97 @@
+"""The process of a policy: questions on standard input, plans on standard output, one JSON object a line.
+
+``python -m shoal.policy MODULE:FUNCTION [--path DIRECTORY]``; the server starts it. The first line says that it can be
+asked (``{}``) or why it cannot (``{"error": ...}``). Then each question ``{"question": N, "now_ms": ..., "state":
+...}`` is answered with ``{"question": N, "plan": ...}`` or ``{"question": N, "error": ...}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any, TextIO
+
+from shoal.policy.actions import Plan
+from shoal.policy.state import Shelf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer until nobody asks any more; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m shoal.policy", description=__doc__)
+    parser.add_argument("callable", help="package.module:function")
+    parser.add_argument("--path", help="a directory to look for the module in, before all others")
+    options = parser.parse_args(argv)
+    if not _end_with_parent():
+        return 1
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the function prints is no answer
+    if options.path:
+        sys.path.insert(0, options.path)
+    try:
+        policy = _found(options.callable)
+    except Exception as error:  # noqa: BLE001 - whatever the module raises is the server's to tell
+        _say(answers, {"error": _told(error)})
+        return 2
+    _say(answers, {})
+    for line in sys.stdin:
+        question = json.loads(line)
+        answer: dict[str, Any] = {"question": question["question"]}
+        try:
+            said = policy(Shelf.read(question["state"], question["now_ms"]))
+            answer["plan"] = Plan.of(said).written()
+            json.dumps(answer)
+        except Exception as error:  # noqa: BLE001 - the server decides without it, and says why
+            traceback.print_exc()
+            answer = {"question": question["question"], "error": _told(error)}
+        _say(answers, answer)
+    return 0
+
+
+def _found(name: str) -> Callable[[Shelf], object]:
+    module, _, function = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in function.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{name} is a {type(found).__name__}, not a function")
+    if inspect.iscoroutinefunction(found):
+        raise TypeError(f"{name} is asynchronous; a policy is a plain function")
+    return found  # type: ignore[no-any-return]
+
+
+def _told(error: BaseException) -> str:
+    """Give an error in one line, with the place in the policy where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)} line {frames[-1].lineno})" if frames else ""  # noqa: PTH119
+    return " ".join(f"{type(error).__name__}: {error}{where}".split())
+
+
+def _say(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+def _end_with_parent() -> bool:
+    """Ask to be killed when the server ends, whatever the function is doing then; false where it has ended already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    server = os.environ.get("SHOAL_SERVER_PID", "")
+    return not server.isdecimal() or os.getppid() == int(server)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        sys.exit(main())
