@@ -21,6 +21,8 @@ __all__ = [
     "__version__",
     "main",
     "parse_bytes",
+    "policies",
+    "policy_plan",
 ]
 
 __version__: str

@@ -83,7 +83,8 @@ pub(crate) struct Outside {
     /// Until a task takes it.
     receiver: Option<mpsc::Receiver<Question>>,
     open: Option<Open>,
-    answer: Option<Result<Plan, String>>,
+    /// What it was asked about, and what it said.
+    answer: Option<Result<(Arc<ShelfState>, Plan), String>>,
     /// What was last decided about, and when to ask again though nothing has changed.
     settled: Option<(Arc<ShelfState>, u64)>,
     stale: u32,
@@ -153,12 +154,16 @@ impl Outside {
     /// What it says of `state`.
     fn consult(&mut self, number: u64, state: &ShelfState, now_ms: u64) -> Said {
         match self.answer.take() {
-            Some(Ok(plan)) => match check(state, &plan) {
+            Some(Ok((about, plan))) => match check(state, &plan) {
                 Ok(()) => {
                     self.stale = 0;
+                    let is_of_now = *about == *state;
                     let again_at = plan.again_at_ms.unwrap_or(u64::MAX);
-                    self.settled = Some((Arc::new(state.clone()), again_at));
-                    return Said::Plan(plan);
+                    self.settled = Some((about, again_at));
+                    // One that does nothing says nothing of what has happened since: that is asked below.
+                    if is_of_now || plan.actions.iter().any(|action| !matches!(action, Action::Wait { .. })) {
+                        return Said::Plan(plan);
+                    }
                 }
                 Err(_) if self.stale < STALE_MAX => self.stale += 1,
                 Err(wrong) => {
@@ -176,10 +181,9 @@ impl Outside {
             open.is_late = true;
             return Said::Instead(format!("it did not answer within {} ms", self.wait_ms));
         }
-        if let Some((about, again_at)) = self.settled.as_ref().filter(|(about, _)| **about == *state)
+        if let Some((_, again_at)) = self.settled.as_ref().filter(|(about, _)| **about == *state)
             && now_ms < *again_at
         {
-            debug_assert_eq!(**about, *state);
             let again_at_ms = Some(*again_at).filter(|at| *at < u64::MAX);
             return Said::Plan(Plan { actions: Vec::new(), again_at_ms });
         }
@@ -286,7 +290,15 @@ impl Core {
     pub(crate) fn handle_policy_stands(&mut self, id: u64, standing: Standing, now_ms: u64) {
         if let Some(outside) = self.outside_of(id) {
             outside.stands(standing);
-            self.settle(now_ms);
+            self.settle_answer(id, now_ms);
+        }
+    }
+
+    /// What was said is for this moment or for none.
+    fn settle_answer(&mut self, id: u64, now_ms: u64) {
+        self.settle(now_ms);
+        if let Some(outside) = self.outside_of(id) {
+            outside.answer = None;
         }
     }
 
@@ -309,9 +321,9 @@ impl Core {
         let Some(live) = open.live else {
             // Of one that came late others have taken its place: it is asked again.
             if !open.is_late {
-                outside.answer = Some(answer);
+                outside.answer = Some(answer.map(|plan| (Arc::clone(state), plan)));
             }
-            return self.settle(now_ms);
+            return self.settle_answer(id, now_ms);
         };
         match answer {
             Ok(said) => {
@@ -437,13 +449,18 @@ mod tests {
         for number in 1..=u64::from(STALE_MAX) {
             assert!(matches!(outside.consult(number, &state(0), 0), Said::Pending(_)));
             assert!(outside.answered(number).is_some() && questions.try_recv().is_ok());
-            outside.answer = Some(Ok(grant("because")));
+            outside.answer = Some(Ok((Arc::new(state(0)), grant("because"))));
             assert!(matches!(outside.consult(100, &gone, 0), Said::Pending(_)), "the request is gone");
             assert!(outside.answered(100).is_some() && questions.try_recv().is_ok());
         }
-        outside.answer = Some(Ok(grant("because")));
+        outside.answer = Some(Ok((Arc::new(state(0)), grant("because"))));
         assert!(matches!(outside.consult(200, &gone, 0), Said::Instead(_)), "not for ever");
-        outside.answer = Some(Ok(Plan { actions: Vec::new(), again_at_ms: Some(500) }));
+        // Nothing to do when nobody asked: says nothing of the request that came meanwhile.
+        outside.answer = Some(Ok((Arc::new(gone), Plan::default())));
+        assert!(matches!(outside.consult(210, &state(0), 0), Said::Pending(_)));
+        assert!(outside.answered(210).is_some() && questions.try_recv().is_ok());
+        let wait = Plan { actions: Vec::new(), again_at_ms: Some(500) };
+        outside.answer = Some(Ok((Arc::new(state(0)), wait)));
         assert!(matches!(outside.consult(201, &state(0), 10), Said::Plan(_)));
         let Said::Plan(nothing) = outside.consult(202, &state(0), 499) else { panic!("nothing has changed") };
         assert_eq!((nothing.actions.len(), nothing.again_at_ms), (0, Some(500)));

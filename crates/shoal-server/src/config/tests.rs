@@ -92,8 +92,10 @@ fn keys_can_be_kept_apart_where_there_are_any() {
 
 #[test]
 fn a_policy_may_be_a_function_of_python() {
-    let with = |server: &str| load_here(&format!("[server]\n{server}\n[[model]]\nname = 'a'\nsource = 'org/a'\n"));
-    let config = with("policy = 'python:house.rules:plan'\nshadow = 'python:other.plan'\npolicy_wait = '250ms'");
+    let with =
+        |server: &str| load_here(&format!("[server]\n{server}\n[[model]]\nname = 'a'\nsource = 'org/a'\n"));
+    let config =
+        with("policy = 'python:house.rules:plan'\nshadow = 'python:other.plan'\npolicy_wait = '250ms'");
     let sharing = config.expect("good").sharing;
     assert_eq!(sharing.policy, "python:house.rules:plan");
     assert_eq!(sharing.shadow.as_deref(), Some("python:other:plan"), "a point may stand for the colon");
