@@ -31,7 +31,8 @@ const REASON_CHARS_MAX: usize = 400;
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Question {
     /// The answer says it again.
-    pub(crate) question: u64,
+    #[serde(rename = "question")]
+    pub(crate) number: u64,
     /// A time of the same clock as those in `state`.
     pub(crate) now_ms: u64,
     #[serde(serialize_with = "inside")]
@@ -129,7 +130,7 @@ impl Outside {
     /// Asks, where that can be done.
     fn ask(
         &mut self,
-        question: u64,
+        number: u64,
         state: Arc<ShelfState>,
         live: Option<Plan>,
         now_ms: u64,
@@ -142,7 +143,7 @@ impl Outside {
         if self.open.is_some() {
             return Err(format!("it is still at a question that it had {} ms for", self.wait_ms));
         }
-        let question = Question { question, now_ms, state };
+        let question = Question { number, now_ms, state };
         if self.questions.try_send(question.clone()).is_err() {
             return Err("its process takes no questions".to_owned());
         }
@@ -194,8 +195,8 @@ impl Outside {
     }
 
     /// An answer came. Gives its question where it was waited for.
-    fn answered(&mut self, question: u64) -> Option<Open> {
-        self.open.take_if(|open| open.question.question == question)
+    fn answered(&mut self, number: u64) -> Option<Open> {
+        self.open.take_if(|open| open.question.number == number)
     }
 }
 
@@ -303,15 +304,9 @@ impl Core {
     }
 
     /// The process of a policy answered.
-    pub(crate) fn handle_planned(
-        &mut self,
-        id: u64,
-        question: u64,
-        answer: Result<Plan, String>,
-        now_ms: u64,
-    ) {
+    pub(crate) fn handle_planned(&mut self, id: u64, number: u64, answer: Result<Plan, String>, now_ms: u64) {
         let Some(outside) = self.outside_of(id) else { return };
-        let Some(open) = outside.answered(question) else { return };
+        let Some(open) = outside.answered(number) else { return };
         let state = &open.question.state;
         let answer = answer.and_then(|plan| tidied(plan, state, now_ms)).and_then(|plan| {
             check(state, &plan)
@@ -424,7 +419,7 @@ mod tests {
         outside.stands(Standing::Ready);
         assert!(matches!(outside.consult(2, &state(0), 0), Said::Pending(100)));
         assert!(matches!(outside.consult(3, &state(0), 99), Said::Pending(100)), "asked once");
-        assert_eq!(questions.try_recv().map(|asked| asked.question), Ok(2));
+        assert_eq!(questions.try_recv().map(|asked| asked.number), Ok(2));
         assert!(questions.try_recv().is_err());
         assert_eq!(instead(outside.consult(4, &state(0), 100)), "it did not answer within 100 ms");
         assert_eq!(

@@ -123,7 +123,7 @@ impl Keeper {
             let Some(question) = question else { return Ok(()) };
             process.ask(&question).await?;
             let answer = process.hear(self.silence_max).await?;
-            if answer.question != Some(question.question) {
+            if answer.question != Some(question.number) {
                 return Err("it answered another question than it was asked".to_owned());
             }
             let plan = match (answer.plan, answer.error) {
@@ -131,7 +131,7 @@ impl Keeper {
                 (Some(plan), None) => Ok(plan),
                 (None, None) => Err("it gave no plan".to_owned()),
             };
-            let (id, number) = (self.id, question.question);
+            let (id, number) = (self.id, question.number);
             self.shared.with(|core, now_ms| core.handle_planned(id, number, plan, now_ms));
         }
     }
