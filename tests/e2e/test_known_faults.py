@@ -191,8 +191,9 @@ def test_out_of_memory_in_a_wake_loses_nothing(shelf: Server, right: dict[str, s
     somebody = shoal.MemoryManager(
         "sim", device_capacity=BUDGET, device_budget=BUDGET, host_budget="64MiB", runtime_dir=shelf.runtime_dir
     )
-    held = somebody.region("held", "36MiB", kind="workspace")
-    held.commit(0, held.nbytes)
+    taken = 36 * MIB
+    held = somebody.region("held", taken, kind="workspace")
+    held.commit(0, taken)
     try:
         wake = shelf.order("ash", "wake", wait_s=4)
         assert wake.status_code in {httpx.codes.CONFLICT, httpx.codes.GATEWAY_TIMEOUT}, wake.text
@@ -200,7 +201,7 @@ def test_out_of_memory_in_a_wake_loses_nothing(shelf: Server, right: dict[str, s
         assert model["status"] != "awake", model
         assert wake.json()["error"]["message"]
     finally:
-        held.decommit(0, held.nbytes)
+        held.decommit(0, taken)
     assert shelf.complete("ash", "abc", TOKENS) == right["ash"]
     assert shelf.order("ash", "wake").status_code == httpx.codes.OK
     assert shelf.model("ash")["status"] == "awake"
