@@ -46,10 +46,7 @@ pub(super) fn config(seed: u64) -> ServerConfig {
     match seed % 4 {
         1 => (models[0].apart, models[1].apart) = (vec!["m1".to_owned()], vec!["m0".to_owned()]),
         2 => models.iter_mut().for_each(|model| model.preload = true),
-        3 => {
-            sharing =
-                Sharing { policy: "lru".to_owned(), shadow: Some("value".to_owned()), ..Sharing::default() }
-        }
+        3 => (sharing.policy, sharing.shadow) = ("lru".to_owned(), Some("value".to_owned())),
         _ => {}
     }
     ServerConfig {
