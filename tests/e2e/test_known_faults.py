@@ -250,7 +250,7 @@ def test_one_that_is_waited_for_holds_nobody_else_up(shelf: Server, right: dict[
 
 def test_processes_of_others_are_left_alone(tmp_path: Path, shelf_models: dict[str, Path]) -> None:
     """Neither a start nor a stop of the server ends what only looks like one of its workers."""
-    disguise = f"exec -a 'python -m shoal.worker --control {tmp_path}/run/shoal/control.sock --model ash' sleep 120"
+    disguise = f"exec -a 'python -m shoal.worker --control {tmp_path}/run/shoal/control.sock --model ash' sleep 900"
     other = subprocess.Popen(["bash", "-c", disguise])
     try:
         table: dict[str, object] = {

@@ -64,7 +64,7 @@ def answers(directory: Path, code: str, *questions: object, name: str = "mine:pl
     asked = "".join(json.dumps(question) + "\n" for question in questions)
     done = subprocess.run(
         [sys.executable, "-m", "shoal.policy", name, "--path", str(directory)],
-        input=asked, capture_output=True, text=True, timeout=60, check=False,
+        input=asked, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -152,7 +152,11 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: ProptestConfig::default().cases.max(1_000), // more with PROPTEST_CASES
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     /// One plan for any shelf: within the budget, the pins, the minimums and the maximums, one answer to each request.
     #[test]

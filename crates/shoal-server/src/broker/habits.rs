@@ -151,8 +151,9 @@ impl Core {
         self.shadow = sharing.shadow.as_deref().map(shadow);
     }
 
-    /// What to do, and who decided it; where a policy outside has been asked, until when it is waited for. A plan of a policy that is not ours is obeyed only if it may be; where not, ours
-    /// decides, and that is told once for each thing that is wrong.
+    /// What to do, and who decided it; where a policy outside has been asked, until when it is waited for. A plan of a
+    /// policy that is not ours is obeyed only if it may be; where not, ours decides, and that is told once for each thing
+    /// that is wrong.
     pub(super) fn decide(&mut self, state: &ShelfState, now_ms: u64) -> Result<(Plan, String), u64> {
         if self.foreign.is_none()
             && let Some(decided) = self.decide_outside(state, now_ms)
