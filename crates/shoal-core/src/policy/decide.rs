@@ -22,7 +22,7 @@ pub(super) fn plan_by(state: &ShelfState, now_ms: u64, choice: Choice) -> Plan {
         plan: Plan::default(),
         spare: None,
         granted: BTreeMap::new(),
-        granted_kv: BTreeMap::new(),
+        granted_weights: BTreeMap::new(),
     };
     decision.make_room();
     let mut requests: Vec<_> = state.requests.iter().collect();
@@ -43,8 +43,8 @@ struct Decision<'a> {
     spare: Option<ByteCount>,
     /// What this plan granted already.
     granted: BTreeMap<ModelId, ByteCount>,
-    /// And of that for KV.
-    granted_kv: BTreeMap<ModelId, ByteCount>,
+    /// And of that for weights.
+    granted_weights: BTreeMap<ModelId, ByteCount>,
 }
 
 impl Decision<'_> {
@@ -55,15 +55,16 @@ impl Decision<'_> {
         // Whoever has no patience (left) may have what is free, and disturbs nobody.
         let is_late = request.deadline_ms <= self.field.now_ms;
         let granted = self.granted.get(&model.id).copied().unwrap_or_default();
-        let granted_kv = self.granted_kv.get(&model.id).copied().unwrap_or_default();
-        // Of what was granted just now, all but KV is among the weights that are owed.
-        let beside = if request.kind == LeaseKind::Kv { granted_kv + owed(model, request) } else { granted };
+        let granted_weights = self.granted_weights.get(&model.id).copied().unwrap_or_default();
+        // What else it was granted just now, and beside KV the weights that it lacks, whether they were granted or not.
+        let granted_besides = granted.saturating_sub(granted_weights);
+        let beside = granted_besides + granted_weights.max(owed(model, request));
         let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held() + beside));
         if request.bytes_min > room {
             return self.deny(request, true, reason::over_max(model, request));
         }
         let most = self.field.most(request).saturating_sub(if request.kind == LeaseKind::Kv {
-            granted_kv
+            granted_besides
         } else {
             ByteCount::ZERO
         });
@@ -110,8 +111,8 @@ impl Decision<'_> {
             self.field.free -= bytes;
             self.spend(bytes);
             *self.granted.entry(model.id).or_default() += bytes;
-            if request.kind == LeaseKind::Kv {
-                *self.granted_kv.entry(model.id).or_default() += bytes;
+            if request.kind == LeaseKind::Weights {
+                *self.granted_weights.entry(model.id).or_default() += bytes;
             }
             self.act(Action::Grant { model: request.model, request: request.request, bytes, reason });
             return;

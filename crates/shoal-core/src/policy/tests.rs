@@ -292,6 +292,24 @@ fn two_requests_in_one_plan_do_not_pass_the_maximum_together() {
 }
 
 #[test]
+fn overhead_and_kv_in_one_plan_do_not_pass_the_maximum_together() {
+    // Found by `policy_sim::a_plan_for_any_shelf_keeps_the_rules` in 20,000 cases.
+    let mut capped = ModelState { max: Some(MIB(33)), ..model(0, "chat", 1, 0) };
+    capped.kv_held = MIB(15);
+    let overhead = PendingRequest { kind: LeaseKind::Overhead, bytes_min: MIB(0), ..wake(0, 2, 1) };
+    let kv = PendingRequest { kind: LeaseKind::Kv, bytes_min: MIB(0), ..wake(0, 17, 2) };
+    let state = shelf(34, vec![capped], vec![overhead, kv]);
+    let said = plan(&state, 10);
+    assert_eq!(check(&state, &said), Ok(()), "{}", reasons(&said));
+    let granted: Vec<_> = said
+        .actions
+        .iter()
+        .filter_map(|action| if let Action::Grant { bytes, .. } = action { Some(*bytes) } else { None })
+        .collect();
+    assert_eq!(granted, [MIB(2), MIB(15)], "a MiB of its 33 is for the weights: {}", reasons(&said));
+}
+
+#[test]
 fn turns_that_began_since_do_not_let_more_of_the_young_in() {
     let mut old = model(1, "old", 60, 60);
     (old.active, old.turn_since_ms) = (1, Some(1_000));
