@@ -1,10 +1,13 @@
 //! Memory that a tier reads from and writes to while its owner waits.
 //!
 //! Apart because what a disk or a link touches by address must stay where it is and be nobody else's meanwhile, and that
-//! is a promise of these three types: heap memory that is owned, and ranges of the host arena that are lent.
+//! is a promise of these types: heap memory that is owned, and ranges of the host arena that are lent.
 
 use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
 
+use parking_lot::{Condvar, Mutex};
 use shoal_core::store::format::{UNIT, UNIT_LEN, padded};
 use shoal_device::{HostView, HostViewMut};
 
@@ -60,6 +63,53 @@ pub enum Buffer {
     Host(HostView),
     /// A range of the arena, lent for writing.
     HostMut(HostViewMut),
+    /// Any of these, on loan: dropped, it goes back to whoever lent it.
+    OnLoan(OnLoan),
+}
+
+/// Where memory on loan comes back to, when whatever had it is done with it.
+#[derive(Debug, Default)]
+pub(crate) struct Home {
+    memory: Mutex<Option<Buffer>>,
+    came: Condvar,
+}
+
+impl Home {
+    /// The memory, as soon as it is back, until then at most.
+    pub(crate) fn wait(&self, until: Instant) -> Option<Buffer> {
+        let mut memory = self.memory.lock();
+        while memory.is_none() {
+            if self.came.wait_until(&mut memory, until).timed_out() {
+                break;
+            }
+        }
+        memory.take()
+    }
+}
+
+/// Memory on loan.
+#[derive(Debug)]
+pub struct OnLoan {
+    /// Always there until it is dropped or taken.
+    memory: Option<Box<Buffer>>,
+    home: Arc<Home>,
+}
+
+impl OnLoan {
+    /// Lends memory, and says where it comes back to.
+    pub(crate) fn lend(memory: Buffer) -> (Buffer, Arc<Home>) {
+        let home = Arc::new(Home::default());
+        (Buffer::OnLoan(Self { memory: Some(Box::new(memory)), home: Arc::clone(&home) }), home)
+    }
+}
+
+impl Drop for OnLoan {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            *self.home.memory.lock() = Some(*memory);
+            self.home.came.notify_all();
+        }
+    }
 }
 
 impl Buffer {
@@ -76,6 +126,18 @@ impl Buffer {
             Self::Own(memory) => memory.as_slice(),
             Self::Host(view) => view.as_slice(),
             Self::HostMut(view) => view.as_slice(),
+            Self::OnLoan(loan) => loan.memory.as_ref().map_or(&[], |memory| memory.as_slice()),
+        }
+    }
+
+    /// The memory itself, where it was on loan.
+    #[must_use]
+    pub(crate) fn kept(self) -> Self {
+        match self {
+            Self::OnLoan(mut loan) => {
+                loan.memory.take().map_or_else(|| Self::zeroed(0), |memory| memory.kept())
+            }
+            other => other,
         }
     }
 
@@ -85,6 +147,7 @@ impl Buffer {
             Self::Own(memory) => Some(memory.as_mut_slice()),
             Self::Host(_) => None,
             Self::HostMut(view) => Some(view.as_mut_slice()),
+            Self::OnLoan(loan) => loan.memory.as_mut().and_then(|memory| memory.as_mut_slice()),
         }
     }
 
@@ -102,7 +165,24 @@ impl Buffer {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[test]
+    fn memory_on_loan_comes_back() {
+        let (mut loan, home) = OnLoan::lend(Buffer::zeroed(4096));
+        loan.as_mut_slice().expect("it may be written to")[0] = 7;
+        assert!(home.wait(Instant::now()).is_none(), "somebody has it");
+        let other = std::thread::spawn(move || drop(loan));
+        let back = home.wait(Instant::now() + Duration::from_mins(1)).expect("it is back");
+        assert_eq!(back.as_slice()[0], 7);
+        other.join().expect("the other thread ends");
+
+        let (loan, home) = OnLoan::lend(back);
+        assert!(matches!(loan.kept(), Buffer::Own(_)));
+        assert!(home.wait(Instant::now()).is_none(), "what was kept does not come back");
+    }
 
     #[test]
     fn memory_of_its_own_is_aligned_and_padded() {

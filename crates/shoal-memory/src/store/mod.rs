@@ -6,14 +6,20 @@
 //! done at once, and nothing has to be invalidated.
 
 mod buffer;
+mod crew;
+mod host;
+mod stack;
 mod ticket;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
-pub use buffer::{Aligned, Buffer};
+pub use buffer::{Aligned, Buffer, OnLoan};
+pub use host::{HostOptions, HostTier, HostTierUsage};
 pub use shoal_core::store::admission::{AdmissionRule, Candidate, Verdict};
 pub use shoal_core::store::key::{Fingerprint, StoreKey};
+pub use stack::{Stack, StackCounts, StackOptions, TierCounts};
 pub(crate) use ticket::Promise;
 pub use ticket::Ticket;
 
@@ -101,6 +107,30 @@ impl Fetched {
     }
 }
 
+/// A block where it lies in a tier's memory. What the tier forgets meanwhile stays until this is dropped.
+#[derive(Clone)]
+pub struct Held(Arc<dyn AsRef<[u8]> + Send + Sync>);
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("bytes", &self.as_slice().len()).finish()
+    }
+}
+
+impl Held {
+    /// Holds on to a block.
+    #[must_use]
+    pub fn new(block: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        Self(block)
+    }
+
+    /// The block.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        (*self.0).as_ref()
+    }
+}
+
 /// What is known of a block that is offered to a tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offer {
@@ -127,6 +157,12 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Reads a block to `target`, verified. Where the ticket ends as a miss, the memory is dropped as soon as no transfer
     /// touches it any more.
     fn get(&self, key: StoreKey, target: Buffer, deadline: Duration) -> Ticket<Fetched>;
+
+    /// The block where it lies, verified, if that is in memory. It takes as long as a checksum of it.
+    fn hold(&self, key: &StoreKey) -> Option<Held> {
+        let _ = key;
+        None
+    }
 
     /// Forgets a block: from now on it is not served, and once the ticket is done not after a restart either. Whether there
     /// was one.

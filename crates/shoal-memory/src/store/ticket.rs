@@ -3,6 +3,7 @@
 //! Apart because it is the one place where a caller waits for a tier: always with a deadline (I10). A promise that is
 //! dropped answers too, so nobody waits for what nobody will do.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,9 +12,23 @@ use parking_lot::{Condvar, Mutex};
 
 use super::Miss;
 
+/// What happens with an answer that nobody waits for.
+type Then<T> = Box<dyn FnOnce(Result<T, Miss>) + Send>;
+
+struct Slot<T> {
+    answer: Option<Result<T, Miss>>,
+    then: Option<Then<T>>,
+}
+
+impl<T: fmt::Debug> fmt::Debug for Slot<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.answer.fmt(f)
+    }
+}
+
 #[derive(Debug)]
 struct Shared<T> {
-    answer: Mutex<Option<Result<T, Miss>>>,
+    slot: Mutex<Slot<T>>,
     arrived: Condvar,
     is_done: AtomicBool,
     is_cancelled: AtomicBool,
@@ -33,7 +48,7 @@ impl<T> Ticket<T> {
     pub(crate) fn new(deadline: Duration) -> (Self, Promise<T>) {
         let now = Instant::now();
         let shared = Arc::new(Shared {
-            answer: Mutex::new(None),
+            slot: Mutex::new(Slot { answer: None, then: None }),
             arrived: Condvar::new(),
             is_done: AtomicBool::new(false),
             is_cancelled: AtomicBool::new(false),
@@ -55,14 +70,27 @@ impl<T> Ticket<T> {
     /// # Errors
     /// Why there is none. After [`Miss::Deadline`] a transfer may still be under way; it has its memory to itself.
     pub fn wait(self) -> Result<T, Miss> {
-        let mut answer = self.0.answer.lock();
-        while answer.is_none() {
-            if self.0.arrived.wait_until(&mut answer, self.0.deadline).timed_out() && answer.is_none() {
+        let mut slot = self.0.slot.lock();
+        while slot.answer.is_none() {
+            if self.0.arrived.wait_until(&mut slot, self.0.deadline).timed_out() && slot.answer.is_none() {
                 self.0.is_cancelled.store(true, Ordering::Relaxed);
                 return Err(Miss::Deadline);
             }
         }
-        answer.take().unwrap_or(Err(Miss::Closed))
+        slot.answer.take().unwrap_or(Err(Miss::Closed))
+    }
+
+    /// Instead of waiting: `then` is called with the answer, by whoever gives it, or now if it is there. It must be quick,
+    /// because it may hold up a disk. The deadline is the tier's to keep.
+    pub(crate) fn then(self, then: impl FnOnce(Result<T, Miss>) + Send + 'static) {
+        let mut slot = self.0.slot.lock();
+        match slot.answer.take() {
+            Some(answer) => {
+                drop(slot);
+                then(answer);
+            }
+            None => slot.then = Some(Box::new(then)),
+        }
     }
 
     /// Whether [`Ticket::wait`] would come back at once.
@@ -85,8 +113,14 @@ impl<T> Promise<T> {
 
     fn give(&mut self, answer: Result<T, Miss>) {
         if let Some(shared) = self.0.take() {
+            let mut slot = shared.slot.lock();
+            if let Some(then) = slot.then.take() {
+                drop(slot);
+                return then(answer);
+            }
             // Whoever wakes takes the answer; one that nobody waits for is dropped with the ticket.
-            *shared.answer.lock() = Some(answer);
+            slot.answer = Some(answer);
+            drop(slot);
             shared.is_done.store(true, Ordering::Release);
             shared.arrived.notify_all();
         }
@@ -132,6 +166,21 @@ mod tests {
         let (ticket, promise) = Ticket::<u32>::new(Duration::from_mins(1));
         ticket.cancel();
         assert!(promise.is_cancelled());
+        for is_early in [true, false] {
+            let (ticket, promise) = Ticket::new(Duration::from_mins(1));
+            let (sender, answers) = std::sync::mpsc::channel();
+            let then = move |answer| sender.send(answer).expect("somebody listens");
+            let promise = if is_early {
+                promise.answer(Ok(7));
+                None
+            } else {
+                Some(promise)
+            };
+            ticket.then(then);
+            // A promise that is dropped answers as well.
+            let wanted = promise.map_or(Ok(7), |_| Err(Miss::Closed));
+            assert_eq!(answers.recv(), Ok(wanted));
+        }
         assert_eq!(Ticket::<u32>::ready(Err(Miss::Absent)).wait(), Err(Miss::Absent));
     }
 }

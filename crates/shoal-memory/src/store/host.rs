@@ -1,0 +1,305 @@
+//! The host tier: blocks in this process's memory, up to a number of bytes.
+//!
+//! Apart because it is the fastest tier and the smallest, and keeps nothing that a disk would not: memory errs too, so a
+//! block carries a checksum that knows its name, and one that is damaged is dropped (I8). What goes when room is wanted is
+//! the choice of shoal-core's eviction (`kv::eviction`). All is done by the caller's thread: a copy and a checksum, a tenth
+//! of a millisecond for a MiB; nothing waits.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::rand::{GetRandomFlags, getrandom};
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::eviction::{About, EvictionKind, EvictionPolicy};
+use shoal_core::store::format::Secret;
+
+use super::{Aligned, Buffer, Fetched, Held, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
+
+/// Most blocks, whatever the bytes: the order in which they go is kept in tables of this length.
+const BLOCKS_MAX: u64 = 1 << 22;
+
+/// How much it may take, and what goes first.
+#[derive(Clone, Copy, Debug)]
+pub struct HostOptions {
+    /// Bytes of blocks, with what each is rounded up by (4 KiB).
+    pub bytes_max: ByteCount,
+    /// Most blocks; none for one for each 16 KiB.
+    pub blocks_max: Option<u32>,
+    /// What goes when there is no room.
+    pub eviction: EvictionKind,
+}
+
+impl HostOptions {
+    /// Of so many bytes; what is found again stays (S3-FIFO).
+    #[must_use]
+    pub const fn new(bytes_max: ByteCount) -> Self {
+        Self { bytes_max, blocks_max: None, eviction: EvictionKind::S3Fifo }
+    }
+}
+
+/// A host tier's figures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostTierUsage {
+    /// Blocks it has.
+    pub blocks: u64,
+    /// Memory of blocks, those included that it forgot and that somebody still holds.
+    pub bytes: u64,
+    /// The cap on it.
+    pub bytes_max: u64,
+    /// Blocks served.
+    pub hits: u64,
+    /// Blocks asked for that were not there.
+    pub absent: u64,
+    /// Blocks put.
+    pub written: u64,
+    /// Blocks that made room.
+    pub evicted: u64,
+    /// Blocks that were damaged: dropped, not served.
+    pub corrupt: u64,
+}
+
+/// A block, counted for as long as somebody has it.
+struct Block {
+    memory: Aligned,
+    bytes: usize,
+    checksum: u128,
+    all_bytes: Arc<AtomicU64>,
+}
+
+impl AsRef<[u8]> for Block {
+    fn as_ref(&self) -> &[u8] {
+        &self.memory.as_slice()[..self.bytes]
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.all_bytes.fetch_sub(self.memory.as_slice().len() as u64, Ordering::Relaxed);
+    }
+}
+
+struct Place {
+    block: Arc<Block>,
+    id: u32,
+}
+
+struct State {
+    places: HashMap<StoreKey, Place>,
+    /// Whose a number is, of those that the policy knows.
+    names: Vec<Option<StoreKey>>,
+    free: Vec<u32>,
+    policy: Box<dyn EvictionPolicy>,
+    counts: HostTierUsage,
+}
+
+impl State {
+    fn forget(&mut self, key: &StoreKey) -> bool {
+        let Some(place) = self.places.remove(key) else { return false };
+        self.policy.gone(place.id);
+        self.names[place.id as usize] = None;
+        self.free.push(place.id);
+        true
+    }
+
+    /// Forgets the block that should go next. Whether there was one.
+    fn evict(&mut self) -> bool {
+        let victim = self.policy.victim().and_then(|id| self.names[id as usize]);
+        let is_gone = victim.is_some_and(|key| self.forget(&key));
+        self.counts.evicted += u64::from(is_gone);
+        is_gone
+    }
+}
+
+/// A tier of blocks in memory.
+pub struct HostTier {
+    options: HostOptions,
+    secret: Secret,
+    bytes: Arc<AtomicU64>,
+    state: Mutex<State>,
+}
+
+impl fmt::Debug for HostTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostTier").field("usage", &self.usage()).finish_non_exhaustive()
+    }
+}
+
+/// What a policy tells blocks apart by.
+fn about(key: &StoreKey) -> About {
+    let half = |at: u32| u64::try_from((key.block >> at) & u128::from(u64::MAX)).unwrap_or(0);
+    About::new(half(0) ^ half(64).rotate_left(32), 1)
+}
+
+impl HostTier {
+    /// An empty one. Memory is taken block by block.
+    #[must_use]
+    pub fn new(options: HostOptions) -> Self {
+        let by_bytes = (options.bytes_max.0 / (16 << 10)).clamp(64, BLOCKS_MAX);
+        let blocks = options.blocks_max.map_or(by_bytes, |blocks| u64::from(blocks.max(1)).min(BLOCKS_MAX));
+        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        let mut random = [0; 16];
+        if getrandom(&mut random, GetRandomFlags::empty()).is_err() {
+            // Nobody else sees these checksums; any number finds damage.
+            random = [7; 16];
+        }
+        let state = State {
+            places: HashMap::new(),
+            names: vec![None; blocks as usize],
+            free: (0..blocks).rev().collect(),
+            policy: options.eviction.policy(blocks),
+            counts: HostTierUsage::default(),
+        };
+        Self {
+            options,
+            secret: Secret(u128::from_le_bytes(random)),
+            bytes: Arc::default(),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// What it has and did.
+    #[must_use]
+    pub fn usage(&self) -> HostTierUsage {
+        let state = self.state.lock();
+        HostTierUsage {
+            blocks: state.places.len() as u64,
+            bytes: self.bytes.load(Ordering::Relaxed),
+            bytes_max: self.options.bytes_max.0,
+            ..state.counts
+        }
+    }
+
+    /// Flips a bit of a block where it lies. For tests: whether it is there and nobody holds it.
+    #[doc(hidden)]
+    pub fn damage(&self, key: &StoreKey, bit: usize) -> bool {
+        let mut state = self.state.lock();
+        let block = state.places.get_mut(key).and_then(|place| Arc::get_mut(&mut place.block));
+        block.is_some_and(|block| {
+            let at = bit / 8 % block.bytes;
+            block.memory.as_mut_slice()[at] ^= 1 << (bit % 8);
+            true
+        })
+    }
+
+    /// The block, verified.
+    fn find(&self, key: &StoreKey) -> Result<Arc<Block>, Miss> {
+        let mut state = self.state.lock();
+        let Some(place) = state.places.get(key) else {
+            state.counts.absent += 1;
+            return Err(Miss::Absent);
+        };
+        let (block, id) = (Arc::clone(&place.block), place.id);
+        drop(state);
+        let is_right = self.secret.of_payload(key, (*block).as_ref()) == block.checksum;
+        let mut state = self.state.lock();
+        let is_same = state.places.get(key).is_some_and(|place| Arc::ptr_eq(&place.block, &block));
+        if is_right {
+            state.counts.hits += 1;
+            if is_same {
+                state.policy.used(id);
+                state.policy.cached(id, &about(key));
+            }
+            return Ok(block);
+        }
+        state.counts.corrupt += 1;
+        if is_same {
+            state.forget(key);
+        }
+        tracing::warn!(%key, "a block in host memory is damaged, and dropped");
+        Err(Miss::Corrupt)
+    }
+
+    fn keep(&self, key: StoreKey, source: Buffer, bytes: usize) -> Result<Stored, Miss> {
+        let room = source.as_slice().len();
+        if bytes == 0 || bytes > room {
+            return Err(Miss::TooLong { bytes: bytes as u64, bytes_max: room as u64 });
+        }
+        if self.contains(&key) {
+            return Ok(Stored::Already);
+        }
+        let checksum = self.secret.of_payload(&key, &source.as_slice()[..bytes]);
+        let memory = match source.kept() {
+            // Its own memory, and no more than that: it is kept as it is.
+            Buffer::Own(memory) if memory.as_slice().len() < bytes + 4096 => memory,
+            source => Aligned::copy_of(&source.as_slice()[..bytes]),
+        };
+        let (length, bytes_max) = (memory.as_slice().len() as u64, self.options.bytes_max.0);
+        if length > bytes_max {
+            return Err(Miss::TooLong { bytes: bytes as u64, bytes_max });
+        }
+        self.bytes.fetch_add(length, Ordering::Relaxed);
+        let block = Arc::new(Block { memory, bytes, checksum, all_bytes: Arc::clone(&self.bytes) });
+        let mut state = self.state.lock();
+        if state.places.contains_key(&key) {
+            return Ok(Stored::Already);
+        }
+        while state.free.is_empty() || self.bytes.load(Ordering::Relaxed) > bytes_max {
+            if !state.evict() {
+                let reason = "all of it is held by somebody".to_owned();
+                return Err(Miss::NoRoom { reason });
+            }
+        }
+        let Some(id) = state.free.pop() else { return Err(Miss::Closed) };
+        state.names[id as usize] = Some(key);
+        state.policy.cached(id, &about(&key));
+        state.places.insert(key, Place { block, id });
+        state.counts.written += 1;
+        Ok(Stored::Written)
+    }
+}
+
+impl Store for HostTier {
+    fn name(&self) -> &'static str {
+        "host"
+    }
+
+    fn contains(&self, key: &StoreKey) -> bool {
+        self.state.lock().places.contains_key(key)
+    }
+
+    fn offer(&self, _key: &StoreKey, offer: &Offer) -> Verdict {
+        // Memory does not wear out, and no engine computes faster than it copies.
+        let bytes_max = self.options.bytes_max.0;
+        if offer.bytes <= bytes_max {
+            Verdict::Admit
+        } else {
+            Verdict::WornOut { bytes: offer.bytes, writable_bytes: bytes_max }
+        }
+    }
+
+    fn put(&self, key: StoreKey, source: Buffer, bytes: usize, _deadline: Duration) -> Ticket<Stored> {
+        Ticket::ready(self.keep(key, source, bytes))
+    }
+
+    fn get(&self, key: StoreKey, mut target: Buffer, _deadline: Duration) -> Ticket<Fetched> {
+        let copy = |block: Arc<Block>| {
+            let memory = target.as_mut_slice().unwrap_or_default();
+            let (bytes, bytes_max) = (block.bytes as u64, memory.len() as u64);
+            let place = memory.get_mut(..block.bytes).ok_or(Miss::TooLong { bytes, bytes_max })?;
+            place.copy_from_slice((*block).as_ref());
+            Ok(block.bytes)
+        };
+        let copied = self.find(&key).and_then(copy);
+        Ticket::ready(copied.map(|bytes| Fetched { buffer: target, bytes }))
+    }
+
+    fn hold(&self, key: &StoreKey) -> Option<Held> {
+        self.find(key).ok().map(|block| Held::new(block))
+    }
+
+    fn remove(&self, key: StoreKey, _deadline: Duration) -> Ticket<bool> {
+        Ticket::ready(Ok(self.state.lock().forget(&key)))
+    }
+
+    fn flush(&self, _deadline: Duration) -> Ticket<()> {
+        Ticket::ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+#[path = "host_tests.rs"]
+mod tests;

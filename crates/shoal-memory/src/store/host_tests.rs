@@ -1,0 +1,191 @@
+//! The host tier against a plain map, with damage and with blocks that somebody holds.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::store::Fingerprint;
+
+const WAIT: Duration = Duration::from_mins(1);
+const UNIT: u64 = 4096;
+
+fn key(block: u8) -> StoreKey {
+    StoreKey { fingerprint: Fingerprint(1), tenant: 2, block: block.into() }
+}
+
+/// Up to four units, decided by the name.
+fn content(block: u8) -> Vec<u8> {
+    let length = 1 + usize::from(block) * 977 % 16_384;
+    (0..length).map(|at| block.wrapping_mul(31).wrapping_add(u8::try_from(at % 251).unwrap())).collect()
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Put { block: u8, is_exact: bool },
+    Get(u8),
+    Hold(u8),
+    LetGo,
+    Remove(u8),
+    Damage(u8, usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let block = || 0..24_u8;
+    prop_oneof![
+        4 => (block(), any::<bool>()).prop_map(|(block, is_exact)| Step::Put { block, is_exact }),
+        4 => block().prop_map(Step::Get),
+        1 => block().prop_map(Step::Hold),
+        1 => Just(Step::LetGo),
+        1 => block().prop_map(Step::Remove),
+        1 => (block(), any::<usize>()).prop_map(|(block, bit)| Step::Damage(block, bit)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_served_is_what_was_put(
+        steps in prop::collection::vec(step(), 1..200),
+        units in 4..40_u64,
+        blocks_max in prop::option::of(1..12_u32),
+        eviction in prop_oneof![Just(EvictionKind::Lru), Just(EvictionKind::S3Fifo)],
+    ) {
+        let tier = HostTier::new(HostOptions { bytes_max: ByteCount(units * UNIT), blocks_max, eviction });
+        // What may be there, and whether it is damaged.
+        let mut model: HashMap<u8, bool> = HashMap::new();
+        let mut held: Vec<(u8, Held)> = Vec::new();
+        let (mut found_damage, mut damaged) = (0, 0);
+        for step in steps {
+            match step {
+                Step::Put { block, is_exact } => {
+                    let bytes = content(block);
+                    let mut source = Buffer::zeroed(bytes.len() + if is_exact { 0 } else { 20_000 });
+                    source.as_mut_slice().unwrap()[..bytes.len()].copy_from_slice(&bytes);
+                    match tier.put(key(block), source, bytes.len(), WAIT).wait() {
+                        Ok(Stored::Written) => {
+                            model.insert(block, false);
+                        }
+                        Ok(Stored::Already) => prop_assert!(model.contains_key(&block)),
+                        Err(Miss::NoRoom { .. }) => prop_assert!(!held.is_empty(), "there is always room"),
+                        Err(Miss::TooLong { .. }) => prop_assert!(bytes.len() as u64 > units * UNIT - UNIT),
+                        Err(other) => prop_assert!(false, "{other}"),
+                    }
+                }
+                Step::Get(block) => match tier.get(key(block), Buffer::zeroed(16_384), WAIT).wait() {
+                    Ok(fetched) => {
+                        prop_assert_eq!(model.get(&block), Some(&false));
+                        prop_assert_eq!(fetched.as_slice(), content(block));
+                    }
+                    Err(Miss::Corrupt) => {
+                        prop_assert_eq!(model.remove(&block), Some(true));
+                        found_damage += 1;
+                    }
+                    Err(miss) => prop_assert_eq!(miss, Miss::Absent),
+                },
+                Step::Hold(block) => {
+                    if let Some(block_held) = tier.hold(&key(block)) {
+                        prop_assert_eq!(model.get(&block), Some(&false));
+                        held.push((block, block_held));
+                    } else if model.get(&block) == Some(&true) && !tier.contains(&key(block)) {
+                        // Damaged and dropped, or evicted before.
+                        model.remove(&block);
+                    }
+                }
+                Step::LetGo => drop(held.pop()),
+                Step::Remove(block) => {
+                    let was_there = tier.contains(&key(block));
+                    prop_assert_eq!(tier.remove(key(block), WAIT).wait(), Ok(was_there));
+                    model.remove(&block);
+                }
+                Step::Damage(block, bit) => {
+                    if model.get(&block) == Some(&false) && tier.damage(&key(block), bit) {
+                        model.insert(block, true);
+                        damaged += 1;
+                    }
+                }
+            }
+            let usage = tier.usage();
+            prop_assert!(usage.bytes <= usage.bytes_max, "{usage:?}");
+            prop_assert!(usage.blocks <= u64::from(blocks_max.unwrap_or(u32::MAX)));
+            for (block, held) in &held {
+                prop_assert_eq!(held.as_slice(), content(*block), "what is held stays");
+            }
+            model.retain(|block, _| tier.contains(&key(*block)));
+        }
+        prop_assert!(found_damage <= damaged && tier.usage().corrupt >= found_damage);
+        drop(held);
+        for block in 0..24 {
+            drop(tier.remove(key(block), WAIT));
+        }
+        prop_assert_eq!(tier.usage().bytes, 0, "every byte is given back");
+        tier.state.lock().policy.check_invariants().unwrap();
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let tier = HostTier::new(HostOptions::new(ByteCount::mib(1)));
+    let bytes = content(1);
+    for bit in 0..bytes.len() * 8 {
+        tier.put(key(1), Buffer::Own(Aligned::copy_of(&bytes)), bytes.len(), WAIT).wait().unwrap();
+        assert!(tier.damage(&key(1), bit));
+        let read = tier.get(key(1), Buffer::zeroed(16_384), WAIT).wait();
+        assert_eq!(read.unwrap_err(), Miss::Corrupt, "bit {bit}");
+        assert!(!tier.contains(&key(1)), "it is not asked again");
+    }
+}
+
+#[test]
+fn threads_agree_on_what_is_there() {
+    let tier = Arc::new(HostTier::new(HostOptions::new(ByteCount(40 * UNIT))));
+    let work = |seed: u8| {
+        let tier = Arc::clone(&tier);
+        move || {
+            for turn in 0..2000_u16 {
+                let block = u8::try_from((turn / 3 * 7 + u16::from(seed) * 3) % 24).unwrap();
+                match turn % 3 {
+                    0 => {
+                        let bytes = content(block);
+                        drop(tier.put(key(block), Buffer::Own(Aligned::copy_of(&bytes)), bytes.len(), WAIT));
+                    }
+                    1 if turn % 31 == 1 => drop(tier.remove(key(block), WAIT)),
+                    _ => match tier.get(key(block), Buffer::zeroed(16_384), WAIT).wait() {
+                        Ok(fetched) => assert_eq!(fetched.as_slice(), content(block)),
+                        Err(miss) => assert_eq!(miss, Miss::Absent),
+                    },
+                }
+            }
+        }
+    };
+    let threads: Vec<_> = (0..4).map(|seed| std::thread::spawn(work(seed))).collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    let usage = tier.usage();
+    assert!(usage.hits > 0 && usage.corrupt == 0 && usage.bytes <= usage.bytes_max, "{usage:?}");
+    tier.state.lock().policy.check_invariants().unwrap();
+}
+
+#[test]
+fn what_is_found_again_stays() {
+    let options = HostOptions::new(ByteCount(100 * UNIT));
+    let tier = HostTier::new(HostOptions { blocks_max: Some(1000), ..options });
+    let put = |block: u128| {
+        let key = StoreKey { fingerprint: Fingerprint(1), tenant: 2, block };
+        tier.put(key, Buffer::zeroed(100), 100, WAIT).wait().unwrap();
+        key
+    };
+    let hot: Vec<_> = (0..50).map(put).collect();
+    for _ in 0..3 {
+        assert!(hot.iter().all(|key| tier.hold(key).is_some()));
+    }
+    for once in 1000..2000 {
+        put(once);
+    }
+    assert!(hot.iter().all(|key| tier.contains(key)), "what was never asked for makes room");
+    assert_eq!(tier.usage().evicted, 950);
+}

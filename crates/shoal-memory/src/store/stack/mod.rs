@@ -1,0 +1,287 @@
+//! Several tiers as one: looked through from the fastest to the slowest.
+//!
+//! Apart because whoever demotes and restores blocks should know of one store. Who asks for a block that is on its way
+//! already waits for that transfer instead of beginning another. What a slow tier gives is put into the faster ones that
+//! say it is worth it. A tier that fails costs only what it alone had: the next one is asked, with the memory that came
+//! back. A [`Store::put`] goes to the tiers that admitted the block when it was last offered, to all if it was not.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `mod` | the store that callers see |
+//! | `fetch` | one block on its way up, and all who wait for it |
+//! | `keep` | one block on its way down, to several tiers |
+
+mod fetch;
+mod keep;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+
+use self::fetch::{Arrival, Asker, Flight};
+use self::keep::{Coming, PutJob};
+use super::crew::{Crew, Desk};
+use super::{Buffer, Fetched, Held, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
+
+/// Verdicts remembered between an offer and its put.
+const VERDICTS_MAX: usize = 1 << 16;
+
+/// Bounds of a stack.
+#[derive(Clone, Copy, Debug)]
+pub struct StackOptions {
+    /// Threads that copy.
+    pub threads: usize,
+    /// Most requests that wait, those for one block counted one by one.
+    pub requests_max: usize,
+    /// Most bytes of copies that are on their way to several tiers.
+    pub copy_bytes_max: ByteCount,
+    /// How long a copy to a faster tier may take.
+    pub promote_deadline: Duration,
+}
+
+impl Default for StackOptions {
+    fn default() -> Self {
+        Self {
+            threads: 2,
+            requests_max: 4096,
+            copy_bytes_max: ByteCount::mib(256),
+            promote_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What one tier did for a stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TierCounts {
+    /// The tier.
+    pub name: String,
+    /// Blocks it served, once for each transfer.
+    pub hits: u64,
+    /// Blocks it said it had and did not serve.
+    pub missed: u64,
+    /// Blocks it was given.
+    pub written: u64,
+    /// Of those, blocks that a slower tier had served.
+    pub promoted: u64,
+    /// Blocks it did not take.
+    pub refused: u64,
+}
+
+/// A stack's figures.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StackCounts {
+    /// The tiers, fastest first.
+    pub tiers: Vec<TierCounts>,
+    /// Requests that no tier served.
+    pub misses: u64,
+    /// Requests that waited for somebody else's transfer.
+    pub shared: u64,
+    /// Requests that were refused because too many waited.
+    pub refused: u64,
+    /// Copies that were not made because too many were under way.
+    pub copies_refused: u64,
+}
+
+#[derive(Default)]
+struct State {
+    flights: HashMap<StoreKey, Flight>,
+    /// Requests of all flights.
+    waiting: usize,
+    /// Puts that have not reached the tiers.
+    coming: HashMap<StoreKey, Coming>,
+    put_next: u64,
+    /// Bytes of copies on their way.
+    copy_bytes: u64,
+    /// Which tiers admitted a block, by bits; the oldest first.
+    verdicts: HashMap<StoreKey, u64>,
+    order: VecDeque<StoreKey>,
+    counts: StackCounts,
+}
+
+impl State {
+    fn remember(&mut self, key: StoreKey, admitted: u64) {
+        if self.verdicts.insert(key, admitted).is_none() {
+            self.order.push_back(key);
+        }
+        // What was put meanwhile is in the order still; it goes when its turn comes.
+        while self.order.len() > VERDICTS_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.verdicts.remove(&oldest);
+            }
+        }
+    }
+}
+
+/// What the threads do.
+enum Job {
+    Begin { key: StoreKey, asker: Asker },
+    Arrived(Arrival),
+    Put(PutJob),
+}
+
+struct Shared {
+    tiers: Vec<Arc<dyn Store>>,
+    options: StackOptions,
+    /// Apart from the tiers: answers that come late hold it, and must not hold those.
+    state: Arc<Mutex<State>>,
+}
+
+/// See the module.
+pub struct Stack {
+    shared: Arc<Shared>,
+    crew: Crew<Job>,
+}
+
+impl std::fmt::Debug for Stack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stack").field("tiers", &self.shared.tiers).finish_non_exhaustive()
+    }
+}
+
+impl Stack {
+    /// Of these tiers, the fastest first; at most 64.
+    ///
+    /// # Errors
+    /// No thread could be started, or there are more tiers than that.
+    pub fn new(tiers: Vec<Arc<dyn Store>>, options: StackOptions) -> io::Result<Self> {
+        if tiers.len() > 64 {
+            let reason = format!("{} tiers, and at most 64 make a stack", tiers.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        let named =
+            |tier: &Arc<dyn Store>| TierCounts { name: tier.name().to_owned(), ..TierCounts::default() };
+        let counts = StackCounts { tiers: tiers.iter().map(named).collect(), ..StackCounts::default() };
+        let state = Arc::new(Mutex::new(State { counts, ..State::default() }));
+        let shared = Arc::new(Shared { tiers, options, state });
+        let crew = Crew::start("shoal-tiers", options.threads, options.requests_max, |desk: Desk<Job>| {
+            let shared = Arc::clone(&shared);
+            move |job| match job {
+                Job::Begin { key, asker } => shared.begin(&desk, key, asker),
+                Job::Arrived(arrival) => shared.arrived(&desk, arrival),
+                Job::Put(put) => shared.keep(put),
+            }
+        })?;
+        Ok(Self { shared, crew })
+    }
+
+    /// The tiers, fastest first.
+    #[must_use]
+    pub fn tiers(&self) -> &[Arc<dyn Store>] {
+        &self.shared.tiers
+    }
+
+    /// What it did.
+    #[must_use]
+    pub fn counts(&self) -> StackCounts {
+        self.shared.state.lock().counts.clone()
+    }
+}
+
+impl Store for Stack {
+    fn name(&self) -> &'static str {
+        "tiers"
+    }
+
+    fn contains(&self, key: &StoreKey) -> bool {
+        self.shared.tiers.iter().any(|tier| tier.contains(key))
+    }
+
+    /// Offered to every tier. Admitted if one of them admits it; else the answer of the slowest.
+    fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
+        let mut admitted = 0;
+        let mut answer = Verdict::WornOut { bytes: offer.bytes, writable_bytes: 0 };
+        for (index, tier) in self.shared.tiers.iter().enumerate() {
+            let verdict = tier.offer(key, offer);
+            admitted |= u64::from(verdict.is_admitted()) << index;
+            answer = verdict;
+        }
+        self.shared.state.lock().remember(*key, admitted);
+        if admitted == 0 { answer } else { Verdict::Admit }
+    }
+
+    /// Done as soon as one tier has it; the others go on.
+    fn put(&self, key: StoreKey, source: Buffer, bytes: usize, deadline: Duration) -> Ticket<Stored> {
+        let room = source.as_slice().len();
+        if bytes == 0 || bytes > room {
+            return Ticket::ready(Err(Miss::TooLong { bytes: bytes as u64, bytes_max: room as u64 }));
+        }
+        let (ticket, promise) = Ticket::new(deadline);
+        let mut state = self.shared.state.lock();
+        let admitted = state.verdicts.remove(&key).unwrap_or(u64::MAX);
+        let number = state.begin_put(key);
+        drop(state);
+        let job = Job::Put(PutJob { key, source, bytes, admitted, number, promise });
+        if let Err((Job::Put(put), waiting)) = self.crew.desk().ask(job) {
+            let mut state = self.shared.state.lock();
+            state.counts.refused += 1;
+            state.end_put(&key, number);
+            drop(state);
+            put.refuse(Miss::Busy { waiting });
+        }
+        ticket
+    }
+
+    fn get(&self, key: StoreKey, target: Buffer, deadline: Duration) -> Ticket<Fetched> {
+        let (ticket, promise) = Ticket::new(deadline);
+        let asker = Asker { target, promise };
+        let is_anywhere = self.contains(&key);
+        let mut state = self.shared.state.lock();
+        let is_removed = state.flights.get(&key).is_some_and(|flight| flight.is_removed);
+        if !is_anywhere || is_removed {
+            state.counts.misses += 1;
+            drop(state);
+            asker.refuse(Miss::Absent);
+            return ticket;
+        }
+        if state.waiting >= self.shared.options.requests_max {
+            let waiting = state.waiting;
+            state.counts.refused += 1;
+            drop(state);
+            asker.refuse(Miss::Busy { waiting });
+            return ticket;
+        }
+        state.waiting += 1;
+        if let Some(flight) = state.flights.get_mut(&key) {
+            flight.waiting.push_back(asker);
+            state.counts.shared += 1;
+            return ticket;
+        }
+        state.flights.insert(key, Flight::default());
+        drop(state);
+        // Bounded by what waits.
+        self.crew.desk().go_on(Job::Begin { key, asker });
+        ticket
+    }
+
+    fn hold(&self, key: &StoreKey) -> Option<Held> {
+        self.shared.tiers.iter().find_map(|tier| tier.hold(key))
+    }
+
+    /// From every tier. An error of one is the answer, because it may serve the block later.
+    fn remove(&self, key: StoreKey, deadline: Duration) -> Ticket<bool> {
+        let (ticket, promise) = Ticket::new(deadline);
+        let mut state = self.shared.state.lock();
+        state.verdicts.remove(&key);
+        state.remove_coming(&key);
+        if let Some(flight) = state.flights.get_mut(&key) {
+            flight.is_removed = true;
+        }
+        drop(state);
+        let asked = self.shared.tiers.iter().map(|tier| tier.remove(key, deadline)).collect();
+        keep::gather(asked, promise, |found| found.into_iter().any(|found| found));
+        ticket
+    }
+
+    fn flush(&self, deadline: Duration) -> Ticket<()> {
+        let (ticket, promise) = Ticket::new(deadline);
+        let asked = self.shared.tiers.iter().map(|tier| tier.flush(deadline)).collect();
+        keep::gather(asked, promise, |_| ());
+        ticket
+    }
+}
