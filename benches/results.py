@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass
@@ -106,13 +107,13 @@ def save_gpu(path: Path, rows: list[Row]) -> None:
     """Print the rows and write the file of a part of `tests/gpu/run.sh`, which names driver and commit."""
     for row in rows:
         print(row.line())
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
+    found = shutil.which("nvidia-smi")
+    asked = [found, "--query-gpu=name", "--format=csv,noheader"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout if found else ""
     write(
         path,
         rows,
-        device=next(iter(asked.stdout.splitlines()), None) if asked.returncode == 0 else processor(),
+        device=next(iter(said.splitlines()), None) or processor(),
         driver=os.environ.get("SHOAL_DRIVER") or None,
         cuda=(torch_version() or "").partition("+cu")[2] or None,
         shoal_commit=os.environ.get("SHOAL_COMMIT") or None,

@@ -22,6 +22,9 @@
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
 #   tests/gpu/run.sh shelf_8b       the server with three models of 8B's layers: first tokens by residency, all busy
 #   tests/gpu/run.sh vllm_shelf     the server with four vLLM engines (importable) that share the GPU, and OpenAI's client
+#   tests/gpu/run.sh vllm_burst     three vLLM engines of 8B's layers in overlapping bursts, by $SHOAL_ARMS: shoal, lru, static,
+#                                   kvcached ($SHOAL_KVCACHED_SITE), llama-swap ($SHOAL_LLAMA_SWAP); two of them fit into a call
+#   tests/gpu/run.sh vllm_all_active  the three busy at once with 100, 75 and 50 % of the memory; SHOAL_MPS=1 with MPS
 # From python on they use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_arena, cuda_sleep_wake, cuda_swap,
 # cuda_churn, cuda_kv_grow, faults, pool, swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
@@ -111,6 +114,7 @@ first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
 shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
+vllm_burst | vllm_all_active) python3 -X faulthandler -m tests.gpu.vllm_load "${part#vllm_}" ;;
 vllm) python3 -X faulthandler -m tests.gpu.vllm_part ;;
 vmm) "$(program cuda_vmm)" ;;
 copies) "$(program cuda_copies)" ;;
@@ -136,7 +140,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, vllm and vllm_shelf" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, vllm, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac

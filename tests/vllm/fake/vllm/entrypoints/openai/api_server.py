@@ -133,13 +133,15 @@ async def build_and_serve(engine, listen_address, sock, args):
                     await stream.prepare(request)
                 piece = {"choices": [{"index": 0, "text": bytes(tokens).decode()}]}
                 await stream.write(f"data: {json.dumps(piece)}\n\n".encode())
-        if stream is not None:
-            await stream.write(b"data: [DONE]\n\n")
-            return stream
         usage = {
             "prompt_tokens": len(prompt), "completion_tokens": len(text),
             "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
+        if stream is not None:
+            if body.get("stream_options", {}).get("include_usage"):
+                await stream.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode())
+            await stream.write(b"data: [DONE]\n\n")
+            return stream
         choices = [{"index": 0, "text": bytes(text).decode()}]
         # What nobody else would pass on shows that bodies are not touched on their way.
         return web.json_response({"choices": choices, "usage": usage, "echo": body.get("vllm_xargs")})
