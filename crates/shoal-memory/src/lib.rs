@@ -14,6 +14,7 @@
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
 //! | [`store`] | [`Store`](store::Store): blocks by name, on whatever tier |
 //! | [`disk`] | [`DiskTier`](disk::DiskTier): blocks that outlive the process |
+//! | [`remote`] | [`RemoteTier`](remote::RemoteTier): blocks that several servers share |
 //! | [`error`] | why something was not done |
 //!
 //! How locks nest: first the turn of restores, then the *gate* (I13: steps share it, evictions take it alone), then the *turn* (one operation changes
@@ -42,6 +43,7 @@ pub mod lease;
 pub mod manager;
 pub mod pool;
 pub mod region;
+pub mod remote;
 pub mod segments;
 pub mod store;
 pub mod transfer;

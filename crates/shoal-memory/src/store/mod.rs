@@ -6,7 +6,7 @@
 //! done at once, and nothing has to be invalidated.
 
 mod buffer;
-mod crew;
+pub(crate) mod crew;
 mod host;
 mod stack;
 mod ticket;

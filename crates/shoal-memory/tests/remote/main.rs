@@ -1,0 +1,474 @@
+//! The remote tier over real sockets, against fakes that are slow, wrong and gone: what is served is what was put (I8),
+//! every ticket is answered (I10), and an outage costs misses only.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests, which report what they played")]
+
+mod fakes;
+
+use std::collections::HashSet;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use fakes::{FAULTS, Fake, Fault, Protocol};
+use shoal_core::bytes::ByteCount;
+use shoal_core::store::health::HealthRule;
+use shoal_memory::remote::{HEAD_BYTES, RedisSpec, RemoteKey, RemoteOptions, RemoteSpec, RemoteTier, S3Spec};
+use shoal_memory::store::{
+    AdmissionRule, Aligned, Buffer, Fingerprint, HostOptions, HostTier, Miss, Offer, Stack, StackOptions,
+    Store, StoreKey, Stored,
+};
+
+const WAIT: Duration = Duration::from_mins(1);
+const ROOM: usize = 24 << 10;
+
+fn key(block: u64) -> StoreKey {
+    StoreKey { fingerprint: Fingerprint(1), tenant: 2, block: block.into() }
+}
+
+fn content(block: u64) -> Vec<u8> {
+    let length = 1 + usize::try_from(block * 4099 % 20_000).unwrap();
+    (0..length).map(|at| u8::try_from((block * 31 + at as u64) % 251).unwrap()).collect()
+}
+
+fn put(store: &dyn Store, block: u64) -> Result<Stored, Miss> {
+    let bytes = content(block);
+    store.put(key(block), Buffer::Own(Aligned::copy_of(&bytes)), bytes.len(), WAIT).wait()
+}
+
+fn get(store: &dyn Store, block: u64) -> Result<Vec<u8>, Miss> {
+    store.get(key(block), Buffer::zeroed(ROOM), WAIT).wait().map(|fetched| fetched.as_slice().to_vec())
+}
+
+/// Waits for what threads do, for as long as it takes on a busy machine.
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let by = Instant::now() + WAIT;
+    while !is_so() {
+        assert!(Instant::now() < by, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn spec(protocol: Protocol, address: &str) -> RemoteSpec {
+    match protocol {
+        Protocol::S3 => RemoteSpec::S3(S3Spec {
+            address: address.to_owned(),
+            bucket: "blocks".to_owned(),
+            prefix: "here/".to_owned(),
+            region: "us-east-1".to_owned(),
+            access_key: "someone".to_owned(),
+            secret_key: "a secret".to_owned(),
+        }),
+        Protocol::Redis => RemoteSpec::Redis(RedisSpec {
+            address: address.to_owned(),
+            login: Some((String::new(), "a secret".to_owned())),
+            database: 3,
+            prefix: "shoal/".to_owned(),
+            keep: None,
+        }),
+    }
+}
+
+/// Patient, and never set aside.
+fn patient() -> RemoteOptions {
+    RemoteOptions {
+        try_deadline: WAIT,
+        tries_max: 10,
+        backoff: Duration::from_millis(2),
+        health: HealthRule { failures_max: u32::MAX, ..HealthRule::default() },
+        admission: AdmissionRule { uses_min: 1 },
+        ..RemoteOptions::new(RemoteKey([7; 32]))
+    }
+}
+
+fn open(protocol: Protocol, fake: &Fake, options: RemoteOptions) -> RemoteTier {
+    RemoteTier::open(&spec(protocol, &fake.address), options).unwrap()
+}
+
+fn serves_what_was_put(spec: &RemoteSpec) {
+    let tier = RemoteTier::open(spec, patient()).unwrap();
+    for block in 0..12 {
+        assert_eq!(get(&tier, block), Err(Miss::Absent));
+        assert_eq!(put(&tier, block), Ok(Stored::Written));
+        assert_eq!(put(&tier, block), Ok(Stored::Already));
+        assert_eq!(get(&tier, block), Ok(content(block)));
+        assert!(tier.contains(&key(block)));
+    }
+    assert_eq!(tier.flush(WAIT).wait(), Ok(()));
+    let short = tier.get(key(7), Buffer::zeroed(4096), WAIT).wait().unwrap_err();
+    assert_eq!(short, Miss::TooLong { bytes: content(7).len() as u64, bytes_max: 4096 });
+    assert_eq!(tier.remove(key(3), WAIT).wait(), Ok(true));
+    assert_eq!(get(&tier, 3), Err(Miss::Absent));
+
+    // Another server with the same key.
+    let other = RemoteTier::open(spec, patient()).unwrap();
+    assert_eq!(other.look(key(3), WAIT).wait(), Ok(false));
+    assert!(!other.contains(&key(4)), "nobody has looked yet");
+    until("it was looked for in the background", || other.contains(&key(4)));
+    assert_eq!(get(&other, 4), Ok(content(4)));
+    // And one that holds another.
+    let stranger = RemoteTier::open(spec, RemoteOptions { key: RemoteKey([8; 32]), ..patient() }).unwrap();
+    assert_eq!(get(&stranger, 4), Err(Miss::Corrupt));
+    assert_eq!(get(&other, 4), Ok(content(4)), "it is left as it is");
+    let counts = tier.usage().counts;
+    assert_eq!((counts.written, counts.hits, counts.corrupt), (12, 12, 0));
+}
+
+#[test]
+fn all_kinds_serve_what_was_put() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let fake = Fake::start(protocol, |_| Fault::None);
+        serves_what_was_put(&spec(protocol, &fake.address));
+        fake.stop();
+    }
+    let directory = tempfile::tempdir().unwrap();
+    serves_what_was_put(&RemoteSpec::Directory(directory.path().to_owned()));
+    let is_part = |path: &Path| path.extension().is_some_and(|extension| extension == "part");
+    let mut paths = vec![directory.path().to_owned()];
+    while let Some(path) = paths.pop() {
+        assert!(!is_part(&path), "{} is left over", path.display());
+        if path.is_dir() {
+            paths.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+}
+
+#[test]
+fn what_passes_is_tried_again() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        for fault in [Fault::Close, Fault::Fail, Fault::Cut, Fault::Noise, Fault::Hang, Fault::Trickle] {
+            let count = AtomicUsize::new(0);
+            let is_first = move |_: &str| {
+                if count.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) { fault } else { Fault::None }
+            };
+            let fake = Fake::start(protocol, is_first);
+            // What hangs is waited for as long as a try may take.
+            let is_hanging = fault == Fault::Hang;
+            let try_deadline = if is_hanging { Duration::from_millis(200) } else { WAIT };
+            let tier = open(protocol, &fake, RemoteOptions { try_deadline, tries_max: 200, ..patient() });
+            assert_eq!(put(&tier, 5), Ok(Stored::Written), "{fault:?}");
+            assert_eq!(get(&tier, 5), Ok(content(5)), "{fault:?}");
+            assert!(fake.count(|_, given| given == fault) > 0);
+            assert_eq!(tier.usage().counts.corrupt, 0);
+            fake.stop();
+        }
+    }
+}
+
+#[test]
+fn a_refusal_is_not_repeated() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let fake = Fake::start(protocol, |_| Fault::Deny);
+        let tier = open(protocol, &fake, patient());
+        let Err(Miss::Failed { reason, .. }) = put(&tier, 1) else { panic!("it was refused") };
+        assert!(reason.contains("AccessDenied") || reason.contains("NOAUTH"), "{reason}");
+        assert_eq!(fake.count(|_, _| true), 1);
+        fake.stop();
+    }
+}
+
+#[test]
+fn nothing_is_served_that_is_not_what_was_put() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        for fault in [Fault::Flip, Fault::Short, Fault::Other] {
+            let fake = Fake::start(protocol, move |verb| if verb == "GET" { fault } else { Fault::None });
+            let tier = open(protocol, &fake, patient());
+            for block in 1..5 {
+                put(&tier, block).unwrap();
+            }
+            for block in 1..5 {
+                let read = get(&tier, block);
+                let is_found = matches!(read, Err(Miss::Corrupt | Miss::TooLong { .. }));
+                assert!(is_found, "{fault:?}: {read:?}");
+            }
+            assert!(!tier.contains(&key(1)), "it is not asked for again for now");
+            fake.stop();
+        }
+    }
+    // Every bit of an object counts.
+    let fake = Fake::start(Protocol::S3, |_| Fault::None);
+    put(&open(Protocol::S3, &fake, patient()), 0).unwrap();
+    let (name, object) = fake.objects.lock().drain().next().unwrap();
+    assert_eq!(object.len(), HEAD_BYTES + content(0).len());
+    for bit in 0..object.len() * 8 {
+        let mut wrong = object.clone();
+        wrong[bit / 8] ^= 1 << (bit % 8);
+        fake.objects.lock().insert(name.clone(), wrong);
+        // Nothing is remembered of one that is damaged.
+        if bit % 64 == 0 || bit / 8 >= HEAD_BYTES {
+            let tier = open(Protocol::S3, &fake, RemoteOptions { connections: 1, ..patient() });
+            assert_eq!(get(&tier, 0), Err(Miss::Corrupt), "bit {bit}");
+        }
+    }
+    fake.stop();
+}
+
+#[test]
+fn an_outage_costs_misses_and_no_waiting() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let is_out = Arc::new(AtomicBool::new(false));
+        let out = Arc::clone(&is_out);
+        let fake =
+            Fake::start(
+                protocol,
+                move |_| {
+                    if out.load(Ordering::Relaxed) { Fault::Close } else { Fault::None }
+                },
+            );
+        let health = HealthRule { failures_max: 3, window_ms: 600_000, retry_ms: 1 };
+        let retry_max = Duration::from_millis(1);
+        let tier = open(protocol, &fake, RemoteOptions { health, retry_max, tries_max: 1, ..patient() });
+        put(&tier, 1).unwrap();
+        is_out.store(true, Ordering::Relaxed);
+        let before = fake.count(|_, _| true);
+        while tier.usage().counts.asides == 0 {
+            let miss = get(&tier, 1).unwrap_err();
+            assert!(matches!(miss, Miss::Failed { .. }), "{miss}");
+        }
+        assert_eq!(tier.usage().counts.failed, 3);
+        assert!(fake.count(|_, _| true) >= before + 3);
+        is_out.store(false, Ordering::Relaxed);
+        until("it is asked again", || get(&tier, 1) == Ok(content(1)));
+        assert_eq!(tier.usage().aside, None);
+        fake.stop();
+    }
+    // Where nobody listens; for so long that it is not asked again here.
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let health = HealthRule { failures_max: 2, window_ms: 600_000, retry_ms: 3_600_000 };
+    let options = RemoteOptions { health, retry_max: Duration::from_hours(1), tries_max: 1, ..patient() };
+    let tier = RemoteTier::open(&spec(Protocol::Redis, &address), options).unwrap();
+    for _ in 0..2 {
+        assert!(matches!(get(&tier, 1), Err(Miss::Failed { .. })));
+    }
+    for block in 0..100 {
+        let ticket = tier.get(key(block), Buffer::zeroed(ROOM), WAIT);
+        assert!(ticket.is_done(), "nobody is asked");
+        assert!(matches!(ticket.wait(), Err(Miss::Aside { .. })));
+        assert!(!tier.contains(&key(block)));
+        assert!(matches!(put(&tier, block), Err(Miss::Aside { .. })));
+    }
+    assert!(!tier.offer(&key(1), &Offer { bytes: 1, recompute_us: None }).is_admitted());
+    let usage = tier.usage();
+    assert_eq!((usage.counts.asides, usage.put_bytes), (1, 0));
+    assert!(usage.aside.is_some());
+}
+
+#[test]
+fn what_waits_has_a_bound() {
+    let fake = Fake::start(Protocol::Redis, |_| Fault::Hang);
+    let options = RemoteOptions {
+        connections: 1,
+        requests_max: 2,
+        put_bytes_max: ByteCount(30_000),
+        try_deadline: WAIT,
+        ..patient()
+    };
+    let tier = open(Protocol::Redis, &fake, options);
+    let first = tier.get(key(1), Buffer::zeroed(ROOM), WAIT);
+    until("the first one hangs", || fake.count(|_, _| true) == 1);
+    let bytes = content(4).len();
+    let source = || Buffer::Own(Aligned::copy_of(&content(4)));
+    let waiting = tier.put(key(4), source(), bytes, WAIT);
+    let too_much = tier.put(key(5), source(), bytes, WAIT);
+    assert!(matches!(too_much.wait(), Err(Miss::Busy { .. })), "more bytes than may wait");
+    let second = tier.get(key(2), Buffer::zeroed(ROOM), WAIT);
+    let third = tier.get(key(3), Buffer::zeroed(ROOM), WAIT).wait();
+    assert_eq!(third.unwrap_err(), Miss::Busy { waiting: 2 });
+    let late = tier.flush(Duration::from_millis(1)).wait();
+    assert_eq!(late, Err(Miss::Deadline), "a put is under way");
+    drop(tier);
+    for ticket in [first, second] {
+        // The one that hangs has its time; nobody waits for it here.
+        ticket.cancel();
+        drop(ticket);
+    }
+    assert_eq!(waiting.wait(), Err(Miss::Closed));
+    fake.stop();
+}
+
+#[test]
+fn a_deadline_holds_when_the_remote_hangs() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let fake = Fake::start(protocol, |_| Fault::Hang);
+        let tier = open(protocol, &fake, patient());
+        let tickets: Vec<_> = (0..20)
+            .map(|block| tier.get(key(block), Buffer::zeroed(ROOM), Duration::from_millis(50)))
+            .collect();
+        for ticket in tickets {
+            assert_eq!(ticket.wait().unwrap_err(), Miss::Deadline);
+        }
+        fake.stop();
+    }
+}
+
+#[test]
+fn what_was_removed_while_it_was_written_is_gone() {
+    let fake = Fake::start(Protocol::S3, |verb| if verb == "PUT" { Fault::Trickle } else { Fault::None });
+    let tier = open(Protocol::S3, &fake, patient());
+    for block in 0..30 {
+        let bytes = content(block);
+        let put = tier.put(key(block), Buffer::Own(Aligned::copy_of(&bytes)), bytes.len(), WAIT);
+        let removed = tier.remove(key(block), WAIT);
+        removed.wait().unwrap();
+        assert_eq!(get(&tier, block), Err(Miss::Absent));
+        let _ = put.wait();
+        until("what was put before is gone", || fake.objects.lock().is_empty());
+        assert_eq!(get(&tier, block), Err(Miss::Absent));
+    }
+    fake.stop();
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
+    }
+}
+
+/// One history of a stack of host and remote, with faults of all kinds. How many objects were given wrong.
+fn play(protocol: Protocol, seed: u64) -> usize {
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut faults = Random(random.below(u64::MAX) | 1);
+    let percent = [5, 30, 70][usize::try_from(random.below(3)).unwrap()];
+    let fake = Fake::start(protocol, move |_| {
+        let is_fault = faults.below(100) < percent;
+        let index = usize::try_from(faults.below(FAULTS.len() as u64)).unwrap();
+        if is_fault { FAULTS[index] } else { Fault::None }
+    });
+    let options = RemoteOptions {
+        try_deadline: Duration::from_millis(20),
+        tries_max: 3,
+        connections: 3,
+        health: HealthRule { failures_max: 6, window_ms: 1000, retry_ms: 1 },
+        retry_max: Duration::from_millis(5),
+        absent_for: Duration::from_millis(1),
+        ..patient()
+    };
+    let remote = Arc::new(open(protocol, &fake, options));
+    let host = Arc::new(HostTier::new(HostOptions::new(ByteCount(60_000))));
+    let stack =
+        Stack::new(vec![host as Arc<dyn Store>, Arc::clone(&remote) as _], StackOptions::default()).unwrap();
+    let mut ever = HashSet::new();
+    for _ in 0..6 {
+        let (mut gets, mut puts) = (Vec::new(), Vec::new());
+        for _ in 0..random.below(20) {
+            let block = random.below(12);
+            match random.below(8) {
+                0..3 => {
+                    let bytes = content(block);
+                    let source = Buffer::Own(Aligned::copy_of(&bytes));
+                    puts.push(stack.put(key(block), source, bytes.len(), WAIT));
+                    ever.insert(block);
+                }
+                3 => drop(stack.remove(key(block), WAIT)),
+                4 => gets.push((block, remote.get(key(block), Buffer::zeroed(ROOM), WAIT))),
+                _ => gets.push((block, stack.get(key(block), Buffer::zeroed(ROOM), WAIT))),
+            }
+        }
+        for (block, ticket) in gets {
+            match ticket.wait() {
+                Ok(fetched) => {
+                    assert!(ever.contains(&block), "seed {seed}");
+                    assert_eq!(fetched.as_slice(), content(block), "seed {seed}: block {block}");
+                }
+                Err(miss) => assert!(!matches!(miss, Miss::Closed), "seed {seed}"),
+            }
+        }
+        for ticket in puts {
+            assert_ne!(ticket.wait().err(), Some(Miss::Closed), "seed {seed}");
+        }
+    }
+    until("all that waited is over", || remote.usage().put_bytes == 0);
+    fake.stop();
+    let wrong =
+        |verb: &str, fault| verb == "GET" && matches!(fault, Fault::Flip | Fault::Short | Fault::Other);
+    fake.count(wrong)
+}
+
+#[test]
+fn histories_with_faults() {
+    let mut wrong = 0;
+    let histories = std::env::var("SHOAL_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
+    for seed in 0..histories {
+        wrong += play(Protocol::S3, seed) + play(Protocol::Redis, seed);
+    }
+    println!("asked {wrong} times while objects were given wrong; none of them was served");
+    assert!(wrong > 0);
+}
+
+#[test]
+fn a_place_that_is_written_wrongly_is_refused() {
+    let s3 = |address: &str, prefix: &str| match spec(Protocol::S3, address) {
+        RemoteSpec::S3(spec) => RemoteSpec::S3(S3Spec { prefix: prefix.to_owned(), ..spec }),
+        other => other,
+    };
+    for (spec, word) in [
+        (s3("https://store.example", ""), "proxy"),
+        (s3("store.example:80", "with space/"), "prefix"),
+        (s3("", ""), "address"),
+        (RemoteSpec::Directory("here".into()), "absolute"),
+    ] {
+        let error = RemoteTier::open(&spec, patient()).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    let shown = format!("{:?} {:?}", spec(Protocol::S3, "a"), spec(Protocol::Redis, "a"));
+    assert!(!shown.contains("a secret"), "{shown}");
+}
+
+/// A Redis or Valkey of this machine, on a port of its own.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_real_redis_serves_what_was_put() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let started = ["redis-server", "valkey-server"].into_iter().find_map(|program| {
+        let mut command = Command::new(program);
+        command.args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""]);
+        command.args(["--requirepass", "a secret", "--dir", directory.path().to_str().unwrap()]);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()
+    });
+    let Some(server) = started else {
+        println!("skipped: neither redis-server nor valkey-server is installed");
+        return;
+    };
+    let _server = Server(server);
+    let spec = spec(Protocol::Redis, &address.to_string());
+    let tier = RemoteTier::open(&spec, patient()).unwrap();
+    until("the server answers", || tier.look(key(99), WAIT).wait() == Ok(false));
+    serves_what_was_put(&spec);
+}
+
+#[test]
+fn a_real_object_store_serves_what_was_put() {
+    // `SHOAL_S3=host:port/bucket/access-key/secret-key`, of a store that may be written to.
+    let Ok(place) = std::env::var("SHOAL_S3") else {
+        println!("skipped: SHOAL_S3 names no object store");
+        return;
+    };
+    let [address, bucket, access_key, secret_key] =
+        place.splitn(4, '/').map(str::to_owned).collect::<Vec<_>>().try_into().unwrap();
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    serves_what_was_put(&RemoteSpec::S3(S3Spec {
+        address,
+        bucket,
+        prefix: format!("shoal-test-{}/", since.as_nanos()),
+        region: "us-east-1".to_owned(),
+        access_key,
+        secret_key,
+    }));
+}
