@@ -73,7 +73,9 @@ impl Wire for Files {
             .write_all(head)
             .and_then(|()| file.write_all(body))
             .and_then(|()| file.sync_data())
-            .and_then(|()| fs::rename(&part, &path));
+            .and_then(|()| fs::rename(&part, &path))
+            // The name too is to be there after the power failed.
+            .and_then(|()| path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all()));
         written.map_err(|error| {
             // What is left of it is nobody's.
             let _ = fs::remove_file(&part);

@@ -50,6 +50,9 @@ use self::work::{Job, Worker};
 use crate::store::crew::Crew;
 use crate::store::{Buffer, Fetched, Miss, Offer, Promise, Store, StoreKey, Stored, Ticket, Verdict};
 
+/// Names that are looked for in the background at a time, for each connection.
+const LOOKING_EACH: usize = 8;
+
 /// Where the remote is.
 #[derive(Clone, Debug)]
 pub enum RemoteSpec {
@@ -162,6 +165,8 @@ struct State {
     /// Puts that are under way, by number.
     putting: std::collections::BTreeMap<u64, StoreKey>,
     flushes: Vec<(u64, Promise<()>)>,
+    /// Names that are being looked for with nobody waiting.
+    looking: usize,
 }
 
 struct Shared {
@@ -258,6 +263,7 @@ impl RemoteTier {
             put_next: 0,
             putting: std::collections::BTreeMap::new(),
             flushes: Vec::new(),
+            looking: 0,
         };
         let breaker = Breaker::new(options.health, options.retry_max, 2 * options.try_deadline);
         let (connections, requests_max) = (options.connections.clamp(1, 256), options.requests_max.max(1));
@@ -315,7 +321,10 @@ impl Store for RemoteTier {
         }
         let mut state = self.shared.state.lock();
         let known = state.presence.find(key, Instant::now());
-        if known.is_none() {
+        // What nobody waits for must not keep others waiting.
+        let has_room = state.looking < LOOKING_EACH * self.shared.options.connections.max(1);
+        if known.is_none() && has_room {
+            state.looking += 1;
             state.presence.looking(key, Instant::now());
             state.counts.probes += 1;
             drop(state);

@@ -61,7 +61,7 @@ impl Redis {
         body: Option<[&[u8]; 2]>,
         until: Instant,
     ) -> Result<(Link, Answer), WireError> {
-        if let Some(mut link) = self.link.take() {
+        if let Some(mut link) = self.link.take().filter(Link::is_fresh) {
             // One that was kept may have been closed meanwhile: then it is as if there had been none.
             match ask(&mut link, words, body, until) {
                 Err(WireError::Passing(_)) => {}

@@ -148,7 +148,7 @@ impl S3 {
             body[0].len() + body[1].len()
         );
         let parts = [said.as_bytes(), body[0], body[1]];
-        if let Some(mut link) = self.link.take() {
+        if let Some(mut link) = self.link.take().filter(Link::is_fresh) {
             // One that was kept may have been closed meanwhile: then it is as if there had been none.
             match ask(&mut link, &parts, until) {
                 Err(WireError::Passing(_)) => {}

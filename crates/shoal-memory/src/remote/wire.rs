@@ -15,6 +15,9 @@ const LINE_MAX: usize = 16 << 10;
 /// The least that a socket waits: zero would be forever.
 const WAIT_MIN: Duration = Duration::from_millis(1);
 
+/// A connection that nothing passed over for so long may be forgotten by what lies between, without a word.
+const IDLE_MAX: Duration = Duration::from_secs(20);
+
 /// Why something was not done.
 #[derive(Debug)]
 pub(super) enum WireError {
@@ -86,6 +89,8 @@ pub(super) struct Link {
     stream: TcpStream,
     buffer: Vec<u8>,
     at: usize,
+    /// When something was read last.
+    used: Instant,
 }
 
 impl Link {
@@ -100,13 +105,18 @@ impl Link {
             match TcpStream::connect_timeout(&address, left(until)?) {
                 Ok(stream) => {
                     stream.set_nodelay(true)?;
-                    return Ok(Self { stream, buffer: Vec::new(), at: 0 });
+                    return Ok(Self { stream, buffer: Vec::new(), at: 0, used: Instant::now() });
                 }
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => last = WireError::Late,
                 Err(error) => last = WireError::Passing(format!("cannot connect to {address}: {error}")),
             }
         }
         Err(last)
+    }
+
+    /// Whether it may be used again.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.used.elapsed() < IDLE_MAX
     }
 
     pub(super) fn send(&mut self, parts: &[&[u8]], until: Instant) -> Result<(), WireError> {
@@ -130,7 +140,10 @@ impl Link {
             self.stream.set_read_timeout(Some(left(until)?))?;
             match self.stream.read(place) {
                 Ok(0) => return Err(WireError::Passing("the connection was closed".to_owned())),
-                Ok(read) => return Ok(read),
+                Ok(read) => {
+                    self.used = Instant::now();
+                    return Ok(read);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }

@@ -60,7 +60,10 @@ impl Job {
                 promise.answer(Err(miss));
             }
             Self::Look { key, promise } => {
-                shared.state.lock().presence.forget(&key);
+                let mut state = shared.state.lock();
+                state.presence.forget(&key);
+                state.looking -= usize::from(promise.is_none());
+                drop(state);
                 if let Some(promise) = promise {
                     promise.answer(Err(miss));
                 }
@@ -130,6 +133,7 @@ impl Worker {
                 let is_over = || promise.as_ref().is_some_and(Promise::is_cancelled);
                 let found = self.tries(deadline, is_over, |wire, until| wire.has(&name, until));
                 let mut state = self.shared.state.lock();
+                state.looking -= usize::from(promise.is_none());
                 match &found {
                     Ok(is_there) => state.presence.note(&key, *is_there, Instant::now()),
                     Err(_) => state.presence.forget(&key),

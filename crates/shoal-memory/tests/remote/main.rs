@@ -290,6 +290,33 @@ fn what_waits_has_a_bound() {
 }
 
 #[test]
+fn what_nobody_waits_for_keeps_nobody_waiting() {
+    let is_slow = Arc::new(AtomicBool::new(true));
+    let slow = Arc::clone(&is_slow);
+    let fake = Fake::start(Protocol::Redis, move |verb| {
+        if verb == "EXISTS" && slow.load(Ordering::Relaxed) { Fault::Hang } else { Fault::None }
+    });
+    let options = RemoteOptions { connections: 2, requests_max: 20, tries_max: 1, ..patient() };
+    let options = RemoteOptions { try_deadline: Duration::from_millis(500), ..options };
+    let tier = open(Protocol::Redis, &fake, options);
+    for block in 100..300 {
+        assert!(!tier.contains(&key(block)));
+    }
+    assert!(tier.usage().counts.probes <= 16, "no more are looked for at a time");
+    // A try may be too short on a busy machine; room in the queue there always is.
+    let puts = |block| match put(&tier, block) {
+        Err(Miss::Busy { .. }) => panic!("there is room in the queue"),
+        other => other.is_ok(),
+    };
+    until("it is written", || puts(1));
+    is_slow.store(false, Ordering::Relaxed);
+    until("it is written", || puts(299));
+    let other = open(Protocol::Redis, &fake, patient());
+    until("it is found in the end", || other.contains(&key(299)));
+    fake.stop();
+}
+
+#[test]
 fn a_deadline_holds_when_the_remote_hangs() {
     for protocol in [Protocol::S3, Protocol::Redis] {
         let fake = Fake::start(protocol, |_| Fault::Hang);
