@@ -472,8 +472,21 @@ def test_bad_shapes_are_refused_in_words(mem: shoal.MemoryManager) -> None:
     with pytest.raises(TypeError, match="KvGroupSpec"):
         mem.kv_cache(groups=["a"], max_bytes="8MiB")
     kv = small(mem, eviction=None)
+    assert kv.usage()["block_tokens"] is None
     with pytest.raises(shoal.RegionError, match="finds nothing again"):
         kv.match([1, 2])
+
+
+def test_groups_of_different_tokens_a_block_are_refused_where_prefixes_shall_be_found(mem: shoal.MemoryManager) -> None:
+    groups = [KvGroupSpec("a", 1, 8, "latent", None, 16), KvGroupSpec("b", 1, 8, "latent", None, 32)]
+    with pytest.raises(ValueError, match=r"blocks of 16 and of 32 tokens.*the same block_tokens"):
+        mem.kv_cache(groups=groups, max_bytes="8MiB")
+    kv = mem.kv_cache(groups=groups, max_bytes="8MiB", eviction=None)
+    assert all(group.alloc(3) is not None for group in kv.groups)
+    same = [groups[0], KvGroupSpec("b", 1, 8, "latent", None, 16), KvGroupSpec("c", 1, 8, "state")]
+    assert mem.kv_cache(groups=same, max_bytes="8MiB", name="same").usage()["block_tokens"] == 16
+    only = mem.kv_cache(groups=[KvGroupSpec("c", 1, 8, "state")], max_bytes="8MiB", name="states")
+    assert only.usage()["block_tokens"] is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

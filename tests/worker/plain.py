@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 
 from shoal.worker.memory import ShortageError
+
+if TYPE_CHECKING:
+    import random
 
 
 class PlainKv:
@@ -26,7 +30,8 @@ class PlainKv:
         self.known: dict[tuple[str, tuple[int, ...]], int] = {}
         self.cached: list[int] = []  # sealed and nobody's, the next to be evicted first
         self.digests: dict[int, bytes] = {}
-        self.peak = self.refusals = self.evicted = self.found = 0
+        self.peak = self.refusals = self.evicted = self.found = self.moved = 0
+        self.hints: list[int] = []
 
     def tensor(self):
         return self.arena.view(self.dtype).view(self.shape)
@@ -121,6 +126,31 @@ class PlainKv:
         for block in list(self.sealed):
             self._forget(block)
 
+    def hint(self, blocks):
+        self.hints.append(blocks)
+
+    def compact(self):
+        """Move blocks to where none is, at random: whoever does not follow reads poison."""
+        draw, moves = self.memory.moves, {}
+        if draw is None:
+            return moves
+        free = [block for block in range(self.shape[0]) if block not in self.owners and block not in self.sealed]
+        for block in sorted({*self.owners, *self.sealed}):
+            if not free or draw.random() < 0.5:
+                continue
+            target = moves[block] = free.pop(draw.randrange(len(free)))
+            self._of(target).copy_(self._of(block))
+            self._of(block).fill_(0xFF)
+            if block in self.owners:
+                self.owners[target] = self.owners.pop(block)
+            if block in self.sealed:
+                content = self.sealed[target] = self.sealed.pop(block)
+                self.digests[target] = self.digests.pop(block)
+                self.known[content] = target
+            self.cached = [target if cached == block else cached for cached in self.cached]
+        self.moved += len(moves)
+        return moves
+
     def record_step(self, stream):
         assert stream == 0
 
@@ -137,11 +167,13 @@ class PlainMemory:
     """What the tests turn.
 
     `blocks_max`: KV blocks that may have memory; `closed`: no guard can be entered; `close_at`: numbers of guards
-    before which it closes by itself, so that the moment is the same in every run.
+    before which it closes by itself, so that the moment is the same in every run; `moves`: where blocks go
+    when they may be moved.
     """
 
-    def __init__(self, blocks_max: int = 1 << 30) -> None:
+    def __init__(self, blocks_max: int = 1 << 30, moves: random.Random | None = None) -> None:
         self.blocks_max = blocks_max
+        self.moves = moves
         self.closed = False
         self.close_at: set[int] = set()
         self.guards = 0

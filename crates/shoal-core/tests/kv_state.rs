@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::{BlockShape, CacheLayout, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::limit::LimitError;
+use shoal_core::kv::reuse::ReuseOptions;
 use shoal_core::kv::state::{GranuleId, KvError, KvState};
 
 const MIB: u64 = 1 << 20;
@@ -129,6 +130,60 @@ fn what_was_needed_lately_is_kept_and_then_goes() {
     state.advance(at(9.0));
     release(&mut state);
     assert_eq!(state.mapped_bytes(), ByteCount::ZERO, "the step did not come");
+}
+
+#[test]
+fn what_is_announced_comes_whatever_is_kept_ahead() {
+    let spec = CacheSpec {
+        groups: vec![group("full", 32, 64)],
+        order: PlaneOrder::BlockMajor,
+        bytes: ByteCount::mib(64),
+        granule_bytes_max: ByteCount::mib(16),
+    };
+    let layout = CacheLayout::new(&spec).expect("a layout");
+    let mut state = KvState::new(layout, ByteCount::ZERO, None).expect("no index");
+    let everything = ByteCount(u64::MAX);
+    let ids = alloc(&mut state, 0, 4).expect("8 MiB");
+    assert_eq!(state.plan_spare(everything, everything).expect("planned"), [], "nothing is foretold");
+    state.hint(0, 6, Duration::ZERO).expect("a group");
+    for granule in state.plan_spare(everything, everything).expect("planned") {
+        state.mapped(granule).expect("coming");
+    }
+    assert!(state.pool(0).expect("a group").available() >= 6);
+    assert_eq!(release(&mut state), 0, "it is expected");
+    let more = alloc(&mut state, 0, 5).expect("they have memory");
+    state.advance(Duration::ZERO);
+    assert_eq!(state.usage().groups[0].spare_target, 1, "five of the six have come");
+    state.free(0, &more).expect("owned");
+    state.hint(0, 1000, Duration::ZERO).expect("a group");
+    assert_eq!(state.usage().groups[0].spare_target, 28, "no more than there is");
+    state.hint(0, 0, Duration::ZERO).expect("a group");
+    assert!(release(&mut state) > 0, "nothing is announced any more");
+    state.free(0, &ids).expect("owned");
+}
+
+#[test]
+fn groups_whose_blocks_have_different_tokens_find_no_prefixes_and_say_so() {
+    let latent = |name: &str, tokens| GroupSpec {
+        name: name.to_owned(),
+        layers: 1,
+        shape: BlockShape::Latent { tokens, dim: 4096 },
+        element_bytes: 2,
+    };
+    let layout = |second| {
+        let spec = CacheSpec {
+            groups: vec![latent("a", 16), latent("b", second)],
+            order: PlaneOrder::BlockMajor,
+            bytes: ByteCount::mib(64),
+            granule_bytes_max: ByteCount::mib(16),
+        };
+        CacheLayout::new(&spec).expect("a layout")
+    };
+    let reuse = Some(ReuseOptions::default());
+    let refused = KvState::new(layout(48), ByteCount::ZERO, reuse).expect_err("no common step");
+    assert_eq!(refused, KvError::MixedTokens { first: 16, other: 48 });
+    assert_eq!(KvState::new(layout(48), ByteCount::ZERO, None).expect("no index").block_tokens(), None);
+    assert_eq!(KvState::new(layout(16), ByteCount::ZERO, reuse).expect("an index").block_tokens(), Some(16));
 }
 
 #[test]

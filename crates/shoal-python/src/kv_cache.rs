@@ -421,6 +421,7 @@ impl PyKvCache {
         dict.set_item("live", usage.live.0)?;
         dict.set_item("cached", usage.cached.0)?;
         dict.set_item("empty", usage.empty.0)?;
+        dict.set_item("block_tokens", cache.block_tokens())?;
         let groups = PyList::empty(py);
         for group in usage.groups {
             let entry = PyDict::new(py);

@@ -275,7 +275,7 @@ class KvCache:
         Raises
         ------
         RegionError
-            If the cache was made with ``eviction=None``, or its groups have blocks of different tokens.
+            If the cache was made with ``eviction=None``, or holds only states.
         """
         tokens, groups = self._native.find(_salt(salt), token_ids)
         return tokens, self._of_one(groups)
@@ -529,8 +529,9 @@ class KvCache:
         -------
         dict
             In bytes: ``limit``, ``reservation`` (the most a limit can be), ``mapped``, ``live`` (blocks with an owner),
-            ``cached``, ``empty`` (memory in which nothing lies). ``revision`` of the limit. ``groups``: for each
-            ``mapped`` and counts of blocks.
+            ``cached``, ``empty`` (memory in which nothing lies). ``revision`` of the limit. ``block_tokens``: a prefix is
+            found in steps of so many tokens; None where nothing is found again. ``groups``: for each ``mapped`` and
+            counts of blocks.
 
         Raises
         ------

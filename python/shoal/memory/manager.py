@@ -179,12 +179,14 @@ class MemoryManager:
             The most memory that comes or goes at a time. How much does is decided by demand, from one page (2 MiB, in
             each plane) up. By default 256 MiB, and 512 MiB for ``"layer"``.
         spare_max
-            The most memory kept mapped ahead of need; by default an eighth of ``max_bytes``, at most 2 GiB.
+            The most memory kept mapped ahead of need by what demand foretells; by default an eighth of ``max_bytes``,
+            at most 2 GiB. What is hinted (:meth:`KvCache.hint`) comes whatever is said here.
         patience_s
             How long an allocation that has to map may wait for a lease, in seconds.
         eviction
             Which cached blocks go first: those unused for longest, by three queues (S3-FIFO), or those that are
-            cheapest to compute again. None: nothing is found again.
+            cheapest to compute again. None: nothing is found again, as it is where there are only states. Groups whose
+            blocks have different tokens need None: no step along a sequence is a block of each.
         events_max
             How many events are kept for routers.
         seed
@@ -201,7 +203,8 @@ class MemoryManager:
         Raises
         ------
         ValueError
-            If the sizes are no layout; the message says which.
+            If the sizes are no layout, or prefixes shall be found in groups whose blocks have different tokens; the
+            message says which.
         DeviceError
             If the range cannot be reserved.
         """

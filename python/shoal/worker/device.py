@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 _CONTEXT_BYTES = 530 << 20  # an H100's, with our kernels and torch's; where it cannot be measured
 _PLAUSIBLE_BYTES_MAX = 1 << 30
 _KV_PATIENCE_S = 2.0  # how long one attempt to get KV memory may wait for what others give up
+_SCATTERED_BYTES_MIN = 32 << 20  # less memory than this between blocks is not worth moving any
+_SCATTERED_PART = 4  # nor what is less than this part of it
+_MOVED_BYTES_MAX = 256 << 20  # what is copied at a time, so that the next step does not wait for long
+_COMPACT_S = 1.0  # how long a compaction may wait
 _ALONE_S = 20.0  # how long a worker waits for others to have measured
 
 
@@ -52,12 +56,13 @@ class DeviceKv:
         self.cache = mem.kv_cache(
             groups=[spec],
             max_bytes=blocks * layout.block_bytes,
-            # A batch's memory is asked for before it is computed, so nothing is kept ahead of that: others may need it.
+            # What the next step will take is hinted; nothing is kept ahead of that, as others may need it.
             spare_max=0,
             patience_s=_KV_PATIENCE_S,
             eviction="lru" if is_caching else None,
         )
         self._group = self.cache.groups[0]
+        self._hinted = 0
 
     def tensor(self) -> torch.Tensor:
         """Make a tensor over all blocks."""
@@ -97,6 +102,30 @@ class DeviceKv:
     def forget_all(self) -> None:
         """Let nothing be found any more."""
         self.cache.forget_all()
+
+    def hint(self, blocks: int) -> None:
+        """Let the cache's thread map what the next step will take, while this one is computed."""
+        if blocks or self._hinted:
+            self._group.hint(blocks)
+        self._hinted = blocks
+
+    def compact(self) -> dict[int, int]:
+        """Move blocks together where a good part of the memory lies idle between them."""
+        usage = self.cache.usage()
+        scattered = usage["mapped"] - usage["empty"] - usage["live"] - usage["cached"]
+        if scattered < max(_SCATTERED_BYTES_MIN, usage["mapped"] // _SCATTERED_PART):
+            return {}
+        most = max(1, _MOVED_BYTES_MAX // self._group.block_bytes)
+        try:
+            moves = dict(self._group.compact(apply=True, moves_max=most, timeout_s=_COMPACT_S))
+        except Error as error:  # nothing has moved: something is on the host, or another operation runs
+            logger.info("KV blocks stay where they are for now: %s", error)
+            return {}
+        if moves:
+            after = self.cache.usage()
+            logger.debug("%d KV blocks moved together; %d bytes between them before", len(moves), scattered)
+            logger.debug("%d bytes are empty now, %d were", after["empty"], usage["empty"])
+        return moves
 
     def record_step(self, stream: Any) -> None:
         """Say that a step was launched."""

@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 _LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a series of requests maps them once
 _RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
+_COMPACT_S = 1.0  # how often KV blocks may be moved together
 _PREEMPT_S = 2.0  # how long a prepared batch waits for its guard before its requests give their blocks up
 
 
@@ -182,6 +183,7 @@ class CausalEngine:
         self._preempted = False  # in this stall
         self._resting = True
         self._prepared = False  # a batch is scheduled and not computed yet: its requests must not change
+        self._compacted = time.monotonic()
         self._sampler = RowSampler()
         self._manager, self._processor, self._cache = self._build()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -210,6 +212,8 @@ class CausalEngine:
         manager.logit_processor.tensors_required = 1
         manager.output_router = _Router(self)
         layout, is_caching = limits.layout, spec.prefix_caching and limits.layout.shares_prefixes
+        if spec.prefix_caching and not is_caching:
+            logger.info("prefixes are not shared: layers with a sliding window write it round and round in place")
         blocks = self._memory.kv(layout, limits.blocks + PADDING_BLOCKS, is_caching=is_caching)
         cache = functools.partial(ElasticCache, blocks, layout, is_caching, self._salt_of, self._found)
         with torch.no_grad(), hooks.elastic_cache(cache, UnboundedMemoryHandler):
@@ -341,6 +345,8 @@ class CausalEngine:
         if not wakeup.wait(timeout=None if self._resting else _LINGER_S):
             self._cache.blocks.end_step()
             self._cache.sleep()
+            self._cache.kv.hint(0)
+            self._cache.compact()
             self._memory.trim()
             self._resting = True
             return
@@ -370,6 +376,9 @@ class CausalEngine:
 
     def _prepare(self) -> bool:
         """Schedule a batch with memory behind all its blocks; False where there is none."""
+        if time.monotonic() - self._compacted >= _COMPACT_S:
+            self._cache.compact()
+            self._compacted = time.monotonic()
         if not self._cache.wake():
             return False
         try:
@@ -380,6 +389,7 @@ class CausalEngine:
     def _compute(self) -> None:
         """Run the prepared batch; inside a guard."""
         self._cache.begin_step()
+        self._cache.kv.hint(self._processor.scheduler.next_blocks(self._spec.batch_tokens_max))
         try:
             self._processor._generation_step(self._model)
         finally:
@@ -429,6 +439,7 @@ class CausalEngine:
 
     def _stall(self) -> None:
         """Let go for a moment; fail what has waited too long."""
+        self._cache.kv.hint(0)  # what is short is not to be kept ahead of need
         if not self._processor.has_pending_requests():
             return
         now = time.monotonic()

@@ -254,7 +254,13 @@ class ElasticCache(cache_module.PagedAttentionCache):
         padding = self._kv.alloc(PADDING_BLOCKS)
         if padding is None:
             return False
-        self._padding, self._zeroed = padding, False
+        self._zeroed = False
+        self._pad_with(padding)
+        return True
+
+    def _pad_with(self, padding: list[int]) -> None:
+        """Let padding be read from the first of two blocks and written to the second."""
+        self._padding = padding
         read, write = padding
         self.read_trash_index = read * self.block_size
         self.sentinel_index = self.read_trash_index + 1
@@ -265,7 +271,17 @@ class ElasticCache(cache_module.PagedAttentionCache):
             if isinstance(allocator, SlidingAttentionCacheAllocator):
                 allocator.sentinel_index = self.sentinel_index
                 allocator.write_trash_index = self.write_trash_index
-        return True
+
+    def compact(self) -> None:
+        """Let blocks be moved together, and follow them. Between steps: no batch is prepared, no guard is held."""
+        moves = self._kv.compact()
+        if not moves:
+            return
+        for allocator in self.group_cache_managers:
+            for blocks in allocator.block_table.values():
+                blocks[:] = [moves.get(block, block) for block in blocks]
+        if self._padding:
+            self._pad_with([moves.get(block, block) for block in self._padding])
 
     def begin_step(self) -> None:
         """Forget the last step's lengths; make the read-trash block read as zeros, once after each wake. In a guard."""

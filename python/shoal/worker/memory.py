@@ -53,6 +53,12 @@ class KvBlocks(Protocol):
     def forget_all(self) -> None:
         """Let nothing be found any more."""
 
+    def hint(self, blocks: int) -> None:
+        """Say how many blocks the next step will take, so that they have memory when it asks."""
+
+    def compact(self) -> dict[int, int]:
+        """Move blocks together where few of them keep much memory; says where each that moved went. Between steps."""
+
     def record_step(self, stream: Any) -> None:
         """Say that a step was launched on this stream, before blocks that it uses are freed."""
 

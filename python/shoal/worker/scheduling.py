@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class ElasticScheduler(FIFOScheduler):
     """
 
     stalled = False
+    _short = False  # whether memory was refused when the last batch was scheduled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         """As transformers', but None (preempt somebody) only where preempting helps."""
@@ -35,10 +37,39 @@ class ElasticScheduler(FIFOScheduler):
             self.block_new_requests = False
         self.cache.blocks.begin_step()
         batch, fast_path, tokens, kv_read = super().schedule_batch(token_budget, cache_budget)
-        self.stalled = batch is None
+        self.stalled, self._short = batch is None, self.cache.blocks.short
         if batch is None and not self._preempting_helps():
             return [], fast_path, 0, 0
         return batch, fast_path, tokens, kv_read
+
+    def next_blocks(self, token_budget: int) -> int:
+        """Count the blocks that the step after the one that is scheduled will take, as far as is known now.
+
+        Nobody comes, is cancelled or ends before its limit; where memory was just refused, nothing is expected. What
+        of a waiting prompt is found in the cache is counted as if it were not.
+
+        Parameters
+        ----------
+        token_budget
+            Tokens of a step.
+        """
+        blocks, requests = 0, self.max_requests_per_batch
+        states = sorted(self.active_requests.values(), key=lambda state: state.status != RequestStatus.DECODING)
+        if not self.block_new_requests:
+            states += [self.waiting_requests[name] for name in self.waiting_requests_order]
+        for state in () if self._short else states:
+            is_decoding = state.status == RequestStatus.DECODING
+            if is_decoding and state.generated_len() + 1 >= state._new_tokens_limit:
+                continue  # it ends with this step
+            tokens = 1 if is_decoding else min(len(state.remaining_prefill_tokens), token_budget)
+            missing = tokens - (state.allocated_blocks * self.cache.block_size - state.current_len())
+            if missing > 0 or not state.allocated_blocks:  # as the parent counts
+                wanted = (missing + 1) // self.cache.block_size + 1
+                blocks += self.cache.blocks_needed(wanted, state.allocated_blocks)
+            token_budget, requests = token_budget - tokens, requests - 1
+            if token_budget <= 0 or requests <= 0:
+                break
+        return blocks
 
     def _infer_request_tokens(self, state: RequestState, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
         """As transformers', but a request that a found prefix made active waits no longer, whatever it lacks still."""

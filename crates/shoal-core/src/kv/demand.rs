@@ -23,6 +23,15 @@ struct Moment {
     rise: u32,
 }
 
+/// What was announced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Hint {
+    blocks: u32,
+    /// What will be in use when all of them are taken: what was taken since is announced no more.
+    level: u32,
+    given: Duration,
+}
+
 /// The demand for the blocks of one group.
 #[derive(Clone, Debug, Default)]
 pub struct Demand {
@@ -32,7 +41,7 @@ pub struct Demand {
     low: u32,
     /// Which moment `now` is.
     number: u64,
-    hint: Option<(u32, Duration)>,
+    hint: Option<Hint>,
 }
 
 impl Demand {
@@ -56,9 +65,9 @@ impl Demand {
         }
     }
 
-    /// The next step will take so many blocks.
-    pub const fn hint(&mut self, blocks: u32, now: Duration) {
-        self.hint = Some((blocks, now));
+    /// The next step will take so many blocks, beside the `used` ones.
+    pub const fn hint(&mut self, blocks: u32, used: u32, now: Duration) {
+        self.hint = Some(Hint { blocks, level: used.saturating_add(blocks), given: now });
     }
 
     /// Goes on to the time `now`; `used` blocks are in use.
@@ -72,7 +81,7 @@ impl Demand {
             self.low = used;
         }
         self.number = self.number.max(number);
-        if self.hint.is_some_and(|(_, given)| now.saturating_sub(given) > HINT_LASTS) {
+        if self.hint.is_some_and(|hint| now.saturating_sub(hint.given) > HINT_LASTS) {
             self.hint = None;
         }
     }
@@ -84,8 +93,13 @@ impl Demand {
         let all = self.past.iter().chain([&self.now]);
         let (peak, rise) =
             all.fold((0, 0), |(peak, rise), moment| (moment.peak.max(peak), moment.rise.max(rise)));
-        let hint = self.hint.map_or(0, |(blocks, _)| blocks);
-        rise.max(peak.saturating_sub(used)).max(hint)
+        rise.max(peak.saturating_sub(used)).max(self.hinted(used))
+    }
+
+    /// How many of those that were announced for the next step are still to be taken while `used` are in use.
+    #[must_use]
+    pub fn hinted(&self, used: u32) -> u32 {
+        self.hint.map_or(0, |hint| hint.level.saturating_sub(used).min(hint.blocks))
     }
 
     /// Whether nothing would change by waiting.
@@ -128,7 +142,7 @@ mod tests {
         let mut demand = Demand::default();
         demand.rose_to(500);
         demand.fell_to(20);
-        demand.hint(50, at(0));
+        demand.hint(50, 20, at(0));
         for moment in 1..=8 {
             demand.advance(at(moment), 20);
             assert_eq!(demand.target(20), 500, "moment {moment}");
@@ -136,8 +150,10 @@ mod tests {
         demand.advance(at(9), 20);
         assert_eq!(demand.target(20), 0);
         assert!(demand.is_quiet(20));
-        demand.hint(64, at(9));
+        demand.hint(64, 20, at(9));
         assert_eq!(demand.target(20), 64);
+        assert_eq!(demand.target(60), 24, "40 of them were taken");
+        assert_eq!(demand.target(5), 64, "no more than was said");
         demand.advance(at(18), 20);
         assert_eq!(demand.target(20), 0, "the step did not come");
     }

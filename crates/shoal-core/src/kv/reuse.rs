@@ -47,12 +47,14 @@ pub(super) struct Reuse {
 }
 
 impl Reuse {
-    /// `None` where the groups' blocks do not stand for the same tokens, so that no list of tokens means blocks of all.
+    /// Refused where the groups' blocks do not stand for the same tokens, so that no list of tokens means blocks of all:
+    /// better at once than a cache in which nothing is ever found. `None` where there are only states: nothing says how many
+    /// tokens lie between two of a sequence.
     pub(super) fn new(layout: &CacheLayout, options: ReuseOptions) -> Result<Option<Self>, KvError> {
         let mut tokens = layout.groups().iter().filter_map(|group| group.spec().shape.tokens());
         let Some(block_tokens) = tokens.next() else { return Ok(None) };
-        if tokens.any(|other| other != block_tokens) {
-            return Ok(None);
+        if let Some(other) = tokens.find(|other| *other != block_tokens) {
+            return Err(KvError::MixedTokens { first: block_tokens, other });
         }
         let group = |group: &GroupLayout| GroupOptions {
             rule: match group.spec().shape {

@@ -42,9 +42,19 @@ pub enum KvError {
     Prefix(#[from] PrefixError),
     /// What blocks hold is not remembered in this cache.
     #[error(
-        "this cache finds nothing again: it was made without it, or its groups have blocks of different tokens"
+        "this cache finds nothing again: it was made without an eviction policy, or no group's blocks stand for tokens"
     )]
     NoReuse,
+    /// Prefixes cannot be found where a step along the sequence is not one block of each group.
+    #[error(
+        "blocks of {first} and of {other} tokens in one cache: prefixes are found only where the blocks of all groups stand for equally many; give the groups the same block_tokens, or make the cache without an eviction policy"
+    )]
+    MixedTokens {
+        /// Tokens of a block of the first group that has any.
+        first: u32,
+        /// Tokens of a block of another.
+        other: u32,
+    },
     /// Nobody looks for writes to blocks without an owner in this cache.
     #[error("this cache was not made in debug mode")]
     NoDebug,
@@ -123,7 +133,7 @@ pub struct KvState {
     layout: CacheLayout,
     pub(super) groups: Vec<Group>,
     limit: Limit,
-    /// The most that is kept ahead of need, over all groups.
+    /// The most that is kept ahead of need by what demand foretells, of each group.
     spare_bytes_max: ByteCount,
     /// What sealed blocks hold.
     pub(super) reuse: Option<Reuse>,
@@ -132,17 +142,18 @@ pub struct KvState {
 }
 
 impl KvState {
-    /// A cache without memory. It keeps at most `spare_bytes_max` mapped ahead of need; with `reuse`, what blocks hold can be
-    /// found again ([`seal`](Self::seal)).
+    /// A cache without memory. It keeps at most `spare_bytes_max` mapped ahead of need, and what is [hinted](Self::hint); with
+    /// `reuse`, what blocks hold can be found again ([`seal`](Self::seal)).
     ///
     /// # Errors
-    /// [`KvError::Prefix`] for options that make no index.
+    /// [`KvError::MixedTokens`] for `reuse` where the groups' blocks stand for different numbers of tokens, [`KvError::Prefix`] for
+    /// options that make no index.
     pub fn new(
         layout: CacheLayout,
         spare_bytes_max: ByteCount,
         reuse: Option<ReuseOptions>,
     ) -> Result<Self, KvError> {
-        let reuse = reuse.and_then(|options| Reuse::new(&layout, options).transpose()).transpose()?;
+        let reuse = reuse.map(|options| Reuse::new(&layout, options)).transpose()?.flatten();
         let group = |layout: &GroupLayout| Group {
             pool: BlockPool::new(layout),
             demand: Demand::default(),
@@ -236,7 +247,8 @@ impl KvState {
     /// # Errors
     /// [`KvError::UnknownGroup`].
     pub fn hint(&mut self, group: usize, blocks: u32, now: Duration) -> Result<(), KvError> {
-        self.group_mut(group)?.demand.hint(blocks, now);
+        let group = self.group_mut(group)?;
+        group.demand.hint(blocks, group.pool.used(), now);
         self.advance(now);
         Ok(())
     }
@@ -250,7 +262,9 @@ impl KvState {
             group.demand.advance(now, group.pool.used());
             let blocks_max = u32::try_from(most / group.block_bytes).unwrap_or(u32::MAX);
             let left = group.pool.blocks() - group.pool.used();
-            group.spare = group.demand.target(group.pool.used()).min(blocks_max).min(left);
+            // What was announced is no forecast: an engine that wants no more than that ahead sets the most to zero.
+            let expected = group.demand.target(group.pool.used()).min(blocks_max);
+            group.spare = expected.max(group.demand.hinted(group.pool.used())).min(left);
             group.low = group.spare.div_ceil(2);
             let units = u64::from(group.spare) * group.block_bytes / group.unit_bytes;
             group.high_units = u32::try_from(2 * units).unwrap_or(u32::MAX);

@@ -199,7 +199,8 @@ impl Shared {
             || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
         let _growing = self.growing.take(deadline).ok_or_else(late)?;
         let Some(repack) = self.state.lock().plan_repack(group, moves_max)? else { return Ok(None) };
-        match self.map(&repack.planned, Patience::all(deadline), false) {
+        // Nobody is to give memory up so that this cache may need less.
+        match self.map(&repack.planned, Patience::turns(deadline), false) {
             Ok(()) => Ok(Some(repack)),
             Err(error) if is_not_now(&error) => Ok(None),
             Err(error) => Err(error),
