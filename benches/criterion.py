@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,23 @@ TARGETS = {
     for state in ("fresh", "fragmented")
     for count, seconds in ((16, 0.6e-6), (4096, 4096 * 10e-9))
 }
+
+
+# What `eviction` prints: tokens that are cached, then for each policy the part found and the part of the cost saved.
+HITS = re.compile(r"^ *(\d+) +([\d.]+) % \( *([\d.]+) %\) +([\d.]+) % \( *([\d.]+) %\) +([\d.]+) % \( *([\d.]+) %\)$")
+POLICIES = ("lru", "s3fifo", "cost")
+
+
+def hits_of(printed: str) -> list[Row]:
+    """Read the table of what each eviction policy finds."""
+    rows = []
+    for found in filter(None, map(HITS.match, printed.splitlines())):
+        cached, *figures = found.groups()
+        for place, policy in enumerate(POLICIES):
+            case = f"{policy}, {cached} tokens cached"
+            for metric, figure in zip(("prompt tokens found", "cost saved"), figures[2 * place :], strict=False):
+                rows.append(Row(case, metric, float(figure) / 100, "", "higher", ceiling=1.0))
+    return rows
 
 
 def target_directory() -> Path:
@@ -69,8 +87,18 @@ def main() -> None:
     for name in sys.argv[1:] or BENCHES:
         crate, bench = BENCHES[name]
         started = time.time()
-        subprocess.run(["cargo", "bench", "-p", crate, "--bench", bench], cwd=ROOT, check=True)
-        save(name, rows_of(target_directory() / "criterion", started))
+        command = ["cargo", "bench", "-p", crate, "--bench", bench]
+        lines = []
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+            for line in running.stdout or ():
+                print(line, end="", flush=True)
+                lines.append(line)
+        if running.returncode != 0:
+            sys.exit(f"{' '.join(command)} failed")
+        hits = hits_of("".join(lines))
+        if name == "kv_eviction" and not hits:
+            sys.exit("the bench printed no table of what its policies find")
+        save(name, [*rows_of(target_directory() / "criterion", started), *hits])
 
 
 if __name__ == "__main__":

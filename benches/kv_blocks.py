@@ -1,9 +1,10 @@
 """What KV blocks cost from Python: taking and giving back, finding again, and memory that stays after bursts.
 
 The ceiling of a pair of calls is the same pair on an empty buffer or list, in the same run: what Python and the
-buffer protocol cost by themselves. The peer is kvcached with driver calls that do nothing
-(`benches/kvcached_peer.py`), in the same run where a folder with it is given. Both are the best of several rounds'
-means: what others do on the machine meanwhile is not theirs. `python -m benches.kv_blocks [--quick] [--peer FOLDER]`.
+buffer protocol cost by themselves. Of finding again and evicting it is as many blocks taken and given back as a list.
+The peer is kvcached with driver calls that do nothing (`benches/kvcached_peer.py`), in the same run where a folder
+with it is given. Both are the best of several rounds' means: what others do on the machine meanwhile is not theirs.
+`python -m benches.kv_blocks [--quick] [--peer FOLDER]`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PEER = "kvcached e8e6406, driver stubbed, lists"
 TARGET_16_S = 0.6e-6
 TARGET_BULK_S = 10e-9
 FRAGMENTS = 400
+THREADS = 8
 # 64 blocks of 32 KiB in each granule of 2 MiB.
 PER_GRANULE = 64
 
@@ -131,26 +133,29 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
             row.peer = PEER if row.peer_value else None
             rows.append(row)
             row = best(f"{state}: {count} as a list", "alloc and free", timed(lists(kv, count), seconds))
-            row.ceiling = empty_list
+            row.ceiling, row.peer_value = empty_list, peer.get((state, count))
+            row.peer = PEER if row.peer_value else None
             rows.append(row)
         kv.free(held)
         kv.check()
     return rows
 
 
-def peer_seconds(folder: Path | None) -> dict[tuple[str, int], float]:
-    """Measure kvcached, if there is one."""
+def peer_seconds(folder: Path | None, seconds: float) -> tuple[dict[tuple[str, int], float], float | None]:
+    """Measure kvcached, if there is one: seconds of pairs, and pairs a second of eight threads."""
     if folder is None:
-        return {}
-    peer = kvcached_peer.measure(kvcached_peer.load(folder.resolve()))
+        return {}, None
+    manager = kvcached_peer.load(folder.resolve())
+    rate = kvcached_peer.threads_rate(manager, 16, THREADS, seconds * 5)
+    peer = kvcached_peer.measure(manager)
     counts = {count: f"{count} blocks" for count, _ in kvcached_peer.BATCHES}
     found = {("fresh", count): peer.get(case) for count, case in counts.items()}
     part_filled = f", {kvcached_peer.PART_FILLED} part-filled pages"
     found |= {("fragmented", count): peer.get(case + part_filled) for count, case in counts.items()}
-    return {case: us * 1e-6 for case, us in found.items() if us is not None}
+    return {case: us * 1e-6 for case, us in found.items() if us is not None}, rate
 
 
-def threads(seconds: float, count: int = 8) -> list[Row]:
+def threads(seconds: float, peer: float | None, count: int = THREADS) -> list[Row]:
     """Eight threads of Python at once, 16 blocks a pair of calls."""
     mem = shoal.MemoryManager("sim", device_budget="1GiB", device_capacity="1GiB", host_budget="64MiB")
     kv = cache(mem, 100, spare_max="200MiB")
@@ -174,11 +179,17 @@ def threads(seconds: float, count: int = 8) -> list[Row]:
     for thread in started:
         thread.join()
     rate = sum(done) / (time.perf_counter() - start)
-    return [
-        Row(
-            f"{count} threads: 16 through a buffer", "pairs a second, all threads", rate, "1/s", "higher", ceiling=alone
-        )
-    ]
+    row = Row(f"{count} threads: 16 through a buffer", "pairs a second, all threads", rate, "1/s", "higher")
+    row.ceiling, row.peer_value, row.peer = alone, peer, PEER if peer else None
+    listed = Row(
+        f"{count} threads: 16 as a list",
+        row.metric,
+        kvcached_peer.threads_rate(kv, 16, count, seconds * 5),
+        "1/s",
+        "higher",
+    )
+    listed.ceiling, listed.peer_value, listed.peer = 1 / min(timed(lists(kv, 16), seconds)), peer, row.peer
+    return [row, listed]
 
 
 def prefixes(seconds: float) -> list[Row]:
@@ -196,15 +207,27 @@ def prefixes(seconds: float) -> list[Row]:
             _, found = kv.match(tokens)
             kv.free(found)
 
-    rows.append(best("4096 tokens, 256 blocks", "match and free", timed(match, seconds)))
+    # The ceiling: the same blocks taken and given back as a list, without looking for anything.
+    plain = min(timed(lists(kv, 256), seconds))
+    row = best("4096 tokens, 256 blocks", "match and free", timed(match, seconds))
+    row.ceiling = plain
+    rows.append(row)
+
+    def seal_again(n: int) -> None:
+        for _ in range(n):
+            kv.seal(tokens, ids)
+
+    rows.append(best("4096 tokens, 256 blocks that are sealed already", "seal", timed(seal_again, seconds)))
     kv.free(ids)
-    sequence = 0
+    sequence, evicting = 0, 0.0
 
     def commit(n: int) -> None:
-        nonlocal sequence
+        nonlocal sequence, evicting
         for _ in range(n):
             sequence += 1
+            start = time.perf_counter()
             own = kv.alloc(256)
+            evicting += time.perf_counter() - start
             assert own is not None
             kv.seal(tokens + 4096 * sequence, own)
             kv.free(own)
@@ -214,7 +237,17 @@ def prefixes(seconds: float) -> list[Row]:
     cached = kv.usage()["groups"][0]["cached_blocks"]
     assert cached >= 100_000, cached
     case = f"4096 tokens, {cached} blocks cached, each of 256 new ones evicts one"
-    rows.append(best(case, "alloc, seal and free", timed(commit, seconds)))
+    row = best(case, "alloc, seal and free", timed(commit, seconds))
+    row.ceiling = plain
+    rows.append(row)
+    shares = []
+    for _ in range(40):
+        evicting = 0.0
+        commit(10)
+        shares.append(evicting / 10)
+    row = best(case, "alloc", shares)
+    row.ceiling = plain
+    rows.append(row)
     kv.check()
     return rows
 
@@ -292,9 +325,10 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="a folder that kvcached_peer.py has built")
     options = parser.parse_args()
     seconds = 0.2 if options.quick else 2.0
+    peer, peer_rate = peer_seconds(options.peer, seconds)
     rows = [
-        *blocks(seconds, peer_seconds(options.peer)),
-        *threads(seconds),
+        *blocks(seconds, peer),
+        *threads(seconds, peer_rate),
         *prefixes(seconds),
         *footprint(7, 128 if options.quick else 1024),
     ]

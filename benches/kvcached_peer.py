@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,27 @@ def fragment(manager: Any) -> None:
         manager.free(blocks[1:])
 
 
+def threads_rate(manager: Any, blocks: int, count: int, seconds: float) -> float:
+    """Count the pairs of calls a second of so many threads at once, each with blocks of its own."""
+    done, over = [0] * count, threading.Event()
+
+    def run(me: int) -> None:
+        while not over.is_set():
+            for _ in range(100):
+                manager.free(manager.alloc(blocks))
+            done[me] += 100
+
+    started = [threading.Thread(target=run, args=(me,)) for me in range(count)]
+    start = time.perf_counter()
+    for thread in started:
+        thread.start()
+    time.sleep(seconds)
+    over.set()
+    for thread in started:
+        thread.join()
+    return sum(done) / (time.perf_counter() - start)
+
+
 def measure(manager: Any) -> dict[str, float]:
     """Measure fresh and fragmented: microseconds by case."""
     manager.alloc(1)
@@ -173,7 +195,7 @@ def measure(manager: Any) -> dict[str, float]:
     fragment(manager)
     figures |= {
         f"{blocks} blocks, {PART_FILLED} part-filled pages": pair_us(manager, blocks, rounds)
-        for blocks, rounds in BATCHES[:-1]
+        for blocks, rounds in BATCHES
     }
     return figures
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from benches import kvcached_peer as stubbed
 from benches.results import ROOT, Row, of_samples, save_gpu
+from tests.gpu import kvcached_blocks
 
 GIB = 1 << 30
 # 32 layers of 8 heads of 128 in bfloat16, 16 tokens a block: 2 MiB a block over all layers, 32 KiB in each K and V.
@@ -306,7 +307,8 @@ def main() -> None:
             else:
                 print(f"kvcached built in {time.monotonic() - start:.0f} s", flush=True)
         tested = testing.result()
-        rows = [*compared(built.resolve(), options), *tested]
+        blocks = kvcached_blocks.compared(built.resolve(), options.device)
+        rows = [*compared(built.resolve(), options), *blocks, *tested]
     save_gpu(Path(os.environ["SHOAL_RESULT"]), rows)
     has_all = any(row.peer for row in rows) and any(row.metric == "passed" for row in rows)
     if not has_all or any(row.metric == "passed" and not row.met for row in rows):

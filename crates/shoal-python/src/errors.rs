@@ -145,7 +145,9 @@ pub(crate) fn of_memory(error: MemoryError) -> PyErr {
             raise("TransferError", "too_many_transfers", &message, vec![])
         }
         MemoryError::Blocks(_) => raise("RegionError", "blocks", &message, vec![]),
-        MemoryError::KvLayout(_) | MemoryError::Kv(KvError::MixedTokens { .. }) => PyValueError::new_err(message),
+        MemoryError::KvLayout(_) | MemoryError::Kv(KvError::MixedTokens { .. }) => {
+            PyValueError::new_err(message)
+        }
         MemoryError::Kv(source) => raise("RegionError", kv_kind(source), &message, vec![]),
         MemoryError::Broker { path, .. } => {
             raise("BrokerError", "broker", &message, vec![("path", path.display().to_string().into())])

@@ -23,15 +23,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long it keeps still after memory was reclaimed.
 const PAUSE_RECLAIMED: Duration = Duration::from_secs(2);
 
-/// What the thread is told.
-#[derive(Debug, Default)]
-pub(super) struct Signal {
-    is_called: bool,
-    is_over: bool,
-    /// It maps nothing before.
-    paused_until: Option<Instant>,
-}
-
 /// The thread; dropping it ends it.
 #[derive(Debug)]
 pub(super) struct Ahead {
@@ -52,8 +43,7 @@ impl Ahead {
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        self.shared.signal.lock().is_over = true;
-        self.shared.signalled.notify_all();
+        self.shared.signal.end();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -66,43 +56,25 @@ impl Shared {
     /// Calls the thread.
     #[inline]
     pub(super) fn call(&self) {
-        // Nobody holds it for longer than it takes to look at it. Not tried but taken: a call that comes while the thread
-        // is about to sleep must be heard.
-        let mut signal = self.signal.lock();
-        if !signal.is_called {
-            signal.is_called = true;
-            drop(signal);
-            self.signalled.notify_one();
-        }
+        self.signal.call();
     }
 
     /// Keeps the thread from mapping for a while.
     pub(crate) fn pause(&self) {
-        self.signal.lock().paused_until = Some(Instant::now() + PAUSE_RECLAIMED);
+        self.signal.pause(Instant::now() + PAUSE_RECLAIMED);
     }
 
     /// Whether the thread is to map nothing now: the cache ends, or memory was just taken from it.
     pub(super) fn is_stopped(&self) -> bool {
-        let signal = self.signal.lock();
-        signal.is_over || signal.paused_until.is_some_and(|until| until > Instant::now())
+        self.signal.is_stopped()
     }
 
     fn run(&self) {
         let mut wait = IDLE;
         let mut pause = PAUSE;
         loop {
-            {
-                let mut signal = self.signal.lock();
-                let deadline = Instant::now() + wait;
-                while !signal.is_called && !signal.is_over {
-                    if self.signalled.wait_until(&mut signal, deadline).timed_out() {
-                        break;
-                    }
-                }
-                if signal.is_over {
-                    return;
-                }
-                signal.is_called = false;
+            if !self.signal.wait(Instant::now() + wait) {
+                return;
             }
             let (is_quiet, clocks, has_surplus) = {
                 let mut state = self.state.lock();
@@ -122,7 +94,7 @@ impl Shared {
                     Ok(false) => {}
                     Err(error) => {
                         tracing::debug!(%error, "no memory to map ahead now");
-                        self.signal.lock().paused_until = Some(Instant::now() + pause);
+                        self.signal.pause(Instant::now() + pause);
                         pause = (pause * 2).min(PAUSE_MAX);
                     }
                 }

@@ -7,7 +7,6 @@
 
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use shoal_core::bytes::ByteCount;
 
 use super::{KvCache, Shared};
@@ -15,52 +14,16 @@ use super::{KvCache, Shared};
 /// The longest that a reclaim waits for an engine's answer.
 const ANSWER_WAIT: Duration = Duration::from_secs(1);
 
-#[derive(Debug, Default)]
-struct State {
-    /// Somebody has waited for a question.
-    is_served: bool,
-    /// Numbers of the newest question and of the newest answer.
-    asked: u64,
-    answered: u64,
-    wanted: Option<ByteCount>,
-    freed: ByteCount,
-    /// Bytes that the engine says it only remembers.
-    kept: ByteCount,
-}
-
-/// The meeting of a reclaim and an engine.
-#[derive(Debug, Default)]
-pub(super) struct Keeper {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
 impl Shared {
     /// Asks the engine for memory of what it only remembers; gives what it says it freed, zero where none serves or none
     /// answers in time. Hold neither turn, gate nor data lock.
     pub(crate) fn ask_keeper(&self, bytes: ByteCount, deadline: Instant) -> ByteCount {
-        let mut state = self.keeper.state.lock();
-        if !state.is_served {
-            return ByteCount::ZERO;
-        }
-        state.asked += 1;
-        let number = state.asked;
-        state.wanted = Some(bytes);
-        self.keeper.changed.notify_all();
-        let deadline = deadline.min(Instant::now() + ANSWER_WAIT);
-        while state.answered < number {
-            if self.keeper.changed.wait_until(&mut state, deadline).timed_out() {
-                // Whoever comes late frees memory all the same, and nobody counts it twice.
-                state.wanted = None;
-                return ByteCount::ZERO;
-            }
-        }
-        std::mem::take(&mut state.freed)
+        self.keeper.ask(bytes, deadline.min(Instant::now() + ANSWER_WAIT))
     }
 
     /// What the engine says it only remembers.
     pub(super) fn kept(&self) -> ByteCount {
-        self.keeper.state.lock().kept
+        self.keeper.kept()
     }
 }
 
@@ -70,32 +33,17 @@ impl KvCache {
     /// [`answer_wanted`](Self::answer_wanted).
     #[must_use]
     pub fn next_wanted(&self, timeout: Duration) -> Option<(u64, ByteCount)> {
-        let keeper = &self.shared.keeper;
-        let deadline = Instant::now() + timeout;
-        let mut state = keeper.state.lock();
-        state.is_served = true;
-        while state.wanted.is_none() {
-            if keeper.changed.wait_until(&mut state, deadline).timed_out() {
-                break;
-            }
-        }
-        let bytes = state.wanted.take()?;
-        Some((state.asked, bytes))
+        self.shared.keeper.next(Instant::now() + timeout)
     }
 
     /// Answers a question: so many bytes went. Nobody hears it where the time was up.
     pub fn answer_wanted(&self, number: u64, freed: ByteCount) {
-        let mut state = self.shared.keeper.state.lock();
-        if number == state.asked && number > state.answered {
-            (state.freed, state.answered) = (freed, number);
-        }
-        drop(state);
-        self.shared.keeper.changed.notify_all();
+        self.shared.keeper.answer(number, freed);
     }
 
     /// Says how many bytes the engine only remembers: they count as cached and not as used.
     pub fn set_kept(&self, bytes: ByteCount) {
-        self.shared.keeper.state.lock().kept = bytes;
+        self.shared.keeper.set_kept(bytes);
     }
 }
 
@@ -148,7 +96,7 @@ mod tests {
             engine.answer_wanted(number, report.freed);
             (wanted, report.freed)
         });
-        while !cache.shared.keeper.state.lock().is_served {
+        while !cache.shared.keeper.is_served() {
             std::thread::yield_now();
         }
         let report =

@@ -14,14 +14,16 @@ mod ahead;
 mod debug;
 mod grow;
 mod keeper;
+mod meeting;
 mod moves;
 mod reuse;
+mod signal;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::{EXTENT_PAGES_MAX, ExtentRule};
 use shoal_core::kv::blocks::{BlockState, Freed};
@@ -37,10 +39,11 @@ use crate::error::MemoryError;
 use crate::manager::MemoryManager;
 use crate::region::{Region, RegionSpec, Report};
 use crate::turn::Turn;
-use ahead::{Ahead, Signal};
+use ahead::Ahead;
 use debug::Debug;
 pub use debug::Stray;
-use keeper::Keeper;
+use meeting::Meeting;
+use signal::Signal;
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;
@@ -94,9 +97,8 @@ pub(crate) struct Shared {
     steps: Mutex<BTreeMap<ForeignStream, Arc<Event>>>,
     /// The same of a stream of ours, where a test or a Rust engine has one.
     step: Mutex<Option<Arc<Event>>>,
-    signal: Mutex<Signal>,
-    signalled: Condvar,
-    keeper: Keeper,
+    signal: Signal,
+    keeper: Meeting,
     started: Instant,
     patience: Duration,
     debug: Option<Debug>,
@@ -134,9 +136,8 @@ impl MemoryManager {
             growing: Arc::default(),
             steps: Mutex::default(),
             step: Mutex::default(),
-            signal: Mutex::default(),
-            signalled: Condvar::new(),
-            keeper: Keeper::default(),
+            signal: Signal::default(),
+            keeper: Meeting::default(),
             started: Instant::now(),
             patience: spec.patience,
             debug: spec.is_debug.then(|| Debug::new(&self.device)).transpose()?,

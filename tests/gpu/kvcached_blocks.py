@@ -1,0 +1,170 @@
+"""What blocks cost on a GPU, kvcached beside ours: 1 to 4096 at once, fresh and part-filled, and eight threads.
+
+Part of `kvcached_peer.py` and apart from growth because blocks are small here, so that 400 part-filled pages fit: 2
+layers of 8 heads of 128 in bfloat16, 64 blocks on each page of kvcached and in each granule of ours. Each library is
+measured in a process of its own: ``python -m tests.gpu.kvcached_blocks --measure ours --device cpu`` tries it without
+a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from benches import kvcached_peer as stubbed
+from benches.results import ROOT, Row
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAMES = {"kvcached": "kvcached", "face": "shoal.compat.kvcached", "ours": "mem.kv_cache"}
+THREADS = 8
+TARGET_16_S, TARGET_BLOCK_S = 0.6e-6, 10e-9
+PER_PAGE = (2 << 20) // (stubbed.BLOCK_TOKENS * stubbed.TOKEN_BYTES)
+BLOCK_BYTES = 2 * stubbed.LAYERS * stubbed.BLOCK_TOKENS * stubbed.TOKEN_BYTES
+# So that what is free stays mapped in all of them: blocks are what is measured, not memory.
+KEPT_BYTES = (stubbed.PART_FILLED * PER_PAGE + 2 * 4096) * BLOCK_BYTES
+
+
+def seconds_of(made: Any) -> dict[str, float]:
+    """Seconds of alloc and free as lists, by case."""
+    # The rate of all threads, as seconds of a pair.
+    threads = 1 / stubbed.threads_rate(made, 16, THREADS, 1.0)
+    figures = {case: us * 1e-6 for case, us in stubbed.measure(made).items()}
+    return figures | {f"16 blocks, {THREADS} threads": threads}
+
+
+def of_kvcached(which: str, device: str) -> dict[str, float]:
+    """Measure kvcached, or what stands for it here."""
+    os.environ["KVCACHED_MAX_RESERVED_PAGES"] = str(KEPT_BYTES // (PER_PAGE * BLOCK_BYTES))
+    os.environ["KVCACHED_IPC_NAME"] = f"shoal_peer_{os.getpid()}"
+    os.environ.setdefault("KVCACHED_LOG_LEVEL", "ERROR")
+    vmm_ops: Any = importlib.import_module(f"{NAMES[which]}.vmm_ops")
+    module: Any = importlib.import_module(f"{NAMES[which]}.kv_cache_manager")
+    if device == "cpu" and which == "face":
+        vmm_ops.MemoryManager = functools.partial(vmm_ops.MemoryManager, device_capacity="16GiB")
+    vmm_ops.init_kvcached(device, 0, True)
+    shape = stubbed.BLOCKS, stubbed.BLOCK_TOKENS, stubbed.TOKEN_BYTES, stubbed.LAYERS
+    vmm_ops.create_kv_tensors(2 * shape[0] * shape[1] * shape[2], 2, device, stubbed.LAYERS)
+    made = module.KVCacheManager(*shape)
+    made._wait_post_init()
+    return seconds_of(made)
+
+
+def of_ours(device: str) -> dict[str, float]:
+    """Measure `mem.kv_cache`, as lists and through buffers."""
+    import shoal
+
+    sizes: dict[str, Any] = {"device_capacity": "16GiB"} if device == "cpu" else {}
+    mem = shoal.MemoryManager("sim" if device == "cpu" else device, device_budget="12GiB", host_budget="1GiB", **sizes)
+
+    def cache(name: str) -> Any:
+        kv = mem.kv_cache(
+            max_bytes=KEPT_BYTES, layers=stubbed.LAYERS, kv_heads=8, head_dim=128, block_tokens=stubbed.BLOCK_TOKENS,
+            granule_max=PER_PAGE * BLOCK_BYTES, patience_s=30, spare_max=KEPT_BYTES, name=name,
+        )  # fmt: skip
+        assert kv.groups[0].block_bytes == BLOCK_BYTES
+        kv.free(kv.alloc(4096))
+        return kv
+
+    figures = seconds_of(cache("lists"))
+    kv = cache("buffers")
+    buffers = {f"{count} blocks": _buffers(kv, count, rounds) for count, rounds in stubbed.BATCHES}
+    threads = 1 / stubbed.threads_rate(_Buffers(kv), 16, THREADS, 1.0)
+    figures["nothing, through a buffer"] = _buffers(kv, 0, 5000)
+    stubbed.fragment(kv)
+    part_filled = f", {stubbed.PART_FILLED} part-filled pages"
+    buffers |= {f"{count} blocks{part_filled}": _buffers(kv, count, rounds) for count, rounds in stubbed.BATCHES}
+    buffers[f"16 blocks, {THREADS} threads"] = threads
+    return figures | {f"{case}, through a buffer": seconds for case, seconds in buffers.items()}
+
+
+class _Buffers:
+    """The calls of the other, through a buffer a thread."""
+
+    def __init__(self, kv: Any) -> None:
+        self._kv = kv
+
+    def alloc(self, count: int) -> np.ndarray:
+        ids = np.empty(count, np.int64)
+        if self._kv.alloc_into(ids) != count:
+            raise SystemExit(f"{count} blocks could not be had")
+        return ids
+
+    def free(self, ids: np.ndarray) -> None:
+        self._kv.free_from(ids)
+
+
+def _buffers(kv: Any, count: int, rounds: int) -> float:
+    ids = np.zeros(count, np.int64)
+    kv.hint(count)
+
+    class Same(_Buffers):
+        """One buffer for all, as an engine keeps it."""
+
+        def alloc(self, count: int) -> np.ndarray:
+            del count
+            self._kv.alloc_into(ids)
+            return ids
+
+    return stubbed.pair_us(Same(kv), count, rounds) * 1e-6
+
+
+def measured(which: str, built: Path, device: str) -> dict[str, float]:
+    """Measure one library in a process of its own."""
+    paths = [str(ROOT), str(ROOT / "python"), *([str(built)] if which == "kvcached" else [])]
+    command = [sys.executable, "-m", "tests.gpu.kvcached_blocks", "--measure", which, "--device", device]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    if said.returncode != 0:
+        print(f"FAILED  blocks of {NAMES[which]}\n{said.stdout[-2000:]}\n{said.stderr[-3000:]}", flush=True)
+        return {}
+    figures: dict[str, float] = json.loads(said.stdout.splitlines()[-1])
+    return figures
+
+
+def compared(built: Path, device: str) -> list[Row]:
+    """Measure all of them, ours against kvcached."""
+    figures = {which: measured(which, built, device) for which in NAMES}
+    return rows_of(figures)
+
+
+def rows_of(figures: dict[str, dict[str, float]]) -> list[Row]:
+    """Make the rows: ours beside the peer's lists, and calls on an empty buffer as the ceiling of buffers."""
+    rows, peer = [], figures["kvcached"]
+    for which in ("face", "ours"):
+        empty = figures[which].pop("nothing, through a buffer", None)
+        for case, seconds in figures[which].items():
+            plain, _, is_buffer = case.partition(", through")
+            row = Row(f"{case}: {NAMES[which]}", "alloc and free", seconds, "s", "lower")
+            if plain in peer:
+                row.peer, row.peer_value = "kvcached, lists", peer[plain]
+            if is_buffer and "threads" not in case:
+                count = int(case.split()[0])
+                row.ceiling = empty
+                if count in (16, 4096):
+                    row.target = TARGET_16_S if count == 16 else TARGET_BLOCK_S * count
+                    row.met = seconds <= row.target
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure one library and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--measure", choices=NAMES, required=True)
+    parser.add_argument("--device", default="cuda:0", help="or cpu: the simulated device")
+    options = parser.parse_args()
+    figures = of_ours(options.device) if options.measure == "ours" else of_kvcached(options.measure, options.device)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

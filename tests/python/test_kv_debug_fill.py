@@ -1,0 +1,54 @@
+"""What debug mode fills freed blocks with, in every type: NaN where bytes of ones are NaN, else a number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shoal.kv_cache.groups import ELEMENT_BYTES, dtype_name
+
+torch = pytest.importorskip("torch")
+
+if TYPE_CHECKING:
+    import shoal
+
+# The two without sign of zero have one NaN, 0x80, and no infinity: bytes of ones are their largest negative number.
+NUMBERS = {"float8_e4m3fnuz": -240.0, "float8_e5m2fnuz": -57344.0, "int8": -1, "int32": -1, "uint8": 255}
+ALL = {name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)}
+
+
+@pytest.mark.parametrize("name", ELEMENT_BYTES)
+def test_a_freed_block_is_nan_or_a_number_that_no_kv_holds(mem: shoal.MemoryManager, name: str) -> None:
+    dtype = ALL[name]
+    assert dtype.itemsize == ELEMENT_BYTES[name]
+    kv = mem.kv_cache(layers=2, kv_heads=2, head_dim=64, block_tokens=16, dtype=dtype, max_bytes="8MiB", debug=True)
+    ids = kv.alloc(3)
+    tensors = kv.tensors()
+    with mem.guard():
+        for tensor in tensors:
+            for block in ids:
+                tensor[block].view(torch.uint8).fill_(1)
+    kv.free(ids[1:])  # the first keeps their memory
+    with mem.guard():
+        for tensor in tensors:
+            for block in ids[1:]:
+                freed = tensor[block]
+                if name in NUMBERS:
+                    assert (freed.to(torch.float64) == NUMBERS[name]).all()
+                else:
+                    assert torch.isnan(freed.to(torch.float64)).all()
+            assert (tensor[ids[0]].view(torch.uint8) == 1).all()
+    assert kv.strays() == []
+
+
+def test_every_other_type_is_refused() -> None:
+    others = {str(dtype).removeprefix("torch.") for dtype in ALL.values()} - set(ELEMENT_BYTES)
+    assert {"bool", "complex64"} <= others
+    for name in others:
+        with pytest.raises(ValueError, match="dtype must be one of"):
+            dtype_name(name)
+    floats = {str(dtype).removeprefix("torch.") for dtype in ALL.values() if dtype.is_floating_point}
+    known = floats - others
+    assert known == floats & set(ELEMENT_BYTES)
+    assert known >= {"float16", "bfloat16", "float32", "float64"}
