@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run -p shoal-memory --example kv_blocks
 //! ```
+#![expect(clippy::print_stdout, reason = "it shows what it does")]
 
 use std::error::Error;
 use std::time::Duration;

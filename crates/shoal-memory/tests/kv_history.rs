@@ -188,7 +188,7 @@ impl Model {
     }
 
     /// An error that an operation may have: the one that was injected, or what is short or busy beside it.
-    fn may_fail<T>(&self, outcome: Result<T, MemoryError>) -> Option<T> {
+    fn may_fail<T>(outcome: Result<T, MemoryError>) -> Option<T> {
         outcome.map_err(|error| assert!(may_be(&error), "{error} ({error:?})")).ok()
     }
 
@@ -200,7 +200,7 @@ impl Model {
         let mut ids = vec![u32::MAX; count];
         let owners = self.owners();
         let outcome = self.cache.alloc(0, &mut ids);
-        if !self.may_fail(outcome).unwrap_or(false) {
+        if !Self::may_fail(outcome).unwrap_or(false) {
             return;
         }
         for id in &ids {
@@ -285,13 +285,13 @@ impl Model {
                 self.limit = ByteCount::mib(mib);
             }
             Op::Hint { blocks } => self.cache.hint(0, blocks).expect("a group"),
-            Op::Trim => drop(self.may_fail(self.cache.trim(ALL))),
+            Op::Trim => drop(Self::may_fail(self.cache.trim(ALL))),
             Op::Reclaim { pages } => {
                 let bytes = if pages == 7 { ALL } else { ByteCount(pages * PAGE) };
-                drop(self.may_fail(self.world.manager.reclaim(bytes, WAIT, "a test")));
+                drop(Self::may_fail(self.world.manager.reclaim(bytes, WAIT, "a test")));
             }
             Op::Compact => {
-                let moves = self.may_fail(self.cache.compact(0, usize::MAX, WAIT));
+                let moves = Self::may_fail(self.cache.compact(0, usize::MAX, WAIT));
                 let moves: BTreeMap<u32, u32> =
                     moves.into_iter().flatten().map(|one| (one.from, one.to)).collect();
                 for block in self.held.iter_mut().flat_map(|held| &mut held.blocks) {

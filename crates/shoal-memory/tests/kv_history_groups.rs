@@ -382,7 +382,7 @@ impl Model {
                 live += u64::from(expected.is_some()) * layout.block_bytes().0;
                 match (expected, state) {
                     (Some(owners), BlockState::Owned(counted)) => {
-                        assert_eq!(counted, *owners, "{group}: {block}")
+                        assert_eq!(counted, *owners, "{group}: {block}");
                     }
                     (None, BlockState::Free | BlockState::Cached) => {}
                     (owners, state) => {
