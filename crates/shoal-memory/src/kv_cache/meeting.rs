@@ -46,7 +46,8 @@ impl Meeting {
         state.asked += 1;
         state.askers += 1;
         let number = state.asked;
-        state.wanted = Some(state.wanted.unwrap_or(ByteCount::ZERO) + bytes);
+        // Whoever wants all there is says the largest number.
+        state.wanted = Some(ByteCount(state.wanted.map_or(0, |wanted| wanted.0).saturating_add(bytes.0)));
         self.changed.notify_all();
         let mut is_late = false;
         while state.answered < number && !is_late {
@@ -81,7 +82,7 @@ impl Meeting {
         let mut state = self.state.lock();
         if number > state.answered && number <= state.asked {
             state.answered = number;
-            state.freed += freed;
+            state.freed = ByteCount(state.freed.0.saturating_add(freed.0));
         }
         drop(state);
         self.changed.notify_all();
