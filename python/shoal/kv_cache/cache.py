@@ -529,8 +529,8 @@ class KvCache:
         -------
         dict
             In bytes: ``limit``, ``reservation`` (the most a limit can be), ``mapped``, ``live`` (blocks with an owner),
-            ``cached``, ``empty`` (memory in which nothing lies). ``revision`` of the limit. ``block_tokens``: a prefix is
-            found in steps of so many tokens; None where nothing is found again. ``groups``: for each ``mapped`` and
+            ``cached``, ``empty`` (memory in which nothing lies). ``revision`` of the limit. ``block_tokens``: a prefix
+            is found in steps of so many tokens; None where nothing is found again. ``groups``: for each ``mapped`` and
             counts of blocks.
 
         Raises
