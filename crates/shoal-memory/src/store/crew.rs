@@ -7,18 +7,22 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 struct State<J> {
     jobs: VecDeque<J>,
     is_closed: bool,
+    /// Threads that have not let go of their workers.
+    threads: Vec<ThreadId>,
 }
 
 struct Shared<J> {
     state: Mutex<State<J>>,
     work: Condvar,
+    ended: Condvar,
     jobs_max: usize,
 }
 
@@ -51,8 +55,9 @@ impl<J: Send + 'static> Crew<J> {
         jobs_max: usize,
         mut worker: impl FnMut(Desk<J>) -> W,
     ) -> io::Result<Self> {
-        let state = State { jobs: VecDeque::new(), is_closed: false };
-        let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), jobs_max });
+        let state = State { jobs: VecDeque::new(), is_closed: false, threads: Vec::new() };
+        let (work, ended) = (Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { state: Mutex::new(state), work, ended, jobs_max });
         let crew = Self(shared);
         for number in 0..threads.max(1) {
             let (mut work, shared) = (worker(crew.desk()), Arc::clone(&crew.0));
@@ -60,13 +65,35 @@ impl<J: Send + 'static> Crew<J> {
                 while let Some(job) = shared.next() {
                     work(job);
                 }
+                drop(work);
+                shared.state.lock().threads.retain(|thread| *thread != thread::current().id());
+                shared.ended.notify_all();
             };
-            let spawned = thread::Builder::new().name(format!("{name}-{number}")).spawn(serve);
-            if number == 0 {
-                spawned?;
+            // Not before its number is written down, so that none is missed.
+            let mut state = crew.0.state.lock();
+            match thread::Builder::new().name(format!("{name}-{number}")).spawn(serve) {
+                Ok(handle) => state.threads.push(handle.thread().id()),
+                Err(error) if number == 0 => return Err(error),
+                Err(_) => {}
             }
         }
         Ok(crew)
+    }
+
+    /// Takes no more jobs and waits until the threads have let go of what they work with, for so long at most; one that
+    /// is its own thread does not wait for itself. Whether they have.
+    pub(crate) fn close(&self, deadline: Duration) -> bool {
+        self.0.shut();
+        let until = Instant::now() + deadline;
+        let mut state = self.0.state.lock();
+        loop {
+            if state.threads.iter().all(|thread| *thread == thread::current().id()) {
+                return true;
+            }
+            if self.0.ended.wait_until(&mut state, until).timed_out() {
+                return false;
+            }
+        }
     }
 
     pub(crate) fn desk(&self) -> Desk<J> {
@@ -75,6 +102,16 @@ impl<J: Send + 'static> Crew<J> {
 }
 
 impl<J> Shared<J> {
+    fn shut(&self) {
+        let mut state = self.state.lock();
+        state.is_closed = true;
+        let left = std::mem::take(&mut state.jobs);
+        drop(state);
+        self.work.notify_all();
+        // Not under the lock: what answers for them may ask again.
+        drop(left);
+    }
+
     fn next(&self) -> Option<J> {
         let mut state = self.state.lock();
         loop {
@@ -116,13 +153,7 @@ impl<J> Desk<J> {
 
 impl<J> Drop for Crew<J> {
     fn drop(&mut self) {
-        let mut state = self.0.state.lock();
-        state.is_closed = true;
-        let left = std::mem::take(&mut state.jobs);
-        drop(state);
-        self.0.work.notify_all();
-        // Not under the lock: what answers for them may ask again.
-        drop(left);
+        self.0.shut();
     }
 }
 
@@ -163,5 +194,21 @@ mod tests {
         assert_eq!(Arc::strong_count(&jobs[3]), 1);
         drop(gate);
         assert!(desk.ask(Arc::clone(&jobs[1])).is_err(), "it is closed");
+    }
+
+    #[test]
+    fn after_closing_nothing_is_held() {
+        let held = Arc::new(());
+        let crew = Crew::start("test", 3, 9, |_| {
+            let held = Arc::clone(&held);
+            move |()| drop(Arc::clone(&held))
+        })
+        .expect("threads");
+        for _ in 0..9 {
+            let _ = crew.desk().ask(());
+        }
+        assert!(crew.close(WAIT));
+        // The closure that makes workers went with its call, so this is all.
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 }

@@ -29,6 +29,8 @@ use self::keep::{Coming, PutJob};
 use super::crew::{Crew, Desk};
 use super::{Buffer, Fetched, Held, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
 
+/// How long a stack that is dropped waits for its threads, which only copy.
+const DROP_WAIT: Duration = Duration::from_secs(5);
 /// Verdicts remembered between an offer and its put.
 const VERDICTS_MAX: usize = 1 << 16;
 
@@ -141,6 +143,15 @@ pub struct Stack {
 impl std::fmt::Debug for Stack {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Stack").field("tiers", &self.shared.tiers).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Stack {
+    /// Lets go of the tiers: what is under way in them goes on, and is answered as closed.
+    fn drop(&mut self) {
+        if !self.crew.close(DROP_WAIT) {
+            tracing::warn!("a stack of tiers did not end in time; its tiers are held a while longer");
+        }
     }
 }
 
