@@ -97,7 +97,8 @@ pub enum FromServer {
         /// Why, in a sentence with numbers.
         reason: String,
     },
-    /// A lease request was granted, wholly or in part.
+    /// A lease request was granted, wholly or in part. One for weights is granted with what the model gave up of them while
+    /// it waited, and so with more than it asked for.
     LeaseGrant {
         /// The request's number.
         request: u64,

@@ -536,6 +536,27 @@ fn orders_are_carried_out_and_answered_once() {
         FromWorker::OrderDone { order: 3, bytes, error: None, .. } => assert_eq!(bytes, ByteCount(2 * PAGE)),
         other => panic!("{other:?}"),
     }
+    // What leaves while a wake waits comes back with it: one lease, larger than what was asked for.
+    fake.say(&FromServer::Wake { order: 6, deadline_ms: 20_000, reason: String::new() });
+    let (request, kind, bytes) = fake.hear_request();
+    assert_eq!(bytes, ByteCount(2 * PAGE));
+    fake.say(&FromServer::Reclaim {
+        order: 7,
+        bytes: ByteCount(2 * PAGE),
+        deadline_ms: 9000,
+        reason: String::new(),
+    });
+    assert_eq!(fake.hear(), FromWorker::LeaseReturn { kind, bytes });
+    assert!(matches!(fake.hear(), FromWorker::OrderDone { order: 7, error: None, .. }));
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes: ByteCount(4 * PAGE) });
+    match fake.hear() {
+        FromWorker::OrderDone { order: 6, bytes, error: None, .. } => assert_eq!(bytes, ByteCount(4 * PAGE)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(region.usage().missing, ByteCount::ZERO);
+    fake.say(&FromServer::Reclaim { order: 8, bytes, deadline_ms: 9000, reason: String::new() });
+    assert_eq!(fake.hear(), FromWorker::LeaseReturn { kind, bytes });
+    assert!(matches!(fake.hear(), FromWorker::OrderDone { order: 8, error: None, .. }));
     // A step holds its guard: the order fails in time, and says why.
     fake.say(&FromServer::Wake { order: 4, deadline_ms: 300, reason: String::new() });
     let (request, ..) = fake.hear_request();

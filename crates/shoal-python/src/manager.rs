@@ -252,6 +252,14 @@ const OVERHEAD_WAIT: Duration = Duration::from_mins(1);
 /// What is left of a GPU's free memory when nobody says how much of it to use.
 const HEADROOM: ByteCount = ByteCount::gib(1);
 
+/// How fast a simulated device's link is each way, in MiB a second; as fast as the machine where it is not set.
+const SIM_LINK: &str = "SHOAL_SIM_LINK_MIB_PER_S";
+
+fn sim_link() -> Option<ByteCount> {
+    let speed: u64 = std::env::var(SIM_LINK).ok()?.parse().ok()?;
+    Some(ByteCount::mib(speed)).filter(|speed| !speed.is_zero())
+}
+
 /// Which device to open.
 #[derive(Clone, Copy, Debug)]
 enum Choice {
@@ -280,7 +288,12 @@ impl Choice {
     fn open(self, capacity: ByteCount, runtime_dir: PathBuf) -> Result<Arc<dyn Device>, DeviceError> {
         match self {
             Self::Sim(ordinal) => {
-                SimDevice::open_dyn(SimOptions { ordinal, ..SimOptions::new(capacity, runtime_dir) })
+                let copy_bandwidth = sim_link();
+                SimDevice::open_dyn(SimOptions {
+                    ordinal,
+                    copy_bandwidth,
+                    ..SimOptions::new(capacity, runtime_dir)
+                })
             }
             Self::Cuda(ordinal) => CudaDevice::open_dyn(ordinal),
         }

@@ -104,12 +104,18 @@ impl Decision<'_> {
             self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
             return self.wait(request, reason);
         }
+        if self.asks_for_what_leaves(request) {
+            let left = self.field.eventual(request).saturating_sub(request.bytes_min);
+            self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
+            return self.wait(request, reason::leaving(model));
+        }
         let free = self.field.free;
         if free >= request.bytes_min {
             let bytes = wanted.min(free);
             let reason = reason::grant(model, request, bytes, free);
             self.field.free -= bytes;
             self.spend(bytes);
+            self.field.meet(request);
             *self.granted.entry(model.id).or_default() += bytes;
             if request.kind == LeaseKind::Weights {
                 *self.granted_weights.entry(model.id).or_default() += bytes;
@@ -137,6 +143,7 @@ impl Decision<'_> {
         self.field.free = ByteCount::ZERO;
         self.field.incoming = self.field.incoming.saturating_sub(rest);
         self.spend(target);
+        self.field.meet(request);
         let reason = format!("{} waits for {rest} that others were ordered to give back", model.name);
         self.wait(request, reason);
     }
@@ -170,19 +177,59 @@ impl Decision<'_> {
         }
     }
 
+    /// Weights for a model that still gives some up: what it asks for does not make it whole any more, and would be one
+    /// more part that nobody can use. It asks for all that it lacks once they are gone.
+    fn asks_for_what_leaves(&self, request: &PendingRequest) -> bool {
+        let place = self.field.place(request.model);
+        request.kind == LeaseKind::Weights
+            && place.is_some_and(|place| !self.field.leaving_at(place).is_zero())
+    }
+
     /// What can be had for `request` now, and of whom.
     fn gather(
         &self,
         request: &PendingRequest,
         wanted: ByteCount,
     ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
-        let age = self.field.seniority(request);
-        let mut found = self.field.free + self.field.incoming;
-        let mut picks: Vec<(Candidate, ByteCount)> = Vec::new();
         // Nobody is disturbed for what the model has itself and does not use.
         let own = |candidate: &&Candidate| self.field.state.models[candidate.model].id == request.model;
         let candidates = self.field.candidates();
-        for &candidate in candidates.iter().filter(own).chain(candidates.iter().filter(|other| !own(other))) {
+        let in_order: Vec<Candidate> = candidates
+            .iter()
+            .filter(own)
+            .chain(candidates.iter().filter(|other| !own(other)))
+            .copied()
+            .collect();
+        let (found, picks) = self.gather_in(in_order.iter().copied(), request, wanted);
+        let stops = |candidate: &Candidate| {
+            candidate.class == Class::TurnOver && picks.iter().any(|(pick, _)| pick.model == candidate.model)
+        };
+        let waits = |candidate: &Candidate| candidate.class == Class::WaitsBehind;
+        if self.field.choice != Choice::Worth
+            || !picks.iter().any(|(pick, _)| stops(pick))
+            || !picks.iter().any(|(pick, _)| waits(pick))
+        {
+            return (found, one_order_each(picks));
+        }
+        // Whoever has to stop anyway comes back after all who wait, so what those hold is used sooner.
+        let before = in_order.iter().filter(|other| other.class < Class::WaitsBehind);
+        let after =
+            in_order.iter().filter(|other| stops(other)).chain(in_order.iter().filter(|one| waits(one)));
+        let (found, picks) = self.gather_in(before.chain(after).copied(), request, request.bytes_min);
+        (found, one_order_each(picks))
+    }
+
+    /// [`gather`](Self::gather), from these candidates in this order.
+    fn gather_in(
+        &self,
+        candidates: impl Iterator<Item = Candidate>,
+        request: &PendingRequest,
+        wanted: ByteCount,
+    ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
+        let age = self.field.seniority(request);
+        let mut found = self.field.free + self.field.incoming;
+        let mut picks: Vec<(Candidate, ByteCount)> = Vec::new();
+        for candidate in candidates {
             // Running models are disturbed only for the least that is of use.
             let goal = if candidate.class == Class::TurnOver { request.bytes_min } else { wanted };
             if found >= goal {
@@ -204,7 +251,7 @@ impl Decision<'_> {
                 picks.push((candidate, bytes));
             }
         }
-        (found, one_order_each(picks))
+        (found, picks)
     }
 
     /// One that `model` may not stand beside, and that cannot be made to leave.

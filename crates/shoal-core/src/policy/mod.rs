@@ -11,8 +11,11 @@
 //! 3. **What is worth least**, in one currency ([`worth`]): weights of idle models, and KV of any model that holds prefixes
 //!    which no request uses. Idle models that were brought back only just now come after those, and models within their
 //!    `keep_alive` after all others.
-//! 4. **Models that wait behind** the request and hold bytes they cannot run with.
-//! 5. **Busy models whose turn is over**, longest turn first, and only for the least that is of use. A turn is a
+//! 4. **Models that wait behind** the request and hold bytes they cannot run with. For KV of a model in its turn, any that
+//!    wait and hold a part of their weights, however old: they cannot run before that turn is over, and whoever runs would
+//!    stand still beside bytes that nobody can use.
+//! 5. **Busy models whose turn is over**, longest turn first, and only for the least that is of use. Where one has to stop,
+//!    it gives before those who wait: it comes back after them. A turn is a
 //!    quantum, or twice the time that bringing the model back takes where that is longer (at most a minute), counted from
 //!    the moment a model became wholly resident, had the KV of a request and was used; the caller does not begin a new one
 //!    while somebody waits. Until then a model is as old as its wake, and has no turn: weights without KV would wear the
@@ -23,6 +26,9 @@
 //!
 //! KV never takes the room of weights that its own model lacks: what is in use is not given up for them, so the model could
 //! not run again. Such a request is denied, as one that comes while the weights are there.
+//!
+//! A model that gave weights up while it waited for others is granted all that it lacks by then, and nothing while it still
+//! gives some up: with a part it could not run.
 //!
 //! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
 //! taken below its minimum, of one that does not sleep only KV is taken. Two models that may not stand beside each other
@@ -71,6 +77,8 @@ pub mod worth;
 
 #[cfg(test)]
 mod crowded;
+#[cfg(test)]
+mod growth;
 #[cfg(test)]
 mod tests;
 

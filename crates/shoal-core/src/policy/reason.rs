@@ -284,3 +284,8 @@ fn holders(field: &Field<'_>, model: &ModelState, say: impl Fn(&ModelState) -> O
     }
     if said.is_empty() { String::new() } else { format!("; {}", said.join(", ")) }
 }
+
+/// Why a model waits for what it has still to give up.
+pub(super) fn leaving(model: &ModelState) -> String {
+    format!("{} is still giving weights up and asks for all that it lacks once they are gone", model.name)
+}

@@ -84,6 +84,8 @@ pub(super) struct Field<'a> {
     left: Vec<Left>,
     /// What this plan took of each model.
     took: Vec<ByteCount>,
+    /// The model's request for weights is met by this plan: granted, or by what others give up already.
+    met: Vec<bool>,
     candidates: Vec<Candidate>,
     /// The oldest request of each model that waits.
     senior: Vec<Option<Seniority>>,
@@ -111,6 +113,7 @@ impl<'a> Field<'a> {
             choice,
             left: state.models.iter().map(|model| left_of(model, state.is_manual)).collect(),
             took: vec![ByteCount::ZERO; state.models.len()],
+            met: vec![false; state.models.len()],
             candidates: Vec::new(),
             senior: vec![None; state.models.len()],
             stuck: vec![false; state.models.len()],
@@ -260,7 +263,15 @@ impl<'a> Field<'a> {
         let now = match candidate.class {
             Class::Surplus | Class::Idle | Class::IdleFresh | Class::IdleKept => true,
             // Between two requests of one wake it waits as well.
-            Class::WaitsBehind => younger && (self.stuck[candidate.model] || self.standing(model) > age),
+            Class::WaitsBehind if younger => self.stuck[candidate.model] || self.standing(model) > age,
+            // It cannot run before this turn is over, however long it has waited; whoever runs would stand still beside
+            // bytes that nobody can use. It gets them back with all that the turn has.
+            Class::WaitsBehind => {
+                request.kind == LeaseKind::Kv
+                    && !model.is_whole()
+                    && !self.met[candidate.model]
+                    && self.model(request.model).is_some_and(|asking| self.in_turn(asking))
+            }
             Class::TurnOver => younger && self.protected_until(model).is_none(),
         };
         if now { left.all } else { ByteCount::ZERO }
@@ -321,6 +332,13 @@ impl<'a> Field<'a> {
         Some(model.last_used_ms.saturating_add(linger_ms).min(turn_ends)).filter(|until| *until > self.now_ms)
     }
 
+    /// Weights of the model at `place` that it was ordered to give up and has not yet. Unused KV goes before them.
+    pub(super) fn leaving_at(&self, place: usize) -> ByteCount {
+        let model = &self.state.models[place];
+        let spare = model.kv_held.saturating_sub(model.kv_live);
+        (model.ordered + self.took[place]).saturating_sub(spare).min(model.weights_held)
+    }
+
     /// The model at `place` asks for bytes.
     pub(super) fn asks(&self, place: usize) -> bool {
         self.senior[place].is_some()
@@ -356,6 +374,13 @@ impl<'a> Field<'a> {
             }
         });
         self.free + self.incoming + others.sum()
+    }
+
+    /// Marks `request` as met. Who has all its weights, or is about to, is not kept waiting by those who run.
+    pub(super) fn meet(&mut self, request: &PendingRequest) {
+        if let Some(place) = self.place(request.model) {
+            self.met[place] |= request.kind == LeaseKind::Weights;
+        }
     }
 
     /// Marks bytes of the model at `place` as taken. Workers give unused KV up first, whatever the order was for.

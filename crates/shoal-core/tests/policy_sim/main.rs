@@ -53,6 +53,30 @@ fn lru_keeps_every_promise_in_every_history() {
     histories(&Lru);
 }
 
+/// With half of the memory that three need, one of them runs at a time. What that costs is the time in which memory moves:
+/// a turn takes 3 s here, bringing one back half a second and the answers of those who yield a fifth. In its turn a model
+/// must not stand still for memory that others hold and cannot run with.
+#[test]
+fn three_busy_models_in_half_of_their_memory_lose_only_the_time_of_moving() {
+    let served = |percent, all| {
+        let mut sim = sim::Sim::busy(&Value, percent, all);
+        sim.run().unwrap_or_else(|broken| panic!("{percent} %: {broken}"));
+        sim.seen
+    };
+    let alone = served(100, false).served_of[0];
+    for percent in [100, 75, 50, 40] {
+        let seen = served(percent, true);
+        let all: u64 = seen.served_of.iter().sum();
+        eprintln!("{percent} %: {all} of {alone} of one alone; {seen:?}");
+        assert!(
+            all * 100 >= alone * 75,
+            "{percent} %: {all} answers, one model alone gives {alone}: {seen:?}"
+        );
+        let least = seen.served_of.iter().min().copied().unwrap_or_default();
+        assert!(least * 4 >= all, "{percent} %: one was hardly served: {seen:?}");
+    }
+}
+
 fn bytes(most: u64) -> impl Strategy<Value = ByteCount> {
     (0..=most).prop_map(ByteCount::mib)
 }

@@ -131,6 +131,8 @@ pub(crate) struct Sim<'a> {
     requests: u64,
     next_load_ms: u64,
     again_at_ms: Option<u64>,
+    /// Each client asks anew when it is answered, and nothing fails: so long it works on one request.
+    closed_ms: Option<u64>,
     /// Figures of the history, for what a test wants to have seen.
     pub(crate) seen: Seen,
 }
@@ -140,6 +142,8 @@ pub(crate) struct Seen {
     pub(crate) evicts: u64,
     pub(crate) grants: u64,
     pub(crate) served: u64,
+    /// Of the first three models, while the load lasts that never pauses.
+    pub(crate) served_of: [u64; 3],
     pub(crate) denied: u64,
     /// Plans made.
     pub(crate) plans: u64,
@@ -193,8 +197,43 @@ impl<'a> Sim<'a> {
             requests: 0,
             next_load_ms: 1_000,
             again_at_ms: None,
+            closed_ms: None,
             seen: Seen::default(),
         }
+    }
+
+    /// Three alike, all busy as long as the load lasts or only the first of them, with so much of the memory that they need.
+    pub(crate) fn busy(policy: &'a dyn Policy, percent: u64, all: bool) -> Self {
+        const CLIENTS: u64 = 4;
+        let (weights_total, kv) = (ByteCount::mib(100), ByteCount::mib(4));
+        let mut sim = Self::new(0, policy);
+        sim.workers.truncate(3);
+        for (number, place) in (0..3_u32).zip(0..) {
+            let state = ModelState {
+                id: ModelId(number),
+                name: format!("model-{number}"),
+                ready: true,
+                weights_total,
+                kv_min: kv,
+                restore_us_per_mib: RESTORE_US_PER_MIB,
+                ..ModelState::default()
+            };
+            let left_ms = 300;
+            let parked = if all || number == 0 { CLIENTS } else { 0 };
+            let parked = (0..parked).map(|_| Job { left_ms, kv, runs: false }).collect();
+            let worker = Worker { state, parked, ..worker(&mut sim.random, 0, sim.budget) };
+            if place < sim.workers.len() {
+                sim.workers[place] = worker;
+            } else {
+                sim.workers.push(worker);
+            }
+        }
+        let need = ByteCount(3 * (weights_total.0 + CLIENTS * kv.0));
+        sim.budget = ByteCount(need.0 / 100 * percent);
+        sim.budget_now = sim.budget;
+        sim.quantum_ms = 3_000;
+        sim.closed_ms = Some(300);
+        sim
     }
 
     /// Runs a history to its end; what broke, if something did.
@@ -244,7 +283,8 @@ impl<'a> Sim<'a> {
     }
 
     fn next_ms(&self) -> Option<u64> {
-        let load = (self.next_load_ms < LOAD_ENDS_MS).then_some(self.next_load_ms);
+        let comes = self.closed_ms.is_none() && self.next_load_ms < LOAD_ENDS_MS;
+        let load = comes.then_some(self.next_load_ms);
         let workers = self.workers.iter().flat_map(|worker| {
             let runs = worker.jobs.iter().filter(|job| job.runs && worker.state.up);
             let ends = runs.map(|job| self.now_ms + job.left_ms);
@@ -258,6 +298,9 @@ impl<'a> Sim<'a> {
     fn happen(&mut self) {
         for place in 0..self.workers.len() {
             self.happen_to(place);
+        }
+        if self.closed_ms.is_some() {
+            return;
         }
         if self.next_load_ms <= self.now_ms && self.now_ms < LOAD_ENDS_MS {
             self.next_load_ms = self.now_ms + 1 + self.random.below(800);
@@ -297,16 +340,27 @@ impl<'a> Sim<'a> {
                 self.seen.accidents += 1;
                 skipped = true;
             } else {
+                let before = worker.state.weights_held;
                 worker.orders.insert(due, order);
                 worker.obey(worker.orders[due].left);
                 worker.orders.remove(due);
+                // As the server has it: who waits for weights waits for these as well.
+                let (id, gone) = (worker.state.id, before - worker.state.weights_held);
+                let mine = self
+                    .asked
+                    .iter_mut()
+                    .find(|asked| (asked.pending.model, asked.pending.kind) == (id, LeaseKind::Weights));
+                if let Some(asked) = mine {
+                    asked.pending.bytes += gone;
+                    asked.pending.bytes_min += gone;
+                }
             }
         }
         let mut fails = false;
         if worker.copied_at_ms.is_some_and(|at| at <= now_ms) {
             worker.copied_at_ms = None;
             worker.state.wake_ordered = false;
-            fails = self.random.one_in(25);
+            fails = self.closed_ms.is_none() && self.random.one_in(25);
             if fails {
                 // A wake that fails gives back what it brought.
                 let held = worker.state.weights_held;
@@ -326,7 +380,12 @@ impl<'a> Sim<'a> {
             self.seen.served += ended as u64;
             worker.state.last_used_ms = now_ms;
             worker.settle_kv();
-            if self.random.one_in(3) {
+            if let Some(left_ms) = self.closed_ms.filter(|_| now_ms < LOAD_ENDS_MS) {
+                let kv = worker.state.kv_min;
+                worker.parked.extend((0..ended).map(|_| Job { left_ms, kv, runs: false }));
+                self.seen.served_of[place] += ended as u64;
+            }
+            if self.closed_ms.is_some() || self.random.one_in(3) {
                 let surplus = worker.state.kv_held - worker.state.kv_live;
                 worker.state.kv_held -= surplus;
                 worker.returned(surplus);
@@ -542,7 +601,7 @@ impl<'a> Sim<'a> {
                 if takes_weights {
                     worker.state.turn_since_ms = None;
                 }
-                let fails = self.random.one_in(40);
+                let fails = self.closed_ms.is_none() && self.random.one_in(40);
                 worker.orders.push(Order { due_ms, left: bytes, takes_weights, fails });
                 if reason.contains("may not stand beside") {
                     self.seen.apart += 1;

@@ -112,7 +112,8 @@ impl Region {
         deadline: Instant,
         shared: &Shared,
     ) -> Result<Report, MemoryError> {
-        // Since the lease was asked for, others may have brought back some of it; none of it can be more.
+        // Since the lease was asked for, others may have brought back some of it, and some more may have been evicted, with
+        // which a server grants the lease.
         let (plan, missing) = {
             let state = self.inner.state.lock();
             (state.table.plan_restore(supply.bytes()), state.table.missing_bytes())
@@ -122,6 +123,7 @@ impl Region {
             shared.set_short();
         }
         let mut report = Report::new(plan.bytes);
+        shared.set_total(plan.bytes);
         let mut incoming = Incoming::new(self, plan.moves, shared);
         let outcome = incoming.run(supply, deadline);
         let has_guests = shared.close();

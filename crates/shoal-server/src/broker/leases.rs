@@ -94,6 +94,7 @@ impl Core {
         }
         if kind == LeaseKind::Weights && !bytes.is_zero() {
             self.advance(place, LifeEvent::SomeLeft);
+            self.ask_for_what_left(place, bytes);
         }
         let model = &mut self.models[place];
         if kind == LeaseKind::Kv {
@@ -101,6 +102,22 @@ impl Core {
         }
         let leased = self.book.leased();
         self.tell(now_ms, Some(place), EventKind::LeaseReturned { lease: kind, bytes, leased });
+    }
+
+    /// A wake that still waits for its lease lacks what just left as well: it is given all of it at once. A part would be
+    /// brought to the device for nothing, for a model that cannot run with it.
+    fn ask_for_what_left(&mut self, place: usize, bytes: ByteCount) {
+        let model = &self.models[place];
+        let lacks = model.weights_total.saturating_sub(self.book.held(model.id, LeaseKind::Weights));
+        let (id, kind) = (model.id, LeaseKind::Weights);
+        let mut open =
+            self.asked.iter_mut().filter(|asked| (asked.pending.model, asked.pending.kind) == (id, kind));
+        // With more than one it is not known which of them lacks what.
+        if let (Some(asked), None) = (open.next(), open.next()) {
+            let more = lacks.saturating_sub(asked.pending.bytes).min(bytes);
+            asked.pending.bytes += more;
+            asked.pending.bytes_min += more;
+        }
     }
 
     fn usage(&mut self, place: usize, usage: WorkerUsage, now_ms: u64) {

@@ -196,7 +196,8 @@ impl Core {
         let is_there = !held.is_zero() && held >= declared && !(partly && evicted_meanwhile);
         if is_there {
             model.weights_total = held;
-        } else {
+        }
+        if !is_there || evicted_meanwhile {
             model.wake_not_before_ms = now_ms + WAKE_AGAIN_MS;
         }
         model.wake_failures = 0;

@@ -129,6 +129,37 @@ fn who_asks_for_its_first_kv_is_as_old_as_its_wake() {
     assert_eq!(orders(bench.told(1)).len(), 1, "who came later gives what the first lacks of its KV");
 }
 
+/// Who waits for the rest of its weights, and gives up for another what it had, is given all of it once its time comes. It
+/// got what it had asked for at first, could not run with that, and the others' memory stood idle meanwhile.
+#[test]
+fn who_gave_weights_up_while_it_waited_is_granted_all_that_it_lacks() {
+    let mut bench = Bench::new();
+    bench.leave_a_part_of_the_second();
+    let first = bench.wanted(0, WEIGHTS, 100);
+    let second = bench.wanted(1, ByteCount::mib(32), 110);
+    bench.usage(0, WEIGHTS, 120);
+    bench.done(0, first, WEIGHTS, 120);
+    bench.request(0, LeaseKind::Kv, KV, 122);
+    let Some(FromServer::Reclaim { order, bytes, .. }) = bench.told(1).pop() else { panic!("it is asked") };
+    bench.usage(1, ByteCount::mib(28) - bytes, 130);
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 130);
+    bench.done(1, order, bytes, 130);
+    bench.core.handle_route_ended(0, &caller(), 140);
+    let mut told = bench.told(0);
+    assert!(told.iter().any(|said| matches!(said, FromServer::LeaseGrant { kind: LeaseKind::Kv, .. })));
+    let Some(FromServer::Reclaim { order, bytes: more, .. }) = told.pop() else { panic!("it is idle") };
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: more }, 150);
+    bench.done(0, order, more, 150);
+    let granted = bench.told(1).into_iter().find_map(|said| match said {
+        FromServer::LeaseGrant { bytes, .. } => Some(bytes),
+        _ => None,
+    });
+    assert_eq!(granted, Some(ByteCount::mib(32) + bytes));
+    bench.usage(1, WEIGHTS, 160);
+    bench.done(1, second, ByteCount::mib(32) + bytes, 160);
+    assert!(bench.core.models[1].is_up());
+}
+
 /// The same where nobody asks for anything when its weights come: that its client goes to the worker is no turn either. A
 /// turn that ends because others need its weights was one, with KV or without.
 #[test]
