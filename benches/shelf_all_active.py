@@ -1,10 +1,11 @@
 """All models busy at once with 100, 75 and 50 % of the memory they need together.
 
 Closed-loop clients, equally many a model, for a fixed time. The ceiling of tokens and first tokens is the same traffic
-with all the memory needed: what less memory costs is the ratio to it. Their peer is plain transformers with all models
-loaded in one process, which answers such prompts in batches of a model's clients. Beside the bytes moved stands what
-a memcpy of them takes here. Fairness is Jain's index over the tokens each model was given (1 = equal; R. Jain, D. Chiu,
-W. Hawe, 1984).
+with all the memory needed: what less memory costs is the ratio to it. Where only one model fits at a time, the ceiling
+of tokens is what one alone gives in its turns, with a memcpy of a whole model between two of them. Their peer is plain
+transformers with all models loaded in one process, which answers such prompts in batches of a model's clients. Beside
+the bytes moved stands what a memcpy of them takes here. Fairness is Jain's index over the tokens each model was given
+(1 = equal; R. Jain, D. Chiu, W. Hawe, 1984).
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -60,8 +65,8 @@ def moved(server: Server) -> tuple[int, int, int]:
     )
 
 
-def drive(server: Server, seconds: float, clients_per_model: int) -> Run:
-    """Keep every model busy for `seconds`, then let what runs finish."""
+def drive(server: Server, seconds: float, clients_per_model: int, names: Sequence[str] = NAMES) -> Run:
+    """Keep these models busy for `seconds`, then let what runs finish."""
     run = Run(seconds)
     before = moved(server)
     end = time.monotonic() + seconds
@@ -77,7 +82,7 @@ def drive(server: Server, seconds: float, clients_per_model: int) -> Run:
                 with lock:
                     run.answers[name].append(answer)
 
-    threads = [threading.Thread(target=client, args=(name, n)) for name in NAMES for n in range(clients_per_model)]
+    threads = [threading.Thread(target=client, args=(name, n)) for name in names for n in range(clients_per_model)]
     start = time.monotonic()
     for thread in threads:
         thread.start()
@@ -87,6 +92,21 @@ def drive(server: Server, seconds: float, clients_per_model: int) -> Run:
     after = moved(server)
     run.moved_bytes, run.wakes, run.evictions = (now - then for now, then in zip(after, before, strict=True))
     return run
+
+
+def tokens_per_s(run: Run) -> float:
+    """Tokens of all models a second."""
+    return sum(answer.tokens for answers in run.answers.values() for answer in answers) / run.seconds
+
+
+def one_at_a_time(alone: float, turn_s: float, move_s: float) -> float:
+    """Tokens a second where models take turns of `turn_s` and nothing but bringing the next one back costs time."""
+    return alone * turn_s / (turn_s + move_s)
+
+
+def turn_s(server: Server) -> float:
+    """How long a busy model runs while others wait."""
+    return float(server.state()["sharing"]["quantum_ms"]) / 1000
 
 
 def jain(values: list[float]) -> float:
@@ -138,6 +158,7 @@ def main() -> None:
         alone = plain_tokens_per_s(list(paths.values()), prompt, options.clients, TOKENS, alone_s)
         rows += [copy, Row(f"{PLAIN}, all models loaded", "tokens a second", alone, "tokens/s", "higher")]
         base: dict[str, float] = {}
+        single = 0.0
         for percent in sorted(options.percent, reverse=True):
             directory = home / f"at-{percent}"
             directory.mkdir()
@@ -145,7 +166,11 @@ def main() -> None:
                 for name in NAMES:
                     server.wait_for(name, "asleep", "awake", "partly_resident")
                     server.complete(name, "warm", 4)
+                if percent == WHOLE:
+                    single = tokens_per_s(drive(server, alone_s, options.clients, NAMES[:1]))
+                    rows.append(Row("one model alone", "tokens a second", single, "tokens/s", "higher"))
                 run = drive(server, options.seconds, options.clients)
+                turns = one_at_a_time(single, turn_s(server), copy.value)
             if options.keep:
                 shutil.copytree(directory, options.keep / directory.name, ignore=shutil.ignore_patterns("*.sock"))
             fresh = rows_of(f"{percent} % of {need >> 20} MiB", run, one / copy.value)
@@ -154,6 +179,9 @@ def main() -> None:
             for row in fresh:
                 row.ceiling = base.get(row.metric, row.ceiling)
                 if row.metric == "tokens a second":
+                    # Two do not fit.
+                    if single and need * percent // 100 < 2 * one:
+                        row.ceiling = turns
                     row.peer, row.peer_value = PLAIN, alone
             rows += fresh
     save("shelf_all_active", rows)

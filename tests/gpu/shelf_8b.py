@@ -2,9 +2,10 @@
 
 Run by `tests/gpu/run.sh shelf_8b`. The models are three names for one file of random weights (32 layers of 8B shape,
 a vocabulary of 257, bfloat16), so that a small disk suffices; nothing of them is shared while they are served. First
-with room for all, then with half of the memory that they need ($SHOAL_SHELF_SHARES). Every answer to one prompt has to
-be the same text; none is found in the prefix cache, with which bfloat16 rounds otherwise.
-$SHOAL_SHELF_DEVICE=sim makes a small dry run.
+with room for all, then with half of the memory that they need ($SHOAL_SHELF_SHARES). There one runs at a time, so the
+ceiling of its tokens is what one model alone gives in its turns, with the link's time for a whole model between two.
+Every answer to one prompt has to be the same text; none is found in the prefix cache, with which bfloat16 rounds
+otherwise. $SHOAL_SHELF_DEVICE=sim makes a small dry run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from benches.client import stream
 from benches.results import Row, of_samples, save_gpu
-from benches.shelf_all_active import NAMES, drive, moved, rows_of
+from benches.shelf_all_active import NAMES, drive, moved, one_at_a_time, rows_of, tokens_per_s, turn_s
 from tests.gpu.shelf import smi
 from tests.support.models import byte_tokenizer
 from tests.support.server import Server, serve
@@ -183,6 +184,7 @@ def main() -> int:
             {"name": name, "source": str(home / "weights"), "context": CONTEXT} for name in NAMES
         ]
         overhead = 0 if SHARES[0] == 1 else len(NAMES) * OVERHEAD
+        alone = 0.0
         for share in SHARES:
             case = f"{share:.0%} of what three of {weights / 2**30:.0f} GiB need"
             place = home / f"at-{share:.0%}".replace("%", "")
@@ -204,8 +206,16 @@ def main() -> int:
                     asked.first_token(name, PROMPTS[0])
                 rows += by_residency(asked, weights, link) if share == 1 else switches(asked)
                 before = moved(server)
+                if share == 1:
+                    alone = tokens_per_s(drive(server, SECONDS / 2, CLIENTS, NAMES[:1]))
+                    rows.append(Row("one model alone", "tokens a second", alone, "tokens/s", "higher"))
+                    before = moved(server)
                 run = drive(server, SECONDS, CLIENTS)
-                rows += rows_of(case, run, link)
+                fresh = rows_of(case, run, link)
+                for row in fresh:
+                    if row.metric == "tokens a second" and alone and share < 2 / len(NAMES):
+                        row.ceiling = one_at_a_time(alone, turn_s(server), weights / link)
+                rows += fresh
                 overhead = sum(int(model["lease"]["overhead"]) for model in server.state()["models"])
                 print(case, "moved, wakes, evictions", before, moved(server), flush=True)
                 wrong = asked.wrong
