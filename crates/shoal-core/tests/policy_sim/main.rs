@@ -1,6 +1,7 @@
 //! The policy in histories: seeded ones in virtual time, and single plans for arbitrary shelves.
 
 mod random;
+mod seen;
 mod sim;
 
 use proptest::prelude::*;
@@ -19,12 +20,12 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().expect("a whole number"))
 }
 
-fn histories(policy: &dyn Policy) -> sim::Seen {
+fn histories(policy: &dyn Policy) -> seen::Seen {
     let seeds = match number(SEED_VARIABLE) {
         Some(seed) => seed..seed + 1,
         None => 0..number(HISTORIES_VARIABLE).unwrap_or(HISTORIES),
     };
-    let mut total = sim::Seen::default();
+    let mut total = seen::Seen::default();
     for seed in seeds.clone() {
         let mut sim = sim::Sim::new(seed, policy);
         if let Err(broken) = sim.run() {

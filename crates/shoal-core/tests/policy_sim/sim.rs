@@ -12,6 +12,9 @@ use shoal_core::policy::{
 use shoal_core::protocol::LeaseKind;
 
 use crate::random::Random;
+use crate::seen::Seen;
+
+mod busy;
 
 /// The longest that a worker takes to answer an order.
 const ANSWER_MS_MAX: u64 = 200;
@@ -137,40 +140,6 @@ pub(crate) struct Sim<'a> {
     pub(crate) seen: Seen,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Seen {
-    pub(crate) evicts: u64,
-    pub(crate) grants: u64,
-    pub(crate) served: u64,
-    /// Of the first three models, while the load lasts that never pauses.
-    pub(crate) served_of: [u64; 3],
-    pub(crate) denied: u64,
-    /// Plans made.
-    pub(crate) plans: u64,
-    /// Models brought back that nobody waited for.
-    pub(crate) preloads: u64,
-    /// Times that somebody had to wait for one it may not stand beside.
-    pub(crate) apart: u64,
-    /// Wakes and orders that failed, kills, sleeps by hand, changes of the budget.
-    pub(crate) accidents: u64,
-    /// The longest wait, in thousandths of the stated bound.
-    pub(crate) worst_permille: u64,
-}
-
-impl Seen {
-    pub(crate) fn add(&mut self, other: &Self) {
-        self.evicts += other.evicts;
-        self.grants += other.grants;
-        self.served += other.served;
-        self.denied += other.denied;
-        self.plans += other.plans;
-        self.preloads += other.preloads;
-        self.apart += other.apart;
-        self.accidents += other.accidents;
-        self.worst_permille = self.worst_permille.max(other.worst_permille);
-    }
-}
-
 impl<'a> Sim<'a> {
     pub(crate) fn new(seed: u64, policy: &'a dyn Policy) -> Self {
         let mut random = Random(seed);
@@ -200,40 +169,6 @@ impl<'a> Sim<'a> {
             closed_ms: None,
             seen: Seen::default(),
         }
-    }
-
-    /// Three alike, all busy as long as the load lasts or only the first of them, with so much of the memory that they need.
-    pub(crate) fn busy(policy: &'a dyn Policy, percent: u64, all: bool) -> Self {
-        const CLIENTS: u64 = 4;
-        let (weights_total, kv) = (ByteCount::mib(100), ByteCount::mib(4));
-        let mut sim = Self::new(0, policy);
-        sim.workers.truncate(3);
-        for (number, place) in (0..3_u32).zip(0..) {
-            let state = ModelState {
-                id: ModelId(number),
-                name: format!("model-{number}"),
-                ready: true,
-                weights_total,
-                kv_min: kv,
-                restore_us_per_mib: RESTORE_US_PER_MIB,
-                ..ModelState::default()
-            };
-            let left_ms = 300;
-            let parked = if all || number == 0 { CLIENTS } else { 0 };
-            let parked = (0..parked).map(|_| Job { left_ms, kv, runs: false }).collect();
-            let worker = Worker { state, parked, ..worker(&mut sim.random, 0, sim.budget) };
-            if place < sim.workers.len() {
-                sim.workers[place] = worker;
-            } else {
-                sim.workers.push(worker);
-            }
-        }
-        let need = ByteCount(3 * (weights_total.0 + CLIENTS * kv.0));
-        sim.budget = ByteCount(need.0 / 100 * percent);
-        sim.budget_now = sim.budget;
-        sim.quantum_ms = 3_000;
-        sim.closed_ms = Some(300);
-        sim
     }
 
     /// Runs a history to its end; what broke, if something did.
