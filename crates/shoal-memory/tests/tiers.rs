@@ -45,7 +45,7 @@ impl Server {
         let disk = loop {
             match DiskTier::open(std::slice::from_ref(&spec), options.clone()) {
                 Err(DiskError::InUse { .. }) if Instant::now() < by => {
-                    thread::sleep(Duration::from_millis(1))
+                    thread::sleep(Duration::from_millis(1));
                 }
                 opened => break Arc::new(opened.unwrap()),
             }
