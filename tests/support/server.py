@@ -29,6 +29,8 @@ def free_port() -> int:
 
 def toml_value(value: object) -> str:
     """Write one value the way TOML has it (strings, numbers and booleans are JSON's)."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {toml_value(one)}" for key, one in value.items()) + " }"
     return json.dumps(value)
 
 

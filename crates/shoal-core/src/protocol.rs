@@ -19,6 +19,9 @@
 //! by its own count is what the new server charges: grants that it read count, returns that nobody read count as well.
 //! Orders of the server before are not answered. A server that does not want it says [`FromServer::Refused`].
 //!
+//! **Signs of life.** A worker that says `answers_pings` in its hello answers each [`FromServer::Ping`] by
+//! [`FromWorker::Pong`], whatever else it does: the thread that reads answers. It says that the process runs, no more.
+//!
 //! **Orders.** `Reclaim` and `Wake` are orders: each is answered by exactly one [`FromWorker::OrderDone`].
 
 use serde::{Deserialize, Serialize};
@@ -134,6 +137,11 @@ pub enum FromServer {
         /// Why, in a sentence.
         reason: String,
     },
+    /// Answer, to show that the process runs.
+    Ping {
+        /// The answer says it again.
+        ping: u64,
+    },
     /// Finish and exit.
     Shutdown {
         /// How long running requests may still take.
@@ -232,6 +240,9 @@ pub enum FromWorker {
         /// What it holds, where it had another server before.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         holds: Option<Box<WorkerHolds>>,
+        /// Whether it answers [`FromServer::Ping`]. One that says nothing of it is not asked.
+        #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+        answers_pings: bool,
     },
     /// Progress of loading, for people.
     Loading {
@@ -315,6 +326,11 @@ pub enum FromWorker {
         duration_us: u64,
         /// What stood in the way, if it was not done in full.
         error: Option<String>,
+    },
+    /// The answer to a ping.
+    Pong {
+        /// The ping's number.
+        ping: u64,
     },
     /// Figures, a few times a second while they change.
     Usage {

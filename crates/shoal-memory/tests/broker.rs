@@ -107,8 +107,11 @@ fn accept(listener: &UnixListener) -> Fake {
     let (writer, _) = listener.accept().expect("a worker");
     writer.set_read_timeout(Some(WAIT)).expect("set");
     let mut fake = Fake { reader: BufReader::new(writer.try_clone().expect("cloned")), writer };
+    let hello = fake.hear();
     assert!(
-        matches!(fake.hear(), FromWorker::Hello { version: VERSION, ref model, pid: 7, holds: None } if model == "chat")
+        matches!(hello, FromWorker::Hello { version: VERSION, ref model, pid: 7, holds: None, answers_pings: true }
+            if model == "chat"),
+        "{hello:?}"
     );
     fake
 }
@@ -132,6 +135,25 @@ fn until(what: &str, mut is_true: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "not in time: {what}");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+#[test]
+fn a_ping_is_answered_whatever_else_is_waited_for() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (client, mut fake) = pair(dir.path());
+    // Nobody serves orders yet, and somebody waits for a lease: the thread that reads answers all the same.
+    fake.say(&FromServer::Wake { order: 1, deadline_ms: 60_000, reason: "a test".to_owned() });
+    let asks = Arc::clone(&client);
+    let asking = thread::spawn(move || {
+        asks.acquire(LeaseKind::Kv, ByteCount::mib(2), ByteCount::mib(2), WAIT, "a test")
+    });
+    assert!(matches!(fake.hear(), FromWorker::LeaseRequest { .. }));
+    for ping in [1, 2] {
+        fake.say(&FromServer::Ping { ping });
+        assert_eq!(fake.hear(), FromWorker::Pong { ping });
+    }
+    fake.say(&FromServer::LeaseGrant { request: 1, kind: LeaseKind::Kv, bytes: ByteCount::mib(2) });
+    assert_eq!(asking.join().expect("no panic"), Ok(ByteCount::mib(2)));
 }
 
 #[test]

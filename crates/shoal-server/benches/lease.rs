@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromWorker, LeaseKind, VERSION, WorkerCapabilities};
-use shoal_server::config::{CommandConfig, DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
+use shoal_server::config::{
+    CommandConfig, DeviceChoice, Engine, Limits, ModelConfig, Patience, ServerConfig, Sharing,
+};
 use shoal_server::shelf::Shelf;
 use shoal_server::state::ModelStatus;
 
@@ -125,6 +127,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         quantum: Duration::from_secs(3),
         sharing: Sharing::default(),
         orphan_wait: Duration::ZERO,
+        patience: Patience::default(),
         notes: vec![],
         unservable: vec![],
     };
@@ -168,6 +171,7 @@ fn worker(control: &str, echo: &Path, out: &Path, rounds: usize) {
     let echoed = times(&mut Line::connect(echo), rounds);
     let mut line = Line::connect(Path::new(control));
     line.say(&FromWorker::Hello {
+        answers_pings: false,
         version: VERSION,
         model: "asking".to_owned(),
         pid: std::process::id(),

@@ -178,6 +178,16 @@ impl Collector for ShelfCollector {
                     .map(|(state, count)| (of(model, "state", state), gauge(ByteCount(count))))
             }),
         )?;
+        let silent = state.models.iter().filter(|model| model.is_elastic);
+        family(
+            encoder,
+            "worker_silent_seconds",
+            "For how long a model's worker has not answered, where it does not",
+            silent.map(|model| {
+                let seconds = model.silent_ms.unwrap_or(0) as f64 / 1e3;
+                (vec![("model", model.name.clone())], ConstGauge::new(seconds))
+            }),
+        )?;
         keys(encoder, &state)?;
         driver(encoder, &state)?;
         sharing(encoder, &state)?;

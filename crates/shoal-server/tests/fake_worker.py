@@ -62,7 +62,7 @@ class Worker:
 
     def run(self) -> None:
         options = self.options
-        self.say(say="hello", version=1, model=options.model, pid=os.getpid())
+        self.say(say="hello", version=1, model=options.model, pid=os.getpid(), answers_pings=True)
         welcome = json.loads(self.lines.readline())
         assert welcome["say"] == "welcome", welcome
         print("welcome", json.dumps(welcome), flush=True)
@@ -133,6 +133,8 @@ class Worker:
             case "reclaim":
                 if not self.options.ignore_reclaim:
                     self.reclaim(message)
+            case "ping":
+                self.say(say="pong", ping=message["ping"])
             case "shutdown":
                 if not self.options.ignore_shutdown:
                     os._exit(0)

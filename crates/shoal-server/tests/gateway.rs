@@ -13,6 +13,7 @@ use axum::routing::post as on_post;
 use futures_util::stream;
 use http_body_util::BodyExt;
 use support::{FakeModels, ask, get, post, raw_worker, refusal, settings, start, text, until, whole, worker};
+use tokio::io::AsyncWriteExt;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -398,6 +399,31 @@ async fn a_worker_nobody_can_reach_is_a_502_after_a_few_tries() {
     let (status, code, _) = refusal(post(server.address, CHAT, for_model("gone", false)).await).await;
     assert_eq!((status, code.as_str()), (502, "worker_lost"));
     assert!((3..=8).contains(&models.routed.load(Ordering::SeqCst)));
+}
+
+#[tokio::test]
+async fn the_shelf_hears_that_no_byte_comes_and_clients_why_a_worker_was_ended() {
+    for (head, stream) in [("", false), ("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", true)]
+    {
+        let models = FakeModels::new();
+        let listener = tokio::net::UnixListener::bind(models.socket("worker")).expect("a socket");
+        let seen = Arc::clone(&models.sink);
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                client.write_all(head.as_bytes()).await.expect("read");
+                // It says no more, until somebody has heard of that; then it is gone.
+                let before = seen.no_bytes.load(Ordering::SeqCst);
+                while seen.no_bytes.load(Ordering::SeqCst) < before + 2 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        });
+        let server = start(models, "", false, settings()).await;
+        let (status, body) = text(post(server.address, CHAT, for_model("hung", stream)).await).await;
+        assert_eq!(status, if stream { 200 } else { 502 }, "{body}");
+        assert!(body.contains("worker_lost"), "{body}");
+        assert!(body.contains("it has answered nothing for 60 s, and was ended"), "{body}");
+    }
 }
 
 #[tokio::test]

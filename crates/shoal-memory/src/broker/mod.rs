@@ -9,7 +9,7 @@
 //!
 //! | thread | does |
 //! |---|---|
-//! | `shoal-broker` | reads lines; grants and denials reach whoever waits for them |
+//! | `shoal-broker` | reads lines; grants and denials reach whoever waits for them; answers pings |
 //! | `shoal-reclaim`, `shoal-restore` | carry out orders, one of each at a time |
 //! | `shoal-usage` | says the figures when they changed, at most five times a second |
 
@@ -193,7 +193,13 @@ impl BrokerClient {
         let failed = |doing: &'static str| move |error: std::io::Error| wrong(format!("{doing}: {error}"));
         let mut socket = UnixStream::connect(path).map_err(failed("connect"))?;
         socket.set_write_timeout(Some(WRITE_WAIT)).map_err(failed("set a deadline"))?;
-        let hello = FromWorker::Hello { version: VERSION, model: model.to_owned(), pid, holds: None };
+        let hello = FromWorker::Hello {
+            version: VERSION,
+            model: model.to_owned(),
+            pid,
+            holds: None,
+            answers_pings: true,
+        };
         socket.write_all(&line::encode(&hello).map_err(wrong)?).map_err(failed("say hello"))?;
         let clone = || socket.try_clone().map_err(failed("share the socket"));
         let mut reader = BufReader::new(FileStream::new(clone()?));
@@ -403,6 +409,7 @@ impl BrokerClient {
                 let order = Order::new(self, order, None, deadline_ms, reason);
                 orders::queue(&self.wakes, order);
             }
+            FromServer::Ping { ping } => self.say(self.epoch(), &FromWorker::Pong { ping }),
             FromServer::Shutdown { deadline_ms, reason } => {
                 let deadline = Instant::now() + Duration::from_millis(deadline_ms);
                 self.state.lock().shutdown = Some(ShutdownOrder { deadline, reason });

@@ -171,6 +171,7 @@ impl BrokerClient {
             model: self.model.clone(),
             pid: self.pid,
             holds: Some(Box::new(holds)),
+            answers_pings: true,
         };
         let waiting = state.requests.iter().filter(|(_, asked)| matches!(asked.answer, Answer::Waiting));
         let mut waiting: Vec<_> =

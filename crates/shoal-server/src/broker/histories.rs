@@ -1,11 +1,13 @@
 //! Seeded histories of the core in virtual time: requests, kills of workers and of the server, failures, orders that are
-//! refused or ignored, others that come to the device and leave it, a driver that answers late, hides processes or is
-//! silent, against the production policy, with workers that are numbers. After every step I1 holds and nobody who waits is
-//! forgotten; when the disorder ends, every model serves again. A seed replays exactly.
+//! refused or ignored, workers that stop and answer nothing, others that come to the device and leave it, a driver that
+//! answers late, hides processes or is silent, against the production policy, with workers that are numbers. After every
+//! step I1 holds and nobody who waits is forgotten; when the disorder ends, every model serves again. A seed replays exactly.
+
+mod shelf;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,9 +20,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::dice::Dice;
 use super::{Begun, Core, Greeting, Life, Looked, Reached, Timing, Wanted};
-use crate::config::{DeviceChoice, Limits, ModelConfig, ServerConfig, Sharing};
 use crate::shelf::{Caller, RouteError};
 use crate::supervisor::{Entry, Exit};
+pub(super) use shelf::config;
+use shelf::{answers, hides};
 
 const MODELS: usize = 3;
 const WEIGHTS: ByteCount = ByteCount::mib(40);
@@ -28,55 +31,6 @@ const BUDGET: ByteCount = ByteCount::mib(100);
 const STEPS: usize = 200;
 /// As long as a model can be kept waiting by two others that use their whole turns, and by retries of wakes.
 const CALM_MS: u64 = 60_000;
-
-fn hides(seed: u64) -> bool {
-    seed % 5 == 2
-}
-
-/// Every fourth history has two models that stand apart, every fourth preloads, every fourth has another policy and one
-/// that watches.
-pub(super) fn config(seed: u64) -> ServerConfig {
-    let mut models: Vec<ModelConfig> =
-        (0..MODELS).map(|n| ModelConfig::new(format!("m{n}"), "/none")).collect();
-    let mut sharing = Sharing::default();
-    // Few places, so that requests wait for awake models too.
-    for model in &mut models {
-        model.parallel_max = 1 + u32::try_from(seed % 3).unwrap_or(0);
-    }
-    match seed % 4 {
-        1 => (models[0].apart, models[1].apart) = (vec!["m1".to_owned()], vec!["m0".to_owned()]),
-        2 => models.iter_mut().for_each(|model| model.preload = true),
-        3 => (sharing.policy, sharing.shadow) = ("lru".to_owned(), Some("value".to_owned())),
-        _ => {}
-    }
-    ServerConfig {
-        file: PathBuf::from("/none/shoal.toml"),
-        listen: ([127, 0, 0, 1], 0).into(),
-        api_key_file: None,
-        allowed_hosts: vec![],
-        separate_keys: false,
-        // Every fifth has a driver that hides who has what.
-        device: if hides(seed) { DeviceChoice::Cuda(0) } else { DeviceChoice::Sim },
-        device_uuid: None,
-        device_budget: BUDGET,
-        headroom: ByteCount::ZERO,
-        host_budget: ByteCount::gib(1),
-        host_memory: None,
-        disk: vec![],
-        models,
-        runtime_dir: PathBuf::from("/none"),
-        state_dir: PathBuf::from("/none"),
-        cache_dir: PathBuf::from("/none"),
-        log_dir: Path::new("/none/logs").to_owned(),
-        python: PathBuf::from("python3"),
-        limits: Limits { parked_max: 4, ..Limits::default() },
-        quantum: Duration::from_millis(300),
-        sharing,
-        orphan_wait: Duration::ZERO,
-        notes: vec![],
-        unservable: vec![],
-    }
-}
 
 /// A worker process: what it holds, and what it was told and has not done.
 struct Worker {
@@ -93,6 +47,8 @@ struct Worker {
     open: Option<(u64, ByteCount)>,
     /// It will not say what it holds.
     is_silent: bool,
+    /// Its process does not run.
+    is_stopped: bool,
     orders: VecDeque<FromServer>,
 }
 
@@ -272,6 +228,7 @@ impl World {
                     had_server: false,
                     open: None,
                     is_silent: false,
+                    is_stopped: false,
                     orders: VecDeque::new(),
                 };
                 self.workers.insert(place, worker);
@@ -310,6 +267,10 @@ impl World {
     fn work(&mut self, place: usize) {
         let (now_ms, is_steady) = (self.now_ms, self.is_steady());
         let Some(worker) = self.workers.get_mut(&place) else { return };
+        if worker.is_stopped {
+            worker.is_stopped = is_steady || !self.dice.chance(2);
+            return;
+        }
         let Some(heard) = &mut worker.heard else {
             if worker.is_silent {
                 return;
@@ -331,14 +292,25 @@ impl World {
             if self.core.handle_greeted(&name, pid, sender, holds.as_ref(), now_ms).is_err() {
                 return self.exit(place);
             }
+            if answers(self.seed) {
+                self.core.handle_answers(place, now_ms);
+            }
             if let Some((request, bytes)) = open {
                 self.request(place, request, bytes);
             }
             return;
         };
+        let mut pings = Vec::new();
         while let Ok(message) = heard.try_recv() {
-            worker.orders.push_back(message);
+            match message {
+                FromServer::Ping { ping } => pings.push(ping),
+                other => worker.orders.push_back(other),
+            }
         }
+        for ping in pings {
+            self.say(place, FromWorker::Pong { ping });
+        }
+        let Some(worker) = self.workers.get_mut(&place) else { return };
         if !worker.is_ready {
             worker.is_ready = true;
             if !is_steady && self.dice.chance(4) {
@@ -577,6 +549,11 @@ impl World {
                 self.looked = None;
                 self.core.handle_driver_lost("a test".to_owned(), self.now_ms);
                 self.lingering.clear();
+            }
+            _ if answers(self.seed) => {
+                if let Some(worker) = self.workers.get_mut(&place) {
+                    worker.is_stopped = true;
+                }
             }
             _ => {}
         }

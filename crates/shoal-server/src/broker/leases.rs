@@ -19,6 +19,11 @@ impl Core {
         if model.pid != Some(pid) || model.connection.is_none() {
             return;
         }
+        self.hear_sign(place, !matches!(message, FromWorker::Pong { .. }), now_ms);
+        if matches!(message, FromWorker::Pong { .. }) {
+            // Of how far it is it says nothing.
+            return;
+        }
         self.advance(place, LifeEvent::Heard { now_ms });
         let model = &mut self.models[place];
         match message {
@@ -46,15 +51,25 @@ impl Core {
             }
             FromWorker::LeaseCancel { request } => {
                 let id = model.id;
-                self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != request);
+                let is_it = |asked: &Asked| asked.pending.model == id && asked.pending.request == request;
+                // Its time was up a moment before ours: what it waited for in vain is what others are to hear.
+                if let Some(asked) =
+                    self.asked.iter().find(|asked| is_it(asked) && !asked.waits_for.is_empty())
+                {
+                    model.waits_for = Some(asked.waits_for.clone());
+                }
+                self.asked.retain(|asked| !is_it(asked));
             }
             FromWorker::LeaseReturn { kind, bytes } => self.lease_returned(place, kind, bytes, now_ms),
             FromWorker::OrderDone { order, bytes, copied, duration_us, error } => {
                 self.order_done(place, order, (bytes, copied), duration_us, error, now_ms);
             }
             FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
-            // Memory of this machine: whoever holds descriptors answers.
-            FromWorker::SlabRequest { .. } | FromWorker::SlabHeld { .. } | FromWorker::SlabReturn { .. } => {}
+            // Memory of this machine: whoever holds descriptors answers. What only shows that it lives is heard above.
+            FromWorker::SlabRequest { .. }
+            | FromWorker::SlabHeld { .. }
+            | FromWorker::SlabReturn { .. }
+            | FromWorker::Pong { .. } => {}
         }
         self.settle(now_ms);
     }

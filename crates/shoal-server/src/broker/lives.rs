@@ -66,6 +66,7 @@ impl Core {
         let model = &mut self.models[place];
         model.pid = Some(pid);
         model.last_words = None;
+        model.hung = None;
         model.was_ready = false;
         let id = model.id;
         if let Err(error) = self.book.open(id) {

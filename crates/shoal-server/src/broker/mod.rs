@@ -21,6 +21,9 @@ mod lifecycle;
 mod lives;
 mod orders;
 pub(crate) mod outside;
+mod pulse;
+#[cfg(test)]
+mod pulse_tests;
 mod queue;
 mod record;
 mod reload;
@@ -137,6 +140,8 @@ pub(crate) struct Core {
     decisions: u64,
     decision_log: Option<mpsc::Sender<String>>,
     next_number: u64,
+    /// When workers are next looked after that say nothing.
+    pulse_at_ms: u64,
     /// When [`Core::handle_timer`] wants to be called.
     pub(crate) timer_ms: Option<u64>,
     /// Told when `timer_ms` moved.
@@ -182,6 +187,7 @@ impl Core {
             decisions: 0,
             decision_log,
             next_number: 0,
+            pulse_at_ms: 0,
             timer_ms: None,
             timer_moved: Arc::new(Notify::new()),
             process_gone: Arc::new(Notify::new()),

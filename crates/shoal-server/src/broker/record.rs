@@ -13,6 +13,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use super::habits::Habits;
 use super::lifecycle::{Facts, Life, Lifecycle};
 use super::orders::Order;
+use super::pulse::Pulse;
 use super::queue::Queue;
 use super::reload::Retiring;
 use crate::config::{Engine, ModelConfig, ServerConfig};
@@ -113,12 +114,15 @@ pub(crate) struct Record {
     pub(crate) starts: u32,
     pub(crate) pid: Option<u32>,
     pub(crate) connection: Option<mpsc::Sender<FromServer>>,
+    pub(crate) pulse: Pulse,
     pub(crate) capabilities: Option<WorkerCapabilities>,
     pub(crate) usage: WorkerUsage,
     pub(crate) progress: Option<String>,
     pub(crate) error: Option<String>,
     /// What this process said of its failure, or what was found wrong with it.
     pub(crate) last_words: Option<String>,
+    /// Why its newest process was ended, where it was silent.
+    pub(crate) hung: Option<String>,
     /// It was taken off the shelf; the place is another's once its process is gone.
     pub(crate) is_removed: bool,
     /// Its worker is to go once its requests are answered.
@@ -206,11 +210,13 @@ impl Record {
             starts: 0,
             pid: None,
             connection: None,
+            pulse: Pulse::default(),
             capabilities: None,
             usage: WorkerUsage::default(),
             progress: None,
             error: None,
             last_words: None,
+            hung: None,
             is_removed: false,
             retiring: None,
             is_unaccounted: false,
@@ -371,6 +377,7 @@ impl Record {
     /// Forgets what belonged to one process.
     pub(crate) fn forget_process(&mut self) {
         self.connection = None;
+        self.pulse = Pulse::default();
         self.host_share = ByteCount::ZERO;
         self.forget_seen();
         self.counts.tokens_before += self.usage.tokens_out;

@@ -37,6 +37,7 @@ impl Core {
     pub(crate) fn handle_timer(&mut self, now_ms: u64) {
         self.expire_orders(now_ms);
         self.expire_lives(now_ms);
+        self.take_pulses(now_ms);
         self.settle(now_ms);
     }
 
@@ -82,6 +83,7 @@ impl Core {
             self.next_order_deadline(),
             self.next_life_deadline(now_ms),
             self.next_retiring(),
+            self.next_pulse(),
         ];
         // A moment later than planned: a timer that rings early would find nothing due.
         let timer = timer.into_iter().flatten().min().map(|at| at.max(now_ms + 1));

@@ -174,6 +174,7 @@ impl Core {
             last_used_at_ms: model.last_used_ms.map(|at| self.unix_ms(at)),
             pid: if model.is_rigid() { model.child } else { model.pid },
             is_elastic: !model.is_rigid(),
+            silent_ms: model.pulse.silent_ms(now_ms),
             starts: model.starts,
             log: model.log.display().to_string(),
             capabilities: model.capabilities.clone(),

@@ -11,22 +11,22 @@ use super::histories::config;
 use super::{Begun, Core, Timing, Wanted};
 use crate::shelf::Caller;
 
-const WEIGHTS: ByteCount = ByteCount::mib(60);
+pub(super) const WEIGHTS: ByteCount = ByteCount::mib(60);
 const KV: ByteCount = ByteCount::mib(16);
 
-fn caller() -> Caller {
+pub(super) fn caller() -> Caller {
     Caller::new("alice", false)
 }
 
 /// The core with workers that are ready, and what each was told.
-struct Bench {
-    core: Core,
+pub(super) struct Bench {
+    pub(super) core: Core,
     heard: Vec<mpsc::Receiver<FromServer>>,
     requests: u64,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut core = Core::new(Arc::new(config(0)), Timing::default(), 1_000_000, None);
         core.handle_timer(0);
         let mut heard = Vec::new();
@@ -49,16 +49,16 @@ impl Bench {
         Self { core, heard, requests: 0 }
     }
 
-    fn say(&mut self, place: usize, message: FromWorker, now_ms: u64) {
+    pub(super) fn say(&mut self, place: usize, message: FromWorker, now_ms: u64) {
         let pid = self.core.models[place].pid.expect("it runs");
         self.core.handle_message(place, pid, message, now_ms);
     }
 
-    fn told(&mut self, place: usize) -> Vec<FromServer> {
+    pub(super) fn told(&mut self, place: usize) -> Vec<FromServer> {
         std::iter::from_fn(|| self.heard[place].try_recv().ok()).collect()
     }
 
-    fn request(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
+    pub(super) fn request(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
         self.requests += 1;
         let (request, reason) = (self.requests, "a test".to_owned());
         let said =
@@ -66,19 +66,19 @@ impl Bench {
         self.say(place, said, now_ms);
     }
 
-    fn done(&mut self, place: usize, order: u64, bytes: ByteCount, now_ms: u64) {
+    pub(super) fn done(&mut self, place: usize, order: u64, bytes: ByteCount, now_ms: u64) {
         let said =
             FromWorker::OrderDone { order, bytes, copied: ByteCount::ZERO, duration_us: 1, error: None };
         self.say(place, said, now_ms);
     }
 
-    fn usage(&mut self, place: usize, weights: ByteCount, now_ms: u64) {
+    pub(super) fn usage(&mut self, place: usize, weights: ByteCount, now_ms: u64) {
         let usage = WorkerUsage { weights_device: weights, weights_total: WEIGHTS, ..WorkerUsage::default() };
         self.say(place, FromWorker::Usage { usage }, now_ms);
     }
 
     /// A client waits for a model, whose worker asks for what is missing of its weights; the number of that wake.
-    fn wanted(&mut self, place: usize, missing: ByteCount, now_ms: u64) -> u64 {
+    pub(super) fn wanted(&mut self, place: usize, missing: ByteCount, now_ms: u64) -> u64 {
         let begun = self
             .core
             .handle_wanted(&format!("m{place}"), Wanted::Route(caller()), now_ms, 60_000)

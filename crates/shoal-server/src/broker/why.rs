@@ -52,6 +52,15 @@ impl Core {
         if model.is_ready() {
             said.extend(self.kept(model, now_ms));
         }
+        if let Some(silent_ms) = model.pulse.silent_ms(now_ms) {
+            let end = self.config.patience.silent_max.map_or_else(String::new, |silent_max| {
+                format!(
+                    "; at {} it is ended, and what it holds comes back",
+                    seconds(super::millis(silent_max))
+                )
+            });
+            said.push(format!("Its worker has not answered for {}{end}.", seconds(silent_ms)));
+        }
         said.extend(self.beside(place));
         if let Some(outside) = &self.outside {
             said.push(match &outside.instead {

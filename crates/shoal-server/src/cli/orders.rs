@@ -262,6 +262,7 @@ fn row(model: &ModelSnapshot, at_ms: u64) -> [String; 12] {
         status => word(status),
     };
     let held_ms = at_ms.saturating_sub(model.state.since_at_ms);
+    let silent = model.silent_ms.map(|ms| format!("silent for {}", span(ms)));
     let times = [time("awake", &model.first_byte_awake), time("asleep", &model.first_byte_asleep)];
     let times: Vec<String> = times.into_iter().flatten().collect();
     [
@@ -270,6 +271,7 @@ fn row(model: &ModelSnapshot, at_ms: u64) -> [String; 12] {
             Some(status.as_str()),
             model.pinned.then_some("pinned"),
             (!model.is_elastic).then_some("not elastic"),
+            silent.as_deref(),
         ]
         .into_iter()
         .flatten()

@@ -16,6 +16,7 @@ mod gpu;
 mod locate;
 mod models;
 mod parse;
+mod patience;
 mod resolve;
 mod sharing;
 mod surroundings;
@@ -42,6 +43,7 @@ pub use locate::{SAMPLE, find_file};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use models::tensor_bytes;
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
+pub use patience::Patience;
 pub(crate) use sharing::OUTSIDE;
 pub use sharing::{Sharing, SharingSection, SleepDepth, is_outside};
 pub use surroundings::{Budgets, MachineMemory, Surroundings};
@@ -112,6 +114,8 @@ pub struct ServerConfig {
     pub sharing: Sharing,
     /// How long workers wait for another server when this one was killed; zero: they end with it.
     pub orphan_wait: Duration,
+    /// How long a worker may be silent before it is ended.
+    pub patience: Patience,
     /// What the user should be told at start, a sentence each.
     pub notes: Vec<String>,
     /// Which models cannot be served and why, a sentence each, as far as their directories show.

@@ -16,6 +16,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
+use super::patience::Patience;
 use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
 use super::{
     CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, ORPHAN_WAIT_MAX,
@@ -68,6 +69,7 @@ pub struct ServerSection {
     pub quantum: Option<Duration>,
     pub sharing: Sharing,
     pub orphan_s_max: Option<u64>,
+    pub patience: Patience,
 }
 
 /// `[[model]]` as written.
@@ -95,7 +97,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 19] = [
+const SERVER_KEYS: [&str; 21] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -115,6 +117,8 @@ const SERVER_KEYS: [&str; 19] = [
     "policy_wait",
     "evict",
     "orphan_s_max",
+    "silent_s_max",
+    "stuck_s_max",
 ];
 const MODEL_KEYS: [&str; 26] = [
     "name",
@@ -281,6 +285,7 @@ impl<'i> Reader<'i> {
             quantum: self.duration(table, "quantum", QUANTUM_MIN, QUANTUM_MAX),
             sharing: Sharing::read(self, table),
             orphan_s_max: self.orphan(table),
+            patience: Patience::read(self, table),
         }
     }
 

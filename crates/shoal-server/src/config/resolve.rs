@@ -135,6 +135,7 @@ impl ShoalFile {
             },
             quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
             sharing: server.sharing,
+            patience: server.patience,
             orphan_wait: server.orphan_s_max.map_or(ORPHAN_WAIT_DEFAULT, Duration::from_secs),
             notes,
             unservable,

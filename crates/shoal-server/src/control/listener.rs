@@ -22,6 +22,8 @@ pub struct Greeted {
     pub pid: u32,
     /// What it holds, where it had another server before.
     pub holds: Option<Box<WorkerHolds>>,
+    /// It answers pings.
+    pub answers_pings: bool,
     /// What it says.
     pub incoming: Incoming,
     /// What it is told.
@@ -73,7 +75,7 @@ impl Listener {
         let first = tokio::time::timeout(PATIENCE, incoming.next())
             .await
             .map_err(|_| ControlError::Deadline { what: "a worker's hello", allowed: PATIENCE })??;
-        let Some(FromWorker::Hello { version, model, pid, holds }) = first else {
+        let Some(FromWorker::Hello { version, model, pid, holds, answers_pings }) = first else {
             return Err(ControlError::NoHello);
         };
         if version != VERSION {
@@ -84,7 +86,7 @@ impl Listener {
             let actual = format!("process {:?} of user {}", peer.pid(), peer.uid());
             return Err(ControlError::Impostor { claimed: pid, actual });
         }
-        Ok(Greeted { model, pid, holds, incoming, outgoing })
+        Ok(Greeted { model, pid, holds, answers_pings, incoming, outgoing })
     }
 }
 

@@ -155,11 +155,12 @@ impl Errand {
     async fn pass(&self, mut route: Route) -> Result<Response, ApiError> {
         let mut connect_tries = 0;
         let mut lost_before = false;
-        let silence_max = self.app.settings.silence_max;
+        let super::Settings { silence_max, silence_told_every, .. } = self.app.settings;
         loop {
             let was_asleep = route.was_asleep();
             let waited = route.waited();
-            let sent = self.app.lanes.send(route.target(), || self.request(), silence_max).await;
+            let sending = self.app.lanes.send(route.target(), || self.request(), silence_max);
+            let sent = told_of(&route, silence_told_every, sending).await;
             let why = match sent {
                 Ok((response, lane)) => {
                     let (head, frames) = response.into_parts();
@@ -169,10 +170,9 @@ impl Errand {
                         route,
                         asked: self.asked,
                         is_answer: head.status.is_success(),
-                        lanes: Arc::clone(&self.app.lanes),
-                        metrics: Arc::clone(&self.app.metrics),
+                        app: Arc::clone(&self.app),
                     };
-                    let mut body = Passing::new(frames, lane, journey, is_event_stream, silence_max);
+                    let mut body = Passing::new(frames, lane, journey, is_event_stream);
                     match body.first_frame().await {
                         Ok(()) => {
                             let mut response = Response::new(Body::new(body));
@@ -183,8 +183,8 @@ impl Errand {
                         }
                         Err(error) => {
                             drop(body);
-                            if std::mem::replace(&mut lost_before, true) {
-                                return Err(ApiError::worker_lost(&self.ask.model, &error));
+                            if std::mem::replace(&mut lost_before, true) || self.is_late() {
+                                return Err(self.app.lost(&self.ask.model, &error));
                             }
                             error
                         }
@@ -197,15 +197,15 @@ impl Errand {
                 Err(error @ UpstreamError::Connect(_)) => {
                     drop(route);
                     connect_tries += 1;
-                    if connect_tries == CONNECT_TRIES_MAX {
-                        return Err(ApiError::worker_lost(&self.ask.model, &error));
+                    if connect_tries == CONNECT_TRIES_MAX || self.is_late() {
+                        return Err(self.app.lost(&self.ask.model, &error));
                     }
                     error.to_string()
                 }
                 Err(error @ UpstreamError::Lost(_)) => {
                     drop(route);
-                    if std::mem::replace(&mut lost_before, true) {
-                        return Err(ApiError::worker_lost(&self.ask.model, &error));
+                    if std::mem::replace(&mut lost_before, true) || self.is_late() {
+                        return Err(self.app.lost(&self.ask.model, &error));
                     }
                     error.to_string()
                 }
@@ -214,6 +214,11 @@ impl Errand {
             tokio::time::sleep(CONNECT_PAUSE * (1 << connect_tries)).await;
             route = self.route().await?;
         }
+    }
+
+    /// There is no time left in which another worker could be waited for: what became of this one says more.
+    fn is_late(&self) -> bool {
+        Instant::now() >= self.deadline
     }
 
     fn request(&self) -> axum::http::Request<Full<Bytes>> {
@@ -230,6 +235,18 @@ impl Errand {
             request.headers_mut().insert(CACHE_SALT, salt.clone());
         }
         request
+    }
+}
+
+/// Waits for what comes of a worker, and says now and then that nothing has come yet.
+pub(super) async fn told_of<T>(route: &Route, every: Duration, coming: impl Future<Output = T>) -> T {
+    let began = Instant::now();
+    tokio::pin!(coming);
+    loop {
+        match tokio::time::timeout(every, &mut coming).await {
+            Ok(came) => return came,
+            Err(_) => route.no_byte(began.elapsed()),
+        }
     }
 }
 

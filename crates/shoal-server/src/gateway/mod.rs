@@ -68,6 +68,8 @@ pub struct Settings {
     pub comment_every: Duration,
     /// The longest a worker may say nothing in the middle of an answer.
     pub silence_max: Duration,
+    /// How often the shelf is told that a worker has said nothing in the middle of an answer.
+    pub silence_told_every: Duration,
     /// How often a feed of events without events says that it lives.
     pub heartbeat_every: Duration,
 }
@@ -78,6 +80,7 @@ impl Default for Settings {
             grace: Duration::from_secs(2),
             comment_every: Duration::from_secs(5),
             silence_max: Duration::from_hours(1),
+            silence_told_every: Duration::from_secs(5),
             heartbeat_every: Duration::from_secs(15),
         }
     }
@@ -138,6 +141,14 @@ impl App {
             .layer(axum::middleware::from_fn_with_state(Arc::clone(self), guard::check))
             .layer(axum::middleware::from_fn(unread::close))
             .with_state(Arc::clone(self))
+    }
+
+    /// A worker went away in the middle of an answer: why it was ended, where that is known, else how that looked from here.
+    pub(crate) fn lost(&self, model: &str, how: &dyn std::fmt::Display) -> ApiError {
+        match self.models.trouble(model) {
+            Some(why) => ApiError::worker_lost(model, &why),
+            None => ApiError::worker_lost(model, how),
+        }
     }
 
     /// Counts a refusal and gives it its form.

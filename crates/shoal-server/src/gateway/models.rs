@@ -50,6 +50,9 @@ pub trait Models: Debug + Send + Sync + 'static {
     /// Whether a model of that name is awake now.
     fn is_awake(&self, model: &str) -> bool;
 
+    /// Why the newest worker of a model was ended, where it had to be.
+    fn trouble(&self, model: &str) -> Option<String>;
+
     /// How far a model that `caller` waits for is, in a few words, such as `"waking, 45 %"`.
     fn progress(&self, model: &str, caller: &Caller) -> Option<String>;
 

@@ -6,7 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::BoxError;
@@ -15,9 +15,9 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Sleep;
 
-use super::error::ApiError;
-use super::upstream::{Lane, Lanes};
-use crate::metrics::Metrics;
+use super::App;
+use super::forward::told_of;
+use super::upstream::Lane;
 use crate::shelf::Route;
 
 /// What a response needs to know of its request.
@@ -28,8 +28,7 @@ pub(crate) struct Journey {
     pub(crate) asked: Instant,
     /// The worker answered what was asked; a refusal says nothing of how fast a model is.
     pub(crate) is_answer: bool,
-    pub(crate) lanes: Arc<Lanes>,
-    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) app: Arc<App>,
 }
 
 #[derive(Debug)]
@@ -41,19 +40,17 @@ pub(crate) struct Passing {
     is_event_stream: bool,
     /// The last bytes passed on ended an event.
     between_events: bool,
+    /// Rings where nothing came for a while; set while something is waited for.
     silence: Pin<Box<Sleep>>,
+    silent_since: Option<Instant>,
     silence_max: Duration,
+    told_every: Duration,
     bytes_passed: u64,
 }
 
 impl Passing {
-    pub(crate) fn new(
-        frames: Incoming,
-        lane: Lane,
-        journey: Journey,
-        is_event_stream: bool,
-        silence_max: Duration,
-    ) -> Self {
+    pub(crate) fn new(frames: Incoming, lane: Lane, journey: Journey, is_event_stream: bool) -> Self {
+        let super::Settings { silence_max, silence_told_every: told_every, .. } = journey.app.settings;
         Self {
             frames,
             first: None,
@@ -61,8 +58,10 @@ impl Passing {
             journey: Some(journey),
             is_event_stream,
             between_events: true,
-            silence: Box::pin(tokio::time::sleep(silence_max)),
+            silence: Box::pin(tokio::time::sleep(told_every)),
+            silent_since: None,
             silence_max,
+            told_every,
             bytes_passed: 0,
         }
     }
@@ -73,7 +72,11 @@ impl Passing {
         if self.is_event_stream {
             return Ok(());
         }
-        let frame = tokio::time::timeout(self.silence_max, self.frames.frame()).await;
+        let frame = tokio::time::timeout(self.silence_max, self.frames.frame());
+        let frame = match &self.journey {
+            Some(journey) => told_of(&journey.route, self.told_every, frame).await,
+            None => frame.await,
+        };
         let why = match frame {
             Ok(None) => return Ok(()),
             Ok(Some(Ok(frame))) => {
@@ -93,7 +96,11 @@ impl Passing {
             && let Some(journey) = self.journey.as_ref().filter(|journey| journey.is_answer)
         {
             journey.route.first_byte();
-            journey.metrics.first_byte(&journey.model, journey.route.was_asleep(), journey.asked.elapsed());
+            journey.app.metrics.first_byte(
+                &journey.model,
+                journey.route.was_asleep(),
+                journey.asked.elapsed(),
+            );
         }
         self.bytes_passed += data.len() as u64;
         self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
@@ -102,15 +109,37 @@ impl Passing {
     /// The answer is whole: its connection can serve the next, and its route ends.
     fn finish(&mut self) {
         if let (Some(lane), Some(journey)) = (self.lane.take(), self.journey.take()) {
-            journey.lanes.give_back(lane);
+            journey.app.lanes.give_back(lane);
         }
+    }
+
+    /// Nothing has come yet; the client would take more. The shelf is told of it now and then, until it is too long.
+    fn wait(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let since = match self.silent_since {
+            Some(since) => since,
+            None => {
+                self.silence.as_mut().reset(tokio::time::Instant::now() + self.told_every);
+                *self.silent_since.insert(Instant::now())
+            }
+        };
+        while self.silence.as_mut().poll(context).is_ready() {
+            if since.elapsed() >= self.silence_max {
+                let why = format!("not a byte for {} s", self.silence_max.as_secs());
+                return Poll::Ready(self.broke(&why));
+            }
+            if let Some(journey) = &self.journey {
+                journey.route.no_byte(since.elapsed());
+            }
+            self.silence.as_mut().reset(tokio::time::Instant::now() + self.told_every);
+        }
+        Poll::Pending
     }
 
     /// The worker is lost in the middle: events end with one that says so, anything else ends torn.
     fn broke(&mut self, why: &str) -> Option<Result<Frame<Bytes>, BoxError>> {
         self.lane = None;
         let journey = self.journey.take()?;
-        let error = ApiError::worker_lost(&journey.model, &why);
+        let error = journey.app.lost(&journey.model, &why);
         tracing::warn!(
             model = journey.model,
             why,
@@ -150,12 +179,9 @@ impl Body for Passing {
             return Poll::Ready(None);
         }
         let Poll::Ready(frame) = Pin::new(&mut self.frames).poll_frame(context) else {
-            ready!(self.silence.as_mut().poll(context));
-            let why = format!("not a byte for {} s", self.silence_max.as_secs());
-            return Poll::Ready(self.broke(&why));
+            return self.wait(context);
         };
-        let deadline = tokio::time::Instant::now() + self.silence_max;
-        self.silence.as_mut().reset(deadline);
+        self.silent_since = None;
         Poll::Ready(match frame {
             Some(Ok(frame)) => {
                 self.passed(&frame);

@@ -250,6 +250,12 @@ impl Shelf {
         self.shared().with(|core, _| core.by_name.get(model).is_some_and(|place| core.models[*place].is_up()))
     }
 
+    /// Why the newest worker of a model was ended, where it had to be.
+    #[must_use]
+    pub fn trouble(&self, model: &str) -> Option<String> {
+        self.shared().with(|core, _| core.trouble_of(model))
+    }
+
     /// How far a model that `caller` waits for is, in a few words; none where there is nothing to say.
     #[must_use]
     pub fn progress(&self, model: &str, caller: &Caller) -> Option<String> {

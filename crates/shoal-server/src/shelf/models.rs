@@ -49,6 +49,10 @@ impl Models for Shelf {
         Self::is_awake(self, model)
     }
 
+    fn trouble(&self, model: &str) -> Option<String> {
+        Self::trouble(self, model)
+    }
+
     fn progress(&self, model: &str, caller: &Caller) -> Option<String> {
         Self::progress(self, model, caller)
     }

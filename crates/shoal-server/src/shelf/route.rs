@@ -18,6 +18,8 @@ pub trait RouteSink: Debug + Send + Sync {
     fn first_byte(&self, after: Duration, was_asleep: bool);
     /// So many tokens were generated.
     fn tokens(&self, count: u64);
+    /// No byte of its worker came for so long, and one is waited for.
+    fn no_byte(&self, waited: Duration);
     /// The request ended, one way or another.
     fn ended(&self);
 }
@@ -84,6 +86,13 @@ impl Route {
             && let Some(sink) = &self.sink
         {
             sink.first_byte(self.asked.elapsed(), self.was_asleep);
+        }
+    }
+
+    /// Say that a byte of its worker has been waited for so long. The worker may be ended for it.
+    pub fn no_byte(&self, waited: Duration) {
+        if let Some(sink) = &self.sink {
+            sink.no_byte(waited);
         }
     }
 

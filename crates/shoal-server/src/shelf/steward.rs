@@ -252,6 +252,7 @@ impl<'a> Steward<'a> {
             | FromServer::SlabDeny { .. }
             | FromServer::Welcome { .. }
             | FromServer::Refused { .. }
+            | FromServer::Ping { .. }
             | FromServer::Shutdown { .. } => {}
         }
     }

@@ -139,10 +139,15 @@ async fn accept(shared: Arc<Shared>, listener: Listener) {
 
 /// One worker's connection, from its hello to its end.
 async fn converse(shared: Arc<Shared>, greeted: Greeted) {
-    let Greeted { model, pid, holds, mut incoming, mut outgoing } = greeted;
+    let Greeted { model, pid, holds, answers_pings, mut incoming, mut outgoing } = greeted;
     let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
-    let greeted =
-        shared.with(|core, now_ms| core.handle_greeted(&model, pid, sender, holds.as_deref(), now_ms));
+    let greeted = shared.with(|core, now_ms| {
+        let greeting = core.handle_greeted(&model, pid, sender, holds.as_deref(), now_ms)?;
+        if answers_pings {
+            core.handle_answers(greeting.place, now_ms);
+        }
+        Ok::<_, String>(greeting)
+    });
     let greeting = match greeted {
         Ok(greeting) => greeting,
         Err(reason) => {
@@ -567,8 +572,9 @@ impl Sink {
 
 impl RouteSink for Sink {
     fn first_byte(&self, after: Duration, was_asleep: bool) {
-        self.shared.with(|core, _| {
+        self.shared.with(|core, now_ms| {
             let model = &mut core.models[self.place];
+            model.pulse.worked(now_ms);
             let times = if was_asleep { &mut model.first_byte_asleep } else { &mut model.first_byte_awake };
             times.push(after.as_secs_f64() * 1_000.0);
         });
@@ -576,6 +582,10 @@ impl RouteSink for Sink {
 
     fn tokens(&self, count: u64) {
         self.shared.with(|core, _| core.models[self.place].counts.tokens_routed += count);
+    }
+
+    fn no_byte(&self, waited: Duration) {
+        self.shared.with(|core, now_ms| core.handle_no_byte(self.place, millis(waited), now_ms));
     }
 
     fn ended(&self) {

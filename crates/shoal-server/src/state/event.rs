@@ -336,6 +336,35 @@ pub enum EventKind {
         #[schema(value_type = u64)]
         uncovered: ByteCount,
     },
+    /// A worker does not answer.
+    WorkerSilent {
+        /// Its process id.
+        pid: u32,
+        /// For how long (milliseconds).
+        silent_ms: u64,
+        /// After how long it is ended (milliseconds).
+        end_ms: u64,
+        /// Device bytes that it has leased.
+        #[schema(value_type = u64)]
+        leased: ByteCount,
+    },
+    /// A worker that did not answer does again.
+    WorkerHeard {
+        /// Its process id.
+        pid: u32,
+        /// After how long (milliseconds).
+        after_ms: u64,
+    },
+    /// A worker did not answer, or did nothing of its work, for too long; it is ended.
+    WorkerHung {
+        /// Its process id.
+        pid: u32,
+        /// Device bytes that it has leased, which come back with its end.
+        #[schema(value_type = u64)]
+        leased: ByteCount,
+        /// What it did not do, and for how long.
+        reason: String,
+    },
     /// A worker broke the protocol; it is ended.
     ProtocolError {
         /// How.
@@ -401,6 +430,9 @@ impl EventKind {
             Self::DriverLost { .. } => "driver_lost",
             Self::DriverFound { .. } => "driver_found",
             Self::OverheadCorrected { .. } => "overhead_corrected",
+            Self::WorkerSilent { .. } => "worker_silent",
+            Self::WorkerHeard { .. } => "worker_heard",
+            Self::WorkerHung { .. } => "worker_hung",
             Self::ProtocolError { .. } => "protocol_error",
             Self::Thrashing { .. } => "thrashing",
             Self::PolicyRefused { .. } => "policy_refused",

@@ -306,6 +306,9 @@ pub struct ModelSnapshot {
     pub is_elastic: bool,
     /// Process id of its worker, or of its command while that runs.
     pub pid: Option<u32>,
+    /// For how long its worker has not answered (milliseconds), where it was asked and does not. At `silent_s_max` it is ended.
+    #[serde(default)]
+    pub silent_ms: Option<u64>,
     /// How often its worker was started.
     pub starts: u32,
     /// File with its worker's output.

@@ -104,6 +104,18 @@ impl fmt::Display for EventKind {
             Self::OverheadCorrected { overhead, uncovered } => {
                 write!(f, "takes {overhead} besides its regions, {uncovered} of it not covered yet")
             }
+            Self::WorkerSilent { pid, silent_ms, end_ms, leased } => write!(
+                f,
+                "worker {pid} has not answered for {} and has {leased} leased; at {} it is ended",
+                Ms(*silent_ms),
+                Ms(*end_ms)
+            ),
+            Self::WorkerHeard { pid, after_ms } => {
+                write!(f, "worker {pid} answers again, after {}", Ms(*after_ms))
+            }
+            Self::WorkerHung { pid, leased, reason } => {
+                write!(f, "worker {pid} is ended, and {leased} come back with it: {reason}")
+            }
             Self::ProtocolError { reason } => write!(f, "broke the protocol and is ended: {reason}"),
             Self::Thrashing { thrashed, served } => thrashing(f, *thrashed, *served),
             Self::PolicyRefused { policy, instead, reason } => {
@@ -125,6 +137,8 @@ impl EventKind {
                 | Self::WakeFailed { .. }
                 | Self::EvictTimedOut { .. }
                 | Self::ProtocolError { .. }
+                | Self::WorkerSilent { .. }
+                | Self::WorkerHung { .. }
                 | Self::DriverLost { .. }
                 | Self::Thrashing { .. }
                 | Self::PolicyRefused { .. }

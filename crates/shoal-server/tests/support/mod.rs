@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 /// A shelf whose models behave by name:
 /// `chat` is awake; `slow` takes `wake_time`; `never` waits for its deadline; `late` fails after `wake_time`;
 /// `broken`, `full` and `closing` are refused; `flaky` leads to a socket of its own first, to the good one then;
-/// `gone` always leads where nobody listens.
+/// `gone` always leads where nobody listens; `hung` has a worker that had to be ended.
 #[derive(Debug)]
 pub struct FakeModels {
     pub dir: tempfile::TempDir,
@@ -47,6 +47,7 @@ pub struct FakeModels {
 #[derive(Debug, Default)]
 pub struct Seen {
     pub first_bytes: AtomicU64,
+    pub no_bytes: AtomicU64,
     pub ended: AtomicU64,
 }
 
@@ -55,12 +56,16 @@ impl RouteSink for Seen {
         self.first_bytes.fetch_add(1, Ordering::SeqCst);
     }
     fn tokens(&self, _count: u64) {}
+    fn no_byte(&self, _waited: Duration) {
+        self.no_bytes.fetch_add(1, Ordering::SeqCst);
+    }
     fn ended(&self) {
         self.ended.fetch_add(1, Ordering::SeqCst);
     }
 }
 
-pub const NAMES: [&str; 9] = ["chat", "slow", "never", "late", "broken", "full", "closing", "flaky", "gone"];
+pub const NAMES: [&str; 10] =
+    ["chat", "slow", "never", "late", "broken", "full", "closing", "flaky", "gone", "hung"];
 
 impl FakeModels {
     pub fn new() -> Arc<Self> {
@@ -117,7 +122,7 @@ impl FakeModels {
             }
             "closing" => return Err(RouteError::ShuttingDown),
             "flaky" if number == 0 => "flaky",
-            "chat" | "flaky" => "worker",
+            "chat" | "flaky" | "hung" => "worker",
             "gone" => "nobody",
             _ => {
                 let known = NAMES.iter().map(|&name| name.to_owned()).collect();
@@ -211,6 +216,9 @@ impl Models for FakeModels {
     fn progress(&self, model: &str, _caller: &Caller) -> Option<String> {
         (model == "slow").then(|| "waking, 45 %\ndata: x".to_owned())
     }
+    fn trouble(&self, model: &str) -> Option<String> {
+        (model == "hung").then(|| "it has answered nothing for 60 s, and was ended".to_owned())
+    }
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, ShelfError>> {
         async { Ok(Reloaded { added: vec!["oak".to_owned()], ..Reloaded::default() }) }.boxed()
     }
@@ -284,6 +292,7 @@ pub fn settings() -> Settings {
         grace: Duration::from_millis(60),
         comment_every: Duration::from_millis(50),
         silence_max: Duration::from_secs(20),
+        silence_told_every: Duration::from_millis(50),
         heartbeat_every: Duration::from_millis(100),
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
-use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, ServerConfig, Sharing};
+use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, Patience, ServerConfig, Sharing};
 use shoal_server::shelf::Shelf;
 use shoal_server::state::{Event, EventKind, ModelStatus};
 
@@ -49,6 +49,7 @@ pub fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Se
         quantum: Duration::from_secs(3),
         sharing: Sharing::default(),
         orphan_wait: Duration::ZERO,
+        patience: Patience::default(),
         notes: vec![],
         unservable: vec![],
     }

@@ -1,0 +1,66 @@
+//! The shelf of a history, by its seed.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use shoal_core::bytes::ByteCount;
+
+use super::{BUDGET, MODELS};
+use crate::config::{DeviceChoice, Limits, ModelConfig, Patience, ServerConfig, Sharing};
+
+const SILENT_MAX: Duration = Duration::from_secs(10);
+
+/// Every seventh history has workers of an earlier version, which are not asked whether they live.
+pub(super) fn answers(seed: u64) -> bool {
+    seed % 7 != 3
+}
+
+pub(super) fn hides(seed: u64) -> bool {
+    seed % 5 == 2
+}
+
+/// Every fourth history has two models that stand apart, every fourth preloads, every fourth has another policy and one
+/// that watches.
+pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
+    let mut models: Vec<ModelConfig> =
+        (0..MODELS).map(|n| ModelConfig::new(format!("m{n}"), "/none")).collect();
+    let mut sharing = Sharing::default();
+    // Few places, so that requests wait for awake models too.
+    for model in &mut models {
+        model.parallel_max = 1 + u32::try_from(seed % 3).unwrap_or(0);
+    }
+    match seed % 4 {
+        1 => (models[0].apart, models[1].apart) = (vec!["m1".to_owned()], vec!["m0".to_owned()]),
+        2 => models.iter_mut().for_each(|model| model.preload = true),
+        3 => (sharing.policy, sharing.shadow) = ("lru".to_owned(), Some("value".to_owned())),
+        _ => {}
+    }
+    ServerConfig {
+        file: PathBuf::from("/none/shoal.toml"),
+        listen: ([127, 0, 0, 1], 0).into(),
+        api_key_file: None,
+        allowed_hosts: vec![],
+        separate_keys: false,
+        // Every fifth has a driver that hides who has what.
+        device: if hides(seed) { DeviceChoice::Cuda(0) } else { DeviceChoice::Sim },
+        device_uuid: None,
+        device_budget: BUDGET,
+        headroom: ByteCount::ZERO,
+        host_budget: ByteCount::gib(1),
+        host_memory: None,
+        disk: vec![],
+        models,
+        runtime_dir: PathBuf::from("/none"),
+        state_dir: PathBuf::from("/none"),
+        cache_dir: PathBuf::from("/none"),
+        log_dir: Path::new("/none/logs").to_owned(),
+        python: PathBuf::from("python3"),
+        limits: Limits { parked_max: 4, ..Limits::default() },
+        quantum: Duration::from_millis(300),
+        sharing,
+        orphan_wait: Duration::ZERO,
+        patience: Patience { silent_max: Some(SILENT_MAX), ..Patience::default() },
+        notes: vec![],
+        unservable: vec![],
+    }
+}
