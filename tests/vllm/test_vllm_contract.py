@@ -233,6 +233,23 @@ def test_arguments_are_read_by_one_parser_and_have_the_names_that_we_give() -> N
     assert "'uni'" in text("config/parallel.py"), "there is no executor within the engine's process"
 
 
+def test_requests_take_a_salt_on_their_way_to_the_engine() -> None:
+    server, engine, inputs = (
+        "entrypoints/openai/api_server.py",
+        "v1/engine/async_llm.py",
+        "v1/engine/input_processor.py",
+    )
+    built = text(server, "build_app")
+    assert "for middleware in args.middleware" in built, "there is no --middleware any more"
+    assert "app.add_middleware(imported)" in built, "a middleware may not be a class any more"
+    assert "self.input_processor = InputProcessor(" in text(engine, "AsyncLLM", "__init__")
+    for method in ("add_request", "_add_streaming_input_request"):
+        assert "self.input_processor.process_inputs" in calls(engine, "AsyncLLM", method), f"{method} makes its own"
+    assert "EngineCoreRequest(" in text(inputs, "InputProcessor", "process_inputs"), "it makes no request any more"
+    assert "cache_salt: str | None" in text("v1/engine/__init__.py", "EngineCoreRequest"), "requests have no salt"
+    assert "request.cache_salt" in text("v1/core/kv_cache_utils.py"), "the salt is no part of a block's hash any more"
+
+
 def test_an_idle_engine_says_so_in_its_loop_and_is_woken_by_its_queue() -> None:
     core = "v1/engine/core.py"
     loop = text(core, "EngineCoreProc", "_process_input_queue")

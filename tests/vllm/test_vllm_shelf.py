@@ -101,6 +101,31 @@ def until(condition: Callable[[], bool], otherwise: str, seconds: float = 30) ->
         time.sleep(0.05)
 
 
+def test_keys_do_not_find_one_anothers_prefixes_where_they_are_to_be_separate(tmp_path: Path) -> None:
+    alice, bob = "a" * 32, "b" * 32
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice {alice}\nbob {bob}\n")
+    keys.chmod(0o600)
+    prompt = "the same beginning for both of them " * 4
+    settings = {"api_key_file": str(keys), "separate_keys": True}
+    with serve(
+        tmp_path, models=[table(tmp_path, "ash")], device_budget="128MiB", host_budget="128MiB", **settings
+    ) as server:
+
+        def found(key: str, **extra: object) -> bool:
+            server.http.headers["Authorization"] = f"Bearer {key}"
+            answer = ask(server, "ash", prompt, **extra)
+            assert text(answer) == expected("ash", prompt, 8)
+            return cached(answer) >= 128
+
+        server.http.headers["Authorization"] = f"Bearer {alice}"
+        up(server, "ash")
+        assert [found(key) for key in (alice, bob, alice, bob)] == [False, False, True, True]
+        assert [found(alice, cache_salt="mine") for _ in range(2)] == [False, True], "her own one counts within her key"
+        assert not found(bob, cache_salt="mine")
+        assert "separate_keys" not in (tmp_path / "serve.log").read_text(), "the start says that it does not hold"
+
+
 def text(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["text"])
 

@@ -77,6 +77,7 @@ def test_what_the_server_says_of_a_model_is_said_in_vllms_words() -> None:
     assert pairs["--uds"] == "/run/worker-0.sock"
     assert (pairs["--max-model-len"], pairs["--dtype"]) == ("4096", "bfloat16")
     assert said[-1] == "--no-enable-prefix-caching"
+    assert pairs["--middleware"] == "shoal.vllm.salt.CacheSalt"
     plain = serve.settings("ash", WorkerSpec("/m"), "/m", "/s")
     assert not {"--max-model-len", "--dtype", "--no-enable-prefix-caching"} & set(plain)
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.vllm import salt
 from shoal.worker import parent
 from shoal.worker.spec import SpecError, WorkerSpec
 
@@ -191,7 +192,7 @@ def settings(model: str, spec: WorkerSpec, source: str, socket: str) -> list[str
     """
     said = [
         "--model", source, "--served-model-name", model, "--uds", socket, "--worker-cls", "shoal.vllm.Worker",
-        "--distributed-executor-backend", "uni",
+        "--distributed-executor-backend", "uni", "--middleware", salt.MIDDLEWARE,
     ]  # fmt: skip
     if spec.context is not None:
         said += ["--max-model-len", str(spec.context)]
@@ -259,6 +260,7 @@ async def serve(args: argparse.Namespace) -> None:
 
     listen_address, sock = api_server.setup_server(args, reuse_port=False)
     async with api_server.build_async_engine_client(args) as engine:
+        salt.mark(engine)
         announcing = asyncio.create_task(announce(engine, args.uds))
         announcing.add_done_callback(_end_unannounced)
         try:

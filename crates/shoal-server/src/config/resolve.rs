@@ -154,7 +154,7 @@ fn separates_keys(server: &ServerSection, problems: &mut Vec<Problem>) -> bool {
 
 /// What to know of a model whose cached prefixes `separate_keys` does not keep apart.
 fn shares_prefixes(model: &ModelConfig) -> Option<String> {
-    let shares = !matches!(model.engine, Engine::Transformers);
+    let shares = !matches!(model.engine, Engine::Transformers | Engine::Vllm);
     shares.then(|| {
         let (name, engine) = (&model.name, model.engine.name());
         format!("separate_keys: {name} (engine = \"{engine}\") is not told of keys; prefixes that it caches are for all of them")

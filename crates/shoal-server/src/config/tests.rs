@@ -78,9 +78,14 @@ fn keys_can_be_kept_apart_where_there_are_any() {
     let config = load_here(&text.replace("AND", "api_key_file = 'keys'\n")).expect("good");
     assert_eq!((config.separate_keys, config.models[0].parallel_max), (true, 4));
     assert!(!config.notes.iter().any(|note| note.contains("separate_keys")), "{:?}", config.notes);
-    let shared = text.replace("AND", "api_key_file = 'keys'\n") + "engine = 'vllm'\n";
-    let told = load_here(&shared).expect("good").notes;
-    assert!(told.iter().any(|note| note.contains("separate_keys: a (engine = \"vllm\")")), "{told:?}");
+    let notes = |engine: &str| {
+        let text = text.replace("AND", "api_key_file = 'keys'\n") + engine;
+        let notes = load_here(&text).expect("good").notes;
+        notes.into_iter().filter(|note| note.contains("separate_keys")).collect::<Vec<_>>()
+    };
+    assert_eq!(notes("engine = 'vllm'\n"), [] as [String; 0], "it is told of keys too");
+    let told = notes("engine = 'command'\ncommand = 'serve'\nport = 9000\ndevice_bytes = '1GiB'\n");
+    assert!(told[0].contains("separate_keys: a (engine = \"command\")"), "{told:?}");
     let wrong = load_here(&text.replace("AND", "")).expect_err("there are no keys");
     assert!(wrong.contains("there are no keys to tell apart without `api_key_file`"), "{wrong}");
     let none =

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,11 @@ from types import SimpleNamespace
 from aiohttp import web
 
 from vllm.v1.engine import EngineCoreRequestType
+
+
+class InputProcessor:
+    def process_inputs(self, request_id, prompt, params):
+        return SimpleNamespace(request_id=request_id, prompt=prompt, most=params, cache_salt=prompt.get("cache_salt"))
 
 
 class Engine:
@@ -25,6 +31,7 @@ class Engine:
         self.process.start()
         theirs.close()
         self.number = 0
+        self.input_processor = InputProcessor()
         self.streams, self.calls = {}, {}
 
     async def begin(self):
@@ -62,7 +69,9 @@ class Engine:
     async def generate(self, prompt, most):
         self.number = number = self.number + 1
         self.streams[number] = stream = asyncio.Queue()
-        self.pipe.send((EngineCoreRequestType.ADD, (number, prompt, most)))
+        request = self.input_processor.process_inputs(number, prompt, most)
+        tokens = request.prompt["prompt_token_ids"]
+        self.pipe.send((EngineCoreRequestType.ADD, (number, tokens, request.most, request.cache_salt)))
         is_done = False
         while not is_done:
             tokens, is_done, cached = await stream.get()
@@ -120,11 +129,26 @@ async def build_and_serve(engine, listen_address, sock, args):
         return web.json_response({"paths": {"/v1/completions": {"post": {}}, "/v1/models": {"get": {}}}})
 
     async def completions(request):
+        async def app(scope, receive, send):
+            scope["answer"] = await answer(request)
+
+        for path in args.middleware:
+            module, _, name = path.rpartition(".")
+            app = getattr(importlib.import_module(module), name)(app)
+        headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
+        scope = {"type": "http", "headers": headers}
+        await app(scope, None, None)
+        return scope["answer"]
+
+    async def answer(request):
         body = await request.json()
         prompt = list(body["prompt"].encode())
+        inputs = {"prompt_token_ids": prompt}
+        if "cache_salt" in body:
+            inputs["cache_salt"] = body["cache_salt"]
         text, cached = [], 0
         stream = None
-        async for tokens, _, found in engine.generate(prompt, body["max_tokens"]):
+        async for tokens, _, found in engine.generate(inputs, body["max_tokens"]):
             cached = found
             text += tokens
             if body.get("stream"):

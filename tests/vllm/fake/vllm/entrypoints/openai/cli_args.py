@@ -1,6 +1,7 @@
 def make_arg_parser(parser):
     for name in ("model", "served-model-name", "uds", "worker-cls", "distributed-executor-backend", "dtype"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--middleware", action="append", default=[])
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--no-enable-prefix-caching", action="store_true")

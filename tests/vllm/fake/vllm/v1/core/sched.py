@@ -6,8 +6,8 @@ TOKENS = 16
 
 
 class Request:
-    def __init__(self, request_id, prompt, most):
-        self.request_id, self.most = request_id, most
+    def __init__(self, request_id, prompt, most, cache_salt=None):
+        self.request_id, self.most, self.cache_salt = request_id, most, cache_salt
         self.prompt = len(prompt)
         self.tokens = list(prompt)
         self.blocks = []
@@ -15,7 +15,7 @@ class Request:
         self.computed = self.cached = 0
 
     def hashes(self):
-        found, before = [], None
+        found, before = [], self.cache_salt
         for at in range(0, len(self.tokens) // TOKENS * TOKENS, TOKENS):
             before = hash((before, *self.tokens[at : at + TOKENS]))
             found.append(before)
