@@ -3,6 +3,7 @@
 //! answers late, hides processes or is silent, against the production policy, with workers that are numbers. After every
 //! step I1 holds and nobody who waits is forgotten; when the disorder ends, every model serves again. A seed replays exactly.
 
+mod long;
 mod shelf;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -86,6 +87,8 @@ struct World {
     strangers: Vec<(u32, ByteCount)>,
     pids: u32,
     is_calm: bool,
+    /// The server is never killed.
+    lives_on: bool,
     /// Nothing fails, and nobody has to be served yet.
     is_still: bool,
     /// What others have of the device.
@@ -114,6 +117,7 @@ impl World {
             pids: 100,
             is_calm: false,
             is_still: false,
+            lives_on: false,
             others: ByteCount::ZERO,
             lingering: Vec::new(),
             looked: None,
@@ -538,7 +542,7 @@ impl World {
                 let _ = self.core.handle_pin(&name, pinned, self.now_ms);
             }
             90..93 => self.usage(place),
-            93..95 => self.restart(),
+            93..95 if !self.lives_on => self.restart(),
             95..98 => {
                 // Others take what is free, or leave.
                 let free = BUDGET.saturating_sub(self.used() - self.others);

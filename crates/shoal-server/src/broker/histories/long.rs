@@ -1,0 +1,55 @@
+//! However long a server lives, what it keeps does not grow.
+
+use shoal_core::protocol::FromWorker;
+
+use super::{MODELS, World};
+use crate::broker::{Core, EVENTS_KEPT, REQUESTS_PER_MODEL_MAX};
+
+/// Everything in the core that could grow with what happens, by name, with the most that there may be of it.
+fn kept(core: &Core) -> Vec<(&'static str, usize, usize)> {
+    let models = || core.models.iter();
+    let words = core.events.kept().map(|event| event.text.len()).max().unwrap_or_default();
+    vec![
+        ("events", core.events.kept().count(), EVENTS_KEPT),
+        ("bytes of an event's words", words, 5_000),
+        ("lease requests", core.asked.len(), MODELS * (REQUESTS_PER_MODEL_MAX + 1)),
+        ("workers of servers before", core.strangers.len(), MODELS),
+        ("processes that ended and have memory", core.book.departed().count(), 64),
+        ("models", models().count(), MODELS),
+        // One that never answers keeps its order until it ends; it is asked again at times.
+        ("orders", models().map(|model| model.orders.len()).max().unwrap_or_default(), 256),
+        ("requests that wait", models().map(|model| model.queue.len()).max().unwrap_or_default(), 4),
+        (
+            "keys at a model",
+            models().map(|model| model.queue.standings(0).count()).max().unwrap_or_default(),
+            3,
+        ),
+    ]
+}
+
+#[test]
+fn what_a_server_keeps_does_not_grow_with_its_life() {
+    let mut world = World::new(5);
+    world.lives_on = true;
+    for _ in 0..100 {
+        world.play();
+        for (what, count, most) in kept(&world.core) {
+            assert!(count <= most, "{count} {what} after {} events", world.core.events.last_id());
+        }
+    }
+    assert!(world.core.events.last_id() > 2 * EVENTS_KEPT as u64, "{}", world.core.events.last_id());
+}
+
+#[test]
+fn of_a_workers_words_only_the_beginning_is_kept() {
+    let mut world = World::new(5);
+    world.lives_on = true;
+    while !world.workers.values().any(|worker| worker.heard.is_some()) {
+        world.play();
+    }
+    let (place, _) = world.workers.iter().find(|(_, worker)| worker.heard.is_some()).expect("just seen");
+    let message = "\u{e9}".repeat(500_000);
+    world.say(*place, FromWorker::Failed { code: "internal".to_owned(), message });
+    let words = world.core.events.kept().map(|event| event.text.len()).max().expect("some");
+    assert!((2_000..5_000).contains(&words), "{words}");
+}
