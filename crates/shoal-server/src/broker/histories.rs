@@ -34,6 +34,7 @@ const STEPS: usize = 200;
 const CALM_MS: u64 = 60_000;
 
 /// A worker process: what it holds, and what it was told and has not done.
+#[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
 struct Worker {
     pid: u32,
     heard: Option<mpsc::Receiver<FromServer>>,
@@ -267,6 +268,21 @@ impl World {
         }
     }
 
+    /// A worker takes what it was told, and shows that it lives where it is asked.
+    fn hear(&mut self, place: usize) {
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        let mut pings = Vec::new();
+        while let Some(message) = worker.heard.as_mut().and_then(|heard| heard.try_recv().ok()) {
+            match message {
+                FromServer::Ping { ping } => pings.push(ping),
+                other => worker.orders.push_back(other),
+            }
+        }
+        for ping in pings {
+            self.say(place, FromWorker::Pong { ping });
+        }
+    }
+
     /// One worker does the next thing that it has to.
     fn work(&mut self, place: usize) {
         let (now_ms, is_steady) = (self.now_ms, self.is_steady());
@@ -275,7 +291,7 @@ impl World {
             worker.is_stopped = is_steady || !self.dice.chance(2);
             return;
         }
-        let Some(heard) = &mut worker.heard else {
+        if worker.heard.is_none() {
             if worker.is_silent {
                 return;
             }
@@ -303,17 +319,8 @@ impl World {
                 self.request(place, request, bytes);
             }
             return;
-        };
-        let mut pings = Vec::new();
-        while let Ok(message) = heard.try_recv() {
-            match message {
-                FromServer::Ping { ping } => pings.push(ping),
-                other => worker.orders.push_back(other),
-            }
         }
-        for ping in pings {
-            self.say(place, FromWorker::Pong { ping });
-        }
+        self.hear(place);
         let Some(worker) = self.workers.get_mut(&place) else { return };
         if !worker.is_ready {
             worker.is_ready = true;

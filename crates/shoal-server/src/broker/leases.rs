@@ -4,6 +4,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
+use super::pulse::is_work;
 use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
 use crate::state::EventKind;
 
@@ -32,7 +33,8 @@ impl Core {
         if model.pid != Some(pid) || model.connection.is_none() {
             return;
         }
-        self.hear_sign(place, !matches!(message, FromWorker::Pong { .. }), now_ms);
+        let works = is_work(&message, &model.usage);
+        self.hear_sign(place, works, now_ms);
         if matches!(message, FromWorker::Pong { .. }) {
             // Of how far it is it says nothing.
             return;

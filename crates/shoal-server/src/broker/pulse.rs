@@ -9,7 +9,7 @@
 //! A server that did not run itself (stopped, starved) holds nobody's silence against them: whoever looks later than
 //! planned begins to count anew.
 
-use shoal_core::protocol::FromServer;
+use shoal_core::protocol::{FromServer, FromWorker, WorkerUsage};
 
 use super::{Core, millis};
 use crate::state::EventKind;
@@ -46,6 +46,21 @@ impl Pulse {
     /// How long it has not answered, where others know.
     pub(crate) fn silent_ms(&self, now_ms: u64) -> Option<u64> {
         self.asked_ms.filter(|_| self.is_told).map(|asked_ms| now_ms.saturating_sub(asked_ms))
+    }
+}
+
+/// Whether something came of a worker's work, by what it says; its figures were `before`. That requests came to it, or that
+/// an order failed, is told by threads that live while its engine hangs.
+pub(super) fn is_work(message: &FromWorker, before: &WorkerUsage) -> bool {
+    let of = |usage: &WorkerUsage| {
+        let held = (usage.weights_device, usage.kv_device, usage.kv_live, usage.kv_cached);
+        (held, usage.tokens_out, usage.onboarded, usage.evicted)
+    };
+    match message {
+        FromWorker::Pong { .. } => false,
+        FromWorker::OrderDone { bytes, error, .. } => error.is_none() || !bytes.is_zero(),
+        FromWorker::Usage { usage } => of(usage) != of(before),
+        _ => true,
     }
 }
 
@@ -131,8 +146,9 @@ impl Core {
         let Some(stuck_ms_max) = self.config.patience.stuck_max.map(millis) else { return };
         let model = &self.models[place];
         let id = model.id;
-        // Who waits for an answer of ours, or is still at an order, is not stuck.
-        let waits = self.asked.iter().any(|asked| asked.pending.model == id) || !model.orders.is_empty();
+        // Who waits for an answer of ours, or is at an order that it still has time for, is not stuck.
+        let waits = self.asked.iter().any(|asked| asked.pending.model == id)
+            || model.orders.values().any(|order| !order.overdue);
         let quiet_ms = now_ms.saturating_sub(model.pulse.worked_ms).min(waited_ms);
         let is_watched = model.pulse.answers && model.connection.is_some();
         if self.stopping || waits || !is_watched || quiet_ms < stuck_ms_max {

@@ -152,8 +152,26 @@ fn one_whose_work_does_not_go_on_is_ended_for_a_request_that_waits() {
     assert!(!is_ended(&bench.core, 0), "something came of another's");
     bench.core.handle_no_byte(0, 20_000, at(2_000_000));
     assert!(!is_ended(&bench.core, 0), "that request has only just come");
-    // That it lives, as it says by then, is no work.
-    pass(&mut bench, at(905_000), at(2_000_000), &[0, 1]);
+    // That it lives, that more requests came to it, and that it cannot do what it is told, is no work.
+    pass(&mut bench, at(905_000), at(1_990_000), &[0, 1]);
+    let usage = WorkerUsage { tokens_out: 1, requests_waiting: 7, ..WorkerUsage::default() };
+    bench.say(0, FromWorker::Usage { usage }, at(1_990_000));
+    bench.core.handle_sleep("m0", 0.0, at(1_990_000)).expect("it is there");
+    let orders = bench.told(0).into_iter().filter_map(|said| match said {
+        FromServer::Reclaim { order, .. } => Some(order),
+        _ => None,
+    });
+    for order in orders.collect::<Vec<_>>() {
+        let error = Some("a step runs".to_owned());
+        let said = FromWorker::OrderDone {
+            order,
+            bytes: ByteCount::ZERO,
+            copied: ByteCount::ZERO,
+            duration_us: 1,
+            error,
+        };
+        bench.say(0, said, at(1_995_000));
+    }
     bench.core.handle_no_byte(0, 1_000_000, at(2_000_000));
     assert!(is_ended(&bench.core, 0));
     assert_eq!(kinds(&bench.core, "m0"), ["worker_hung"]);

@@ -33,22 +33,27 @@ impl Patience {
     pub(super) fn read<'i>(reader: &mut Reader<'i>, table: &DeTable<'i>) -> Self {
         let default = Self::default();
         Self {
-            silent_max: one(reader, table, SILENT_KEY, SILENT_MIN).unwrap_or(default.silent_max),
-            stuck_max: one(reader, table, STUCK_KEY, STUCK_MIN).unwrap_or(default.stuck_max),
+            silent_max: one(reader, table, SILENT_KEY, SILENT_MIN, default.silent_max),
+            stuck_max: one(reader, table, STUCK_KEY, STUCK_MIN, default.stuck_max),
         }
     }
 }
 
-/// What one key says, where it says something that can be.
-fn one<'i>(reader: &mut Reader<'i>, table: &DeTable<'i>, key: &str, least: u64) -> Option<Option<Duration>> {
-    let seconds = reader.seconds(table, key)?;
+/// What one key says, or `default` where it says nothing that can be.
+fn one<'i>(
+    reader: &mut Reader<'i>,
+    table: &DeTable<'i>,
+    key: &str,
+    least: u64,
+    default: Option<Duration>,
+) -> Option<Duration> {
+    let Some(seconds) = reader.seconds(table, key) else { return default };
     if seconds == 0 {
-        return Some(None);
+        return None;
     }
-    if (least..=MOST).contains(&seconds) {
-        return Some(Some(Duration::from_secs(seconds)));
+    if !(least..=MOST).contains(&seconds) {
+        let why = format!("must be 0 (never), or between {least} s and {} h", MOST / 3_600);
+        table.get(key).into_iter().for_each(|value| reader.bad(value, key, why.clone()));
     }
-    let why = format!("must be 0 (never), or between {least} s and {} h", MOST / 3_600);
-    table.get(key).into_iter().for_each(|value| reader.bad(value, key, why.clone()));
-    None
+    Some(Duration::from_secs(seconds))
 }

@@ -96,6 +96,25 @@ fn keys_can_be_kept_apart_where_there_are_any() {
 }
 
 #[test]
+fn silence_has_bounds_and_may_be_allowed_for_ever() {
+    let with =
+        |server: &str| load_here(&format!("[server]\n{server}\n[[model]]\nname = 'a'\nsource = 'org/a'\n"));
+    let read = |server: &str| with(server).expect("good").patience;
+    assert_eq!(read(""), Patience::default());
+    let chosen = read("silent_s_max = 20\nstuck_s_max = '2m'");
+    assert_eq!(chosen.silent_max, Some(Duration::from_secs(20)));
+    assert_eq!(chosen.stuck_max, Some(Duration::from_mins(2)));
+    assert_eq!(read("silent_s_max = 0\nstuck_s_max = 0"), Patience { silent_max: None, stuck_max: None });
+    for (wrong, says) in [
+        ("silent_s_max = 4", "`silent_s_max`: must be 0 (never), or between 5 s and 24 h"),
+        ("stuck_s_max = '25h'", "`stuck_s_max`: must be 0 (never), or between 10 s and 24 h"),
+    ] {
+        let error = with(wrong).expect_err(wrong);
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[test]
 fn a_policy_may_be_a_function_of_python() {
     let with =
         |server: &str| load_here(&format!("[server]\n{server}\n[[model]]\nname = 'a'\nsource = 'org/a'\n"));

@@ -115,12 +115,11 @@ impl Passing {
 
     /// Nothing has come yet; the client would take more. The shelf is told of it now and then, until it is too long.
     fn wait(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let since = match self.silent_since {
-            Some(since) => since,
-            None => {
-                self.silence.as_mut().reset(tokio::time::Instant::now() + self.told_every);
-                *self.silent_since.insert(Instant::now())
-            }
+        let since = if let Some(since) = self.silent_since {
+            since
+        } else {
+            self.silence.as_mut().reset(tokio::time::Instant::now() + self.told_every);
+            *self.silent_since.insert(Instant::now())
         };
         while self.silence.as_mut().poll(context).is_ready() {
             if since.elapsed() >= self.silence_max {

@@ -97,24 +97,10 @@ impl fmt::Display for EventKind {
             | Self::DeviceTaken { .. }
             | Self::MemoryReturned { .. }
             | Self::DriverLost { .. }
-            | Self::DriverFound { .. } => driver(f, self),
-            Self::OverheadCorrected { overhead, uncovered } if uncovered.is_zero() => {
-                write!(f, "takes {overhead} besides its regions")
-            }
-            Self::OverheadCorrected { overhead, uncovered } => {
-                write!(f, "takes {overhead} besides its regions, {uncovered} of it not covered yet")
-            }
-            Self::WorkerSilent { pid, silent_ms, end_ms, leased } => write!(
-                f,
-                "worker {pid} has not answered for {} and has {leased} leased; at {} it is ended",
-                Ms(*silent_ms),
-                Ms(*end_ms)
-            ),
-            Self::WorkerHeard { pid, after_ms } => {
-                write!(f, "worker {pid} answers again, after {}", Ms(*after_ms))
-            }
-            Self::WorkerHung { pid, leased, reason } => {
-                write!(f, "worker {pid} is ended, and {leased} come back with it: {reason}")
+            | Self::DriverFound { .. }
+            | Self::OverheadCorrected { .. } => driver(f, self),
+            Self::WorkerSilent { .. } | Self::WorkerHeard { .. } | Self::WorkerHung { .. } => {
+                silence(f, self)
             }
             Self::ProtocolError { reason } => write!(f, "broke the protocol and is ended: {reason}"),
             Self::Thrashing { thrashed, served } => thrashing(f, *thrashed, *served),
@@ -157,7 +143,27 @@ fn thrashing(f: &mut fmt::Formatter<'_>, thrashed: ByteCount, served: ByteCount)
     )
 }
 
-/// What the device's driver showed.
+/// What a worker did not say.
+fn silence(f: &mut fmt::Formatter<'_>, what: &EventKind) -> fmt::Result {
+    match what {
+        EventKind::WorkerSilent { pid, silent_ms, end_ms, leased } => {
+            let (silent, end) = (Ms(*silent_ms), Ms(*end_ms));
+            write!(
+                f,
+                "worker {pid} has not answered for {silent} and has {leased} leased; at {end} it is ended"
+            )
+        }
+        EventKind::WorkerHeard { pid, after_ms } => {
+            write!(f, "worker {pid} answers again, after {}", Ms(*after_ms))
+        }
+        EventKind::WorkerHung { pid, leased, reason } => {
+            write!(f, "worker {pid} is ended, and {leased} come back with it: {reason}")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the device's driver showed, or a worker of it.
 fn driver(f: &mut fmt::Formatter<'_>, what: &EventKind) -> fmt::Result {
     match what {
         EventKind::Drifted { seen, leased } => {
@@ -176,6 +182,12 @@ fn driver(f: &mut fmt::Formatter<'_>, what: &EventKind) -> fmt::Result {
         ),
         EventKind::DriverLost { reason } => {
             write!(f, "what is taken of the device cannot be read, and the ledger alone counts: {reason}")
+        }
+        EventKind::OverheadCorrected { overhead, uncovered } if uncovered.is_zero() => {
+            write!(f, "takes {overhead} besides its regions")
+        }
+        EventKind::OverheadCorrected { overhead, uncovered } => {
+            write!(f, "takes {overhead} besides its regions, {uncovered} of it not covered yet")
         }
         EventKind::DriverFound { source } => write!(f, "what is taken of the device is read again: {source}"),
         _ => Ok(()),
