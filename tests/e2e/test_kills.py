@@ -66,7 +66,7 @@ def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], 
     assert kills == KILLS
 
 
-@pytest.mark.parametrize("wait_s", [0, 2])
+@pytest.mark.parametrize("wait_s", [0, 8])
 def test_no_worker_waits_for_ever(tmp_path: Path, model_tables: list[dict[str, object]], wait_s: int) -> None:
     """The server is killed and no other comes: no worker holds memory for longer than it was told to wait."""
     with serve(tmp_path, models=model_tables[:2], device_budget="64MiB", orphan_s_max=wait_s) as server:
@@ -77,9 +77,9 @@ def test_no_worker_waits_for_ever(tmp_path: Path, model_tables: list[dict[str, o
         assert len(pids) == 2
         server.kill()
         if wait_s:
-            time.sleep(wait_s / 4)
+            time.sleep(1)
             assert all(alive(pid) for pid in pids), "they wait"
-        until(lambda: not any(alive(pid) for pid in pids), wait_s + 10, "workers end after their server")
+        until(lambda: not any(alive(pid) for pid in pids), wait_s + 90, "workers end after their server")
         assert not list(server.runtime_dir.glob("worker-*.sock")) or not wait_s, "they end in order"
     with serve(tmp_path, models=model_tables[:1], device_budget="64MiB") as server:
         server.wait_for(str(model_tables[0]["name"]), "asleep")
