@@ -20,6 +20,7 @@ from shoal.errors import (
     LeaseError,
     OutOfMemoryError,
     RegionError,
+    TierError,
     TransferError,
 )
 from shoal.kv import KvBacking
@@ -37,6 +38,7 @@ from shoal.memory import (
     Transfer,
     parse_size,
 )
+from shoal.tiers import DiskTier, KvTier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +56,7 @@ __all__ = [
     "BrokerError",
     "DeadlineError",
     "DeviceError",
+    "DiskTier",
     "Error",
     "Flush",
     "FlushReport",
@@ -63,6 +66,7 @@ __all__ = [
     "KvCache",
     "KvGroup",
     "KvGroupSpec",
+    "KvTier",
     "LeaseError",
     "MemoryManager",
     "OutOfMemoryError",
@@ -71,6 +75,7 @@ __all__ = [
     "RegionGuard",
     "Report",
     "SourcePiece",
+    "TierError",
     "Transfer",
     "TransferError",
     "__version__",

@@ -2,21 +2,24 @@ import builtins
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, final
 
-from _typeshed import ReadableBuffer, WriteableBuffer
+from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
 from shoal.errors import Error
 
 __all__ = [
     "BrokerClient",
+    "DiskTier",
     "Flush",
     "Guard",
     "KvBacking",
     "KvCache",
     "KvGroup",
+    "KvTier",
     "MemoryManager",
     "Region",
     "RegionBuffer",
     "RegionUse",
+    "Store",
     "Transfer",
     "__version__",
     "main",
@@ -55,7 +58,13 @@ class BrokerClient:
     def ready(self, capabilities: dict[str, Any]) -> None: ...
     def failed(self, code: str, message: str) -> None: ...
     def usage(
-        self, *, requests_running: int, requests_waiting: int, tokens_out: int, overhead_peak: int | None = None
+        self,
+        *,
+        requests_running: int,
+        requests_waiting: int,
+        tokens_out: int,
+        overhead_peak: int | None = None,
+        tiers: list[dict[str, Any]] | None = None,
     ) -> None: ...
     @property
     def shutdown_requested(self) -> bool: ...
@@ -236,3 +245,33 @@ class KvCache:
     def prefix_stats(self) -> dict[str, int]: ...
     def strays(self) -> list[tuple[int, int, int]]: ...
     def check(self) -> str | None: ...
+
+@final
+class Store:
+    @property
+    def name(self) -> str: ...
+
+@final
+class DiskTier:
+    def __new__(
+        cls,
+        disks: list[tuple[StrPath, int]],
+        segment_bytes: int | None,
+        uses_min: int,
+        write_bytes_per_hour: int | None,
+        engine: str,
+    ) -> DiskTier: ...
+    def store(self) -> Store: ...
+    def places(self) -> list[dict[str, Any]]: ...
+    def close(self, timeout_s: float) -> bool: ...
+
+@final
+class KvTier:
+    def __new__(
+        cls, cache: KvCache, store: Store, facts: list[tuple[str, str]], load_s: float, put_s: float
+    ) -> KvTier: ...
+    def load(self, salt: str | builtins.bytes, tokens: Iterable[int], held: list[int]) -> list[int]: ...
+    def save(self, salt: str | builtins.bytes, tokens: Iterable[int], first: int) -> None: ...
+    def discard_queued(self) -> None: ...
+    def flush(self, timeout_s: float) -> bool: ...
+    def usage(self) -> dict[str, Any]: ...

@@ -17,6 +17,7 @@ __all__ = [
     "LeaseError",
     "OutOfMemoryError",
     "RegionError",
+    "TierError",
     "TransferError",
 ]
 
@@ -130,6 +131,20 @@ class RegionError(Error):
     _names: ClassVar[tuple[str, ...]] = ("kind", "region")
 
     region: str | None
+
+
+class TierError(Error):
+    """A tier below the device could not be opened as it was configured.
+
+    Attributes
+    ----------
+    path : str or None
+        The directory.
+    """
+
+    _names: ClassVar[tuple[str, ...]] = ("kind", "path")
+
+    path: str | None
 
 
 class TransferError(Error):

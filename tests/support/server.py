@@ -31,6 +31,8 @@ def toml_value(value: object) -> str:
     """Write one value the way TOML has it (strings, numbers and booleans are JSON's)."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(key)} = {toml_value(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(value)
 
 

@@ -106,6 +106,9 @@ class PlainKv:
         self.found += len(blocks) * self.tokens
         return len(blocks) * self.tokens, blocks
 
+    def save(self, tokens, new, salt):
+        pass
+
     def seal(self, tokens, blocks, salt):
         assert self.is_caching
         for place in range(len(tokens) // self.tokens):
@@ -201,3 +204,9 @@ class PlainMemory:
 
     def overhead_peak(self):
         return None
+
+    def tiers(self):
+        return []
+
+    def close(self):
+        pass

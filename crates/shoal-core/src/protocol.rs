@@ -183,6 +183,9 @@ pub struct WorkerUsage {
     pub requests_waiting: u32,
     /// Tokens generated since start.
     pub tokens_out: u64,
+    /// Tiers that keep what its KV cache forgets, with what they did since the worker's start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tiers: Vec<TierUsage>,
     /// Bytes copied to the device since start.
     pub onboarded: ByteCount,
     /// Bytes copied or dropped from the device since start.
@@ -204,6 +207,64 @@ pub struct WorkerHolds {
     pub capabilities: Option<WorkerCapabilities>,
     /// Its newest figures.
     pub usage: WorkerUsage,
+}
+
+/// A tier below the device that keeps KV blocks of one model: what it did, in blocks, and where it keeps them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TierUsage {
+    /// `"disk"`.
+    pub tier: String,
+    /// Why it is not used at all, where that is so.
+    pub reason: Option<String>,
+    /// Kept by the tier.
+    pub saved: u64,
+    /// Their bytes.
+    pub saved_bytes: ByteCount,
+    /// Not kept: refused, failed, or gone before their turn came.
+    pub unsaved: u64,
+    /// Looked for, because the KV cache did not have them.
+    pub looked_up: u64,
+    /// Of those, brought back.
+    pub loaded: u64,
+    /// Their bytes.
+    pub loaded_bytes: ByteCount,
+    /// Of those looked for, there but too late, and computed again.
+    pub late: u64,
+    /// Of those looked for, damaged where they lay, and computed again.
+    pub corrupt: u64,
+    /// Times that bringing blocks back ended early for another reason.
+    pub failed: u64,
+    /// Time that bringing back took, in microseconds.
+    pub load_us: u64,
+    /// Where its bytes lie.
+    pub places: Vec<TierPlace>,
+}
+
+/// One directory of a tier.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TierPlace {
+    /// The directory.
+    pub path: String,
+    /// `"opening"`, `"ready"`, `"aside"` (it failed, and is tried again later), `"closed"`.
+    pub state: String,
+    /// Why it is set aside.
+    pub reason: Option<String>,
+    /// How it is read and written: `"io_uring"` or `"threads"`.
+    pub means: String,
+    /// Blocks in it.
+    pub blocks: u64,
+    /// Bytes of its log.
+    pub bytes: ByteCount,
+    /// The most that these may be.
+    pub bytes_max: ByteCount,
+    /// Damaged blocks that were found in it.
+    pub corrupt: u64,
+    /// Requests to the disk that failed.
+    pub failed: u64,
+    /// How often it was set aside.
+    pub asides: u64,
 }
 
 /// What a model can do, from its files.

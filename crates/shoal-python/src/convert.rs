@@ -141,6 +141,12 @@ pub(crate) fn plain<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyRe
     json(py, &value)
 }
 
+/// What can be JSON as Python's plain objects, by Python's own decoder.
+pub(crate) fn to_plain<'py, T: serde::Serialize>(py: Python<'py>, value: &T) -> PyResult<Bound<'py, PyAny>> {
+    let text = serde_json::to_string(value).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    py.import("json")?.call_method1("loads", (text,))
+}
+
 /// Python's plain objects as JSON, by Python's own encoder.
 pub(crate) fn from_plain<T: serde::de::DeserializeOwned>(
     what: &str,

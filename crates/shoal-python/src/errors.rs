@@ -12,6 +12,7 @@ use shoal_core::kv::limit::LimitError;
 use shoal_core::kv::state::KvError;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{DeviceError, ErrorKind};
+use shoal_memory::disk::DiskError;
 use shoal_memory::{LeaseError, MemoryError};
 
 /// The value of a field of an error.
@@ -91,6 +92,25 @@ pub(crate) fn forked(owner: u32, pid: u32) -> PyErr {
         ),
         vec![("owner", u64::from(owner).into()), ("pid", u64::from(pid).into())],
     )
+}
+
+/// Why a disk tier was not opened.
+///
+/// By value, so that it stands alone in `map_err`.
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+pub(crate) fn of_disk(error: DiskError) -> PyErr {
+    let (kind, path) = match &error {
+        DiskError::InUse { path } => ("in_use", path),
+        DiskError::OtherVersion { path, .. } => ("other_version", path),
+        DiskError::Foreign { path, .. } => ("foreign", path),
+        DiskError::Damaged { path, .. } => ("damaged", path),
+        DiskError::Options { path, .. } => ("options", path),
+        DiskError::TooSmall { path, .. } => ("too_small", path),
+        DiskError::Io { path, .. } => ("io", path),
+        _ => return raise("TierError", "other", &error.to_string(), vec![]),
+    };
+    let path = path.display().to_string();
+    raise("TierError", kind, &error.to_string(), vec![("path", path.into())])
 }
 
 /// What the memory manager said.

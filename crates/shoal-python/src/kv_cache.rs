@@ -350,6 +350,10 @@ impl PyKvCache {
     pub(crate) fn new(cache: KvCache) -> Self {
         Self { cache: Owned::new(Arc::new(cache)) }
     }
+
+    pub(crate) fn get(&self) -> PyResult<&Arc<KvCache>> {
+        self.cache.get()
+    }
 }
 
 #[pymethods]
@@ -579,7 +583,7 @@ fn key_of<'py>(py: Python<'py>, key: &BlockKey) -> Bound<'py, PyBytes> {
 }
 
 /// Text or bytes.
-fn bytes_of(what: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+pub(crate) fn bytes_of(what: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
     if let Ok(text) = value.cast::<PyString>() {
         // Never lossy: two tenants must not become one (I12).
         return Ok(text.to_str()?.as_bytes().to_vec());
@@ -610,7 +614,7 @@ fn shown<T: BlockId>(ids: &[T]) -> Vec<i64> {
     ids.iter().map(|id| id.shown()).collect()
 }
 
-fn list_of_tokens(tokens: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+pub(crate) fn list_of_tokens(tokens: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     let ids = list_of_ids(tokens)?;
     let token = |token: i64| {
         let wrong = || PyOverflowError::new_err(format!("token {token} is not between 0 and 4294967295"));

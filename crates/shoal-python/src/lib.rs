@@ -9,6 +9,7 @@
 //! | `region` | `Region` and the transfer that a wake is |
 //! | `kv` | `KvBacking` |
 //! | `kv_cache` | `KvCache` and its groups |
+//! | `tiers` | `DiskTier`, and a cache's connection to a tier |
 //! | `broker` | `BrokerClient`: a worker's line to the server |
 //! | `buffer`, `dlpack` | memory as the buffer protocol and as `DLPack` see it; the homes of `unsafe` |
 //! | `policy` | the server's policies, for policies in Python |
@@ -33,6 +34,7 @@ mod manager;
 mod owner;
 mod policy;
 mod region;
+mod tiers;
 mod torch_hooks;
 
 /// The native half of the package; its documented face is `shoal`.
@@ -57,6 +59,8 @@ mod _native {
     use crate::policy::{policies, policy_plan};
     #[pymodule_export]
     use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
+    #[pymodule_export]
+    use crate::tiers::{PyDiskTier, PyKvTier, PyStore};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -17,6 +17,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::TierUsage;
 
 use crate::gateway::Models;
 use crate::shelf::Caller;
@@ -189,6 +190,7 @@ impl Collector for ShelfCollector {
             }),
         )?;
         keys(encoder, &state)?;
+        kv_tiers(encoder, &state)?;
         driver(encoder, &state)?;
         sharing(encoder, &state)?;
         counters(encoder, &state)
@@ -207,6 +209,76 @@ fn keys(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Resu
         })
     });
     family(encoder, "key_requests_now", "Requests answered or waiting now, by the name of their key", rows)
+}
+
+/// What tiers keep of what KV caches forget.
+fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
+    let tiers = || shelf.models.iter().flat_map(|model| model.tiers.iter().map(move |tier| (model, tier)));
+    let labels = |model: &ModelSnapshot, tier: &TierUsage| -> Labels {
+        vec![("model", model.name.clone()), ("tier", tier.tier.clone())]
+    };
+    let blocks = tiers().flat_map(|(model, tier)| {
+        let TierUsage { saved, unsaved, looked_up, loaded, late, corrupt, .. } = *tier;
+        [
+            ("saved", saved),
+            ("unsaved", unsaved),
+            ("looked_up", looked_up),
+            ("loaded", loaded),
+            ("late", late),
+            ("corrupt", corrupt),
+        ]
+        .map(|(what, count)| {
+            let mut labels = labels(model, tier);
+            labels.push(("what", what.to_owned()));
+            (labels, ConstCounter::new(count))
+        })
+    });
+    family(
+        encoder,
+        "kv_tier_blocks",
+        "KV blocks that a tier kept or not, and of those looked for there, brought back, too late, damaged",
+        blocks,
+    )?;
+    let bytes = tiers().flat_map(|(model, tier)| {
+        [("saved", tier.saved_bytes), ("loaded", tier.loaded_bytes)].map(|(what, bytes)| {
+            let mut labels = labels(model, tier);
+            labels.push(("what", what.to_owned()));
+            (labels, ConstCounter::new(bytes.0))
+        })
+    });
+    family(encoder, "kv_tier_moved_bytes", "Bytes of KV that went to a tier and came back from it", bytes)?;
+    let places = || {
+        tiers().flat_map(|(model, tier)| {
+            tier.places.iter().map(move |place| {
+                let labels: Labels = vec![("model", model.name.clone()), ("path", place.path.clone())];
+                (labels, place)
+            })
+        })
+    };
+    family(
+        encoder,
+        "kv_disk_bytes",
+        "Bytes of KV in a directory of the disk tier",
+        places().map(|(labels, place)| (labels, gauge(place.bytes))),
+    )?;
+    family(
+        encoder,
+        "kv_disk_aside",
+        "1 while a directory of the disk tier is set aside because it failed",
+        places().map(|(labels, place)| (labels, ConstGauge::new(i64::from(place.state == "aside")))),
+    )?;
+    family(
+        encoder,
+        "kv_disk_corrupt_blocks",
+        "Damaged blocks that were found in a directory of the disk tier",
+        places().map(|(labels, place)| (labels, ConstCounter::new(place.corrupt))),
+    )?;
+    family(
+        encoder,
+        "kv_disk_asides",
+        "How often a directory of the disk tier was set aside",
+        places().map(|(labels, place)| (labels, ConstCounter::new(place.asides))),
+    )
 }
 
 /// The device as its driver shows it, beside the ledger.

@@ -11,11 +11,12 @@ from shoal.memory.sizes import Size, parse_size
 from shoal.wake import TIMEOUT_S, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from shoal import _native
+    from shoal.tiers import DiskTier, KvTier
     from shoal.torch.kv import Tensor
 
 __all__ = ["KvCache", "Sealed"]
@@ -366,6 +367,40 @@ class KvCache:
             If the cache was made with ``eviction=None``.
         """
         self._native.forget_all()
+
+    def attach_store(
+        self, store: DiskTier, facts: Mapping[str, str], *, load_s: float = 1.0, put_s: float = 30.0
+    ) -> KvTier:
+        """Connect the cache to a tier that keeps what it forgets.
+
+        Nothing happens by itself: after :meth:`match` ask :meth:`shoal.KvTier.load` for more, and after :meth:`seal`
+        say :meth:`shoal.KvTier.save`.
+
+        Parameters
+        ----------
+        store
+            The tier; several caches may have the same.
+        facts
+            What the bytes of a block depend on beside the tokens, by name: the model and its weights, the data type,
+            what computes them. Only bytes of the same facts, in this order, are found; the layout counts by itself.
+        load_s
+            How long a load may take, in seconds; what has come by then in a row is used.
+        put_s
+            How long the tier may take to keep a block, in seconds.
+
+        Returns
+        -------
+        KvTier
+            The connection, which ends with the object.
+
+        Raises
+        ------
+        RegionError
+            If the cache finds nothing again, has several groups, or was made with ``debug=True``.
+        """
+        from shoal.tiers import KvTier
+
+        return KvTier(self, store, facts, load_s=load_s, put_s=put_s)
 
     def events(self, since: int = 0, *, most: int = 4096) -> tuple[list[dict[str, Any]], int, int]:
         """Say what was stored and removed, for a router.

@@ -103,6 +103,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
 
     from . import hooks, loading
     from .serving import assemble
+    from .tiers import facts_of
 
     torch.set_num_threads(spec.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -120,7 +121,10 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     weights = memory.place(loaded.model, path, lambda done, total: tell("placing", done, total))
     logger.info("model made in %.1f s, its weights placed in %.1f s", read - begun, time.monotonic() - read)
     memory.warm_up(loaded.model.dtype)
-    return assemble(name, loaded, memory, spec, weights)
+    assembled = assemble(name, loaded, memory, spec, weights)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    memory.keep_on_disk(spec.disk, lambda: facts_of(files, spec.device, dtype))
+    return assembled
 
 
 class _Telling:
@@ -193,12 +197,17 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     from .http import make_app, serve
     from .usage import Counts, Reporter
 
-    def report(counts: Counts) -> None:
+    def read() -> tuple[Counts, list[dict[str, Any]]]:
+        return assembled.engine.counts(), assembled.memory.tiers()
+
+    def report(figures: tuple[Counts, list[dict[str, Any]]]) -> None:
+        counts, tiers = figures
         client.usage(
             requests_running=counts.running,
             requests_waiting=counts.waiting,
             tokens_out=counts.tokens_out,
             overhead_peak=assembled.memory.overhead_peak(),
+            tiers=tiers,
         )
 
     loop = asyncio.get_running_loop()
@@ -208,7 +217,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     client.on_disconnect = "end"  # in order: sockets are removed, the engine stops
     assembled.engine.start()
     runner = await serve(make_app(assembled.served), Path(client.welcome["data_socket"]))
-    reporter = Reporter(assembled.engine.counts, report)
+    reporter = Reporter(read, report)
     reporter.start()
     client.ready(assembled.capabilities)
     logger.info("ready: %s", _in_words(assembled.capabilities))
@@ -227,6 +236,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
         await asyncio.sleep(0.05)
     status = 0 if assembled.engine.alive else 1
     await asyncio.to_thread(assembled.engine.stop)
+    await asyncio.to_thread(assembled.memory.close)
     await runner.cleanup()
     await asyncio.to_thread(Path(client.welcome["data_socket"]).unlink, missing_ok=True)
     await asyncio.to_thread(reporter.stop)

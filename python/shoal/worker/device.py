@@ -27,12 +27,14 @@ from shoal import (
 
 from .errors import LoadError
 from .memory import ShortageError
+from .tiers import KvOnDisk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from .kv import KvLayout
+    from .spec import DiskShare
 
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,9 @@ class DeviceKv:
         )
         self._group = self.cache.groups[0]
         self._hinted = 0
+        self._block_tokens = layout.block_tokens
+        self.is_caching = is_caching
+        self.disk: KvOnDisk | None = None
 
     def tensor(self) -> torch.Tensor:
         """Make a tensor over all blocks."""
@@ -86,8 +91,14 @@ class DeviceKv:
         return figures["free_mapped_blocks"] + figures["cached_blocks"]
 
     def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
-        """Find the longest sealed prefix, and own its blocks too."""
-        return self.cache.match(tokens, salt=salt)
+        """Find the longest sealed prefix, and own its blocks; what the device has forgotten comes back from disk."""
+        found, blocks = self.cache.match(tokens, salt=salt)
+        if self.disk is not None:
+            # What was refused before may be taken now.
+            self.disk.save(tokens[:found], 0, salt)
+            blocks += self.disk.load(tokens, blocks, salt)
+            found = len(blocks) * self._block_tokens
+        return found, blocks
 
     def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
         """Let the full blocks of a sequence be found."""
@@ -99,8 +110,15 @@ class DeviceKv:
             self._group.free([own])
             blocks[place] = found
 
+    def save(self, tokens: Sequence[int], new: int, salt: str) -> None:
+        """Let the last `new` full blocks of a sealed sequence be kept on disk."""
+        if self.disk is not None:
+            self.disk.save(tokens, max(0, len(tokens) // self._block_tokens - new), salt)
+
     def forget_all(self) -> None:
-        """Let nothing be found any more."""
+        """Let nothing be found any more; what was saved before is what it was."""
+        if self.disk is not None:
+            self.disk.discard_queued()
         self.cache.forget_all()
 
     def hint(self, blocks: int) -> None:
@@ -342,6 +360,28 @@ class DeviceMemory:
         """Reserve address space for `blocks` KV blocks or more."""
         self._kv = DeviceKv(self._mem, layout, blocks, is_caching=is_caching)
         return self._kv
+
+    def keep_on_disk(self, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]]) -> None:
+        """Keep the KV cache's prefixes on disk as well, where there is a cache that finds them again.
+
+        Parameters
+        ----------
+        disks
+            Where.
+        facts
+            Gives what they depend on beside their tokens; called in the background.
+        """
+        if disks and self._kv is not None and self._kv.is_caching:
+            self._kv.disk = KvOnDisk(self._kv.cache, disks, facts)
+
+    def tiers(self) -> list[dict[str, Any]]:
+        """Give what the disks did for the KV cache."""
+        return [] if self._kv is None or self._kv.disk is None else [self._kv.disk.figures()]
+
+    def close(self) -> None:
+        """Write out what is not on disk yet, within a few seconds."""
+        if self._kv is not None and self._kv.disk is not None:
+            self._kv.disk.close()
 
     def trim(self, *, cached: bool = False) -> None:
         """Give back KV memory in which nothing lies, or, with `cached`, nothing that somebody owns."""

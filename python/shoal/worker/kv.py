@@ -322,3 +322,4 @@ class ElasticCache(cache_module.PagedAttentionCache):
         # The newest token is known, but its keys and values are computed by the next step.
         computed = (state.initial_tokens + state.generated_tokens)[: state.position_offset]
         self._kv.seal(computed, blocks, salt)
+        self._kv.save(computed, num_complete_blocks, salt)

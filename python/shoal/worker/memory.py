@@ -50,6 +50,9 @@ class KvBlocks(Protocol):
     def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
         """Let the full blocks of a sequence be found; what was there already takes a copy's place in `blocks`."""
 
+    def save(self, tokens: Sequence[int], new: int, salt: str) -> None:
+        """Let the last `new` full blocks of a sealed sequence be kept on a tier below the device too."""
+
     def forget_all(self) -> None:
         """Let nothing be found any more."""
 
@@ -91,3 +94,9 @@ class Memory(Protocol):
 
     def trim(self, *, cached: bool = False) -> None:
         """Give back device memory that nothing uses now; with `cached`, also that of blocks that nobody owns."""
+
+    def tiers(self) -> list[dict[str, Any]]:
+        """Give what each tier below the device did for the KV cache, as the server is told."""
+
+    def close(self) -> None:
+        """Write out what tiers below the device have not written yet, within a few seconds."""

@@ -24,6 +24,25 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True)
+class DiskShare:
+    """A model's part of one disk.
+
+    Attributes
+    ----------
+    path
+        A directory of its own.
+    bytes
+        Most bytes in it.
+    writes_per_hour
+        Most bytes written to it in an hour; None for no limit.
+    """
+
+    path: str
+    bytes: int
+    writes_per_hour: int | None = None
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
     """One model as a worker shall serve it.
 
@@ -55,6 +74,8 @@ class WorkerSpec:
         Tokens of one KV block.
     prefix_caching
         Whether KV of a prompt's beginning is used again for prompts that begin alike.
+    disk
+        Where such KV is kept on disk, for the time after the device forgot it.
     batch_tokens_max
         Most tokens of one engine step; longer prompts are computed in pieces.
     requests_max
@@ -77,6 +98,7 @@ class WorkerSpec:
     overhead_bytes: int = 832 << 20
     block_tokens: int = 16
     prefix_caching: bool = True
+    disk: tuple[DiskShare, ...] = ()
     batch_tokens_max: int = 512
     requests_max: int = 256
     stall_timeout_s: float = 60.0
@@ -138,6 +160,8 @@ def _checked(key: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise SpecError(f"{key}: {value!r} is neither true nor false")
         return value
+    if key == "disk":
+        return _disk(value)
     if key == "stall_timeout_s":
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SpecError(f"{key}: {value!r} is not a number of seconds")
@@ -147,6 +171,19 @@ def _checked(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
         raise SpecError(f"{key}: {value!r} is not a whole number")
     return value
+
+
+def _disk(value: Any) -> tuple[DiskShare, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise SpecError(f"disk: {value!r} is not a list of objects")
+    shares = []
+    for entry in value:
+        path, size, writes = entry.get("path"), entry.get("bytes"), entry.get("writes_per_hour")
+        if not isinstance(path, str) or not path:
+            raise SpecError(f"disk: {entry!r} has no path")
+        limit = None if writes is None else parse_bytes("disk.writes_per_hour", writes)
+        shares.append(DiskShare(path, parse_bytes("disk.bytes", size), limit))
+    return tuple(shares)
 
 
 def parse_bytes(key: str, value: Any) -> int:

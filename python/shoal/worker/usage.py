@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,20 +19,23 @@ class Counts:
     tokens_out: int = 0
 
 
-class Reporter:
-    """Tells the counts, at most a few times a second, and only while they change.
+T = TypeVar("T")
+
+
+class Reporter(Generic[T]):
+    """Tells figures, at most a few times a second, and only while they change.
 
     Parameters
     ----------
     read
-        Where the counts come from; called on the reporter's thread.
+        Where they come from; called on the reporter's thread.
     send
         Told each new value.
     interval_s
         Least time between two reports.
     """
 
-    def __init__(self, read: Callable[[], Counts], send: Callable[[Counts], None], interval_s: float = 0.25) -> None:
+    def __init__(self, read: Callable[[], T], send: Callable[[T], None], interval_s: float = 0.25) -> None:
         self._read = read
         self._send = send
         self._interval_s = interval_s
@@ -49,7 +52,7 @@ class Reporter:
         self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
-        told: Counts | None = None
+        told: T | None = None
         last = False
         while True:
             counts = self._read()

@@ -161,6 +161,27 @@ impl KvState {
         self.share_found(found)
     }
 
+    /// The same, but of what is found only from block `first` of the sequence on the caller becomes one more owner, and only
+    /// that is named: for whoever copies a part of it.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_from(
+        &mut self,
+        salt: &[u8],
+        tokens: &[u32],
+        first: usize,
+        found: &mut Found,
+    ) -> Result<(), KvError> {
+        self.reuse_mut()?.prefix.find(salt, tokens, found);
+        for part in &mut found.groups {
+            let before = first.saturating_sub(part.first).min(part.blocks.len());
+            part.blocks.drain(..before);
+            part.first += before;
+        }
+        self.share_found(found)
+    }
+
     /// The same for keys that an engine sealed.
     ///
     /// # Errors

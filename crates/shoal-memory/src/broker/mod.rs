@@ -32,7 +32,9 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use serde_json::Value;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, VERSION, WorkerCapabilities, WorkerUsage};
+use shoal_core::protocol::{
+    FromServer, FromWorker, LeaseKind, TierUsage, VERSION, WorkerCapabilities, WorkerUsage,
+};
 use shoal_device::host::HostFile;
 
 use crate::error::{LeaseError, MemoryError};
@@ -87,12 +89,13 @@ enum Answer {
 }
 
 /// What the engine adds to the figures.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct EngineFigures {
     requests_running: u32,
     requests_waiting: u32,
     tokens_out: u64,
     overhead_peak: Option<ByteCount>,
+    tiers: Vec<TierUsage>,
 }
 
 /// A lease request that was not answered yet.
@@ -290,6 +293,11 @@ impl BrokerClient {
         let figures = &mut self.state.lock().figures;
         (figures.requests_running, figures.requests_waiting, figures.tokens_out) =
             (running, waiting, tokens_out);
+    }
+
+    /// Sets what the tiers below the device did for the engine's KV.
+    pub fn set_tiers(&self, tiers: Vec<TierUsage>) {
+        self.state.lock().figures.tiers = tiers;
     }
 
     /// Sets the measured peak of device bytes outside our regions.

@@ -138,11 +138,12 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
             let mut usage = manager.usage();
             let (figures, epoch) = {
                 let state = client.state.lock();
-                (state.figures, state.epoch)
+                (state.figures.clone(), state.epoch)
             };
             usage.requests_running = figures.requests_running;
             usage.requests_waiting = figures.requests_waiting;
             usage.tokens_out = figures.tokens_out;
+            usage.tiers = figures.tiers;
             usage.overhead_device = figures.overhead_peak.unwrap_or(usage.overhead_device);
             if said.as_ref().is_none_or(|(to, before)| *to != epoch || *before != usage) {
                 client.state.lock().usage = usage.clone();

@@ -75,7 +75,23 @@ impl Default for DiskOptions {
     }
 }
 
+/// Segments that a small tier is cut into at least, as room is made segment by segment.
+const SEGMENTS_MIN: u64 = 16;
+
 impl DiskOptions {
+    /// `default()`, with segments short enough for the smallest of these disks, but of 4 MiB at least.
+    #[must_use]
+    pub fn fitting(disks: &[DiskSpec]) -> Self {
+        let options = Self::default();
+        let smallest = disks.iter().map(|disk| disk.bytes.0 / SEGMENTS_MIN).min().unwrap_or(u64::MAX);
+        let most = options.segment_bytes.0;
+        let wanted = smallest.clamp(ByteCount::mib(4).0, most);
+        // The power of two below it: segments begin where large requests do.
+        let segment_bytes = ByteCount(1 << wanted.ilog2());
+        let record_bytes = options.record_bytes.min(ByteCount(segment_bytes.0 / 2));
+        Self { segment_bytes, record_bytes, ..options }
+    }
+
     /// The log of a disk, in a directory whose segments are this long.
     ///
     /// # Errors

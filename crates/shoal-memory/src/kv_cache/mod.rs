@@ -18,6 +18,7 @@ mod meeting;
 mod moves;
 mod reuse;
 mod signal;
+mod tier;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ use debug::Debug;
 pub use debug::Stray;
 use meeting::Meeting;
 use signal::Signal;
+use keeper::Keeper;
+pub use tier::{KvTier, TierCounts, TierOptions};
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;

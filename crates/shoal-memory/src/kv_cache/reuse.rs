@@ -47,6 +47,21 @@ impl KvCache {
         Ok(self.shared.state.lock().find(salt, tokens, found)?)
     }
 
+    /// The same, but only from block `first` of the sequence on the caller becomes an owner, and only that is named: for
+    /// whoever copies a part of it.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_from(
+        &self,
+        salt: &[u8],
+        tokens: &[u32],
+        first: usize,
+        found: &mut Found,
+    ) -> Result<(), MemoryError> {
+        Ok(self.shared.state.lock().find_from(salt, tokens, first, found)?)
+    }
+
     /// The same for keys that the engine sealed.
     ///
     /// # Errors

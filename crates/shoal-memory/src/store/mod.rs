@@ -20,8 +20,7 @@ pub use host::{HostOptions, HostTier, HostTierUsage};
 pub use shoal_core::store::admission::{AdmissionRule, Candidate, Verdict};
 pub use shoal_core::store::key::{Fingerprint, StoreKey};
 pub use stack::{Stack, StackCounts, StackOptions, TierCounts};
-pub(crate) use ticket::Promise;
-pub use ticket::Ticket;
+pub use ticket::{Promise, Ticket};
 
 /// Why a block was not served, or not kept.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -39,13 +39,14 @@ struct Shared<T> {
 #[derive(Debug)]
 pub struct Ticket<T>(Arc<Shared<T>>);
 
-/// The tier's end.
+/// The tier's end. Dropping it answers [`Miss::Closed`].
 #[derive(Debug)]
-pub(crate) struct Promise<T>(Option<Arc<Shared<T>>>);
+pub struct Promise<T>(Option<Arc<Shared<T>>>);
 
 impl<T> Ticket<T> {
     /// A ticket with a deadline from now, and the promise that answers it.
-    pub(crate) fn new(deadline: Duration) -> (Self, Promise<T>) {
+    #[must_use]
+    pub fn new(deadline: Duration) -> (Self, Promise<T>) {
         let now = Instant::now();
         let shared = Arc::new(Shared {
             slot: Mutex::new(Slot { answer: None, then: None }),
@@ -107,7 +108,7 @@ impl<T> Ticket<T> {
 
 impl<T> Promise<T> {
     /// Answers. After the first time nothing happens.
-    pub(crate) fn answer(mut self, answer: Result<T, Miss>) {
+    pub fn answer(mut self, answer: Result<T, Miss>) {
         self.give(answer);
     }
 
@@ -127,12 +128,14 @@ impl<T> Promise<T> {
     }
 
     /// Whether nobody wants the answer any more.
-    pub(crate) fn is_cancelled(&self) -> bool {
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
         self.0.as_ref().is_none_or(|shared| shared.is_cancelled.load(Ordering::Relaxed))
     }
 
     /// Until when the caller waits.
-    pub(crate) fn deadline(&self) -> Instant {
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
         self.0.as_ref().map_or_else(Instant::now, |shared| shared.deadline)
     }
 }

@@ -35,7 +35,11 @@ impl Core {
             tiers: vec![
                 tier(Tier::Device, Some(self.config.device_budget), self.book.leased()),
                 tier(Tier::Host, Some(self.config.host_budget), used(|model| model.usage.host)),
-                tier(Tier::Disk, Some(self.config.disk.iter().map(|disk| disk.bytes).sum()), ByteCount::ZERO),
+                tier(
+                    Tier::Disk,
+                    Some(self.config.disk.iter().map(|disk| disk.bytes).sum()),
+                    used(disk_bytes),
+                ),
                 tier(Tier::Source, None, used(|model| model.usage.source_only)),
             ],
             waiting: self
@@ -156,6 +160,7 @@ impl Core {
                 leases_granted: counts.granted,
                 leases_denied: counts.denied,
             },
+            tiers: usage.tiers.clone(),
             parallel_max: model.config.parallel_max,
             keys: model
                 .queue
@@ -180,4 +185,9 @@ impl Core {
             capabilities: model.capabilities.clone(),
         }
     }
+}
+
+/// What a model's worker keeps in directories of the disk tier.
+fn disk_bytes(model: &Record) -> ByteCount {
+    model.usage.tiers.iter().flat_map(|tier| &tier.places).map(|place| place.bytes).sum()
 }

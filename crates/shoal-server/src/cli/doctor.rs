@@ -36,26 +36,26 @@ print(json.dumps({'python': '%d.%d.%d' % sys.version_info[:3], **{n: version(n) 
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Level {
+pub(super) enum Level {
     Ok,
     Warn,
     Fail,
 }
 
 #[derive(Debug, Serialize)]
-struct Check {
-    name: String,
-    level: Level,
-    found: String,
-    remedy: Option<String>,
+pub(super) struct Check {
+    pub(super) name: String,
+    pub(super) level: Level,
+    pub(super) found: String,
+    pub(super) remedy: Option<String>,
 }
 
 impl Check {
-    fn ok(name: impl Into<String>, found: impl Into<String>) -> Self {
+    pub(super) fn ok(name: impl Into<String>, found: impl Into<String>) -> Self {
         Self { name: name.into(), level: Level::Ok, found: found.into(), remedy: None }
     }
 
-    fn not_ok(
+    pub(super) fn not_ok(
         level: Level,
         name: impl Into<String>,
         found: impl Into<String>,
@@ -65,7 +65,7 @@ impl Check {
     }
 
     /// `remedy` where `good` is false.
-    fn of(good: bool, level: Level, name: &str, found: String, remedy: &str) -> Self {
+    pub(super) fn of(good: bool, level: Level, name: &str, found: String, remedy: &str) -> Self {
         if good { Self::ok(name, found) } else { Self::not_ok(level, name, found, remedy) }
     }
 }
@@ -85,6 +85,7 @@ pub(super) fn doctor(file: Option<&Path>, json: bool, out: Out<'_>) -> Result<()
     checks.extend(nvidia(&surroundings, config.as_ref()));
     checks.extend(memory(&surroundings, config.as_ref()));
     checks.push(disk(&surroundings.cache_home));
+    checks.extend(config.iter().flat_map(super::disks::disk_tier));
     checks.extend(limits(&survey(), surroundings.nvidia.is_some(), config.as_ref()));
     checks.push(runtime_dir(&surroundings.runtime_dir));
 

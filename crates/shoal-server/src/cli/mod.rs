@@ -5,6 +5,7 @@
 //! Exit codes: 0 done, 1 could not be done, 2 asked for wrongly or no configuration.
 
 mod client;
+mod disks;
 mod doctor;
 mod log;
 mod orders;

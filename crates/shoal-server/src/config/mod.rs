@@ -10,6 +10,7 @@
 
 mod command;
 mod directories;
+mod disk;
 mod error;
 mod fingerprint;
 mod gpu;
@@ -173,6 +174,7 @@ impl ServerConfig {
             "device": self.device.to_string(),
             "device_bytes": self.device_budget,
             "device_bytes_max": model.max,
+            "disk": self.disk_of(model),
         })
     }
 
@@ -339,8 +341,10 @@ impl HostMemory {
 pub struct DiskTier {
     /// A directory of the tier's own.
     pub path: PathBuf,
-    /// The most it may hold there.
+    /// The most it may hold there, all models together.
     pub bytes: ByteCount,
+    /// The most that is written to it in an hour, so that the disk lasts.
+    pub writes_per_hour: ByteCount,
 }
 
 /// Bounds on what clients may ask; every one has a default.

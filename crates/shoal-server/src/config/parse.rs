@@ -62,7 +62,7 @@ pub struct ServerSection {
     pub headroom: Option<ByteCount>,
     pub host_budget: Option<Sited<ByteCount>>,
     pub host_memory: Option<HostMemory>,
-    pub disk: Vec<DiskTier>,
+    pub disk: Vec<Sited<DiskTier>>,
     pub request_bytes_max: Option<ByteCount>,
     pub wait_s_max: Option<u64>,
     pub parked_max: Option<u32>,
@@ -148,7 +148,8 @@ const MODEL_KEYS: [&str; 26] = [
     SHARING_KEYS[1],
     SHARING_KEYS[2],
 ];
-const DISK_KEYS: [&str; 2] = ["path", "bytes"];
+const DISK_KEYS: [&str; 3] = ["path", "bytes", "writes_per_hour"];
+const DISK_KEYS_NEEDED: [&str; 2] = ["path", "bytes"];
 const DTYPES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
 
 /// Reads a `shoal.toml`. Pure: the same text always gives the same answer, and no text makes it panic.
@@ -346,7 +347,7 @@ impl<'i> Reader<'i> {
         (self.problems.len() == problems_before || !section.name.value.is_empty()).then_some(section)
     }
 
-    fn disk(&mut self, table: &DeTable<'i>) -> Vec<DiskTier> {
+    fn disk(&mut self, table: &DeTable<'i>) -> Vec<Sited<DiskTier>> {
         let Some(list) = table.get("disk") else { return Vec::new() };
         let DeValue::Array(entries) = list.get_ref() else {
             self.wrong_type(
@@ -367,13 +368,16 @@ impl<'i> Reader<'i> {
                 continue;
             };
             self.check_keys(table, "`disk`", &DISK_KEYS);
-            for key in DISK_KEYS {
+            for key in DISK_KEYS_NEEDED {
                 if !table.contains_key(key) {
                     self.complain(entry.span(), ProblemKind::Missing { key, section: "`disk`".to_owned() });
                 }
             }
+            let writes = self.size(table, "writes_per_hour");
             if let (Some(path), Some(bytes)) = (self.parsed(table, "path", path), self.size(table, "bytes")) {
-                tiers.push(DiskTier { path: path.value, bytes: bytes.value });
+                let writes_per_hour = writes.map_or(bytes.value, |writes| writes.value);
+                let tier = DiskTier { path: path.value, bytes: bytes.value, writes_per_hour };
+                tiers.push(Sited { value: tier, line: path.line, column: path.column });
             }
         }
         tiers

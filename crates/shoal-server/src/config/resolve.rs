@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 
+use super::disk::check_disk;
 use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
 use super::models::{unservable, weights_of};
@@ -17,7 +18,7 @@ use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
-    Budgets, DeviceChoice, DiskTier, Engine, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
+    Budgets, DeviceChoice, Engine, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
     PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig,
 };
 
@@ -75,11 +76,11 @@ impl ShoalFile {
                  lives in RAM"
             ));
         }
-        if !server.disk.is_empty() {
-            notes.push(
-                "the disk tier is planned and not in this version: `disk` is read and left alone".to_owned(),
-            );
+        let mut disk = server.disk;
+        for entry in &mut disk {
+            entry.value.path = absolute(&entry.value.path, directory, home);
         }
+        check_disk(&disk, &self.models, &mut problems);
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
         check_apart(&self.models, &mut problems);
@@ -117,11 +118,7 @@ impl ShoalFile {
             headroom: headroom_of(server.headroom, server.device_budget.is_some(), device_budget, gpu),
             host_budget,
             host_memory,
-            disk: server
-                .disk
-                .into_iter()
-                .map(|tier| DiskTier { path: absolute(&tier.path, directory, home), bytes: tier.bytes })
-                .collect(),
+            disk: disk.into_iter().map(|entry| entry.value).collect(),
             models,
             runtime_dir: surroundings.runtime_dir.clone(),
             log_dir: state_dir.join("logs"),

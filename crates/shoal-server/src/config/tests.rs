@@ -202,13 +202,26 @@ fn every_key_is_read() {
     )
     .expect("good");
     assert_eq!(config.api_key_file.as_deref(), Some(Path::new("/etc/shelf/keys.txt")));
-    assert_eq!(config.disk, [DiskTier { path: "/nowhere/home/disk".into(), bytes: ByteCount::gib(200) }]);
+    assert_eq!(
+        config.disk,
+        [DiskTier {
+            path: "/nowhere/home/disk".into(),
+            bytes: ByteCount::gib(200),
+            writes_per_hour: ByteCount::gib(200)
+        }]
+    );
     assert_eq!((config.device_budget, config.host_budget), (ByteCount::mib(640), ByteCount::gib(1)));
     assert_eq!(
         config.limits,
         Limits { request_bytes_max: ByteCount::mib(1), wait_max: Duration::from_secs(30), parked_max: 7 }
     );
-    assert_eq!(config.notes.len(), 1, "the disk tier is not there yet, and that is said");
+    assert!(config.notes.is_empty(), "{:?}", config.notes);
+    let told = |name: &str| config.spec_of(config.model(name).expect("it is there"))["disk"].clone();
+    assert!(told("code:v1").is_null(), "it finds nothing again");
+    let half = ByteCount::gib(100);
+    let other =
+        serde_json::json!([{"path": "/nowhere/home/disk/kv-other", "bytes": half, "writes_per_hour": half}]);
+    assert_eq!(told("other"), other, "two models share it");
     assert_eq!(config.unservable, ["model \"code:v1\" will fail: there is no /etc/shelf/code"]);
     let model = &config.models[0];
     assert_eq!(model.source, "/etc/shelf/code");
@@ -325,6 +338,20 @@ fn mistakes_are_named_with_their_line() {
         ("[server]\ndevice = 'cuda:0'", "device = \"cuda:0\", but there is no NVIDIA device here"),
         ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
         ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
+        ("[server]\ndisk = [{ bytes = '1GiB' }]", ":2:9: `disk` lacks `path`"),
+        (
+            "[server]\ndisk = [{ path = '/tmp', bytes = '1MiB' }]",
+            "`bytes`: 1 MiB is too little: at least 64 MiB",
+        ),
+        ("[server]\ndisk = [{ path = '/dev/null', bytes = '1GiB' }]", "`path`: /dev/null is not a directory"),
+        (
+            "[server]\ndisk = [{ path = '/a', bytes = '1GiB' }, { path = '/b/../a', bytes = '1GiB' }]",
+            "`path`: /a is named twice, or lies in the one before",
+        ),
+        (
+            "[server]\ndisk = [{ path = '/a', bytes = '1GiB' }, { path = '/a/b', bytes = '1GiB' }]",
+            "`path`: /a/b is named twice, or lies in the one before",
+        ),
         ("[server]\nparked_max = 0", "must lie between 1 and"),
         (
             "[server]\nlisten = '0.0.0.0:80'",

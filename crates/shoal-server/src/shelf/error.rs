@@ -112,6 +112,17 @@ pub enum ShelfError {
         /// The other server's process.
         pid: String,
     },
+    /// Another server keeps its disk tier in this directory.
+    #[error(
+        "another shoal server (process {pid}) keeps its disk tier in {}; give each server a directory of its own in `disk`",
+        path.display()
+    )]
+    DiskInUse {
+        /// The directory.
+        path: PathBuf,
+        /// The other server's process.
+        pid: String,
+    },
     /// A path that becomes a Unix socket's is too long for one.
     #[error("{} is {} bytes long; a Unix socket's path may have {limit}: choose a shorter runtime directory", path.display(), path.as_os_str().len())]
     PathTooLong {

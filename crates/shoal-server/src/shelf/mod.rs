@@ -42,7 +42,7 @@ pub use error::{RouteError, ShelfError};
 use host_pool::HostPool;
 pub use reload::Reloaded;
 pub use route::{Report, Route, RouteSink, Target};
-use runtime_dir::RuntimeDir;
+use runtime_dir::{DiskDirs, RuntimeDir};
 
 /// All models and what they share. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -73,6 +73,7 @@ pub(crate) struct Shared {
     cancel: CancellationToken,
     /// Held as long as anything of this server runs.
     _runtime_dir: RuntimeDir,
+    _disk_dirs: DiskDirs,
 }
 
 impl Shared {
@@ -173,6 +174,7 @@ impl Shelf {
             return Err(ShelfError::Minimums { sum, budget: config.device_budget });
         }
         let runtime_dir = RuntimeDir::take(&config)?;
+        let disk_dirs = DiskDirs::take(&config)?;
         let path = config.control_socket();
         let listener = Listener::bind(&path).map_err(|error| ShelfError::Io {
             what: "cannot listen at",
@@ -208,6 +210,7 @@ impl Shelf {
             base: tokio::time::Instant::now(),
             cancel: CancellationToken::new(),
             _runtime_dir: runtime_dir,
+            _disk_dirs: disk_dirs,
         });
         tasks::start(&shared, listener, found);
         if let Some(opener) = opener {

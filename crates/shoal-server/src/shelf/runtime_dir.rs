@@ -1,9 +1,9 @@
-//! The runtime directory, one server's own.
+//! Directories that are one server's own: for its sockets, and for the disk tier.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::ShelfError;
 use crate::config::ServerConfig;
@@ -30,34 +30,64 @@ impl RuntimeDir {
         std::fs::set_permissions(&config.runtime_dir, Permissions::from_mode(0o700))
             .map_err(|source| failed("cannot make private:", &config.runtime_dir, source))?;
 
-        let path = config.runtime_dir.join("server.lock");
-        let mut lock = OpenOptions::new()
-            .create(true)
-            .read(true)
-            .write(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|source| failed("cannot open", &path, source))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                // Without the number the message is still clear.
-                let _ = lock.read_to_string(&mut pid);
-                let pid = if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
-                return Err(ShelfError::InUse { path: config.runtime_dir.clone(), pid });
-            }
-            Err(TryLockError::Error(source)) => return Err(failed("cannot lock", &path, source)),
-        }
-        let write = |lock: &mut File| {
-            lock.set_len(0)?;
-            lock.rewind()?;
-            writeln!(lock, "{}", std::process::id())
-        };
-        write(&mut lock).map_err(|source| failed("cannot write", &path, source))?;
+        let lock = lock(&config.runtime_dir, |path, pid| ShelfError::InUse { path, pid })?;
         Ok(Self { _lock: lock })
     }
+}
+
+/// The directories of the disk tier, held in the same way: two servers would not know of each other's bytes there.
+#[derive(Debug)]
+pub(super) struct DiskDirs {
+    _locks: Vec<File>,
+}
+
+impl DiskDirs {
+    /// Makes them and takes them. One that cannot be had for another reason than a server is left to the workers, which
+    /// set it aside, say why, and try it again.
+    pub(super) fn take(config: &ServerConfig) -> Result<Self, ShelfError> {
+        let mut locks = Vec::new();
+        for disk in &config.disk {
+            let taken = make(&disk.path)
+                .and_then(|()| lock(&disk.path, |path, pid| ShelfError::DiskInUse { path, pid }));
+            match taken {
+                Ok(lock) => locks.push(lock),
+                Err(error @ ShelfError::DiskInUse { .. }) => return Err(error),
+                Err(error) => tracing::warn!(%error, "a directory of the disk tier cannot be used now"),
+            }
+        }
+        Ok(Self { _locks: locks })
+    }
+}
+
+/// Locks a directory by a file in it, which says whose it is.
+fn lock(directory: &Path, in_use: impl FnOnce(PathBuf, String) -> ShelfError) -> Result<File, ShelfError> {
+    let path = directory.join("server.lock");
+    let mut lock = OpenOptions::new()
+        .create(true)
+        .read(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|source| failed("cannot open", &path, source))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            // Without the number the message is still clear.
+            let _ = lock.read_to_string(&mut pid);
+            let pid = if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
+            return Err(in_use(directory.to_owned(), pid));
+        }
+        Err(TryLockError::Error(source)) => return Err(failed("cannot lock", &path, source)),
+    }
+    let write = |lock: &mut File| {
+        lock.set_len(0)?;
+        lock.rewind()?;
+        writeln!(lock, "{}", std::process::id())
+    };
+    write(&mut lock).map_err(|source| failed("cannot write", &path, source))?;
+    Ok(lock)
 }
 
 fn make(directory: &Path) -> Result<(), ShelfError> {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{LeaseKind, WorkerCapabilities};
+use shoal_core::protocol::{LeaseKind, TierUsage, WorkerCapabilities};
 use shoal_core::tier::Tier;
 use utoipa::ToSchema;
 
@@ -288,6 +288,10 @@ pub struct ModelSnapshot {
     pub thrash: ThrashSnapshot,
     /// Counters since the server started, and requests now.
     pub counts: ModelCounts,
+    /// The tiers that keep what its KV cache forgets, and what they did since its worker started.
+    #[serde(default)]
+    #[schema(value_type = Vec<Object>)]
+    pub tiers: Vec<TierUsage>,
     /// The most requests that it answers at the same time; others wait for their turn.
     #[serde(default)]
     pub parallel_max: u32,

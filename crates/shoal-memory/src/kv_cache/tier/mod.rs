@@ -1,0 +1,333 @@
+//! [`KvTier`]: what a KV cache seals goes down to a slower tier too, and comes back from there by name.
+//!
+//! Apart because an engine's step must not depend on it: whatever a tier does (miss, hang, fail, give damage), the worst is
+//! that blocks are computed again. Saving has a thread of its own with a bounded queue; loading waits in the caller, until a
+//! deadline, and takes what has arrived in order by then (I10). What is loaded was verified by the tier (I8), and its tokens
+//! are compared with those asked for.
+//!
+//! Blocks are found by content both ways, and owned only while their bytes are copied, with the turn held: so no eviction and
+//! no compaction comes in between, and nothing that is queued keeps a block from being given to others.
+
+mod load;
+mod save;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::layout::GroupLayout;
+use shoal_core::kv::prefix::{BlockKey, KeyChain};
+use shoal_core::store::format::padded;
+use shoal_device::{Event, ForeignWork, HostBuffer, Stream};
+
+use super::KvCache;
+use crate::error::MemoryError;
+use crate::region::BlockCopy;
+use crate::store::{Fingerprint, Miss, Store, StoreKey};
+
+/// What is copied between device and host at a time; one such piece of host memory each way.
+const STAGE_BYTES: u64 = 8 << 20;
+/// From here on a block's payload is padded to whole units of a disk, so that it is written from where it lies.
+const PADDED_FROM: u64 = 64 << 10;
+/// Version of the payload: the block's planes one after another, then its tokens (little endian, 4 bytes each), then zeroes.
+const PAYLOAD: &str = "1";
+
+/// How a cache uses a tier.
+#[derive(Clone, Debug)]
+pub struct TierOptions {
+    /// What the bytes depend on beside the tokens, as named facts: model, weights, dtype, what computes them. The cache adds its
+    /// own layout.
+    pub facts: Vec<(String, String)>,
+    /// How long a load may take, from its call on.
+    pub load_wait: Duration,
+    /// How long a block that was handed to the tier may take to be kept.
+    pub put_wait: Duration,
+    /// Most tokens that wait to be saved, all sequences together; what comes on top is not saved.
+    pub queued_tokens_max: usize,
+}
+
+impl TierOptions {
+    /// The usual values.
+    #[must_use]
+    pub fn new(facts: Vec<(String, String)>) -> Self {
+        let (load_wait, put_wait) = (Duration::from_secs(1), Duration::from_secs(30));
+        Self { facts, load_wait, put_wait, queued_tokens_max: 4 << 20 }
+    }
+}
+
+/// What a tier did for a cache, in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierCounts {
+    /// Kept by the tier.
+    pub saved: u64,
+    /// Their bytes.
+    pub saved_bytes: ByteCount,
+    /// Not saved: the tier refused them or failed, or they were evicted before their turn came.
+    pub unsaved: u64,
+    /// Looked for, because the cache itself had forgotten them or never knew them.
+    pub looked_up: u64,
+    /// Of those, brought back.
+    pub loaded: u64,
+    /// Their bytes.
+    pub loaded_bytes: ByteCount,
+    /// Of those looked up, there, but too late: computed again.
+    pub late: u64,
+    /// Of those looked up, damaged.
+    pub corrupt: u64,
+    /// Loads that ended early for another reason: the tier failed, or memory was short.
+    pub failed: u64,
+    /// Time that loads took, in microseconds.
+    pub load_us: u64,
+}
+
+/// Sequences whose blocks are to be saved.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<Sequence>,
+    tokens: usize,
+    /// The thread is at work on one, or waits for the tier.
+    is_busy: bool,
+}
+
+struct Sequence {
+    salt: Box<[u8]>,
+    tokens: Vec<u32>,
+    first: usize,
+}
+
+impl fmt::Debug for Sequence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sequence").field("tokens", &self.tokens.len()).field("first", &self.first).finish()
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    cache: Arc<KvCache>,
+    store: Arc<dyn Store>,
+    fingerprint: Fingerprint,
+    options: TierOptions,
+    layout: GroupLayout,
+    block_tokens: usize,
+    block_bytes: usize,
+    payload_bytes: usize,
+    counts: Mutex<TierCounts>,
+    queue: Mutex<Queue>,
+    /// Something was queued, or is done.
+    changed: Condvar,
+    is_over: AtomicBool,
+    /// Host memory for the way up; one load at a time.
+    up: Mutex<Arc<HostBuffer>>,
+}
+
+/// A cache's connection to a tier. Dropping it ends it; what waits to be saved then is not ([`KvTier::flush`]).
+#[derive(Debug)]
+pub struct KvTier {
+    inner: Arc<Inner>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl KvTier {
+    /// Connects a cache to a tier.
+    ///
+    /// # Errors
+    /// [`MemoryError::State`] for a cache that finds nothing again, of several groups, or in debug mode;
+    /// [`MemoryError::Device`] where there is no host memory for copies.
+    pub fn new(
+        cache: &Arc<KvCache>,
+        store: Arc<dyn Store>,
+        options: TierOptions,
+    ) -> Result<Self, MemoryError> {
+        let refuse = |why| Err(cache.region().refuse("attach a store", why));
+        let Some(block_tokens) = cache.block_tokens().filter(|tokens| *tokens > 0) else {
+            return refuse("this cache finds nothing again");
+        };
+        if cache.groups() != 1 {
+            return refuse("caches of several groups cannot have one yet");
+        }
+        if cache.shared.debug.is_some() {
+            return refuse("a cache in debug mode cannot have one");
+        }
+        let layout = cache.layout(0)?;
+        let block_tokens = block_tokens as usize;
+        let bytes = layout.block_bytes().0;
+        let payload = bytes + 4 * block_tokens as u64;
+        let payload = if bytes >= PADDED_FROM { padded(payload) } else { payload };
+        let fingerprint = fingerprint(&options.facts, &layout, block_tokens);
+        let stage = || {
+            let bytes = ByteCount((STAGE_BYTES / bytes).max(1) * bytes);
+            HostBuffer::allocate(cache.region().manager().device(), bytes)
+                .map_err(MemoryError::device("allocate host memory for copies of blocks"))
+        };
+        let (up, down) = (stage()?, stage()?);
+        let inner = Arc::new(Inner {
+            cache: Arc::clone(cache),
+            store,
+            fingerprint,
+            options,
+            block_tokens,
+            block_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
+            payload_bytes: usize::try_from(payload).unwrap_or(usize::MAX),
+            layout,
+            counts: Mutex::default(),
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            is_over: AtomicBool::new(false),
+            up: Mutex::new(up),
+        });
+        let own = Arc::clone(&inner);
+        let thread = thread::Builder::new().name("shoal-kv-tier".to_owned()).spawn(move || own.run(&down));
+        if let Err(error) = &thread {
+            tracing::warn!(%error, "no thread saves KV blocks to the tier below");
+        }
+        Ok(Self { inner, thread: thread.ok() })
+    }
+
+    /// Brings back the blocks that follow `held`, the first blocks of `tokens`, which the caller owns: as many in a row as the
+    /// tier has and gives in time. They are the caller's, and sealed. Call it outside of guards: it takes blocks, which may wait
+    /// for memory.
+    #[must_use]
+    pub fn load(&self, salt: &[u8], tokens: &[u32], held: &[u32]) -> Vec<u32> {
+        self.inner.load(salt, tokens, held)
+    }
+
+    /// Queues the full blocks of `tokens` from block `first` on to be saved; they are sealed, and are found by content when
+    /// their turn comes. What the tier has already is passed over.
+    pub fn save(&self, salt: &[u8], tokens: &[u32], first: usize) {
+        self.inner.push(salt, tokens, first);
+    }
+
+    /// What waits to be saved shall not be: nobody knows any more what blocks hold.
+    pub fn discard_queued(&self) {
+        let mut queue = self.inner.queue.lock();
+        queue.waiting.clear();
+        queue.tokens = 0;
+    }
+
+    /// Waits until what was queued is saved or given up, and written out. Whether that was so in time.
+    #[must_use]
+    pub fn flush(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut queue = self.inner.queue.lock();
+        while queue.is_busy || !queue.waiting.is_empty() {
+            if self.thread.is_none() || self.inner.changed.wait_until(&mut queue, deadline).timed_out() {
+                return false;
+            }
+        }
+        drop(queue);
+        self.inner.store.flush(deadline.saturating_duration_since(Instant::now())).wait().is_ok()
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub fn counts(&self) -> TierCounts {
+        *self.inner.counts.lock()
+    }
+}
+
+impl Drop for KvTier {
+    fn drop(&mut self) {
+        self.inner.is_over.store(true, Ordering::Relaxed);
+        self.inner.changed.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that saves KV blocks has panicked");
+        }
+    }
+}
+
+/// Of what the caller says and of where the bytes of a block lie in its payload.
+fn fingerprint(facts: &[(String, String)], layout: &GroupLayout, block_tokens: usize) -> Fingerprint {
+    let own = [
+        ("payload", PAYLOAD.to_owned()),
+        ("block", format!("{:?}", layout.spec().shape)),
+        ("layers", layout.spec().layers.to_string()),
+        ("element_bytes", layout.spec().element_bytes.to_string()),
+        ("planes", layout.pieces(0).count().to_string()),
+        ("block_tokens", block_tokens.to_string()),
+        ("block_bytes", layout.block_bytes().0.to_string()),
+    ];
+    let given = facts.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let all: Vec<_> = given.chain(own.iter().map(|(name, value)| (*name, value.as_str()))).collect();
+    Fingerprint::of(&all)
+}
+
+impl Inner {
+    /// The names of the full blocks of a sequence.
+    fn keys(&self, salt: &[u8], tokens: &[u32]) -> Vec<StoreKey> {
+        let mut chain = KeyChain::new(0, salt);
+        let blocks = tokens.chunks_exact(self.block_tokens);
+        blocks
+            .map(|block| StoreKey::new(self.fingerprint, salt, &BlockKey::Tokens(chain.next_key(block))))
+            .collect()
+    }
+
+    /// The tokens of a block, as they lie behind its bytes.
+    fn trailer(&self, tokens: &[u32], block: usize) -> Vec<u8> {
+        let tokens = tokens.iter().skip(block * self.block_tokens).take(self.block_tokens);
+        tokens.flat_map(|token| token.to_le_bytes()).collect()
+    }
+
+    /// How many blocks a piece of host memory for copies takes.
+    fn stage_blocks(&self, stage: &HostBuffer) -> usize {
+        (usize::try_from(stage.bytes().0).unwrap_or(usize::MAX) / self.block_bytes).max(1)
+    }
+
+    /// Between blocks and host memory, one after another from its start on.
+    fn copies(&self, blocks: &[u32], host: &Arc<HostBuffer>) -> Vec<BlockCopy> {
+        let mut host_offset = ByteCount::ZERO;
+        let pieces = blocks.iter().flat_map(|block| self.layout.pieces(*block));
+        let copy = |(offset, bytes)| {
+            let copy = BlockCopy { offset, bytes, host: Arc::clone(host), host_offset };
+            host_offset += bytes;
+            copy
+        };
+        pieces.map(copy).collect()
+    }
+
+    /// Makes a stream wait for the steps that may touch blocks. False: nobody knows when they end, as a step is running that
+    /// nobody told of.
+    fn after_steps(&self, stream: &Stream) -> Result<bool, MemoryError> {
+        let shared = &self.cache.shared;
+        let manager = shared.manager();
+        let mut events: Vec<Arc<Event>> = shared.steps.lock().values().cloned().collect();
+        events.extend(shared.step.lock().clone());
+        if events.is_empty() {
+            if manager.gate().is_shared() {
+                return Ok(false);
+            }
+            let all = Event::of_foreign(manager.device(), ForeignWork::All);
+            events.push(Arc::new(all.map_err(MemoryError::device("mark what is queued"))?));
+        }
+        for event in &events {
+            stream.wait_for(event).map_err(MemoryError::device("order copies of blocks"))?;
+        }
+        Ok(true)
+    }
+
+    fn count(&self, change: impl FnOnce(&mut TierCounts)) {
+        change(&mut self.counts.lock());
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Relaxed)
+    }
+}
+
+impl TierCounts {
+    fn missed(&mut self, miss: &Miss) {
+        match miss {
+            Miss::Deadline => self.late += 1,
+            Miss::Corrupt => self.corrupt += 1,
+            // It was evicted a moment ago.
+            Miss::Absent => {}
+            _ => self.failed += 1,
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The way down: from sealed blocks to the tier.
+//!
+//! Apart because nobody waits for it. Its thread takes one sequence after another, copies what the tier lacks to host memory
+//! a few blocks at a time, and hands it on; bytes that the tier has not written yet are bounded.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::prefix::Found;
+use shoal_device::HostBuffer;
+
+use super::{Inner, Sequence};
+use crate::error::MemoryError;
+use crate::store::{Aligned, Buffer, Offer, StoreKey, Stored, Ticket};
+
+/// Bytes that may be on their way to the tier.
+const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
+/// How often the thread looks whether what it waits for is done.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// What was handed to the tier, oldest first.
+type UnderWay = VecDeque<(Instant, Ticket<Stored>)>;
+
+impl Inner {
+    pub(super) fn push(&self, salt: &[u8], tokens: &[u32], first: usize) {
+        let full = tokens.len() / self.block_tokens;
+        if first >= full {
+            return;
+        }
+        let tokens = &tokens[..full * self.block_tokens];
+        let mut queue = self.queue.lock();
+        if queue.tokens + tokens.len() > self.options.queued_tokens_max {
+            drop(queue);
+            self.count(|counts| counts.unsaved += (full - first) as u64);
+            return;
+        }
+        queue.tokens += tokens.len();
+        queue.waiting.push_back(Sequence { salt: salt.into(), tokens: tokens.to_vec(), first });
+        drop(queue);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn run(&self, stage: &Arc<HostBuffer>) {
+        let mut under_way = UnderWay::new();
+        while let Some(sequence) = self.next(&mut under_way) {
+            self.save(&sequence, stage, &mut under_way);
+        }
+    }
+
+    /// The next sequence; none when it is over. Nothing is under way any more when it waits for one.
+    fn next(&self, under_way: &mut UnderWay) -> Option<Sequence> {
+        loop {
+            {
+                let mut queue = self.queue.lock();
+                if self.is_over() {
+                    return None;
+                }
+                if let Some(sequence) = queue.waiting.pop_front() {
+                    queue.tokens -= sequence.tokens.len();
+                    queue.is_busy = true;
+                    return Some(sequence);
+                }
+                if under_way.is_empty() {
+                    queue.is_busy = false;
+                    self.changed.notify_all();
+                    self.changed.wait_for(&mut queue, Duration::from_mins(1));
+                    continue;
+                }
+            }
+            self.wait_for_one(under_way);
+        }
+    }
+
+    fn save(&self, sequence: &Sequence, stage: &Arc<HostBuffer>, under_way: &mut UnderWay) {
+        let keys = self.keys(&sequence.salt, &sequence.tokens);
+        let offer = Offer { bytes: self.payload_bytes as u64, recompute_us: None };
+        let is_wanted = |at: &usize| {
+            let key = &keys[*at];
+            !self.store.contains(key) && self.store.offer(key, &offer).is_admitted()
+        };
+        let wanted: Vec<usize> = (sequence.first..keys.len()).filter(is_wanted).collect();
+        for part in wanted.chunks(self.stage_blocks(stage)) {
+            if self.is_over() {
+                return;
+            }
+            let copied = self.copy_down(sequence, part, stage).unwrap_or_else(|error| {
+                tracing::debug!(%error, "blocks are not saved");
+                self.cache.shared.manager().settle();
+                0
+            });
+            self.count(|counts| counts.unsaved += (part.len() - copied) as u64);
+            for (place, at) in part[..copied].iter().enumerate() {
+                self.hand_on(sequence, *at, keys[*at], place, stage, under_way);
+            }
+            if copied < part.len() {
+                // What comes after it has gone as well.
+                return;
+            }
+        }
+    }
+
+    /// Copies these blocks of a sequence to host memory, as far as they are still there; how many.
+    fn copy_down(
+        &self,
+        sequence: &Sequence,
+        part: &[usize],
+        stage: &Arc<HostBuffer>,
+    ) -> Result<usize, MemoryError> {
+        let (Some(first), Some(last)) = (part.first(), part.last()) else { return Ok(0) };
+        let region = self.cache.region();
+        let manager = region.manager();
+        let deadline = manager.operation_deadline();
+        // In turn, so that nothing is evicted or moved while it is ours.
+        let _turn = manager.take_turn_only(deadline)?;
+        if !region.missing_bytes().is_zero() || !self.after_steps(&manager.down)? {
+            return Ok(0);
+        }
+        let mut found = Found::default();
+        let tokens = &sequence.tokens[..(last + 1) * self.block_tokens];
+        self.cache.find_from(&sequence.salt, tokens, *first, &mut found)?;
+        let Some(group) = found.groups.into_iter().next() else { return Ok(0) };
+        let there = part.iter().filter_map(|at| group.blocks.get(at - group.first)).copied();
+        let there: Vec<u32> = there.collect();
+        let done = self.copy_and_wait(&there, stage, deadline);
+        if done.is_err() {
+            manager.settle();
+        }
+        self.cache.free(0, &group.blocks)?;
+        done?;
+        Ok(there.len())
+    }
+
+    fn copy_and_wait(
+        &self,
+        blocks: &[u32],
+        stage: &Arc<HostBuffer>,
+        deadline: Instant,
+    ) -> Result<(), MemoryError> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let done = self.cache.region().store_blocks(&self.copies(blocks, stage), None)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if done.wait(left).map_err(MemoryError::device("copy blocks to the host"))? {
+            return Ok(());
+        }
+        Err(MemoryError::Deadline { doing: "copying blocks to the host", waited: left })
+    }
+
+    /// Gives a copied block to the tier.
+    fn hand_on(
+        &self,
+        sequence: &Sequence,
+        at: usize,
+        key: StoreKey,
+        place: usize,
+        stage: &Arc<HostBuffer>,
+        under_way: &mut UnderWay,
+    ) {
+        let mut payload = Aligned::zeroed(self.payload_bytes);
+        let memory = payload.as_mut_slice();
+        let (block, rest) = memory.split_at_mut(self.block_bytes);
+        if let Err(error) = stage.read(ByteCount((place * self.block_bytes) as u64), block) {
+            tracing::warn!(%error, "cannot read host memory");
+            self.count(|counts| counts.unsaved += 1);
+            return;
+        }
+        let trailer = self.trailer(&sequence.tokens, at);
+        rest[..trailer.len()].copy_from_slice(&trailer);
+        while under_way.len() * self.payload_bytes >= UNDER_WAY_BYTES_MAX.max(self.payload_bytes) {
+            self.wait_for_one(under_way);
+        }
+        let wait = self.options.put_wait;
+        let ticket = self.store.put(key, Buffer::Own(payload), self.payload_bytes, wait);
+        under_way.push_back((Instant::now() + wait, ticket));
+    }
+
+    /// Waits for the oldest that is under way, unless it is over.
+    fn wait_for_one(&self, under_way: &mut UnderWay) {
+        let Some((deadline, ticket)) = under_way.pop_front() else { return };
+        while !ticket.is_done() && !self.is_over() && Instant::now() < deadline {
+            thread::sleep(LOOK);
+        }
+        if self.is_over() && !ticket.is_done() {
+            return;
+        }
+        let bytes = self.block_bytes as u64;
+        match ticket.wait() {
+            Ok(Stored::Written) => self.count(|counts| {
+                counts.saved += 1;
+                counts.saved_bytes += ByteCount(bytes);
+            }),
+            Ok(Stored::Already) => {}
+            Err(miss) => {
+                tracing::debug!(%miss, "a block is not saved");
+                self.count(|counts| counts.unsaved += 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! What a KV cache forgets comes back from a tier, right or not at all: histories with faults of disk and device, tiers that
+//! hang or lie, and whose blocks are whose.
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{WAIT, World, open, world, world_on};
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::prefix::{Found, Start};
+use shoal_device::{Device, FaultDevice};
+use shoal_memory::disk::{DiskOptions, DiskTier, FaultRates, SimDisk};
+use shoal_memory::store::{
+    AdmissionRule, Buffer, Fetched, Miss, Offer, Promise, Store, StoreKey, Stored, Ticket, Verdict,
+};
+use shoal_memory::{KvCache, KvCacheSpec, KvTier, TierCounts, TierOptions};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+/// Tokens of a block.
+const TOKENS: usize = 4;
+const ALL: ByteCount = ByteCount(u64::MAX);
+
+/// Blocks of four tokens in two layers, `kib` in all.
+fn cache(world: &World, order: PlaneOrder, mib: u64, kib: u32) -> Arc<KvCache> {
+    let shape = BlockShape::Latent { tokens: 4, dim: kib << 7 };
+    let groups = vec![GroupSpec { name: "kv".to_owned(), layers: 2, shape, element_bytes: 1 }];
+    let cache = CacheSpec { groups, order, bytes: ByteCount::mib(mib), granule_bytes_max: ByteCount::mib(2) };
+    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
+    Arc::new(world.manager.kv_cache(spec).expect("addresses"))
+}
+
+fn disk_options() -> DiskOptions {
+    DiskOptions {
+        segment_bytes: ByteCount::mib(1),
+        record_bytes: ByteCount(256 << 10),
+        linger: Duration::from_micros(100),
+        io_deadline: Duration::from_millis(200),
+        admission: AdmissionRule { uses_min: 1 },
+        ..DiskOptions::default()
+    }
+}
+
+fn disk_tier(disk: &SimDisk) -> Arc<DiskTier> {
+    Arc::new(DiskTier::on_simulated(&[(disk.clone(), ByteCount::mib(16))], disk_options()).expect("options"))
+}
+
+fn options(model: &str) -> TierOptions {
+    let load_wait = Duration::from_secs(10);
+    TierOptions { load_wait, ..TierOptions::new(vec![("model".to_owned(), model.to_owned())]) }
+}
+
+fn tier(cache: &Arc<KvCache>, store: Arc<dyn Store>, model: &str) -> KvTier {
+    KvTier::new(cache, store, options(model)).expect("a cache of one group")
+}
+
+/// What a model would compute for a block: of all tokens up to its end.
+fn content(salt: &[u8], tokens: &[u32], block: usize, bytes: usize) -> Vec<u8> {
+    let before: Vec<u8> =
+        tokens[..(block + 1) * TOKENS].iter().flat_map(|token| token.to_le_bytes()).collect();
+    let seed = xxh3_64_with_seed(&[salt, &before].concat(), 1);
+    (0..bytes.div_ceil(8) as u64).flat_map(|word| (seed ^ (word << 7)).to_le_bytes()).take(bytes).collect()
+}
+
+fn pieces(cache: &KvCache, block: u32) -> Vec<(ByteCount, ByteCount)> {
+    cache.layout(0).expect("a group").pieces(block).collect()
+}
+
+fn read(cache: &KvCache, block: u32) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (at, bytes) in pieces(cache, block) {
+        let mut piece = vec![0; usize::try_from(bytes.0).expect("small")];
+        cache.region().read(at, &mut piece).expect("it has memory");
+        all.extend(piece);
+    }
+    all
+}
+
+/// What an engine does with a request: finds, loads, computes the rest, seals, saves, frees. How many blocks were found on
+/// the device, and how many came from the tier; none where there was no memory.
+fn serve(cache: &KvCache, tier: &KvTier, salt: &[u8], tokens: &[u32]) -> Option<(usize, usize)> {
+    let full = tokens.len() / TOKENS;
+    let block_bytes = usize::try_from(cache.layout(0).expect("a group").block_bytes().0).expect("small");
+    let mut found = Found::default();
+    cache.find(salt, tokens, &mut found).expect("an index");
+    let mut blocks = found.groups[0].blocks.clone();
+    let loaded = tier.load(salt, tokens, &blocks);
+    let counts = (blocks.len(), loaded.len());
+    blocks.extend(loaded);
+    for (at, block) in blocks.iter().enumerate() {
+        assert!(read(cache, *block) == content(salt, tokens, at, block_bytes), "block {at} of {counts:?}");
+    }
+    let first = blocks.len();
+    let mut rest = vec![0_u32; full - first];
+    if !cache.alloc(0, &mut rest).unwrap_or(false) {
+        cache.free(0, &blocks).expect("owned");
+        return None;
+    }
+    for (at, block) in (first..).zip(&rest) {
+        let (mut from, computed) = (0, content(salt, tokens, at, block_bytes));
+        for (offset, bytes) in pieces(cache, *block) {
+            let bytes = usize::try_from(bytes.0).expect("small");
+            cache.region().write(offset, &computed[from..from + bytes]).expect("it has memory");
+            from += bytes;
+        }
+    }
+    blocks.extend(rest);
+    cache.seal(Start::Salt(salt), tokens, &[&blocks]).expect("owned");
+    tier.save(salt, tokens, first);
+    cache.free(0, &blocks).expect("owned");
+    Some(counts)
+}
+
+#[test]
+fn what_was_forgotten_comes_back_for_its_own_tenant_and_model() {
+    for (order, kib) in
+        [(PlaneOrder::BlockMajor, 128), (PlaneOrder::LayerMajor, 128), (PlaneOrder::BlockMajor, 8)]
+    {
+        let world = world(64, 64);
+        let (disk, tokens) = (SimDisk::new(32 << 20, 1), (0..62).collect::<Vec<u32>>());
+        let cache = cache(&world, order, 16, kib);
+        let store = disk_tier(&disk);
+        let first = tier(&cache, Arc::clone(&store) as _, "a");
+        assert_eq!(serve(&cache, &first, b"x", &tokens), Some((0, 0)));
+        assert!(first.flush(WAIT));
+        assert_eq!(serve(&cache, &first, b"x", &tokens), Some((15, 0)), "the device still has it");
+        cache.forget_all().expect("an index");
+        assert_eq!(serve(&cache, &first, b"x", &tokens), Some((0, 15)));
+        assert_eq!(serve(&cache, &first, b"x", &tokens), Some((15, 0)), "it is sealed again");
+        let counts = first.counts();
+        assert_eq!((counts.saved, counts.loaded, counts.looked_up), (15, 15, 30));
+        assert_eq!(counts.loaded_bytes, cache.layout(0).expect("a group").block_bytes() * 15);
+
+        cache.forget_all().expect("an index");
+        assert_eq!(serve(&cache, &first, b"y", &tokens), Some((0, 0)), "another tenant's");
+        let other = tier(&cache, Arc::clone(&store) as _, "b");
+        cache.forget_all().expect("an index");
+        assert_eq!(serve(&cache, &other, b"x", &tokens), Some((0, 0)), "another model's");
+        // What branches off has the blocks before in common.
+        let branch: Vec<u32> =
+            tokens.iter().map(|token| if *token < 30 { *token } else { 100 + token }).collect();
+        assert_eq!(serve(&cache, &first, b"x", &branch), Some((0, 7)));
+        drop((first, other));
+        assert!(store.close(WAIT));
+        drop(store);
+
+        // After a restart.
+        let again = tier(&cache, disk_tier(&disk), "a");
+        cache.forget_all().expect("an index");
+        assert_eq!(serve(&cache, &again, b"x", &tokens), Some((0, 15)));
+        assert_eq!(cache.usage().live, ByteCount::ZERO, "nobody owns anything");
+        cache.check_invariants().expect("invariants");
+        world.check();
+    }
+}
+
+#[test]
+fn only_what_lacks_a_block_in_between_is_computed_again() {
+    let world = world(64, 64);
+    let (cache, disk) = (cache(&world, PlaneOrder::BlockMajor, 16, 128), SimDisk::new(32 << 20, 1));
+    let (tier, tokens) = (tier(&cache, disk_tier(&disk), "a"), (0..40).collect::<Vec<u32>>());
+    assert_eq!(serve(&cache, &tier, b"", &tokens[..20]), Some((0, 0)));
+    assert!(tier.flush(WAIT));
+    // The second half of it is damaged where it lies.
+    disk.with_bytes(|bytes| {
+        let marks: Vec<u8> = content(b"", &tokens, 2, 64);
+        let at = bytes.windows(64).position(|window| window == marks).expect("it lies there");
+        bytes[at + 100] ^= 1;
+    });
+    cache.forget_all().expect("an index");
+    assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 2)));
+    assert_eq!((tier.counts().corrupt, tier.counts().loaded), (1, 2));
+    // And saved again.
+    assert!(tier.flush(WAIT));
+    cache.forget_all().expect("an index");
+    assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 10)));
+}
+
+/// A tier that does with reads what a test wants.
+#[derive(Debug)]
+struct Odd {
+    kept: Mutex<HashMap<StoreKey, Vec<u8>>>,
+    /// From this read on.
+    from: usize,
+    reads: Mutex<usize>,
+    kind: Kind,
+    /// Never kept.
+    promises: Mutex<Vec<Promise<Fetched>>>,
+}
+
+impl Odd {
+    fn new(kind: Kind, from: usize) -> Self {
+        Self { kept: Mutex::default(), from, reads: Mutex::default(), kind, promises: Mutex::default() }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Hangs,
+    Fails,
+    IsOfAnotherLength,
+    GivesAnotherBlock,
+}
+
+impl Store for Odd {
+    fn name(&self) -> &'static str {
+        "odd"
+    }
+
+    fn contains(&self, key: &StoreKey) -> bool {
+        self.kept.lock().contains_key(key)
+    }
+
+    fn offer(&self, _: &StoreKey, _: &Offer) -> Verdict {
+        Verdict::Admit
+    }
+
+    fn put(&self, key: StoreKey, source: Buffer, bytes: usize, _: Duration) -> Ticket<Stored> {
+        self.kept.lock().insert(key, source.as_slice()[..bytes].to_vec());
+        Ticket::ready(Ok(Stored::Written))
+    }
+
+    fn get(&self, key: StoreKey, mut target: Buffer, deadline: Duration) -> Ticket<Fetched> {
+        let kept = self.kept.lock();
+        let mut block = kept[&key].clone();
+        let mut reads = self.reads.lock();
+        *reads += 1;
+        if *reads > self.from {
+            match self.kind {
+                Kind::Hangs => {
+                    let (ticket, promise) = Ticket::new(deadline);
+                    self.promises.lock().push(promise);
+                    return ticket;
+                }
+                Kind::Fails => {
+                    return Ticket::ready(Err(Miss::Failed {
+                        doing: "reading",
+                        reason: "it is broken".to_owned(),
+                    }));
+                }
+                Kind::IsOfAnotherLength => {
+                    block.truncate(block.len() / 2);
+                }
+                Kind::GivesAnotherBlock => {
+                    block = kept.iter().find(|(other, _)| **other != key).expect("another").1.clone();
+                }
+            }
+        }
+        target.as_mut_slice().expect("its own")[..block.len()].copy_from_slice(&block);
+        Ticket::ready(Ok(Fetched { buffer: target, bytes: block.len() }))
+    }
+
+    fn remove(&self, key: StoreKey, _: Duration) -> Ticket<bool> {
+        Ticket::ready(Ok(self.kept.lock().remove(&key).is_some()))
+    }
+
+    fn flush(&self, _: Duration) -> Ticket<()> {
+        Ticket::ready(Ok(()))
+    }
+}
+
+#[test]
+fn a_tier_that_hangs_fails_or_lies_costs_a_recompute() {
+    for (kind, from) in [Kind::Hangs, Kind::Fails, Kind::IsOfAnotherLength, Kind::GivesAnotherBlock]
+        .into_iter()
+        .flat_map(|kind| [(kind, 0), (kind, 3)])
+    {
+        let world = world(64, 64);
+        let cache = cache(&world, PlaneOrder::BlockMajor, 16, 128);
+        let odd = Odd::new(kind, from);
+        let load_wait = Duration::from_millis(200);
+        let tier =
+            KvTier::new(&cache, Arc::new(odd), TierOptions { load_wait, ..options("a") }).expect("one group");
+        let tokens: Vec<u32> = (0..40).collect();
+        assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 0)));
+        assert!(tier.flush(WAIT));
+        cache.forget_all().expect("an index");
+        assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, from)), "{kind:?}");
+        let TierCounts { late, failed, corrupt, loaded, .. } = tier.counts();
+        let expected = match kind {
+            Kind::Hangs => (1, 0, 0),
+            Kind::Fails => (0, 1, 0),
+            Kind::IsOfAnotherLength | Kind::GivesAnotherBlock => (0, 0, 1),
+        };
+        assert_eq!(
+            (late, failed, corrupt, loaded),
+            (expected.0, expected.1, expected.2, from as u64),
+            "{kind:?}"
+        );
+        assert_eq!(cache.usage().live, ByteCount::ZERO);
+        cache.check_invariants().expect("invariants");
+    }
+}
+
+/// A number from a seed.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+/// Conversations that grow and branch, on a small device and a disk that fails in every way, with restarts in between.
+#[test]
+fn histories_give_right_blocks_only() {
+    let histories = std::env::var("SHOAL_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(24);
+    let (mut loaded, mut corrupt) = (0, 0);
+    for seed in 0..histories {
+        let mut dice = Dice(seed);
+        let world = world(16, 64);
+        let cache = cache(&world, PlaneOrder::BlockMajor, 4, 128);
+        let disk = SimDisk::new(32 << 20, seed);
+        if seed % 3 != 0 {
+            let rate = u32::try_from(dice.below(60)).expect("small");
+            disk.set_rates(FaultRates {
+                read_error: rate,
+                read_short: rate,
+                read_flip: rate,
+                write_error: rate / 2,
+                write_short: rate / 2,
+                write_torn: rate,
+                write_astray: rate / 4,
+                write_flip: rate,
+                sync_error: rate / 4,
+                ..FaultRates::default()
+            });
+        }
+        let mut store = disk_tier(&disk);
+        let mut now = tier(&cache, Arc::clone(&store) as _, "a");
+        let mut talks: Vec<(u8, Vec<u32>)> = Vec::new();
+        for _ in 0..40 {
+            match dice.below(12) {
+                0 => {
+                    cache.trim_cached(ALL).expect("no step runs");
+                }
+                1 => {
+                    let (before, was) = (store.clone(), now.counts());
+                    loaded += was.loaded;
+                    corrupt += was.corrupt;
+                    drop(now);
+                    drop(store);
+                    before.close(WAIT);
+                    drop(before);
+                    store = disk_tier(&disk);
+                    now = tier(&cache, Arc::clone(&store) as _, "a");
+                }
+                2 => cache.forget_all().expect("an index"),
+                3 => {
+                    // Not in time where the disk is set aside.
+                    let _ = now.flush(Duration::from_millis(100));
+                }
+                _ => {
+                    if talks.is_empty() || dice.below(4) == 0 {
+                        talks.push((u8::try_from(dice.below(2)).expect("small"), vec![]));
+                    }
+                    let talk = usize::try_from(dice.below(talks.len() as u64)).expect("small");
+                    let (salt, tokens) = &mut talks[talk];
+                    let more = dice.below(30);
+                    tokens.extend((0..more).map(|_| u32::try_from(dice.below(3)).expect("small")));
+                    tokens.truncate(100);
+                    serve(&cache, &now, &[*salt], tokens);
+                }
+            }
+            cache.check_invariants().expect("invariants");
+        }
+        let was = now.counts();
+        loaded += was.loaded;
+        corrupt += was.corrupt;
+        drop(now);
+        assert_eq!(cache.usage().live, ByteCount::ZERO, "history {seed}: nobody owns anything");
+        world.check();
+    }
+    println!("{histories} histories: {loaded} blocks loaded, {corrupt} damaged ones found");
+    assert!(loaded > 100 && corrupt > 0, "{loaded} loaded, {corrupt} damaged");
+}
+
+/// The n-th call of the device fails while blocks are saved and loaded, for every n.
+#[test]
+fn a_device_that_fails_at_any_call_costs_a_recompute() {
+    let mut failures = 0;
+    for n in 1..100_u64 {
+        let dir = tempfile::tempdir().expect("a directory");
+        let faults = FaultDevice::new(open(dir.path(), 64));
+        let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 32, 64);
+        let cache = cache(&world, PlaneOrder::LayerMajor, 16, 128);
+        let odd = Odd::new(Kind::Fails, usize::MAX);
+        let tier = tier(&cache, Arc::new(odd), "a");
+        let tokens: Vec<u32> = (0..40).collect();
+        assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 0)));
+        let before = faults.injected();
+        faults.fail_nth(n);
+        assert!(tier.flush(WAIT));
+        cache.forget_all().expect("an index");
+        let mut found = Found::default();
+        cache.find(b"", &tokens, &mut found).expect("an index");
+        let loaded = tier.load(b"", &tokens, &[]);
+        let failed = faults.injected() > before;
+        faults.heal();
+        cache.free(0, &loaded).expect("owned");
+        cache.forget_all().expect("an index");
+        assert!(serve(&cache, &tier, b"", &tokens).is_some(), "call {n}");
+        assert!(tier.flush(WAIT));
+        cache.forget_all().expect("an index");
+        assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 10)), "call {n}");
+        assert_eq!(cache.usage().live, ByteCount::ZERO);
+        cache.trim(ALL).expect("the device works again");
+        cache.check_invariants().expect("invariants");
+        world.check();
+        if !failed {
+            break;
+        }
+        failures = n;
+    }
+    assert!(failures > 3, "only {failures} calls were ever failed");
+}

@@ -1,0 +1,79 @@
+//! The disk tier: what its entries must be, and what of it each model gets.
+//!
+//! Apart because it is shared out by a rule of its own: each model whose worker can use it has a directory in each entry's
+//! directory, and an equal part of its bytes.
+
+use std::path::Path;
+
+use shoal_core::bytes::ByteCount;
+
+use super::error::{Problem, ProblemKind};
+use super::parse::{ModelSection, Sited};
+use super::{DiskTier, Engine, ModelConfig, ServerConfig};
+
+/// The least that a model can use of an entry.
+pub(super) const DISK_SHARE_MIN: ByteCount = ByteCount::mib(64);
+
+impl ServerConfig {
+    /// What `model`'s worker is told of the disk tier; null where it has none.
+    pub(super) fn disk_of(&self, model: &ModelConfig) -> serde_json::Value {
+        let sharing =
+            self.models.iter().filter(|model| uses_disk(model.engine, model.prefix_caching)).count();
+        if !uses_disk(model.engine, model.prefix_caching) || self.disk.is_empty() || sharing == 0 {
+            return serde_json::Value::Null;
+        }
+        let part = |bytes: ByteCount| ByteCount(bytes.0 / sharing as u64);
+        let entry = |disk: &DiskTier| {
+            serde_json::json!({
+                "path": disk.path.join(format!("kv-{}", model.name)),
+                "bytes": part(disk.bytes).max(DISK_SHARE_MIN),
+                "writes_per_hour": part(disk.writes_per_hour),
+            })
+        };
+        self.disk.iter().map(entry).collect()
+    }
+}
+
+/// Whether a model's worker keeps KV on disk.
+const fn uses_disk(engine: Engine, prefix_caching: bool) -> bool {
+    matches!(engine, Engine::Transformers) && prefix_caching
+}
+
+/// Checks the entries, whose paths are absolute by now.
+pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], problems: &mut Vec<Problem>) {
+    let engine =
+        |model: &ModelSection| model.engine.as_ref().map_or_else(Engine::default, |engine| engine.value);
+    let sharing = models.iter().filter(|model| uses_disk(engine(model), model.prefix_caching)).count();
+    for (place, disk) in disks.iter().enumerate() {
+        let DiskTier { path, bytes, .. } = &disk.value;
+        let mut bad = |key: &str, why: String| {
+            problems.push(disk.problem(ProblemKind::BadValue { key: key.to_owned(), why }));
+        };
+        let shown = path.display();
+        let least = ByteCount(DISK_SHARE_MIN.0 * sharing.max(1) as u64);
+        if *bytes < least {
+            let each = if sharing > 1 {
+                format!(", {DISK_SHARE_MIN} for each of {sharing} models")
+            } else {
+                String::new()
+            };
+            bad("bytes", format!("{bytes} is too little: at least {least}{each}"));
+        }
+        if disks[..place].iter().any(|before| is_within(path, &before.value.path)) {
+            bad(
+                "path",
+                format!(
+                    "{shown} is named twice, or lies in the one before; give each disk a directory of its own"
+                ),
+            );
+        }
+        if path.exists() && !path.is_dir() {
+            bad("path", format!("{shown} is not a directory"));
+        }
+    }
+}
+
+/// Whether one of two paths holds the other, or both are the same.
+fn is_within(one: &Path, other: &Path) -> bool {
+    one.starts_with(other) || other.starts_with(one)
+}

@@ -1,0 +1,225 @@
+"""Tiers below the device: KV that is not needed now goes down a level and comes back by name, verified.
+
+A :class:`DiskTier` keeps blocks in directories, one on each disk; :meth:`shoal.KvCache.attach_store` connects a cache
+to a tier by a :class:`KvTier`. Whatever a tier fails at, the worst is that blocks are computed again: no call here
+raises because of a disk that fails, hangs, or gives damage; figures say so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shoal import _native
+from shoal.kv_cache.cache import _salt
+from shoal.memory.sizes import Size, parse_size
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from shoal.kv_cache import KvCache
+
+__all__ = ["DiskTier", "KvTier"]
+
+
+class DiskTier:
+    """Blocks on disks, which outlive the process.
+
+    Each directory is made with mode 0700, and had by one process at a time. A disk that fails is set aside with its
+    reason and tried again later.
+
+    Parameters
+    ----------
+    disks
+        For each disk the path of a directory of the tier's own, and the most bytes in it.
+    segment_bytes
+        Length of a segment of a directory that is made now: room is made by segments. By default a sixteenth of the
+        smallest disk's bytes, from 4 to 256 MiB.
+    uses_min
+        From which sighting on a block is worth a write; 1 keeps all.
+    writes_per_hour
+        Most bytes written to each disk in an hour, so that it lasts; no limit, without it.
+    engine
+        ``"auto"`` is io_uring where the kernel allows it, else threads; ``"threads"``.
+
+    Raises
+    ------
+    TierError
+        If a directory has to be left alone: its ``kind`` is ``"in_use"`` by another process, ``"other_version"``,
+        ``"foreign"`` (it holds something else) or ``"damaged"``; or if options are wrong: ``"options"``,
+        ``"too_small"``. Nothing is changed then.
+    ValueError
+        If `engine` is neither of the two.
+    """
+
+    __slots__ = ("_native",)
+
+    def __init__(
+        self,
+        disks: Sequence[tuple[str | os.PathLike[str], Size]],
+        *,
+        segment_bytes: Size | None = None,
+        uses_min: int = 1,
+        writes_per_hour: Size | None = None,
+        engine: str = "auto",
+    ) -> None:
+        self._native = _native.DiskTier(
+            [(path, parse_size(size)) for path, size in disks],
+            None if segment_bytes is None else parse_size(segment_bytes),
+            uses_min,
+            None if writes_per_hour is None else parse_size(writes_per_hour),
+            engine,
+        )
+
+    def __repr__(self) -> str:
+        return f"DiskTier({', '.join(place['path'] for place in self.places())})"
+
+    def places(self) -> list[dict[str, Any]]:
+        """Give each directory's figures.
+
+        Returns
+        -------
+        list of dict
+            ``path``; ``state`` (``"opening"``, ``"ready"``, ``"aside"``, ``"closed"``) and the ``reason`` why it is set
+            aside; ``means`` (``"io_uring"``, ``"threads"``); ``blocks`` and ``bytes`` in it, ``bytes_max``; counts of
+            ``corrupt`` blocks, ``failed`` requests and ``asides``.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        places: list[dict[str, Any]] = self._native.places()
+        return places
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """Take no more requests, write out what waits and give the directories up.
+
+        Parameters
+        ----------
+        timeout_s
+            How long to wait, in seconds. The GIL is let go meanwhile.
+
+        Returns
+        -------
+        bool
+            Whether all was written in time. What was not is lost, as in a crash.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.close(timeout_s)
+
+
+class KvTier:
+    """A cache's connection to a tier. Made by :meth:`shoal.KvCache.attach_store`."""
+
+    __slots__ = ("_native",)
+
+    def __init__(
+        self, cache: KvCache, store: DiskTier, facts: Mapping[str, str], *, load_s: float, put_s: float
+    ) -> None:
+        self._native = _native.KvTier(
+            cache._native,
+            store._native.store(),
+            [(str(name), str(value)) for name, value in facts.items()],
+            load_s,
+            put_s,
+        )
+
+    def load(self, token_ids: Iterable[int], held: Sequence[int], *, salt: str | bytes = "") -> list[int]:
+        """Bring back the blocks that follow those of a prefix which the caller owns.
+
+        Call it outside of guards: it takes blocks, for which memory may have to be found.
+
+        Parameters
+        ----------
+        token_ids
+            The sequence from its start.
+        held
+            Its first blocks: what :meth:`shoal.KvCache.match` gave.
+        salt
+            The tenant.
+
+        Returns
+        -------
+        list of int
+            As many blocks as the tier had in a row and gave in time. The caller owns them, and they are sealed.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.load(_salt(salt), token_ids, list(held))
+
+    def save(self, token_ids: Iterable[int], *, first: int = 0, salt: str | bytes = "") -> None:
+        """Queue the full blocks of a sequence to be saved, as far as the tier lacks them. Comes back at once.
+
+        Parameters
+        ----------
+        token_ids
+            The sequence from its start. Its full blocks are sealed, and are found by their content when their turn
+            comes: one that was evicted by then is not saved.
+        first
+            From which block on.
+        salt
+            The tenant.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        self._native.save(_salt(salt), token_ids, first)
+
+    def discard_queued(self) -> None:
+        """Let nothing be saved that still waits for it: nobody knows any more what blocks hold.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        self._native.discard_queued()
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait until what was queued is saved or given up, and past every cache of the system.
+
+        Parameters
+        ----------
+        timeout_s
+            How long to wait, in seconds. The GIL is let go meanwhile.
+
+        Returns
+        -------
+        bool
+            Whether it was in time, and could be.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.flush(timeout_s)
+
+    def usage(self) -> dict[str, Any]:
+        """Give what the tier did for this cache.
+
+        Returns
+        -------
+        dict
+            In blocks: ``saved``, ``unsaved`` (refused, failed, or evicted before their turn came), ``looked_up``, and
+            of those ``loaded``, ``late``, ``corrupt``. ``failed``: loads that ended early for another reason. In bytes:
+            ``saved_bytes``, ``loaded_bytes``. ``load_us``: microseconds that loads took.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        usage: dict[str, Any] = self._native.usage()
+        del usage["tier"], usage["reason"], usage["places"]
+        return usage
