@@ -12,7 +12,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{TierPlace, TierUsage};
 use shoal_memory::disk::{DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
 use shoal_memory::store::{AdmissionRule, Store};
-use shoal_memory::{KvTier, TierOptions};
+use shoal_memory::{KvTier, KvTierOptions};
 
 use crate::convert;
 use crate::errors;
@@ -128,7 +128,7 @@ impl PyKvTier {
     ) -> PyResult<Self> {
         let (cache, store) = (cache.get()?, Arc::clone(store.store.get()?));
         let (load_wait, put_wait) = (convert::seconds("load_s", load_s)?, convert::seconds("put_s", put_s)?);
-        let options = TierOptions { load_wait, put_wait, ..TierOptions::new(facts) };
+        let options = KvTierOptions { load_wait, put_wait, ..KvTierOptions::new(facts) };
         let tier = py.detach(|| KvTier::new(cache, store, options)).map_err(errors::of_memory)?;
         Ok(Self { tier: Owned::new(tier) })
     }

@@ -123,7 +123,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     memory.warm_up(loaded.model.dtype)
     assembled = assemble(name, loaded, memory, spec, weights)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    memory.keep_on_disk(spec.disk, lambda: facts_of(files, spec.device, dtype))
+    memory.keep_on_disk(spec.disk, lambda: facts_of(files, spec.device, dtype), spec.disk_wait_s)
     return assembled
 
 

@@ -361,18 +361,22 @@ class DeviceMemory:
         self._kv = DeviceKv(self._mem, layout, blocks, is_caching=is_caching)
         return self._kv
 
-    def keep_on_disk(self, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]]) -> None:
+    def keep_on_disk(
+        self, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]], wait_s: float = 1.0
+    ) -> None:
         """Keep the KV cache's prefixes on disk as well, where there is a cache that finds them again.
 
         Parameters
         ----------
         disks
             Where.
+        wait_s
+            How long a prompt waits for what is there of it.
         facts
             Gives what they depend on beside their tokens; called in the background.
         """
         if disks and self._kv is not None and self._kv.is_caching:
-            self._kv.disk = KvOnDisk(self._kv.cache, disks, facts)
+            self._kv.disk = KvOnDisk(self._kv.cache, disks, facts, wait_s)
 
     def tiers(self) -> list[dict[str, Any]]:
         """Give what the disks did for the KV cache."""

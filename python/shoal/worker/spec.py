@@ -76,6 +76,8 @@ class WorkerSpec:
         Whether KV of a prompt's beginning is used again for prompts that begin alike.
     disk
         Where such KV is kept on disk, for the time after the device forgot it.
+    disk_wait_s
+        How long a prompt, and the step that it is in, waits for what is on disk of it.
     batch_tokens_max
         Most tokens of one engine step; longer prompts are computed in pieces.
     requests_max
@@ -99,6 +101,7 @@ class WorkerSpec:
     block_tokens: int = 16
     prefix_caching: bool = True
     disk: tuple[DiskShare, ...] = ()
+    disk_wait_s: float = 1.0
     batch_tokens_max: int = 512
     requests_max: int = 256
     stall_timeout_s: float = 60.0
@@ -120,8 +123,9 @@ class WorkerSpec:
                 raise SpecError(f"{name}: {getattr(self, name)} is less than 1")
         if self.block_tokens < 4:
             raise SpecError(f"block_tokens: {self.block_tokens} is less than 4, the least a paged cache accepts")
-        if self.stall_timeout_s <= 0:
-            raise SpecError(f"stall_timeout_s: {self.stall_timeout_s} is not positive")
+        for name in ("stall_timeout_s", "disk_wait_s"):
+            if getattr(self, name) <= 0:
+                raise SpecError(f"{name}: {getattr(self, name)} is not positive")
 
     @property
     def on_gpu(self) -> bool:
@@ -162,7 +166,7 @@ def _checked(key: str, value: Any) -> Any:
         return value
     if key == "disk":
         return _disk(value)
-    if key == "stall_timeout_s":
+    if key in ("stall_timeout_s", "disk_wait_s"):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SpecError(f"{key}: {value!r} is not a number of seconds")
         return float(value)

@@ -35,7 +35,6 @@ _LOCK_WAIT_S = (
 )
 _LOCK_RETRY_S = 0.25
 _RETRY_S = 30.0
-_LOAD_S = 1.0
 _SAMPLE_BYTES = 4096
 _FLUSH_S = 1.0
 _CLOSE_S = 2.0
@@ -52,10 +51,14 @@ class KvOnDisk:
         Where.
     facts
         Gives what the bytes depend on; called in the background.
+    wait_s
+        How long a load may take.
     """
 
-    def __init__(self, cache: KvCache, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]]) -> None:
-        self._cache, self._disks, self._facts = cache, disks, facts
+    def __init__(
+        self, cache: KvCache, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]], wait_s: float = 1.0
+    ) -> None:
+        self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
         self._disk: DiskTier | None = None
         self._tier: KvTier | None = None
         self._reason: str | None = "its directories are being opened"
@@ -120,7 +123,7 @@ class KvOnDisk:
         else:
             return
         try:
-            self._tier = self._cache.attach_store(self._disk, self._facts(), load_s=_LOAD_S)
+            self._tier = self._cache.attach_store(self._disk, self._facts(), load_s=self._wait_s)
         except (Error, OSError) as error:
             self._reason = described(error)
             logger.warning("no KV is kept on disk: %s", self._reason)

@@ -46,7 +46,7 @@ pub use debug::Stray;
 use meeting::Meeting;
 use signal::Signal;
 use keeper::Keeper;
-pub use tier::{KvTier, TierCounts, TierOptions};
+pub use tier::{KvTier, KvTierCounts, KvTierOptions};
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;

@@ -52,6 +52,7 @@ impl Core {
             host_budget: old.host_budget,
             host_memory: old.host_memory,
             disk: old.disk.clone(),
+            disk_wait: old.disk_wait,
             runtime_dir: old.runtime_dir.clone(),
             state_dir: old.state_dir.clone(),
             cache_dir: old.cache_dir.clone(),
@@ -245,6 +246,7 @@ fn fixed_keys(old: &ServerConfig, new: &ServerConfig) -> Vec<String> {
         ("host_budget", old.host_budget != new.host_budget),
         ("host_memory", old.host_memory != new.host_memory),
         ("disk", old.disk != new.disk),
+        ("disk_wait", old.disk_wait != new.disk_wait),
         ("request_bytes_max", old.limits.request_bytes_max != new.limits.request_bytes_max),
         ("wait_s_max", old.limits.wait_max != new.limits.wait_max),
     ];

@@ -61,6 +61,10 @@ pub const QUANTUM_MAX: Duration = Duration::from_hours(1);
 pub const ORPHAN_WAIT_DEFAULT: Duration = Duration::from_secs(30);
 /// The longest such wait.
 pub const ORPHAN_WAIT_MAX: Duration = Duration::from_hours(1);
+/// How long a prompt waits, by default, for what is on disk of it; what has not come by then is computed.
+pub const DISK_WAIT_DEFAULT: Duration = Duration::from_secs(1);
+/// The longest such wait: all requests of the model wait with it.
+pub const DISK_WAIT_MAX: Duration = Duration::from_mins(1);
 /// The name of the journal in the runtime directory.
 const JOURNAL: &str = "journal";
 /// How many requests a model answers at the same time, by default, while others wait for their turn.
@@ -95,6 +99,8 @@ pub struct ServerConfig {
     pub host_memory: Option<HostBacking>,
     /// Directories of the disk tier.
     pub disk: Vec<DiskTier>,
+    /// How long a prompt waits for what is on disk of it.
+    pub disk_wait: Duration,
     /// The models, in the file's order; names are unique.
     pub models: Vec<ModelConfig>,
     /// Sockets and `server.json` (0700).
@@ -175,6 +181,7 @@ impl ServerConfig {
             "device_bytes": self.device_budget,
             "device_bytes_max": model.max,
             "disk": self.disk_of(model),
+            "disk_wait_s": self.disk_wait.as_secs_f64(),
         })
     }
 

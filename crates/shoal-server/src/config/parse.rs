@@ -19,8 +19,8 @@ use super::error::{Problem, ProblemKind};
 use super::patience::Patience;
 use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
 use super::{
-    CommandSection, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX, ORPHAN_WAIT_MAX,
-    QUANTUM_MAX, QUANTUM_MIN, vllm,
+    CommandSection, DISK_WAIT_MAX, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX,
+    ORPHAN_WAIT_MAX, QUANTUM_MAX, QUANTUM_MIN, vllm,
 };
 
 /// A value and where it stands.
@@ -63,6 +63,7 @@ pub struct ServerSection {
     pub host_budget: Option<Sited<ByteCount>>,
     pub host_memory: Option<HostMemory>,
     pub disk: Vec<Sited<DiskTier>>,
+    pub disk_wait: Option<Duration>,
     pub request_bytes_max: Option<ByteCount>,
     pub wait_s_max: Option<u64>,
     pub parked_max: Option<u32>,
@@ -97,7 +98,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 21] = [
+const SERVER_KEYS: [&str; 22] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -108,6 +109,7 @@ const SERVER_KEYS: [&str; 21] = [
     "host_budget",
     "host_memory",
     "disk",
+    "disk_wait",
     "request_bytes_max",
     "wait_s_max",
     "parked_max",
@@ -280,6 +282,7 @@ impl<'i> Reader<'i> {
             host_budget: self.size(table, "host_budget"),
             host_memory: self.parsed(table, "host_memory", host_memory).map(|choice| choice.value),
             disk: self.disk(table),
+            disk_wait: self.duration(table, "disk_wait", Duration::from_millis(1), DISK_WAIT_MAX),
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),
             wait_s_max: self.seconds(table, "wait_s_max"),
             parked_max: self.whole(table, "parked_max"),

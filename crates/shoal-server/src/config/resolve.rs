@@ -18,8 +18,8 @@ use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
-    Budgets, DeviceChoice, Engine, LISTEN_DEFAULT, Limits, ModelConfig, ORPHAN_WAIT_DEFAULT,
-    PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig,
+    Budgets, DISK_WAIT_DEFAULT, DeviceChoice, Engine, LISTEN_DEFAULT, Limits, ModelConfig,
+    ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig,
 };
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
@@ -119,6 +119,7 @@ impl ShoalFile {
             host_budget,
             host_memory,
             disk: disk.into_iter().map(|entry| entry.value).collect(),
+            disk_wait: server.disk_wait.unwrap_or(DISK_WAIT_DEFAULT),
             models,
             runtime_dir: surroundings.runtime_dir.clone(),
             log_dir: state_dir.join("logs"),

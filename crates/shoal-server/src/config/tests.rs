@@ -166,6 +166,7 @@ fn every_key_is_read() {
         device_budget = "640MiB"
         host_budget = 1073741824
         disk = [{ path = "~/disk", bytes = "200GiB" }]
+        disk_wait = "250ms"
         request_bytes_max = "1MiB"
         wait_s_max = 30
         quantum = "750ms"
@@ -218,6 +219,7 @@ fn every_key_is_read() {
     assert!(config.notes.is_empty(), "{:?}", config.notes);
     let told = |name: &str| config.spec_of(config.model(name).expect("it is there"))["disk"].clone();
     assert!(told("code:v1").is_null(), "it finds nothing again");
+    assert_eq!(config.disk_wait, Duration::from_millis(250));
     let half = ByteCount::gib(100);
     let other =
         serde_json::json!([{"path": "/nowhere/home/disk/kv-other", "bytes": half, "writes_per_hour": half}]);
@@ -338,6 +340,7 @@ fn mistakes_are_named_with_their_line() {
         ("[server]\ndevice = 'cuda:0'", "device = \"cuda:0\", but there is no NVIDIA device here"),
         ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
         ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
+        ("[server]\ndisk_wait = '2m'", "`disk_wait`: 120s does not lie between 1 ms and 60 s"),
         ("[server]\ndisk = [{ bytes = '1GiB' }]", ":2:9: `disk` lacks `path`"),
         (
             "[server]\ndisk = [{ path = '/tmp', bytes = '1MiB' }]",

@@ -39,7 +39,7 @@ const PAYLOAD: &str = "1";
 
 /// How a cache uses a tier.
 #[derive(Clone, Debug)]
-pub struct TierOptions {
+pub struct KvTierOptions {
     /// What the bytes depend on beside the tokens, as named facts: model, weights, dtype, what computes them. The cache adds its
     /// own layout.
     pub facts: Vec<(String, String)>,
@@ -51,7 +51,7 @@ pub struct TierOptions {
     pub queued_tokens_max: usize,
 }
 
-impl TierOptions {
+impl KvTierOptions {
     /// The usual values.
     #[must_use]
     pub fn new(facts: Vec<(String, String)>) -> Self {
@@ -62,7 +62,7 @@ impl TierOptions {
 
 /// What a tier did for a cache, in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TierCounts {
+pub struct KvTierCounts {
     /// Kept by the tier.
     pub saved: u64,
     /// Their bytes.
@@ -111,12 +111,12 @@ struct Inner {
     cache: Arc<KvCache>,
     store: Arc<dyn Store>,
     fingerprint: Fingerprint,
-    options: TierOptions,
+    options: KvTierOptions,
     layout: GroupLayout,
     block_tokens: usize,
     block_bytes: usize,
     payload_bytes: usize,
-    counts: Mutex<TierCounts>,
+    counts: Mutex<KvTierCounts>,
     queue: Mutex<Queue>,
     /// Something was queued, or is done.
     changed: Condvar,
@@ -141,7 +141,7 @@ impl KvTier {
     pub fn new(
         cache: &Arc<KvCache>,
         store: Arc<dyn Store>,
-        options: TierOptions,
+        options: KvTierOptions,
     ) -> Result<Self, MemoryError> {
         let refuse = |why| Err(cache.region().refuse("attach a store", why));
         let Some(block_tokens) = cache.block_tokens().filter(|tokens| *tokens > 0) else {
@@ -225,7 +225,7 @@ impl KvTier {
 
     /// What was done so far.
     #[must_use]
-    pub fn counts(&self) -> TierCounts {
+    pub fn counts(&self) -> KvTierCounts {
         *self.inner.counts.lock()
     }
 }
@@ -311,7 +311,7 @@ impl Inner {
         Ok(true)
     }
 
-    fn count(&self, change: impl FnOnce(&mut TierCounts)) {
+    fn count(&self, change: impl FnOnce(&mut KvTierCounts)) {
         change(&mut self.counts.lock());
     }
 
@@ -320,7 +320,7 @@ impl Inner {
     }
 }
 
-impl TierCounts {
+impl KvTierCounts {
     fn missed(&mut self, miss: &Miss) {
         match miss {
             Miss::Deadline => self.late += 1,

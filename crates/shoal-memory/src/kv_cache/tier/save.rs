@@ -77,11 +77,11 @@ impl Inner {
     fn save(&self, sequence: &Sequence, stage: &Arc<HostBuffer>, under_way: &mut UnderWay) {
         let keys = self.keys(&sequence.salt, &sequence.tokens);
         let offer = Offer { bytes: self.payload_bytes as u64, recompute_us: None };
-        let is_wanted = |at: &usize| {
-            let key = &keys[*at];
-            !self.store.contains(key) && self.store.offer(key, &offer).is_admitted()
-        };
-        let wanted: Vec<usize> = (sequence.first..keys.len()).filter(is_wanted).collect();
+        let lacking = (sequence.first..keys.len()).filter(|at| !self.store.contains(&keys[*at]));
+        let lacking: Vec<usize> = lacking.collect();
+        let is_wanted = |at: &usize| self.store.offer(&keys[*at], &offer).is_admitted();
+        let wanted: Vec<usize> = lacking.iter().copied().filter(is_wanted).collect();
+        self.count(|counts| counts.unsaved += (lacking.len() - wanted.len()) as u64);
         for part in wanted.chunks(self.stage_blocks(stage)) {
             if self.is_over() {
                 return;
