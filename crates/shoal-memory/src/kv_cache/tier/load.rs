@@ -53,13 +53,13 @@ impl Inner {
         let deadline = begun + self.options.load_wait;
         let wanted = Wanted { tokens, first: held.len(), keys: &keys[..there], ids: &ids, deadline };
         let loaded = self.bring(&wanted);
-        self.give_back(ids.split_off(loaded));
+        self.give_back(&ids.split_off(loaded));
         if !ids.is_empty() {
             let blocks = [held, &ids].concat();
             let sealed = &tokens[..blocks.len() * self.block_tokens];
             if let Err(error) = self.cache.seal(Start::Salt(salt), sealed, &[&blocks]) {
                 tracing::warn!(%error, "blocks from a tier cannot be used");
-                self.give_back(std::mem::take(&mut ids));
+                self.give_back(&std::mem::take(&mut ids));
             }
         }
         let (blocks, took) = (ids.len() as u64, begun.elapsed());
@@ -175,11 +175,11 @@ impl Inner {
         Err(MemoryError::Deadline { doing: "copying blocks to the device", waited: left })
     }
 
-    fn give_back(&self, ids: Vec<u32>) {
+    fn give_back(&self, ids: &[u32]) {
         if ids.is_empty() {
             return;
         }
-        if let Err(error) = self.cache.free(0, &ids) {
+        if let Err(error) = self.cache.free(0, ids) {
             tracing::error!(%error, "blocks that a tier did not fill cannot be freed");
         }
     }

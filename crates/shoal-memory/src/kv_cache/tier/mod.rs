@@ -102,7 +102,10 @@ struct Sequence {
 
 impl fmt::Debug for Sequence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sequence").field("tokens", &self.tokens.len()).field("first", &self.first).finish()
+        f.debug_struct("Sequence")
+            .field("tokens", &self.tokens.len())
+            .field("first", &self.first)
+            .finish_non_exhaustive()
     }
 }
 
