@@ -117,6 +117,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         host_budget: ByteCount::gib(1),
         host_memory: None,
         disk: vec![],
+        disk_wait: Duration::from_secs(1),
         models: std::iter::once(asking).chain((0..beside).map(asleep)).collect(),
         runtime_dir: place("run"),
         state_dir: place("state"),

@@ -338,23 +338,6 @@ fn mistakes_are_named_with_their_line() {
         ("[server]\ndevice_budget = 1.5", "`device_budget` must be a size"),
         ("[server]\ndevice = 'gpu'", "write \"auto\", \"sim\" or \"cuda:0\""),
         ("[server]\ndevice = 'cuda:0'", "device = \"cuda:0\", but there is no NVIDIA device here"),
-        ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
-        ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
-        ("[server]\ndisk_wait = '2m'", "`disk_wait`: 120s does not lie between 1 ms and 60 s"),
-        ("[server]\ndisk = [{ bytes = '1GiB' }]", ":2:9: `disk` lacks `path`"),
-        (
-            "[server]\ndisk = [{ path = '/tmp', bytes = '1MiB' }]",
-            "`bytes`: 1 MiB is too little: at least 64 MiB",
-        ),
-        ("[server]\ndisk = [{ path = '/dev/null', bytes = '1GiB' }]", "`path`: /dev/null is not a directory"),
-        (
-            "[server]\ndisk = [{ path = '/a', bytes = '1GiB' }, { path = '/b/../a', bytes = '1GiB' }]",
-            "`path`: /a is named twice, or lies in the one before",
-        ),
-        (
-            "[server]\ndisk = [{ path = '/a', bytes = '1GiB' }, { path = '/a/b', bytes = '1GiB' }]",
-            "`path`: /a/b is named twice, or lies in the one before",
-        ),
         ("[server]\nparked_max = 0", "must lie between 1 and"),
         (
             "[server]\nlisten = '0.0.0.0:80'",
@@ -428,11 +411,39 @@ fn mistakes_are_named_with_their_line() {
         ("[[model]]\nname = 'b'\nsource = 'b'\nkeep_alive = 'long'", "`keep_alive`: write whole seconds"),
         ("[[model]]\nname = 'b'\nsource = 'b'\npriority = 99999999999", "`priority`: must lie between"),
     ];
+    are_said(cases, model);
+}
+
+fn are_said(cases: &[(&str, &str)], model: &str) {
     for (text, expected) in cases {
         let said = load_here(&format!("{text}{model}")).expect_err(text);
         assert!(said.contains(expected), "{text:?}\n said {said}\n not {expected}");
         assert!(said.starts_with("/etc/shelf/shoal.toml"), "{said}");
     }
+}
+
+#[test]
+fn mistakes_of_the_disk_tier_are_named_with_their_line() {
+    let cases: &[(&str, &str)] = &[
+        ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
+        ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
+        ("[server]\ndisk_wait = '2m'", "`disk_wait`: 120s does not lie between 1 ms and 60 s"),
+        ("[server]\ndisk = [{ bytes = '1GiB' }]", ":2:9: `disk` lacks `path`"),
+        (
+            "[server]\ndisk = [{ path = '/tmp', bytes = '1MiB' }]",
+            "`bytes`: 1 MiB is too little: at least 64 MiB",
+        ),
+        ("[server]\ndisk = [{ path = '/dev/null', bytes = '1GiB' }]", "`path`: /dev/null is not a directory"),
+        (
+            "[server]\ndisk = [{ path = '/a', bytes = '1GiB' }, { path = '/b/../a', bytes = '1GiB' }]",
+            "`path`: /a is named twice, or lies in the one before",
+        ),
+        (
+            "[server]\ndisk = [{ path = '/a', bytes = '1GiB' }, { path = '/a/b', bytes = '1GiB' }]",
+            "`path`: /a/b is named twice, or lies in the one before",
+        ),
+    ];
+    are_said(cases, "\n[[model]]\nname = 'a'\nsource = 'a'\n");
 }
 
 #[test]

@@ -38,6 +38,7 @@ pub fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Se
         host_budget: ByteCount::gib(1),
         host_memory: None,
         disk: vec![],
+        disk_wait: Duration::from_secs(1),
         models,
         runtime_dir: directory.join("run"),
         state_dir: directory.join("state"),
