@@ -45,7 +45,6 @@ use debug::Debug;
 pub use debug::Stray;
 use meeting::Meeting;
 use signal::Signal;
-use keeper::Keeper;
 pub use tier::{KvTier, KvTierCounts, KvTierOptions};
 
 /// Streams of an engine whose steps are remembered.
