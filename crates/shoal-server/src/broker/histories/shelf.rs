@@ -49,7 +49,7 @@ pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
         host_budget: ByteCount::gib(1),
         host_memory: None,
         disk: vec![],
-        disk_wait: std::time::Duration::ZERO,
+        disk_wait: Duration::ZERO,
         models,
         runtime_dir: PathBuf::from("/none"),
         state_dir: PathBuf::from("/none"),
