@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_makes_room(tmp_path: Path, ash: dict[str, object]) 
         begun_again(server, name, pid)
         again = [ask(server, name, prompt) for prompt in reversed(prompts)]
         assert [text for text, _ in reversed(again)] == texts
-        assert again[0][1] > 0, "the newest is there"
+        assert max(found for _, found in again) > 0, "what was kept is found"
         (place,) = tier(server, name)["places"]
         assert place["state"] == "ready"
         assert place["bytes"] <= 64 << 20
