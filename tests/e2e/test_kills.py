@@ -79,7 +79,7 @@ def test_no_worker_waits_for_ever(tmp_path: Path, model_tables: list[dict[str, o
         if wait_s:
             time.sleep(1)
             assert all(alive(pid) for pid in pids), "they wait"
-        until(lambda: not any(alive(pid) for pid in pids), wait_s + 90, "workers end after their server")
+        until(lambda: not any(alive(pid) for pid in pids), wait_s + 30, "workers end after their server")
         assert not list(server.runtime_dir.glob("worker-*.sock")) or not wait_s, "they end in order"
     with serve(tmp_path, models=model_tables[:1], device_budget="64MiB") as server:
         server.wait_for(str(model_tables[0]["name"]), "asleep")

@@ -18,14 +18,12 @@ WAIT_S_MAX = 60
 PARKED_MAX = 24
 ORPHAN_S_MAX = 8
 
-# What a model's file may say, and whether its worker has to be started anew for it. Bounds that shrink what a running
-# model fills to the last page (another's `min`, its own `max`) are not among them: it is refused until the KV of its
-# requests is free, instead of putting one of them off (docs/operations.md, "A soak").
+# What a model's file may say, and whether its worker has to be started anew for it.
 CHOICES: dict[str, list[tuple[str, list[Any]]]] = {
-    "chat": [("priority", [0, 1, 3]), ("keep_alive", [None, "3s", "20s"])],
+    "chat": [("priority", [0, 1, 3]), ("keep_alive", [None, "3s", "20s"]), ("max", [None, "539MiB"])],
     "documents": [("priority", [0, 2]), ("preload", [False, True]), ("keep_alive", [None, "2s"])],
     "code": [
-        ("priority", [0, 5]), ("context", [512, 480]), ("max", [None, "64MiB"]),
+        ("priority", [0, 5]), ("min", [None, "2MiB"]), ("context", [512, 480]), ("max", [None, "64MiB"]),
         ("prefix_caching", [True, False]),
     ],
     EXTRA: [("priority", [0, 1]), ("keep_alive", [None, "1s"]), ("preload", [False, True])],

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import aiohttp
 import pytest
@@ -221,5 +222,6 @@ def test_it_ends_gracefully(llama_dir, start, how):
     events = asyncio.run(run())
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
-    # The order's own deadline is 10 s: a worker that waited it out would have been killed by its server.
-    assert worker.process.wait(30) == 0
+    started = time.monotonic()
+    assert worker.process.wait(10) == 0
+    assert time.monotonic() - started < 5

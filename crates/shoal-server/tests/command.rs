@@ -239,11 +239,11 @@ async fn one_that_does_not_come_up_says_why_and_is_given_up() {
         "llama",
         8,
         &["--socket", "{socket}", "--start-ms", "60000"],
-        "socket = true\nready_s_max = 1",
+        "socket = true\nready_s_max = 4",
     );
     let scene = start(100, &slow);
     let error = scene.shelf.route("llama", soon()).await.expect_err("it takes a minute").to_string();
-    assert!(error.contains("was not ready within 1 s (GET /health: "), "{error}");
+    assert!(error.contains("was not ready within 4 s (GET /health: it answered 503"), "{error}");
     assert_eq!(scene.ends("llama"), 3);
     scene.shelf.shutdown(soon()).await;
 }

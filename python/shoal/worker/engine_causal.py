@@ -361,7 +361,7 @@ class CausalEngine:
                     return False
                 self._prepared = True
                 if not self._preempted:  # else the clock runs on: being scheduled again is no progress
-                    self._stalled_since = None  # from here on the batch waits as one
+                    self._stalled_since = time.monotonic()  # from here on the batch waits as one, its first guard too
             with self._memory.guard(_GUARD_S):
                 self._compute()
             self._prepared = False

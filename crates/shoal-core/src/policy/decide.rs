@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::reason;
 use super::state::{Action, ModelState, PendingRequest, Plan, ShelfState};
-use super::victims::{Candidate, Choice, Class, Field, Part, kept, kept_until, owed};
+use super::victims::{Candidate, Choice, Class, Field, Part, in_use, kept, kept_until, owed};
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
 use crate::protocol::LeaseKind;
@@ -61,15 +61,20 @@ impl Decision<'_> {
         let beside = granted_besides + granted_weights.max(owed(model, request));
         let room = model.max.map_or(request.bytes, |max| max.saturating_sub(model.held() + beside));
         if request.bytes_min > room {
-            return self.deny(request, true, reason::over_max(model, request));
+            return self.over_max(model, request, request.bytes_min - room);
         }
         let most = self.field.most(request).saturating_sub(if request.kind == LeaseKind::Kv {
             granted_besides
         } else {
             ByteCount::ZERO
         });
-        // Others may leave the device again; KV is asked for anew before long.
-        let patience = if request.kind == LeaseKind::Kv { ByteCount::ZERO } else { self.field.state.taken };
+        // Others may leave the device again, and what the model's own requests use comes back as they end, or as its engine
+        // puts one of them off; KV is asked for anew before long.
+        let patience = if request.kind == LeaseKind::Kv {
+            ByteCount::ZERO
+        } else {
+            self.field.state.taken + in_use(model, request)
+        };
         if request.bytes_min > most + patience {
             return self.deny(request, true, reason::never(&self.field, model, request, most));
         }
@@ -145,6 +150,29 @@ impl Decision<'_> {
         self.spend(target);
         self.field.meet(request);
         let reason = format!("{} waits for {rest} that others were ordered to give back", model.name);
+        self.wait(request, reason);
+    }
+
+    /// Answers a request for `short` bytes more than the model's `max` leaves. Its own KV may be what is in the way: what
+    /// nobody uses of it goes, what its requests use comes back as they end or are put off.
+    fn over_max(&mut self, model: &ModelState, request: &PendingRequest, short: ByteCount) {
+        let reason = reason::over_max(model, request);
+        let own = if request.kind == LeaseKind::Kv || !model.ready { ByteCount::ZERO } else { model.kv_held };
+        if short > own {
+            return self.deny(request, true, reason);
+        }
+        let Some(place) = self.field.place(model.id) else { return self.deny(request, true, reason) };
+        if request.deadline_ms <= self.field.now_ms {
+            return self.deny(request, false, reason);
+        }
+        let extent = self.field.state.extent.max(ByteCount(1));
+        let missing = short.saturating_sub(self.field.ordered_at(place)).round_up_to(extent);
+        let bytes = missing.min(self.field.spare_at(place));
+        if !bytes.is_zero() {
+            self.field.take(place, bytes);
+            let reason = reason::own_kv(model);
+            self.act(Action::Evict { model: model.id, requester: Some(model.id), bytes, reason });
+        }
         self.wait(request, reason);
     }
 

@@ -1,4 +1,5 @@
-//! Plans for those who grow in their turn, and for those who wait and hold what they cannot run with.
+//! Plans for those who grow in their turn, for those who wait and hold what they cannot run with, and for those whose own
+//! KV is in the way of their weights.
 
 use super::tests::{MIB, evicted, model, reasons, shelf, wake};
 use super::*;
@@ -109,4 +110,63 @@ fn who_still_gives_weights_up_is_not_granted_a_part() {
     // KV that nobody uses goes before weights: then none of these leave.
     (gives.kv_held, gives.ordered) = (MIB(10), MIB(10));
     assert!(matches!(&plan(&state(&gives), 10_000).actions[..], [Action::Grant { .. }]));
+}
+
+/// A model of 60 MiB of which 20 have left, with 8 MiB of KV, beside one that keeps its minimum of 2 in a budget of 68.
+fn beside_its_kv(live: u64) -> ShelfState {
+    let waits = ModelState {
+        active: 1,
+        kv_held: MIB(8),
+        kv_live: MIB(live),
+        kv_cached: MIB(8 - live),
+        ..model(0, "waits", 60, 40)
+    };
+    let floor = ModelState { min: MIB(2), kv_held: MIB(2), ..model(1, "floor", 4, 0) };
+    shelf(68, vec![waits, floor], vec![wake(0, 20, 5_000)])
+}
+
+#[test]
+fn weights_that_do_not_fit_beside_what_the_models_own_requests_use_wait_for_it() {
+    let said = plan(&beside_its_kv(8), 10_000);
+    assert!(
+        matches!(&said.actions[..], [Action::Wait { reason, .. }]
+            if reason.contains("waits holds 48 MiB itself (8 MiB of it is KV that its requests use)")
+                && reason.contains("floor keeps 2 MiB (its minimum)")),
+        "{}",
+        reasons(&said)
+    );
+    // What nobody uses of it is taken.
+    assert_eq!(evicted(&plan(&beside_its_kv(2), 10_000)), [(0, 2)]);
+    // Without any KV they would not fit either.
+    let mut large = beside_its_kv(8);
+    large.models[1].min = MIB(10);
+    large.models[1].kv_held = MIB(10);
+    let said = plan(&large, 10_000);
+    assert!(matches!(&said.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&said));
+}
+
+#[test]
+fn weights_that_do_not_fit_under_a_maximum_have_the_models_own_kv_put_off() {
+    let under = |live: u64, max: u64| {
+        let mut state = beside_its_kv(live);
+        (state.budget, state.models[0].max) = (MIB(200), Some(MIB(max)));
+        state
+    };
+    let said = plan(&under(8, 66), 10_000);
+    assert!(
+        matches!(&said.actions[..], [Action::Wait { reason, .. }]
+            if reason.contains("(8 MiB of it is KV that its requests use) and may hold 66 MiB at most")),
+        "{}",
+        reasons(&said)
+    );
+    let said = plan(&under(2, 66), 10_000);
+    assert_eq!(evicted(&said), [(0, 2)], "{}", reasons(&said));
+    assert!(matches!(&said.actions[..], [_, Action::Wait { .. }]), "{}", reasons(&said));
+    // Ordered already, it is waited for.
+    let mut ordered = under(2, 66);
+    ordered.models[0].ordered = MIB(2);
+    let said = plan(&ordered, 10_000);
+    assert!(matches!(&said.actions[..], [Action::Wait { .. }]), "{}", reasons(&said));
+    let said = plan(&under(8, 59), 10_000);
+    assert!(matches!(&said.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&said));
 }

@@ -1,7 +1,7 @@
 //! Decisions in words, with the numbers they rest on.
 
 use super::state::{ModelState, PendingRequest};
-use super::victims::{Candidate, Choice, Class, Field, Part, floor, kept, owed, worth_of};
+use super::victims::{Candidate, Choice, Class, Field, Part, floor, in_use, kept, owed, worth_of};
 use super::worth::spread_ms;
 use crate::bytes::ByteCount;
 use crate::protocol::LeaseKind;
@@ -172,11 +172,26 @@ pub(super) fn keep_alive_over(model: &ModelState, now_ms: u64) -> String {
     )
 }
 
+/// Why a model is ordered to give up what it has itself.
+pub(super) fn own_kv(model: &ModelState) -> String {
+    format!("{} needs what it may hold for its weights, and has KV that no request uses", model.name)
+}
+
+/// What the model's own requests use, where that is in the way of its weights.
+fn own_use(model: &ModelState, request: &PendingRequest) -> String {
+    match in_use(model, request) {
+        ByteCount::ZERO => String::new(),
+        bytes if model.pinned => format!(" ({bytes} of it is KV of its own)"),
+        bytes => format!(" ({bytes} of it is KV that its requests use)"),
+    }
+}
+
 pub(super) fn over_max(model: &ModelState, request: &PendingRequest) -> String {
     format!(
-        "{}, holds {}{} and may hold {} at most",
+        "{}, holds {}{}{} and may hold {} at most",
         needs(model, request),
         model.held(),
+        own_use(model, request),
         lacking(model, request),
         model.max.unwrap_or(request.bytes)
     )
@@ -195,12 +210,13 @@ pub(super) fn never(
     most: ByteCount,
 ) -> String {
     format!(
-        "{}, and there are {most} at most: the budget is {}{}, {} holds {} itself{}{}",
+        "{}, and there are {most} at most: the budget is {}{}, {} holds {} itself{}{}{}",
         needs(model, request),
         field.state.budget,
         taken(field),
         model.name,
         model.held(),
+        own_use(model, request),
         lacking(model, request),
         holders(field, model, |other| {
             let kept = kept(other);

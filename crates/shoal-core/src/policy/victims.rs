@@ -392,6 +392,16 @@ impl<'a> Field<'a> {
         left.unused = left.unused.saturating_sub(bytes);
     }
 
+    /// What the model at `place` was ordered to give up and has not yet, this plan's orders included.
+    pub(super) fn ordered_at(&self, place: usize) -> ByteCount {
+        self.state.models[place].ordered + self.took[place]
+    }
+
+    /// What could still be ordered of the KV that no request of the model at `place` uses.
+    pub(super) fn spare_at(&self, place: usize) -> ByteCount {
+        if self.skipped(&self.state.models[place]) { ByteCount::ZERO } else { self.left[place].spare }
+    }
+
     /// What could still be ordered of the model at `place`.
     pub(super) fn takeable_at(&self, place: usize) -> ByteCount {
         self.left[place].all
@@ -426,6 +436,17 @@ pub(super) fn owed(model: &ModelState, request: &PendingRequest) -> ByteCount {
     match request.kind {
         LeaseKind::Kv => model.weights_total.saturating_sub(model.weights_held),
         LeaseKind::Weights | LeaseKind::Overhead => ByteCount::ZERO,
+    }
+}
+
+/// KV that the model asking for something else has itself, and that [`Field::most`] counts as held for good: its requests
+/// use it, or nobody may order it away.
+pub(super) fn in_use(model: &ModelState, request: &PendingRequest) -> ByteCount {
+    match request.kind {
+        LeaseKind::Kv => ByteCount::ZERO,
+        _ if !model.ready => ByteCount::ZERO,
+        _ if model.pinned => model.kv_held,
+        _ => model.kv_live.min(model.kv_held),
     }
 }
 

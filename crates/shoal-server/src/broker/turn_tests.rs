@@ -183,3 +183,37 @@ fn a_single_client_keeps_the_age_of_its_wake_too() {
         assert_eq!(bench.core.models[0].wanting_since_ms, Some(since));
     }
 }
+
+/// A reload takes away some of what a model fills with its weights and the KV of its requests. Who comes then waits until a
+/// request ends or is put off; it was refused, with figures that could not change.
+#[test]
+fn who_comes_while_the_models_own_kv_is_in_the_way_of_its_weights_is_kept_waiting() {
+    let mut bench = Bench::new();
+    let wake = bench.wanted(0, WEIGHTS, 10);
+    bench.usage(0, WEIGHTS, 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    bench.request(0, LeaseKind::Kv, KV, 22);
+    bench.core.models[0].config.max = Some(WEIGHTS + KV - ByteCount::mib(2));
+    // A part of its weights leaves, for whomever.
+    let part = ByteCount::mib(20);
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: part }, 30);
+    let usage = |kv: ByteCount| WorkerUsage {
+        weights_device: WEIGHTS - part,
+        weights_total: WEIGHTS,
+        kv_device: kv,
+        kv_live: kv,
+        ..WorkerUsage::default()
+    };
+    bench.say(0, FromWorker::Usage { usage: usage(KV) }, 30);
+    bench.wanted(0, part, 40);
+    let denied = bench.told(0).into_iter().any(|said| matches!(said, FromServer::LeaseDeny { .. }));
+    assert!(!denied, "its engine has the time to put a request off");
+    assert_eq!(bench.core.models[0].queue.len(), 1, "who came waits");
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Kv, bytes: ByteCount::mib(4) }, 50);
+    bench.say(0, FromWorker::Usage { usage: usage(KV - ByteCount::mib(4)) }, 50);
+    let granted = bench
+        .told(0)
+        .into_iter()
+        .any(|said| matches!(said, FromServer::LeaseGrant { kind: LeaseKind::Weights, .. }));
+    assert!(granted, "a request was put off");
+}
