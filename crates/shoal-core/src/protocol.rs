@@ -209,21 +209,17 @@ pub struct WorkerHolds {
     pub usage: WorkerUsage,
 }
 
-/// A tier below the device that keeps KV blocks of one model: what it did, in blocks, and where it keeps them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What a tier below the device did for a cache of KV, in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct TierUsage {
-    /// `"disk"`.
-    pub tier: String,
-    /// Why it is not used at all, where that is so.
-    pub reason: Option<String>,
+pub struct KvTierCounts {
     /// Kept by the tier.
     pub saved: u64,
     /// Their bytes.
     pub saved_bytes: ByteCount,
-    /// Not kept: refused, failed, or gone before their turn came.
+    /// Not kept: the tier refused them or failed, or they were evicted before their turn came.
     pub unsaved: u64,
-    /// Looked for, because the KV cache did not have them.
+    /// Looked for, because the cache itself had forgotten them or never knew them.
     pub looked_up: u64,
     /// Of those, brought back.
     pub loaded: u64,
@@ -233,10 +229,23 @@ pub struct TierUsage {
     pub late: u64,
     /// Of those looked for, damaged where they lay, and computed again.
     pub corrupt: u64,
-    /// Times that bringing blocks back ended early for another reason.
+    /// Times that bringing blocks back ended early for another reason: the tier failed, or memory was short.
     pub failed: u64,
     /// Time that bringing back took, in microseconds.
     pub load_us: u64,
+}
+
+/// A tier below the device that keeps KV blocks of one model: what it did, and where it keeps them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TierUsage {
+    /// `"disk"`.
+    pub tier: String,
+    /// Why it is not used at all, where that is so.
+    pub reason: Option<String>,
+    /// What it did.
+    #[serde(flatten)]
+    pub counts: KvTierCounts,
     /// Where its bytes lie.
     pub places: Vec<TierPlace>,
 }

@@ -6,9 +6,9 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
+use common::history::{Ballast, arm, may_fail, settle};
 use common::{PAGE, WAIT, World, keeping, open, pooled_world_on};
 use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
@@ -16,16 +16,13 @@ use shoal_core::kv::blocks::BlockState;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_core::kv::reuse::ReuseOptions;
-use shoal_core::protocol::LeaseKind;
-use shoal_device::{Device, DeviceError, FaultDevice};
-use shoal_memory::{ErrorKind, KvCache, KvCacheSpec, LeaseSource, MemoryError};
+use shoal_device::{Device, FaultDevice};
+use shoal_memory::{KvCache, KvCacheSpec};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
 const BLOCK_TOKENS: u32 = 2;
 const CACHE_MIB: u64 = 12;
 const DEVICE_MIB: u64 = 20;
-/// What somebody else may hold beside the cache.
-const BALLAST: ByteCount = ByteCount::mib(12);
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -107,7 +104,7 @@ struct Model {
     /// What sealed blocks were sealed as: they may be found, or may have been evicted.
     sealed: BTreeMap<u32, (u8, usize)>,
     limit: ByteCount,
-    has_ballast: bool,
+    ballast: Ballast,
     stamp: u8,
 }
 
@@ -115,26 +112,6 @@ struct Model {
 fn tokens(sequence: u8, blocks: usize) -> Vec<u32> {
     let count = u32::try_from(blocks).expect("few") * BLOCK_TOKENS;
     (0..count).map(|at| u32::from(sequence) * 1000 + at).collect()
-}
-
-/// Whether a device's error is one that [`Model::arm`] made, told by what no device says of itself.
-fn is_injected(error: &DeviceError) -> bool {
-    match error {
-        DeviceError::Injected { .. } => true,
-        DeviceError::OutOfMemory { free, capacity, .. } => {
-            (*free, *capacity) == (ByteCount::ZERO, ByteCount(PAGE))
-        }
-        _ => false,
-    }
-}
-
-fn may_be(error: &MemoryError) -> bool {
-    match error {
-        MemoryError::Device { source, .. } => is_injected(source),
-        // Compaction of what lies on the host.
-        MemoryError::State { .. } => error.to_string().contains("on the host"),
-        _ => matches!(error.kind(), ErrorKind::Lease | ErrorKind::HostBudget | ErrorKind::Transfer),
-    }
 }
 
 impl Model {
@@ -153,7 +130,7 @@ impl Model {
         spec.patience = Duration::from_secs(5);
         let cache = world.manager.kv_cache(spec).expect("addresses");
         let limit = cache.usage().limit;
-        let (held, has_ballast) = (Vec::new(), false);
+        let held = Vec::new();
         Self {
             world,
             faults,
@@ -162,7 +139,7 @@ impl Model {
             bytes: BTreeMap::new(),
             sealed: BTreeMap::new(),
             limit,
-            has_ballast,
+            ballast: Ballast::default(),
             stamp: 0,
         }
     }
@@ -176,20 +153,7 @@ impl Model {
     }
 
     fn arm(&self, fault: Option<(u64, bool)>) {
-        let Some((n, is_full)) = fault else { return };
-        let (mut left, device) = (n, self.world.device.info().id);
-        self.faults.fail_when(move |call| {
-            left = left.checked_sub(1)?;
-            let (free, capacity) = (ByteCount::ZERO, ByteCount(PAGE));
-            let full = DeviceError::OutOfMemory { device, requested: call.bytes, free, capacity };
-            let injected = DeviceError::Injected { call: call.number, verb: call.verb };
-            (left == 0).then_some(if is_full { full } else { injected })
-        });
-    }
-
-    /// An error that an operation may have: the one that was injected, or what is short or busy beside it.
-    fn may_fail<T>(outcome: Result<T, MemoryError>) -> Option<T> {
-        outcome.map_err(|error| assert!(may_be(&error), "{error} ({error:?})")).ok()
+        arm(&self.faults, self.world.device.info().id, fault);
     }
 
     fn piece(&self, block: u32) -> ByteCount {
@@ -200,7 +164,7 @@ impl Model {
         let mut ids = vec![u32::MAX; count];
         let owners = self.owners();
         let outcome = self.cache.alloc(0, &mut ids);
-        if !Self::may_fail(outcome).unwrap_or(false) {
+        if !may_fail(outcome).unwrap_or(false) {
             return;
         }
         for id in &ids {
@@ -285,13 +249,13 @@ impl Model {
                 self.limit = ByteCount::mib(mib);
             }
             Op::Hint { blocks } => self.cache.hint(0, blocks).expect("a group"),
-            Op::Trim => drop(Self::may_fail(self.cache.trim(ALL))),
+            Op::Trim => drop(may_fail(self.cache.trim(ALL))),
             Op::Reclaim { pages } => {
                 let bytes = if pages == 7 { ALL } else { ByteCount(pages * PAGE) };
-                drop(Self::may_fail(self.world.manager.reclaim(bytes, WAIT, "a test")));
+                drop(may_fail(self.world.manager.reclaim(bytes, WAIT, "a test")));
             }
             Op::Compact => {
-                let moves = Self::may_fail(self.cache.compact(0, usize::MAX, WAIT));
+                let moves = may_fail(self.cache.compact(0, usize::MAX, WAIT));
                 let moves: BTreeMap<u32, u32> =
                     moves.into_iter().flatten().map(|one| (one.from, one.to)).collect();
                 for block in self.held.iter_mut().flat_map(|held| &mut held.blocks) {
@@ -312,27 +276,13 @@ impl Model {
                     }
                 }
             }
-            Op::Ballast => {
-                let budget = &self.world.budget;
-                if self.has_ballast {
-                    budget.give_back(LeaseKind::Overhead, BALLAST);
-                    self.has_ballast = false;
-                } else {
-                    let taken = budget.acquire(LeaseKind::Overhead, BALLAST, BALLAST, WAIT, "somebody else");
-                    self.has_ballast = taken.is_ok();
-                }
-            }
+            Op::Ballast => self.ballast.toggle(&self.world.budget),
         }
     }
 
     /// The owners and figures are the model's, and so are the bytes where a guard can be had.
     fn check(&self, must_enter: bool) {
-        let deadline = Instant::now() + WAIT;
-        // Its thread may be about to give something back.
-        while let Err(wrong) = self.cache.check_invariants() {
-            assert!(Instant::now() < deadline, "{wrong}");
-            thread::sleep(Duration::from_millis(1));
-        }
+        settle(&self.cache);
         let owners = self.owners();
         let blocks = self.cache.layout(0).expect("a group").blocks();
         for block in 0..blocks {
@@ -365,9 +315,7 @@ impl Model {
 
     fn end(mut self) {
         self.faults.heal();
-        if self.has_ballast {
-            self.apply(&Op::Ballast);
-        }
+        self.ballast.let_go(&self.world.budget);
         self.apply(&Op::Limit { mib: CACHE_MIB });
         // What could not be given back is asked for again.
         self.cache.trim(ALL).expect("the device works again");

@@ -7,26 +7,23 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
+use common::history::{Ballast, arm, may_fail, settle};
 use common::{PAGE, WAIT, World, keeping, open, pooled_world_on};
 use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
-use shoal_core::ids::DeviceId;
 use shoal_core::kv::blocks::BlockState;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, NO_BLOCK, Start};
-use shoal_core::protocol::LeaseKind;
-use shoal_device::{Device, DeviceError, FaultDevice};
-use shoal_memory::{ErrorKind, KvCache, KvCacheSpec, LeaseSource, MemoryError};
+use shoal_device::{Device, FaultDevice};
+use shoal_memory::{KvCache, KvCacheSpec};
 
 const ALL: ByteCount = ByteCount(u64::MAX);
 const BLOCK_TOKENS: u32 = 2;
 /// The window needs the last two blocks.
 const WINDOW: u32 = 4;
 const CACHE_MIB: u64 = 16;
-const BALLAST: ByteCount = ByteCount::mib(12);
 const FULL: usize = 0;
 const STATES: usize = 2;
 const GROUPS: usize = 3;
@@ -97,26 +94,6 @@ fn fault() -> impl Strategy<Value = Option<(u64, bool)>> {
     prop_oneof![2 => Just(None), 1 => (1_u64..24, any::<bool>()).prop_map(Some)]
 }
 
-/// What a device never says of itself: it tells an injected error from a real one.
-fn injected_full(device: DeviceId, requested: ByteCount) -> DeviceError {
-    DeviceError::OutOfMemory { device, requested, free: ByteCount::ZERO, capacity: ByteCount(PAGE) }
-}
-
-fn may_be(error: &MemoryError) -> bool {
-    match error {
-        MemoryError::Device { source: DeviceError::Injected { .. }, .. } => true,
-        MemoryError::Device { source: DeviceError::OutOfMemory { free, capacity, .. }, .. } => {
-            (*free, *capacity) == (ByteCount::ZERO, ByteCount(PAGE))
-        }
-        MemoryError::State { .. } => error.to_string().contains("on the host"),
-        _ => matches!(error.kind(), ErrorKind::Lease | ErrorKind::HostBudget | ErrorKind::Transfer),
-    }
-}
-
-fn may_fail<T>(outcome: Result<T, MemoryError>) -> Option<T> {
-    outcome.map_err(|error| assert!(may_be(&error), "{error} ({error:?})")).ok()
-}
-
 /// A block of a group.
 type Place = (usize, u32);
 
@@ -142,7 +119,7 @@ struct Model {
     /// What blocks were sealed as: they may be found, or may have been evicted.
     sealed: BTreeMap<Place, (u8, usize)>,
     limit: ByteCount,
-    has_ballast: bool,
+    ballast: Ballast,
     stamp: u8,
 }
 
@@ -184,7 +161,7 @@ impl Model {
             bytes: BTreeMap::new(),
             sealed: BTreeMap::new(),
             limit,
-            has_ballast: false,
+            ballast: Ballast::default(),
             stamp: 0,
         }
     }
@@ -198,13 +175,7 @@ impl Model {
     }
 
     fn arm(&self, fault: Option<(u64, bool)>) {
-        let Some((n, is_full)) = fault else { return };
-        let (mut left, device) = (n, self.world.device.info().id);
-        self.faults.fail_when(move |call| {
-            left = left.checked_sub(1)?;
-            let injected = DeviceError::Injected { call: call.number, verb: call.verb };
-            (left == 0).then(|| if is_full { injected_full(device, call.bytes) } else { injected })
-        });
+        arm(&self.faults, self.world.device.info().id, fault);
     }
 
     fn offset(&self, (group, block): Place) -> ByteCount {
@@ -352,26 +323,12 @@ impl Model {
                 drop(may_fail(self.world.manager.reclaim(bytes, WAIT, "a test")));
             }
             Op::Compact { group } => self.compact(group),
-            Op::Ballast => {
-                let budget = &self.world.budget;
-                if self.has_ballast {
-                    budget.give_back(LeaseKind::Overhead, BALLAST);
-                    self.has_ballast = false;
-                } else {
-                    let taken = budget.acquire(LeaseKind::Overhead, BALLAST, BALLAST, WAIT, "somebody else");
-                    self.has_ballast = taken.is_ok();
-                }
-            }
+            Op::Ballast => self.ballast.toggle(&self.world.budget),
         }
     }
 
     fn check(&self, must_enter: bool) {
-        let deadline = Instant::now() + WAIT;
-        // Its thread may be about to give something back.
-        while let Err(wrong) = self.cache.check_invariants() {
-            assert!(Instant::now() < deadline, "{wrong}");
-            thread::sleep(Duration::from_millis(1));
-        }
+        settle(&self.cache);
         let owners = self.owners();
         let mut live = 0;
         for group in 0..GROUPS {
@@ -410,9 +367,7 @@ impl Model {
 
     fn end(mut self) {
         self.faults.heal();
-        if self.has_ballast {
-            self.apply(&Op::Ballast);
-        }
+        self.ballast.let_go(&self.world.budget);
         self.apply(&Op::Limit { mib: CACHE_MIB });
         // What could not be given back is asked for again.
         self.cache.trim(ALL).expect("the device works again");

@@ -3,12 +3,14 @@
 //! wait without end is a deadlock that loom tells of: a call or an answer that was lost.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 use shoal_core::bytes::ByteCount;
 
+#[path = "common/explore.rs"]
+mod explore;
 #[path = "../src/kv_cache/meeting.rs"]
 #[expect(dead_code, reason = "the crate uses more of it")]
 mod meeting;
@@ -17,19 +19,9 @@ mod signal;
 #[path = "common/loom_sync.rs"]
 mod sync;
 
+use explore::{explore, far};
 use meeting::Meeting;
 use signal::Signal;
-
-fn far() -> Instant {
-    Instant::now() + Duration::from_hours(1)
-}
-
-/// All orders with at most so many changes of thread where none would have had to be.
-fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(model);
-}
 
 #[test]
 fn no_call_is_lost_whenever_it_comes() {

@@ -12,12 +12,13 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, Start};
+use shoal_core::protocol::KvTierCounts;
 use shoal_device::{Device, FaultDevice};
 use shoal_memory::disk::{DiskOptions, DiskTier, FaultRates, SimDisk};
 use shoal_memory::store::{
     AdmissionRule, Buffer, Fetched, Miss, Offer, Promise, Store, StoreKey, Stored, Ticket, Verdict,
 };
-use shoal_memory::{KvCache, KvCacheSpec, KvTier, KvTierCounts, KvTierOptions};
+use shoal_memory::{KvCache, KvCacheSpec, KvTier, KvTierOptions};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Tokens of a block.

@@ -3,7 +3,7 @@
 //! later moment.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
@@ -12,21 +12,13 @@ use loom::thread;
 #[expect(dead_code, reason = "the crate uses more of it")]
 mod turn;
 
+#[path = "common/explore.rs"]
+mod explore;
 #[path = "common/loom_sync.rs"]
 mod sync;
 
+use explore::{explore, far};
 use turn::Turn;
-
-fn far() -> Instant {
-    Instant::now() + Duration::from_hours(1)
-}
-
-/// All orders with at most so many changes of thread where none would have had to be.
-fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(model);
-}
 
 /// Takes the turn, and is alone with it.
 fn take(turn: &Arc<Turn>, inside: &AtomicUsize, deadline: Instant) -> bool {

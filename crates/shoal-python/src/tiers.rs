@@ -172,20 +172,7 @@ impl PyKvTier {
 
     /// A dict of counts.
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let counts = self.tier.get()?.counts();
-        let usage = TierUsage {
-            saved: counts.saved,
-            saved_bytes: counts.saved_bytes,
-            unsaved: counts.unsaved,
-            looked_up: counts.looked_up,
-            loaded: counts.loaded,
-            loaded_bytes: counts.loaded_bytes,
-            late: counts.late,
-            corrupt: counts.corrupt,
-            failed: counts.failed,
-            load_us: counts.load_us,
-            ..TierUsage::default()
-        };
+        let usage = TierUsage { counts: self.tier.get()?.counts(), ..TierUsage::default() };
         convert::to_plain(py, &usage)
     }
 }

@@ -17,7 +17,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::TierUsage;
+use shoal_core::protocol::{KvTierCounts, TierUsage};
 
 use crate::gateway::Models;
 use crate::shelf::Caller;
@@ -218,7 +218,7 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
         vec![("model", model.name.clone()), ("tier", tier.tier.clone())]
     };
     let blocks = tiers().flat_map(|(model, tier)| {
-        let TierUsage { saved, unsaved, looked_up, loaded, late, corrupt, .. } = *tier;
+        let KvTierCounts { saved, unsaved, looked_up, loaded, late, corrupt, .. } = tier.counts;
         [
             ("saved", saved),
             ("unsaved", unsaved),
@@ -240,7 +240,7 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
         blocks,
     )?;
     let bytes = tiers().flat_map(|(model, tier)| {
-        [("saved", tier.saved_bytes), ("loaded", tier.loaded_bytes)].map(|(what, bytes)| {
+        [("saved", tier.counts.saved_bytes), ("loaded", tier.counts.loaded_bytes)].map(|(what, bytes)| {
             let mut labels = labels(model, tier);
             labels.push(("what", what.to_owned()));
             (labels, ConstCounter::new(bytes.0))

@@ -19,26 +19,12 @@ use super::queue::{DiskState, Request, Shared};
 use super::recover::{Plan, recover};
 use super::sim::{FaultRates, SimDisk};
 use super::worker::Worker;
-use crate::store::{Buffer, Fetched, Fingerprint, Miss, StoreKey, Stored, Ticket};
+use crate::store::dice::{Random, key};
+use crate::store::{Buffer, Fetched, Miss, Stored, Ticket};
 
 const SECRET: Secret = Secret(99);
 const SEGMENT: u64 = 512 << 10;
 const HOUR: Duration = Duration::from_hours(1);
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
-    }
-}
-
-fn key(block: u64) -> StoreKey {
-    StoreKey { fingerprint: Fingerprint(1), tenant: 2, block: block.into() }
-}
 
 /// What a block holds: decided by its name, so that anybody can tell whether it is right.
 fn content(block: u64, are_odd: bool) -> Vec<u8> {

@@ -7,13 +7,13 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::store::Fingerprint;
+use crate::store::{Fingerprint, dice};
 
 const WAIT: Duration = Duration::from_mins(1);
 const UNIT: u64 = 4096;
 
 fn key(block: u8) -> StoreKey {
-    StoreKey { fingerprint: Fingerprint(1), tenant: 2, block: block.into() }
+    dice::key(block.into())
 }
 
 /// Up to four units, decided by the name.

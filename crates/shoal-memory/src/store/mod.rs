@@ -7,6 +7,8 @@
 
 mod buffer;
 pub(crate) mod crew;
+#[cfg(test)]
+pub(crate) mod dice;
 mod host;
 mod stack;
 mod ticket;

@@ -1,6 +1,8 @@
 //! What the tests of this crate share.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+pub(crate) mod history;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;

@@ -109,7 +109,7 @@ impl Inner {
                 }
                 Err(miss) => {
                     tracing::debug!(%miss, "a block of a tier does not come");
-                    self.count(|counts| counts.missed(&miss));
+                    self.count(|counts| super::count_miss(counts, &miss));
                     break;
                 }
             }

@@ -22,6 +22,7 @@ use parking_lot::{Condvar, Mutex};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::GroupLayout;
 use shoal_core::kv::prefix::{BlockKey, KeyChain};
+use shoal_core::protocol::KvTierCounts;
 use shoal_core::store::format::padded;
 use shoal_device::{Event, ForeignWork, HostBuffer, Stream};
 
@@ -58,31 +59,6 @@ impl KvTierOptions {
         let (load_wait, put_wait) = (Duration::from_secs(1), Duration::from_secs(30));
         Self { facts, load_wait, put_wait, queued_tokens_max: 4 << 20 }
     }
-}
-
-/// What a tier did for a cache, in blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct KvTierCounts {
-    /// Kept by the tier.
-    pub saved: u64,
-    /// Their bytes.
-    pub saved_bytes: ByteCount,
-    /// Not saved: the tier refused them or failed, or they were evicted before their turn came.
-    pub unsaved: u64,
-    /// Looked for, because the cache itself had forgotten them or never knew them.
-    pub looked_up: u64,
-    /// Of those, brought back.
-    pub loaded: u64,
-    /// Their bytes.
-    pub loaded_bytes: ByteCount,
-    /// Of those looked up, there, but too late: computed again.
-    pub late: u64,
-    /// Of those looked up, damaged.
-    pub corrupt: u64,
-    /// Loads that ended early for another reason: the tier failed, or memory was short.
-    pub failed: u64,
-    /// Time that loads took, in microseconds.
-    pub load_us: u64,
 }
 
 /// Sequences whose blocks are to be saved.
@@ -323,14 +299,13 @@ impl Inner {
     }
 }
 
-impl KvTierCounts {
-    fn missed(&mut self, miss: &Miss) {
-        match miss {
-            Miss::Deadline => self.late += 1,
-            Miss::Corrupt => self.corrupt += 1,
-            // It was evicted a moment ago.
-            Miss::Absent => {}
-            _ => self.failed += 1,
-        }
+/// Counts a block that was looked for and did not come.
+fn count_miss(counts: &mut KvTierCounts, miss: &Miss) {
+    match miss {
+        Miss::Deadline => counts.late += 1,
+        Miss::Corrupt => counts.corrupt += 1,
+        // It was evicted a moment ago.
+        Miss::Absent => {}
+        _ => counts.failed += 1,
     }
 }

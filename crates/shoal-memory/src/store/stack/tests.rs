@@ -6,25 +6,11 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
-use super::super::{Aligned, Fingerprint, HostOptions, HostTier, Promise};
+use super::super::dice::{Random, key};
+use super::super::{Aligned, HostOptions, HostTier, Promise};
 use super::*;
 
 const WAIT: Duration = Duration::from_mins(1);
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
-    }
-}
-
-fn key(block: u64) -> StoreKey {
-    StoreKey { fingerprint: Fingerprint(1), tenant: 2, block: block.into() }
-}
 
 fn content(block: u64) -> Vec<u8> {
     let length = 1 + usize::try_from(block * 977 % 8000).unwrap();
