@@ -27,12 +27,15 @@ def plan(shelf: Shelf, hour: int | None = None) -> Plan:
     if (time.localtime().tm_hour if hour is None else hour) not in DAY:
         return said
     spared = {model.id for model in shelf.models if model.name in BY_DAY}
-    actions = [action for action in said.actions if not (isinstance(action, Evict) and action.model in spared)]
-    if len(actions) == len(said.actions):
-        return said
-    # What was to be taken from them is waited for: say so.
+    kept_back = [action for action in said.actions if isinstance(action, Evict) and action.model in spared]
+    # Whoever was to have what is not taken waits: say what for.
+    asking = {action.requester for action in kept_back}
     reason = f"{', '.join(sorted(BY_DAY))} stays on the device by day"
-    actions = [replace(action, reason=reason) if isinstance(action, Wait) else action for action in actions]
+    actions = [
+        replace(action, reason=reason) if isinstance(action, Wait) and action.model in asking else action
+        for action in said.actions
+        if action not in kept_back
+    ]
     return replace(said, actions=actions)
 
 

@@ -255,10 +255,9 @@ class Store:
 class DiskTier:
     def __new__(
         cls,
-        disks: list[tuple[StrPath, int]],
+        disks: list[tuple[StrPath, int, int | None]],
         segment_bytes: int | None,
         uses_min: int,
-        write_bytes_per_hour: int | None,
         engine: str,
     ) -> DiskTier: ...
     def store(self) -> Store: ...

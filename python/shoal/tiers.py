@@ -31,14 +31,13 @@ class DiskTier:
     Parameters
     ----------
     disks
-        For each disk the path of a directory of the tier's own, and the most bytes in it.
+        For each disk the path of a directory of the tier's own, the most bytes in it, and, where there is a limit, the
+        most bytes written to it in an hour, so that it lasts.
     segment_bytes
         Length of a segment of a directory that is made now: room is made by segments. By default a sixteenth of the
         smallest disk's bytes, from 4 to 256 MiB.
     uses_min
         From which sighting on a block is worth a write; 1 keeps all.
-    writes_per_hour
-        Most bytes written to each disk in an hour, so that it lasts; no limit, without it.
     engine
         ``"auto"`` is io_uring where the kernel allows it, else threads; ``"threads"``.
 
@@ -56,18 +55,16 @@ class DiskTier:
 
     def __init__(
         self,
-        disks: Sequence[tuple[str | os.PathLike[str], Size]],
+        disks: Sequence[tuple[str | os.PathLike[str], Size] | tuple[str | os.PathLike[str], Size, Size | None]],
         *,
         segment_bytes: Size | None = None,
         uses_min: int = 1,
-        writes_per_hour: Size | None = None,
         engine: str = "auto",
     ) -> None:
         self._native = _native.DiskTier(
-            [(path, parse_size(size)) for path, size in disks],
+            [_disk(*disk) for disk in disks],
             None if segment_bytes is None else parse_size(segment_bytes),
             uses_min,
-            None if writes_per_hour is None else parse_size(writes_per_hour),
             engine,
         )
 
@@ -223,3 +220,9 @@ class KvTier:
         usage: dict[str, Any] = self._native.usage()
         del usage["tier"], usage["reason"], usage["places"]
         return usage
+
+
+def _disk(
+    path: str | os.PathLike[str], size: Size, write_bytes_per_hour: Size | None = None
+) -> tuple[str | os.PathLike[str], int, int | None]:
+    return path, parse_size(size), None if write_bytes_per_hour is None else parse_size(write_bytes_per_hour)

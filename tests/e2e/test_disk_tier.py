@@ -171,7 +171,8 @@ def test_a_disk_that_is_full_makes_room(tmp_path: Path, ash: dict[str, object]) 
     """More than fits: what is oldest goes, and every answer is right."""
     name = str(ash["name"])
     # A block of this model is 128 KiB: 64 MiB are 500 of them, and these are about 650.
-    disk: list[dict[str, object]] = [{"path": str(tmp_path / "disk"), "bytes": "64MiB", "writes_per_hour": "10GiB"}]
+    path = str(tmp_path / "disk")
+    disk: list[dict[str, object]] = [{"path": path, "bytes": "64MiB", "write_bytes_per_hour": "10GiB"}]
     prompts = [f"{number:03} " + (PROMPT * 2)[:430] for number in range(24)]
     with serve_on(tmp_path, ash, disk) as server:
         server.wait_for(name, "asleep")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,23 @@ def test_the_builtin_policies_decide_as_in_the_server() -> None:
         builtin("fair")
 
 
+def test_what_others_have_of_the_device_counts_for_a_builtin_policy() -> None:
+    crowded = replace(SHELF, budget=60 * MIB, taken=40 * MIB)
+    said = builtin("value")(crowded)
+    assert [action for action in said.actions if isinstance(action, Deny)] == [], "it may come back"
+    assert any(isinstance(action, Wait) and action.request == 7 for action in said.actions)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ShelfState", Shelf), ("ModelState", Model), ("PendingRequest", Request)])
+def test_what_a_policy_is_given_is_all_that_the_server_decides_from(name: str, kind: type) -> None:
+    source = (ROOT / "crates/shoal-core/src/policy/state.rs").read_text("utf-8")
+    body = source.partition(f"pub struct {name} {{")[2].partition("\n}\n")[0]
+    theirs = set(re.findall(r"^    pub (\w+):", body, re.MULTILINE))
+    ours = {field.name for field in fields(kind)} - {"now_ms"}
+    assert len(theirs) > 5
+    assert ours == theirs
+
+
 def test_states_and_plans_are_written_as_they_are_read() -> None:
     assert Shelf.read(SHELF.written(), 10_000) == SHELF
     newer = SHELF.written() | {"weather": "fine"}
@@ -56,6 +74,13 @@ def test_states_and_plans_are_written_as_they_are_read() -> None:
     for nonsense in (None, "evict them all", 3, [Evict], [("evict", 0)]):
         with pytest.raises(TypeError, match="the policy gave"):
             Plan.of(nonsense)
+    for action in (Evict(0, MIB / 2, "half"), Wait(1, 7, "e", True), Grant(1, 7, float("nan"), "c")):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"the policy gave .* as (bytes|until_ms) of .*; it must be a whole number"):
+            Plan.of([action])
+    with pytest.raises(ValueError, match="the policy gave -3 as bytes of Evict"):
+        Plan.of([Evict(0, -3, "less")])
+    with pytest.raises(TypeError, match=r"the policy gave 1.5 as again_at_ms"):
+        Plan.of(Plan((), 1.5))  # type: ignore[arg-type]
 
 
 def answers(directory: Path, code: str, *questions: object, name: str = "mine:plan") -> list[dict[str, object]]:

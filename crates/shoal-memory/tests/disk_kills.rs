@@ -102,7 +102,7 @@ fn options() -> DiskOptions {
 }
 
 fn spec(path: &Path, mib: u64) -> DiskSpec {
-    DiskSpec { path: path.to_owned(), bytes: ByteCount::mib(mib) }
+    DiskSpec::new(path, ByteCount::mib(mib))
 }
 
 /// The process that is killed; does nothing when it is run as a test.

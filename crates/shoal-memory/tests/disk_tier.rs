@@ -31,7 +31,7 @@ fn small() -> DiskOptions {
 }
 
 fn spec(path: &Path, mib: u64) -> DiskSpec {
-    DiskSpec { path: path.to_owned(), bytes: ByteCount::mib(mib) }
+    DiskSpec::new(path, ByteCount::mib(mib))
 }
 
 fn put(tier: &DiskTier, block: u128, bytes: usize) -> Result<Stored, Miss> {

@@ -37,7 +37,7 @@ struct Server {
 
 impl Server {
     fn start(disk: &Path, shared: &Path) -> Self {
-        let spec = DiskSpec { path: disk.to_owned(), bytes: ByteCount::mib(64) };
+        let spec = DiskSpec::new(disk, ByteCount::mib(64));
         let options = DiskOptions { segment_bytes: ByteCount::mib(8), ..DiskOptions::default() };
         let host = Arc::new(HostTier::new(HostOptions::new(ByteCount::mib(4))));
         let by = Instant::now() + WAIT;

@@ -44,10 +44,9 @@ impl PyDiskTier {
     #[new]
     fn new(
         py: Python<'_>,
-        disks: Vec<(PathBuf, u64)>,
+        disks: Vec<(PathBuf, u64, Option<u64>)>,
         segment_bytes: Option<u64>,
         uses_min: u32,
-        write_bytes_per_hour: Option<u64>,
         engine: &str,
     ) -> PyResult<Self> {
         let engine = match engine {
@@ -58,13 +57,18 @@ impl PyDiskTier {
                 return Err(PyValueError::new_err(message));
             }
         };
-        let disks: Vec<DiskSpec> =
-            disks.into_iter().map(|(path, bytes)| DiskSpec { path, bytes: ByteCount(bytes) }).collect();
+        let disks: Vec<DiskSpec> = disks
+            .into_iter()
+            .map(|(path, bytes, per_hour)| DiskSpec {
+                path,
+                bytes: ByteCount(bytes),
+                write_bytes_per_hour: per_hour.map(ByteCount),
+            })
+            .collect();
         let mut options = DiskOptions::fitting(&disks);
         options.segment_bytes = segment_bytes.map_or(options.segment_bytes, ByteCount);
         options.engine = engine;
         options.admission = AdmissionRule { uses_min };
-        options.write_bytes_per_hour = write_bytes_per_hour.map(ByteCount);
         let tier = py.detach(|| DiskTier::open(&disks, options)).map_err(errors::of_disk)?;
         Ok(Self { tier: Owned::new(Arc::new(tier)) })
     }

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import inspect
 import json
 import os
-import signal
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any, TextIO
 
 from shoal.policy.actions import Plan
 from shoal.policy.state import Shelf
+from shoal.worker import parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("callable", help="package.module:function")
     parser.add_argument("--path", help="a directory to look for the module in, before all others")
     options = parser.parse_args(argv)
-    if not _end_with_parent():
+    if not parent.end_with_parent():
         return 1
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the function prints is no answer
@@ -43,20 +40,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         policy = _found(options.callable)
     except Exception as error:  # noqa: BLE001 - whatever the module raises is the server's to tell
-        _say(answers, {"error": _told(error)})
+        _say(answers, json.dumps({"error": _told(error)}))
         return 2
-    _say(answers, {})
-    for line in sys.stdin:
-        question = json.loads(line)
+    _say(answers, json.dumps({}))
+    for asked in sys.stdin:
+        question = json.loads(asked)
         answer: dict[str, Any] = {"question": question["question"]}
         try:
             said = policy(Shelf.read(question["state"], question["now_ms"]))
-            answer["plan"] = Plan.of(said).written()
-            json.dumps(answer)
+            line = json.dumps(answer | {"plan": Plan.of(said).written()})
         except Exception as error:  # noqa: BLE001 - the server decides without it, and says why
             traceback.print_exc()
-            answer = {"question": question["question"], "error": _told(error)}
-        _say(answers, answer)
+            line = json.dumps(answer | {"error": _told(error)})
+        _say(answers, line)
     return 0
 
 
@@ -79,17 +75,9 @@ def _told(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}{where}".split())
 
 
-def _say(answers: TextIO, message: dict[str, Any]) -> None:
-    answers.write(json.dumps(message) + "\n")
+def _say(answers: TextIO, line: str) -> None:
+    answers.write(line + "\n")
     answers.flush()
-
-
-def _end_with_parent() -> bool:
-    """Ask to be killed when the server ends, whatever the function is doing then; false where it has ended already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    server = os.environ.get("SHOAL_SERVER_PID", "")
-    return not server.isdecimal() or os.getppid() == int(server)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ class Plan:
         Raises
         ------
         TypeError
-            It is neither a plan nor a list of actions.
+            It is neither a plan nor a list of actions, or a number in it is not a whole one.
+        ValueError
+            A number in it is below 0 or too large.
         """
         plan = said if isinstance(said, Plan) else cls(said) if isinstance(said, list | tuple) else None
         if plan is None:
@@ -117,6 +119,11 @@ class Plan:
         for action in plan.actions:
             if not isinstance(action, Action):
                 raise TypeError(f"the policy gave {action!r} among its actions")
+            for name, value in action.written().items():
+                if name not in _WORDS and not (name == "requester" and value is None):
+                    _number(value, f"{name} of {action!r}")
+        if plan.again_at_ms is not None:
+            _number(plan.again_at_ms, "again_at_ms")
         return plan
 
     @classmethod
@@ -132,6 +139,16 @@ class Plan:
     def written(self) -> dict[str, Any]:
         """Give the plan as it stands in the decision log."""
         return {"actions": [action.written() for action in self.actions], "again_at_ms": self.again_at_ms}
+
+
+_WORDS = ("do", "reason", "never")
+
+
+def _number(value: object, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"the policy gave {value!r} as {what}; it must be a whole number")
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"the policy gave {value} as {what}; it must be from 0 to 2**64 - 1")
 
 
 def _why(action: Action) -> dict[str, str]:

@@ -162,6 +162,9 @@ class Shelf:
         The moment of the decision, on the clock of all times here.
     budget
         Bytes that may be leased in all.
+    taken
+        Bytes that other processes have of the device; not in the budget. What is leased beyond the budget because of
+        them has to come back.
     extent
         The unit in which bytes are ordered back.
     quantum_ms
@@ -179,6 +182,7 @@ class Shelf:
     extent: int
     quantum_ms: int
     is_manual: bool = False
+    taken: int = 0
     models: tuple[Model, ...] = ()
     requests: tuple[Request, ...] = ()
 

@@ -33,13 +33,13 @@ class DiskShare:
         A directory of its own.
     bytes
         Most bytes in it.
-    writes_per_hour
+    write_bytes_per_hour
         Most bytes written to it in an hour; None for no limit.
     """
 
     path: str
     bytes: int
-    writes_per_hour: int | None = None
+    write_bytes_per_hour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ def _disk(value: Any) -> tuple[DiskShare, ...]:
         raise SpecError(f"disk: {value!r} is not a list of objects")
     shares = []
     for entry in value:
-        path, size, writes = entry.get("path"), entry.get("bytes"), entry.get("writes_per_hour")
+        path, size, writes = entry.get("path"), entry.get("bytes"), entry.get("write_bytes_per_hour")
         if not isinstance(path, str) or not path:
             raise SpecError(f"disk: {entry!r} has no path")
-        limit = None if writes is None else parse_bytes("disk.writes_per_hour", writes)
+        limit = None if writes is None else parse_bytes("disk.write_bytes_per_hour", writes)
         shares.append(DiskShare(path, parse_bytes("disk.bytes", size), limit))
     return tuple(shares)
 

@@ -133,8 +133,7 @@ class KvOnDisk:
             logger.info("KV on disk: %(path)s is %(state)s, %(blocks)d blocks in it, by %(means)s", place)
 
     def _opened(self) -> DiskTier:
-        limits = [share.writes_per_hour for share in self._disks if share.writes_per_hour is not None]
-        return DiskTier([(share.path, share.bytes) for share in self._disks], writes_per_hour=min(limits, default=None))
+        return DiskTier([(share.path, share.bytes, share.write_bytes_per_hour) for share in self._disks])
 
 
 def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:

@@ -129,7 +129,7 @@ impl Arena {
 fn tier_round(folder: &Path, engine: Engine, block: usize, count: u64, outstanding: usize) -> [Speed; 2] {
     let path = folder.join("tier");
     let total = count * block as u64;
-    let spec = DiskSpec { path: path.clone(), bytes: ByteCount(total + total / 4 + (2 << 30)) };
+    let spec = DiskSpec::new(path.clone(), ByteCount(total + total / 4 + (2 << 30)));
     let options = DiskOptions { engine, depth: DEPTH, ..DiskOptions::default() };
     let tier = DiskTier::open(&[spec], options).unwrap();
     let arena = Arena::new((outstanding * block) as u64, block);

@@ -23,7 +23,7 @@ pub(crate) fn measure(folder: &Path) {
         [("2 MiB", 2 << 20, 0), ("2 MiB, the last one unfinished", 2 << 20, 1), ("128 KiB", 128 << 10, 0)]
     {
         let path = folder.join("recovery");
-        let spec = DiskSpec { path: path.clone(), bytes: ByteCount(SEGMENTS * SEGMENT) };
+        let spec = DiskSpec::new(path.clone(), ByteCount(SEGMENTS * SEGMENT));
         drop(DiskTier::open(std::slice::from_ref(&spec), DiskOptions::default()).unwrap());
         let blocks = fill(&path, block, SEGMENTS - unfinished);
         let mut seconds = Vec::new();

@@ -152,7 +152,7 @@ impl DiskTier {
         let opens = disks.iter().enumerate().map(|(index, (disk, bytes))| {
             let (disk, depth, segment_bytes) = (disk.clone(), options.depth, options.segment_bytes.0);
             let open = move || Ok((disk.open(depth), Secret(7), segment_bytes));
-            let spec = DiskSpec { path: PathBuf::from(format!("simulated-{index}")), bytes: *bytes };
+            let spec = DiskSpec::new(format!("simulated-{index}"), *bytes);
             (spec, Box::new(open) as Open)
         });
         Self::start(opens.collect(), options)
@@ -168,7 +168,7 @@ impl DiskTier {
                 tier.options.requests_max,
                 tier.options.put_bytes_max.0,
                 names,
-                tier.options.write_bytes_per_hour.map(|bytes| bytes.0),
+                spec.write_bytes_per_hour.map(|bytes| bytes.0),
             ));
             let (first, receiver) = sync_channel(1);
             let life = Life {

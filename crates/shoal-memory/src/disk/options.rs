@@ -19,6 +19,16 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// Most bytes on it.
     pub bytes: ByteCount,
+    /// Most bytes written to it an hour, so that it lasts.
+    pub write_bytes_per_hour: Option<ByteCount>,
+}
+
+impl DiskSpec {
+    /// A disk without a limit of what is written to it.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, bytes: ByteCount) -> Self {
+        Self { path: path.into(), bytes, write_bytes_per_hour: None }
+    }
 }
 
 /// How a disk tier works. `default()` is what a server uses.
@@ -50,8 +60,6 @@ pub struct DiskOptions {
     pub health: HealthRule,
     /// What is worth a write.
     pub admission: AdmissionRule,
-    /// Most bytes written to each disk an hour, so that it lasts.
-    pub write_bytes_per_hour: Option<ByteCount>,
 }
 
 impl Default for DiskOptions {
@@ -70,7 +78,6 @@ impl Default for DiskOptions {
             wants_direct: true,
             health: HealthRule::default(),
             admission: AdmissionRule::default(),
-            write_bytes_per_hour: None,
         }
     }
 }

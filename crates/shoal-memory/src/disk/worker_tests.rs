@@ -108,7 +108,7 @@ impl Scene {
 
     fn open(&mut self) {
         self.shared = Arc::new(Shared::new(64, 8 << 20, 64, None));
-        let spec = DiskSpec { path: "simulated".into(), bytes: ByteCount(self.plot.segments * SEGMENT) };
+        let spec = DiskSpec::new("simulated", ByteCount(self.plot.segments * SEGMENT));
         let log = self.options.log(&spec, SEGMENT).unwrap();
         // Reading back is tried until it works, as the disk's thread does, with requests that hang taken out.
         let rates = self.plot.rates;

@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn directories_are_judged() {
         let folder = tempfile::tempdir().expect("a directory");
-        let disk = |path: PathBuf, bytes| DiskTier { path, bytes, writes_per_hour: bytes };
+        let disk = |path: PathBuf, bytes| DiskTier { path, bytes, write_bytes_per_hour: bytes };
         let worst = |disk: &DiskTier| of_disk(disk).into_iter().map(|check| check.level).max();
         let here = folder.path().to_owned();
 

@@ -27,7 +27,7 @@ impl ServerConfig {
             serde_json::json!({
                 "path": disk.path.join(format!("kv-{}", model.name)),
                 "bytes": part(disk.bytes).max(DISK_SHARE_MIN),
-                "writes_per_hour": part(disk.writes_per_hour),
+                "write_bytes_per_hour": part(disk.write_bytes_per_hour),
             })
         };
         self.disk.iter().map(entry).collect()

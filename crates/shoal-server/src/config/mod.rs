@@ -351,7 +351,7 @@ pub struct DiskTier {
     /// The most it may hold there, all models together.
     pub bytes: ByteCount,
     /// The most that is written to it in an hour, so that the disk lasts.
-    pub writes_per_hour: ByteCount,
+    pub write_bytes_per_hour: ByteCount,
 }
 
 /// Bounds on what clients may ask; every one has a default.

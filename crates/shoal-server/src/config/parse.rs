@@ -150,7 +150,7 @@ const MODEL_KEYS: [&str; 26] = [
     SHARING_KEYS[1],
     SHARING_KEYS[2],
 ];
-const DISK_KEYS: [&str; 3] = ["path", "bytes", "writes_per_hour"];
+const DISK_KEYS: [&str; 3] = ["path", "bytes", "write_bytes_per_hour"];
 const DISK_KEYS_NEEDED: [&str; 2] = ["path", "bytes"];
 const DTYPES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
 
@@ -376,10 +376,10 @@ impl<'i> Reader<'i> {
                     self.complain(entry.span(), ProblemKind::Missing { key, section: "`disk`".to_owned() });
                 }
             }
-            let writes = self.size(table, "writes_per_hour");
+            let writes = self.size(table, "write_bytes_per_hour");
             if let (Some(path), Some(bytes)) = (self.parsed(table, "path", path), self.size(table, "bytes")) {
-                let writes_per_hour = writes.map_or(bytes.value, |writes| writes.value);
-                let tier = DiskTier { path: path.value, bytes: bytes.value, writes_per_hour };
+                let write_bytes_per_hour = writes.map_or(bytes.value, |writes| writes.value);
+                let tier = DiskTier { path: path.value, bytes: bytes.value, write_bytes_per_hour };
                 tiers.push(Sited { value: tier, line: path.line, column: path.column });
             }
         }

@@ -96,6 +96,12 @@ impl ShoalFile {
         both_ways(&mut models);
         check_host(&models, &depths, host_budget, &mut problems);
         notes.extend(models.iter().filter(|_| separate_keys).filter_map(shares_prefixes));
+        if separate_keys && !disk.is_empty() {
+            notes.push(
+                "separate_keys: what `disk` keeps is found until this server ends; the next one has other salts"
+                    .to_owned(),
+            );
+        }
         let unservable: Vec<String> =
             models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
         if !problems.is_empty() {

@@ -86,6 +86,9 @@ fn keys_can_be_kept_apart_where_there_are_any() {
     assert_eq!(notes("engine = 'vllm'\n"), [] as [String; 0], "it is told of keys too");
     let told = notes("engine = 'command'\ncommand = 'serve'\nport = 9000\ndevice_bytes = '1GiB'\n");
     assert!(told[0].contains("separate_keys: a (engine = \"command\")"), "{told:?}");
+    let on_disk = text.replace("AND", "api_key_file = 'keys'\ndisk = [{ path = 'kv', bytes = '1GiB' }]\n");
+    let told = load_here(&on_disk).expect("good").notes;
+    assert!(told.iter().any(|note| note.contains("the next one has other salts")), "{told:?}");
     let wrong = load_here(&text.replace("AND", "")).expect_err("there are no keys");
     assert!(wrong.contains("there are no keys to tell apart without `api_key_file`"), "{wrong}");
     let none =
@@ -208,7 +211,7 @@ fn every_key_is_read() {
         [DiskTier {
             path: "/nowhere/home/disk".into(),
             bytes: ByteCount::gib(200),
-            writes_per_hour: ByteCount::gib(200)
+            write_bytes_per_hour: ByteCount::gib(200)
         }]
     );
     assert_eq!((config.device_budget, config.host_budget), (ByteCount::mib(640), ByteCount::gib(1)));
@@ -221,8 +224,7 @@ fn every_key_is_read() {
     assert!(told("code:v1").is_null(), "it finds nothing again");
     assert_eq!(config.disk_wait, Duration::from_millis(250));
     let half = ByteCount::gib(100);
-    let other =
-        serde_json::json!([{"path": "/nowhere/home/disk/kv-other", "bytes": half, "writes_per_hour": half}]);
+    let other = serde_json::json!([{"path": "/nowhere/home/disk/kv-other", "bytes": half, "write_bytes_per_hour": half}]);
     assert_eq!(told("other"), other, "two models share it");
     assert_eq!(config.unservable, ["model \"code:v1\" will fail: there is no /etc/shelf/code"]);
     let model = &config.models[0];
