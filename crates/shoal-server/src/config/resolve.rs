@@ -25,6 +25,9 @@ use super::{
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
 /// What is left of a GPU's free memory, for what nobody foresees, where nothing is said.
 const HEADROOM: ByteCount = ByteCount::gib(1);
+/// What `separate_keys` costs where blocks are kept on disk.
+const FOUND_UNTIL_THE_END: &str =
+    "separate_keys: what `disk` keeps is found until this server ends; the next one has other salts";
 
 fn round_down(bytes: ByteCount) -> ByteCount {
     ByteCount(bytes.0 / BUDGET_UNIT.0 * BUDGET_UNIT.0)
@@ -95,12 +98,9 @@ impl ShoalFile {
         }
         both_ways(&mut models);
         check_host(&models, &depths, host_budget, &mut problems);
-        notes.extend(models.iter().filter(|_| separate_keys).filter_map(shares_prefixes));
-        if separate_keys && !disk.is_empty() {
-            notes.push(
-                "separate_keys: what `disk` keeps is found until this server ends; the next one has other salts"
-                    .to_owned(),
-            );
+        if separate_keys {
+            notes.extend(models.iter().filter_map(shares_prefixes));
+            notes.extend((!disk.is_empty()).then(|| FOUND_UNTIL_THE_END.to_owned()));
         }
         let unservable: Vec<String> =
             models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
