@@ -14,11 +14,13 @@
 //! | `metrics` | `/metrics` |
 //! | `page` | `/` |
 //! | [`cli`] | the `shoal` command |
+//! | `bounded` | words of others, before they are kept or shown |
 //! | `fuzzing` | what must hold for any bytes, for tests and fuzzers |
 //!
 //! No CUDA, no Python and no page arithmetic here: those live in the workers.
 
 mod api;
+mod bounded;
 mod broker;
 pub mod cli;
 pub mod config;

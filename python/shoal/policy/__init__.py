@@ -18,8 +18,8 @@ What it says is checked before it is done: a budget, a pin, a minimum cannot be 
 say so.
 
 The function should be pure: the same shelf gives the same plan. It is called from one thread, one call at a time. What
-it prints goes to ``policy.out`` beside the workers' logs. Byte counts are ints, times are milliseconds on the server's
-clock.
+it prints goes to ``policy.out`` (``policy-shadow.out`` where it only watches) beside the workers' logs. Byte counts are
+ints, times are milliseconds on the server's clock.
 """
 
 from __future__ import annotations

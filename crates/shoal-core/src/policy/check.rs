@@ -1,7 +1,8 @@
 //! What every plan must keep to, whoever made it.
 //!
 //! A policy of ours keeps to this by construction and is held to it by tests; one that a user brought is checked here
-//! each time before it is obeyed. What is checked is safety (I1, pins, minimums, maximums, orders that can be carried out),
+//! each time before it is obeyed. What is checked is safety (I1, pins, minimums, maximums, `evict = "never"`, orders that can be carried
+//! out),
 //! not wisdom: a plan may be as unfair as its author likes.
 
 use std::collections::BTreeMap;
@@ -32,6 +33,9 @@ pub fn check(state: &ShelfState, plan: &Plan) -> Result<(), String> {
                 let sum = ordered.entry(model.id).or_default();
                 *sum = sum.checked_add(*bytes).ok_or_else(|| format!("{bytes} of {}", model.name))?;
                 may_evict(model, *bytes, *sum)?;
+                if state.is_manual {
+                    may_evict_by_itself(model, requester.is_some(), *bytes, *sum)?;
+                }
             }
             Action::Restore { model, .. } => {
                 let model = of(model)?;
@@ -100,6 +104,30 @@ fn may_evict(model: &ModelState, bytes: ByteCount, ordered: ByteCount) -> Result
     Ok(())
 }
 
+/// Where nothing is to be evicted by itself ([`ShelfState::is_manual`]): only KV that nobody uses and that holds nothing,
+/// and an idle model whose own `keep_alive` says that it is to go.
+fn may_evict_by_itself(
+    model: &ModelState,
+    is_for_somebody: bool,
+    bytes: ByteCount,
+    ordered: ByteCount,
+) -> Result<(), String> {
+    let unused = model.kv_held.saturating_sub(model.kv_live).saturating_sub(model.kv_cached);
+    let may_go = !is_for_somebody && model.keep_alive_ms.is_some() && !model.is_busy();
+    if may_go || ordered <= unused {
+        return Ok(());
+    }
+    let why = match (is_for_somebody, model.keep_alive_ms) {
+        (true, _) => "for another's sake",
+        (false, Some(_)) => "while it has requests",
+        (false, None) => "without a `keep_alive`",
+    };
+    Err(format!(
+        "{} cannot be ordered to give up {bytes} {why}: evict = \"never\", and {unused} of its KV are unused",
+        model.name
+    ))
+}
+
 /// Least, most and kind of what was asked.
 fn asked(
     state: &ShelfState,
@@ -110,4 +138,46 @@ fn asked(
     found
         .map(|asked| (asked.bytes_min, asked.bytes, asked.kind))
         .ok_or_else(|| format!("{} has no request {request}", model.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{MIB, model, shelf};
+    use super::*;
+
+    fn evict(mib: u64, requester: Option<u32>) -> Plan {
+        let (model, reason) = (ModelId(1), "a test".to_owned());
+        let action = Action::Evict { model, requester: requester.map(ModelId), bytes: MIB(mib), reason };
+        Plan { actions: vec![action], again_at_ms: None }
+    }
+
+    #[test]
+    fn where_nothing_is_evicted_by_itself_only_what_nobody_misses_may_be_taken() {
+        let mut idle = model(1, "idle", 60, 60);
+        (idle.kv_held, idle.kv_live, idle.kv_cached) = (MIB(12), MIB(2), MIB(4));
+        let mut state = shelf(80, vec![model(0, "chat", 16, 0), idle], vec![]);
+        for requester in [Some(0), None] {
+            assert_eq!(check(&state, &evict(20, requester)), Ok(()), "evict = \"auto\"");
+        }
+        state.is_manual = true;
+        for requester in [Some(0), Some(1), None] {
+            assert_eq!(
+                check(&state, &evict(6, requester)),
+                Ok(()),
+                "KV that nobody uses and that holds nothing"
+            );
+            let wrong = check(&state, &evict(7, requester)).expect_err("a prefix would go");
+            assert!(wrong.contains("evict = \"never\"") && wrong.contains("6 MiB of its KV"), "{wrong}");
+        }
+        let twice = Plan {
+            actions: [evict(4, Some(0)).actions, evict(4, Some(0)).actions].concat(),
+            again_at_ms: None,
+        };
+        assert!(check(&state, &twice).is_err(), "orders add up");
+        state.models[1].keep_alive_ms = Some(5_000);
+        assert_eq!(check(&state, &evict(70, None)), Ok(()), "its own keys say that it is to go");
+        assert!(check(&state, &evict(70, Some(0))).is_err(), "for nobody's sake, though");
+        state.models[1].active = 1;
+        assert!(check(&state, &evict(70, None)).is_err(), "and not while it has requests");
+    }
 }

@@ -132,7 +132,7 @@ impl Core {
 
     /// Who decides.
     pub(super) fn deciding(&self) -> &dyn Policy {
-        self.foreign.as_ref().unwrap_or(&self.policy).as_ref()
+        self.brought.as_ref().unwrap_or(&self.policy).as_ref()
     }
 
     /// Makes the configured policies those that decide and watch.
@@ -155,13 +155,13 @@ impl Core {
     /// policy that is not ours is obeyed only if it may be; where not, ours decides, and that is told once for each thing
     /// that is wrong.
     pub(super) fn decide(&mut self, state: &ShelfState, now_ms: u64) -> Result<(Plan, String), u64> {
-        if self.foreign.is_none()
+        if self.brought.is_none()
             && let Some(decided) = self.decide_outside(state, now_ms)
         {
             return decided;
         }
         let (plan, name) = (self.deciding().plan(state, now_ms), self.deciding().name().to_owned());
-        let wrong = if self.foreign.is_some() { check(state, &plan).err() } else { None };
+        let wrong = if self.brought.is_some() { check(state, &plan).err() } else { None };
         let Some(reason) = wrong else { return Ok((plan, name)) };
         let instead = self.policy.name().to_owned();
         if self.remembered.refused.as_ref() != Some(&reason) {
@@ -188,7 +188,7 @@ impl Core {
     /// The name of the policy that is to decide.
     pub(super) fn policy_name(&self) -> &str {
         match &self.outside {
-            Some(outside) if self.foreign.is_none() => &outside.name,
+            Some(outside) if self.brought.is_none() => &outside.name,
             _ => self.deciding().name(),
         }
     }

@@ -6,6 +6,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
 use super::pulse::is_work;
 use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
+use crate::bounded::bounded;
 use crate::state::EventKind;
 
 /// How long KV that was granted counts as used, until the worker's figures show it.
@@ -16,14 +17,8 @@ const OVERHEAD_WAIT_MS: u64 = 60_000;
 /// Characters that are kept of what a worker says in words: thousands of such sentences are.
 const WORDS_MAX: usize = 1_000;
 
-/// The beginning of a worker's words, where they are many.
-fn bounded(mut words: String) -> String {
-    if let Some((end, _)) = words.char_indices().nth(WORDS_MAX) {
-        words.truncate(end);
-        words.push_str("...");
-        words.shrink_to_fit();
-    }
-    words
+fn kept(words: &str) -> String {
+    bounded(words, WORDS_MAX)
 }
 
 impl Core {
@@ -44,14 +39,14 @@ impl Core {
         match message {
             FromWorker::Hello { .. } => self.break_off(place, "a second hello".to_owned(), now_ms),
             FromWorker::Loading { phase, done, total } => {
-                let phase = bounded(phase);
+                let phase = kept(&phase);
                 model.progress = Some(format!("{phase}: {done} of {total}"));
                 self.tell(now_ms, Some(place), EventKind::WorkerLoading { phase, done, total });
             }
             FromWorker::Ready { capabilities } => self.ready(place, capabilities, now_ms),
             FromWorker::Failed { code, message } => {
                 let permanent = code != "internal";
-                self.fail(place, &bounded(code), &bounded(message), permanent, now_ms);
+                self.fail(place, &kept(&code), &kept(&message), permanent, now_ms);
             }
             FromWorker::LeaseRequest { request, kind, bytes, bytes_min, deadline_ms, reason } => {
                 let pending = PendingRequest {
@@ -63,7 +58,7 @@ impl Core {
                     asked_ms: now_ms,
                     deadline_ms: now_ms.saturating_add(deadline_ms),
                 };
-                self.ask(place, pending, bounded(reason), now_ms);
+                self.ask(place, pending, kept(&reason), now_ms);
             }
             FromWorker::LeaseCancel { request } => {
                 let id = model.id;
@@ -78,7 +73,14 @@ impl Core {
             }
             FromWorker::LeaseReturn { kind, bytes } => self.lease_returned(place, kind, bytes, now_ms),
             FromWorker::OrderDone { order, bytes, copied, duration_us, error } => {
-                self.order_done(place, order, (bytes, copied), duration_us, error.map(bounded), now_ms);
+                self.order_done(
+                    place,
+                    order,
+                    (bytes, copied),
+                    duration_us,
+                    error.as_deref().map(kept),
+                    now_ms,
+                );
             }
             FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
             // Memory of this machine: whoever holds descriptors answers. What only shows that it lives is heard above.

@@ -127,7 +127,7 @@ pub(crate) struct Core {
     pub(crate) stopping: bool,
     pub(crate) policy: Box<dyn Policy>,
     /// One that is not ours and decides in its place, as far as its plans may be obeyed.
-    pub(crate) foreign: Option<Box<dyn Policy>>,
+    pub(crate) brought: Option<Box<dyn Policy>>,
     pub(crate) shadow: Option<Shadow>,
     /// Policies in processes of their own: the one that decides, and the one that watches.
     pub(crate) outside: Option<outside::Outside>,
@@ -177,7 +177,7 @@ impl Core {
             started_unix_ms,
             stopping: false,
             policy: Box::new(Value),
-            foreign: None,
+            brought: None,
             shadow: None,
             outside: None,
             outside_shadow: None,

@@ -16,6 +16,7 @@ use shoal_core::policy::{Action, Plan, ShelfState, check};
 use tokio::sync::mpsc;
 
 use super::Core;
+use crate::bounded::bounded;
 use crate::state::EventKind;
 
 /// How often in a row a plan may come too late for what it was made from.
@@ -25,7 +26,7 @@ const AGAIN_MS_MIN: u64 = 10;
 /// Actions of one plan.
 const ACTIONS_MAX: usize = 4_096;
 /// Characters of a reason that are kept.
-const REASON_CHARS_MAX: usize = 400;
+pub(crate) const REASON_CHARS_MAX: usize = 400;
 
 /// A question on its way to the process.
 #[derive(Clone, Debug, Serialize)]
@@ -118,11 +119,12 @@ impl Outside {
         self.receiver.take()
     }
 
-    fn stands(&mut self, standing: Standing) {
-        if let Standing::Down(reason) = &standing
-            && self.open.take().is_some()
-        {
-            self.answer = Some(Err(reason.clone()));
+    fn stands(&mut self, mut standing: Standing) {
+        if let Standing::Down(reason) = &mut standing {
+            *reason = bounded(reason, REASON_CHARS_MAX);
+            if self.open.take().is_some() {
+                self.answer = Some(Err(reason.clone()));
+            }
         }
         self.standing = standing;
     }
@@ -219,9 +221,8 @@ fn tidied(mut plan: Plan, state: &ShelfState, now_ms: u64) -> Result<Plan, Strin
         | Action::Grant { reason, .. }
         | Action::Deny { reason, .. }
         | Action::Wait { reason, .. }) = action;
-        let printable = reason.chars().map(|c| if c.is_control() { ' ' } else { c });
-        *reason = printable.take(REASON_CHARS_MAX).collect();
-        if reason.trim().is_empty() {
+        *reason = bounded(reason, REASON_CHARS_MAX);
+        if reason.is_empty() {
             return Err("it gave an action without a reason".to_owned());
         }
     }
@@ -239,11 +240,23 @@ impl Core {
         let number = self.number();
         let outside = self.outside.as_mut()?;
         match outside.consult(number, state, now_ms) {
-            Said::Pending(until_ms) => Some(Err(until_ms)),
+            Said::Pending(until_ms) => {
+                let mut plan = Plan { actions: Vec::new(), again_at_ms: Some(until_ms) };
+                deny_overdue(
+                    &mut plan,
+                    state,
+                    &format!("{} had not decided by its deadline", outside.name),
+                    now_ms,
+                );
+                // When the next deadline is there, or it is done without.
+                let again_at_ms = plan.again_at_ms.unwrap_or(until_ms);
+                let name = outside.name.clone();
+                Some(if plan.actions.is_empty() { Err(again_at_ms) } else { Ok((plan, name)) })
+            }
             Said::Plan(mut plan) => {
                 outside.instead = None;
                 let name = outside.name.clone();
-                deny_overdue(&mut plan, state, &name, now_ms);
+                deny_overdue(&mut plan, state, &format!("{name} left it waiting until its deadline"), now_ms);
                 Some(Ok((plan, name)))
             }
             Said::Instead(reason) => {
@@ -313,6 +326,7 @@ impl Core {
                 .map(|()| plan)
                 .map_err(|wrong| format!("it planned what must not be done: {wrong}"))
         });
+        let answer = answer.map_err(|reason| bounded(&reason, REASON_CHARS_MAX));
         let Some(live) = open.live else {
             // Of one that came late others have taken its place: it is asked again.
             if !open.is_late {
@@ -338,7 +352,7 @@ impl Core {
 }
 
 /// Nobody waits beyond its deadline, whatever a policy says.
-fn deny_overdue(plan: &mut Plan, state: &ShelfState, name: &str, now_ms: u64) {
+fn deny_overdue(plan: &mut Plan, state: &ShelfState, why: &str, now_ms: u64) {
     let answers = |action: &Action, asked: &shoal_core::policy::PendingRequest| {
         matches!(action, Action::Grant { model, request, .. } | Action::Deny { model, request, .. }
             if *model == asked.model && *request == asked.request)
@@ -360,7 +374,7 @@ fn deny_overdue(plan: &mut Plan, state: &ShelfState, name: &str, now_ms: u64) {
             model: asked.model,
             request: asked.request,
             never: false,
-            reason: format!("{name} left it waiting until its deadline"),
+            reason: why.to_owned(),
         });
     }
 }
@@ -370,8 +384,9 @@ mod tests {
     use shoal_core::bytes::ByteCount;
     use shoal_core::ids::ModelId;
     use shoal_core::policy::{ModelState, PendingRequest};
-    use shoal_core::protocol::LeaseKind;
+    use shoal_core::protocol::{FromServer, LeaseKind};
 
+    use super::super::turn_tests::Bench;
     use super::*;
 
     const MIB: ByteCount = ByteCount::mib(1);
@@ -465,12 +480,80 @@ mod tests {
         );
     }
 
+    /// A core that is to be decided for by a policy outside, which can be asked; and its questions.
+    fn thinking(bench: &mut Bench, wait_ms: u64) -> mpsc::Receiver<Question> {
+        let mut outside = Outside::new(7, "python:a:b", wait_ms);
+        let questions = outside.take_questions().expect("not taken yet");
+        bench.core.outside = Some(outside);
+        bench.core.handle_policy_stands(7, Standing::Ready, 5);
+        questions
+    }
+
+    #[test]
+    fn who_waits_beyond_its_deadline_is_told_so_while_a_policy_thinks() {
+        let mut bench = Bench::new();
+        let mut questions = thinking(&mut bench, 10_000);
+        bench.request(0, LeaseKind::Weights, MIB, 10);
+        bench.request(1, LeaseKind::Weights, MIB, 1_000);
+        let number = questions.try_recv().expect("it is asked").number;
+        assert_eq!(bench.core.timer_ms, Some(5_010), "the next deadline is before its time is up");
+        bench.core.handle_timer(5_010);
+        let denied: Vec<_> = bench.told(0).into_iter().filter_map(denial).collect();
+        assert_eq!(denied, ["python:a:b had not decided by its deadline"]);
+        assert_eq!(bench.told(1).into_iter().filter_map(denial).count(), 0, "it has its time");
+        assert_eq!(bench.core.timer_ms, Some(6_000));
+        // What comes of the question then is for nobody; the other is asked about.
+        bench.core.handle_planned(7, number, Ok(Plan::default()), 5_500);
+        let again = questions.try_recv().expect("it is asked anew");
+        assert_eq!(again.state.requests.iter().map(|asked| asked.model).collect::<Vec<_>>(), [ModelId(1)]);
+    }
+
+    fn denial(said: FromServer) -> Option<String> {
+        if let FromServer::LeaseDeny { reason, .. } = said { Some(reason) } else { None }
+    }
+
+    #[test]
+    fn what_it_raises_is_bounded_and_can_be_shown_anywhere() {
+        let mut bench = Bench::new();
+        let mut questions = thinking(&mut bench, 100);
+        let long = format!("it raised \u{1b}[2J{}", "x".repeat(1 << 20));
+        let is_fit = |text: &str| text.starts_with("it raised  [2Jxx") && text.len() == REASON_CHARS_MAX + 3;
+        bench.request(0, LeaseKind::Weights, MIB, 10);
+        let number = questions.try_recv().expect("it is asked").number;
+        bench.core.handle_planned(7, number, Err(long.clone()), 20);
+        bench.request(1, LeaseKind::Weights, MIB, 30);
+        bench.core.handle_policy_stands(7, Standing::Down(long.clone()), 40);
+        let refused: Vec<String> = bench
+            .core
+            .events
+            .kept()
+            .filter_map(|event| match &event.what {
+                EventKind::PolicyRefused { reason, .. } => Some(reason.clone()),
+                _ => None,
+            })
+            .collect();
+        assert!(!refused.is_empty() && refused.iter().all(|reason| is_fit(reason)), "{refused:?}");
+        assert!(bench.core.sharing_snapshot(50).instead.is_some_and(|reason| is_fit(&reason)));
+
+        // One that watches too.
+        let mut bench = Bench::new();
+        let mut watcher = Outside::new(8, "python:a:c", 100);
+        let mut questions = watcher.take_questions().expect("not taken yet");
+        bench.core.outside_shadow = Some(watcher);
+        bench.core.handle_policy_stands(8, Standing::Ready, 5);
+        bench.request(0, LeaseKind::Weights, MIB, 10);
+        let number = questions.try_recv().expect("it is asked").number;
+        bench.core.handle_planned(8, number, Err(long), 20);
+        let watcher = bench.core.outside_shadow.as_ref().expect("there");
+        assert!(watcher.instead.as_ref().is_some_and(|reason| is_fit(reason)), "{:?}", watcher.instead);
+    }
+
     #[test]
     fn plans_are_bounded_and_nobody_waits_beyond_a_deadline() {
         let text = format!("a\u{1b}[31m\n{}", "b".repeat(1_000));
         let plan = tidied(grant(&text), &state(0), 0).expect("good");
         let Action::Grant { reason, .. } = &plan.actions[0] else { panic!("{plan:?}") };
-        assert!(reason.starts_with("a [31m b") && reason.chars().count() == REASON_CHARS_MAX, "{reason}");
+        assert!(reason.starts_with("a [31m b") && reason.chars().count() == REASON_CHARS_MAX + 3, "{reason}");
         assert!(tidied(grant(" \n"), &state(0), 0).is_err(), "a reason is part of an action");
         let again = Plan { actions: Vec::new(), again_at_ms: Some(0) };
         assert_eq!(
@@ -481,9 +564,9 @@ mod tests {
         assert!(tidied(many, &state(0), 0).is_err());
         let mut early = again;
         early.again_at_ms = Some(5_000);
-        deny_overdue(&mut early, &state(0), "python:a:b", 10);
+        deny_overdue(&mut early, &state(0), "it waited", 10);
         assert_eq!((early.actions.len(), early.again_at_ms), (0, Some(1_000)));
-        deny_overdue(&mut early, &state(0), "python:a:b", 1_000);
+        deny_overdue(&mut early, &state(0), "it waited", 1_000);
         assert!(matches!(&early.actions[..], [Action::Deny { never: false, .. }]), "{early:?}");
     }
 }

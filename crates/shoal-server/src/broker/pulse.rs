@@ -90,34 +90,40 @@ impl Core {
         self.config.patience.silent_max.map(millis)
     }
 
-    /// Between one look and the next.
+    /// Between one look and the next. Where nobody is to be asked, it is looked only whether this server runs itself.
     fn pulse_ms(&self) -> Option<u64> {
-        self.silent_ms_max().map(|silent_ms| PING_MS.min(silent_ms / PINGS_MIN).max(1))
+        match self.silent_ms_max() {
+            Some(silent_ms) => Some(PING_MS.min(silent_ms / PINGS_MIN).max(1)),
+            None => self.config.patience.stuck_max.map(|_| PING_MS),
+        }
     }
 
     /// When to look again.
     pub(super) fn next_pulse(&self) -> Option<u64> {
         let is_any = self.models.iter().any(|model| model.pulse.answers && model.connection.is_some());
-        (is_any && self.silent_ms_max().is_some() && !self.stopping).then_some(self.pulse_at_ms)
+        (is_any && self.pulse_ms().is_some() && !self.stopping).then_some(self.pulse_at_ms)
     }
 
     /// Asks those who are quiet, and ends who has been for too long.
     pub(super) fn take_pulses(&mut self, now_ms: u64) {
-        let (Some(silent_ms_max), Some(every_ms)) = (self.silent_ms_max(), self.pulse_ms()) else { return };
+        let Some(every_ms) = self.pulse_ms() else { return };
         if now_ms < self.pulse_at_ms || self.stopping {
             return;
         }
-        let was_away = now_ms - self.pulse_at_ms > every_ms;
+        if now_ms - self.pulse_at_ms > every_ms {
+            for model in &mut self.models {
+                model.pulse.worked_ms = now_ms;
+                model.pulse.asked_ms = model.pulse.asked_ms.map(|_| now_ms);
+            }
+        }
         self.pulse_at_ms = now_ms + every_ms;
+        let Some(silent_ms_max) = self.silent_ms_max() else { return };
         let told_ms = TOLD_MS_MAX.min(silent_ms_max / TOLD_PART);
         for place in 0..self.models.len() {
             let ping = self.number();
             let model = &mut self.models[place];
             if model.connection.is_none() || !model.pulse.answers {
                 continue;
-            }
-            if was_away {
-                model.pulse.asked_ms = model.pulse.asked_ms.map(|_| now_ms);
             }
             let Some(asked_ms) = model.pulse.asked_ms else {
                 if now_ms.saturating_sub(model.pulse.heard_ms) >= every_ms {
@@ -135,7 +141,7 @@ impl Core {
             } else if silent_ms >= told_ms && !model.pulse.is_told {
                 model.pulse.is_told = true;
                 let leased = self.book.total(self.models[place].id);
-                let what = EventKind::WorkerSilent { pid, silent_ms, end_ms: silent_ms_max, leased };
+                let what = EventKind::WorkerSilent { pid, silent_ms, silent_ms_max, leased };
                 self.tell(now_ms, Some(place), what);
             }
         }
@@ -144,6 +150,8 @@ impl Core {
     /// A request has waited `waited_ms` for a byte of its worker, which may be ended for it.
     pub(crate) fn handle_no_byte(&mut self, place: usize, waited_ms: u64, now_ms: u64) {
         let Some(stuck_ms_max) = self.config.patience.stuck_max.map(millis) else { return };
+        // Those who tell of it may wake up before the timer does, where this server did not run.
+        self.take_pulses(now_ms);
         let model = &self.models[place];
         let id = model.id;
         // Who waits for an answer of ours, or is at an order that it still has time for, is not stuck.

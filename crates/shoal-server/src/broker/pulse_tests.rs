@@ -150,10 +150,10 @@ fn one_whose_work_does_not_go_on_is_ended_for_a_request_that_waits() {
     bench.say(0, FromWorker::Usage { usage }, at(895_000));
     bench.core.handle_no_byte(0, 905_000, at(905_000));
     assert!(!is_ended(&bench.core, 0), "something came of another's");
-    bench.core.handle_no_byte(0, 20_000, at(2_000_000));
-    assert!(!is_ended(&bench.core, 0), "that request has only just come");
     // That it lives, that more requests came to it, and that it cannot do what it is told, is no work.
     pass(&mut bench, at(905_000), at(1_990_000), &[0, 1]);
+    bench.core.handle_no_byte(0, 20_000, at(1_990_000));
+    assert!(!is_ended(&bench.core, 0), "that request has only just come");
     let usage = WorkerUsage { tokens_out: 1, requests_waiting: 7, ..WorkerUsage::default() };
     bench.say(0, FromWorker::Usage { usage }, at(1_990_000));
     bench.core.handle_sleep("m0", 0.0, at(1_990_000)).expect("it is there");
@@ -177,6 +177,38 @@ fn one_whose_work_does_not_go_on_is_ended_for_a_request_that_waits() {
     assert_eq!(kinds(&bench.core, "m0"), ["worker_hung"]);
     let why = bench.core.trouble_of("m0").expect("told");
     assert_eq!(why, "it has 1 request, and nothing came of it for 1000 s, and was ended");
+}
+
+#[test]
+fn a_server_that_did_not_run_itself_ends_nobody_for_a_request_that_waits() {
+    for silent in [Some(60), None] {
+        let mut bench = bench();
+        patience(&mut bench.core, silent, Some(900));
+        let wake = bench.wanted(0, WEIGHTS, 10);
+        bench.usage(0, WEIGHTS, 20);
+        bench.done(0, wake, WEIGHTS, 20);
+        pass(&mut bench, 20, 300_000, &[0, 1]);
+        // It was stopped for half an hour; who waits for a byte rings before the timer does, and the worker's tokens are
+        // still to be read.
+        bench.core.handle_no_byte(0, 2_090_000, 2_100_000);
+        assert!(!is_ended(&bench.core, 0), "{silent:?}");
+        pass(&mut bench, 2_100_000, 2_995_000, &[0, 1]);
+        bench.core.handle_no_byte(0, 2_985_000, 2_995_000);
+        assert!(!is_ended(&bench.core, 0), "it has its whole time from then on: {silent:?}");
+        pass(&mut bench, 2_995_000, 3_001_000, &[0, 1]);
+        bench.core.handle_no_byte(0, 2_991_000, 3_001_000);
+        assert!(is_ended(&bench.core, 0), "{silent:?}");
+        // The timer first comes to the same.
+        let mut bench = self::bench();
+        patience(&mut bench.core, silent, Some(900));
+        let wake = bench.wanted(0, WEIGHTS, 10);
+        bench.usage(0, WEIGHTS, 20);
+        bench.done(0, wake, WEIGHTS, 20);
+        pass(&mut bench, 20, 300_000, &[0, 1]);
+        bench.core.handle_timer(2_100_000);
+        bench.core.handle_no_byte(0, 2_090_000, 2_100_000);
+        assert!(!is_ended(&bench.core, 0), "{silent:?}");
+    }
 }
 
 #[test]

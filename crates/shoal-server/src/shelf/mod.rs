@@ -192,7 +192,7 @@ impl Shelf {
         let journal = Journal::begin(config.journal(), budgets, entries);
         let sockets = survivors::sockets(&config, &found);
         let mut core = Core::new(config, timing, millis(unix), Some(decisions));
-        core.foreign = policy;
+        core.brought = policy;
         for (model, socket) in core.models.iter_mut().zip(sockets) {
             model.listen_at(socket);
         }

@@ -3,7 +3,7 @@
 //! The server has no Python in it, and a function that hangs must not hang it. So the function runs in a process of its
 //! own and is asked over pipes: one JSON object a line, [`Question`] out, [`Answer`] back, one at a time. Nothing is decided
 //! here; the core asks, waits and does without ([`crate::broker`]). What it prints goes to `policy.out` beside the workers'
-//! logs.
+//! logs, or to `policy-shadow.out` where it only watches.
 //!
 //! One that ends, says something else, or says nothing for much longer than it may take is ended and started again, with
 //! growing pauses. It ends with this server: dropping it kills it, and it asks for a signal at the server's death.
@@ -19,13 +19,14 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc;
 
 use super::Shared;
-use crate::broker::outside::{Question, Standing};
+use crate::bounded::bounded;
+use crate::broker::outside::{Question, REASON_CHARS_MAX, Standing};
 use crate::broker::{Core, millis};
 use crate::config::OUTSIDE;
 use crate::supervisor::{Backoff, last_line, open_log};
 
-/// What it prints; no model's log is called so.
-pub(super) const LOG: &str = "policy.out";
+/// What the one that decides prints, and what the one that watches; no model's log is called so.
+pub(super) const LOGS: [&str; 2] = ["policy.out", "policy-shadow.out"];
 /// From its start until it says that it can be asked; it may import much.
 const START_WAIT_MAX: Duration = Duration::from_mins(1);
 /// How many times longer than it may take before it is ended, and the least of that.
@@ -52,6 +53,7 @@ struct Keeper {
     shared: Arc<Shared>,
     id: u64,
     name: String,
+    log: &'static str,
     silence_max: Duration,
     questions: mpsc::Receiver<Question>,
 }
@@ -61,14 +63,16 @@ pub(super) fn keep_all(shared: &Arc<Shared>) {
     let waiting = shared.with(|core, _| {
         let Core { outside, outside_shadow, config, .. } = core;
         let wait = config.sharing.policy_wait;
-        let policies = [outside, outside_shadow].into_iter().flatten();
-        let fresh =
-            policies.filter_map(|policy| Some((policy.id, policy.name.clone(), policy.take_questions()?)));
-        fresh.map(|fresh| (fresh, wait)).collect::<Vec<_>>()
-    });
-    for ((id, name, questions), wait) in waiting {
         let silence_max = (wait * SILENCE_WAITS).max(SILENCE_MIN);
-        let keeper = Keeper { shared: Arc::clone(shared), id, name, silence_max, questions };
+        let policies = [outside, outside_shadow].into_iter().zip(LOGS);
+        let fresh = policies.filter_map(|(policy, log)| {
+            let policy = policy.as_mut()?;
+            let (id, name, questions) = (policy.id, policy.name.clone(), policy.take_questions()?);
+            Some(Keeper { shared: Arc::clone(shared), id, name, log, silence_max, questions })
+        });
+        fresh.collect::<Vec<_>>()
+    });
+    for keeper in waiting {
         tokio::spawn(keeper.keep());
     }
 }
@@ -84,7 +88,7 @@ impl Keeper {
                 () = cancel.cancelled() => return,
                 ended = self.run() => match ended {
                     Ok(()) => return,
-                    Err(reason) => reason,
+                    Err(reason) => bounded(&reason, REASON_CHARS_MAX),
                 },
             };
             tracing::warn!(policy = self.name, reason, "the process of a policy is started again");
@@ -109,11 +113,13 @@ impl Keeper {
     /// # Errors
     /// Why it cannot be asked any more, in a sentence that says the same each time for the same cause.
     async fn run(&mut self) -> Result<(), String> {
-        let mut process = Process::start(&self.shared, &self.name)?;
+        let mut process = Process::start(&self.shared, &self.name, self.log)?;
         let ready = process.hear(START_WAIT_MAX).await?;
         if let Some(error) = ready.error {
             return Err(format!("it cannot be used: {error}"));
         }
+        // What the one before was asked and did not hear: nobody waits for that any more.
+        while self.questions.try_recv().is_ok() {}
         self.stands(Standing::Ready);
         loop {
             let question = tokio::select! {
@@ -147,9 +153,9 @@ struct Process {
 }
 
 impl Process {
-    fn start(shared: &Shared, name: &str) -> Result<Self, String> {
+    fn start(shared: &Shared, name: &str, log: &str) -> Result<Self, String> {
         let config = shared.with(|core, _| Arc::clone(&core.config));
-        let log = config.log_dir.join(LOG);
+        let log = config.log_dir.join(log);
         let output = open_log(&log)
             .map_err(|error| format!("its log {} cannot be written: {error}", log.display()))?;
         let log_from = output.metadata().map_or(0, |about| about.len());
@@ -214,5 +220,73 @@ impl Process {
     /// How it ended, where it did; else `otherwise`.
     async fn gone_or(&mut self, otherwise: &str) -> String {
         tokio::time::timeout(SILENCE_MIN, self.ended()).await.unwrap_or_else(|_| otherwise.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_core::policy::ShelfState;
+
+    use super::*;
+    use crate::config::{MachineMemory, ServerConfig, Surroundings, parse};
+    use crate::shelf::Shelf;
+
+    /// A shelf without models whose interpreter is `tests/fake_policy.py`.
+    fn shelf(scratch: &std::path::Path) -> Shelf {
+        let surroundings = Surroundings {
+            working_dir: scratch.to_owned(),
+            home: None,
+            config_home: None,
+            state_home: scratch.join("state"),
+            cache_home: scratch.join("cache"),
+            runtime_dir: scratch.join("run"),
+            python: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_policy.py").into(),
+            memory: MachineMemory::default(),
+            shared_memory: None,
+            nvidia: None,
+            gpus: None,
+            budgets_before: None,
+        };
+        let text = "[server]\ndevice = 'sim'\ndevice_budget = '1GiB'\nhost_budget = '1GiB'\n[[model]]\nname = 'a'\nsource = 'b/c'";
+        let config: ServerConfig = parse(text)
+            .and_then(|file| file.resolve(&scratch.join("shoal.toml"), &surroundings))
+            .unwrap_or_else(|problems| panic!("{problems:?}"));
+        std::fs::create_dir_all(&config.log_dir).expect("made");
+        Shelf::start(Arc::new(config)).expect("the shelf starts")
+    }
+
+    /// One thread, so that nothing comes between what the keeper does without waiting.
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_the_one_before_did_not_hear_is_not_asked_of_the_next() {
+        let scratch = tempfile::tempdir_in("/tmp").expect("a directory");
+        let shelf = shelf(scratch.path());
+        let (sender, questions) = mpsc::channel(1);
+        let question = |number| Question { number, now_ms: 0, state: Arc::new(ShelfState::default()) };
+        sender.try_send(question(1)).expect("there is room");
+        let mut keeper = Keeper {
+            shared: Arc::clone(shelf.shared()),
+            id: u64::MAX,
+            name: "python:a:b".to_owned(),
+            log: LOGS[0],
+            silence_max: Duration::from_mins(1),
+            questions,
+        };
+        let asked = async {
+            // Taken once there is room, and with that once the first one is gone.
+            sender.send(question(2)).await.expect("it is kept");
+            loop {
+                let asked = std::fs::read_to_string(scratch.path().join("asked")).unwrap_or_default();
+                if asked.ends_with('\n') {
+                    return asked;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let asked = tokio::select! {
+            ended = keeper.run() => panic!("{ended:?}"),
+            asked = asked => asked,
+            () = tokio::time::sleep(Duration::from_mins(1)) => panic!("it was never asked"),
+        };
+        assert_eq!(asked, "2\n");
     }
 }

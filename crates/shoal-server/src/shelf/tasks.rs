@@ -79,7 +79,8 @@ async fn keep_logs(shared: Arc<Shared>) {
         let_go(overdue);
         let mut logs: Vec<PathBuf> =
             shared.with(|core, _| core.models.iter().map(|model| model.log.clone()).collect());
-        logs.push(shared.with(|core, _| core.config.log_dir.join(policy_process::LOG)));
+        let log_dir = shared.with(|core, _| core.config.log_dir.clone());
+        logs.extend(policy_process::LOGS.map(|log| log_dir.join(log)));
         let looked = tokio::task::spawn_blocking(move || {
             for path in logs {
                 if let Err(error) = bound_log(&path, LOG_BYTES_MAX) {

@@ -343,7 +343,7 @@ pub enum EventKind {
         /// For how long (milliseconds).
         silent_ms: u64,
         /// After how long it is ended (milliseconds).
-        end_ms: u64,
+        silent_ms_max: u64,
         /// Device bytes that it has leased.
         #[schema(value_type = u64)]
         leased: ByteCount,

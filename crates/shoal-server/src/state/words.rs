@@ -146,8 +146,8 @@ fn thrashing(f: &mut fmt::Formatter<'_>, thrashed: ByteCount, served: ByteCount)
 /// What a worker did not say.
 fn silence(f: &mut fmt::Formatter<'_>, what: &EventKind) -> fmt::Result {
     match what {
-        EventKind::WorkerSilent { pid, silent_ms, end_ms, leased } => {
-            let (silent, end) = (Ms(*silent_ms), Ms(*end_ms));
+        EventKind::WorkerSilent { pid, silent_ms, silent_ms_max, leased } => {
+            let (silent, end) = (Ms(*silent_ms), Ms(*silent_ms_max));
             write!(
                 f,
                 "worker {pid} has not answered for {silent} and has {leased} leased; at {end} it is ended"

@@ -5,6 +5,8 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::bounded::bounded;
+
 /// A log longer than this is put aside (as `NAME.log.1`, replacing the one before), also while its worker writes.
 pub const LOG_BYTES_MAX: u64 = 16 << 20;
 
@@ -75,13 +77,9 @@ pub fn last_line(path: &Path, from: u64) -> Option<String> {
     let mut bytes = Vec::new();
     log.take(LAST_BYTES_MAX).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
-    let line: String = line.chars().filter(|c| !c.is_control()).collect();
-    let mut shown: String = line.chars().take(LAST_LINE_CHARS_MAX).collect();
-    if shown.len() < line.len() {
-        shown.push_str("...");
-    }
-    Some(shown)
+    let is_blank = |line: &str| line.chars().all(|c| c.is_whitespace() || c.is_control());
+    let line = text.lines().rev().find(|line| !is_blank(line))?;
+    Some(bounded(line, LAST_LINE_CHARS_MAX))
 }
 
 #[cfg(test)]
