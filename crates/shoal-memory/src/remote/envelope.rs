@@ -72,6 +72,8 @@ impl RemoteKey {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::store::Fingerprint;
 
@@ -100,5 +102,21 @@ mod tests {
             assert!(!ours.believes(&key(1), &head, &wrong), "bit {bit} of the body");
         }
         assert_eq!(format!("{ours:?}"), "RemoteKey(..)");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_at_all_are_believed(
+            head in proptest::collection::vec(any::<u8>(), HEAD_BYTES),
+            body in proptest::collection::vec(any::<u8>(), 0..64),
+        ) {
+            let (ours, mut noise) = (RemoteKey([7; 32]), [0; HEAD_BYTES]);
+            noise.copy_from_slice(&head);
+            prop_assert!(!ours.believes(&key(1), &noise, &body));
+            // With all that is no secret in its place too.
+            let mut like = ours.seal(&key(1), &body);
+            like[SAID..].copy_from_slice(&head[SAID..]);
+            prop_assert!(!ours.believes(&key(1), &like, &body));
+        }
     }
 }

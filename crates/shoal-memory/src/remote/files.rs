@@ -25,10 +25,16 @@ impl Files {
         Self { path, mark, count: 0 }
     }
 
+    /// Others write here too: what is no file would be waited for, or lead elsewhere.
     fn open(&self, name: &str) -> Result<Option<File>, WireError> {
-        match File::open(self.path.join(name)) {
-            Ok(file) => Ok(Some(file)),
+        let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+        match OpenOptions::new().read(true).custom_flags(flags).open(self.path.join(name)) {
+            Ok(file) if file.metadata()?.is_file() => Ok(Some(file)),
+            Ok(_) => Err(WireError::Refused(format!("{name} is no file"))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+                Err(WireError::Refused(format!("{name} is no file")))
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -92,5 +98,33 @@ impl Wire for Files {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn what_others_put_in_a_files_place_is_refused() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| folder.path().join(name);
+        mknodat(CWD, path("pipe"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a pipe");
+        fs::write(path("file"), [1; 200]).expect("a file");
+        std::os::unix::fs::symlink(path("file"), path("link")).expect("a link");
+        fs::create_dir(path("directory")).expect("a directory");
+        let (mut files, until) =
+            (Files::new(folder.path().to_owned(), 1), Instant::now() + Duration::from_mins(1));
+        for name in ["pipe", "link", "directory"] {
+            let read = files.get(name, &mut [0; HEAD_BYTES], &mut [0; 100], until);
+            assert!(matches!(read, Err(WireError::Refused(_))), "{name}: {read:?}");
+            assert!(matches!(files.has(name, until), Err(WireError::Refused(_))), "{name}");
+        }
+        assert!(matches!(files.get("file", &mut [0; HEAD_BYTES], &mut [0; 100], until), Ok(Some(200))));
+        assert!(matches!(files.get("none", &mut [0; HEAD_BYTES], &mut [0; 100], until), Ok(None)));
     }
 }

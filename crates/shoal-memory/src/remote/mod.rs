@@ -53,6 +53,9 @@ use crate::store::{Buffer, Fetched, Miss, Offer, Promise, Store, StoreKey, Store
 /// Names that are looked for in the background at a time, for each connection.
 const LOOKING_EACH: usize = 8;
 
+/// Longer times mean this: what is added to a clock must not overflow it.
+const TIME_MAX: Duration = Duration::from_hours(24);
+
 /// Where the remote is.
 #[derive(Clone, Debug)]
 pub enum RemoteSpec {
@@ -228,6 +231,19 @@ impl RemoteSpec {
                 check("address", &spec.address, ".-_:[]", false)?;
                 check("bucket", &spec.bucket, ".-_", false)?;
                 check("prefix", &spec.prefix, ".-_/", true)?;
+                // Stores and proxies take these out of a path, and then it is not the one that was signed.
+                let is_odd = |part: &str| part == "." || part == "..";
+                if is_odd(&spec.bucket)
+                    || spec.prefix.starts_with('/')
+                    || spec.prefix.contains("//")
+                    || spec.prefix.split('/').any(is_odd)
+                {
+                    let (bucket, prefix) = (&spec.bucket, &spec.prefix);
+                    return Err(format!(
+                        "bucket {bucket:?} and prefix {prefix:?}: \".\", \"..\" and empty parts between slashes are \
+                         no names"
+                    ));
+                }
                 check("region", &spec.region, "-_", false)?;
                 check("access key", &spec.access_key, "-_+=/.@", false)
             }
@@ -251,8 +267,13 @@ impl RemoteTier {
     ///
     /// # Errors
     /// The place is written wrongly (`InvalidInput`), or no thread could be started.
-    pub fn open(spec: &RemoteSpec, options: RemoteOptions) -> io::Result<Self> {
+    pub fn open(spec: &RemoteSpec, mut options: RemoteOptions) -> io::Result<Self> {
         spec.check().map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))?;
+        for time in
+            [&mut options.try_deadline, &mut options.backoff, &mut options.retry_max, &mut options.absent_for]
+        {
+            *time = (*time).min(TIME_MAX);
+        }
         let state = State {
             counts: RemoteCounts::default(),
             presence: Presence::new(options.names_max, options.absent_for),

@@ -12,7 +12,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
 use super::envelope::HEAD_BYTES;
-use super::wire::{Link, Wire, WireError};
+use super::wire::{Link, Wire, WireError, told};
 
 /// Of what a store says of an error so much is read.
 const ERROR_MAX: u64 = 16 << 10;
@@ -102,6 +102,7 @@ impl S3Spec {
     }
 }
 
+#[derive(Debug)]
 struct Answer {
     status: u16,
     /// Bytes that follow, where the answer says so.
@@ -192,50 +193,67 @@ impl S3 {
         } else if !has_body && answer.is_kept {
             self.link = Some(link);
         }
-        let between = |open: &str, close: &str| {
-            let start = said.find(open)? + open.len();
-            said.get(start..start + said.get(start..)?.find(close)?)
-        };
-        let code = between("<Code>", "</Code>").unwrap_or_default();
-        let reason = format!("the object store answers {} {code}", answer.status).trim_end().to_owned();
-        match answer.status {
-            404 if code != "NoSuchBucket" => Ok(()),
-            408 | 429 | 500.. => Err(WireError::Passing(reason)),
-            _ => Err(WireError::Refused(reason)),
-        }
+        meaning(answer.status, &said)
+    }
+}
+
+/// What an answer means that is no success; nothing where there is no such object.
+fn meaning(status: u16, said: &str) -> Result<(), WireError> {
+    let between = |open: &str, close: &str| {
+        let start = said.find(open)? + open.len();
+        said.get(start..start + said.get(start..)?.find(close)?)
+    };
+    let code = told(between("<Code>", "</Code>").unwrap_or_default());
+    let reason = format!("the object store answers {status} {code}").trim_end().to_owned();
+    match status {
+        404 if code != "NoSuchBucket" => Ok(()),
+        408 | 429 | 500.. => Err(WireError::Passing(reason)),
+        _ => Err(WireError::Refused(reason)),
     }
 }
 
 fn ask(link: &mut Link, parts: &[&[u8]], until: Instant) -> Result<Answer, WireError> {
     link.send(parts, until)?;
     loop {
-        let head = link.read_through(b"\r\n\r\n", until)?;
-        let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-        let mut answer = httparse::Response::new(&mut headers);
-        let parsed =
-            answer.parse(&head).map_err(|error| WireError::Passing(format!("no answer of HTTP: {error}")))?;
-        let status = answer.code.filter(|_| parsed.is_complete());
-        let status = status.ok_or_else(|| WireError::Passing("half an answer of HTTP".to_owned()))?;
-        if (100..200).contains(&status) {
-            continue;
+        let answer = understand(&link.read_through(b"\r\n\r\n", until)?)?;
+        // What goes before an answer is none.
+        if !(100..200).contains(&answer.status) {
+            return Ok(answer);
         }
-        let value = |wanted: &str| {
-            let found = answer.headers.iter().find(|header| header.name.eq_ignore_ascii_case(wanted));
-            found.and_then(|header| std::str::from_utf8(header.value).ok()).map(str::trim)
-        };
-        let is_kept = answer.version == Some(1)
-            && !value("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
-        let is_chunked = value("transfer-encoding").is_some();
-        let bytes = match value("content-length") {
-            Some(text) if !is_chunked => {
-                let bytes = text.parse().map_err(|_| WireError::Passing(format!("{text:?} is no length")))?;
-                Some(bytes)
-            }
-            None if status == 204 => Some(0),
-            _ => None,
-        };
-        return Ok(Answer { status, bytes, is_kept });
     }
+}
+
+/// The head of an answer, up to the empty line.
+fn understand(head: &[u8]) -> Result<Answer, WireError> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut answer = httparse::Response::new(&mut headers);
+    let parsed =
+        answer.parse(head).map_err(|error| WireError::Passing(format!("no answer of HTTP: {error}")))?;
+    let status = answer.code.filter(|_| parsed.is_complete());
+    let status = status.ok_or_else(|| WireError::Passing("half an answer of HTTP".to_owned()))?;
+    let values = |wanted: &'static str| {
+        answer
+            .headers
+            .iter()
+            .filter(move |header| header.name.eq_ignore_ascii_case(wanted))
+            .map(|header| std::str::from_utf8(header.value).unwrap_or("no text").trim())
+    };
+    let is_kept =
+        answer.version == Some(1) && !values("connection").any(|value| value.eq_ignore_ascii_case("close"));
+    let mut lengths = values("content-length");
+    let bytes = match lengths.next() {
+        // Of several lengths nobody knows which one is meant.
+        Some(text)
+            if text.bytes().all(|byte| byte.is_ascii_digit()) && lengths.all(|other| other == text) =>
+        {
+            text.parse().ok()
+        }
+        Some(_) => None,
+        None if status == 204 => Some(0),
+        None => None,
+    };
+    let bytes = bytes.filter(|_| values("transfer-encoding").next().is_none());
+    Ok(Answer { status, bytes, is_kept })
 }
 
 impl Wire for S3 {
@@ -298,6 +316,8 @@ impl Wire for S3 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -327,6 +347,54 @@ mod tests {
              Signature=f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41"
         );
         assert!(!format!("{spec:?}").contains("EXAMPLEKEY"));
+    }
+
+    #[test]
+    fn a_length_is_the_one_that_is_meant() {
+        let bytes = |headers: &str| {
+            understand(format!("HTTP/1.1 200 OK\r\n{headers}\r\n").as_bytes()).expect("an answer").bytes
+        };
+        assert_eq!(bytes("content-length: 7\r\nContent-Length: 7\r\n"), Some(7));
+        for strange in [
+            "content-length: 7\r\ncontent-length: 8\r\n",
+            "content-length: +7\r\n",
+            "content-length: 7, 7\r\n",
+            "content-length: 99999999999999999999\r\n",
+            "content-length: 7\r\ntransfer-encoding: chunked\r\n",
+            "content-length:\r\n",
+            "",
+        ] {
+            assert_eq!(bytes(strange), None, "{strange}");
+        }
+    }
+
+    #[test]
+    fn the_key_of_a_signature_is_the_one_that_is_documented() {
+        // "Deriving the signing key", an example of the API's reference: 20150830, us-east-1, iam.
+        let key = hmac(b"AWS4wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "20150830");
+        let key = hmac(&hmac(&hmac(&key, "us-east-1"), "iam"), "aws4_request");
+        assert_eq!(hex(&key), "c4afb1cc5771d871763a393e44b703571b55cc28424d1a5e86da6ed3c154a4b9");
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_is_understood_or_refused(
+            noise in proptest::collection::vec(any::<u8>(), 0..300),
+            status in 0..1000_u16,
+            text in ".{0,300}",
+        ) {
+            let _ = understand(&noise);
+            let whole = [b"HTTP/1.1 200 OK\r\ncontent-length: ", noise.as_slice(), b"\r\n\r\n"].concat();
+            if let Ok(answer) = understand(&whole) {
+                prop_assert!(answer.bytes.is_none() || noise.iter().any(u8::is_ascii_digit));
+            }
+            for said in [text.clone(), format!("<Code>{text}</Code>"), format!("</Code>{text}<Code>")] {
+                if let Err(error) = meaning(status, &said) {
+                    let told = error.to_string();
+                    prop_assert!(told.chars().count() < 300 && !told.contains(char::is_control), "{:?}", told);
+                }
+            }
+        }
     }
 
     #[test]

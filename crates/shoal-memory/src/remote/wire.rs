@@ -5,13 +5,17 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use super::envelope::HEAD_BYTES;
 
 /// A line of a protocol is never longer.
 const LINE_MAX: usize = 16 << 10;
+/// What a remote says of an error is never told at greater length.
+const SAID_MAX: usize = 200;
+/// So many addresses of a name are tried.
+const ADDRESSES_MAX: usize = 8;
 /// The least that a socket waits: zero would be forever.
 const WAIT_MIN: Duration = Duration::from_millis(1);
 
@@ -29,6 +33,12 @@ pub(super) enum WireError {
     Refused(String),
     /// So many bytes do not fit in the memory that was given.
     TooLong(u64),
+}
+
+/// What a remote says, fit for a line of a log.
+pub(super) fn told(said: &str) -> String {
+    let plain = said.chars().map(|one| if one.is_control() { ' ' } else { one });
+    plain.take(SAID_MAX).collect::<String>().trim_end().to_owned()
 }
 
 impl fmt::Display for WireError {
@@ -100,9 +110,15 @@ impl Link {
         let addresses = address
             .to_socket_addrs()
             .map_err(|error| WireError::Passing(format!("cannot find {address}: {error}")))?;
-        let mut last = WireError::Passing(format!("{address} has no address"));
-        for address in addresses {
-            match TcpStream::connect_timeout(&address, left(until)?) {
+        let addresses: Vec<_> = addresses.take(ADDRESSES_MAX).collect();
+        Self::connect_any(&addresses, until)
+    }
+
+    /// Each address has an equal part of the time, so that one that swallows packets leaves some to the others.
+    fn connect_any(addresses: &[SocketAddr], until: Instant) -> Result<Self, WireError> {
+        let mut last = WireError::Passing("its name has no address".to_owned());
+        for (to_go, address) in (1..=u32::try_from(addresses.len()).unwrap_or(1)).rev().zip(addresses) {
+            match TcpStream::connect_timeout(address, (left(until)? / to_go).max(WAIT_MIN)) {
                 Ok(stream) => {
                     stream.set_nodelay(true)?;
                     return Ok(Self { stream, buffer: Vec::new(), at: 0, used: Instant::now() });
@@ -114,9 +130,9 @@ impl Link {
         Err(last)
     }
 
-    /// Whether it may be used again.
+    /// Whether it may be used again: nothing may be left of an answer, or it would be taken for the next one.
     pub(super) fn is_fresh(&self) -> bool {
-        self.used.elapsed() < IDLE_MAX
+        self.at == self.buffer.len() && self.used.elapsed() < IDLE_MAX
     }
 
     pub(super) fn send(&mut self, parts: &[&[u8]], until: Instant) -> Result<(), WireError> {
@@ -206,5 +222,44 @@ impl Link {
             bytes -= length as u64;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use rustix::net::{AddressFamily, SocketAddrV4, SocketType, bind, getsockname, listen, socket};
+
+    use super::*;
+
+    #[test]
+    fn an_address_that_swallows_packets_leaves_time_to_the_others() {
+        // One whose queue is full: more connections to it are not answered.
+        let full = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+        bind(&full, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        listen(&full, 0).expect("it listens");
+        let address = getsockname(&full).expect("an address");
+        let address: SocketAddr = SocketAddrV4::try_from(address).expect("of IPv4").into();
+        let mut fillers = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
+            fillers.push(stream);
+            assert!(fillers.len() < 100, "its queue is never full");
+        }
+        let good = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+        let listener = TcpListener::bind(good).expect("the port");
+        let until = Instant::now() + Duration::from_secs(4);
+        let link = Link::connect_any(&[address, good], until).expect("the second one answers");
+        assert_eq!(link.stream.peer_addr().expect("an address"), good);
+        drop((listener, fillers));
+        let until = Instant::now() + Duration::from_millis(20);
+        assert!(matches!(Link::connect_any(&[address], until), Err(WireError::Late)));
+        assert!(matches!(Link::connect_any(&[], until), Err(WireError::Passing(_))));
+    }
+
+    #[test]
+    fn what_is_told_is_short_and_in_one_line() {
+        assert_eq!(told("one\r\nERROR two\u{1b}[31m\n"), "one  ERROR two [31m");
+        assert_eq!(told(&"x".repeat(9999)).len(), SAID_MAX);
     }
 }

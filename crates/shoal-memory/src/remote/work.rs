@@ -14,6 +14,10 @@ use crate::store::{Buffer, Fetched, Miss, Promise, StoreKey, Stored};
 /// How long a request that nobody waits for may take: looking, and undoing a put.
 const OWN_DEADLINE: Duration = Duration::from_secs(5);
 
+/// This part of a try's time is enough for a remote that is well: callers wait less than a whole one, and what is late for
+/// all of them is out.
+const ENOUGH: u32 = 8;
+
 /// What a thread is asked to do.
 pub(super) enum Job {
     Get {
@@ -274,7 +278,7 @@ impl Worker {
             if begun >= deadline {
                 return Err(Miss::Deadline);
             }
-            self.shared.breaker.may_ask(begun)?;
+            let finds_out = self.shared.breaker.may_ask(begun)?;
             let error = match once(&mut *self.wire, deadline.min(begun + try_deadline)) {
                 Ok(done) => {
                     self.shared.breaker.served();
@@ -289,9 +293,11 @@ impl Worker {
             self.shared.state.lock().counts.failed += 1;
             // What had hardly any time says nothing of the remote.
             let now = Instant::now();
-            let had_time = now.saturating_duration_since(begun) >= try_deadline / 2;
+            let had_time = now.saturating_duration_since(begun) >= try_deadline / ENOUGH;
             if !matches!(error, WireError::Late) || had_time {
                 self.shared.breaker.failed(&error.to_string(), now);
+            } else if finds_out {
+                self.shared.breaker.undecided(now);
             }
             let is_final = matches!(error, WireError::Refused(_));
             let miss = match error {

@@ -257,6 +257,44 @@ fn an_outage_costs_misses_and_no_waiting() {
 }
 
 #[test]
+fn an_outage_ends_although_the_one_that_found_out_had_no_time() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let now = Arc::new(parking_lot::Mutex::new(Fault::None));
+        let given = Arc::clone(&now);
+        let fake = Fake::start(protocol, move |_| *given.lock());
+        let health = HealthRule { failures_max: 1, window_ms: 600_000, retry_ms: 1 };
+        let tier = open(protocol, &fake, RemoteOptions { health, tries_max: 1, ..patient() });
+        put(&tier, 1).unwrap();
+        *now.lock() = Fault::Close;
+        until("it is set aside", || get(&tier, 1).is_err() && tier.usage().counts.asides > 0);
+        *now.lock() = Fault::Hang;
+        // Far less than a try may take: this says nothing of the remote, and whoever asks next finds out.
+        until("one has tried and heard nothing", || {
+            let _ = tier.get(key(1), Buffer::zeroed(ROOM), Duration::from_millis(50)).wait();
+            fake.count(|_, fault| fault == Fault::Hang) > 0
+        });
+        *now.lock() = Fault::None;
+        until("it is asked again", || get(&tier, 1) == Ok(content(1)));
+        fake.stop();
+    }
+}
+
+#[test]
+fn times_without_an_end_are_no_harm() {
+    let fake = Fake::start(Protocol::Redis, |verb| if verb == "GET" { Fault::Close } else { Fault::None });
+    let [try_deadline, backoff, retry_max, absent_for] = [Duration::MAX; 4];
+    let health = HealthRule { failures_max: 1, window_ms: u64::MAX, retry_ms: u64::MAX };
+    let options = RemoteOptions { try_deadline, backoff, retry_max, absent_for, health, ..patient() };
+    let tier = open(Protocol::Redis, &fake, options);
+    put(&tier, 1).unwrap();
+    let soon = Duration::from_secs(1);
+    assert!(tier.get(key(1), Buffer::zeroed(ROOM), soon).wait().is_err());
+    until("it is set aside", || tier.usage().aside.is_some());
+    assert!(matches!(get(&tier, 1), Err(Miss::Aside { .. })));
+    fake.stop();
+}
+
+#[test]
 fn what_waits_has_a_bound() {
     let fake = Fake::start(Protocol::Redis, |_| Fault::Hang);
     let options = RemoteOptions {
@@ -440,6 +478,8 @@ fn a_place_that_is_written_wrongly_is_refused() {
         (s3("https://store.example", ""), "proxy"),
         (s3("store.example:80", "with space/"), "prefix"),
         (s3("", ""), "address"),
+        (s3("store.example:80", "a/../b/"), "no names"),
+        (s3("store.example:80", "/a/"), "no names"),
         (RemoteSpec::Directory("here".into()), "absolute"),
     ] {
         let error = RemoteTier::open(&spec, patient()).unwrap_err();
