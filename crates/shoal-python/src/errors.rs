@@ -100,7 +100,7 @@ pub(crate) fn forked(owner: u32, pid: u32) -> PyErr {
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 pub(crate) fn of_disk(error: DiskError) -> PyErr {
     let (kind, path) = match &error {
-        DiskError::InUse { path } => ("in_use", path),
+        DiskError::InUse { path, .. } => ("in_use", path),
         DiskError::OtherVersion { path, .. } => ("other_version", path),
         DiskError::Foreign { path, .. } => ("foreign", path),
         DiskError::Damaged { path, .. } => ("damaged", path),

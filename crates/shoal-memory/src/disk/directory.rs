@@ -31,6 +31,8 @@ const MARKER: &str = "tier.json";
 const MARKER_NEW: &str = "tier.json.new";
 const LOCK: &str = "lock";
 const LOG: &str = "log";
+/// Longer is no number of a process.
+const PID_BYTES_MAX: u64 = 16;
 /// Longer is no marker.
 const MARKER_BYTES_MAX: u64 = 4096;
 
@@ -154,7 +156,8 @@ pub(super) fn random() -> Result<u64, DiskError> {
 
 fn lock(path: &Path) -> Result<File, DiskError> {
     let lock_path = path.join(LOCK);
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
+        .read(true)
         .write(true)
         .create(true)
         .truncate(false)
@@ -162,8 +165,20 @@ fn lock(path: &Path) -> Result<File, DiskError> {
         .open(&lock_path)
         .map_err(io_error("cannot open", &lock_path))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(DiskError::InUse { path: path.to_owned() }),
+        Ok(()) => {
+            // For the message that others get; a full disk is no reason to go without.
+            let said = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+            if let Err(error) = said {
+                tracing::debug!(%error, "the lock of a disk tier does not say whose it is");
+            }
+            Ok(file)
+        }
+        Err(Errno::WOULDBLOCK) => {
+            let mut said = String::new();
+            let read = file.take(PID_BYTES_MAX).read_to_string(&mut said);
+            let pid = read.ok().and_then(|_| said.trim().parse().ok());
+            Err(DiskError::InUse { path: path.to_owned(), pid })
+        }
         Err(errno) => Err(io_error("cannot lock", &lock_path)(errno.into())),
     }
 }
@@ -258,6 +273,8 @@ fn write_marker(path: &Path, segment_bytes: u64) -> Result<Marker, DiskError> {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     const SEGMENT: u64 = 1 << 20;
@@ -268,7 +285,17 @@ mod tests {
         let path = folder.path().join("a/b");
         let directory = Directory::take(&path, SEGMENT).unwrap();
         let secret = directory.secret();
-        assert!(matches!(Directory::take(&path, SEGMENT), Err(DiskError::InUse { .. })));
+        let error = Directory::take(&path, SEGMENT).unwrap_err();
+        let own = std::process::id();
+        assert!(matches!(error, DiskError::InUse { pid: Some(pid), .. } if pid == own), "{error:?}");
+        assert!(error.to_string().contains(&format!("this very process ({own})")), "{error}");
+        for (said, told) in
+            [("1\n", "another process (1);"), ("what\n", "another process;"), ("", "another process;")]
+        {
+            fs::write(path.join(LOCK), said).unwrap();
+            let error = Directory::take(&path, SEGMENT).unwrap_err().to_string();
+            assert!(error.contains(told), "{error}");
+        }
         drop(directory);
         let directory = Directory::take(&path, 2 * SEGMENT).unwrap();
         assert!(directory.secret() == secret && directory.segment_bytes() == SEGMENT, "as it was made");
@@ -305,6 +332,28 @@ mod tests {
                 fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             assert_eq!(names, [name], "nothing was added");
             assert_eq!(fs::read(folder.path().join(name)).unwrap(), bytes);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_marker_is_understood_or_refused(
+            noise in proptest::collection::vec(any::<u8>(), 0..200),
+            at in 0..200_usize,
+            byte in any::<u8>(),
+            bytes in any::<u64>(),
+        ) {
+            let _ = parse_marker(&noise);
+            let good = format!(r#"{{"format": 1, "segment_bytes": {bytes}, "secret": "{:032x}"}}"#, 7);
+            if let Ok(marker) = parse_marker(good.as_bytes()) {
+                prop_assert!(marker.segment_bytes == bytes && bytes >= 16 * UNIT && bytes <= 1 << 40);
+            }
+            let mut changed = good.into_bytes();
+            let at = at % changed.len();
+            changed[at] = byte;
+            if let Ok(marker) = parse_marker(&changed) {
+                prop_assert!(marker.segment_bytes >= 16 * UNIT && marker.segment_bytes <= 1 << 40);
+            }
         }
     }
 

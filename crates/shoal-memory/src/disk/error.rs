@@ -12,11 +12,13 @@ use shoal_core::bytes::ByteCount;
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiskError {
-    /// Another process has it.
-    #[error("{} is the disk tier of another process; give each server a directory of its own", path.display())]
+    /// Another tier has it, of another process or of this one.
+    #[error("{} is the disk tier of {}; give each a directory of its own", path.display(), holder(*pid))]
     InUse {
         /// The directory.
         path: PathBuf,
+        /// The process that has it, as far as it said.
+        pid: Option<u32>,
     },
     /// Another version of Shoal made it.
     #[error(
@@ -78,6 +80,15 @@ pub enum DiskError {
         /// What the system said.
         source: Arc<io::Error>,
     },
+}
+
+/// Who has a directory, in words.
+fn holder(pid: Option<u32>) -> String {
+    match pid {
+        Some(pid) if pid == std::process::id() => format!("this very process ({pid}) already"),
+        Some(pid) => format!("another process ({pid})"),
+        None => "another process".to_owned(),
+    }
 }
 
 impl DiskError {

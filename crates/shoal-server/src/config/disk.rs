@@ -3,7 +3,7 @@
 //! Apart because it is shared out by a rule of its own: each model whose worker can use it has a directory in each entry's
 //! directory, and an equal part of its bytes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use shoal_core::bytes::ByteCount;
 
@@ -59,18 +59,28 @@ pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], pro
             };
             bad("bytes", format!("{bytes} is too little: at least {least}{each}"));
         }
-        if disks[..place].iter().any(|before| is_within(path, &before.value.path)) {
-            bad(
-                "path",
-                format!(
-                    "{shown} is named twice, or lies in the one before; give each disk a directory of its own"
-                ),
-            );
+        let here = lies_at(path);
+        let before = disks[..place].iter().map(|before| &before.value.path);
+        if let Some(other) = before.into_iter().find(|other| is_within(&here, &lies_at(other))) {
+            let why = if is_within(path, other) {
+                format!("{shown} is named twice, or lies in the one before")
+            } else {
+                format!("{shown} is {} by its links, where {} lies too", here.display(), other.display())
+            };
+            bad("path", format!("{why}; give each disk a directory of its own"));
         }
         if path.exists() && !path.is_dir() {
             bad("path", format!("{shown} is not a directory"));
         }
     }
+}
+
+/// Where a directory lies, which need not be there yet: what is there of its path, without links, and the rest.
+fn lies_at(path: &Path) -> PathBuf {
+    path.ancestors()
+        .find_map(|there| Some(there.canonicalize().ok()?.join(path.strip_prefix(there).ok()?)))
+        // An empty rest would leave a slash at the end, which does not count in comparisons.
+        .unwrap_or_else(|| path.to_owned())
 }
 
 /// Whether one of two paths holds the other, or both are the same.

@@ -449,6 +449,30 @@ fn mistakes_of_the_disk_tier_are_named_with_their_line() {
 }
 
 #[test]
+fn entries_of_the_disk_tier_that_links_make_one_are_refused() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let root = scratch.path().canonicalize().expect("it is there");
+    std::fs::create_dir(root.join("disk")).expect("a directory");
+    std::os::unix::fs::symlink(root.join("disk"), root.join("link")).expect("a link");
+    let said = |one: &str, other: &str| {
+        let [one, other] = [one, other].map(|name| root.join(name).display().to_string());
+        load_here(&format!(
+            "[server]\ndisk = [{{ path = '{one}', bytes = '1GiB' }}, {{ path = '{other}', bytes = '1GiB' }}]\n\
+             [[model]]\nname = 'a'\nsource = 'a'\n"
+        ))
+    };
+    for (one, other) in
+        [("disk", "link"), ("link", "disk"), ("link/new/a", "disk/new"), ("disk", "link/not/there")]
+    {
+        let text = said(one, other).expect_err("both are one");
+        assert!(text.contains("by its links") && text.contains("a directory of its own"), "{text}");
+        assert!(text.contains(&root.join("disk").display().to_string()), "{text}");
+    }
+    said("disk/a", "link/b").expect("two directories");
+    said("disk/a", "disk/ab").expect("two directories whose names begin alike");
+}
+
+#[test]
 fn a_list_where_a_table_belongs_and_no_model_at_all() {
     let said = load_here("[model]\nname = 'a'\nsource = 'a'").expect_err("one bracket");
     assert!(said.contains("write [[model]], with two brackets"), "{said}");

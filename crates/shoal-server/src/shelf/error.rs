@@ -114,14 +114,18 @@ pub enum ShelfError {
     },
     /// Another server keeps its disk tier in this directory.
     #[error(
-        "another shoal server (process {pid}) keeps its disk tier in {}; give each server a directory of its own in `disk`",
-        path.display()
+        "{} (process {pid}) keeps its disk tier in {}; {}", if *is_own { "this very server" } else { "another shoal server" },
+        path.display(),
+        if *is_own { "two entries of `disk` lead there: give each a directory of its own" }
+            else { "give each server a directory of its own in `disk`" }
     )]
     DiskInUse {
         /// The directory.
         path: PathBuf,
         /// The other server's process.
         pid: String,
+        /// Whether that is this process: two entries that only the system knows to be one, or two servers in it.
+        is_own: bool,
     },
     /// A path that becomes a Unix socket's is too long for one.
     #[error("{} is {} bytes long; a Unix socket's path may have {limit}: choose a shorter runtime directory", path.display(), path.as_os_str().len())]

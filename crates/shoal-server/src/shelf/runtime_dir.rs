@@ -47,8 +47,7 @@ impl DiskDirs {
     pub(super) fn take(config: &ServerConfig) -> Result<Self, ShelfError> {
         let mut locks = Vec::new();
         for disk in &config.disk {
-            let taken = make(&disk.path)
-                .and_then(|()| lock(&disk.path, |path, pid| ShelfError::DiskInUse { path, pid }));
+            let taken = make(&disk.path).and_then(|()| lock(&disk.path, disk_in_use));
             match taken {
                 Ok(lock) => locks.push(lock),
                 Err(error @ ShelfError::DiskInUse { .. }) => return Err(error),
@@ -90,6 +89,11 @@ fn lock(directory: &Path, in_use: impl FnOnce(PathBuf, String) -> ShelfError) ->
     Ok(lock)
 }
 
+fn disk_in_use(path: PathBuf, pid: String) -> ShelfError {
+    let is_own = pid == std::process::id().to_string();
+    ShelfError::DiskInUse { path, pid, is_own }
+}
+
 fn make(directory: &Path) -> Result<(), ShelfError> {
     DirBuilder::new()
         .recursive(true)
@@ -100,4 +104,29 @@ fn make(directory: &Path) -> Result<(), ShelfError> {
 
 fn failed(what: &'static str, path: &Path, source: std::io::Error) -> ShelfError {
     ShelfError::Io { what, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_a_directory_is_is_told() {
+        let scratch = tempfile::tempdir().expect("scratch");
+        let held = lock(scratch.path(), disk_in_use).expect("nobody has it");
+        let error = lock(scratch.path(), disk_in_use).expect_err("it is taken");
+        let own = std::process::id().to_string();
+        assert!(
+            matches!(&error, ShelfError::DiskInUse { pid, is_own: true, .. } if *pid == own),
+            "{error:?}"
+        );
+        let text = error.to_string();
+        assert!(text.contains("this very server") && !text.contains("another"), "{text}");
+        // What another process would have written there.
+        std::fs::write(scratch.path().join("server.lock"), "1\n").expect("written");
+        let error = lock(scratch.path(), disk_in_use).expect_err("it is taken");
+        assert!(error.to_string().starts_with("another shoal server (process 1) keeps"), "{error}");
+        drop(held);
+        lock(scratch.path(), disk_in_use).expect("it is free again");
+    }
 }
