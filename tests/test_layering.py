@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,30 @@ def test_dependencies_point_one_way(packages: dict[str, dict], crate: str) -> No
         dependency["name"] for dependency in packages[crate]["dependencies"] if dependency["kind"] in (None, "build")
     }
     assert not shipped & NEVER[crate], f"{crate} must never depend on {sorted(shipped & NEVER[crate])}"
+
+
+def test_the_fuzzers_lock_is_that_of_the_crates(packages: dict[str, dict]) -> None:
+    # `fuzz` is a workspace of its own, so nothing else notices that its lock has become stale.
+    def locked(path: Path) -> dict[str, list[dict]]:
+        found: dict[str, list[dict]] = {}
+        for package in tomllib.loads(path.read_text(encoding="utf-8"))["package"]:
+            found.setdefault(package["name"], []).append(package)
+        return found
+
+    whole, fuzz = locked(ROOT / "Cargo.lock"), locked(ROOT / "fuzz" / "Cargo.lock")
+    for name in MAY_DEPEND_ON["shoal-server"] | {"shoal-server"}:
+        shipped = {
+            dependency["name"]
+            for dependency in packages[name]["dependencies"]
+            if dependency["kind"] in (None, "build") and not dependency["optional"]
+        }
+        (package,) = fuzz.get(name, [{"dependencies": []}])
+        lacking = shipped - {dependency.split(" ")[0] for dependency in package["dependencies"]}
+        assert not lacking, f"fuzz/Cargo.lock lacks {sorted(lacking)} of {name}: run cargo update -w in fuzz"
+    for name, versions in fuzz.items():
+        others = {package["version"] for package in whole.get(name, versions)}
+        strays = {package["version"] for package in versions} - others
+        assert name == "shoal-fuzz" or not strays, f"fuzz/Cargo.lock has {name} {strays}, Cargo.lock {others}"
 
 
 @pytest.mark.parametrize("word", sorted(HOMES))
