@@ -44,7 +44,7 @@ class DiskTier:
     Raises
     ------
     TierError
-        If a directory has to be left alone: its ``kind`` is ``"in_use"`` by another process, ``"other_version"``,
+        If a directory has to be left alone: its ``kind`` is ``"in_use"`` by another tier, ``"other_version"``,
         ``"foreign"`` (it holds something else) or ``"damaged"``; or if options are wrong: ``"options"``,
         ``"too_small"``. Nothing is changed then.
     ValueError

@@ -226,7 +226,7 @@ mod tests {
                     let mut line = String::new();
                     while reader.read_line(&mut line).is_ok_and(|read| read > 0) {
                         // Commands are told apart by their first line; the words are passed over.
-                        let words = line.trim_end().strip_prefix('*').map(|count| count.parse::<usize>());
+                        let words = line.trim_end().strip_prefix('*').map(str::parse::<usize>);
                         for _ in 0..words.map_or(0, |count| count.expect("a number")) {
                             line.clear();
                             reader.read_line(&mut line).expect("a length");

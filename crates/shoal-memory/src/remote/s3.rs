@@ -248,9 +248,8 @@ fn understand(head: &[u8]) -> Result<Answer, WireError> {
         {
             text.parse().ok()
         }
-        Some(_) => None,
         None if status == 204 => Some(0),
-        None => None,
+        _ => None,
     };
     let bytes = bytes.filter(|_| values("transfer-encoding").next().is_none());
     Ok(Answer { status, bytes, is_kept })
