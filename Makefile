@@ -34,7 +34,17 @@ demo: preflight-demo setup models ## Set up, then run the main job: three models
 serve: preflight-serve setup models ## Set up and serve examples/shelf.toml (or SHELF=FILE) until Ctrl-C
 	@$(BIN)/shoal serve $(SHELF)
 
-test: preflight-test setup test-rust test-python test-wheel ## Set up and run every test that needs no GPU
+# Python's tests mostly wait for servers: what has to be compiled is compiled beside them, and yields to them.
+test: preflight-test setup ## Set up and run every test that needs no GPU
+	@echo "Rust's tests and the wheel run beside Python's; what they print comes at the end (now: .shoal/beside.log)"
+	@setsid nice $(MAKE) --no-print-directory test-rust test-wheel > .shoal/beside.log 2>&1 & beside=$$!; \
+	  trap 'kill -- -$$beside; exit 130' INT TERM; \
+	  python=0; $(MAKE) --no-print-directory test-python || python=$$?; \
+	  others=0; wait $$beside || others=$$?; \
+	  cat .shoal/beside.log; \
+	  [ $$python = 0 ] || echo "Python's tests failed (see above)"; \
+	  [ $$others = 0 ] || echo "Rust's tests or the wheel's failed"; \
+	  [ $$python$$others = 00 ]
 
 test-rust: setup ## Tests of the Rust crates
 	cargo test --locked --workspace --quiet
