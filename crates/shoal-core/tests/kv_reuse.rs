@@ -1,12 +1,14 @@
 //! Blocks that are found again, over random histories: whatever is evicted, moved, shared or forgotten, a block that is
 //! found holds exactly the tokens that were asked for, and nobody else writes to it.
 
+#![expect(clippy::print_stdout, reason = "it reports what was lost")]
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::blocks::BlockState;
-use shoal_core::kv::eviction::EvictionKind;
+use shoal_core::kv::eviction::{CostModel, EvictionKind};
 use shoal_core::kv::layout::{BlockShape, CacheLayout, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_core::kv::reuse::ReuseOptions;
@@ -16,10 +18,15 @@ const BLOCK_TOKENS: usize = 2;
 
 /// 24 blocks of 700 KiB.
 fn state(eviction: EvictionKind) -> KvState {
+    state_of(eviction, 350)
+}
+
+/// Blocks of so many KiB for each token, in 17 MiB.
+fn state_of(eviction: EvictionKind, kib: u32) -> KvState {
     let group = GroupSpec {
         name: "full".to_owned(),
         layers: 1,
-        shape: BlockShape::Latent { tokens: 2, dim: 350 << 10 },
+        shape: BlockShape::Latent { tokens: 2, dim: kib << 10 },
         element_bytes: 1,
     };
     let spec = CacheSpec {
@@ -55,6 +62,120 @@ fn alloc(state: &mut KvState, count: usize) -> Option<Vec<u32>> {
         }
     }
     None
+}
+
+/// Seals a sequence of so many blocks and gives it up.
+fn pass(state: &mut KvState, tokens: &[u32]) -> Vec<u32> {
+    let blocks = alloc(state, tokens.len() / BLOCK_TOKENS).expect("room");
+    state.seal(Start::Salt(b""), tokens, &[&blocks]).expect("owned");
+    state.free(0, &blocks).expect("owned");
+    blocks
+}
+
+fn found(state: &mut KvState, tokens: &[u32]) -> usize {
+    let mut found = Found::default();
+    state.find(b"", tokens, &mut found).expect("an index");
+    state.free(0, &found.groups[0].blocks).expect("owned");
+    found.blocks
+}
+
+#[test]
+fn what_has_a_copy_goes_before_what_waits_for_one() {
+    for eviction in [EvictionKind::Lru, EvictionKind::S3Fifo, EvictionKind::CostAware(CostModel::default())] {
+        let mut state = state(eviction);
+        state.copy_sealed(true).expect("an index");
+        let sequences: Vec<Vec<u32>> = (0..3).map(|at| vec![at; 16]).collect();
+        let blocks: Vec<_> = sequences.iter().map(|tokens| pass(&mut state, tokens)).collect();
+        // The last one has its copy, and so has the front of the second.
+        state.copied(0, &blocks[2]).expect("an index");
+        state.copied_sequence(b"", &sequences[1][..6], 0).expect("an index");
+        assert_eq!(state.evict(0, 8), Ok(8), "{eviction:?}");
+        let mut left = |at: usize| found(&mut state, &sequences[at]);
+        assert_eq!([left(0), left(1), left(2)], [8, 8, 0], "{eviction:?}: nothing that waits has gone");
+        assert_eq!(
+            state.evict(0, 16),
+            Ok(16),
+            "{eviction:?}: but all of it goes where there is nothing else"
+        );
+        state.check_invariants().expect("invariants");
+
+        // Chances end, and so does what gives them.
+        state.copy_sealed(false).expect("an index");
+        pass(&mut state, &sequences[0]);
+        pass(&mut state, &sequences[1]);
+        assert_eq!(state.evict(0, 8), Ok(8));
+        assert_eq!(found(&mut state, &sequences[0]) + found(&mut state, &sequences[1]), 8, "{eviction:?}");
+        state.check_invariants().expect("invariants");
+    }
+}
+
+/// Of each 80 turns, those in which nothing is copied.
+const STALLED_TURNS: usize = 36;
+
+/// Conversations on a cache that is too small for them, while somebody copies what is sealed, oldest first, fast enough but
+/// for times in which nothing is copied. How many blocks were sealed, and how many had gone when their turn came.
+fn lost(seed: u64, is_told: bool) -> (usize, usize) {
+    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut below = |end: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        usize::try_from(random % end as u64).expect("small")
+    };
+    let mut state = state_of(EvictionKind::Lru, 32);
+    state.copy_sealed(is_told).expect("an index");
+    let (mut talks, mut queue) = (vec![Vec::new(); 40], std::collections::VecDeque::new());
+    let (mut sealed, mut lost) = (0, 0);
+    for turn in 0..600 {
+        // One goes on, from where the cache still knows it; now and then a new one takes its place.
+        let talk = below(40);
+        let said = u32::try_from(below(1 << 20)).expect("small");
+        let tokens: &mut Vec<u32> = &mut talks[talk];
+        if tokens.len() > 24 || tokens.is_empty() {
+            *tokens = vec![said];
+        }
+        let more = 2 * (1 + below(5)) + tokens.len() % 2;
+        tokens.extend((0..more).map(|at| said + u32::try_from(at).expect("small")));
+        let mut known = Found::default();
+        state.find(b"", tokens, &mut known).expect("an index");
+        let mut blocks = known.groups[0].blocks.clone();
+        let first = blocks.len();
+        let Some(rest) = alloc(&mut state, tokens.len() / BLOCK_TOKENS - first) else {
+            state.free(0, &blocks).expect("owned");
+            continue;
+        };
+        blocks.extend(rest);
+        state.seal(Start::Salt(b""), tokens, &[&blocks]).expect("owned");
+        state.free(0, &blocks).expect("owned");
+        queue.extend((first..blocks.len()).map(|at| tokens[..(at + 1) * BLOCK_TOKENS].to_vec()));
+        sealed += blocks.len() - first;
+        let pace = if turn % 80 < STALLED_TURNS { 0 } else { 12 };
+        for _ in 0..pace {
+            let Some(wanted) = queue.pop_front() else { break };
+            let at = wanted.len() / BLOCK_TOKENS - 1;
+            let mut found = Found::default();
+            state.find_from(b"", &wanted, at, &mut found).expect("an index");
+            lost += usize::from(found.blocks <= at);
+            state.copied(0, &found.groups[0].blocks).expect("an index");
+            state.free(0, &found.groups[0].blocks).expect("owned");
+        }
+    }
+    state.check_invariants().expect("invariants");
+    (sealed, lost)
+}
+
+#[test]
+fn less_is_lost_before_it_is_copied() {
+    let (mut all, mut before, mut after) = (0, 0, 0);
+    for seed in 0..6 {
+        let (sealed, without) = lost(seed, false);
+        let (_, with) = lost(seed, true);
+        all += sealed;
+        before += without;
+        after += with;
+    }
+    println!("of {all} blocks {before} had gone before they were copied; {after} where they may wait for it");
+    assert!(before > 50 && after * 3 < before * 2, "{before} and {after} of {all}");
 }
 
 #[test]
@@ -270,7 +391,7 @@ proptest! {
         let eviction = match kind {
             0 => EvictionKind::Lru,
             1 => EvictionKind::S3Fifo,
-            _ => EvictionKind::CostAware(shoal_core::kv::eviction::CostModel::default()),
+            _ => EvictionKind::CostAware(CostModel::default()),
         };
         play(eviction, ops)?;
     }

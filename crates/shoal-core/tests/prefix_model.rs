@@ -290,6 +290,11 @@ enum CacheOp {
         from: u32,
         to: u32,
     },
+    AwaitCopy {
+        group: usize,
+        block: u32,
+        is_awaited: bool,
+    },
 }
 
 fn cache_op() -> impl Strategy<Value = CacheOp> {
@@ -300,6 +305,8 @@ fn cache_op() -> impl Strategy<Value = CacheOp> {
         2 => (0_usize..2).prop_map(|group| CacheOp::EvictExtent { group }),
         1 => (0_usize..2, 0..BLOCKS).prop_map(|(group, block)| CacheOp::Forget { group, block }),
         1 => (0_usize..2, 0..BLOCKS, 0..BLOCKS).prop_map(|(group, from, to)| CacheOp::Renumber { group, from, to }),
+        6 => (0_usize..2, 0..BLOCKS, any::<bool>())
+            .prop_map(|(group, block, is_awaited)| CacheOp::AwaitCopy { group, block, is_awaited }),
     ]
 }
 
@@ -505,6 +512,10 @@ proptest! {
                 }
                 CacheOp::Forget { group, block } => {
                     prop_assert_eq!(world.cache.forget(group, block), world.plain.forget(group, block));
+                }
+                CacheOp::AwaitCopy { group, block, is_awaited } => {
+                    // Changes only which of them go first.
+                    world.cache.await_copy(group, block, is_awaited);
                 }
                 CacheOp::Renumber { group, from, to } => {
                     let content = world.plain.content_of(group, from);

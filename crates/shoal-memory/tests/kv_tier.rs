@@ -419,3 +419,88 @@ fn a_device_that_fails_at_any_call_costs_a_recompute() {
     }
     assert!(failures > 3, "only {failures} calls were ever failed");
 }
+
+/// A cache of blocks of half a MiB, and a tier that keeps what it is given.
+fn saving(world: &World, save_wait: Duration) -> (Arc<KvCache>, Arc<KvTier>) {
+    let cache = cache(world, PlaneOrder::BlockMajor, 16, 512);
+    let options = KvTierOptions { save_wait, ..options("a") };
+    let tier = KvTier::new(&cache, Arc::new(Odd::new(Kind::Fails, usize::MAX)), options).expect("one group");
+    (cache, Arc::new(tier))
+}
+
+#[test]
+fn what_cannot_be_copied_now_is_copied_later() {
+    let world = world(64, 64);
+    let (cache, tier) = saving(&world, WAIT);
+    let tokens: Vec<u32> = (0..80).collect();
+    // A step runs, and nobody has told when it ends.
+    let step = cache.region().guard(WAIT).expect("nothing is in its way");
+    assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 0)));
+    assert!(!tier.flush(Duration::from_millis(200)), "it waits for the step");
+    drop(step);
+    assert!(tier.flush(WAIT));
+    assert_eq!((tier.counts().saved, tier.counts().unsaved), (20, 0));
+}
+
+#[test]
+fn all_that_is_given_up_is_counted() {
+    let world = world(64, 64);
+    let (cache, tier) = saving(&world, Duration::ZERO);
+    let tokens: Vec<u32> = (0..80).collect();
+    let step = cache.region().guard(WAIT).expect("nothing is in its way");
+    assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 0)));
+    // More than what is copied at a time.
+    assert!(tier.flush(WAIT));
+    assert_eq!((tier.counts().saved, tier.counts().unsaved), (0, 20));
+    drop(step);
+    tier.save(b"", &tokens, 0);
+    assert!(tier.flush(WAIT));
+    assert_eq!(tier.counts().saved, 20, "nothing is wrong with it any more");
+}
+
+#[test]
+fn what_is_saved_goes_before_what_is_not() {
+    let world = world(64, 64);
+    let (cache, tier) = saving(&world, WAIT);
+    let [old, new, more] = [0, 100, 200].map(|from| (from..from + 40).collect::<Vec<u32>>());
+    assert_eq!(serve(&cache, &tier, b"", &old), Some((0, 0)));
+    assert!(tier.flush(WAIT));
+    let step = cache.region().guard(WAIT).expect("nothing is in its way");
+    assert_eq!(serve(&cache, &tier, b"", &new), Some((0, 0)));
+    assert_eq!(serve(&cache, &tier, b"", &old), Some((10, 0)), "it was used last");
+    // As long as something is cached, that goes before more memory is asked for.
+    let mut others = vec![0_u32; 8];
+    assert!(cache.alloc(0, &mut others).expect("room is made"));
+    cache.free(0, &others).expect("owned");
+    drop(step);
+    assert!(tier.flush(WAIT));
+    assert_eq!(
+        (tier.counts().saved, tier.counts().unsaved),
+        (20, 0),
+        "what was not saved yet has waited for it"
+    );
+    // Once it is saved it goes like others.
+    assert_eq!(serve(&cache, &tier, b"", &more), Some((0, 0)));
+    assert!(tier.flush(WAIT));
+    assert!(cache.alloc(0, &mut [0_u32; 20]).expect("room is made"));
+    cache.check_invariants().expect("invariants");
+}
+
+#[test]
+fn a_conversation_that_goes_on_waits_once() {
+    let world = world(64, 64);
+    let cache = cache(&world, PlaneOrder::BlockMajor, 16, 8);
+    // Room for the longest of them, and for one more.
+    let options = KvTierOptions { save_wait: WAIT, queued_tokens_max: 104, ..options("a") };
+    let tier = KvTier::new(&cache, Arc::new(Odd::new(Kind::Fails, usize::MAX)), options).expect("one group");
+    let tokens: Vec<u32> = (0..100).collect();
+    let step = cache.region().guard(WAIT).expect("nothing is in its way");
+    // The first one is at its turn and waits for the step.
+    assert_eq!(serve(&cache, &tier, b"", &[7; 4]), Some((0, 0)));
+    for end in (4..=100).step_by(4) {
+        assert_eq!(serve(&cache, &tier, b"", &tokens[..end]), Some((end / 4 - 1, 0)));
+    }
+    drop(step);
+    assert!(tier.flush(WAIT));
+    assert_eq!((tier.counts().saved, tier.counts().unsaved), (26, 0));
+}

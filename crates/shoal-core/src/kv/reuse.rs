@@ -44,6 +44,8 @@ pub(super) struct Reuse {
     prefix: PrefixCache,
     evicted: Vec<u32>,
     sealed: Sealed,
+    /// Tiers below that get a copy of each block that is sealed.
+    copiers: u32,
 }
 
 impl Reuse {
@@ -68,7 +70,7 @@ impl Reuse {
         let ReuseOptions { eviction, seed, events_max } = options;
         let options = PrefixOptions { block_tokens, groups, seed, events_max, nodes_max: None };
         let prefix = PrefixCache::new(options, eviction)?;
-        Ok(Some(Self { prefix, evicted: Vec::new(), sealed: Sealed::default() }))
+        Ok(Some(Self { prefix, evicted: Vec::new(), sealed: Sealed::default(), copiers: 0 }))
     }
 
     /// What is sealed and what is cached is the same everywhere.
@@ -147,8 +149,50 @@ impl KvState {
         seal(&mut reuse.prefix, &mut reuse.sealed)?;
         for (group, block) in &reuse.sealed.stored {
             self.groups[*group].pool.seal(*block)?;
+            if reuse.copiers > 0 {
+                reuse.prefix.await_copy(*group, *block, true);
+            }
         }
         Ok(&reuse.sealed)
+    }
+
+    /// Somebody copies what is sealed from now on elsewhere (or one does so no longer): a block whose copy is not there yet
+    /// goes after others, where there is a choice and for a few rounds ([`PrefixCache::await_copy`]).
+    ///
+    /// # Errors
+    /// [`KvError::NoReuse`].
+    pub fn copy_sealed(&mut self, is_copied: bool) -> Result<(), KvError> {
+        let reuse = self.reuse_mut()?;
+        reuse.copiers =
+            if is_copied { reuse.copiers.saturating_add(1) } else { reuse.copiers.saturating_sub(1) };
+        Ok(())
+    }
+
+    /// These blocks are copied, or will not be: they go when their turn comes.
+    ///
+    /// # Errors
+    /// [`KvError::NoReuse`].
+    pub fn copied(&mut self, group: usize, blocks: &[u32]) -> Result<(), KvError> {
+        let reuse = self.reuse_mut()?;
+        for block in blocks {
+            reuse.prefix.await_copy(group, *block, false);
+        }
+        Ok(())
+    }
+
+    /// The same for those blocks of a sequence from `first` on that can be found.
+    ///
+    /// # Errors
+    /// [`KvError::NoReuse`].
+    pub fn copied_sequence(&mut self, salt: &[u8], tokens: &[u32], first: usize) -> Result<(), KvError> {
+        let (reuse, mut found) = (self.reuse_mut()?, Found::default());
+        reuse.prefix.find(salt, tokens, &mut found);
+        for (group, part) in found.groups.iter().enumerate() {
+            for block in part.blocks.iter().skip(first.saturating_sub(part.first)) {
+                reuse.prefix.await_copy(group, *block, false);
+            }
+        }
+        Ok(())
     }
 
     /// Finds the longest prefix of `tokens` that was sealed for this salt, and makes the caller one more owner of its

@@ -62,6 +62,27 @@ impl KvCache {
         Ok(self.shared.state.lock().find_from(salt, tokens, first, found)?)
     }
 
+    /// A tier copies what is sealed from now on (or one does so no longer): of what is cached, blocks that have their copy
+    /// go first.
+    pub(crate) fn copy_sealed(&self, is_copied: bool) -> Result<(), MemoryError> {
+        Ok(self.shared.state.lock().copy_sealed(is_copied)?)
+    }
+
+    /// These blocks have their copy, or get none.
+    pub(crate) fn copied(&self, blocks: &[u32]) -> Result<(), MemoryError> {
+        Ok(self.shared.state.lock().copied(0, blocks)?)
+    }
+
+    /// The same for the blocks of a sequence from `first` on.
+    pub(crate) fn copied_sequence(
+        &self,
+        salt: &[u8],
+        tokens: &[u32],
+        first: usize,
+    ) -> Result<(), MemoryError> {
+        Ok(self.shared.state.lock().copied_sequence(salt, tokens, first)?)
+    }
+
     /// The same for keys that the engine sealed.
     ///
     /// # Errors

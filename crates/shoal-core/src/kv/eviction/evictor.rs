@@ -69,6 +69,14 @@ impl Evictor {
         self.check_in_debug();
     }
 
+    /// A cached block is not to go yet although its turn has come: it is the newest then.
+    pub fn spared(&mut self, block: u32, about: &About) {
+        if let Some(Cached { span, .. }) = self.blocks.get(block as usize).copied().flatten() {
+            self.used(block);
+            self.cached(block, span, about);
+        }
+    }
+
     /// The block's content is gone.
     pub fn gone(&mut self, block: u32) {
         self.leave(block);

@@ -7,6 +7,10 @@
 //! In a group of full attention a block goes only after all cached blocks that follow it: without it they could not be
 //! found. Where a policy names a block that others follow, the last of those goes first. The way down to it is kept, so
 //! that emptying a long sequence costs O(1) a block.
+//!
+//! A block of which a copy is awaited elsewhere (in a tier below) gets some more chances when its turn comes, as in the
+//! clock of F. J. Corbato ("A paging experiment with the Multics system", 1968): what has a copy goes first. Chances are
+//! few for each block and for each call, so a copy that never comes costs hardly any time.
 
 use std::ops::Range;
 
@@ -15,6 +19,11 @@ use super::index::{PrefixIndex, Sealed, Start};
 use super::options::{GroupRule, PrefixError, PrefixOptions};
 use super::{NO_BLOCK, NO_NODE};
 use crate::kv::eviction::{About, EvictionKind, Evictor, ExtentSpan};
+
+/// How often a block whose copy is awaited lets others go first.
+const CHANCES: u8 = 4;
+/// How many chances are given in one call at most.
+const CHANCES_A_CALL: u32 = 512;
 
 #[derive(Debug)]
 struct Group {
@@ -27,6 +36,8 @@ struct Group {
     path: Vec<u32>,
     /// Whether a block's node is on the path.
     on_path: Vec<bool>,
+    /// Chances that are left to blocks whose copies are awaited.
+    chances: Vec<u8>,
 }
 
 impl Group {
@@ -35,6 +46,71 @@ impl Group {
             if let Some(place) = self.on_path.get_mut(index.nodes.block(node, number) as usize) {
                 *place = false;
             }
+        }
+    }
+
+    /// Whether a block has a chance left, which is one less then.
+    fn takes_chance(&mut self, block: u32, in_call: &mut u32) -> bool {
+        let left = &mut self.chances[block as usize];
+        let has_one = *left > 0 && *in_call > 0 && self.evictor.cached_count() > 1;
+        *left -= u8::from(has_one);
+        *in_call -= u32::from(has_one);
+        has_one
+    }
+
+    /// A node's block is the newest from now on for the policy, as if it had been used.
+    fn spare(&mut self, index: &PrefixIndex, number: usize, node: u32) {
+        let about = self.about(index, number, node, None);
+        self.evictor.spared(index.nodes.block(node, number), &about);
+    }
+
+    /// The last block of the path is to stay for now, so the policy must name another victim. One that has chances of its own
+    /// takes one and is spared alone, as it comes after those that follow it; else all of them are, by a chance of the last.
+    /// False: there is no chance left in this call.
+    fn spare_path(&mut self, index: &PrefixIndex, number: usize, in_call: &mut u32) -> bool {
+        let (Some(victim), Some(last)) = (self.path.first().copied(), self.path.last().copied()) else {
+            return false;
+        };
+        if self.takes_chance(index.nodes.block(victim, number), in_call) {
+            self.leave_path(index, number);
+            self.spare(index, number, victim);
+            return true;
+        }
+        let nodes = u32::try_from(self.path.len()).unwrap_or(u32::MAX);
+        if nodes > *in_call || !self.takes_chance(index.nodes.block(last, number), in_call) {
+            return false;
+        }
+        *in_call = in_call.saturating_sub(nodes);
+        let path = std::mem::take(&mut self.path);
+        for node in path.iter().rev() {
+            self.on_path[index.nodes.block(*node, number) as usize] = false;
+            self.spare(index, number, *node);
+        }
+        true
+    }
+
+    /// What the policy is told of a block that is cached now. `before` is the one that was cached just before, with the node
+    /// above it.
+    fn about(&self, index: &PrefixIndex, number: usize, node: u32, before: Option<(u32, u32)>) -> About {
+        let nodes = &index.nodes;
+        let found = nodes.at(node);
+        let above = found.parent;
+        let is_first = nodes.at(above).parent == NO_NODE;
+        // The one released just now, or else the one last found: not all children, of which there may be many.
+        let successor = match before {
+            Some((next, parent)) if parent == node => Some(next),
+            _ if found.first_child != NO_NODE => {
+                Some(nodes.block(found.first_child, number)).filter(|next| self.evictor.is_cached(*next))
+            }
+            _ => None,
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "a hash of it")]
+        let key = found.key as u64;
+        About {
+            key,
+            tokens: found.depth.saturating_mul(index.options.block_tokens),
+            reachable: !self.ordered || is_first || nodes.block(above, number) != NO_BLOCK,
+            successor: successor.filter(|_| self.ordered),
         }
     }
 
@@ -69,6 +145,7 @@ impl PrefixCache {
             cached_below: Vec::new(),
             path: Vec::new(),
             on_path: vec![false; group.blocks as usize],
+            chances: vec![0; group.blocks as usize],
         });
         Ok(Self { groups: groups.collect(), index: PrefixIndex::new(options)?, scratch: Vec::new(), now: 0 })
     }
@@ -145,25 +222,8 @@ impl PrefixCache {
             if state.evictor.is_cached(block) {
                 continue;
             }
-            let nodes = &self.index.nodes;
-            let found = nodes.at(node);
-            let above = found.parent;
-            let is_first = nodes.at(above).parent == NO_NODE;
-            // The one released just now, or else the one last found: not all children, of which there may be many.
-            let successor = match before {
-                Some((next, parent)) if parent == node => Some(next),
-                _ if found.first_child != NO_NODE => {
-                    Some(nodes.block(found.first_child, group)).filter(|next| state.evictor.is_cached(*next))
-                }
-                _ => None,
-            };
-            #[expect(clippy::cast_possible_truncation, reason = "a hash of it")]
-            let about = About {
-                key: found.key as u64,
-                tokens: found.depth.saturating_mul(self.index.options.block_tokens),
-                reachable: !state.ordered || is_first || nodes.block(above, group) != NO_BLOCK,
-                successor: successor.filter(|_| state.ordered),
-            };
+            let about = state.about(&self.index, group, node, before);
+            let above = self.index.nodes.at(node).parent;
             *state.below(above) += 1;
             state.evictor.cached(block, span(block), &about);
             before = Some((block, above));
@@ -193,7 +253,18 @@ impl PrefixCache {
             *state.below(above) -= 1;
         }
         state.evictor.gone(block);
+        state.chances[block as usize] = 0;
         self.index.forget(group, block)
+    }
+
+    /// A copy of a sealed block is awaited elsewhere, or is not any more: until then others go first, where there are any.
+    pub fn await_copy(&mut self, group: usize, block: u32, is_awaited: bool) {
+        let is_sealed = self.index.node_of(group, block).is_some();
+        if let Some(chances) =
+            self.groups.get_mut(group).and_then(|state| state.chances.get_mut(block as usize))
+        {
+            *chances = if is_awaited && is_sealed { CHANCES } else { 0 };
+        }
     }
 
     /// Chooses up to `count` cached blocks of a group, forgets them and adds them to `evicted`, in the order in which they
@@ -202,8 +273,9 @@ impl PrefixCache {
         if group >= self.groups.len() {
             return;
         }
+        let mut chances = CHANCES_A_CALL;
         for _ in 0..count {
-            let Some(block) = self.last_in_line(group) else { break };
+            let Some(block) = self.last_in_line(group, &mut chances) else { break };
             self.forget_cached(group, block, evicted);
         }
         self.check_in_debug();
@@ -263,7 +335,9 @@ impl PrefixCache {
         self.index.check_renumber(group, from, to)?;
         self.leave(group, from);
         self.index.renumber(group, from, to);
-        self.groups[group].evictor.renumber(from, to, span);
+        let state = &mut self.groups[group];
+        state.evictor.renumber(from, to, span);
+        state.chances[to as usize] = std::mem::take(&mut state.chances[from as usize]);
         self.check_in_debug();
         Ok(())
     }
@@ -282,6 +356,7 @@ impl PrefixCache {
                 }
                 state.evictor.gone(block);
             }
+            state.chances.fill(0);
         }
         self.index.clear();
     }
@@ -296,8 +371,8 @@ impl PrefixCache {
         Some(node)
     }
 
-    /// The policy's victim, or the last of the cached blocks that follow it.
-    fn last_in_line(&mut self, group: usize) -> Option<u32> {
+    /// The policy's victim, or the last of the cached blocks that follow it. One whose copy is awaited has its chance first.
+    fn last_in_line(&mut self, group: usize, chances: &mut u32) -> Option<u32> {
         let Self { index, groups, .. } = self;
         let state = &mut groups[group];
         loop {
@@ -307,7 +382,11 @@ impl PrefixCache {
                 let victim = state.evictor.victim()?;
                 let node = index.node_of(group, victim)?;
                 if !state.ordered {
-                    return Some(victim);
+                    if !state.takes_chance(victim, chances) {
+                        return Some(victim);
+                    }
+                    state.spare(index, group, node);
+                    continue;
                 }
                 state.path.push(node);
                 node
@@ -321,6 +400,9 @@ impl PrefixCache {
                 index.nodes.children(top).find(is_cached)
             };
             let Some(child) = next else {
+                if state.chances[block as usize] > 0 && state.spare_path(index, group, chances) {
+                    continue;
+                }
                 state.path.pop();
                 state.on_path[block as usize] = false;
                 return Some(block);
@@ -365,6 +447,11 @@ impl PrefixCache {
             state.evictor.check_invariants()?;
             let mut below = vec![0; state.cached_below.len()];
             for block in 0..self.index.options.groups[number].blocks {
+                if state.chances[block as usize] > 0 && self.index.node_of(number, block).is_none() {
+                    return Err(format!(
+                        "group {number}: a copy of block {block} is awaited, which is not sealed"
+                    ));
+                }
                 let is_on_path = state.path.iter().any(|node| self.index.nodes.block(*node, number) == block);
                 if state.on_path[block as usize] != is_on_path {
                     return Err(format!("group {number}: block {block} is on the path: {is_on_path}"));

@@ -18,6 +18,9 @@ use crate::store::{Buffer, Fetched, StoreKey, Ticket};
 /// Bytes that are asked of the tier ahead of the copies.
 const AHEAD_BYTES: usize = 32 << 20;
 
+/// The least that a load waits for its turn with what has come.
+const TURN_WAIT: Duration = Duration::from_millis(20);
+
 /// Blocks of one sequence on their way.
 struct Wanted<'a> {
     tokens: &'a [u32],
@@ -61,6 +64,8 @@ impl Inner {
                 tracing::warn!(%error, "blocks from a tier cannot be used");
                 self.give_back(&std::mem::take(&mut ids));
             }
+            // They came from where copies go.
+            self.are_copied(|cache| cache.copied(&ids));
         }
         let (blocks, took) = (ids.len() as u64, begun.elapsed());
         self.count(|counts| {
@@ -138,7 +143,7 @@ impl Inner {
 
     /// Copies staged blocks to the device and waits for it.
     fn copy_up(&self, wanted: &Wanted<'_>, from: usize, blocks: usize, stage: &Arc<HostBuffer>) -> bool {
-        match self.try_copy_up(&wanted.ids[from..from + blocks], stage) {
+        match self.try_copy_up(&wanted.ids[from..from + blocks], stage, wanted.deadline) {
             Ok(is_done) => {
                 if !is_done {
                     self.count(|counts| counts.failed += 1);
@@ -155,12 +160,15 @@ impl Inner {
         }
     }
 
-    fn try_copy_up(&self, ids: &[u32], stage: &Arc<HostBuffer>) -> Result<bool, MemoryError> {
+    fn try_copy_up(&self, ids: &[u32], stage: &Arc<HostBuffer>, by: Instant) -> Result<bool, MemoryError> {
         let region = self.cache.region();
         let manager = region.manager();
         let deadline = manager.operation_deadline();
-        // In turn, so that nothing is evicted meanwhile.
-        let _turn = manager.take_turn_only(deadline)?;
+        // In turn, so that nothing is evicted meanwhile. Who has it may keep it for longer than a step can wait.
+        let _turn = match manager.take_turn_only(by.max(Instant::now() + TURN_WAIT)) {
+            Err(MemoryError::Deadline { .. }) => return Ok(false),
+            turn => turn?,
+        };
         if !region.missing_bytes().is_zero() || !self.after_steps(&manager.up)? {
             return Ok(false);
         }

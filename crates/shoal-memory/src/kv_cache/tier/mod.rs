@@ -48,6 +48,9 @@ pub struct KvTierOptions {
     pub load_wait: Duration,
     /// How long a block that was handed to the tier may take to be kept.
     pub put_wait: Duration,
+    /// How long saving waits where blocks cannot be copied at the moment: their cache is partly off the device, or a step runs
+    /// of which nobody told when it ends.
+    pub save_wait: Duration,
     /// Most tokens that wait to be saved, all sequences together; what comes on top is not saved.
     pub queued_tokens_max: usize,
 }
@@ -57,7 +60,7 @@ impl KvTierOptions {
     #[must_use]
     pub fn new(facts: Vec<(String, String)>) -> Self {
         let (load_wait, put_wait) = (Duration::from_secs(1), Duration::from_secs(30));
-        Self { facts, load_wait, put_wait, queued_tokens_max: 4 << 20 }
+        Self { facts, load_wait, put_wait, save_wait: Duration::from_secs(30), queued_tokens_max: 4 << 20 }
     }
 }
 
@@ -68,6 +71,8 @@ struct Queue {
     tokens: usize,
     /// The thread is at work on one, or waits for the tier.
     is_busy: bool,
+    /// Nothing is saved any more. Also said in [`Inner::is_over`], for a look without the lock.
+    is_over: bool,
 }
 
 struct Sequence {
@@ -161,8 +166,9 @@ impl KvTier {
         });
         let own = Arc::clone(&inner);
         let thread = thread::Builder::new().name("shoal-kv-tier".to_owned()).spawn(move || own.run(&down));
-        if let Err(error) = &thread {
-            tracing::warn!(%error, "no thread saves KV blocks to the tier below");
+        match &thread {
+            Ok(_) => inner.are_copied(|cache| cache.copy_sealed(true)),
+            Err(error) => tracing::warn!(%error, "no thread saves KV blocks to the tier below"),
         }
         Ok(Self { inner, thread: thread.ok() })
     }
@@ -211,13 +217,15 @@ impl KvTier {
 
 impl Drop for KvTier {
     fn drop(&mut self) {
+        // Under the lock: a thread that has just looked would not hear of it, and sleep for a minute.
+        self.inner.queue.lock().is_over = true;
         self.inner.is_over.store(true, Ordering::Relaxed);
         self.inner.changed.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let Some(thread) = self.thread.take() else { return };
+        if thread.join().is_err() {
             tracing::error!("the thread that saves KV blocks has panicked");
         }
+        self.inner.are_copied(|cache| cache.copy_sealed(false));
     }
 }
 
@@ -292,6 +300,13 @@ impl Inner {
 
     fn count(&self, change: impl FnOnce(&mut KvTierCounts)) {
         change(&mut self.counts.lock());
+    }
+
+    /// Tells the cache which blocks have their copies. It can only fail where nothing is found again.
+    fn are_copied(&self, tell: impl FnOnce(&KvCache) -> Result<(), MemoryError>) {
+        if let Err(error) = tell(&self.cache) {
+            tracing::warn!(%error, "a cache does not know which of its blocks are saved");
+        }
     }
 
     fn is_over(&self) -> bool {

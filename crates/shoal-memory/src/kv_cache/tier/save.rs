@@ -1,7 +1,8 @@
 //! The way down: from sealed blocks to the tier.
 //!
 //! Apart because nobody waits for it. Its thread takes one sequence after another, copies what the tier lacks to host memory
-//! a few blocks at a time, and hands it on; bytes that the tier has not written yet are bounded.
+//! a few blocks at a time, and hands it on; bytes that the tier has not written yet are bounded. Until a block is copied the
+//! cache lets others go before it, for a few rounds; where nothing can be copied for now it waits a while, and then gives up.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,6 +22,13 @@ const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
 /// How often the thread looks whether what it waits for is done.
 const LOOK: Duration = Duration::from_millis(1);
 
+/// How often it looks whether blocks can be copied again.
+const AGAIN: Duration = Duration::from_millis(5);
+/// How long it waits for its turn at a time.
+const TURN_WAIT: Duration = Duration::from_millis(200);
+/// So many sequences that wait, the newest ones, are looked at for one that another goes on from.
+const MERGED: usize = 16;
+
 /// What was handed to the tier, oldest first.
 type UnderWay = VecDeque<(Instant, Ticket<Stored>)>;
 
@@ -32,21 +40,41 @@ impl Inner {
         }
         let tokens = &tokens[..full * self.block_tokens];
         let mut queue = self.queue.lock();
-        if queue.tokens + tokens.len() > self.options.queued_tokens_max {
+        // A conversation that goes on while its last words still wait takes their place, or each of its blocks would cost all
+        // of its tokens.
+        let goes_on = |waiting: &Sequence| {
+            *waiting.salt == *salt
+                && first * self.block_tokens <= waiting.tokens.len()
+                && tokens.starts_with(&waiting.tokens)
+        };
+        let merged =
+            queue.waiting.iter().enumerate().rev().take(MERGED).find(|(_, waiting)| goes_on(waiting));
+        let merged = merged.map(|(at, waiting)| (at, waiting.tokens.len()));
+        let more = tokens.len() - merged.map_or(0, |(_, tokens)| tokens);
+        if queue.tokens + more > self.options.queued_tokens_max {
             drop(queue);
             self.count(|counts| counts.unsaved += (full - first) as u64);
+            self.are_copied(|cache| cache.copied_sequence(salt, tokens, first));
             return;
         }
-        queue.tokens += tokens.len();
-        queue.waiting.push_back(Sequence { salt: salt.into(), tokens: tokens.to_vec(), first });
+        queue.tokens += more;
+        if let Some((at, _)) = merged {
+            let waiting = &mut queue.waiting[at];
+            waiting.tokens = tokens.to_vec();
+            waiting.first = waiting.first.min(first);
+        } else {
+            queue.waiting.push_back(Sequence { salt: salt.into(), tokens: tokens.to_vec(), first });
+        }
         drop(queue);
         self.changed.notify_all();
     }
 
     pub(super) fn run(&self, stage: &Arc<HostBuffer>) {
-        let mut under_way = UnderWay::new();
+        let (mut under_way, mut stuck_since) = (UnderWay::new(), None);
         while let Some(sequence) = self.next(&mut under_way) {
-            self.save(&sequence, stage, &mut under_way);
+            self.save(&sequence, stage, &mut under_way, &mut stuck_since);
+            let Sequence { salt, tokens, first } = &sequence;
+            self.are_copied(|cache| cache.copied_sequence(salt, tokens, *first));
         }
     }
 
@@ -55,7 +83,7 @@ impl Inner {
         loop {
             {
                 let mut queue = self.queue.lock();
-                if self.is_over() {
+                if queue.is_over {
                     return None;
                 }
                 if let Some(sequence) = queue.waiting.pop_front() {
@@ -74,7 +102,14 @@ impl Inner {
         }
     }
 
-    fn save(&self, sequence: &Sequence, stage: &Arc<HostBuffer>, under_way: &mut UnderWay) {
+    /// `stuck_since`: since when nothing can be copied, whatever the sequence.
+    fn save(
+        &self,
+        sequence: &Sequence,
+        stage: &Arc<HostBuffer>,
+        under_way: &mut UnderWay,
+        stuck_since: &mut Option<Instant>,
+    ) {
         let keys = self.keys(&sequence.salt, &sequence.tokens);
         let offer = Offer { bytes: self.payload_bytes as u64, recompute_us: None };
         let lacking = (sequence.first..keys.len()).filter(|at| !self.store.contains(&keys[*at]));
@@ -82,55 +117,91 @@ impl Inner {
         let is_wanted = |at: &usize| self.store.offer(&keys[*at], &offer).is_admitted();
         let wanted: Vec<usize> = lacking.iter().copied().filter(is_wanted).collect();
         self.count(|counts| counts.unsaved += (lacking.len() - wanted.len()) as u64);
+        let mut left = wanted.len();
         for part in wanted.chunks(self.stage_blocks(stage)) {
-            if self.is_over() {
-                return;
-            }
-            let copied = self.copy_down(sequence, part, stage).unwrap_or_else(|error| {
-                tracing::debug!(%error, "blocks are not saved");
-                self.cache.shared.manager().settle();
-                0
-            });
-            self.count(|counts| counts.unsaved += (part.len() - copied) as u64);
+            let copied = self.copy_down_in_time(sequence, part, stage, stuck_since);
             for (place, at) in part[..copied].iter().enumerate() {
                 self.hand_on(sequence, *at, keys[*at], place, stage, under_way);
             }
+            left -= copied;
             if copied < part.len() {
                 // What comes after it has gone as well.
-                return;
+                break;
             }
         }
+        self.count(|counts| counts.unsaved += left as u64);
     }
 
-    /// Copies these blocks of a sequence to host memory, as far as they are still there; how many.
+    /// Copies as soon as that can be done, if it can be within [`KvTierOptions::save_wait`](super::KvTierOptions); how many
+    /// blocks.
+    fn copy_down_in_time(
+        &self,
+        sequence: &Sequence,
+        part: &[usize],
+        stage: &Arc<HostBuffer>,
+        stuck_since: &mut Option<Instant>,
+    ) -> usize {
+        while !self.is_over() {
+            match self.copy_down(sequence, part, stage) {
+                Ok(Some(copied)) => {
+                    *stuck_since = None;
+                    return copied;
+                }
+                Ok(None)
+                    if stuck_since.get_or_insert_with(Instant::now).elapsed() < self.options.save_wait =>
+                {
+                    thread::sleep(AGAIN);
+                }
+                Ok(None) => {
+                    tracing::debug!(
+                        "blocks are not saved: the cache is in use, or off the device, for too long"
+                    );
+                    break;
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "blocks are not saved");
+                    self.cache.shared.manager().settle();
+                    break;
+                }
+            }
+        }
+        0
+    }
+
+    /// Copies these blocks of a sequence to host memory, as far as they are still there: how many. None: not now.
     fn copy_down(
         &self,
         sequence: &Sequence,
         part: &[usize],
         stage: &Arc<HostBuffer>,
-    ) -> Result<usize, MemoryError> {
-        let (Some(first), Some(last)) = (part.first(), part.last()) else { return Ok(0) };
+    ) -> Result<Option<usize>, MemoryError> {
+        let (Some(first), Some(last)) = (part.first(), part.last()) else { return Ok(Some(0)) };
         let region = self.cache.region();
         let manager = region.manager();
         let deadline = manager.operation_deadline();
-        // In turn, so that nothing is evicted or moved while it is ours.
-        let _turn = manager.take_turn_only(deadline)?;
+        // In turn, so that nothing is evicted or moved while it is ours. Asked for again and again, as this may end meanwhile.
+        let _turn = match manager.take_turn_only(Instant::now() + TURN_WAIT) {
+            Err(MemoryError::Deadline { .. }) => return Ok(None),
+            turn => turn?,
+        };
         if !region.missing_bytes().is_zero() || !self.after_steps(&manager.down)? {
-            return Ok(0);
+            return Ok(None);
         }
         let mut found = Found::default();
         let tokens = &sequence.tokens[..(last + 1) * self.block_tokens];
         self.cache.find_from(&sequence.salt, tokens, *first, &mut found)?;
-        let Some(group) = found.groups.into_iter().next() else { return Ok(0) };
+        let Some(group) = found.groups.into_iter().next() else { return Ok(Some(0)) };
         let there = part.iter().filter_map(|at| group.blocks.get(at - group.first)).copied();
         let there: Vec<u32> = there.collect();
         let done = self.copy_and_wait(&there, stage, deadline);
         if done.is_err() {
             manager.settle();
+        } else {
+            self.are_copied(|cache| cache.copied(&there));
         }
         self.cache.free(0, &group.blocks)?;
         done?;
-        Ok(there.len())
+        Ok(Some(there.len()))
     }
 
     fn copy_and_wait(
