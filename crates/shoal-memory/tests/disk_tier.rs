@@ -282,3 +282,33 @@ fn the_second_sight_of_a_block_is_worth_a_write() {
     let cheap = Offer { recompute_us: Some(1), ..offer };
     assert!(matches!(tier.offer(&key(1), &cheap), Verdict::CheaperToRecompute { .. }));
 }
+
+#[test]
+fn what_is_removed_does_not_come_back_with_a_disk() {
+    let disks = [SimDisk::new(32 << 20, 1), SimDisk::new(32 << 20, 2)];
+    let health = HealthRule { failures_max: 2, window_ms: 600_000, retry_ms: 2000 };
+    let options = DiskOptions { health, ..small() };
+    let bytes = ByteCount::mib(32);
+    let tier = DiskTier::on_simulated(&disks.each_ref().map(|disk| (disk.clone(), bytes)), options).unwrap();
+    let is_ready = |at: usize| tier.usage()[at].state == DiskState::Ready;
+    assert_eq!(put(&tier, 1, 4096), Ok(Stored::Written));
+    assert_eq!(tier.flush(WAIT).wait(), Ok(()));
+    let at = usize::from(tier.usage()[0].log.blocks == 0);
+    let mut others = 100..;
+    until("the block was removed and put while its disk was away", || {
+        disks[at].set_rates(FaultRates { write_error: 1000, ..FaultRates::default() });
+        until("its disk is set aside", || put(&tier, others.next().unwrap(), 4096).is_ok() && !is_ready(at));
+        // What it has can be read again as soon as it is tried again; on a busy machine that may be before the next line.
+        disks[at].set_rates(FaultRates::default());
+        let removed = tier.remove(key(1), WAIT).wait();
+        let again = put(&tier, 1, 4096);
+        // It is away with the block, so nobody can say that the block is gone; the other one stands in meanwhile.
+        matches!(removed, Err(Miss::Aside { .. })) && again == Ok(Stored::Written)
+    });
+    get(&tier, 1, 4096).unwrap();
+    until("it is there again", || is_ready(at));
+    assert_eq!(tier.remove(key(1), WAIT).wait(), Ok(true));
+    assert!(!tier.contains(&key(1)), "the copy of the other one too");
+    assert_eq!(get(&tier, 1, 4096), Err(Miss::Absent));
+    assert_eq!(tier.remove(key(1), WAIT).wait(), Ok(false));
+}

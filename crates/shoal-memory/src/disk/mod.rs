@@ -56,6 +56,7 @@ pub use self::sim::{FaultCounts, FaultRates, SimDisk};
 use self::directory::Directory;
 use self::queue::{Queue, Request, Shared};
 use self::worker::Worker;
+use crate::store::ticket::gather;
 use crate::store::{Buffer, Fetched, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
 
 /// How long a tier that is dropped writes out what it has.
@@ -330,15 +331,32 @@ impl Store for DiskTier {
         ticket
     }
 
+    /// From every disk: one that was set aside for a while may have been stood in for, and come back with its own copy. What
+    /// a disk has that is set aside now comes back with it, so then the answer is an error, whatever the others did.
     fn remove(&self, key: StoreKey, deadline: Duration) -> Ticket<bool> {
-        // One that has it, else the one where it may be on its way.
-        let holder = self.by_preference(&key).find(|disk| disk.shared.contains(&key));
-        let Some(disk) = holder.or_else(|| self.by_preference(&key).find(|disk| disk.shared.is_ready()))
-        else {
-            return Ticket::ready(Err(self.unready()));
+        let is_ready = |disk: &&Disk| disk.shared.is_ready();
+        let (ready, others): (Vec<_>, Vec<_>) = self.by_preference(&key).partition(is_ready);
+        // Those that have it, else the one where it may be on its way.
+        let mut asked: Vec<_> = ready.iter().filter(|disk| disk.shared.contains(&key)).collect();
+        if asked.is_empty() {
+            asked.extend(ready.first());
+        }
+        let ask = |disk: &&&Disk| {
+            let (ticket, promise) = Ticket::new(deadline);
+            disk.shared.ask(Request::Remove { key, promise });
+            ticket
         };
+        let mut tickets: Vec<_> = asked.iter().map(ask).collect();
+        if !others.is_empty() || tickets.is_empty() {
+            return Ticket::ready(Err(self.unready()));
+        }
+        if tickets.len() == 1
+            && let Some(ticket) = tickets.pop()
+        {
+            return ticket;
+        }
         let (ticket, promise) = Ticket::new(deadline);
-        disk.shared.ask(Request::Remove { key, promise });
+        gather(tickets, promise, |found| found.into_iter().any(|found| found));
         ticket
     }
 

@@ -76,9 +76,15 @@ impl AsRef<[u8]> for Block {
     }
 }
 
+impl Block {
+    fn memory_bytes(&self) -> u64 {
+        self.memory.as_slice().len() as u64
+    }
+}
+
 impl Drop for Block {
     fn drop(&mut self) {
-        self.all_bytes.fetch_sub(self.memory.as_slice().len() as u64, Ordering::Relaxed);
+        self.all_bytes.fetch_sub(self.memory_bytes(), Ordering::Relaxed);
     }
 }
 
@@ -92,6 +98,8 @@ struct State {
     /// Whose a number is, of those that the policy knows.
     names: Vec<Option<StoreKey>>,
     free: Vec<u32>,
+    /// Memory of the blocks in `places`.
+    kept_bytes: u64,
     policy: Box<dyn EvictionPolicy>,
     counts: HostTierUsage,
 }
@@ -99,6 +107,7 @@ struct State {
 impl State {
     fn forget(&mut self, key: &StoreKey) -> bool {
         let Some(place) = self.places.remove(key) else { return false };
+        self.kept_bytes -= place.block.memory_bytes();
         self.policy.gone(place.id);
         self.names[place.id as usize] = None;
         self.free.push(place.id);
@@ -150,6 +159,7 @@ impl HostTier {
             places: HashMap::new(),
             names: vec![None; blocks as usize],
             free: (0..blocks).rev().collect(),
+            kept_bytes: 0,
             policy: options.eviction.policy(blocks),
             counts: HostTierUsage::default(),
         };
@@ -237,15 +247,20 @@ impl HostTier {
         if state.places.contains_key(&key) {
             return Ok(Stored::Already);
         }
+        let no_room = || Miss::NoRoom { reason: "all of it is held by somebody".to_owned() };
+        // Where the rest is too much already, nothing that goes would make room.
+        if self.bytes.load(Ordering::Relaxed).saturating_sub(state.kept_bytes) > bytes_max {
+            return Err(no_room());
+        }
         while state.free.is_empty() || self.bytes.load(Ordering::Relaxed) > bytes_max {
             if !state.evict() {
-                let reason = "all of it is held by somebody".to_owned();
-                return Err(Miss::NoRoom { reason });
+                return Err(no_room());
             }
         }
         let Some(id) = state.free.pop() else { return Err(Miss::Closed) };
         state.names[id as usize] = Some(key);
         state.policy.cached(id, &about(&key));
+        state.kept_bytes += length;
         state.places.insert(key, Place { block, id });
         state.counts.written += 1;
         Ok(Stored::Written)

@@ -189,3 +189,28 @@ fn what_is_found_again_stays() {
     assert!(hot.iter().all(|key| tier.contains(key)), "what was never asked for makes room");
     assert_eq!(tier.usage().evicted, 950);
 }
+
+#[test]
+fn nothing_goes_for_a_block_that_finds_no_room_all_the_same() {
+    let tier = HostTier::new(HostOptions::new(ByteCount(4 * UNIT)));
+    let put = |number: u64, units: u64| {
+        let bytes = usize::try_from(units * UNIT).unwrap();
+        tier.put(dice::key(number), Buffer::zeroed(bytes), bytes, WAIT).wait()
+    };
+    let held: Vec<Held> = (0..3)
+        .map(|number| {
+            put(number, 1).unwrap();
+            let held = tier.hold(&dice::key(number)).unwrap();
+            assert_eq!(tier.remove(dice::key(number), WAIT).wait(), Ok(true));
+            held
+        })
+        .collect();
+    assert_eq!(put(3, 1), Ok(Stored::Written));
+    assert!(matches!(put(4, 2), Err(Miss::NoRoom { .. })), "three of four units are held");
+    assert!(tier.contains(&dice::key(3)), "it would have gone in vain");
+    assert_eq!((tier.usage().bytes, tier.usage().evicted), (4 * UNIT, 0));
+    assert_eq!(put(5, 1), Ok(Stored::Written), "what fits takes its place");
+    drop(held);
+    assert_eq!(put(4, 2), Ok(Stored::Written));
+    assert!(tier.contains(&dice::key(5)));
+}

@@ -11,7 +11,7 @@ pub(crate) mod crew;
 pub(crate) mod dice;
 mod host;
 mod stack;
-mod ticket;
+pub(crate) mod ticket;
 
 use std::fmt;
 use std::sync::Arc;

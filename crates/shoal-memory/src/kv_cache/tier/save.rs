@@ -75,6 +75,10 @@ impl Inner {
             self.save(&sequence, stage, &mut under_way, &mut stuck_since);
             let Sequence { salt, tokens, first } = &sequence;
             self.are_copied(|cache| cache.copied_sequence(salt, tokens, *first));
+            if self.queue.lock().waiting.is_empty() {
+                // What comes later has its own time.
+                stuck_since = None;
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::super::{Aligned, Buffer, Miss, Promise, StoreKey, Stored, Ticket};
+use super::super::{Aligned, Buffer, Miss, Promise, StoreKey, Stored};
 use super::{Shared, State};
 
 /// A block to be kept.
@@ -197,45 +197,5 @@ impl State {
             Ok(Stored::Already) => {}
             Err(_) => counts.refused += 1,
         }
-    }
-}
-
-/// Answers when all tickets have: with what they say together, or with the last error.
-pub(super) fn gather<T: Send + 'static, R: Send + 'static>(
-    tickets: Vec<Ticket<T>>,
-    promise: Promise<R>,
-    together: impl FnOnce(Vec<T>) -> R + Send + 'static,
-) {
-    struct Gathered<T, R, F> {
-        found: Vec<T>,
-        failed: Option<Miss>,
-        left: usize,
-        end: Option<(Promise<R>, F)>,
-    }
-    let left = tickets.len();
-    if left == 0 {
-        return promise.answer(Ok(together(Vec::new())));
-    }
-    let end = Some((promise, together));
-    let gathered = Arc::new(Mutex::new(Gathered { found: Vec::new(), failed: None, left, end }));
-    for ticket in tickets {
-        let gathered = Arc::clone(&gathered);
-        ticket.then(move |answer| {
-            let mut gathered = gathered.lock();
-            match answer {
-                Ok(found) => gathered.found.push(found),
-                Err(miss) => gathered.failed = Some(miss),
-            }
-            gathered.left -= 1;
-            if gathered.left > 0 {
-                return;
-            }
-            let found = std::mem::take(&mut gathered.found);
-            let failed = gathered.failed.take();
-            if let Some((promise, together)) = gathered.end.take() {
-                drop(gathered);
-                promise.answer(failed.map_or_else(|| Ok(together(found)), Err));
-            }
-        });
     }
 }

@@ -27,6 +27,7 @@ use shoal_core::bytes::ByteCount;
 use self::fetch::{Arrival, Asker, Flight};
 use self::keep::{Coming, PutJob};
 use super::crew::{Crew, Desk};
+use super::ticket::gather;
 use super::{Buffer, Fetched, Held, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
 
 /// How long a stack that is dropped waits for its threads, which only copy.
@@ -285,14 +286,14 @@ impl Store for Stack {
         }
         drop(state);
         let asked = self.shared.tiers.iter().map(|tier| tier.remove(key, deadline)).collect();
-        keep::gather(asked, promise, |found| found.into_iter().any(|found| found));
+        gather(asked, promise, |found| found.into_iter().any(|found| found));
         ticket
     }
 
     fn flush(&self, deadline: Duration) -> Ticket<()> {
         let (ticket, promise) = Ticket::new(deadline);
         let asked = self.shared.tiers.iter().map(|tier| tier.flush(deadline)).collect();
-        keep::gather(asked, promise, |_| ());
+        gather(asked, promise, |_| ());
         ticket
     }
 }
