@@ -443,6 +443,23 @@ fn what_cannot_be_copied_now_is_copied_later() {
 }
 
 #[test]
+fn what_is_discarded_is_not_saved_although_its_turn_had_come() {
+    let world = world(64, 64);
+    let (cache, tier) = saving(&world, WAIT);
+    let tokens: Vec<u32> = (0..80).collect();
+    let step = cache.region().guard(WAIT).expect("nothing is in its way");
+    assert_eq!(serve(&cache, &tier, b"", &tokens), Some((0, 0)));
+    assert!(!tier.flush(Duration::from_millis(200)), "it waits for the step");
+    tier.discard_queued();
+    drop(step);
+    assert!(tier.flush(WAIT));
+    assert_eq!(tier.counts().saved, 0);
+    tier.save(b"", &tokens, 0);
+    assert!(tier.flush(WAIT));
+    assert_eq!(tier.counts().saved, 20, "what is queued later is");
+}
+
+#[test]
 fn all_that_is_given_up_is_counted() {
     let world = world(64, 64);
     let (cache, tier) = saving(&world, Duration::ZERO);

@@ -71,6 +71,8 @@ struct Queue {
     tokens: usize,
     /// The thread is at work on one, or waits for the tier.
     is_busy: bool,
+    /// How often what waited was discarded.
+    discards: u64,
     /// Nothing is saved any more. Also said in [`Inner::is_over`], for a look without the lock.
     is_over: bool,
 }
@@ -79,6 +81,8 @@ struct Sequence {
     salt: Box<[u8]>,
     tokens: Vec<u32>,
     first: usize,
+    /// [`Queue::discards`] as it was queued.
+    discards: u64,
 }
 
 impl fmt::Debug for Sequence {
@@ -187,9 +191,10 @@ impl KvTier {
         self.inner.push(salt, tokens, first);
     }
 
-    /// What waits to be saved shall not be: nobody knows any more what blocks hold.
+    /// What waits to be saved shall not be, nor what is being copied at the moment: nobody knows any more what blocks hold.
     pub fn discard_queued(&self) {
         let mut queue = self.inner.queue.lock();
+        queue.discards += 1;
         queue.waiting.clear();
         queue.tokens = 0;
     }

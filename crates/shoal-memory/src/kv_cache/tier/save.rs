@@ -63,7 +63,8 @@ impl Inner {
             waiting.tokens = tokens.to_vec();
             waiting.first = waiting.first.min(first);
         } else {
-            queue.waiting.push_back(Sequence { salt: salt.into(), tokens: tokens.to_vec(), first });
+            let discards = queue.discards;
+            queue.waiting.push_back(Sequence { salt: salt.into(), tokens: tokens.to_vec(), first, discards });
         }
         drop(queue);
         self.changed.notify_all();
@@ -73,7 +74,7 @@ impl Inner {
         let (mut under_way, mut stuck_since) = (UnderWay::new(), None);
         while let Some(sequence) = self.next(&mut under_way) {
             self.save(&sequence, stage, &mut under_way, &mut stuck_since);
-            let Sequence { salt, tokens, first } = &sequence;
+            let Sequence { salt, tokens, first, .. } = &sequence;
             self.are_copied(|cache| cache.copied_sequence(salt, tokens, *first));
             if self.queue.lock().waiting.is_empty() {
                 // What comes later has its own time.
@@ -145,11 +146,12 @@ impl Inner {
         stage: &Arc<HostBuffer>,
         stuck_since: &mut Option<Instant>,
     ) -> usize {
-        while !self.is_over() {
+        while !self.is_over() && !self.is_discarded(sequence) {
             match self.copy_down(sequence, part, stage) {
                 Ok(Some(copied)) => {
                     *stuck_since = None;
-                    return copied;
+                    // Meanwhile too: then nobody knows what was copied.
+                    return if self.is_discarded(sequence) { 0 } else { copied };
                 }
                 Ok(None)
                     if stuck_since.get_or_insert_with(Instant::now).elapsed() < self.options.save_wait =>
@@ -170,6 +172,10 @@ impl Inner {
             }
         }
         0
+    }
+
+    fn is_discarded(&self, sequence: &Sequence) -> bool {
+        self.queue.lock().discards != sequence.discards
     }
 
     /// Copies these blocks of a sequence to host memory, as far as they are still there: how many. None: not now.
