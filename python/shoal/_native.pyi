@@ -63,6 +63,7 @@ class BrokerClient:
         requests_running: int,
         requests_waiting: int,
         tokens_out: int,
+        tokens_embedded: int = 0,
         overhead_peak: int | None = None,
         tiers: list[dict[str, Any]] | None = None,
     ) -> None: ...

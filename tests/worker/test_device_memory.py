@@ -208,6 +208,15 @@ def test_embeddings_under_evictions_are_the_same(bert_dir):
                 for vector, want in zip(await engine.embed(texts), wanted, strict=True):
                     assert torch.equal(vector, want)
                 await asyncio.to_thread(mem.reclaim, 1 << 40)
+            embed, counted = engine._embed_one, []
+
+            def watched(text):
+                counted.append(engine.counts().tokens_embedded)
+                return embed(text)
+
+            engine._embed_one = watched
+            await engine.embed(texts)
+            assert counted == [30, 34], "each text counts once it is done, not with the last of its request"
 
         try:
             asyncio.run(run())

@@ -157,6 +157,11 @@ def test_embeddings_survive_orders(bert_dir, start):
     assert before[0] == 200
     assert worker.broker.order("reclaim", bytes=1 << 40)["bytes"] > 0
     assert worker.post("embeddings", {"input": "fish swim in shoals"}) == before
+    tokens = 2 * before[1]["usage"]["prompt_tokens"]
+    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["tokens_embedded"] == tokens, 60)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(60) == 0
+    assert "requests still running" not in worker.log.read_text(), "what it has made is no request"
 
 
 def test_a_model_that_cannot_be_served_says_why_and_ends(tmp_path, start):

@@ -183,6 +183,9 @@ pub struct WorkerUsage {
     pub requests_waiting: u32,
     /// Tokens generated since start.
     pub tokens_out: u64,
+    /// Tokens of texts that became vectors since start.
+    #[serde(default)]
+    pub tokens_embedded: u64,
     /// Tiers that keep what its KV cache forgets, with what they did since the worker's start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tiers: Vec<TierUsage>,

@@ -615,7 +615,7 @@ fn figures_are_said_when_they_change() {
     let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
     let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
     client.serve(&manager).expect("threads");
-    client.set_requests(2, 1, 40);
+    client.set_requests(2, 1, 40, 50);
     client.set_overhead(ByteCount::mib(9));
     let mut line = String::new();
     loop {
@@ -626,6 +626,7 @@ fn figures_are_said_when_they_change() {
             && usage.tokens_out == 40
         {
             assert_eq!((usage.requests_running, usage.overhead_device), (2, ByteCount::mib(9)));
+            assert_eq!((usage.requests_waiting, usage.tokens_embedded), (1, 50));
             break;
         }
     }

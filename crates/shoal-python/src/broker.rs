@@ -150,17 +150,18 @@ impl PyBrokerClient {
         Ok(())
     }
 
-    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, overhead_peak = None, tiers = None))]
+    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, overhead_peak = None, tiers = None))]
     fn usage(
         &self,
         requests_running: u32,
         requests_waiting: u32,
         tokens_out: u64,
+        tokens_embedded: u64,
         overhead_peak: Option<u64>,
         tiers: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let client = self.client.get()?;
-        client.set_requests(requests_running, requests_waiting, tokens_out);
+        client.set_requests(requests_running, requests_waiting, tokens_out, tokens_embedded);
         if let Some(peak) = overhead_peak {
             client.set_overhead(ByteCount(peak));
         }

@@ -206,6 +206,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
             requests_running=counts.running,
             requests_waiting=counts.waiting,
             tokens_out=counts.tokens_out,
+            tokens_embedded=counts.tokens_embedded,
             overhead_peak=assembled.memory.overhead_peak(),
             tiers=tiers,
         )
@@ -229,7 +230,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     for site in list(runner.sites):
         await site.stop()  # no new connections; the open ones go on
     deadline = loop.time() + grace_s
-    while assembled.engine.counts() != Counts(tokens_out=assembled.engine.counts().tokens_out):
+    while not assembled.engine.counts().is_idle:
         if loop.time() > deadline:
             logger.warning("ending with requests still running")
             break

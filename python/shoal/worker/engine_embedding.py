@@ -102,6 +102,7 @@ class EmbeddingEngine:
         self._lock = threading.Lock()  # for the counts
         self._waiting = 0
         self._running = 0
+        self._tokens = 0
 
     def start(self) -> None:
         """Nothing to do: the thread starts with the first text."""
@@ -118,9 +119,9 @@ class EmbeddingEngine:
         return not self._stop.is_set()
 
     def counts(self) -> Counts:
-        """Count requests now; embedding generates no tokens."""
+        """Count requests now, and tokens of the texts that are done; embedding generates none."""
         with self._lock:
-            return Counts(running=self._running, waiting=self._waiting, tokens_out=0)
+            return Counts(running=self._running, waiting=self._waiting, tokens_embedded=self._tokens)
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """One float32 vector for each text; texts are token ids with the model's special tokens.
@@ -166,6 +167,8 @@ class EmbeddingEngine:
             if cancelled.is_set():
                 break
             vectors.append(self._embed_one(text))
+            with self._lock:
+                self._tokens += len(text)
         return vectors
 
     def _embed_one(self, text: Sequence[int]) -> torch.Tensor:

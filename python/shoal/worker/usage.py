@@ -12,11 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counts:
-    """Requests and tokens at one moment."""
+    """Requests at one moment; tokens that were generated and that became vectors since the start."""
 
     running: int = 0
     waiting: int = 0
     tokens_out: int = 0
+    tokens_embedded: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request."""
+        return self.running == self.waiting == 0
 
 
 T = TypeVar("T")

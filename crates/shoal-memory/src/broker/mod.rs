@@ -94,6 +94,7 @@ struct EngineFigures {
     requests_running: u32,
     requests_waiting: u32,
     tokens_out: u64,
+    tokens_embedded: u64,
     overhead_peak: Option<ByteCount>,
     tiers: Vec<TierUsage>,
 }
@@ -288,11 +289,12 @@ impl BrokerClient {
         self.say(self.epoch(), &FromWorker::Failed { code: code.to_owned(), message: message.to_owned() });
     }
 
-    /// Sets the engine's figures; they are said with the next usage line.
-    pub fn set_requests(&self, running: u32, waiting: u32, tokens_out: u64) {
+    /// Sets the engine's figures; they are said with the next usage line. `tokens_out` were generated since its start,
+    /// `tokens_embedded` became vectors.
+    pub fn set_requests(&self, running: u32, waiting: u32, tokens_out: u64, tokens_embedded: u64) {
         let figures = &mut self.state.lock().figures;
-        (figures.requests_running, figures.requests_waiting, figures.tokens_out) =
-            (running, waiting, tokens_out);
+        (figures.requests_running, figures.requests_waiting) = (running, waiting);
+        (figures.tokens_out, figures.tokens_embedded) = (tokens_out, tokens_embedded);
     }
 
     /// Sets what the tiers below the device did for the engine's KV.

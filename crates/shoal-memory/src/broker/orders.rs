@@ -143,6 +143,7 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
             usage.requests_running = figures.requests_running;
             usage.requests_waiting = figures.requests_waiting;
             usage.tokens_out = figures.tokens_out;
+            usage.tokens_embedded = figures.tokens_embedded;
             usage.tiers = figures.tiers;
             usage.overhead_device = figures.overhead_peak.unwrap_or(usage.overhead_device);
             if said.as_ref().is_none_or(|(to, before)| *to != epoch || *before != usage) {

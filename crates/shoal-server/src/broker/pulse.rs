@@ -54,7 +54,7 @@ impl Pulse {
 pub(super) fn is_work(message: &FromWorker, before: &WorkerUsage) -> bool {
     let of = |usage: &WorkerUsage| {
         let held = (usage.weights_device, usage.kv_device, usage.kv_live, usage.kv_cached);
-        (held, usage.tokens_out, usage.onboarded, usage.evicted)
+        (held, usage.tokens_out, usage.tokens_embedded, usage.onboarded, usage.evicted)
     };
     match message {
         FromWorker::Pong { .. } => false,

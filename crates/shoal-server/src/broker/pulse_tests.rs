@@ -212,6 +212,32 @@ fn a_server_that_did_not_run_itself_ends_nobody_for_a_request_that_waits() {
 }
 
 #[test]
+fn one_that_makes_vectors_works_and_one_that_stopped_making_them_does_not() {
+    let mut bench = bench();
+    let wake = bench.wanted(0, WEIGHTS, 10);
+    bench.usage(0, WEIGHTS, 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    let mut now_ms = 20;
+    for tokens_embedded in 1..=5 {
+        pass(&mut bench, now_ms, now_ms + 800_000, &[0, 1]);
+        now_ms += 800_000;
+        let usage = WorkerUsage {
+            weights_device: WEIGHTS,
+            weights_total: WEIGHTS,
+            tokens_embedded,
+            ..WorkerUsage::default()
+        };
+        bench.say(0, FromWorker::Usage { usage }, now_ms);
+        // One request of many texts; nothing is answered before the last.
+        bench.core.handle_no_byte(0, now_ms - 20, now_ms + 1_000);
+        assert!(!is_ended(&bench.core, 0), "after {tokens_embedded} texts");
+    }
+    pass(&mut bench, now_ms, now_ms + 905_000, &[0, 1]);
+    bench.core.handle_no_byte(0, now_ms + 905_000 - 20, now_ms + 905_000);
+    assert!(is_ended(&bench.core, 0));
+}
+
+#[test]
 fn what_a_request_waited_for_is_known_when_its_worker_gave_up_first() {
     let mut bench = Bench::new();
     // The second is in its turn.
