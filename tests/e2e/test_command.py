@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 from tests.support.server import serve
-from tests.support.witness import until
+from tests.support.witness import until, wait_stopped
 
 ENGINE = Path(__file__).resolve().parents[2] / "crates/shoal-server/tests/fake_engine.py"
 BODY = b'{ "model" : "llama",\t"messages": [],  "made_up": 1.50 }'
@@ -68,3 +68,21 @@ def test_it_does_not_survive_the_server(tmp_path: Path) -> None:
         assert alive(pid)
         os.kill(server.process.pid, signal.SIGKILL)
         until(lambda: not alive(pid), 10, "the program ends after its server")
+
+
+def test_one_that_hangs_is_ended_and_the_next_one_answers(tmp_path: Path) -> None:
+    """Its process is stopped with a request in it; nothing has come of that, so the next program gets it."""
+    ask = {"content": BODY, "headers": {"Content-Type": "application/json"}}
+    with serve(tmp_path, models=[table(stop_s_max=2)], device_budget="80MiB", stuck_s_max=15) as server:
+        assert server.http.post("/v1/completions", **ask).status_code == httpx.codes.OK
+        pid = server.model("llama")["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        wait_stopped(pid)
+        answer = server.http.post("/v1/completions", timeout=240, **ask)
+        assert (answer.status_code, answer.content) == (200, BODY), server.logs()
+        assert not alive(pid)
+        first, *_ = server.told("worker_hung")
+        assert (first["model"], first["pid"]) == ("llama", pid)
+        assert "it has 1 request, and nothing came of it for" in first["reason"], first
+        assert server.model("llama")["pid"] != pid
+        assert server.model("llama")["error"] is None

@@ -142,6 +142,24 @@ def test_value_decides_where_the_function_does_not(
         use_until(server, names, lambda: sharing(server)["instead"] is None and is_ours(server, names[0]))
 
 
+def test_a_reload_reads_the_function_anew_where_its_file_has_changed(
+    tmp_path: Path, model_tables: list[dict[str, Any]]
+) -> None:
+    modes(tmp_path, "good")
+    names = [str(table["name"]) for table in model_tables[:2]]
+    settings = {"policy": "python:modes:plan", "policy_wait": "2s", "quantum": "50ms"}
+    with serve(tmp_path, models=model_tables[:2], device_budget=ROOM, **settings) as server:
+        for name in names:
+            server.wait_for(name, "asleep")
+        use_until(server, names, lambda: is_ours(server, names[0]))
+        assert server.http.post("/api/v1/reload", json={}).json()["policies"] == [], "nothing has changed"
+        code = tmp_path / "modes.py"
+        code.write_text(code.read_text().replace("ours: {action", "mine: {action"))
+        use(server, names)
+        assert server.http.post("/api/v1/reload", json={}).json()["policies"] == ["python:modes:plan"]
+        use_until(server, names, lambda: reasons(server, names[0])[-1].startswith("mine: "))
+
+
 def test_a_function_that_is_not_there_costs_nothing(tmp_path: Path, model_tables: list[dict[str, Any]]) -> None:
     names = [str(table["name"]) for table in model_tables[:2]]
     with serve(tmp_path, models=model_tables[:2], device_budget=ROOM, policy="python:nobody:plan") as server:

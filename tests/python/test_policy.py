@@ -110,13 +110,25 @@ def plan(shelf):
 """
     asked = [{"question": 40 + now, "now_ms": now, "state": SHELF.written()} for now in (1, 2, 3, 4)]
     ready, *said = answers(tmp_path, code, *asked)
-    assert ready == {}
+    assert ready == {"files": [str(tmp_path / "mine.py")]}
     assert [answer["question"] for answer in said] == [41, 42, 43, 44]
     assert said[0]["error"] == "RuntimeError: not today (mine.py line 7)"
     assert str(said[1]["error"]).startswith("TypeError: the policy gave None; it must give a list of actions")
     assert str(said[2]["error"]).startswith("TypeError: ")
     waits = {"do": "wait", "model": 1, "request": 7, "until_ms": 0, "reason": "patience"}
     assert said[3] == {"question": 44, "plan": {"actions": [waits], "again_at_ms": None}}
+
+
+def test_its_code_is_its_module_its_package_and_what_lies_beside_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "package").mkdir()
+    for name in ("__init__", "own"):
+        (tmp_path / "package" / f"{name}.py").write_text("")
+    (tmp_path / "package" / "rules.py").write_text("import json, helper\nfrom package import own\ndef plan(shelf): ...")
+    (ready,) = answers(tmp_path, "", name="package.rules:plan")
+    first, *others = ready["files"]  # type: ignore[misc]
+    assert first == str(tmp_path / "package/rules.py")
+    assert sorted(others) == [str(tmp_path / name) for name in ("helper.py", "package/__init__.py", "package/own.py")]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,15 @@ fn directory() -> tempfile::TempDir {
 }
 
 fn start_in(dir: tempfile::TempDir, budget_mib: u64, models: &str) -> Scene {
+    start_with(dir, budget_mib, models, |_| {})
+}
+
+fn start_with(
+    dir: tempfile::TempDir,
+    budget_mib: u64,
+    models: &str,
+    change: impl FnOnce(&mut ServerConfig),
+) -> Scene {
     let surroundings = Surroundings {
         working_dir: dir.path().to_owned(),
         home: None,
@@ -41,9 +50,10 @@ fn start_in(dir: tempfile::TempDir, budget_mib: u64, models: &str) -> Scene {
         budgets_before: None,
     };
     let text = format!("[server]\ndevice = 'sim'\ndevice_budget = '{budget_mib}MiB'\n{models}");
-    let config: ServerConfig = parse(&text)
+    let mut config: ServerConfig = parse(&text)
         .and_then(|file| file.resolve(&dir.path().join("shoal.toml"), &surroundings))
         .unwrap_or_else(|problems| panic!("{problems:?}"));
+    change(&mut config);
     std::fs::create_dir_all(&config.log_dir).expect("made");
     let shelf = Shelf::start(Arc::new(config)).expect("the shelf starts");
     Scene { dir, shelf }
@@ -302,4 +312,55 @@ async fn it_is_charged_what_it_takes_where_that_is_more_than_declared() {
     drop(scene.route("llama").await);
     assert!(scene.model("llama").lease.weights >= ByteCount(64 * MIB), "{:?}", scene.model("llama").lease);
     scene.shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_of_which_nothing_comes_is_ended_and_the_next_one_answers() {
+    let dir = directory();
+    let gate = dir.path().join("gate");
+    let models = command("llama", 60, &["--port", "{port}", "--gate", &gate.to_string_lossy()], "");
+    let patience = Duration::from_secs(2);
+    let scene = start_with(dir, 100, &models, |config| config.patience.stuck_max = Some(patience));
+    scene.until("it is there", |scene| scene.model("llama").capabilities.is_some()).await;
+    let route = scene.route("llama").await;
+    let pid = scene.model("llama").pid.expect("it runs");
+    let hung = |scene: &Scene| {
+        let events = scene.shelf.events_since(0).expect("few");
+        let hung = events.iter().filter_map(|event| match &event.what {
+            EventKind::WorkerHung { pid, reason, .. } => Some((*pid, reason.clone())),
+            _ => None,
+        });
+        hung.collect::<Vec<_>>()
+    };
+    let waits = async {
+        // Who gives bytes is none that hangs, however long another request has waited.
+        tokio::time::sleep(patience + Duration::from_millis(200)).await;
+        route.more_bytes();
+        route.no_byte(Duration::from_mins(5));
+        assert_eq!(hung(&scene), []);
+        scene
+            .until("it is gone", |_| {
+                route.no_byte(Duration::from_mins(5));
+                !alive(pid)
+            })
+            .await;
+    };
+    let (answer, ()) = tokio::join!(post(&route, "/v1/completions", "{}"), waits);
+    assert!(answer.unwrap_or_default().is_empty(), "it never answered");
+    let [(ended, reason)] = &hung(&scene)[..] else { panic!("{}", scene.story()) };
+    assert_eq!(*ended, pid);
+    assert!(reason.starts_with("it has 1 request, and nothing came of it for "), "{reason}");
+    drop(route);
+    scene.until("its end is told", |scene| scene.ends("llama") == 1).await;
+    let events = scene.shelf.events_since(0).expect("few");
+    let was_asked = |what: &EventKind| matches!(what, EventKind::WorkerExited { asked: true, .. });
+    assert!(!events.iter().any(|event| was_asked(&event.what)), "nobody wanted it to end");
+    scene.until("its memory is back", |scene| scene.model("llama").lease.total.is_zero()).await;
+
+    std::fs::write(&gate, "").expect("written");
+    let route = scene.route("llama").await;
+    let answer = post(&route, "/v1/completions", "{}").await.expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let next = scene.model("llama");
+    assert!(next.starts == 2 && next.pid != Some(pid) && next.error.is_none(), "{next:?}");
 }

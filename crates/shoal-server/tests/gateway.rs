@@ -427,6 +427,28 @@ async fn the_shelf_hears_that_no_byte_comes_and_clients_why_a_worker_was_ended()
 }
 
 #[tokio::test]
+async fn the_shelf_hears_that_an_answer_goes_on() {
+    let models = FakeModels::new();
+    let listener = tokio::net::UnixListener::bind(models.socket("worker")).expect("a socket");
+    let seen = Arc::clone(&models.sink);
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.expect("a request");
+        let (mut request, mut client) = client.into_split();
+        // Whoever leaves what it was sent unread breaks the connection.
+        tokio::spawn(async move { tokio::io::copy(&mut request, &mut tokio::io::sink()).await });
+        client.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n").await.expect("read");
+        // Events, until somebody has heard of them a second time.
+        while seen.more_bytes.load(Ordering::SeqCst) < 2 {
+            client.write_all(b"data: {}\n\n").await.expect("read");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    });
+    let server = start(models, "", false, settings()).await;
+    let (status, body) = text(post(server.address, CHAT, for_model("chat", true)).await).await;
+    assert!(status == 200 && body.starts_with("data: {}\n\n") && !body.contains("error"), "{body}");
+}
+
+#[tokio::test]
 async fn a_worker_that_dies_in_mid_stream_ends_it_with_an_error_event() {
     for (tail, gap) in [("14\r\ndata: {\"n\": 12345}\n\n\r\n", ""), ("9\r\ndata: {\"n\r\n", "\n\n")] {
         let models = FakeModels::new();

@@ -40,6 +40,7 @@ async fn only_what_changed_is_touched() {
         removed: names(&["gone"]),
         restarted: names(&["anew"]),
         changed: names(&["limits"]),
+        policies: vec![],
         needs_restart: names(&["device_budget"]),
     };
     assert_eq!(said, expected);

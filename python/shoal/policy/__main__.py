@@ -1,8 +1,9 @@
 """The process of a policy: questions on standard input, plans on standard output, one JSON object a line.
 
 ``python -m shoal.policy MODULE:FUNCTION [--path DIRECTORY]``; the server starts it. The first line says that it can be
-asked (``{}``) or why it cannot (``{"error": ...}``). Then each question ``{"question": N, "now_ms": ..., "state":
-...}`` is answered with ``{"question": N, "plan": ...}`` or ``{"question": N, "error": ...}``.
+asked and what its code is (``{"files": [...]}``), or why it cannot (``{"error": ...}``). Then each question
+``{"question": N, "now_ms": ..., "state": ...}`` is answered with ``{"question": N, "plan": ...}`` or ``{"question": N,
+"error": ...}``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from shoal.worker import parent
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_FILES_MAX = 256
+
 
 def main(argv: list[str] | None = None) -> int:
     """Answer until nobody asks any more; gives the exit status."""
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - whatever the module raises is the server's to tell
         _say(answers, json.dumps({"error": _told(error)}))
         return 2
-    _say(answers, json.dumps({}))
+    _say(answers, json.dumps({"files": _files(options.callable.partition(":")[0], options.path)}))
     for asked in sys.stdin:
         question = json.loads(asked)
         answer: dict[str, Any] = {"question": question["question"]}
@@ -66,6 +69,22 @@ def _found(name: str) -> Callable[[Shelf], object]:
     if inspect.iscoroutinefunction(found):
         raise TypeError(f"{name} is asynchronous; a policy is a plain function")
     return found  # type: ignore[no-any-return]
+
+
+def _files(module: str, directory: str | None) -> list[str]:
+    """Give the files of a policy's own code: of its package, its module first, and of what lies in `directory`."""
+    package = module.partition(".")[0]
+    beside = os.path.join(os.path.realpath(directory), "") if directory else None  # noqa: PTH118
+    found = []
+    for name, loaded in sorted(sys.modules.items(), key=lambda item: item[0] != module):
+        file = getattr(loaded, "__file__", None)
+        if not isinstance(file, str) or not os.path.isfile(file):  # noqa: PTH113
+            continue
+        is_beside = beside is not None and os.path.realpath(file).startswith(beside) and "site-packages" not in file
+        # A name that is no text cannot be said.
+        if (is_beside or name.partition(".")[0] == package) and file.isprintable():
+            found.append(file)
+    return found[:_FILES_MAX]
 
 
 def _told(error: BaseException) -> str:

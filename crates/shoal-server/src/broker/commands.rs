@@ -16,6 +16,7 @@ impl Core {
         model.child = Some(pid);
         model.target = target;
         model.starts += 1;
+        model.hung = None;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());
         self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
     }
@@ -34,7 +35,8 @@ impl Core {
         let pid = model.child.take().unwrap_or_default();
         model.usage.overhead_device = ByteCount::ZERO;
         model.forget_seen();
-        model.error = trouble;
+        // Where it was ended because it hung, that says more than that it was told to end.
+        model.error = trouble.or_else(|| model.hung.clone());
         let asked = model.error.is_none();
         let returned = self.book.total(id);
         self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);

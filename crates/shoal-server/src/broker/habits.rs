@@ -138,17 +138,37 @@ impl Core {
     /// Makes the configured policies those that decide and watch.
     pub(super) fn choose_policies(&mut self) {
         let sharing = self.config.sharing.clone();
-        let wait_ms = millis(sharing.policy_wait);
-        let outside = |core: &mut Self, name: Option<&str>| {
-            let name = name.filter(|name| is_outside(name))?;
-            let id = core.number();
-            Some(Outside::new(id, name, wait_ms))
-        };
-        self.outside = outside(self, Some(&sharing.policy));
-        self.outside_shadow = outside(self, sharing.shadow.as_deref());
+        self.outside = self.outside_named(Some(&sharing.policy));
         self.policy = builtin(&sharing.policy).unwrap_or_else(|| Box::new(Value));
-        let shadow = |name: &str| builtin(name).map_or_else(|| Shadow::told(name), Shadow::new);
-        self.shadow = sharing.shadow.as_deref().map(shadow);
+        self.choose_shadow(sharing.shadow.as_deref());
+    }
+
+    fn choose_shadow(&mut self, name: Option<&str>) {
+        self.outside_shadow = self.outside_named(name);
+        self.shadow = name.map(|name| builtin(name).map_or_else(|| Shadow::told(name), Shadow::new));
+    }
+
+    fn outside_named(&mut self, name: Option<&str>) -> Option<Outside> {
+        let name = name.filter(|name| is_outside(name))?;
+        Some(Outside::new(self.number(), name, millis(self.config.sharing.policy_wait)))
+    }
+
+    /// Puts others of the same names in the place of these policies outside, whose code is not what it was. Gives the names.
+    pub(super) fn renew_policies(&mut self, changed: &[u64]) -> Vec<String> {
+        let name = |outside: &Option<Outside>| {
+            outside
+                .as_ref()
+                .filter(|outside| changed.contains(&outside.id))
+                .map(|outside| outside.name.clone())
+        };
+        let (decides, watches) = (name(&self.outside), name(&self.outside_shadow));
+        if decides.is_some() {
+            self.outside = self.outside_named(decides.as_deref());
+        }
+        if watches.is_some() {
+            self.choose_shadow(watches.as_deref());
+        }
+        decides.into_iter().chain(watches).collect()
     }
 
     /// What to do, and who decided it; where a policy outside has been asked, until when it is waited for. A plan of a

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 
 use super::Core;
 use crate::bounded::bounded;
+use crate::shelf::Code;
 use crate::state::EventKind;
 
 /// How often in a row a plan may come too late for what it was made from.
@@ -81,6 +82,8 @@ pub(crate) struct Outside {
     pub(crate) name: String,
     wait_ms: u64,
     standing: Standing,
+    /// What its newest process has read; none before the first one was ready.
+    code: Option<Code>,
     questions: mpsc::Sender<Question>,
     /// Until a task takes it.
     receiver: Option<mpsc::Receiver<Question>>,
@@ -104,6 +107,7 @@ impl Outside {
             name: name.to_owned(),
             wait_ms,
             standing: Standing::Starting,
+            code: None,
             questions,
             receiver: Some(receiver),
             open: None,
@@ -298,6 +302,19 @@ impl Core {
 
     fn outside_of(&mut self, id: u64) -> Option<&mut Outside> {
         [&mut self.outside, &mut self.outside_shadow].into_iter().flatten().find(|outside| outside.id == id)
+    }
+
+    /// The process of a policy has read its code.
+    pub(crate) fn handle_policy_read(&mut self, id: u64, code: Code) {
+        if let Some(outside) = self.outside_of(id) {
+            outside.code = Some(code);
+        }
+    }
+
+    /// Policies outside, and the code that each was read from; none where no process of it was ready yet.
+    pub(crate) fn policies_read(&self) -> Vec<(u64, Option<Code>)> {
+        let policies = [&self.outside, &self.outside_shadow].into_iter().flatten();
+        policies.map(|outside| (outside.id, outside.code.clone())).collect()
     }
 
     /// The process of a policy is there, or not any more.

@@ -4,6 +4,7 @@
 //! more. There are two ways to be silent. A process that does not run at all (stopped, frozen, stuck in the kernel) answers
 //! no [`FromServer::Ping`]; after `silent_s_max` it is ended. One whose engine hangs answers, since other threads of it do;
 //! so where a request waits for bytes and nothing whatever came of that worker's work for `stuck_s_max`, it is ended too.
+//! So is a program of others, which is asked nothing: of its work the bytes are seen that it answers with, and no more.
 //! What it holds counts as held until it is gone, and as returning until the driver shows it free (I1).
 //!
 //! A server that did not run itself (stopped, starved) holds nobody's silence against them: whoever looks later than
@@ -11,7 +12,7 @@
 
 use shoal_core::protocol::{FromServer, FromWorker, WorkerUsage};
 
-use super::{Core, millis};
+use super::{Core, Record, millis};
 use crate::state::EventKind;
 
 /// How often a quiet worker is asked.
@@ -38,7 +39,7 @@ pub(crate) struct Pulse {
 }
 
 impl Pulse {
-    /// Something came of its work.
+    /// Something came of its work: bytes of an answer.
     pub(crate) const fn worked(&mut self, now_ms: u64) {
         self.worked_ms = now_ms;
     }
@@ -62,6 +63,11 @@ pub(super) fn is_work(message: &FromWorker, before: &WorkerUsage) -> bool {
         FromWorker::Usage { usage } => of(usage) != of(before),
         _ => true,
     }
+}
+
+/// Whether somebody would see that nothing comes of its work: it answers pings, or is a program that runs.
+fn is_watched(model: &Record) -> bool {
+    model.connection.is_some() && (model.pulse.answers || model.child.is_some())
 }
 
 impl Core {
@@ -100,7 +106,7 @@ impl Core {
 
     /// When to look again.
     pub(super) fn next_pulse(&self) -> Option<u64> {
-        let is_any = self.models.iter().any(|model| model.pulse.answers && model.connection.is_some());
+        let is_any = self.models.iter().any(is_watched);
         (is_any && self.pulse_ms().is_some() && !self.stopping).then_some(self.pulse_at_ms)
     }
 
@@ -158,8 +164,7 @@ impl Core {
         let waits = self.asked.iter().any(|asked| asked.pending.model == id)
             || model.orders.values().any(|order| !order.overdue);
         let quiet_ms = now_ms.saturating_sub(model.pulse.worked_ms).min(waited_ms);
-        let is_watched = model.pulse.answers && model.connection.is_some();
-        if self.stopping || waits || !is_watched || quiet_ms < stuck_ms_max {
+        if self.stopping || waits || !is_watched(model) || quiet_ms < stuck_ms_max {
             return;
         }
         let (seconds, requests) = (quiet_ms / 1_000, model.queue.active());
@@ -174,7 +179,7 @@ impl Core {
 
     fn end_silent(&mut self, place: usize, reason: String, now_ms: u64) {
         let model = &mut self.models[place];
-        let pid = model.pid.unwrap_or_default();
+        let pid = model.child.or(model.pid).unwrap_or_default();
         let leased = self.book.total(model.id);
         let why = format!("{reason}, and was ended");
         model.error = Some(why.clone());

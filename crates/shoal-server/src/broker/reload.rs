@@ -36,8 +36,13 @@ pub(crate) struct Follow {
 }
 
 impl Core {
-    /// Puts a configuration in place of the present one.
-    pub(crate) fn handle_reload(&mut self, config: ServerConfig, now_ms: u64) -> (Reloaded, Follow) {
+    /// Puts a configuration in place of the present one. `rewritten` are policies whose code is not what it was.
+    pub(crate) fn handle_reload(
+        &mut self,
+        config: ServerConfig,
+        rewritten: &[u64],
+        now_ms: u64,
+    ) -> (Reloaded, Follow) {
         let old = Arc::clone(&self.config);
         let mut said = Reloaded { needs_restart: fixed_keys(&old, &config), ..Reloaded::default() };
         let config = Arc::new(ServerConfig {
@@ -61,7 +66,9 @@ impl Core {
         });
         self.config = Arc::clone(&config);
         self.timing.quantum_ms = millis(config.quantum);
-        if old.sharing != config.sharing {
+        if old.sharing == config.sharing {
+            said.policies = self.renew_policies(rewritten);
+        } else {
             self.choose_policies();
         }
         let mut follow = Follow::default();
@@ -98,6 +105,7 @@ impl Core {
                 removed: said.removed.clone(),
                 restarted: said.restarted.clone(),
                 changed: said.changed.clone(),
+                policies: said.policies.clone(),
                 needs_restart: said.needs_restart.clone(),
             },
         );

@@ -102,8 +102,8 @@ pub(super) fn reload(order: &Order, out: Out<'_>) -> Result<(), Failure> {
     if order.json {
         return print_json(&said, out);
     }
-    let Reloaded { added, removed, restarted, changed, needs_restart } = said;
-    let what = EventKind::Reloaded { added, removed, restarted, changed, needs_restart };
+    let Reloaded { added, removed, restarted, changed, policies, needs_restart } = said;
+    let what = EventKind::Reloaded { added, removed, restarted, changed, policies, needs_restart };
     writeln!(out, "{}", printable(&what.to_string()))?;
     Ok(())
 }

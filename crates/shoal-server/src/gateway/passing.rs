@@ -45,6 +45,8 @@ pub(crate) struct Passing {
     silent_since: Option<Instant>,
     silence_max: Duration,
     told_every: Duration,
+    /// When the shelf last heard that bytes come.
+    bytes_told: Instant,
     bytes_passed: u64,
 }
 
@@ -62,6 +64,7 @@ impl Passing {
             silent_since: None,
             silence_max,
             told_every,
+            bytes_told: Instant::now(),
             bytes_passed: 0,
         }
     }
@@ -101,6 +104,12 @@ impl Passing {
                 journey.route.was_asleep(),
                 journey.asked.elapsed(),
             );
+        }
+        if self.bytes_told.elapsed() >= self.told_every
+            && let Some(journey) = &self.journey
+        {
+            self.bytes_told = Instant::now();
+            journey.route.more_bytes();
         }
         self.bytes_passed += data.len() as u64;
         self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");

@@ -8,9 +8,10 @@
 //! One that ends, says something else, or says nothing for much longer than it may take is ended and started again, with
 //! growing pauses. It ends with this server: dropping it kills it, and it asks for a signal at the server's death.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Deserialize;
 use shoal_core::policy::Plan;
@@ -19,6 +20,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc;
 
 use super::Shared;
+use super::policy_code::Code;
 use crate::bounded::bounded;
 use crate::broker::outside::{Question, REASON_CHARS_MAX, Standing};
 use crate::broker::{Core, millis};
@@ -46,6 +48,9 @@ struct Answer {
     /// What it raised, in a sentence.
     #[serde(default)]
     error: Option<String>,
+    /// Where it says that it can be asked: the files that its policy was read from.
+    #[serde(default)]
+    files: Vec<PathBuf>,
 }
 
 /// One policy, and where its questions come from.
@@ -113,11 +118,15 @@ impl Keeper {
     /// # Errors
     /// Why it cannot be asked any more, in a sentence that says the same each time for the same cause.
     async fn run(&mut self) -> Result<(), String> {
+        let began = SystemTime::now();
         let mut process = Process::start(&self.shared, &self.name, self.log)?;
         let ready = process.hear(START_WAIT_MAX).await?;
         if let Some(error) = ready.error {
             return Err(format!("it cannot be used: {error}"));
         }
+        let code = tokio::task::spawn_blocking(move || Code::of(ready.files, began)).await;
+        let (id, code) = (self.id, code.unwrap_or_default());
+        self.shared.with(|core, _| core.handle_policy_read(id, code));
         // What the one before was asked and did not hear: nobody waits for that any more.
         while self.questions.try_recv().is_ok() {}
         self.stands(Standing::Ready);
@@ -148,7 +157,7 @@ struct Process {
     child: Child,
     to: ChildStdin,
     from: BufReader<ChildStdout>,
-    log: std::path::PathBuf,
+    log: PathBuf,
     log_from: u64,
 }
 
@@ -161,7 +170,8 @@ impl Process {
         let log_from = output.metadata().map_or(0, |about| about.len());
         let directory = config.file.parent().unwrap_or(std::path::Path::new("/"));
         let spawned = Command::new(&config.python)
-            .args(["-m", "shoal.policy", name.trim_start_matches(OUTSIDE), "--path"])
+            // Python takes bytecode for that of a file which was written in the same second and is as long.
+            .args(["-B", "-m", "shoal.policy", name.trim_start_matches(OUTSIDE), "--path"])
             .arg(directory)
             .env("SHOAL_SERVER_PID", std::process::id().to_string())
             .env("PYTHONUNBUFFERED", "1")

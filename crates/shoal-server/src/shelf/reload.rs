@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use shoal_core::bytes::ByteCount;
 use utoipa::ToSchema;
 
-use super::{Shelf, ShelfError, policy_process, tasks};
+use super::{Code, Shelf, ShelfError, policy_process, tasks};
 use crate::broker::{Core, Follow};
 use crate::config::{ServerConfig, Surroundings};
 use crate::state::EventKind;
@@ -20,13 +20,16 @@ pub struct Reloaded {
     pub restarted: Vec<String>,
     /// Models of which only limits changed; they go on.
     pub changed: Vec<String>,
+    /// Policies in Python of the same name as before whose code has changed, and is read anew.
+    #[serde(default)]
+    pub policies: Vec<String>,
     /// Keys of `[server]` that changed and count from the next start of the server.
     pub needs_restart: Vec<String>,
 }
 
 impl Shelf {
     /// Reads the configuration's file again and puts it in place of the present one. Only what changed is touched: models
-    /// of which nothing or only limits changed go on, awake or asleep.
+    /// of which nothing or only limits changed go on, awake or asleep. Policies in Python are read anew where their code changed.
     ///
     /// # Errors
     /// [`ShelfError::Configuration`]: the file is wrong; nothing changed.
@@ -51,7 +54,13 @@ impl Shelf {
         if sum > budget {
             return Err(self.refused(ShelfError::Minimums { sum, budget }.to_string()));
         }
-        let (said, follow) = self.shared().with(|core, now_ms| core.handle_reload(config, now_ms));
+        // A few questions to the disk.
+        let policies = self.shared().with(|core, _| core.policies_read());
+        let is_rewritten = |code: &Option<Code>| code.as_ref().is_none_or(Code::has_changed);
+        let rewritten: Vec<u64> =
+            policies.into_iter().filter(|(_, code)| is_rewritten(code)).map(|(id, _)| id).collect();
+        let (said, follow) =
+            self.shared().with(|core, now_ms| core.handle_reload(config, &rewritten, now_ms));
         let Follow { places, reused, pins } = follow;
         let models = self.shared().with(|core, _| core.models.len());
         let gone: Vec<_> = {

@@ -18,6 +18,8 @@ pub trait RouteSink: Debug + Send + Sync {
     fn first_byte(&self, after: Duration, was_asleep: bool);
     /// So many tokens were generated.
     fn tokens(&self, count: u64);
+    /// More bytes of the answer came; told now and then.
+    fn more_bytes(&self);
     /// No byte of its worker came for so long, and one is waited for.
     fn no_byte(&self, waited: Duration);
     /// The request ended, one way or another.
@@ -86,6 +88,13 @@ impl Route {
             && let Some(sink) = &self.sink
         {
             sink.first_byte(self.asked.elapsed(), self.was_asleep);
+        }
+    }
+
+    /// Say that more bytes of the answer came.
+    pub fn more_bytes(&self) {
+        if let Some(sink) = &self.sink {
+            sink.more_bytes();
         }
     }
 

@@ -585,6 +585,10 @@ impl RouteSink for Sink {
         self.shared.with(|core, _| core.models[self.place].counts.tokens_routed += count);
     }
 
+    fn more_bytes(&self) {
+        self.shared.with(|core, now_ms| core.models[self.place].pulse.worked(now_ms));
+    }
+
     fn no_byte(&self, waited: Duration) {
         self.shared.with(|core, now_ms| core.handle_no_byte(self.place, millis(waited), now_ms));
     }

@@ -56,6 +56,9 @@ pub enum EventKind {
         restarted: Vec<String>,
         /// Models of which only limits changed.
         changed: Vec<String>,
+        /// Policies in Python whose code changed, and is read anew.
+        #[serde(default)]
+        policies: Vec<String>,
         /// Keys of `[server]` that changed and count from the next start of the server.
         needs_restart: Vec<String>,
     },

@@ -17,12 +17,13 @@ impl fmt::Display for EventKind {
                 write!(f, "server started on {device} with {budget} to share")
             }
             Self::ServerStopping { reason } => write!(f, "server is stopping: {reason}"),
-            Self::Reloaded { added, removed, restarted, changed, needs_restart } => {
+            Self::Reloaded { added, removed, restarted, changed, policies, needs_restart } => {
                 let parts = [
                     ("added", added),
                     ("removed", removed),
                     ("started anew", restarted),
                     ("changed", changed),
+                    ("read anew", policies),
                     ("only at the next start", needs_restart),
                 ];
                 write!(f, "configuration read again ({})", parted(parts))

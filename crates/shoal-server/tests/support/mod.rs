@@ -48,6 +48,7 @@ pub struct FakeModels {
 pub struct Seen {
     pub first_bytes: AtomicU64,
     pub no_bytes: AtomicU64,
+    pub more_bytes: AtomicU64,
     pub ended: AtomicU64,
 }
 
@@ -56,6 +57,9 @@ impl RouteSink for Seen {
         self.first_bytes.fetch_add(1, Ordering::SeqCst);
     }
     fn tokens(&self, _count: u64) {}
+    fn more_bytes(&self) {
+        self.more_bytes.fetch_add(1, Ordering::SeqCst);
+    }
     fn no_byte(&self, _waited: Duration) {
         self.no_bytes.fetch_add(1, Ordering::SeqCst);
     }
