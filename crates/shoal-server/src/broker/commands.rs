@@ -16,7 +16,6 @@ impl Core {
         model.child = Some(pid);
         model.target = target;
         model.starts += 1;
-        model.hung = None;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());
         self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
     }

@@ -10,9 +10,10 @@
 //! A server that did not run itself (stopped, starved) holds nobody's silence against them: whoever looks later than
 //! planned begins to count anew.
 
+use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::{FromServer, FromWorker, WorkerUsage};
 
-use super::{Core, Record, millis};
+use super::{Core, OVERHEAD_REQUEST, Record, millis};
 use crate::state::EventKind;
 
 /// How often a quiet worker is asked.
@@ -160,8 +161,10 @@ impl Core {
         self.take_pulses(now_ms);
         let model = &self.models[place];
         let id = model.id;
-        // Who waits for an answer of ours, or is at an order that it still has time for, is not stuck.
-        let waits = self.asked.iter().any(|asked| asked.pending.model == id)
+        // Who waits for an answer of ours, or is at an order that it still has time for, is not stuck. What is asked for in its
+        // name it does not wait for.
+        let asks = |pending: &PendingRequest| pending.model == id && pending.request != OVERHEAD_REQUEST;
+        let waits = self.asked.iter().any(|asked| asks(&asked.pending))
             || model.orders.values().any(|order| !order.overdue);
         let quiet_ms = now_ms.saturating_sub(model.pulse.worked_ms).min(waited_ms);
         if self.stopping || waits || !is_watched(model) || quiet_ms < stuck_ms_max {

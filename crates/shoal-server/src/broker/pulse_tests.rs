@@ -10,7 +10,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
 use super::turn_tests::{Bench, WEIGHTS, caller};
-use super::{Begun, Core, Life, Wanted};
+use super::{Begun, Core, Life, OVERHEAD_REQUEST, Wanted};
 use crate::config::{Patience, ServerConfig};
 use crate::supervisor::Exit;
 
@@ -234,6 +234,20 @@ fn one_that_makes_vectors_works_and_one_that_stopped_making_them_does_not() {
     }
     pass(&mut bench, now_ms, now_ms + 905_000, &[0, 1]);
     bench.core.handle_no_byte(0, now_ms + 905_000 - 20, now_ms + 905_000);
+    assert!(is_ended(&bench.core, 0));
+}
+
+#[test]
+fn what_the_server_asks_for_in_its_name_is_nothing_that_it_waits_for() {
+    let mut bench = bench();
+    let wake = bench.wanted(0, WEIGHTS, 10);
+    bench.usage(0, WEIGHTS, 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    pass(&mut bench, 20, 950_000, &[0, 1]);
+    // Its process was measured to take more than it leased, and there is nothing free yet.
+    bench.core.cover_overhead(0, ByteCount::mib(8), 950_500);
+    assert!(bench.core.asked.iter().any(|asked| asked.pending.request == OVERHEAD_REQUEST));
+    bench.core.handle_no_byte(0, 950_000, 951_000);
     assert!(is_ended(&bench.core, 0));
 }
 

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::{Code, Shelf, ShelfError, policy_process, tasks};
 use crate::broker::{Core, Follow};
-use crate::config::{ServerConfig, Surroundings};
+use crate::config::{ConfigError, ServerConfig, Surroundings};
 use crate::state::EventKind;
 
 /// What another configuration came to.
@@ -34,33 +34,35 @@ impl Shelf {
     /// # Errors
     /// [`ShelfError::Configuration`]: the file is wrong; nothing changed.
     pub async fn reload(&self) -> Result<Reloaded, ShelfError> {
-        let file = self.shared().with(|core, _| core.config.file.clone());
+        let (file, policies) = self.shared().with(|core, _| (core.config.file.clone(), core.policies_read()));
         let read = tokio::task::spawn_blocking(move || {
-            ServerConfig::load(&file, &Surroundings::of_this_process()).map_err(|error| error.to_string())
+            let config = ServerConfig::load(&file, &Surroundings::of_this_process())?;
+            Ok((config, rewritten(policies)))
         });
-        match read.await.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(config) => self.reload_with(config),
+        let read = read.await.map_err(|error| error.to_string());
+        match read.and_then(|read: Result<_, ConfigError>| read.map_err(|error| error.to_string())) {
+            Ok((config, rewritten)) => self.put(config, &rewritten),
             Err(reason) => Err(self.refused(reason)),
         }
     }
 
-    /// [`reload`](Self::reload) with a configuration that was read already. Must be called inside a tokio runtime.
+    /// [`reload`](Self::reload) with a configuration that was read already. Must be called inside a tokio runtime. Asks the disk
+    /// whether the files of policies in Python have changed.
     ///
     /// # Errors
     /// [`ShelfError::Configuration`]: minimums that do not fit; nothing changed.
     pub fn reload_with(&self, config: ServerConfig) -> Result<Reloaded, ShelfError> {
+        let policies = self.shared().with(|core, _| core.policies_read());
+        self.put(config, &rewritten(policies))
+    }
+
+    fn put(&self, config: ServerConfig, rewritten: &[u64]) -> Result<Reloaded, ShelfError> {
         let budget = self.shared().with(|core, _| core.config.device_budget);
         let sum: ByteCount = config.models.iter().filter_map(|model| model.min).sum();
         if sum > budget {
             return Err(self.refused(ShelfError::Minimums { sum, budget }.to_string()));
         }
-        // A few questions to the disk.
-        let policies = self.shared().with(|core, _| core.policies_read());
-        let is_rewritten = |code: &Option<Code>| code.as_ref().is_none_or(Code::has_changed);
-        let rewritten: Vec<u64> =
-            policies.into_iter().filter(|(_, code)| is_rewritten(code)).map(|(id, _)| id).collect();
-        let (said, follow) =
-            self.shared().with(|core, now_ms| core.handle_reload(config, &rewritten, now_ms));
+        let (said, follow) = self.shared().with(|core, now_ms| core.handle_reload(config, rewritten, now_ms));
         let Follow { places, reused, pins } = follow;
         let models = self.shared().with(|core, _| core.models.len());
         let gone: Vec<_> = {
@@ -85,4 +87,10 @@ impl Shelf {
         self.shared().with(|core, now_ms| core.tell(now_ms, None, what));
         ShelfError::Configuration { reason }
     }
+}
+
+/// Those policies whose code is not what was read, or of which nobody knows.
+fn rewritten(policies: Vec<(u64, Option<Code>)>) -> Vec<u64> {
+    let is_rewritten = |code: &Option<Code>| code.as_ref().is_none_or(Code::has_changed);
+    policies.into_iter().filter(|(_, code)| is_rewritten(code)).map(|(id, _)| id).collect()
 }
