@@ -38,7 +38,7 @@ from shoal.memory import (
     Transfer,
     parse_size,
 )
-from shoal.tiers import DiskTier, KvTier
+from shoal.tiers import DiskTier, HostTier, KvTier, TierStack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +62,7 @@ __all__ = [
     "FlushReport",
     "ForkError",
     "Guard",
+    "HostTier",
     "KvBacking",
     "KvCache",
     "KvGroup",
@@ -76,6 +77,7 @@ __all__ = [
     "Report",
     "SourcePiece",
     "TierError",
+    "TierStack",
     "Transfer",
     "TransferError",
     "__version__",

@@ -11,6 +11,7 @@ __all__ = [
     "DiskTier",
     "Flush",
     "Guard",
+    "HostTier",
     "KvBacking",
     "KvCache",
     "KvGroup",
@@ -20,6 +21,7 @@ __all__ = [
     "RegionBuffer",
     "RegionUse",
     "Store",
+    "TierStack",
     "Transfer",
     "__version__",
     "main",
@@ -264,6 +266,18 @@ class DiskTier:
     def store(self) -> Store: ...
     def places(self) -> list[dict[str, Any]]: ...
     def close(self, timeout_s: float) -> bool: ...
+
+@final
+class HostTier:
+    def __new__(cls, bytes_max: int) -> HostTier: ...
+    def store(self) -> Store: ...
+    def usage(self) -> dict[str, int]: ...
+
+@final
+class TierStack:
+    def __new__(cls, tiers: list[Store], copy_bytes_max: int) -> TierStack: ...
+    def store(self) -> Store: ...
+    def counts(self) -> list[dict[str, Any]]: ...
 
 @final
 class KvTier:

@@ -1,8 +1,9 @@
 """Tiers below the device: KV that is not needed now goes down a level and comes back by name, verified.
 
-A :class:`DiskTier` keeps blocks in directories, one on each disk; :meth:`shoal.KvCache.attach_store` connects a cache
-to a tier by a :class:`KvTier`. Whatever a tier fails at, the worst is that blocks are computed again: no call here
-raises because of a disk that fails, hangs, or gives damage; figures say so.
+A :class:`HostTier` keeps blocks in memory, a :class:`DiskTier` in directories, one on each disk; a :class:`TierStack`
+is several of them as one. :meth:`shoal.KvCache.attach_store` connects a cache to any of these by a :class:`KvTier`.
+Whatever a tier fails at, the worst is that blocks are computed again: no call here raises because of a disk that fails,
+hangs, or gives damage; figures say so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,98 @@ if TYPE_CHECKING:
 
     from shoal.kv_cache import KvCache
 
-__all__ = ["DiskTier", "KvTier"]
+__all__ = ["DiskTier", "HostTier", "KvTier", "TierStack"]
+
+
+class HostTier:
+    """Blocks in this process's memory, which go with it.
+
+    Memory is taken block by block. What is never found again makes room first (S3-FIFO). Memory errs too, so what is
+    given was verified by its checksum.
+
+    Parameters
+    ----------
+    max_bytes
+        The most memory of blocks, with what each is rounded up by (4 KiB).
+
+    Raises
+    ------
+    ValueError
+        If the size cannot be read.
+    """
+
+    __slots__ = ("_native",)
+
+    def __init__(self, max_bytes: Size) -> None:
+        self._native = _native.HostTier(parse_size(max_bytes))
+
+    def __repr__(self) -> str:
+        return f"HostTier({self.usage()['bytes_max']})"
+
+    def usage(self) -> dict[str, int]:
+        """Give what it has and did.
+
+        Returns
+        -------
+        dict
+            ``blocks`` and ``bytes`` in it, ``bytes_max``; counts of blocks: ``hits``, ``absent`` (asked for and not
+            there), ``written``, ``evicted`` (they made room), ``corrupt`` (damaged, and dropped).
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.usage()
+
+
+class TierStack:
+    """Several tiers as one, looked through from the fastest to the slowest.
+
+    What is saved goes to all of them that want it, so what the fast ones forget is in the slow ones; what a slow one
+    gives goes into the faster ones. Several requests for one block on its way share one transfer. A tier that fails
+    costs only what it alone had.
+
+    Parameters
+    ----------
+    tiers
+        The fastest first; at most 64.
+    copy_bytes_max
+        The most bytes of copies on their way to several tiers.
+
+    Raises
+    ------
+    ValueError
+        If there are more tiers than that, or a size cannot be read.
+    OSError
+        If no thread could be started.
+    """
+
+    __slots__ = ("_native", "_tiers")
+
+    def __init__(self, tiers: Sequence[HostTier | DiskTier], *, copy_bytes_max: Size = "64MiB") -> None:
+        self._tiers = tuple(tiers)
+        self._native = _native.TierStack([tier._native.store() for tier in tiers], parse_size(copy_bytes_max))
+
+    def __repr__(self) -> str:
+        return f"TierStack({', '.join(map(repr, self._tiers))})"
+
+    def counts(self) -> list[dict[str, Any]]:
+        """Give what each tier did, the fastest first.
+
+        Returns
+        -------
+        list of dict
+            ``name``; in blocks ``hits`` (served, once for each transfer), ``missed`` (it said it had them), ``written``
+            and of those ``promoted`` (a slower tier had served them), ``refused`` and ``declined`` (offered, and not
+            wanted); ``hit_bytes`` and ``written_bytes``.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.counts()
 
 
 class DiskTier:
@@ -116,7 +208,13 @@ class KvTier:
     __slots__ = ("_native",)
 
     def __init__(
-        self, cache: KvCache, store: DiskTier, facts: Mapping[str, str], *, load_s: float, put_s: float
+        self,
+        cache: KvCache,
+        store: DiskTier | HostTier | TierStack,
+        facts: Mapping[str, str],
+        *,
+        load_s: float,
+        put_s: float,
     ) -> None:
         self._native = _native.KvTier(
             cache._native,
@@ -218,7 +316,8 @@ class KvTier:
             In a process other than the one that made it.
         """
         usage: dict[str, Any] = self._native.usage()
-        del usage["tier"], usage["reason"], usage["places"]
+        for name in ("tier", "reason", "places", "promoted", "evicted", "bytes", "bytes_max"):
+            del usage[name]
         return usage
 
 

@@ -39,8 +39,8 @@ def ask(server: Server, name: str, prompt: str = PROMPT) -> tuple[str, int]:
 
 
 def serve_on(home: Path, model: dict[str, object], disk: list[dict[str, object]]) -> AbstractContextManager[Server]:
-    """Serve with a patience for the disk that a loaded machine never needs."""
-    return serve(home, models=[model], disk=disk, disk_wait="60s")
+    """Serve with the disk alone, and with a patience for it that a loaded machine never needs."""
+    return serve(home, models=[model], disk=disk, disk_wait="60s", host_tier="off")
 
 
 def tier(server: Server, name: str) -> dict[str, Any]:

@@ -129,6 +129,17 @@ def test_before_the_first_answer_nothing_is_claimed() -> None:
     assert [(request.method, request.path) for request in browser.requests()] == [("GET", "/api/v1/state")]
 
 
+def test_kv_in_tiers_below_the_device_is_shown_with_its_model() -> None:
+    host = {"tier": "host", "reason": None, "bytes": 12 * MIB, "bytes_max": 32 * MIB, "loaded": 40, "looked_up": 52}
+    disk = {"tier": "disk", "reason": "it is taken", "bytes": 0, "bytes_max": 0, "loaded": 0, "looked_up": 0}
+    browser, _ = opened(model("oak", tiers=[host, disk]), model("elm"))
+    card = browser.see("models").text
+    assert "KV on host: 12 MiB of 32 MiB, 40 of 52 blocks looked for came back" in card
+    assert "KV on disk: 0 B, 0 of 0 blocks looked for came back: not in use, it is taken" in card
+    track = browser.see("tiers").find(with_class="track")[1]
+    assert track.attributes["aria-label"] == "Host: oak 76 MiB, elm 64 MiB"
+
+
 def test_a_state_shows_tiers_and_models() -> None:
     browser, feed = opened(
         model("oak"),

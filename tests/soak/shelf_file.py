@@ -42,6 +42,8 @@ class ShelfFile:
             "wait_s_max": WAIT_S_MAX,
             "parked_max": PARKED_MAX,
             "orphan_s_max": ORPHAN_S_MAX,
+            # Soon full: memory that fills up with KV is not to be taken for memory that is lost.
+            "host_tier": "64MiB",
         }
         code = next(table for table in text["model"] if table["name"] == "code")
         self.models: dict[str, dict[str, Any]] = {table["name"]: dict(table) for table in text["model"]}

@@ -242,14 +242,22 @@ pub struct KvTierCounts {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TierUsage {
-    /// `"disk"`.
+    /// `"host"` or `"disk"`.
     pub tier: String,
     /// Why it is not used at all, where that is so.
     pub reason: Option<String>,
     /// What it did.
     #[serde(flatten)]
     pub counts: KvTierCounts,
-    /// Where its bytes lie.
+    /// Blocks that came to it from a slower tier, as somebody asked for them.
+    pub promoted: u64,
+    /// Blocks that made room in it.
+    pub evicted: u64,
+    /// Bytes in it.
+    pub bytes: ByteCount,
+    /// The most that these may be.
+    pub bytes_max: ByteCount,
+    /// Where its bytes lie, where that is in directories.
     pub places: Vec<TierPlace>,
 }
 

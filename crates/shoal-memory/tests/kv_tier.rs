@@ -158,6 +158,25 @@ fn what_was_forgotten_comes_back_for_its_own_tenant_and_model() {
     }
 }
 
+/// As when a model is put to sleep a moment after an answer, and asked again: somebody's block went to host memory then.
+#[test]
+fn a_cache_that_was_evicted_with_owned_blocks_is_loaded_to() {
+    let world = world(64, 64);
+    let tokens = (0..62).collect::<Vec<u32>>();
+    let cache = cache(&world, PlaneOrder::BlockMajor, 16, 128);
+    let tier = tier(&cache, disk_tier(&SimDisk::new(32 << 20, 1)), "a");
+    assert_eq!(serve(&cache, &tier, b"x", &tokens), Some((0, 0)));
+    assert!(tier.flush(WAIT));
+    cache.forget_all().expect("an index");
+    let mut owned = [0; 2];
+    assert!(cache.alloc(0, &mut owned).expect("memory"));
+    world.manager.reclaim(ALL, WAIT, "a sleep").expect("room on the host");
+    assert!(!cache.region().missing_bytes().is_zero(), "nothing is tested");
+    assert_eq!(serve(&cache, &tier, b"x", &tokens), Some((0, 15)));
+    assert_eq!(tier.counts().failed, 0);
+    cache.free(0, &owned).expect("owned");
+}
+
 #[test]
 fn only_what_lacks_a_block_in_between_is_computed_again() {
     let world = world(64, 64);

@@ -1,4 +1,4 @@
-//! Tiers below the device: `Store`, `DiskTier`, and `KvTier`, a cache's connection to one.
+//! Tiers below the device: `Store`, `HostTier`, `DiskTier`, a `Stack` of them, and `KvTier`, a cache's connection to one.
 //!
 //! All calls that may wait let the GIL go. What a tier fails at is a count, never an exception: an engine only computes again.
 
@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{TierPlace, TierUsage};
 use shoal_memory::disk::{DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
-use shoal_memory::store::{AdmissionRule, Store};
+use shoal_memory::store::{AdmissionRule, HostOptions, HostTier, Stack, StackOptions, Store, TierCounts};
 use shoal_memory::{KvTier, KvTierOptions};
 
 use crate::convert;
@@ -110,6 +111,95 @@ fn place(disk: DiskUsage) -> TierPlace {
         corrupt: disk.counts.corrupt,
         failed: disk.counts.failed + disk.counts.hung,
         asides: disk.counts.asides,
+    }
+}
+
+/// Blocks in this process's memory.
+#[pyclass(frozen, name = "HostTier", module = "shoal._native")]
+pub(crate) struct PyHostTier {
+    tier: Owned<Arc<HostTier>>,
+}
+
+#[pymethods]
+impl PyHostTier {
+    #[new]
+    fn new(bytes_max: u64) -> Self {
+        Self { tier: Owned::new(Arc::new(HostTier::new(HostOptions::new(ByteCount(bytes_max))))) }
+    }
+
+    fn store(&self) -> PyResult<PyStore> {
+        let store: Arc<dyn Store> = self.tier.get()?.clone();
+        Ok(PyStore { store: Owned::new(store) })
+    }
+
+    /// A dict of figures.
+    fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let usage = self.tier.get()?.usage();
+        let dict = PyDict::new(py);
+        let figures = [
+            ("blocks", usage.blocks),
+            ("bytes", usage.bytes),
+            ("bytes_max", usage.bytes_max),
+            ("hits", usage.hits),
+            ("absent", usage.absent),
+            ("written", usage.written),
+            ("evicted", usage.evicted),
+            ("corrupt", usage.corrupt),
+        ];
+        for (name, value) in figures {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+}
+
+/// Several tiers as one.
+#[pyclass(frozen, name = "TierStack", module = "shoal._native")]
+pub(crate) struct PyTierStack {
+    stack: Owned<Arc<Stack>>,
+}
+
+#[pymethods]
+impl PyTierStack {
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python list")]
+    fn new(py: Python<'_>, tiers: Vec<PyRef<'_, PyStore>>, copy_bytes_max: u64) -> PyResult<Self> {
+        let tiers = tiers.iter().map(|tier| tier.store.get().cloned()).collect::<PyResult<Vec<_>>>()?;
+        let options = StackOptions { copy_bytes_max: ByteCount(copy_bytes_max), ..StackOptions::default() };
+        let stack = py.detach(|| Stack::new(tiers, options)).map_err(|error| match error.kind() {
+            std::io::ErrorKind::InvalidInput => PyValueError::new_err(error.to_string()),
+            _ => PyErr::from(error),
+        })?;
+        Ok(Self { stack: Owned::new(Arc::new(stack)) })
+    }
+
+    fn store(&self) -> PyResult<PyStore> {
+        let store: Arc<dyn Store> = self.stack.get()?.clone();
+        Ok(PyStore { store: Owned::new(store) })
+    }
+
+    /// A dict of each tier's counts, the fastest first.
+    fn counts<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let counts = self.stack.get()?.counts();
+        let each = |tier: &TierCounts| {
+            let dict = PyDict::new(py);
+            dict.set_item("name", &tier.name)?;
+            let figures = [
+                ("hits", tier.hits),
+                ("hit_bytes", tier.hit_bytes),
+                ("missed", tier.missed),
+                ("written", tier.written),
+                ("written_bytes", tier.written_bytes),
+                ("promoted", tier.promoted),
+                ("refused", tier.refused),
+                ("declined", tier.declined),
+            ];
+            for (name, value) in figures {
+                dict.set_item(name, value)?;
+            }
+            Ok(dict)
+        };
+        counts.tiers.iter().map(each).collect()
     }
 }
 

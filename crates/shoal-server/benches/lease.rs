@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromWorker, LeaseKind, VERSION, WorkerCapabilities};
 use shoal_server::config::{
-    CommandConfig, DeviceChoice, Engine, Limits, ModelConfig, Patience, ServerConfig, Sharing,
+    CommandConfig, DeviceChoice, Engine, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing,
 };
 use shoal_server::shelf::Shelf;
 use shoal_server::state::ModelStatus;
@@ -116,6 +116,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         headroom: ByteCount::ZERO,
         host_budget: ByteCount::gib(1),
         host_memory: None,
+        host_tier: HostTier::Off,
         disk: vec![],
         disk_wait: Duration::from_secs(1),
         models: std::iter::once(asking).chain((0..beside).map(asleep)).collect(),

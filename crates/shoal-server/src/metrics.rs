@@ -226,6 +226,8 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
             ("loaded", loaded),
             ("late", late),
             ("corrupt", corrupt),
+            ("promoted", tier.promoted),
+            ("evicted", tier.evicted),
         ]
         .map(|(what, count)| {
             let mut labels = labels(model, tier);
@@ -236,7 +238,8 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
     family(
         encoder,
         "kv_tier_blocks",
-        "KV blocks that a tier kept or not, and of those looked for there, brought back, too late, damaged",
+        "KV blocks that a tier kept or not, that made room in it, that came up to it; of those looked for there, brought back, \
+         too late, damaged",
         blocks,
     )?;
     let bytes = tiers().flat_map(|(model, tier)| {
@@ -247,6 +250,12 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
         })
     });
     family(encoder, "kv_tier_moved_bytes", "Bytes of KV that went to a tier and came back from it", bytes)?;
+    for (name, help, bytes) in [
+        ("kv_tier_bytes", "Bytes of KV in a tier", (|tier| tier.bytes) as fn(&TierUsage) -> ByteCount),
+        ("kv_tier_budget_bytes", "The most bytes of KV that may be in a tier", |tier| tier.bytes_max),
+    ] {
+        family(encoder, name, help, tiers().map(|(model, tier)| (labels(model, tier), gauge(bytes(tier)))))?;
+    }
     let places = || {
         tiers().flat_map(|(model, tier)| {
             tier.places.iter().map(move |place| {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from shoal import _native
-    from shoal.tiers import DiskTier, KvTier
+    from shoal.tiers import DiskTier, HostTier, KvTier, TierStack
     from shoal.torch.kv import Tensor
 
 __all__ = ["KvCache", "Sealed"]
@@ -369,7 +369,12 @@ class KvCache:
         self._native.forget_all()
 
     def attach_store(
-        self, store: DiskTier, facts: Mapping[str, str], *, load_s: float = 1.0, put_s: float = 30.0
+        self,
+        store: DiskTier | HostTier | TierStack,
+        facts: Mapping[str, str],
+        *,
+        load_s: float = 1.0,
+        put_s: float = 30.0,
     ) -> KvTier:
         """Connect the cache to a tier that keeps what it forgets.
 

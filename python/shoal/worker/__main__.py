@@ -114,7 +114,8 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     tell = _Telling(client.loading)
     path = _prepared(spec, tell)
     files = loading.inspect(path)
-    memory = _open(client, spec)
+    host_tier = spec.host_tier_bytes if files.kind == "causal" and spec.prefix_caching else 0
+    memory = _open(client, spec, client.welcome["host_budget"] - host_tier)
     begun = time.monotonic()
     loaded = loading.load(files, spec, tell)
     read = time.monotonic()
@@ -123,7 +124,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     memory.warm_up(loaded.model.dtype)
     assembled = assemble(name, loaded, memory, spec, weights)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    memory.keep_on_disk(spec.disk, lambda: facts_of(files, spec.device, dtype), spec.disk_wait_s)
+    memory.keep_below(host_tier, spec.disk, lambda: facts_of(files, spec.device, dtype), spec.disk_wait_s)
     return assembled
 
 
@@ -142,18 +143,21 @@ class _Telling:
             self._tell(phase, done, total)
 
 
-def _open(client: BrokerClient, spec: WorkerSpec) -> DeviceMemory:
-    """Open the device, with a lease for what this process takes of it before anything is taken."""
+def _open(client: BrokerClient, spec: WorkerSpec, host_budget: int) -> DeviceMemory:
+    """Open the device, with a lease for what this process takes of it before anything is taken.
+
+    `host_budget` is what copies may use of the host: what the server gave less the host tier (I1).
+    """
     from shoal import DeviceError, Error, MemoryManager
 
     from .device import DeviceMemory, Overhead
     from .errors import LoadError
 
     if not spec.on_gpu:
-        return DeviceMemory(MemoryManager(broker=client))
+        return DeviceMemory(MemoryManager(broker=client, host_budget=host_budget))
     overhead = Overhead(spec.device, Path(client.path).parent)
     try:
-        mem = overhead.open(lambda: MemoryManager(broker=client, overhead=spec.overhead_bytes))
+        mem = overhead.open(lambda: MemoryManager(broker=client, host_budget=host_budget, overhead=spec.overhead_bytes))
     except DeviceError as error:
         raise LoadError("device", str(error)) from error
     except Error as error:

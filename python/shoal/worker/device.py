@@ -27,7 +27,7 @@ from shoal import (
 
 from .errors import LoadError
 from .memory import ShortageError
-from .tiers import KvOnDisk
+from .tiers import KvBelow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +67,7 @@ class DeviceKv:
         self._hinted = 0
         self._block_tokens = layout.block_tokens
         self.is_caching = is_caching
-        self.disk: KvOnDisk | None = None
+        self.below: KvBelow | None = None
 
     def tensor(self) -> torch.Tensor:
         """Make a tensor over all blocks."""
@@ -91,12 +91,12 @@ class DeviceKv:
         return figures["free_mapped_blocks"] + figures["cached_blocks"]
 
     def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
-        """Find the longest sealed prefix, and own its blocks; what the device has forgotten comes back from disk."""
+        """Find the longest sealed prefix, and own its blocks; what the device has forgotten comes back from below."""
         found, blocks = self.cache.match(tokens, salt=salt)
-        if self.disk is not None:
+        if self.below is not None:
             # What was refused before may be taken now.
-            self.disk.save(tokens[:found], 0, salt)
-            blocks += self.disk.load(tokens, blocks, salt)
+            self.below.save(tokens[:found], 0, salt)
+            blocks += self.below.load(tokens, blocks, salt)
             found = len(blocks) * self._block_tokens
         return found, blocks
 
@@ -111,14 +111,14 @@ class DeviceKv:
             blocks[place] = found
 
     def save(self, tokens: Sequence[int], new: int, salt: str) -> None:
-        """Let the last `new` full blocks of a sealed sequence be kept on disk."""
-        if self.disk is not None:
-            self.disk.save(tokens, max(0, len(tokens) // self._block_tokens - new), salt)
+        """Let the last `new` full blocks of a sealed sequence be kept below the device."""
+        if self.below is not None:
+            self.below.save(tokens, max(0, len(tokens) // self._block_tokens - new), salt)
 
     def forget_all(self) -> None:
         """Let nothing be found any more; what was saved before is what it was."""
-        if self.disk is not None:
-            self.disk.discard_queued()
+        if self.below is not None:
+            self.below.discard_queued()
         self.cache.forget_all()
 
     def hint(self, blocks: int) -> None:
@@ -361,31 +361,37 @@ class DeviceMemory:
         self._kv = DeviceKv(self._mem, layout, blocks, is_caching=is_caching)
         return self._kv
 
-    def keep_on_disk(
-        self, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]], wait_s: float = 1.0
+    def keep_below(
+        self,
+        host_bytes: int,
+        disks: Sequence[DiskShare],
+        facts: Callable[[], Mapping[str, str]],
+        wait_s: float = 1.0,
     ) -> None:
-        """Keep the KV cache's prefixes on disk as well, where there is a cache that finds them again.
+        """Keep the KV cache's prefixes in tiers below the device as well, where there is a cache that finds them again.
 
         Parameters
         ----------
+        host_bytes
+            How much memory keeps them; 0 for none.
         disks
-            Where.
-        wait_s
-            How long a prompt waits for what is there of it.
+            Where on disk.
         facts
             Gives what they depend on beside their tokens; called in the background.
+        wait_s
+            How long a prompt waits for what is there of it.
         """
-        if disks and self._kv is not None and self._kv.is_caching:
-            self._kv.disk = KvOnDisk(self._kv.cache, disks, facts, wait_s)
+        if (host_bytes or disks) and self._kv is not None and self._kv.is_caching:
+            self._kv.below = KvBelow(self._kv.cache, host_bytes, disks, facts, wait_s)
 
     def tiers(self) -> list[dict[str, Any]]:
-        """Give what the disks did for the KV cache."""
-        return [] if self._kv is None or self._kv.disk is None else [self._kv.disk.figures()]
+        """Give what the tiers below the device did for the KV cache."""
+        return [] if self._kv is None or self._kv.below is None else self._kv.below.figures()
 
     def close(self) -> None:
         """Write out what is not on disk yet, within a few seconds."""
-        if self._kv is not None and self._kv.disk is not None:
-            self._kv.disk.close()
+        if self._kv is not None and self._kv.below is not None:
+            self._kv.below.close()
 
     def trim(self, *, cached: bool = False) -> None:
         """Give back KV memory in which nothing lies, or, with `cached`, nothing that somebody owns."""

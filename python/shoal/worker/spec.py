@@ -74,6 +74,8 @@ class WorkerSpec:
         Tokens of one KV block.
     prefix_caching
         Whether KV of a prompt's beginning is used again for prompts that begin alike.
+    host_tier_bytes
+        How much of the host budget keeps such KV in memory, for the time after the device forgot it.
     disk
         Where such KV is kept on disk, for the time after the device forgot it.
     disk_wait_s
@@ -100,6 +102,7 @@ class WorkerSpec:
     overhead_bytes: int = 832 << 20
     block_tokens: int = 16
     prefix_caching: bool = True
+    host_tier_bytes: int = 0
     disk: tuple[DiskShare, ...] = ()
     disk_wait_s: float = 1.0
     batch_tokens_max: int = 512
@@ -116,8 +119,9 @@ class WorkerSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name}: {value} is less than 1")
-        if self.overhead_bytes < 0:
-            raise SpecError(f"overhead_bytes: {self.overhead_bytes} is negative")
+        for name in ("overhead_bytes", "host_tier_bytes"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"{name}: {getattr(self, name)} is negative")
         for name in ("threads", "batch_tokens_max", "requests_max", "body_bytes_max"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name}: {getattr(self, name)} is less than 1")

@@ -1,7 +1,8 @@
-"""The worker's KV on disk: what conversations have computed outlives the worker and the server.
+"""The worker's KV below the device, in host memory and on disk: what was computed outlives its place on the device.
 
 Apart, because serving must not wait for a disk: directories are opened in the background, also while the lock of a
-worker that was killed is still there, and until then, or where it cannot be, everything goes on without.
+worker that was killed is still there, and until then, or where it cannot be, everything goes on without. What is on
+disk outlives the worker and the server too.
 
 Bytes are found again only under the same facts: what the model is (its configuration and weights), and what computes it
 (device, versions, data type), since the numbers of another are not the same to the bit.
@@ -13,9 +14,10 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from shoal import DiskTier, Error, TierError
+from shoal import DiskTier, Error, HostTier, TierError, TierStack
 
 from .errors import described
 
@@ -40,15 +42,20 @@ _FLUSH_S = 1.0
 _CLOSE_S = 2.0
 
 
-class KvOnDisk:
-    """A KV cache's connection to its disks, from the moment on when they are open.
+class KvBelow:
+    """A KV cache's connection to the tiers below the device: host memory at once, disks from when they are open.
+
+    What is sealed goes to both, so what host memory has to forget is on disk, and what dies with the worker is only in
+    memory. On the way up the fastest that has a block gives it, and what a disk gave stays in memory too.
 
     Parameters
     ----------
     cache
         The cache.
+    host_bytes
+        How much memory may keep KV; 0 for none.
     disks
-        Where.
+        Where on disk.
     facts
         Gives what the bytes depend on; called in the background.
     wait_s
@@ -56,14 +63,24 @@ class KvOnDisk:
     """
 
     def __init__(
-        self, cache: KvCache, disks: Sequence[DiskShare], facts: Callable[[], Mapping[str, str]], wait_s: float = 1.0
+        self,
+        cache: KvCache,
+        host_bytes: int,
+        disks: Sequence[DiskShare],
+        facts: Callable[[], Mapping[str, str]],
+        wait_s: float = 1.0,
     ) -> None:
         self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
+        self._host = HostTier(host_bytes) if host_bytes else None
         self._disk: DiskTier | None = None
+        self._stack: TierStack | None = None  # where there is host memory
         self._tier: KvTier | None = None
-        self._reason: str | None = "its directories are being opened"
+        self._before = (Counter[str](), Counter[str]())  # of the time when the disks were being opened
+        self._lock = threading.Lock()  # for what is counted, while the tier is exchanged
+        self._reason: str | None = "its directories are being opened" if disks else None
+        self._host_reason: str | None = "its names are being made"
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._open, name="disk-tier", daemon=True)
+        self._thread = threading.Thread(target=self._open, name="kv-tiers", daemon=True)
         self._thread.start()
 
     def load(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> list[int]:
@@ -83,57 +100,118 @@ class KvOnDisk:
         if tier is not None:
             tier.discard_queued()
 
-    def figures(self) -> dict[str, Any]:
-        """Give what it did and how the disks are, as the server is told."""
-        tier, disk = self._tier, self._disk
-        used = {} if tier is None else tier.usage()
-        return {"tier": "disk", "reason": self._reason, **used, "places": [] if disk is None else disk.places()}
+    def figures(self) -> list[dict[str, Any]]:
+        """Give what each tier did and how it is, the fastest first, as the server is told."""
+        with self._lock:
+            tier, stack, disk = self._tier, self._stack, self._disk
+            whole = Counter({} if tier is None else tier.usage())
+            counts = [] if stack is None else stack.counts()
+            whole_before, host_before = self._before
+        told: list[dict[str, Any]] = []
+        host: Counter[str] = Counter()
+        if self._host is not None:
+            host = Counter(_as_told(counts[0])) if counts else Counter()
+            usage = self._host.usage()
+            of_host: dict[str, Any] = {**(host + host_before)}
+            of_host["looked_up"] = whole["looked_up"] + whole_before["looked_up"]
+            if not self._disks:
+                of_host |= {name: whole[name] for name in ("late", "failed", "load_us")}
+            of_host |= {name: usage[name] for name in ("bytes", "bytes_max", "evicted", "corrupt")}
+            told.append({"tier": "host", "reason": self._host_reason, **of_host})
+        if self._disks:
+            of_disk: dict[str, Any] = dict(whole)
+            if self._host is not None:
+                own = _as_told(counts[1]) if len(counts) > 1 else {}
+                of_disk = {name: whole[name] for name in ("late", "failed", "corrupt", "load_us")} if own else {}
+                of_disk |= own
+                # What the host had was not looked for here. It may have given more than was used in the end.
+                of_disk["looked_up"] = max(0, whole["looked_up"] - host["loaded"]) if own else 0
+                of_disk["unsaved"] = own.get("unsaved", 0) + (whole["unsaved"] if own else 0)
+            places = [] if disk is None else disk.places()
+            room = {name: sum(place[name] for place in places) for name in ("bytes", "bytes_max")}
+            told.append({"tier": "disk", "reason": self._reason, **of_disk, **room, "places": places})
+        return told
 
     def close(self) -> None:
         """Write out what waits, within a few seconds, and give the directories up."""
         self._stop.set()
         self._thread.join(timeout=_CLOSE_S)
         tier, disk, self._tier = self._tier, self._disk, None
-        if tier is not None and not tier.flush(_FLUSH_S):
+        if tier is not None and disk is not None and not tier.flush(_FLUSH_S):
             logger.info("some KV was not saved in time")
         del tier
         if disk is not None:
             disk.close(_CLOSE_S)
 
     def _open(self) -> None:
-        begun = time.monotonic()
-        while not self._stop.is_set():
-            try:
-                disk = self._opened()
-            except TierError as error:
-                if self._reason != str(error):
-                    logger.warning("no KV is kept on disk: %s", error)
-                self._reason = str(error)
-                if error.kind != "in_use":
-                    return
-                is_early = time.monotonic() - begun < _LOCK_WAIT_S
-                self._stop.wait(_LOCK_RETRY_S if is_early else _RETRY_S)
-                continue
-            except (Error, OSError) as error:
-                logger.warning("no KV is kept on disk: %s", described(error))
-                self._reason = described(error)
-                return
-            self._disk = disk
-            break
-        else:
+        try:
+            facts = self._facts()
+            if self._host is not None:
+                self._connect(facts, TierStack([self._host]))
+        except (Error, OSError) as error:
+            self._host_reason = self._reason = described(error)
+            logger.warning("no KV is kept below the device: %s", described(error))
+            return
+        self._host_reason = None
+        if self._host is not None:
+            logger.info("KV in host memory: up to %d bytes", self._host.usage()["bytes_max"])
+        if not self._disks or (disk := self._opened()) is None:
             return
         try:
-            self._tier = self._cache.attach_store(self._disk, self._facts(), load_s=self._wait_s)
+            self._disk = disk
+            self._connect(facts, disk if self._host is None else TierStack([self._host, disk]))
         except (Error, OSError) as error:
             self._reason = described(error)
             logger.warning("no KV is kept on disk: %s", self._reason)
             return
         self._reason = None
-        for place in self._disk.places():
+        for place in disk.places():
             logger.info("KV on disk: %(path)s is %(state)s, %(blocks)d blocks in it, by %(means)s", place)
 
-    def _opened(self) -> DiskTier:
-        return DiskTier([(share.path, share.bytes, share.write_bytes_per_hour) for share in self._disks])
+    def _connect(self, facts: Mapping[str, str], store: TierStack | DiskTier) -> None:
+        """Save to and load from `store` from now on."""
+        tier = self._cache.attach_store(store, facts, load_s=self._wait_s)
+        if self._tier is not None:
+            self._tier.flush(_FLUSH_S)
+        stack = store if isinstance(store, TierStack) else None
+        with self._lock:
+            before, stack_before = self._tier, self._stack
+            self._tier, self._stack = tier, stack
+            if before is not None and stack_before is not None:
+                self._before = (Counter(before.usage()), Counter(_as_told(stack_before.counts()[0])))
+
+    def _opened(self) -> DiskTier | None:
+        """Open the directories, also while a killed worker has the lock; None where they are to be left alone."""
+        begun = time.monotonic()
+        while not self._stop.is_set():
+            try:
+                return DiskTier([(share.path, share.bytes, share.write_bytes_per_hour) for share in self._disks])
+            except TierError as error:
+                if self._reason != str(error):
+                    logger.warning("no KV is kept on disk: %s", error)
+                self._reason = str(error)
+                if error.kind != "in_use":
+                    return None
+                is_early = time.monotonic() - begun < _LOCK_WAIT_S
+                self._stop.wait(_LOCK_RETRY_S if is_early else _RETRY_S)
+            except (Error, OSError) as error:
+                logger.warning("no KV is kept on disk: %s", described(error))
+                self._reason = described(error)
+                return None
+        return None
+
+
+def _as_told(counts: Mapping[str, int]) -> dict[str, int]:
+    """Give one tier's counts in a stack as the server is told them; blocks of a cache are of one length."""
+    saved = counts["written"] - counts["promoted"]
+    return {
+        "saved": saved,
+        "saved_bytes": counts["written_bytes"] * saved // max(1, counts["written"]),
+        "unsaved": counts["refused"] + counts["declined"],
+        "loaded": counts["hits"],
+        "loaded_bytes": counts["hit_bytes"],
+        "promoted": counts["promoted"],
+    }
 
 
 def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:

@@ -149,6 +149,11 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Whether it has the block, as far as it knows without reading: a [`Store::get`] may still miss.
     fn contains(&self, key: &StoreKey) -> bool;
 
+    /// Whether it has the block where it keeps blocks longest, so that nothing would be won by putting it again.
+    fn is_kept(&self, key: &StoreKey) -> bool {
+        self.contains(key)
+    }
+
     /// Notes that the block was seen, and says whether it is worth a [`Store::put`]. The answer binds nobody.
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict;
 

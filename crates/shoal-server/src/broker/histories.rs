@@ -171,6 +171,8 @@ impl World {
     fn check(&self) {
         self.core.book.check_invariants();
         assert!(self.core.book.leased() <= BUDGET, "I1");
+        let shares: ByteCount = self.core.models.iter().map(|model| model.host_share).sum();
+        assert!(shares <= self.core.config.host_budget, "I1: of the host, with what keeps KV in it");
         let mut held_in_all: ByteCount = self.strangers.iter().map(|(_, held)| *held).sum();
         for (place, worker) in &self.workers {
             let held = self.core.book.held(self.core.models[*place].id, LeaseKind::Weights);

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::record::host_need;
 use super::{Core, Life, LifeEvent, Record, STARTING_MAX};
-use crate::config::{Engine, SleepDepth};
+use crate::config::{Engine, SleepDepth, with_parts};
 use crate::state::EventKind;
 use crate::supervisor::Exit;
 
@@ -119,9 +119,12 @@ impl Core {
         if !matches!(model.life(), Life::Starting { greeted: false, .. } | Life::Awaited { .. }) {
             return Err(format!("model {name:?} has greeted already"));
         }
+        let mut spec = config.spec_of(&model.config);
+        // Within its share: the worker's copies have the rest (I1).
+        spec["host_tier_bytes"] = config.host_tier_of(&model.config, share, model.host_need).0.into();
         let welcome = FromServer::Welcome {
             version: VERSION,
-            spec: config.spec_of(&model.config),
+            spec,
             device: config.device.to_string(),
             device_bytes: config.device_budget + config.headroom,
             host_budget: share,
@@ -181,11 +184,16 @@ impl Core {
         let needs: Vec<_> = needs
             .into_iter()
             .zip(&self.models)
-            .map(|(need, model)| if stays(model) { Some(ByteCount::ZERO) } else { need })
+            .map(|(need, model)| {
+                let part =
+                    if is_lost(model) { ByteCount::ZERO } else { self.config.host_tier_part(&model.config) };
+                (if stays(model) { Some(ByteCount::ZERO) } else { need }, part)
+            })
             // What nobody needs is divided among all, and one that may be added while these run.
-            .chain([Some(ByteCount::ZERO)])
+            .chain([(Some(ByteCount::ZERO), ByteCount::ZERO)])
             .collect();
-        let shares = fair_shares(self.config.host_budget.saturating_sub(reserved), &needs);
+        let budget = self.config.host_budget.saturating_sub(reserved);
+        let shares = fair_shares(budget, &with_parts(budget, &needs));
         let share = shares[place] + promised(&self.models[place]);
         share.min(self.config.host_budget.saturating_sub(given).saturating_sub(to_come))
     }

@@ -34,11 +34,15 @@ impl Core {
             },
             tiers: vec![
                 tier(Tier::Device, Some(self.config.device_budget), self.book.leased()),
-                tier(Tier::Host, Some(self.config.host_budget), used(|model| model.usage.host)),
+                tier(
+                    Tier::Host,
+                    Some(self.config.host_budget),
+                    used(|model| model.usage.host + tier_bytes(model, "host")),
+                ),
                 tier(
                     Tier::Disk,
                     Some(self.config.disk.iter().map(|disk| disk.bytes).sum()),
-                    used(disk_bytes),
+                    used(|model| tier_bytes(model, "disk")),
                 ),
                 tier(Tier::Source, None, used(|model| model.usage.source_only)),
             ],
@@ -187,7 +191,7 @@ impl Core {
     }
 }
 
-/// What a model's worker keeps in directories of the disk tier.
-fn disk_bytes(model: &Record) -> ByteCount {
-    model.usage.tiers.iter().flat_map(|tier| &tier.places).map(|place| place.bytes).sum()
+/// What a model's worker keeps in a tier of that name.
+fn tier_bytes(model: &Record, name: &str) -> ByteCount {
+    model.usage.tiers.iter().filter(|tier| tier.tier == name).map(|tier| tier.bytes).sum()
 }

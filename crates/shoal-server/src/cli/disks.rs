@@ -1,6 +1,7 @@
-//! What `shoal doctor` says of the disk tier.
+//! What `shoal doctor` says of the tiers that keep KV: host memory and disks.
 //!
-//! Apart because it tries: a file is made and removed in each directory that is there, by the means that a worker will use.
+//! Apart because of a disk it tries: a file is made and removed in each directory that is there, by the means that a
+//! worker will use.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,24 @@ use shoal_core::bytes::ByteCount;
 use shoal_memory::disk::{Engine, raw_medium};
 
 use super::doctor::{Check, Level};
-use crate::config::{DiskTier, ServerConfig};
+use crate::config::{DiskTier, HostTier, ServerConfig};
+
+/// What each model has in host memory, where any has a use for it.
+pub(super) fn host_tier(config: &ServerConfig) -> Option<Check> {
+    let tiers = config.host_tiers();
+    if config.host_tier == HostTier::Off || tiers.is_empty() {
+        return None;
+    }
+    let each = |(name, bytes): &(&str, ByteCount)| {
+        if bytes.is_zero() { format!("{name} none") } else { format!("{name} {bytes}") }
+    };
+    let found = format!("for KV: {}", tiers.iter().map(each).collect::<Vec<_>>().join(", "));
+    // A model whose weights are not known yet gets its part at a later start.
+    let known = |name: &str| config.model(name).is_some_and(|model| model.weights.is_some());
+    let is_enough = tiers.iter().all(|(name, bytes)| !bytes.is_zero() || !known(name));
+    let remedy = "copies of weights leave too little of host_budget: raise it, or write host_tier = \"off\"";
+    Some(Check::of(is_enough, Level::Warn, "host tier", found, remedy))
+}
 
 /// The tier's directories, each with what is wrong with it.
 pub(super) fn disk_tier(config: &ServerConfig) -> Vec<Check> {

@@ -85,6 +85,7 @@ pub(super) fn doctor(file: Option<&Path>, json: bool, out: Out<'_>) -> Result<()
     checks.extend(nvidia(&surroundings, config.as_ref()));
     checks.extend(memory(&surroundings, config.as_ref()));
     checks.push(disk(&surroundings.cache_home));
+    checks.extend(config.iter().filter_map(super::disks::host_tier));
     checks.extend(config.iter().flat_map(super::disks::disk_tier));
     checks.extend(limits(&survey(), surroundings.nvidia.is_some(), config.as_ref()));
     checks.push(runtime_dir(&surroundings.runtime_dir));

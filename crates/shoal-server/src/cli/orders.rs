@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::TierUsage;
 
 use super::client::Client;
 use super::{At, Failure, Order, Out};
@@ -164,6 +165,7 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
         text.push('\n');
     }
     text.push_str(&keys_of(&shelf.models));
+    text.push_str(&tiers_of(&shelf.models));
     for model in &shelf.models {
         if let Some(error) = &model.error {
             let _ = writeln!(text, "{}: {}", model.name, printable(error));
@@ -184,6 +186,32 @@ fn keys_of(models: &[ModelSnapshot]) -> String {
             let _ = writeln!(text, "{} by key: {}", model.name, named.join("; "));
         }
     }
+    text
+}
+
+/// What keeps the KV that a model's cache forgets, by tiers.
+fn tiers_of(models: &[ModelSnapshot]) -> String {
+    let each = |model: &ModelSnapshot| -> String {
+        model.tiers.iter().map(|tier| tier_of(&model.name, tier)).collect()
+    };
+    models.iter().map(each).collect()
+}
+
+fn tier_of(model: &str, tier: &TierUsage) -> String {
+    let TierUsage { tier: name, reason, counts, bytes, bytes_max, places, .. } = tier;
+    let mut text = format!("{model}: KV on {}: {bytes} of {bytes_max}", printable(name));
+    let _ = write!(text, ", {} of {} blocks looked for came back", counts.loaded, counts.looked_up);
+    if counts.corrupt > 0 {
+        let _ = write!(text, ", {} damaged and computed again", counts.corrupt);
+    }
+    if let Some(reason) = reason {
+        let _ = write!(text, "; not in use, {}", printable(reason));
+    }
+    for place in places.iter().filter(|place| place.state == "aside") {
+        let why = place.reason.as_deref().unwrap_or_default();
+        let _ = write!(text, "; {} set aside, {}", printable(&place.path), printable(why));
+    }
+    text.push('\n');
     text
 }
 
@@ -317,6 +345,8 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use shoal_core::protocol::TierPlace;
+
     use crate::state::{DriverSnapshot, Event, EventKind, ProcessSnapshot, ShadowSnapshot};
 
     #[test]
@@ -344,6 +374,30 @@ mod tests {
         let expected = "chat is asleep.\nIt  [31mwaits.\n\n   7 min ago  gives up 2 MiB: because\n   1.2 s ago  code \
                         gives up it\n(3 earlier ones: --last 5)\n";
         assert_eq!(told(&why), expected);
+    }
+
+    #[test]
+    fn each_tier_is_told_in_a_line() {
+        let mut tier = TierUsage {
+            tier: "host".to_owned(),
+            bytes: ByteCount::mib(12),
+            bytes_max: ByteCount::mib(64),
+            ..TierUsage::default()
+        };
+        (tier.counts.looked_up, tier.counts.loaded) = (52, 40);
+        let line = "ash: KV on host: 12 MiB of 64 MiB, 40 of 52 blocks looked for came back";
+        assert_eq!(tier_of("ash", &tier), format!("{line}\n"));
+        tier.counts.corrupt = 1;
+        tier.reason = Some("it is \u{1b}[31mtaken".to_owned());
+        let aside = |state: &str| TierPlace {
+            path: "/mnt/a".to_owned(),
+            state: state.to_owned(),
+            reason: Some("it hangs".to_owned()),
+            ..TierPlace::default()
+        };
+        tier.places = vec![aside("ready"), aside("aside")];
+        let more = ", 1 damaged and computed again; not in use, it is  [31mtaken; /mnt/a set aside, it hangs";
+        assert_eq!(tier_of("ash", &tier), format!("{line}{more}\n"));
     }
 
     #[test]

@@ -189,7 +189,9 @@ fn banner(config: &ServerConfig, keys: Option<&Keys>, url: Option<&str>) -> Stri
         line("", "No GPU: the device is simulated in RAM. That shows the logic, saves no memory,");
         line("", "and its times say nothing about a GPU.");
     }
-    line("host", &format!("{} for copies", config.host_budget));
+    let of_it = config.host_tiers().into_iter().map(|(_, bytes)| bytes).sum::<shoal_core::bytes::ByteCount>();
+    let for_kv = if of_it.is_zero() { String::new() } else { format!(", up to {of_it} of it for KV") };
+    line("host", &format!("{} for copies{for_kv}", config.host_budget));
     for model in &config.models {
         line("model", &format!("{} = {} ({})", model.name, model.source, model.engine.name()));
     }

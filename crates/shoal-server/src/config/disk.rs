@@ -17,9 +17,8 @@ pub(super) const DISK_SHARE_MIN: ByteCount = ByteCount::mib(64);
 impl ServerConfig {
     /// What `model`'s worker is told of the disk tier; null where it has none.
     pub(super) fn disk_of(&self, model: &ModelConfig) -> serde_json::Value {
-        let sharing =
-            self.models.iter().filter(|model| uses_disk(model.engine, model.prefix_caching)).count();
-        if !uses_disk(model.engine, model.prefix_caching) || self.disk.is_empty() || sharing == 0 {
+        let sharing = self.models.iter().filter(|model| keeps_kv(model.engine, model.prefix_caching)).count();
+        if !keeps_kv(model.engine, model.prefix_caching) || self.disk.is_empty() || sharing == 0 {
             return serde_json::Value::Null;
         }
         let part = |bytes: ByteCount| ByteCount(bytes.0 / sharing as u64);
@@ -34,8 +33,8 @@ impl ServerConfig {
     }
 }
 
-/// Whether a model's worker keeps KV on disk.
-const fn uses_disk(engine: Engine, prefix_caching: bool) -> bool {
+/// Whether a model's worker keeps KV in tiers below the device.
+pub(super) const fn keeps_kv(engine: Engine, prefix_caching: bool) -> bool {
     matches!(engine, Engine::Transformers) && prefix_caching
 }
 
@@ -43,7 +42,7 @@ const fn uses_disk(engine: Engine, prefix_caching: bool) -> bool {
 pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], problems: &mut Vec<Problem>) {
     let engine =
         |model: &ModelSection| model.engine.as_ref().map_or_else(Engine::default, |engine| engine.value);
-    let sharing = models.iter().filter(|model| uses_disk(engine(model), model.prefix_caching)).count();
+    let sharing = models.iter().filter(|model| keeps_kv(engine(model), model.prefix_caching)).count();
     for (place, disk) in disks.iter().enumerate() {
         let DiskTier { path, bytes, .. } = &disk.value;
         let mut bad = |key: &str, why: String| {

@@ -14,6 +14,7 @@ mod disk;
 mod error;
 mod fingerprint;
 mod gpu;
+mod host_tier;
 mod locate;
 mod models;
 mod parse;
@@ -40,6 +41,8 @@ pub(crate) use gpu::gpu_processes;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use gpu::read_listing;
 pub use gpu::{DRIVER_MIN, Gpu, Gpus};
+pub use host_tier::HostTier;
+pub(crate) use host_tier::with_parts;
 pub use locate::{SAMPLE, find_file};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use models::tensor_bytes;
@@ -97,6 +100,8 @@ pub struct ServerConfig {
     pub host_budget: ByteCount,
     /// What memory of host copies is made of that the server lends to workers; `None`: they make their own.
     pub host_memory: Option<HostBacking>,
+    /// How much of the host budget keeps KV that the device forgot.
+    pub host_tier: HostTier,
     /// Directories of the disk tier.
     pub disk: Vec<DiskTier>,
     /// How long a prompt waits for what is on disk of it.

@@ -19,8 +19,8 @@ use super::error::{Problem, ProblemKind};
 use super::patience::Patience;
 use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
 use super::{
-    CommandSection, DISK_WAIT_MAX, DeviceChoice, DiskTier, Engine, HostMemory, MODEL_NAME_BYTES_MAX,
-    ORPHAN_WAIT_MAX, QUANTUM_MAX, QUANTUM_MIN, vllm,
+    CommandSection, DISK_WAIT_MAX, DeviceChoice, DiskTier, Engine, HostMemory, HostTier,
+    MODEL_NAME_BYTES_MAX, ORPHAN_WAIT_MAX, QUANTUM_MAX, QUANTUM_MIN, host_tier, vllm,
 };
 
 /// A value and where it stands.
@@ -62,6 +62,7 @@ pub struct ServerSection {
     pub headroom: Option<ByteCount>,
     pub host_budget: Option<Sited<ByteCount>>,
     pub host_memory: Option<HostMemory>,
+    pub host_tier: Option<Sited<HostTier>>,
     pub disk: Vec<Sited<DiskTier>>,
     pub disk_wait: Option<Duration>,
     pub request_bytes_max: Option<ByteCount>,
@@ -98,7 +99,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 22] = [
+const SERVER_KEYS: [&str; 23] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -108,6 +109,7 @@ const SERVER_KEYS: [&str; 22] = [
     "headroom",
     "host_budget",
     "host_memory",
+    "host_tier",
     "disk",
     "disk_wait",
     "request_bytes_max",
@@ -281,6 +283,7 @@ impl<'i> Reader<'i> {
             headroom: self.size(table, "headroom").map(|size| size.value),
             host_budget: self.size(table, "host_budget"),
             host_memory: self.parsed(table, "host_memory", host_memory).map(|choice| choice.value),
+            host_tier: host_tier::read(self, table),
             disk: self.disk(table),
             disk_wait: self.duration(table, "disk_wait", Duration::from_millis(1), DISK_WAIT_MAX),
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),

@@ -18,8 +18,8 @@ use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
-    Budgets, DISK_WAIT_DEFAULT, DeviceChoice, Engine, LISTEN_DEFAULT, Limits, ModelConfig,
-    ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig,
+    Budgets, DISK_WAIT_DEFAULT, DeviceChoice, Engine, HostTier, LISTEN_DEFAULT, Limits, ModelConfig,
+    ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig, host_tier,
 };
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
@@ -84,6 +84,7 @@ impl ShoalFile {
             entry.value.path = absolute(&entry.value.path, directory, home);
         }
         check_disk(&disk, &self.models, &mut problems);
+        host_tier::check(server.host_tier.as_ref(), host_budget, &self.models, &mut problems);
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
         check_apart(&self.models, &mut problems);
@@ -110,7 +111,6 @@ impl ShoalFile {
         }
 
         let defaults = Limits::default();
-        let host_memory = server.host_memory.unwrap_or_default().backing(surroundings.shared_memory);
         let state_dir = surroundings.state_home.join("shoal");
         Ok(ServerConfig {
             file: file.to_owned(),
@@ -123,7 +123,8 @@ impl ShoalFile {
             device_budget,
             headroom: headroom_of(server.headroom, server.device_budget.is_some(), device_budget, gpu),
             host_budget,
-            host_memory,
+            host_memory: server.host_memory.unwrap_or_default().backing(surroundings.shared_memory),
+            host_tier: server.host_tier.map_or_else(HostTier::default, |tier| tier.value),
             disk: disk.into_iter().map(|entry| entry.value).collect(),
             disk_wait: server.disk_wait.unwrap_or(DISK_WAIT_DEFAULT),
             models,

@@ -29,7 +29,7 @@ fn load(text: &str, surroundings: &Surroundings) -> Result<ServerConfig, String>
         .map_err(|problems| ConfigError::Wrong { file: file.to_owned(), problems }.to_string())
 }
 
-fn load_here(text: &str) -> Result<ServerConfig, String> {
+pub(super) fn load_here(text: &str) -> Result<ServerConfig, String> {
     load(text, &surroundings(Path::new("/nowhere")))
 }
 
@@ -168,6 +168,7 @@ fn every_key_is_read() {
         device = "sim"
         device_budget = "640MiB"
         host_budget = 1073741824
+        host_tier = "256MiB"
         disk = [{ path = "~/disk", bytes = "200GiB" }]
         disk_wait = "250ms"
         request_bytes_max = "1MiB"
@@ -223,6 +224,9 @@ fn every_key_is_read() {
     let told = |name: &str| config.spec_of(config.model(name).expect("it is there"))["disk"].clone();
     assert!(told("code:v1").is_null(), "it finds nothing again");
     assert_eq!(config.disk_wait, Duration::from_millis(250));
+    assert_eq!(config.host_tier, HostTier::Of(ByteCount::mib(256)));
+    let part = |name: &str| config.host_tier_part(config.model(name).expect("it is there"));
+    assert_eq!(["code:v1", "other", "third"].map(part).map(|part| part.0 >> 20), [0, 128, 128]);
     let half = ByteCount::gib(100);
     let other = serde_json::json!([{"path": "/nowhere/home/disk/kv-other", "bytes": half, "write_bytes_per_hour": half}]);
     assert_eq!(told("other"), other, "two models share it");

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
-use shoal_server::config::{DeviceChoice, Engine, Limits, ModelConfig, Patience, ServerConfig, Sharing};
+use shoal_server::config::{
+    DeviceChoice, Engine, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing,
+};
 use shoal_server::shelf::Shelf;
 use shoal_server::state::{Event, EventKind, ModelStatus};
 
@@ -37,6 +39,7 @@ pub fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Se
         headroom: ByteCount::ZERO,
         host_budget: ByteCount::gib(1),
         host_memory: None,
+        host_tier: HostTier::Off,
         disk: vec![],
         disk_wait: Duration::from_secs(1),
         models,

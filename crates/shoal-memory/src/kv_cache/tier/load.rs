@@ -14,6 +14,7 @@ use shoal_device::HostBuffer;
 use super::Inner;
 use crate::error::MemoryError;
 use crate::store::{Buffer, Fetched, StoreKey, Ticket};
+use crate::transfer::Shared;
 
 /// Bytes that are asked of the tier ahead of the copies.
 const AHEAD_BYTES: usize = 32 << 20;
@@ -45,6 +46,10 @@ impl Inner {
         if there == 0 {
             return Vec::new();
         }
+        let deadline = begun + self.options.load_wait;
+        if !self.bring_rest_back(deadline) {
+            return Vec::new();
+        }
         let mut ids = vec![0_u32; there];
         if !self.cache.alloc(0, &mut ids).unwrap_or_else(|error| {
             tracing::warn!(%error, "no blocks for what a tier has");
@@ -53,7 +58,6 @@ impl Inner {
             self.count(|counts| counts.failed += 1);
             return Vec::new();
         }
-        let deadline = begun + self.options.load_wait;
         let wanted = Wanted { tokens, first: held.len(), keys: &keys[..there], ids: &ids, deadline };
         let loaded = self.bring(&wanted);
         self.give_back(&ids.split_off(loaded));
@@ -75,6 +79,28 @@ impl Inner {
         });
         tracing::debug!(looked_up, there, blocks, ?took, "loaded KV blocks from a tier");
         ids
+    }
+
+    /// Brings back what of the cache itself was evicted, as the next step would: it may be what somebody owned as the model
+    /// was put to sleep. Copies between blocks and host memory need the whole cache on the device.
+    fn bring_rest_back(&self, deadline: Instant) -> bool {
+        let region = self.cache.region();
+        if region.missing_bytes().is_zero() {
+            return true;
+        }
+        match region.restore_now(
+            ByteCount(u64::MAX),
+            deadline,
+            &Shared::default(),
+            "a prefix that a tier has",
+        ) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::debug!(%error, "the cache is not on the device, so nothing is loaded to it");
+                self.count(|counts| counts.failed += 1);
+                false
+            }
+        }
     }
 
     /// Reads blocks and copies them to the device; how many in a row are there.

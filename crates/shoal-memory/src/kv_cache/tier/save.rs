@@ -117,7 +117,7 @@ impl Inner {
     ) {
         let keys = self.keys(&sequence.salt, &sequence.tokens);
         let offer = Offer { bytes: self.payload_bytes as u64, recompute_us: None };
-        let lacking = (sequence.first..keys.len()).filter(|at| !self.store.contains(&keys[*at]));
+        let lacking = (sequence.first..keys.len()).filter(|at| !self.store.is_kept(&keys[*at]));
         let lacking: Vec<usize> = lacking.collect();
         let is_wanted = |at: &usize| self.store.offer(&keys[*at], &offer).is_admitted();
         let wanted: Vec<usize> = lacking.iter().copied().filter(is_wanted).collect();

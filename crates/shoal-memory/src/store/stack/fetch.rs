@@ -85,7 +85,7 @@ impl Shared {
                 continue;
             }
             if let Some(held) = tier.hold(&key) {
-                self.state.lock().counts.tiers[index].hits += 1;
+                self.count_hit(index, held.as_slice());
                 self.promote(key, index, held.as_slice());
                 return self.serve_all(key, Some(asker), held.as_slice());
             }
@@ -107,7 +107,7 @@ impl Shared {
         let Arrival { key, tier, promise, home, answer } = arrival;
         match answer {
             Ok(fetched) => {
-                self.state.lock().counts.tiers[tier].hits += 1;
+                self.count_hit(tier, fetched.as_slice());
                 self.promote(key, tier, fetched.as_slice());
                 self.serve_all(key, None, fetched.as_slice());
                 let Fetched { buffer, bytes } = fetched;
@@ -133,6 +133,12 @@ impl Shared {
                 }
             }
         }
+    }
+
+    fn count_hit(&self, tier: usize, block: &[u8]) {
+        let counts = &mut self.state.lock().counts.tiers[tier];
+        counts.hits += 1;
+        counts.hit_bytes += block.len() as u64;
     }
 
     /// The leader hears why it gets nothing, and the next one leads, from the fastest tier on.

@@ -134,20 +134,23 @@ impl Shared {
         };
         let left = promise.deadline().saturating_duration_since(Instant::now());
         let answers = Arc::new(Mutex::new(Answers { promise: Some(promise), left: wanted.len() }));
-        for index in others {
+        let copies: Vec<_> =
+            others.iter().map(|index| (*index, self.copy(&source.as_slice()[..bytes]))).collect();
+        // First to the slowest: whoever hears that the block is kept may flush at once, and that is to reach it there too.
+        let (state, last, saw) = (Arc::clone(&self.state), *last, Arc::clone(&answers));
+        self.tiers[last].put(key, source, bytes, left).then(move |answer| {
+            state.lock().count_put(last, &answer, bytes, false);
+            saw.lock().saw(answer);
+        });
+        for (index, copy) in copies {
             let saw = Arc::clone(&answers);
-            if let Some(copy) = self.copy(&source.as_slice()[..bytes]) {
-                self.put_to(*index, key, copy, left, false, move |answer| saw.lock().saw(answer));
+            if let Some(copy) = copy {
+                self.put_to(index, key, copy, left, false, move |answer| saw.lock().saw(answer));
             } else {
                 let reason = "too many copies are under way".to_owned();
                 saw.lock().saw(Err(Miss::NoRoom { reason }));
             }
         }
-        let (state, last) = (Arc::clone(&self.state), *last);
-        self.tiers[last].put(key, source, bytes, left).then(move |answer| {
-            state.lock().count_put(last, &answer, false);
-            answers.lock().saw(answer);
-        });
     }
 
     /// A copy of a block, if there may be one more.
@@ -179,7 +182,7 @@ impl Shared {
         self.tiers[index].put(key, Buffer::Own(memory), bytes, deadline).then(move |answer| {
             let mut state = state.lock();
             state.copy_bytes -= bytes as u64;
-            state.count_put(index, &answer, is_promoted);
+            state.count_put(index, &answer, bytes, is_promoted);
             drop(state);
             then(answer);
         });
@@ -187,11 +190,12 @@ impl Shared {
 }
 
 impl State {
-    fn count_put(&mut self, index: usize, answer: &Result<Stored, Miss>, is_promoted: bool) {
+    fn count_put(&mut self, index: usize, answer: &Result<Stored, Miss>, bytes: usize, is_promoted: bool) {
         let counts = &mut self.counts.tiers[index];
         match answer {
             Ok(Stored::Written) => {
                 counts.written += 1;
+                counts.written_bytes += bytes as u64;
                 counts.promoted += u64::from(is_promoted);
             }
             Ok(Stored::Already) => {}

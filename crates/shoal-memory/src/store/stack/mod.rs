@@ -74,6 +74,12 @@ pub struct TierCounts {
     pub promoted: u64,
     /// Blocks it did not take.
     pub refused: u64,
+    /// Blocks that were offered to it and that it did not want.
+    pub declined: u64,
+    /// Bytes of blocks it served.
+    pub hit_bytes: u64,
+    /// Bytes of blocks it was given.
+    pub written_bytes: u64,
 }
 
 /// A stack's figures.
@@ -204,16 +210,32 @@ impl Store for Stack {
         self.shared.tiers.iter().any(|tier| tier.contains(key))
     }
 
-    /// Offered to every tier. Admitted if one of them admits it; else the answer of the slowest.
+    /// By the slowest tier: what only faster ones have is lost with this process.
+    fn is_kept(&self, key: &StoreKey) -> bool {
+        self.shared.tiers.last().is_some_and(|tier| tier.is_kept(key))
+    }
+
+    /// Offered to every tier that lacks it. Admitted if one of them admits it; else the answer of the slowest.
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
         let mut admitted = 0;
+        let mut declined = 0;
         let mut answer = Verdict::WornOut { bytes: offer.bytes, writable_bytes: 0 };
-        for (index, tier) in self.shared.tiers.iter().enumerate() {
+        for (index, tier) in self.shared.tiers.iter().enumerate().filter(|(_, tier)| !tier.contains(key)) {
             let verdict = tier.offer(key, offer);
-            admitted |= u64::from(verdict.is_admitted()) << index;
+            let bit = 1 << index;
+            if verdict.is_admitted() {
+                admitted |= bit;
+            } else {
+                declined |= bit;
+            }
             answer = verdict;
         }
-        self.shared.state.lock().remember(*key, admitted);
+        let mut state = self.shared.state.lock();
+        for (index, counts) in state.counts.tiers.iter_mut().enumerate() {
+            counts.declined += declined >> index & 1;
+        }
+        state.remember(*key, admitted);
+        drop(state);
         if admitted == 0 { answer } else { Verdict::Admit }
     }
 

@@ -407,6 +407,34 @@ fn a_put_goes_to_the_tiers_that_admitted_it() {
     assert_eq!(stack.flush(WAIT).wait(), Ok(()));
 }
 
+/// What only memory has is offered again, to the disk alone; what the disk has is not copied down once more.
+#[test]
+fn what_the_slowest_tier_lacks_is_not_kept() {
+    let (host, disk) = (Odd::sound("host"), Odd::sound("disk"));
+    let both = stack(&[Arc::clone(&host) as _, Arc::clone(&disk) as _]);
+    let offer = Offer { bytes: 100, recompute_us: None };
+    host.give(1);
+    assert!(both.contains(&key(1)) && !both.is_kept(&key(1)));
+    assert!(both.offer(&key(1), &offer).is_admitted());
+    assert_eq!(keep(&both, 1), Ok(Stored::Written));
+    until("the disk has it", || disk.has(1) && is_idle(&both));
+    assert!(both.is_kept(&key(1)));
+    let counts = both.counts().tiers;
+    assert_eq!((counts[0].written, counts[1].written), (0, 1), "memory is given nothing that it has");
+    assert_eq!(counts[1].written_bytes, content(1).len() as u64);
+    assert_eq!(ask(&both, 1), Ok(content(1)));
+    assert_eq!(both.counts().tiers[0].hit_bytes, content(1).len() as u64);
+
+    let picky = Odd::new("disk", 1, Faults { refuses: 100, ..Faults::default() });
+    let host = Odd::sound("host");
+    let other = stack(&[Arc::clone(&host) as _, picky as _]);
+    assert!(other.offer(&key(2), &offer).is_admitted());
+    host.give(2);
+    assert!(!other.offer(&key(2), &offer).is_admitted(), "memory has it, and the disk does not want it");
+    let declined: Vec<u64> = other.counts().tiers.iter().map(|tier| tier.declined).collect();
+    assert_eq!(declined, [0, 2]);
+}
+
 fn stack_of_refusals() -> Stack {
     stack(&[Odd::new("disk", 1, Faults { refuses: 100, ..Faults::default() }) as _])
 }

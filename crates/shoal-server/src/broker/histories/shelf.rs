@@ -6,7 +6,7 @@ use std::time::Duration;
 use shoal_core::bytes::ByteCount;
 
 use super::{BUDGET, MODELS};
-use crate::config::{DeviceChoice, Limits, ModelConfig, Patience, ServerConfig, Sharing};
+use crate::config::{DeviceChoice, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing};
 
 const SILENT_MAX: Duration = Duration::from_secs(10);
 
@@ -48,6 +48,8 @@ pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
         headroom: ByteCount::ZERO,
         host_budget: ByteCount::gib(1),
         host_memory: None,
+        // Every third has a tier of a given size, which is asked for beside what copies need.
+        host_tier: if seed % 3 == 1 { HostTier::Of(ByteCount::mib(300)) } else { HostTier::Auto },
         disk: vec![],
         disk_wait: Duration::ZERO,
         models,

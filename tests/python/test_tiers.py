@@ -1,0 +1,138 @@
+"""Tiers below the device in a program: host memory alone, and in front of a disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import shoal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BLOCK = 16
+FACTS = {"model": "a"}
+
+
+def cache_of(mem: shoal.MemoryManager) -> shoal.KvCache:
+    """Blocks of 256 KiB: 2 layers, 16 tokens."""
+    return mem.kv_cache(layers=2, kv_heads=4, head_dim=512, dtype="float16", max_bytes="32MiB")
+
+
+def compute(kv: shoal.KvCache, tokens: list[int], ids: list[int]) -> None:
+    """Fill blocks with what tells them apart, and seal them."""
+    for layer in kv.tensors():
+        whole = np.asarray(layer)
+        for place, block in enumerate(ids):
+            whole[block] = tokens[place * BLOCK] + 1
+    kv.seal(tokens, ids)
+
+
+def until(what: str, is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def converse(kv: shoal.KvCache, below: shoal.KvTier, tokens: list[int]) -> tuple[int, int]:
+    """Ask as an engine does; give how many blocks were on the device and how many came from below."""
+    found, ids = kv.match(tokens)
+    loaded = below.load(tokens, ids)
+    blocks = [*ids, *loaded]
+    for layer in kv.tensors():
+        whole = np.asarray(layer)
+        for place, block in enumerate(blocks):
+            assert (whole[block] == tokens[place * BLOCK] + 1).all()
+    more = kv.groups[0].alloc(len(tokens) // BLOCK - len(blocks))
+    assert more is not None
+    compute(kv, tokens, [*blocks, *more])
+    below.save(tokens, first=len(blocks))
+    kv.groups[0].free([*blocks, *more])
+    return found // BLOCK, len(loaded)
+
+
+def test_host_memory_gives_what_the_device_forgot(mem: shoal.MemoryManager) -> None:
+    kv, host = cache_of(mem), shoal.HostTier("8MiB")
+    below = kv.attach_store(host, FACTS, load_s=60)
+    tokens = list(range(10 * BLOCK))
+    assert converse(kv, below, tokens) == (0, 0)
+    assert below.flush(60)
+    assert converse(kv, below, tokens) == (10, 0)
+    kv.forget_all()
+    assert converse(kv, below, tokens) == (0, 10)
+    usage = host.usage()
+    assert (usage["written"], usage["hits"], usage["corrupt"], usage["blocks"]) == (10, 10, 0, 10)
+    assert 10 * (256 << 10) <= usage["bytes"] <= usage["bytes_max"] == 8 << 20
+    assert below.usage()["loaded"] == 10
+
+
+def test_what_memory_forgets_is_on_disk_and_comes_up_again(mem: shoal.MemoryManager, tmp_path: Path) -> None:
+    kv, host = cache_of(mem), shoal.HostTier("2MiB")
+    disk = shoal.DiskTier([(tmp_path / "kv", "64MiB")])
+    stack = shoal.TierStack([host, disk])
+    below = kv.attach_store(stack, FACTS, load_s=60)
+    talks = [[1000 * number + token for token in range(5 * BLOCK)] for number in range(4)]
+    for tokens in talks:
+        assert converse(kv, below, tokens) == (0, 0)
+        assert below.flush(60)
+    kv.forget_all()
+    for tokens in talks:
+        assert converse(kv, below, tokens) == (0, 5)
+    of_host, of_disk = stack.counts()
+    assert (of_host["name"], of_disk["name"]) == ("host", "disk")
+    assert of_disk["written"] == 20
+    assert of_host["hits"] + of_disk["hits"] == 20
+    assert of_disk["hits"] > 0
+    assert host.usage()["evicted"] > 0
+
+    kv.forget_all()
+    until("what came from disk is in memory", lambda: stack.counts()[0]["promoted"] == of_disk["hits"])
+    before = stack.counts()[0]["hits"]
+    assert converse(kv, below, talks[-1]) == (0, 5)
+    assert stack.counts()[0]["hits"] > before, "the newest comes from memory"
+    assert "HostTier" in repr(stack)
+    del below
+    assert disk.close(60)
+
+
+def test_what_only_memory_has_is_written_when_it_is_used_again(mem: shoal.MemoryManager, tmp_path: Path) -> None:
+    kv, host = cache_of(mem), shoal.HostTier("8MiB")
+    tokens = list(range(6 * BLOCK))
+    alone = kv.attach_store(host, FACTS)
+    assert converse(kv, alone, tokens) == (0, 0)
+    assert alone.flush(60)
+    del alone
+    disk = shoal.DiskTier([(tmp_path / "kv", "64MiB")])
+    stack = shoal.TierStack([host, disk])
+    below = kv.attach_store(stack, FACTS, load_s=60)
+    assert converse(kv, below, tokens) == (6, 0)
+    below.save(tokens)
+    assert below.flush(60)
+    of_host, of_disk = stack.counts()
+    assert (of_host["written"], of_disk["written"]) == (0, 6)
+    del below
+    assert disk.close(60)
+
+
+def test_bad_input_and_forks_are_refused(mem: shoal.MemoryManager) -> None:
+    with pytest.raises(ValueError, match="64 make a stack"):
+        shoal.TierStack([shoal.HostTier("1MiB")] * 65)
+    with pytest.raises(ValueError, match="parsecs"):
+        shoal.HostTier("8 parsecs")
+    empty: Any = shoal.TierStack([])
+    assert empty.counts() == []
+    host = shoal.HostTier("1MiB")
+    child = os.fork()
+    if child == 0:
+        try:
+            host.usage()
+        except shoal.ForkError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
