@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ logger = logging.getLogger("shoal.worker")
 
 _GRACE_S = 10.0  # how long running requests may take after SIGTERM
 _PARENT_CHECK_S = 1.0
+_SLICE_S = 0.1
 _TELL_S = 0.5
 _INSTALL = "pip install 'shoal[serve]' brings what serving needs"
 
@@ -226,9 +228,11 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     reporter.start()
     client.ready(assembled.capabilities)
     logger.info("ready: %s", _in_words(assembled.capabilities))
-    watch = asyncio.create_task(_watch(client, assembled, ending, server))
+    heard = threading.Event()
+    watch = asyncio.create_task(_watch(client, assembled, ending, heard, server))
     await ending.wait()
     watch.cancel()
+    heard.set()
     grace_s = _grace(watch)
     logger.info("ending: running requests have %g s", grace_s)
     for site in list(runner.sites):
@@ -248,10 +252,24 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     return status
 
 
-async def _watch(client: BrokerClient, assembled: Assembled, ending: asyncio.Event, server: int) -> float:
+def _next_word(client: BrokerClient, heard: threading.Event) -> dict[str, Any] | None:
+    """Wait for the server's word, for `_PARENT_CHECK_S` at most, or until somebody else says that it is over.
+
+    In slices, because the end of this process waits for the thread that this runs in.
+    """
+    for _ in range(round(_PARENT_CHECK_S / _SLICE_S)):
+        order: dict[str, Any] | None = client.wait_shutdown(_SLICE_S)
+        if order is not None or heard.is_set() or not client.connected:
+            return order
+    return None
+
+
+async def _watch(
+    client: BrokerClient, assembled: Assembled, ending: asyncio.Event, heard: threading.Event, server: int
+) -> float:
     """Wait for the server's word, its death or the engine's; returns how long running requests may take."""
     while True:
-        order: dict[str, Any] | None = await asyncio.to_thread(client.wait_shutdown, _PARENT_CHECK_S)
+        order = await asyncio.to_thread(_next_word, client, heard)
         if order is not None:
             logger.info("the server says shutdown: %s", order.get("reason") or "it gives no reason")
             ending.set()
