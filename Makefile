@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve test test-rust test-python test-wheel test-gpu soak check bench ui setup environment models clean
+.PHONY: help demo serve test test-rust test-python test-servers test-others test-wheel test-gpu soak check bench ui setup environment models clean
 
 help: ## List these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|' 2>/dev/null \
@@ -34,23 +34,31 @@ demo: preflight-demo setup models ## Set up, then run the main job: three models
 serve: preflight-serve setup models ## Set up and serve examples/shelf.toml (or SHELF=FILE) until Ctrl-C
 	@$(BIN)/shoal serve $(SHELF)
 
-# Python's tests mostly wait for servers: what has to be compiled is compiled beside them, and yields to them.
+# Tests of whole servers mostly wait. What has to be compiled is compiled beside them and yields to them; the rest follows it.
 test: preflight-test setup ## Set up and run every test that needs no GPU
-	@echo "Rust's tests and the wheel run beside Python's; what they print comes at the end (now: .shoal/beside.log)"
-	@setsid nice $(MAKE) --no-print-directory test-rust test-wheel > .shoal/beside.log 2>&1 & beside=$$!; \
+	@echo "Beside the tests of whole servers run Rust's, the wheel's and Python's others, which print at the end (now: .shoal/beside.log)"
+	@setsid sh -c 'rust=0; nice $(MAKE) --no-print-directory test-rust test-wheel || rust=$$?; \
+	    others=0; $(MAKE) --no-print-directory test-others || others=$$?; [ $$rust$$others = 00 ]' \
+	    > .shoal/beside.log 2>&1 & beside=$$!; \
 	  trap 'kill -- -$$beside; exit 130' INT TERM; \
-	  python=0; $(MAKE) --no-print-directory test-python || python=$$?; \
-	  others=0; wait $$beside || others=$$?; \
+	  servers=0; $(MAKE) --no-print-directory test-servers || servers=$$?; \
+	  besides=0; wait $$beside || besides=$$?; \
 	  cat .shoal/beside.log; \
-	  [ $$python = 0 ] || echo "Python's tests failed (see above)"; \
-	  [ $$others = 0 ] || echo "Rust's tests or the wheel's failed"; \
-	  [ $$python$$others = 00 ]
+	  [ $$servers = 0 ] || echo "The tests of whole servers failed (see above, before those of Rust)"; \
+	  [ $$besides = 0 ] || echo "Tests beside those of whole servers failed: Rust's, the wheel's or Python's others"; \
+	  [ $$servers$$besides = 00 ]
 
 test-rust: setup ## Tests of the Rust crates
 	cargo test --locked --workspace --quiet
 
 test-python: setup ## Tests of the Python package, the server and the repository
 	$(BIN)/python -m pytest -q
+
+test-servers: setup ## Those of them that start servers
+	$(BIN)/python -m pytest -q tests/e2e tests/vllm
+
+test-others: setup ## Those of them that do not
+	$(BIN)/python -m pytest -q --ignore=tests/e2e --ignore=tests/vllm
 
 test-wheel: setup ## Build the wheel, install it into a clean environment, use it there
 	$(BIN)/python scripts/check_wheel.py
