@@ -40,12 +40,12 @@ CONTEXT = 2048
 VOCABULARY = 1024
 
 
-def model() -> LlamaForCausalLM:
-    """Make the model: seeded, the same in every run."""
+def model(context: int = CONTEXT) -> LlamaForCausalLM:
+    """Make the model, for so many tokens: seeded, the same in every run."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True, pad_token_id=0,
+        num_key_value_heads=4, max_position_embeddings=context, tie_word_embeddings=True, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

@@ -173,36 +173,20 @@ def by_bytes(where: Path, lengths: tuple[int, ...], repeats: int) -> list[Row]:
     return rows
 
 
-CONTEXT, VOCABULARY, END = 4096, 1024, 16
-
-
-async def first_token(engine: CausalEngine, prompt: list[int]) -> tuple[float, int]:
-    """Give the seconds to a prompt's first token, and how much of it was found."""
-    from shoal.worker.sampling import Sampling
-
-    start = time.perf_counter()
-    generation = engine.submit(prompt, Sampling(temperature=0.0), 1)
-    async for _ in generation:
-        return time.perf_counter() - start, generation.cached_tokens
-    raise RuntimeError("there was no token")
+CONTEXT, END = 4096, 16
 
 
 def first_tokens(where: Path, stems: tuple[int, ...], rounds: int) -> list[Row]:
     """Ask for prompts whose beginning is nowhere, on the device, in host memory, on disk."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benches.prefix_first_token import VOCABULARY, first_token, model
     from shoal.worker.device import DeviceMemory
     from shoal.worker.engine_causal import CausalEngine
     from shoal.worker.kv import KvLayout
     from shoal.worker.limits import CausalLimits
     from shoal.worker.spec import DiskShare, WorkerSpec
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True, pad_token_id=0,
-    )  # fmt: skip
     draw = random.Random(1)  # noqa: S311 - made-up prompts
 
     def prompt_of(count: int) -> list[int]:
@@ -211,7 +195,7 @@ def first_tokens(where: Path, stems: tuple[int, ...], rounds: int) -> list[Row]:
     def engine_on(mem: MemoryManager, tier: str) -> tuple[CausalEngine, DeviceMemory]:
         spec = WorkerSpec(source="x", kv_max_bytes=256 << 20)
         torch.set_num_threads(spec.threads)
-        memory, llama = DeviceMemory(mem), LlamaForCausalLM(config).eval()
+        memory, llama = DeviceMemory(mem), model(CONTEXT)
         memory.place(llama)
         layout = KvLayout.of(llama.config, llama.dtype, spec.block_tokens)
         engine = CausalEngine(llama, memory, spec, CausalLimits.of(layout, CONTEXT, spec))

@@ -32,7 +32,7 @@ class HostTier:
     Parameters
     ----------
     max_bytes
-        The most memory of blocks, with what each is rounded up by (4 KiB).
+        The most memory of blocks, with what each takes beside its bytes (4 to 8 KiB).
 
     Raises
     ------

@@ -134,9 +134,11 @@ class KvBelow:
 
     def close(self) -> None:
         """Write out what waits, within a few seconds, and give the directories up."""
-        self._stop.set()
+        with self._lock:
+            self._stop.set()
         self._thread.join(timeout=_CLOSE_S)
-        tier, disk, self._tier = self._tier, self._disk, None
+        with self._lock:
+            tier, disk, self._tier, self._disk = self._tier, self._disk, None, None
         if tier is not None and disk is not None and not tier.flush(_FLUSH_S):
             logger.info("some KV was not saved in time")
         del tier
@@ -148,21 +150,30 @@ class KvBelow:
             facts = self._facts()
             if self._host is not None:
                 self._connect(facts, TierStack([self._host]))
-        except (Error, OSError) as error:
+        except Exception as error:  # whatever it is, this thread is not there to tell it again
             self._host_reason = self._reason = described(error)
-            logger.warning("no KV is kept below the device: %s", described(error))
+            logger.warning("no KV is kept below the device: %s", described(error), exc_info=True)
             return
         self._host_reason = None
         if self._host is not None:
             logger.info("KV in host memory: up to %d bytes", self._host.usage()["bytes_max"])
         if not self._disks or (disk := self._opened()) is None:
             return
+        with self._lock:
+            is_over = self._stop.is_set()
+            self._disk = None if is_over else disk
+        if is_over:
+            # They opened too late for `close` to see them.
+            disk.close(_CLOSE_S)
+            return
         try:
-            self._disk = disk
             self._connect(facts, disk if self._host is None else TierStack([self._host, disk]))
-        except (Error, OSError) as error:
+        except Exception as error:
             self._reason = described(error)
-            logger.warning("no KV is kept on disk: %s", self._reason)
+            logger.warning("no KV is kept on disk: %s", self._reason, exc_info=True)
+            with self._lock:
+                self._disk = None
+            disk.close(_CLOSE_S)  # nothing will be saved there: others may have it
             return
         self._reason = None
         for place in disk.places():
@@ -175,6 +186,8 @@ class KvBelow:
             self._tier.flush(_FLUSH_S)
         stack = store if isinstance(store, TierStack) else None
         with self._lock:
+            if self._stop.is_set():
+                return
             before, stack_before = self._tier, self._stack
             self._tier, self._stack = tier, stack
             if before is not None and stack_before is not None:

@@ -48,6 +48,11 @@ impl Aligned {
         &self.memory[self.start..self.start + self.bytes]
     }
 
+    /// Memory that it takes, with what its beginning was moved by (4 KiB).
+    pub(crate) const fn taken_bytes(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
     /// The bytes, to be written.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..self.start + self.bytes]

@@ -25,7 +25,7 @@ const BLOCKS_MAX: u64 = 1 << 22;
 /// How much it may take, and what goes first.
 #[derive(Clone, Copy, Debug)]
 pub struct HostOptions {
-    /// Bytes of blocks, with what each is rounded up by (4 KiB).
+    /// Memory of blocks, with what each takes beside its bytes (4 to 8 KiB).
     pub bytes_max: ByteCount,
     /// Most blocks; none for one for each 16 KiB.
     pub blocks_max: Option<u32>,
@@ -78,7 +78,7 @@ impl AsRef<[u8]> for Block {
 
 impl Block {
     fn memory_bytes(&self) -> u64 {
-        self.memory.as_slice().len() as u64
+        self.memory.taken_bytes()
     }
 }
 
@@ -237,7 +237,7 @@ impl HostTier {
             Buffer::Own(memory) if memory.as_slice().len() < bytes + 4096 => memory,
             source => Aligned::copy_of(&source.as_slice()[..bytes]),
         };
-        let (length, bytes_max) = (memory.as_slice().len() as u64, self.options.bytes_max.0);
+        let (length, bytes_max) = (memory.taken_bytes(), self.options.bytes_max.0);
         if length > bytes_max {
             return Err(Miss::TooLong { bytes: bytes as u64, bytes_max });
         }

@@ -172,7 +172,8 @@ fn threads_agree_on_what_is_there() {
 
 #[test]
 fn what_is_found_again_stays() {
-    let options = HostOptions::new(ByteCount(100 * UNIT));
+    // Room for a hundred: each takes a unit beside its own.
+    let options = HostOptions::new(ByteCount(200 * UNIT));
     let tier = HostTier::new(HostOptions { blocks_max: Some(1000), ..options });
     let put = |block: u128| {
         let key = StoreKey { fingerprint: Fingerprint(1), tenant: 2, block };
@@ -192,7 +193,8 @@ fn what_is_found_again_stays() {
 
 #[test]
 fn nothing_goes_for_a_block_that_finds_no_room_all_the_same() {
-    let tier = HostTier::new(HostOptions::new(ByteCount(4 * UNIT)));
+    // Each takes a unit beside its own.
+    let tier = HostTier::new(HostOptions::new(ByteCount(8 * UNIT)));
     let put = |number: u64, units: u64| {
         let bytes = usize::try_from(units * UNIT).unwrap();
         tier.put(dice::key(number), Buffer::zeroed(bytes), bytes, WAIT).wait()
@@ -206,9 +208,9 @@ fn nothing_goes_for_a_block_that_finds_no_room_all_the_same() {
         })
         .collect();
     assert_eq!(put(3, 1), Ok(Stored::Written));
-    assert!(matches!(put(4, 2), Err(Miss::NoRoom { .. })), "three of four units are held");
+    assert!(matches!(put(4, 2), Err(Miss::NoRoom { .. })), "six of eight units are held");
     assert!(tier.contains(&dice::key(3)), "it would have gone in vain");
-    assert_eq!((tier.usage().bytes, tier.usage().evicted), (4 * UNIT, 0));
+    assert_eq!((tier.usage().bytes, tier.usage().evicted), (8 * UNIT, 0));
     assert_eq!(put(5, 1), Ok(Stored::Written), "what fits takes its place");
     drop(held);
     assert_eq!(put(4, 2), Ok(Stored::Written));
