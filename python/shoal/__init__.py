@@ -38,7 +38,7 @@ from shoal.memory import (
     Transfer,
     parse_size,
 )
-from shoal.tiers import DiskTier, HostTier, KvTier, TierStack
+from shoal.tiers import DiskTier, HostTier, KvTier, Prefetch, TierStack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +71,7 @@ __all__ = [
     "LeaseError",
     "MemoryManager",
     "OutOfMemoryError",
+    "Prefetch",
     "Region",
     "RegionError",
     "RegionGuard",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from shoal.kv_cache import KvCache
 
-__all__ = ["DiskTier", "HostTier", "KvTier", "TierStack"]
+__all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "TierStack"]
 
 
 class HostTier:
@@ -202,6 +202,25 @@ class DiskTier:
         return self._native.close(timeout_s)
 
 
+class Prefetch:
+    """A sequence on its way to the fastest tier, made by :meth:`KvTier.prefetch`. Gone, it goes no further."""
+
+    __slots__ = ("_native",)
+
+    def __init__(self, native: _native.Prefetch) -> None:
+        self._native = native
+
+    def cancel(self) -> None:
+        """Go no further; what has begun arrives.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        self._native.cancel()
+
+
 class KvTier:
     """A cache's connection to a tier. Made by :meth:`shoal.KvCache.attach_store`."""
 
@@ -270,6 +289,32 @@ class KvTier:
         """
         self._native.save(_salt(salt), token_ids, first)
 
+    def prefetch(self, token_ids: Iterable[int], *, salt: str | bytes = "") -> Prefetch | None:
+        """Begin to bring what only slow tiers have of a sequence to the fastest one, ahead of its :meth:`load`.
+
+        For a request that waits for its turn. Comes back at once; takes no block of the device. A load that comes
+        meanwhile waits for the same transfers. It ends when what is returned is cancelled or gone.
+
+        Parameters
+        ----------
+        token_ids
+            The sequence from its start.
+        salt
+            The tenant.
+
+        Returns
+        -------
+        Prefetch or None
+            None where the sequence has no full block, or too many wait already.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        native = self._native.prefetch(_salt(salt), token_ids)
+        return None if native is None else Prefetch(native)
+
     def discard_queued(self) -> None:
         """Let nothing be saved that still waits for it: nobody knows any more what blocks hold.
 
@@ -308,7 +353,8 @@ class KvTier:
         dict
             In blocks: ``saved``, ``unsaved`` (refused, failed, or evicted before their turn came), ``looked_up``, and
             of those ``loaded``, ``late``, ``corrupt``. ``failed``: loads that ended early for another reason. In bytes:
-            ``saved_bytes``, ``loaded_bytes``. ``load_us``: microseconds that loads took.
+            ``saved_bytes``, ``loaded_bytes``. ``load_us``: microseconds that loads took. ``prefetched``: blocks that
+            came to the fastest tier ahead of a load.
 
         Raises
         ------

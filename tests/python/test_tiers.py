@@ -120,6 +120,29 @@ def test_what_only_memory_has_is_written_when_it_is_used_again(mem: shoal.Memory
     assert disk.close(60)
 
 
+def test_what_only_the_disk_has_comes_up_ahead(mem: shoal.MemoryManager, tmp_path: Path) -> None:
+    kv, disk = cache_of(mem), shoal.DiskTier([(tmp_path / "kv", "64MiB")])
+    tokens = list(range(8 * BLOCK))
+    first = kv.attach_store(disk, FACTS)
+    assert converse(kv, first, tokens) == (0, 0)
+    assert first.flush(60)
+    del first
+    kv.forget_all()
+    host = shoal.HostTier("8MiB")
+    stack = shoal.TierStack([host, disk])
+    below = kv.attach_store(stack, FACTS, load_s=60)
+    assert below.prefetch(tokens[: BLOCK - 1]) is None
+    ahead = below.prefetch(tokens)
+    assert ahead is not None
+    until("it is in memory", lambda: stack.counts()[0]["promoted"] == 8)
+    assert converse(kv, below, tokens) == (0, 8)
+    assert stack.counts()[0]["hits"] == 8
+    assert stack.counts()[1]["hits"] == 8, "read once"
+    ahead.cancel()
+    del ahead
+    assert disk.close(60)
+
+
 def test_bad_input_and_forks_are_refused(mem: shoal.MemoryManager) -> None:
     with pytest.raises(ValueError, match="64 make a stack"):
         shoal.TierStack([shoal.HostTier("1MiB")] * 65)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,6 +110,11 @@ class PlainKv:
     def save(self, tokens, new, salt):
         pass
 
+    def prefetch(self, tokens, salt):
+        ahead = Ahead(tuple(tokens), salt)
+        self.memory.ahead.append(ahead)
+        return ahead
+
     def seal(self, tokens, blocks, salt):
         assert self.is_caching
         for place in range(len(tokens) // self.tokens):
@@ -166,6 +172,18 @@ class PlainKv:
         return len(self.owners) * self.block_bytes
 
 
+@dataclass
+class Ahead:
+    """What was to be brought nearer, and whether it still is."""
+
+    tokens: tuple[int, ...]
+    salt: str
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class PlainMemory:
     """What the tests turn.
 
@@ -177,6 +195,7 @@ class PlainMemory:
     def __init__(self, blocks_max: int = 1 << 30, moves: random.Random | None = None) -> None:
         self.blocks_max = blocks_max
         self.moves = moves
+        self.ahead: list[Ahead] = []
         self.closed = False
         self.close_at: set[int] = set()
         self.guards = 0

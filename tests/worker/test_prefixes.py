@@ -340,3 +340,28 @@ def shoal_errors():
     import shoal
 
     return (shoal.OutOfMemoryError, shoal.LeaseError, shoal.DeadlineError)
+
+
+def test_a_prompt_is_brought_nearer_from_its_submission_to_its_turn():
+    model, prompt = llama(), [5] * 40
+    expected = alone(model, prompt, TOKENS)
+    memory = PlainMemory()
+    with engine_of(model, memory) as engine:
+
+        async def run():
+            memory.closed = True
+            first = engine.submit(prompt, GREEDY, TOKENS, salt="a")
+            assert [(one.tokens, one.salt) for one in memory.ahead] == [(tuple(prompt[:-1]), "a")]
+            await settled(lambda: memory.ahead[0].cancelled)
+            # The first one's batch waits for its guard, so this one's turn does not come.
+            second = engine.submit([6] * 40, GREEDY, TOKENS)
+            second.cancel()
+            assert memory.ahead[1].cancelled
+            memory.closed = False
+            assert [token async for tokens in first for token in tokens] == expected
+
+        asyncio.run(run())
+    with engine_of(llama(), memory, prefix_caching=False) as engine:
+        before = len(memory.ahead)
+        asyncio.run(tokens_of(engine, prompt, TOKENS))
+        assert len(memory.ahead) == before, "nothing is found again, so nothing is looked for"

@@ -236,6 +236,8 @@ pub struct KvTierCounts {
     pub failed: u64,
     /// Time that bringing back took, in microseconds.
     pub load_us: u64,
+    /// Brought to the fastest tier while their request waited for its turn.
+    pub prefetched: u64,
 }
 
 /// A tier below the device that keeps KV blocks of one model: what it did, and where it keeps them.

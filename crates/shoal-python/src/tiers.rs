@@ -13,7 +13,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{TierPlace, TierUsage};
 use shoal_memory::disk::{DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
 use shoal_memory::store::{AdmissionRule, HostOptions, HostTier, Stack, StackOptions, Store, TierCounts};
-use shoal_memory::{KvTier, KvTierOptions};
+use shoal_memory::{KvTier, KvTierOptions, Prefetch};
 
 use crate::convert;
 use crate::errors;
@@ -252,6 +252,18 @@ impl PyKvTier {
         Ok(())
     }
 
+    /// Begins to bring a sequence up to the fastest tier; none where too many wait.
+    fn prefetch(
+        &self,
+        py: Python<'_>,
+        salt: &Bound<'_, PyAny>,
+        tokens: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<PyPrefetch>> {
+        let (tier, salt, tokens) = (self.tier.get()?, bytes_of("salt", salt)?, list_of_tokens(tokens)?);
+        let prefetch = py.detach(|| tier.prefetch(&salt, &tokens));
+        Ok(prefetch.map(|prefetch| PyPrefetch { prefetch: Owned::new(prefetch) }))
+    }
+
     fn discard_queued(&self, py: Python<'_>) -> PyResult<()> {
         let tier = self.tier.get()?;
         py.detach(|| tier.discard_queued());
@@ -268,5 +280,19 @@ impl PyKvTier {
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let usage = TierUsage { counts: self.tier.get()?.counts(), ..TierUsage::default() };
         convert::to_plain(py, &usage)
+    }
+}
+
+/// A sequence on its way up.
+#[pyclass(frozen, name = "Prefetch", module = "shoal._native")]
+pub(crate) struct PyPrefetch {
+    prefetch: Owned<Prefetch>,
+}
+
+#[pymethods]
+impl PyPrefetch {
+    fn cancel(&self) -> PyResult<()> {
+        self.prefetch.get()?.cancel();
+        Ok(())
     }
 }

@@ -226,6 +226,7 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
             ("loaded", loaded),
             ("late", late),
             ("corrupt", corrupt),
+            ("prefetched", tier.counts.prefetched),
             ("promoted", tier.promoted),
             ("evicted", tier.evicted),
         ]

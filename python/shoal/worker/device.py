@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from shoal import Prefetch
+
     from .kv import KvLayout
     from .spec import DiskShare
 
@@ -99,6 +101,10 @@ class DeviceKv:
             blocks += self.below.load(tokens, blocks, salt)
             found = len(blocks) * self._block_tokens
         return found, blocks
+
+    def prefetch(self, tokens: Sequence[int], salt: str) -> Prefetch | None:
+        """Begin to bring what only slow tiers have of a prompt to host memory, ahead of its `match`."""
+        return None if self.below is None else self.below.prefetch(tokens, salt)
 
     def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
         """Let the full blocks of a sequence be found."""

@@ -39,7 +39,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from . import hooks, scheduling
 from .errors import ApiError, described
 from .kv import PADDING_BLOCKS, ElasticCache, UnboundedMemoryHandler
-from .memory import Memory, ShortageError
+from .memory import Ahead, Memory, ShortageError
 from .sampling import RowSampler, Sampling
 from .usage import Counts
 
@@ -89,6 +89,7 @@ class Generation:
         self.told = told
         self.salt = salt
         self.cached_tokens = 0
+        self.ahead: Ahead | None = None
         self.delivered = 0
         self.created = time.monotonic()
         self.ended = False
@@ -110,6 +111,12 @@ class Generation:
     def cancel(self) -> None:
         """Leave the engine; the blocks are freed before its next step."""
         self._engine.cancel(self)
+
+    def go_no_further(self) -> None:
+        """Bring nothing up ahead of it any more: its turn has come, or never will."""
+        if self.ahead is not None:
+            self.ahead.cancel()
+            self.ahead = None
 
     def push(self, tokens: list[int], *, last: bool) -> None:
         """From the engine's thread: new tokens, and whether they are the last."""
@@ -291,6 +298,8 @@ class CausalEngine:
                     code="too_many_requests",
                 )
             self._live[generation.name] = generation
+        if self._cache.use_prefix_sharing:
+            generation.ahead = self._cache.kv.prefetch(prompt[:-1], salt)
         self._manager.add_request(
             list(prompt),
             request_id=generation.name,
@@ -307,6 +316,7 @@ class CausalEngine:
             known = self._live.pop(generation.name, None)
         if known is not None:
             generation.ended = True
+            generation.go_no_further()
             self._manager.cancel_request(generation.name)
 
     # ------------------------------------------------------------------------------------ on the engine's thread
@@ -412,6 +422,8 @@ class CausalEngine:
         state = self._processor.scheduler.waiting_requests.get(name)
         with self._lock:
             generation = self._live.get(name)
+        if generation is not None:
+            generation.go_no_further()
         if generation is not None and state is not None and not state._true_initial_tokens:
             self._tokens_cached += tokens - generation.cached_tokens
             generation.cached_tokens = tokens

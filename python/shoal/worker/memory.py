@@ -23,6 +23,13 @@ class ShortageError(Exception):
     """Device memory could not be had in time; what asked may ask again later."""
 
 
+class Ahead(Protocol):
+    """What is brought up ahead of its request."""
+
+    def cancel(self) -> None:
+        """Go no further."""
+
+
 class KvBlocks(Protocol):
     """Blocks of KV memory: what is allocated has memory, and what was sealed is found again until it is evicted.
 
@@ -46,6 +53,9 @@ class KvBlocks(Protocol):
 
     def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
         """Find the longest prefix that is sealed under this salt, and own its blocks too; its length, and these."""
+
+    def prefetch(self, tokens: Sequence[int], salt: str) -> Ahead | None:
+        """Begin to bring what slow tiers have of a prompt nearer, ahead of its `match`; from any thread, at once."""
 
     def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
         """Let the full blocks of a sequence be found; what was there already takes a copy's place in `blocks`."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from shoal import KvCache, KvTier
+    from shoal import KvCache, KvTier, Prefetch
 
     from .loading import ModelFiles
     from .spec import DiskShare
@@ -88,6 +88,11 @@ class KvBelow:
         tier = self._tier
         return [] if tier is None else tier.load(tokens, blocks, salt=salt)
 
+    def prefetch(self, tokens: Sequence[int], salt: str) -> Prefetch | None:
+        """Begin to bring what only disks have of a sequence to host memory, where there are both."""
+        tier = self._tier
+        return None if tier is None or self._host is None or self._disk is None else tier.prefetch(tokens, salt=salt)
+
     def save(self, tokens: Sequence[int], first: int, salt: str) -> None:
         """Queue the full blocks of a sequence from `first` on to be saved."""
         tier = self._tier
@@ -113,6 +118,7 @@ class KvBelow:
             host = Counter(_as_told(counts[0])) if counts else Counter()
             usage = self._host.usage()
             of_host: dict[str, Any] = {**(host + host_before)}
+            of_host["prefetched"] = whole["prefetched"] + whole_before["prefetched"]
             of_host["looked_up"] = whole["looked_up"] + whole_before["looked_up"]
             if not self._disks:
                 of_host |= {name: whole[name] for name in ("late", "failed", "load_us")}

@@ -45,7 +45,7 @@ use debug::Debug;
 pub use debug::Stray;
 use meeting::Meeting;
 use signal::Signal;
-pub use tier::{KvTier, KvTierOptions};
+pub use tier::{KvTier, KvTierOptions, Prefetch};
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;

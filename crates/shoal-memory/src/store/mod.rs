@@ -154,6 +154,12 @@ pub trait Store: fmt::Debug + Send + Sync {
         self.contains(key)
     }
 
+    /// Whether reading the block now makes it faster to read later: a slow part of the tier has it, and a fast one has not.
+    fn would_rise(&self, key: &StoreKey) -> bool {
+        let _ = key;
+        false
+    }
+
     /// Notes that the block was seen, and says whether it is worth a [`Store::put`]. The answer binds nobody.
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict;
 

@@ -16,7 +16,7 @@ use crate::error::MemoryError;
 use crate::store::{Buffer, Fetched, StoreKey, Ticket};
 use crate::transfer::Shared;
 
-/// Bytes that are asked of the tier ahead of the copies.
+/// Bytes that are asked of the tier ahead of what is done with them.
 const AHEAD_BYTES: usize = 32 << 20;
 
 /// The least that a load waits for its turn with what has come.
@@ -110,7 +110,7 @@ impl Inner {
             return 0;
         };
         let stage_blocks = self.stage_blocks(&stage);
-        let ahead = (AHEAD_BYTES / self.payload_bytes).clamp(1, 256);
+        let ahead = self.blocks_ahead();
         let mut tickets: VecDeque<Ticket<Fetched>> = VecDeque::new();
         let mut spare: Vec<Buffer> = Vec::new();
         let (mut asked, mut staged, mut loaded) = (0, 0, 0);
@@ -209,7 +209,12 @@ impl Inner {
         Err(MemoryError::Deadline { doing: "copying blocks to the device", waited: left })
     }
 
-    fn give_back(&self, ids: &[u32]) {
+    /// Blocks that are asked of the tier ahead of what is done with them.
+    pub(super) fn blocks_ahead(&self) -> usize {
+        (AHEAD_BYTES / self.payload_bytes).clamp(1, 256)
+    }
+
+    pub(super) fn give_back(&self, ids: &[u32]) {
         if ids.is_empty() {
             return;
         }

@@ -9,6 +9,7 @@
 //! no compaction comes in between, and nothing that is queued keeps a block from being given to others.
 
 mod load;
+mod prefetch;
 mod save;
 
 use std::collections::VecDeque;
@@ -26,6 +27,8 @@ use shoal_core::protocol::KvTierCounts;
 use shoal_core::store::format::padded;
 use shoal_device::{Event, ForeignWork, HostBuffer, Stream};
 
+pub use self::prefetch::Prefetch;
+use self::prefetch::Wish;
 use super::KvCache;
 use crate::error::MemoryError;
 use crate::region::BlockCopy;
@@ -53,6 +56,8 @@ pub struct KvTierOptions {
     pub save_wait: Duration,
     /// Most tokens that wait to be saved, all sequences together; what comes on top is not saved.
     pub queued_tokens_max: usize,
+    /// Most bytes that are brought up ahead of one request.
+    pub prefetch_bytes_max: usize,
 }
 
 impl KvTierOptions {
@@ -60,7 +65,9 @@ impl KvTierOptions {
     #[must_use]
     pub fn new(facts: Vec<(String, String)>) -> Self {
         let (load_wait, put_wait) = (Duration::from_secs(1), Duration::from_secs(30));
-        Self { facts, load_wait, put_wait, save_wait: Duration::from_secs(30), queued_tokens_max: 4 << 20 }
+        let (save_wait, queued_tokens_max, prefetch_bytes_max) =
+            (Duration::from_secs(30), 4 << 20, 256 << 20);
+        Self { facts, load_wait, put_wait, save_wait, queued_tokens_max, prefetch_bytes_max }
     }
 }
 
@@ -108,6 +115,9 @@ struct Inner {
     queue: Mutex<Queue>,
     /// Something was queued, or is done.
     changed: Condvar,
+    /// Sequences to be brought up ahead of their requests.
+    wishes: Mutex<VecDeque<Wish>>,
+    wished: Condvar,
     is_over: AtomicBool,
     /// Host memory for the way up; one load at a time.
     up: Mutex<Arc<HostBuffer>>,
@@ -118,6 +128,7 @@ struct Inner {
 pub struct KvTier {
     inner: Arc<Inner>,
     thread: Option<JoinHandle<()>>,
+    ahead: Option<JoinHandle<()>>,
 }
 
 impl KvTier {
@@ -165,6 +176,8 @@ impl KvTier {
             counts: Mutex::default(),
             queue: Mutex::default(),
             changed: Condvar::new(),
+            wishes: Mutex::default(),
+            wished: Condvar::new(),
             is_over: AtomicBool::new(false),
             up: Mutex::new(up),
         });
@@ -174,7 +187,12 @@ impl KvTier {
             Ok(_) => inner.are_copied(|cache| cache.copy_sealed(true)),
             Err(error) => tracing::warn!(%error, "no thread saves KV blocks to the tier below"),
         }
-        Ok(Self { inner, thread: thread.ok() })
+        let own = Arc::clone(&inner);
+        let ahead = thread::Builder::new().name("shoal-kv-ahead".to_owned()).spawn(move || own.run_ahead());
+        if let Err(error) = &ahead {
+            tracing::warn!(%error, "no thread brings KV blocks up ahead of their requests");
+        }
+        Ok(Self { inner, thread: thread.ok(), ahead: ahead.ok() })
     }
 
     /// Brings back the blocks that follow `held`, the first blocks of `tokens`, which the caller owns: as many in a row as the
@@ -225,10 +243,17 @@ impl Drop for KvTier {
         // Under the lock: a thread that has just looked would not hear of it, and sleep for a minute.
         self.inner.queue.lock().is_over = true;
         self.inner.is_over.store(true, Ordering::Relaxed);
+        drop(self.inner.wishes.lock());
         self.inner.changed.notify_all();
-        let Some(thread) = self.thread.take() else { return };
-        if thread.join().is_err() {
-            tracing::error!("the thread that saves KV blocks has panicked");
+        self.inner.wished.notify_all();
+        let is_saving = self.thread.is_some();
+        for thread in [self.thread.take(), self.ahead.take()].into_iter().flatten() {
+            if thread.join().is_err() {
+                tracing::error!("a thread that moves KV blocks between tiers has panicked");
+            }
+        }
+        if !is_saving {
+            return;
         }
         self.inner.are_copied(|cache| cache.copy_sealed(false));
     }

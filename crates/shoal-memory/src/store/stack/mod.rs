@@ -215,6 +215,11 @@ impl Store for Stack {
         self.shared.tiers.last().is_some_and(|tier| tier.is_kept(key))
     }
 
+    fn would_rise(&self, key: &StoreKey) -> bool {
+        let Some((fastest, slower)) = self.shared.tiers.split_first() else { return false };
+        !fastest.contains(key) && slower.iter().any(|tier| tier.contains(key))
+    }
+
     /// Offered to every tier that lacks it. Admitted if one of them admits it; else the answer of the slowest.
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
         let mut admitted = 0;
