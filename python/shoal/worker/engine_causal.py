@@ -114,9 +114,9 @@ class Generation:
 
     def go_no_further(self) -> None:
         """Bring nothing up ahead of it any more: its turn has come, or never will."""
-        if self.ahead is not None:
-            self.ahead.cancel()
-            self.ahead = None
+        ahead, self.ahead = self.ahead, None  # taken once: a cancel may come from another thread at the same time
+        if ahead is not None:
+            ahead.cancel()
 
     def push(self, tokens: list[int], *, last: bool) -> None:
         """From the engine's thread: new tokens, and whether they are the last."""
