@@ -22,7 +22,9 @@
 //! **Signs of life.** A worker that says `answers_pings` in its hello answers each [`FromServer::Ping`] by
 //! [`FromWorker::Pong`], whatever else it does: the thread that reads answers. It says that the process runs, no more.
 //!
-//! **Orders.** `Reclaim` and `Wake` are orders: each is answered by exactly one [`FromWorker::OrderDone`].
+//! **Orders.** `Reclaim` and `Wake` are orders: each is answered by exactly one [`FromWorker::OrderDone`]. Before that, a
+//! worker whose engine computes as the bytes arrive says [`FromWorker::WakeBacked`] once a wake has all of its memory, where
+//! the server's `Welcome::forwards_when_backed` asks for it: from then on requests may be sent to it.
 
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +76,9 @@ pub enum FromServer {
         /// How long the worker shall wait for another server when this one is gone. Of one that says nothing: not at all.
         #[serde(default)]
         server_wait_ms: u64,
+        /// Whether the server makes use of [`FromWorker::WakeBacked`]. One that says nothing of it does not know it.
+        #[serde(default)]
+        forwards_when_backed: bool,
     },
     /// The answer to a `Hello` of somebody who is not wanted; the connection ends after it.
     Refused {
@@ -409,6 +414,12 @@ pub enum FromWorker {
         duration_us: u64,
         /// What stood in the way, if it was not done in full.
         error: Option<String>,
+    },
+    /// A wake has its lease and all of its device memory, and its bytes are coming in order of use: a request that comes
+    /// now is computed as they arrive. Its `OrderDone` follows.
+    WakeBacked {
+        /// The order's number.
+        order: u64,
     },
     /// The answer to a ping.
     Pong {

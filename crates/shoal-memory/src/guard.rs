@@ -52,6 +52,21 @@ impl Region {
     }
 }
 
+impl MemoryManager {
+    /// [`guard`](Self::guard) of all regions, while the bytes of `region` still come: as [`Region::guard_in_order`]. Where
+    /// something of another region is missing, everything is waited for.
+    ///
+    /// # Errors
+    /// As [`guard`](Self::guard).
+    pub fn guard_in_order(
+        self: &Arc<Self>,
+        region: &Region,
+        timeout: Duration,
+    ) -> Result<(Guard, Option<Transfer>), MemoryError> {
+        region.enter_in_order(Scope::All, timeout)
+    }
+}
+
 impl Region {
     /// Lets a step run while its bytes still come: as [`guard`](Self::guard), but once a wake has all of its memory, this
     /// returns, with that wake. Before the step uses a range it waits for it by [`Transfer::wait_stream`] or
@@ -61,13 +76,32 @@ impl Region {
     /// # Errors
     /// As [`guard`](Self::guard).
     pub fn guard_in_order(&self, timeout: Duration) -> Result<(Guard, Option<Transfer>), MemoryError> {
-        let (deadline, scope) = (Instant::now() + timeout, Scope::Region(self.id()));
+        self.enter_in_order(Scope::Region(self.id()), timeout)
+    }
+
+    /// Whether nothing is missing of what `scope` speaks for, but of this region.
+    fn are_others_there(&self, scope: Scope) -> bool {
+        let is_meant = |region: &Region| region.id() != self.id() && scope.has(region.id());
+        self.manager().regions().iter().filter(|region| is_meant(region)).all(|region| {
+            region.missing_bytes().is_zero()
+        })
+    }
+
+    fn enter_in_order(
+        &self,
+        scope: Scope,
+        timeout: Duration,
+    ) -> Result<(Guard, Option<Transfer>), MemoryError> {
+        let deadline = Instant::now() + timeout;
         let late = || MemoryError::Deadline { doing: "entering a guard", waited: timeout };
         let left = || deadline.saturating_duration_since(Instant::now());
         let gate = self.manager().gate();
         let is_nested = gate.is_held_here();
         for _ in 0..ROUNDS_BESIDE_WAKES {
             let pass = gate.share(scope, deadline).ok_or_else(late)?;
+            if !self.are_others_there(scope) {
+                break;
+            }
             if self.missing_bytes().is_zero() {
                 return Ok((Guard { _pass: pass }, None));
             }
@@ -76,18 +110,23 @@ impl Region {
             if is_nested && !waking.as_ref().is_some_and(|wake| wake.shared().is_open()) {
                 break;
             }
-            let wake = waking.map_or_else(|| self.wake(left()), Ok)?;
+            let begin = || self.begin_restore(ByteCount(u64::MAX), deadline, REASON);
+            let wake = waking.map_or_else(begin, Ok)?;
             if !wake.shared().step_in(deadline).ok_or_else(late)? {
                 wake.wait(left())?;
                 continue;
             }
             // Whoever waits to evict waits for the turn too, which the wake has.
             let pass = gate.share_first(scope, deadline).ok_or_else(late)?;
-            if wake.shared().is_open() {
+            if wake.shared().is_open() && self.are_others_there(scope) {
                 return Ok((Guard { _pass: pass }, Some(wake)));
             }
         }
-        self.guard(left()).map(|guard| (guard, None))
+        let whole = match scope {
+            Scope::All => self.manager().enter(&self.manager().regions(), scope, left()),
+            Scope::Region(_) | Scope::Pair(..) => self.guard(left()),
+        };
+        whole.map(|guard| (guard, None))
     }
 
     /// A wake that has all of its memory needs nothing that somebody who holds a guard would have to give up, so it may

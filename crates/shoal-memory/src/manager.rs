@@ -27,7 +27,6 @@ use crate::retire::Retired;
 use crate::segments::Segments;
 use crate::slab_source::SlabSource;
 use crate::source::SourceFiles;
-use crate::transfer::Shared;
 use crate::turn::{Taken, Turn};
 
 /// How a manager behaves.
@@ -381,6 +380,19 @@ impl MemoryManager {
         Ok(turn)
     }
 
+    /// The turn for mapping memory and nothing else, which a wake lends that waits for its copies.
+    pub(crate) fn take_turn_to_map(&self, deadline: Instant) -> Result<Taken, MemoryError> {
+        let start = Instant::now();
+        let turn = self.turn.take_or_borrow(deadline).ok_or_else(|| MemoryError::Deadline {
+            doing: "waiting for another operation",
+            waited: start.elapsed(),
+        })?;
+        if !turn.is_borrowed() {
+            self.sweep(false);
+        }
+        Ok(turn)
+    }
+
     fn take_bare_turn(&self, deadline: Instant) -> Result<Taken, MemoryError> {
         let start = Instant::now();
         self.turn.take(deadline).ok_or_else(|| MemoryError::Deadline {
@@ -501,15 +513,36 @@ impl MemoryManager {
     /// # Errors
     /// What the first failing region failed with; the regions before it stay awake.
     pub fn wake_weights(&self, timeout: Duration, reason: &str) -> Result<Report, MemoryError> {
+        self.wake_weights_telling(timeout, reason, || {})
+    }
+
+    /// [`wake_weights`](Self::wake_weights), and calls `backed` once all device memory is there that the weights lacked,
+    /// where their bytes are still coming: from then on a step may run beside the wake ([`Self::guard_in_order`]).
+    ///
+    /// # Errors
+    /// As [`wake_weights`](Self::wake_weights).
+    pub fn wake_weights_telling(
+        &self,
+        timeout: Duration,
+        reason: &str,
+        backed: impl FnOnce(),
+    ) -> Result<Report, MemoryError> {
         let start = Instant::now();
+        let mut backed = Some(backed);
         let mut report = Report::new(ByteCount::ZERO);
-        for region in self.regions() {
-            if region.kind() == LeaseKind::Weights {
-                let brought =
-                    region.restore_now(ByteCount(u64::MAX), start + timeout, &Shared::default(), reason)?;
-                report.requested += brought.requested;
-                report.copied += brought.copied;
-            }
+        let mut regions: Vec<_> =
+            self.regions().into_iter().filter(|region| region.kind() == LeaseKind::Weights).collect();
+        while let Some(region) = (!regions.is_empty()).then(|| regions.remove(0)) {
+            let are_others_there = || regions.iter().all(|region| region.missing_bytes().is_zero());
+            let brought = region.wake_telling(start + timeout, reason, || {
+                if are_others_there()
+                    && let Some(backed) = backed.take()
+                {
+                    backed();
+                }
+            })?;
+            report.requested += brought.requested;
+            report.copied += brought.copied;
         }
         report.duration = start.elapsed();
         Ok(report)

@@ -17,6 +17,9 @@ use shoal_device::{Event, ForeignStream};
 use crate::error::MemoryError;
 use crate::region::{Region, RegionInner, Report};
 
+/// How long after its deadline a wake may take to end what it has under way.
+const END_WAIT: Duration = Duration::from_secs(10);
+
 /// How far a transfer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -182,6 +185,17 @@ impl Shared {
         }
     }
 
+    /// As [`step_in`](Self::step_in), for who only watches.
+    pub(crate) fn is_backed_by(&self, deadline: Instant) -> bool {
+        let mut state = self.state.lock();
+        while state.outcome.is_none() && state.arrivals.is_none() {
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                break;
+            }
+        }
+        state.outcome.is_none() && state.arrivals.is_some() && !self.is_short.load(Ordering::Relaxed)
+    }
+
     /// Waits until what of a range is on its way counts as being there, or the wake has ended. Returns at once where nothing
     /// of it is on its way, or some of it has not been queued.
     pub(crate) fn wait_counted(&self, from: u64, to: u64, deadline: Instant) {
@@ -254,6 +268,15 @@ impl Transfer {
     /// Asks it to stop before the next extent. What was brought back until then stays.
     pub fn cancel(&self) {
         self.shared.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for its end, and calls `backed` once all of its memory is there, where it is not over by then.
+    pub(crate) fn follow(&self, deadline: Instant, mut backed: impl FnMut()) -> Result<Report, MemoryError> {
+        if self.shared.is_backed_by(deadline) {
+            backed();
+        }
+        // It keeps its own deadline, which ends it; what it then still has under way takes a moment.
+        self.wait(deadline.saturating_duration_since(Instant::now()) + END_WAIT)
     }
 
     /// Waits for its end, at most `timeout`.

@@ -50,6 +50,37 @@ fn one_has_it_at_a_time_and_nobody_waits_for_ever() {
 }
 
 #[test]
+fn what_is_lent_is_one_others_at_a_time_and_is_back_before_it_is_used() {
+    explore(5, || {
+        let (turn, inside) = (Arc::new(Turn::default()), Arc::new(AtomicUsize::new(0)));
+        let maps = {
+            let (turn, inside) = (Arc::clone(&turn), Arc::clone(&inside));
+            thread::spawn(move || {
+                let taken = turn.take_or_borrow(far()).expect("lent or free");
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "another has it");
+                thread::yield_now();
+                assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
+                drop(taken);
+            })
+        };
+        let evicts = {
+            let (turn, inside) = (Arc::clone(&turn), Arc::clone(&inside));
+            thread::spawn(move || assert!(take(&turn, &inside, far())))
+        };
+        let taken = turn.take(far()).expect("comes");
+        drop(taken.lend());
+        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "it is not back");
+        thread::yield_now();
+        assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
+        drop(taken);
+        maps.join().expect("no panic");
+        evicts.join().expect("no panic");
+        assert!(turn.is_free());
+        assert_eq!(turn.asked_and_waiting(), (3, 0));
+    });
+}
+
+#[test]
 fn who_gives_up_keeps_nobody_waiting() {
     explore(5, || {
         let (turn, inside) = (Arc::new(Turn::default()), Arc::new(AtomicUsize::new(0)));

@@ -171,6 +171,12 @@ impl PyBrokerClient {
         Ok(())
     }
 
+    /// The engine's steps run beside wakes.
+    fn set_steps_in_order(&self) -> PyResult<()> {
+        self.client.get()?.set_steps_in_order();
+        Ok(())
+    }
+
     #[getter]
     fn shutdown_requested(&self) -> PyResult<bool> {
         Ok(self.client.get()?.shutdown_order().is_some())

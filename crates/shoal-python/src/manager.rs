@@ -150,6 +150,20 @@ impl PyMemoryManager {
         Ok(PyGuard::new(guard))
     }
 
+    /// A guard of everything, entered beside the wake of this region that is given with it.
+    fn guard_in_order(
+        &self,
+        py: Python<'_>,
+        region: &PyRegion,
+        timeout_s: f64,
+    ) -> PyResult<(PyGuard, Option<PyTransfer>)> {
+        let (manager, region) = (self.manager.get()?, region.get()?);
+        let timeout = convert::seconds("timeout_s", timeout_s)?;
+        let (guard, wake) =
+            py.detach(|| manager.guard_in_order(region, timeout)).map_err(errors::of_memory)?;
+        Ok((PyGuard::new(guard), wake.map(|wake| PyTransfer::begun(wake, timeout))))
+    }
+
     fn swap(
         &self,
         py: Python<'_>,

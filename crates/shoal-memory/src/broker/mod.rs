@@ -141,6 +141,10 @@ struct State {
     usage: WorkerUsage,
     figures: EngineFigures,
     server_wait: Duration,
+    /// The server wants to hear that a wake has its memory.
+    forwards_when_backed: bool,
+    /// The engine's steps run beside wakes.
+    steps_in_order: bool,
     shutdown: Option<ShutdownOrder>,
     closed: Option<String>,
     hook: Option<Hook>,
@@ -217,6 +221,7 @@ impl BrokerClient {
             data_socket,
             lends_slabs,
             server_wait_ms,
+            forwards_when_backed,
         } = first
         else {
             return Err(wrong(match first {
@@ -239,7 +244,7 @@ impl BrokerClient {
             host_budget,
             writer: Mutex::new(Writer { epoch: 0, socket: clone()? }),
             socket: Mutex::new(socket),
-            state: Mutex::new(State { server_wait, ..State::default() }),
+            state: Mutex::new(State { server_wait, forwards_when_backed, ..State::default() }),
             changed: Condvar::new(),
             lends_slabs,
             reclaims,
@@ -305,6 +310,12 @@ impl BrokerClient {
     /// Sets the measured peak of device bytes outside our regions.
     pub fn set_overhead(&self, peak: ByteCount) {
         self.state.lock().figures.overhead_peak = Some(peak);
+    }
+
+    /// Says that the engine's steps run beside a wake ([`MemoryManager::guard_in_order`]): from now on the server is told
+    /// when a wake that it ordered has its memory, and sends requests from then on.
+    pub fn set_steps_in_order(&self) {
+        self.state.lock().steps_in_order = true;
     }
 
     /// The order to finish, if it came.

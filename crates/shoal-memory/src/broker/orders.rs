@@ -65,7 +65,7 @@ impl Order {
             }
             (Some(manager), Some(bytes)) => manager.reclaim(bytes, left, &self.reason),
             (Some(manager), None) => {
-                let awake = manager.wake_weights(left, &self.reason);
+                let awake = manager.wake_weights_telling(left, &self.reason, || self.say_backed());
                 awake.map(|report| Report { freed: report.requested, ..report })
             }
         };
@@ -75,6 +75,18 @@ impl Order {
                 self.answer(report.freed, report.copied, error);
             }
             Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Says that the memory is there and the bytes are coming, to a server that makes use of it.
+    fn say_backed(&self) {
+        let Some(client) = self.client.upgrade() else { return };
+        let is_of_use = {
+            let state = client.state.lock();
+            state.forwards_when_backed && state.steps_in_order
+        };
+        if is_of_use {
+            client.say(self.epoch, &FromWorker::WakeBacked { order: self.number });
         }
     }
 

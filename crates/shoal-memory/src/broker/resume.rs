@@ -137,9 +137,10 @@ impl BrokerClient {
         let mut reader = BufReader::new(FileStream::new(reading));
         let first = line::read_before(&mut reader, until.min(Instant::now() + WELCOME_WAIT));
         match first.map_err(Failure::NotYet)? {
-            FromServer::Welcome { version: VERSION, server_wait_ms, .. } => {
+            FromServer::Welcome { version: VERSION, server_wait_ms, forwards_when_backed, .. } => {
                 let mut state = self.state.lock();
                 state.server_wait = wait_of(server_wait_ms);
+                state.forwards_when_backed = forwards_when_backed;
                 if state.closed.is_some() {
                     return Err(Failure::Refused("this worker has ended".to_owned()));
                 }

@@ -236,14 +236,20 @@ impl Shared {
             _ if may_restore => Some(manager.take_restore(deadline)?),
             _ => return Err(self.region.refuse("map ahead", "something of it is on the host")),
         };
+        // A wake lends its turn while it waits for copies: a step that runs beside it needs blocks. What brings something
+        // back itself needs the turn whole.
+        let take = |deadline| match restoring {
+            None => manager.take_turn_to_map(deadline),
+            Some(_) => manager.take_turn_only(deadline),
+        };
         let extents = {
             // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
-            let _turn = manager.take_turn_only(deadline)?;
+            let _turn = take(deadline)?;
             self.drop_idle_copies();
             [self.region.wanted_extents(runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
         let mut supply = self.region.supply(extents, Content::Zeroed, patience.lease, "KV blocks")?;
-        let _turn = manager.take_turn_only(deadline.max(Instant::now() + AHEAD_WAIT))?;
+        let _turn = take(deadline.max(Instant::now() + AHEAD_WAIT))?;
         let missing = self.region.missing_bytes();
         if self.region.uncommitted(runs)? + missing > supply.bytes()
             || (restoring.is_none() && !missing.is_zero())

@@ -18,6 +18,7 @@ use crate::error::MemoryError;
 use crate::retire::Resident;
 use crate::supply::{Content, Supply};
 use crate::transfer::Shared;
+use crate::turn::Taken;
 
 /// Bytes that one direction of the link has before it.
 pub(crate) const IN_FLIGHT_BYTES: ByteCount = ByteCount::gib(1);
@@ -85,10 +86,19 @@ impl<'a> Incoming<'a> {
         self.planned.is_empty() && self.mapped.is_empty() && self.flying.is_empty()
     }
 
-    /// Brings everything, on `supply`.
-    pub(crate) fn run(&mut self, supply: &mut Supply, deadline: Instant) -> Result<(), MemoryError> {
+    /// Brings everything, on `supply`. `turn` is lent while there is nothing to do but copies.
+    pub(crate) fn run(
+        &mut self,
+        supply: &mut Supply,
+        deadline: Instant,
+        turn: Option<&Taken>,
+    ) -> Result<(), MemoryError> {
         let region = self.region;
+        let mut lent = None;
         while !self.is_done() {
+            if self.has_begun && lent.is_none() {
+                lent = turn.and_then(Taken::lend);
+            }
             self.check_stopped(deadline)?;
             while self.reap(Duration::ZERO)? {}
             let make = |extent, content| supply.map_settled(region, extent, content, deadline);

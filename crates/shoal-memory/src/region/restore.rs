@@ -23,6 +23,7 @@ use super::{Region, Report};
 use crate::error::MemoryError;
 use crate::supply::{Content, Supply};
 use crate::transfer::{Shared, Transfer};
+use crate::turn::Taken;
 
 impl Region {
     /// Starts bringing everything back, on a thread of its own.
@@ -46,14 +47,39 @@ impl Region {
     /// # Errors
     /// As [`wake`](Self::wake).
     pub fn restore(&self, bytes: ByteCount, timeout: Duration) -> Result<Transfer, MemoryError> {
+        self.begin_restore(bytes, Instant::now() + timeout, "a wake")
+    }
+
+    /// Brings everything back by `deadline`, and calls `backed` once all device memory for it is there and the bytes are
+    /// still coming. A wake of this region that is under way is joined; where that one fails, another is tried.
+    pub(crate) fn wake_telling(
+        &self,
+        deadline: Instant,
+        reason: &str,
+        mut backed: impl FnMut(),
+    ) -> Result<Report, MemoryError> {
+        if let Some(wake) = self.waking().filter(Transfer::is_whole)
+            && let Ok(report) = wake.follow(deadline, &mut backed)
+        {
+            return Ok(report);
+        }
+        self.begin_restore(ByteCount(u64::MAX), deadline, reason)?.follow(deadline, &mut backed)
+    }
+
+    pub(crate) fn begin_restore(
+        &self,
+        bytes: ByteCount,
+        deadline: Instant,
+        reason: &str,
+    ) -> Result<Transfer, MemoryError> {
         let manager = Arc::clone(self.manager());
         manager.claim_transfer()?;
         let shared = Arc::new(Shared::default());
         let (weak, is_whole) = (Arc::downgrade(&self.inner), bytes == ByteCount(u64::MAX));
         let transfer = Transfer::new(manager.next_transfer(), weak, is_whole, Arc::clone(&shared));
-        let (region, deadline) = (self.clone(), Instant::now() + timeout);
+        let (region, reason) = (self.clone(), reason.to_owned());
         let work = move || {
-            let outcome = region.restore_now(bytes, deadline, &shared, "a wake");
+            let outcome = region.restore_now(bytes, deadline, &shared, &reason);
             region.manager().transfers.fetch_sub(1, Ordering::Relaxed);
             // The last holder of a region frees its memory: before anyone hears that the wake has ended.
             drop(region);
@@ -92,8 +118,8 @@ impl Region {
         }
         shared.set_total(planned_bytes);
         let mut supply = self.supply(wanted, Content::Any, deadline, reason)?;
-        let _turn = self.manager().take_turn(deadline)?;
-        let brought = self.restore_in_turn(&mut supply, deadline, shared)?;
+        let turn = self.manager().take_turn(deadline)?;
+        let brought = self.restore_lending(&mut supply, deadline, shared, Some(&turn))?;
         (report.requested, report.copied) = (brought.requested, brought.copied);
         report.duration = start.elapsed();
         Ok(report)
@@ -112,6 +138,17 @@ impl Region {
         deadline: Instant,
         shared: &Shared,
     ) -> Result<Report, MemoryError> {
+        self.restore_lending(supply, deadline, shared, None)
+    }
+
+    /// [`restore_in_turn`](Self::restore_in_turn), lending that turn to those who map, once all memory is there.
+    fn restore_lending(
+        &self,
+        supply: &mut Supply,
+        deadline: Instant,
+        shared: &Shared,
+        turn: Option<&Taken>,
+    ) -> Result<Report, MemoryError> {
         // Since the lease was asked for, others may have brought back some of it, and some more may have been evicted, with
         // which a server grants the lease.
         let (plan, missing) = {
@@ -125,7 +162,7 @@ impl Region {
         let mut report = Report::new(plan.bytes);
         shared.set_total(plan.bytes);
         let mut incoming = Incoming::new(self, plan.moves, shared);
-        let outcome = incoming.run(supply, deadline);
+        let outcome = incoming.run(supply, deadline, turn);
         let has_guests = shared.close();
         let Arrived { brought, leaving } = incoming.end();
         if has_guests {

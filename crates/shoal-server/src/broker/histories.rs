@@ -43,6 +43,8 @@ struct Worker {
     requests: u64,
     /// The wake under way, and the lease request that it waits for.
     wake: Option<(u64, u64)>,
+    /// A wake whose bytes are coming: its order, how many, and what it will fail with.
+    coming: Option<(u64, ByteCount, Option<String>)>,
     /// It had another server before.
     had_server: bool,
     /// It asked that one for so many bytes in this request.
@@ -201,7 +203,7 @@ impl World {
             let routed = self.routed.iter().filter(|(place, _)| self.core.models[*place].name == model.name);
             assert!(active <= u64::from(model.config.parallel_max), "seed {}", self.seed);
             assert!(routed.count() as u64 <= active, "seed {}: a place was given twice", self.seed);
-            let is_line = model.is_up() && model.has_room() && model.queue.requests() > 0;
+            let is_line = model.takes_requests() && model.has_room() && model.queue.requests() > 0;
             assert!(!is_line, "seed {}: a place is free and somebody waits for it", self.seed);
             assert!(model.is_ready() || !model.cycle.loaded());
         }
@@ -232,6 +234,7 @@ impl World {
                     held: ByteCount::ZERO,
                     requests: 0,
                     wake: None,
+                    coming: None,
                     had_server: false,
                     open: None,
                     is_silent: false,
@@ -333,6 +336,14 @@ impl World {
             let capabilities = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
             return self.say(place, FromWorker::Ready { capabilities });
         }
+        if let Some((order, bytes, error)) = worker.coming.take() {
+            if error.is_some() && worker.held >= bytes {
+                worker.held -= bytes;
+                self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
+            }
+            self.usage(place);
+            return self.done(place, order, bytes, error);
+        }
         match worker.orders.pop_front() {
             Some(FromServer::Wake { order, .. }) => {
                 let missing = WEIGHTS.saturating_sub(worker.held);
@@ -353,7 +364,13 @@ impl World {
                 assert!(!is_early, "seed {}: granted before it was back", self.seed);
                 let fails = is_full || wake.is_some() && !is_steady && self.dice.chance(10);
                 let error = fails.then(|| "the device has no memory".to_owned());
+                let is_in_order = wake.is_some() && !is_full && self.dice.chance(50);
                 let Some(worker) = self.workers.get_mut(&place) else { return };
+                if is_in_order && let Some((order, _)) = wake {
+                    // Its bytes come, or fail to, while requests are at it already.
+                    worker.coming = Some((order, bytes, error));
+                    return self.say(place, FromWorker::WakeBacked { order });
+                }
                 if error.is_some() {
                     worker.held -= bytes;
                     self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
@@ -447,6 +464,7 @@ impl World {
         for (place, worker) in &mut self.workers {
             let was_greeted = worker.heard.take().is_some() || worker.had_server;
             worker.orders.clear();
+            worker.coming = None;
             let open = worker.wake.take().map(|(_, request)| (request, WEIGHTS.saturating_sub(worker.held)));
             worker.had_server = was_greeted;
             worker.open = worker.open.or(open);

@@ -4,6 +4,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
+use super::orders::Order;
 use super::pulse::is_work;
 use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
 use crate::bounded::bounded;
@@ -82,6 +83,7 @@ impl Core {
                     now_ms,
                 );
             }
+            FromWorker::WakeBacked { order } => self.wake_backed(place, order, now_ms),
             FromWorker::Usage { usage } => self.usage(place, usage, now_ms),
             // Memory of this machine: whoever holds descriptors answers. What only shows that it lives is heard above.
             FromWorker::SlabRequest { .. }
@@ -128,6 +130,7 @@ impl Core {
         if kind == LeaseKind::Weights && !bytes.is_zero() {
             self.advance(place, LifeEvent::SomeLeft);
             self.ask_for_what_left(place, bytes);
+            self.models[place].orders.values_mut().for_each(Order::lost_some);
         }
         let model = &mut self.models[place];
         if kind == LeaseKind::Kv {

@@ -131,6 +131,7 @@ impl Core {
             data_socket: model.socket.to_string_lossy().into_owned(),
             lends_slabs: config.host_memory.is_some(),
             server_wait_ms: if self.is_journaled { super::millis(config.orphan_wait) } else { 0 },
+            forwards_when_backed: true,
         };
         if connection.try_send(welcome).is_err() {
             return Err("its connection closed at once".to_owned());

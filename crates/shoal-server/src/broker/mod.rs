@@ -9,6 +9,8 @@
 //! Keeps I1 (through the [`LeaseBook`]; what a dead worker held counts until its process is gone), I10 and I11.
 
 mod adoption;
+#[cfg(test)]
+mod backed_tests;
 mod commands;
 #[cfg(test)]
 mod dice;

@@ -27,7 +27,10 @@ pub(crate) enum Doing {
         takes_weights: bool,
         waiter: Option<oneshot::Sender<Told>>,
     },
-    Wake,
+    Wake {
+        /// All device memory is there, and the bytes are coming.
+        is_backed: bool,
+    },
 }
 
 /// An order that was not answered yet.
@@ -46,7 +49,19 @@ impl Order {
     }
 
     pub(crate) const fn is_wake(&self) -> bool {
-        matches!(self.doing, Doing::Wake)
+        matches!(self.doing, Doing::Wake { .. })
+    }
+
+    /// A wake whose bytes are coming, in the order in which a request needs them.
+    pub(crate) const fn is_backed_wake(&self) -> bool {
+        matches!(self.doing, Doing::Wake { is_backed: true })
+    }
+
+    /// Weights left the device.
+    pub(crate) const fn lost_some(&mut self) {
+        if let Doing::Wake { is_backed } = &mut self.doing {
+            *is_backed = false;
+        }
     }
 
     pub(crate) const fn takes_weights(&self) -> bool {
@@ -118,7 +133,7 @@ impl Core {
             return self.break_off(place, "it does not read its messages".to_owned(), now_ms);
         }
         let order = Order {
-            doing: Doing::Wake,
+            doing: Doing::Wake { is_backed: false },
             bytes,
             sent_ms: now_ms,
             // The worker is to answer by its own deadline; this is when it is believed to be silent.
@@ -164,7 +179,7 @@ impl Core {
                 }
                 self.tell(now_ms, Some(place), EventKind::EvictDone { bytes, copied, duration_ms, error });
             }
-            Doing::Wake => {
+            Doing::Wake { .. } => {
                 model.brought.0 += bytes;
                 model.brought.1 += copied;
                 if error.is_none() {
@@ -173,6 +188,35 @@ impl Core {
                 self.wake_answered(place, bytes, duration_ms, error, now_ms);
             }
         }
+    }
+
+    /// All memory of a wake is there: who waits for the model may go to its worker, which computes as the bytes arrive.
+    pub(super) fn wake_backed(&mut self, place: usize, number: u64, now_ms: u64) {
+        let model = &mut self.models[place];
+        let held = self.book.held(model.id, LeaseKind::Weights);
+        let Some(order) = model.orders.get_mut(&number) else {
+            if number <= self.next_number {
+                // Its time was up and it was given up already.
+                return;
+            }
+            return self.break_off(
+                place,
+                format!("it has the memory of order {number}, which is not open"),
+                now_ms,
+            );
+        };
+        let Doing::Wake { is_backed } = &mut order.doing else {
+            return self.break_off(place, format!("order {number} is no wake"), now_ms);
+        };
+        let declared = model.capabilities.as_ref().map_or(ByteCount::ZERO, |can| can.weights_bytes);
+        if held.is_zero() || held < declared.max(model.weights_total) {
+            // Some of it was given back while this was on its way; the answer to the order comes next.
+            return;
+        }
+        *is_backed = true;
+        let (bytes, after_ms) = (order.bytes, now_ms.saturating_sub(order.sent_ms));
+        let parked = model.queue.requests() as u64;
+        self.tell(now_ms, Some(place), EventKind::WakeBacked { bytes, after_ms, parked });
     }
 
     fn wake_answered(
@@ -249,7 +293,7 @@ impl Core {
                             after_ms,
                         });
                     }
-                    Doing::Wake => wakes.push(*number),
+                    Doing::Wake { .. } => wakes.push(*number),
                 }
             }
             if !timed_out.is_empty() {

@@ -70,9 +70,10 @@ impl Queue {
         }
     }
 
-    /// The next one to be answered; a request only where there is a place for it, which it has from now on.
-    pub(crate) fn next(&mut self, has_room: bool, now_ms: u64) -> Option<Parked> {
-        if let Some(order) = self.orders.pop_front() {
+    /// The next one to be answered; a request only where there is a place for it, which it has from now on, and an order
+    /// only where all of the model is there.
+    pub(crate) fn next(&mut self, has_room: bool, is_up: bool, now_ms: u64) -> Option<Parked> {
+        if is_up && let Some(order) = self.orders.pop_front() {
             return Some(order);
         }
         if !has_room {

@@ -296,6 +296,15 @@ impl Record {
         self.cycle.loaded() && self.retiring.is_none() && !self.orders.values().any(Order::takes_weights)
     }
 
+    /// A request may be sent to it now: it is up, or its bytes are coming and its worker computes as they arrive.
+    pub(crate) fn takes_requests(&self) -> bool {
+        let is_coming = self.is_ready()
+            && self.retiring.is_none()
+            && self.orders.values().any(Order::is_backed_wake)
+            && !self.orders.values().any(Order::takes_weights);
+        is_coming || self.is_up()
+    }
+
     /// Its workers listen there from now on.
     pub(crate) fn listen_at(&mut self, socket: PathBuf) {
         self.target = Target::Unix(socket.clone());

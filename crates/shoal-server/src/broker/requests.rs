@@ -95,16 +95,19 @@ impl Core {
             return Err(RouteError::ShuttingDown);
         }
         let is_up = self.models[place].is_up();
-        let has_place = match &wanted {
-            Wanted::Route(_) => self.models[place].queue.requests() == 0 && self.models[place].has_room(),
-            Wanted::Wake => true,
+        let is_taken = match &wanted {
+            Wanted::Route(_) => {
+                let model = &self.models[place];
+                model.takes_requests() && model.queue.requests() == 0 && model.has_room()
+            }
+            Wanted::Wake => is_up,
         };
-        if is_up && has_place {
+        if is_taken {
             let was_idle = self.models[place].is_idle_inside();
             if let Wanted::Route(caller) = &wanted {
                 self.models[place].queue.begin(caller, now_ms);
             }
-            let reached = self.reach(place, &wanted, was_idle, (now_ms, now_ms), false);
+            let reached = self.reach(place, &wanted, was_idle, (now_ms, now_ms), !is_up);
             self.settle(now_ms);
             return Ok(Begun::Reached(reached));
         }
@@ -190,12 +193,12 @@ impl Core {
         Reached { place, target: model.target.clone(), waited_ms, was_asleep, brought }
     }
 
-    /// Answers those who waited for a model that is up now, as far as it has places for them.
+    /// Answers those who waited for a model that is there now, as far as it has places for them.
     pub(super) fn unpark(&mut self, place: usize, now_ms: u64) {
-        while self.models[place].is_up() {
+        while self.models[place].takes_requests() {
             let model = &mut self.models[place];
-            let (has_room, was_idle) = (model.has_room(), model.is_idle_inside());
-            let Some(parked) = model.queue.next(has_room, now_ms) else { return };
+            let (has_room, was_idle, is_up) = (model.has_room(), model.is_idle_inside(), model.is_up());
+            let Some(parked) = model.queue.next(has_room, is_up, now_ms) else { return };
             let sent = !parked.answer.is_closed() && {
                 let times = (parked.since_ms, now_ms);
                 let mut reached = self.reach(place, &parked.wanted, was_idle, times, parked.was_asleep);
@@ -259,7 +262,7 @@ impl Core {
         let model = &self.models[place];
         let asked = self.asked.iter().find(|asked| asked.pending.model == model.id);
         match (model.life(), asked) {
-            (Life::Ready, _) if model.is_up() => {
+            (Life::Ready, _) if model.takes_requests() => {
                 let (active, most) = (model.queue.active(), model.config.parallel_max);
                 format!("it is there and answers {active} other requests ({most} at the same time at most)")
             }

@@ -11,6 +11,7 @@ use shoal_core::policy::worth::of_weights;
 use shoal_core::policy::{ShelfState, turn_ms};
 use shoal_core::protocol::LeaseKind;
 
+use super::orders::Order;
 use super::{Core, Life, Record};
 use crate::config::SleepDepth;
 use crate::shelf::Caller;
@@ -150,7 +151,12 @@ impl Core {
                     } else {
                         "its bytes are being copied"
                     };
-                    format!("{name} is waking: it has its {total} of device memory, and {doing}.")
+                    let goes = if model.orders.values().any(Order::is_backed_wake) {
+                        " in the order in which they are used; requests go to its worker already"
+                    } else {
+                        ""
+                    };
+                    format!("{name} is waking: it has its {total} of device memory, and {doing}{goes}.")
                 } else {
                     format!("{name} is waking: {missing} of its {total} are missing on the device.")
                 }
@@ -174,7 +180,7 @@ impl Core {
             let count = requests(waiting);
             said.push(format!("{count} {waits} for it, the first for {since}; it is told no in {left}."));
         }
-        if model.is_up() && model.queue.requests() > 0 {
+        if model.takes_requests() && model.queue.requests() > 0 {
             let most = model.config.parallel_max;
             let why = if active >= u64::from(most) {
                 format!("it answers as many at the same time as it may ({most}, `parallel_max`)")

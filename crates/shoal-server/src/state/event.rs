@@ -184,6 +184,16 @@ pub enum EventKind {
         /// Why.
         reason: String,
     },
+    /// A wake has all of its device memory: requests go to the worker, which computes as the bytes arrive.
+    WakeBacked {
+        /// Bytes that were missing when it was ordered.
+        #[schema(value_type = u64)]
+        bytes: ByteCount,
+        /// How long after the order (milliseconds).
+        after_ms: u64,
+        /// Requests that waited for it.
+        parked: u64,
+    },
     /// A model's weights are back.
     WakeDone {
         /// Bytes brought back.
@@ -419,6 +429,7 @@ impl EventKind {
             Self::RequestParked { .. } => "request_parked",
             Self::RequestRefused { .. } => "request_refused",
             Self::WakeStarted { .. } => "wake_started",
+            Self::WakeBacked { .. } => "wake_backed",
             Self::WakeDone { .. } => "wake_done",
             Self::WakeFailed { .. } => "wake_failed",
             Self::EvictStarted { .. } => "evict_started",

@@ -65,6 +65,10 @@ impl fmt::Display for EventKind {
             Self::RequestParked { parked } => write!(f, "{} for the model", waiting(*parked)),
             Self::RequestRefused { reason } => write!(f, "a request was refused: {reason}"),
             Self::WakeStarted { bytes, reason } => write!(f, "wakes, {bytes} to bring back: {reason}"),
+            Self::WakeBacked { bytes, after_ms, parked } => {
+                write!(f, "has its memory after {}, {bytes} are coming", Ms(*after_ms))?;
+                if *parked > 0 { write!(f, ", {} for it", waited(*parked)) } else { Ok(()) }
+            }
             Self::WakeDone { bytes, duration_ms, parked: 0 } => {
                 write!(f, "awake: {bytes} in {}", Ms(*duration_ms))
             }
@@ -294,6 +298,10 @@ mod tests {
             (
                 EventKind::WakeDone { bytes: ByteCount::mib(96), duration_ms: 1234, parked: 2 },
                 "awake: 96 MiB in 1.2 s, 2 requests waited for it",
+            ),
+            (
+                EventKind::WakeBacked { bytes: ByteCount::mib(96), after_ms: 12, parked: 1 },
+                "has its memory after 12 ms, 96 MiB are coming, 1 request waited for it",
             ),
             (
                 EventKind::WakeDone { bytes: ByteCount::mib(96), duration_ms: 999, parked: 0 },
