@@ -172,23 +172,36 @@ class Guard:
     It is shared: many threads may hold one at a time. Eviction waits for all of them.
     """
 
-    __slots__ = ("_held", "_manager", "_timeout_s")
+    __slots__ = ("_held", "_in_order", "_manager", "_timeout_s", "_wake")
 
-    def __init__(self, manager: _native.MemoryManager, timeout_s: float) -> None:
+    def __init__(
+        self, manager: _native.MemoryManager, timeout_s: float, in_order: _native.Region | None = None
+    ) -> None:
         self._manager = manager
         self._timeout_s = timeout_s
+        self._in_order = in_order
         self._held: _native.Guard | None = None
+        self._wake: Transfer | None = None
+
+    @property
+    def wake(self) -> Transfer | None:
+        """The wake that brings the rest of a region, while the guard is held and was entered beside one."""
+        return self._wake
 
     def __enter__(self) -> Self:
         if self._held is not None:
             raise RuntimeError("this guard is already held; make another one")
-        self._held = self._manager.guard(self._timeout_s)
+        if self._in_order is None:
+            self._held = self._manager.guard(self._timeout_s)
+        else:
+            self._held, wake = self._manager.guard_in_order(self._in_order, self._timeout_s)
+            self._wake = None if wake is None else Transfer(wake)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        held, self._held = self._held, None
+        held, self._held, self._wake = self._held, None, None
         if held is not None:
             held.release()
 

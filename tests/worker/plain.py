@@ -192,6 +192,8 @@ class PlainMemory:
     when they may be moved.
     """
 
+    steps_in_order = False
+
     def __init__(self, blocks_max: int = 1 << 30, moves: random.Random | None = None) -> None:
         self.blocks_max = blocks_max
         self.moves = moves
@@ -203,7 +205,7 @@ class PlainMemory:
         self.space: PlainKv | None = None
 
     @contextlib.contextmanager
-    def guard(self, timeout_s):
+    def guard(self, timeout_s, is_wanted=None):
         if self.guards in self.close_at:
             self.close_at.discard(self.guards)
             self.closed = True

@@ -52,7 +52,7 @@ class WitnessedKv(DeviceKv):
 
 
 class WitnessedMemory(DeviceMemory):
-    """Hashes everything after a step and before the next; `evict` is called in between."""
+    """Hashes weights after each step, and KV after a step and before the next; `evict` is called in between."""
 
     def __init__(self, mem, evict=lambda: None):
         super().__init__(mem)
@@ -73,18 +73,19 @@ class WitnessedMemory(DeviceMemory):
         return self._kv
 
     @contextlib.contextmanager
-    def guard(self, timeout_s):
+    def guard(self, timeout_s, is_wanted=None):
         self.evict()
-        with super().guard(timeout_s):
-            for name, value in self.tensors.items():
-                if hashlib.blake2b(as_bytes(value).numpy(), digest_size=16).digest() != self.first[name]:
-                    self.wrong.append(name)
-                self.compared["weights"] += 1
+        with super().guard(timeout_s, is_wanted):
             for block, digest in self._kv.hashes(self._kv.left).items():
                 if digest != self._kv.left[block]:
                     self.wrong.append(f"KV block {block}")
                 self.compared["kv"] += 1
             yield
+            # The step may have begun before its weights were there, and has used each of them.
+            for name, value in self.tensors.items():
+                if hashlib.blake2b(as_bytes(value).numpy(), digest_size=16).digest() != self.first[name]:
+                    self.wrong.append(name)
+                self.compared["weights"] += 1
             self._kv.left = self._kv.hashes(self._kv.owned)
 
 

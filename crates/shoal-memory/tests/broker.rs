@@ -100,6 +100,7 @@ fn welcome(version: u32) -> FromServer {
         data_socket: "data.sock".to_owned(),
         lends_slabs: true,
         server_wait_ms: 0,
+        forwards_when_backed: true,
     }
 }
 

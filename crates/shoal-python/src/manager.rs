@@ -22,7 +22,7 @@ use crate::convert::{self, ReportTuple};
 use crate::errors;
 use crate::kv_cache::{self, PyKvCache};
 use crate::owner::Owned;
-use crate::region::PyRegion;
+use crate::region::{PyRegion, PyTransfer};
 
 /// One device's memory in this process.
 #[pyclass(frozen, name = "MemoryManager", module = "shoal._native")]

@@ -328,8 +328,7 @@ impl PyRegion {
             }
         };
         let (guard, wake) = py.detach(enter).map_err(errors::of_memory)?;
-        let begun = |transfer| PyTransfer { transfer: Owned::new(transfer), timeout };
-        Ok((PyGuard::new(guard), wake.map(begun)))
+        Ok((PyGuard::new(guard), wake.map(|wake| PyTransfer::begun(wake, timeout))))
     }
 
     /// The order in which its bytes are used: ranges of offset and length.
@@ -418,6 +417,12 @@ pub(crate) struct PyTransfer {
     transfer: Owned<Transfer>,
     /// What it was begun with.
     timeout: Duration,
+}
+
+impl PyTransfer {
+    pub(crate) fn begun(transfer: Transfer, timeout: Duration) -> Self {
+        Self { transfer: Owned::new(transfer), timeout }
+    }
 }
 
 #[pymethods]

@@ -233,7 +233,7 @@ class MemoryManager:
             debug=debug,
         )
 
-    def guard(self, timeout_s: float = TIMEOUT_S) -> Guard:
+    def guard(self, timeout_s: float = TIMEOUT_S, *, in_order: Region | None = None) -> Guard:
         """Give a context in which every region is resident and stays so.
 
         Entering it brings back what is missing. No forward may run without one (I13). Do not ask for memory inside
@@ -244,6 +244,11 @@ class MemoryManager:
         ----------
         timeout_s
             How long entering may take, in seconds.
+        in_order
+            A region whose bytes may still be coming: enter as soon as a wake of it has all of its memory, as
+            :meth:`Region.guard` does with its own ``in_order``. The body then uses a range of it only after
+            ``guard.wake.wait_stream(offset, nbytes, stream)``, if there is a :attr:`Guard.wake`; modules that
+            :func:`shoal.torch.attach` was called for do that by themselves. All other regions are resident.
 
         Returns
         -------
@@ -256,7 +261,7 @@ class MemoryManager:
         ForkError
             In a process other than the one that made the manager.
         """
-        return Guard(self._native, timeout_s)
+        return Guard(self._native, timeout_s, None if in_order is None else in_order._native)
 
     def swap(
         self, out: Region, into: Region, *, trust_clean: bool = False, timeout_s: float = TIMEOUT_S

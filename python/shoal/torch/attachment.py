@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal.errors import RegionError
+from shoal.errors import DeadlineError, RegionError, TransferError
 from shoal.torch.layout import Layout, Span, address_of, blocks_of, join, plain_tensors
 from shoal.torch.pools import live_spans
 from shoal.torch.tensors import device_of
@@ -31,12 +32,18 @@ __all__ = ["Attachment", "attach"]
 
 _WHOLE_BYTES = 16 << 20
 _COPIED_BY = ("__deepcopy__", "__reduce_ex__")
+_LOOK_S = 0.1
 _FIRST_CALLS = 3
 """How many forwards are watched at most: where one fails, or leaves the model's own call out, the next one is."""
 
 
 def attach(
-    model: torch.nn.Module, region: Region, *, whole_bytes: int = _WHOLE_BYTES, timeout_s: float = TIMEOUT_S
+    model: torch.nn.Module,
+    region: Region,
+    *,
+    whole_bytes: int = _WHOLE_BYTES,
+    timeout_s: float = TIMEOUT_S,
+    is_cancelled: Callable[[], bool] | None = None,
 ) -> Attachment:
     """Let a module's calls wake its region, and let its layers compute as their bytes arrive.
 
@@ -55,6 +62,9 @@ def attach(
         Parts of the module of at most so many bytes are waited for as one.
     timeout_s
         How long a call may wait for its bytes, in seconds.
+    is_cancelled
+        Asked ten times a second while a call waits for bytes that are not there: where it says true, the call ends
+        with a :class:`shoal.TransferError` of the kind ``"cancelled"``. The wake goes on.
 
     Returns
     -------
@@ -68,7 +78,7 @@ def attach(
     TypeError
         If it is compiled: what runs there calls no layer.
     """
-    return Attachment(model, region, whole_bytes, timeout_s)
+    return Attachment(model, region, whole_bytes, timeout_s, is_cancelled)
 
 
 class Attachment:
@@ -81,7 +91,14 @@ class Attachment:
     While attached the module refuses to be converted or moved, and to be copied or pickled.
     """
 
-    def __init__(self, model: torch.nn.Module, region: Region, whole_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        region: Region,
+        whole_bytes: int,
+        timeout_s: float,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> None:
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise TypeError("a compiled module calls no layer: hold `region.guard()` around its calls instead")
         layout = Layout.read(model, region)
@@ -98,6 +115,7 @@ class Attachment:
         self._region = region
         self._device = device_of(region)
         self._timeout_s = timeout_s
+        self._is_cancelled = is_cancelled
         self._whole_bytes = whole_bytes
         self._local = _Local()
         self._lock = threading.Lock()
@@ -291,8 +309,28 @@ class _Running:
         stream = self._stream()
         for first, end in spans:
             if ((first, end), stream) not in self._done:
-                self.wake.wait_stream(first, end - first, stream, timeout_s=self.attachment._timeout_s)
+                self._wait_for(self.wake, first, end - first, stream)
                 self._done.add(((first, end), stream))
+
+    def _wait_for(self, wake: Transfer, first: int, nbytes: int, stream: int) -> None:
+        attachment = self.attachment
+        deadline = time.monotonic() + attachment._timeout_s
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            patience = left if attachment._is_cancelled is None else min(left, _LOOK_S)
+            try:
+                wake.wait_stream(first, nbytes, stream, timeout_s=patience)
+            except DeadlineError:
+                if patience >= left:
+                    raise
+            else:
+                return
+            if attachment._is_cancelled is not None and attachment._is_cancelled():
+                raise TransferError(
+                    f"region {attachment._region.name!r}: the call was cancelled while it waited for {nbytes} bytes "
+                    f"at {first}",
+                    kind="cancelled",
+                )
 
     def _stream(self) -> int:
         device = self.attachment._device

@@ -226,6 +226,8 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     runner = await serve(make_app(assembled.served), Path(client.welcome["data_socket"]))
     reporter = Reporter(read, report)
     reporter.start()
+    if assembled.memory.steps_in_order:
+        client.set_steps_in_order()
     client.ready(assembled.capabilities)
     logger.info("ready: %s", _in_words(assembled.capabilities))
     heard = threading.Event()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from shoal import Prefetch
+    from shoal import Prefetch, Region
 
     from .kv import KvLayout
     from .spec import DiskShare
@@ -48,6 +48,8 @@ _SCATTERED_BYTES_MIN = 32 << 20  # less memory than this between blocks is not w
 _SCATTERED_PART = 4  # nor what is less than this part of it
 _MOVED_BYTES_MAX = 256 << 20  # what is copied at a time, so that the next step does not wait for long
 _COMPACT_S = 1.0  # how long a compaction may wait
+_BYTES_S = 60.0  # how long a layer may wait for its own bytes
+_WHOLE = "SHOAL_WAIT_FOR_WHOLE_WAKES"  # set to 1: no step begins before all bytes are there, as a comparison
 _ALONE_S = 20.0  # how long a worker waits for others to have measured
 
 
@@ -303,6 +305,8 @@ class DeviceMemory:
         self._mem = mem
         self._overhead = overhead
         self._kv: DeviceKv | None = None
+        self._weights: Region | None = None  # where steps run beside its wakes
+        self._is_wanted: Callable[[], bool] | None = None
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Load what the first step would load: libraries, kernels, workspaces. Needs no weights."""
@@ -313,24 +317,39 @@ class DeviceMemory:
         """Device bytes that the process has taken at most beside its regions."""
         return None if self._overhead is None else self._overhead.peak()
 
+    @property
+    def steps_in_order(self) -> bool:
+        """Whether a step may begin while the bytes of its weights are still coming."""
+        return self._weights is not None
+
     @contextmanager
-    def guard(self, timeout_s: float) -> Iterator[None]:
-        """Keep everything resident while inside.
+    def guard(self, timeout_s: float, is_wanted: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Keep everything resident while inside; the weights' bytes may still be coming, and layers wait for theirs.
 
         Raises
         ------
         ShortageError
-            What is missing could not be brought back in time.
+            What is missing could not be brought back in time, also while inside: then the step may be run again.
         """
-        guard = self._mem.guard(timeout_s=timeout_s)
+        guard = self._mem.guard(timeout_s=timeout_s, in_order=self._weights)
         try:
             guard.__enter__()
-        except (OutOfMemoryError, LeaseError, DeadlineError) as error:
+        except (OutOfMemoryError, LeaseError, DeadlineError, TransferError) as error:
             raise ShortageError(str(error)) from error
+        is_beside = guard.wake is not None
+        self._is_wanted = is_wanted
         try:
             yield
+        except Error as error:
+            if not is_beside:
+                raise
+            raise ShortageError(f"the rest of a wake did not come: {error}") from error
         finally:
+            self._is_wanted = None
             guard.__exit__(None, None, None)
+
+    def _is_cancelled(self) -> bool:
+        return self._is_wanted is not None and not self._is_wanted()
 
     def place(
         self, module: torch.nn.Module, files: Path | None = None, progress: Callable[[int, int], None] | None = None
@@ -360,6 +379,9 @@ class DeviceMemory:
             raise LoadError("model_corrupt", f"{files}: the files changed while they were read: {error}") from error
         for reason in self._mem.host_memory()["reasons"]:
             logger.info("memory for host copies: %s", reason)
+        if os.environ.get(_WHOLE) != "1":
+            shoal.torch.attach(module, placement.region, timeout_s=_BYTES_S, is_cancelled=self._is_cancelled)
+            self._weights = placement.region
         return placement.region.bytes
 
     def kv(self, layout: KvLayout, blocks: int, *, is_caching: bool) -> DeviceKv:

@@ -188,6 +188,7 @@ class CausalEngine:
         self._stop = threading.Event()
         self._stalled_since: float | None = None
         self._preempted = False  # in this stall
+        self._shortage = ""  # why a step did not run, or did not end
         self._resting = True
         self._prepared = False  # a batch is scheduled and not computed yet: its requests must not change
         self._compacted = time.monotonic()
@@ -333,7 +334,7 @@ class CausalEngine:
                 if not self._processor.has_pending_requests():
                     self._rest()
                 elif self._step():
-                    self._stalled_since, self._preempted = None, False
+                    self._stalled_since, self._preempted, self._shortage = None, False, ""
                 else:
                     self._stall()
         except Exception as error:
@@ -372,17 +373,28 @@ class CausalEngine:
                 self._prepared = True
                 if not self._preempted:  # else the clock runs on: being scheduled again is no progress
                     self._stalled_since = time.monotonic()  # from here on the batch waits as one, its first guard too
-            with self._memory.guard(_GUARD_S):
+            with self._memory.guard(_GUARD_S, self._is_wanted):
                 self._compute()
             self._prepared = False
         except ShortageError as shortage:
+            # A step that ended in the middle of a wake is run again: it writes the same KV to the same blocks.
             logger.info("waiting for memory: %s", shortage)
+            self._shortage = str(shortage)
+            if self._prepared and not self._is_wanted():
+                self._preempt()  # so that those who left can be taken out
             return False
         except Exception as error:
             # Which request is at fault is not known here; the state of each is, so all can be ended cleanly.
             logger.exception("an engine step failed; its requests fail, the engine goes on")
             self._abandon(error)
         return True
+
+    def _is_wanted(self) -> bool:
+        """Whether anybody waits for the batch at hand."""
+        with self._lock:
+            return not self._stop.is_set() and any(
+                name in self._live for name in self._processor.scheduler.active_requests
+            )
 
     def _prepare(self) -> bool:
         """Schedule a batch with memory behind all its blocks; False where there is none."""
@@ -466,7 +478,7 @@ class CausalEngine:
                 ApiError(
                     f"no device memory became free within {limit:g} s: the KV cache holds {held} bytes, "
                     f"{live_bytes} of them in use, of its {self.limits.blocks * self.limits.block_bytes} and could not "
-                    "get more, or the weights could not be brought back",
+                    f"get more, or the weights could not be brought back{self._shortage and f' ({self._shortage})'}",
                     status=503,
                     code="out_of_memory",
                 ),

@@ -166,23 +166,25 @@ class EmbeddingEngine:
         for text in texts:
             if cancelled.is_set():
                 break
-            vectors.append(self._embed_one(text))
+            vectors.append(self._embed_one(text, cancelled))
             with self._lock:
                 self._tokens += len(text)
         return vectors
 
-    def _embed_one(self, text: Sequence[int]) -> torch.Tensor:
+    def _embed_one(self, text: Sequence[int], cancelled: threading.Event) -> torch.Tensor:
         limit = self._spec.stall_timeout_s
         deadline = time.monotonic() + limit
         while True:
             if self._stop.is_set():
                 raise ApiError("the model is shutting down", status=503, code="shutting_down")
             try:
-                with self._memory.guard(min(_GUARD_S, limit)):
+                with self._memory.guard(min(_GUARD_S, limit), lambda: not (cancelled.is_set() or self._stop.is_set())):
                     ids = torch.tensor([list(text)], device=self._model.device)
                     states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
                     return self._pooling(states.float()).cpu()
             except ShortageError as shortage:
+                if cancelled.is_set():
+                    raise ApiError("the client went away", status=503, code="cancelled") from shortage
                 if time.monotonic() > deadline:
                     raise ApiError(
                         f"no device memory became free within {limit:g} s: {shortage}", status=503, code="out_of_memory"

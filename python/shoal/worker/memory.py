@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     import torch
@@ -87,14 +87,27 @@ class KvBlocks(Protocol):
 class Memory(Protocol):
     """Device memory of one worker."""
 
-    def guard(self, timeout_s: float) -> AbstractContextManager[Any]:
+    def guard(self, timeout_s: float, is_wanted: Callable[[], bool] | None = None) -> AbstractContextManager[Any]:
         """Keep everything resident while inside; entering brings back what is missing.
+
+        The bytes of weights may still be coming when it is entered: each layer's call waits for its own.
+
+        Parameters
+        ----------
+        timeout_s
+            How long entering may take.
+        is_wanted
+            Asked while a layer waits for its bytes; where it says no, the step ends with a `ShortageError`.
 
         Raises
         ------
         ShortageError
-            What is missing could not be brought back in time.
+            What is missing could not be brought back in time. From inside as well: the step may be run again.
         """
+
+    @property
+    def steps_in_order(self) -> bool:
+        """Whether a step may begin while the bytes of its weights are still coming."""
 
     def kv(self, layout: KvLayout, blocks: int, *, is_caching: bool) -> KvBlocks:
         """Reserve address space for `blocks` KV blocks or more; `is_caching`: what is sealed is found again."""
