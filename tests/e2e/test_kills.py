@@ -10,19 +10,22 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.support.server import serve
+from tests.support.server import Server, serve
 from tests.support.streams import TOKENS, Stream, alive
 from tests.support.witness import until
 
 KILLS = 5
 
 
-@pytest.mark.parametrize("moment", ["stream", "wake"])
+@pytest.mark.parametrize("moment", ["stream", "wake", "bytes"])
 def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], moment: str) -> None:
     """Five kills each: the client hears an answer or a clear error, the other stream goes on, memory returns."""
     moments = random.Random(3)
     kills = 0
-    with serve(tmp_path, models=model_tables[:2], device_budget="64MiB") as server:
+    tables = model_tables[:2]
+    if moment == "bytes":  # a wake takes a second, and computes meanwhile
+        tables[0] = tables[0] | {"env": {"SHOAL_SIM_LINK_MIB_PER_S": "24"}}
+    with serve(tmp_path, models=tables, device_budget="64MiB") as server:
         victim, other = (str(table["name"]) for table in model_tables[:2])
         for name in (victim, other):
             server.wait_for(name, "asleep")
@@ -40,6 +43,9 @@ def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], 
                 until(lambda: server.model(victim)["status"] == "waking", 30, "the wake begins")
                 os.kill(pid, signal.SIGCONT)
                 time.sleep(moments.uniform(0, 0.003))
+            elif moment == "bytes":
+                until(lambda: is_coming(server, victim), 60, "its bytes come, and a request is at it")
+                time.sleep(moments.uniform(0, 0.5))
             else:
                 heard = moments.randint(1, 20)
                 until(lambda client=client, heard=heard: len(client.texts) >= heard, 60, "the stream goes on")
@@ -64,6 +70,11 @@ def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], 
             server.order(name, "sleep")
         assert all(model["lease"]["total"] == 0 for model in server.state()["models"])
     assert kills == KILLS
+
+
+def is_coming(server: Server, name: str) -> bool:
+    model = server.model(name)
+    return bool(model["status"] == "waking" and model["counts"]["requests_active"])
 
 
 @pytest.mark.parametrize("wait_s", [0, 8])

@@ -82,9 +82,11 @@ impl Region {
     /// Whether nothing is missing of what `scope` speaks for, but of this region.
     fn are_others_there(&self, scope: Scope) -> bool {
         let is_meant = |region: &Region| region.id() != self.id() && scope.has(region.id());
-        self.manager().regions().iter().filter(|region| is_meant(region)).all(|region| {
-            region.missing_bytes().is_zero()
-        })
+        self.manager()
+            .regions()
+            .iter()
+            .filter(|region| is_meant(region))
+            .all(|region| region.missing_bytes().is_zero())
     }
 
     fn enter_in_order(

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, noise, open};
+use common::{PAGE, WAIT, noise, open, open_slow};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{
@@ -21,7 +21,7 @@ use shoal_core::protocol::{
 use shoal_device::HostBacking;
 use shoal_device::host::HostFile;
 use shoal_memory::{
-    Backing, BrokerClient, LeaseError, LeaseSource, ManagerOptions, MemoryManager, RegionSpec,
+    Backing, BrokerClient, LeaseError, LeaseSource, ManagerOptions, MemoryManager, Region, RegionSpec,
 };
 
 const SHORT: Duration = Duration::from_millis(100);
@@ -118,11 +118,15 @@ fn accept(listener: &UnixListener) -> Fake {
 }
 
 fn pair(dir: &Path) -> (Arc<BrokerClient>, Fake) {
+    pair_by(dir, welcome(VERSION))
+}
+
+fn pair_by(dir: &Path, welcome: FromServer) -> (Arc<BrokerClient>, Fake) {
     let path = dir.join("control.sock");
     let listener = UnixListener::bind(&path).expect("bound");
     let server = thread::spawn(move || {
         let mut fake = accept(&listener);
-        fake.say(&welcome(VERSION));
+        fake.say(&welcome);
         fake
     });
     let (client, welcome) = BrokerClient::connect(&path, "chat", 7, WAIT).expect("welcome");
@@ -296,6 +300,7 @@ fn patient_welcome(wait_ms: u64) -> FromServer {
             host_budget,
             data_socket,
             lends_slabs,
+            forwards_when_backed,
             ..
         } => {
             let server_wait_ms = wait_ms;
@@ -308,6 +313,7 @@ fn patient_welcome(wait_ms: u64) -> FromServer {
                 data_socket,
                 lends_slabs,
                 server_wait_ms,
+                forwards_when_backed,
             }
         }
         other => other,
@@ -606,6 +612,75 @@ fn orders_are_carried_out_and_answered_once() {
             FromWorker::LeaseReturn { .. } => {}
             other => panic!("{other:?}"),
         }
+    }
+}
+
+/// A worker's weights, asleep, with its connection.
+fn sleeping(dir: &Path, welcome: &FromServer) -> (Region, Arc<BrokerClient>, Fake) {
+    let (client, fake) = pair_by(dir, welcome.clone());
+    let options = ManagerOptions::new(ByteCount::mib(64), Arc::clone(&client) as _);
+    let device = open_slow(dir, 64, ByteCount::mib(128));
+    let manager = MemoryManager::new(device, options).expect("a manager");
+    let spec = RegionSpec {
+        name: "weights".to_owned(),
+        bytes: ByteCount(8 * PAGE),
+        kind: LeaseKind::Weights,
+        extent_rule: shoal_core::extent::ExtentRule::default(),
+        backing: Backing::Keep,
+    };
+    let region = manager.region(spec).expect("addresses");
+    region.stage(ByteCount::ZERO, &noise(8 * PAGE, 1), None).expect("host room");
+    region.seal().expect("sealed");
+    client.serve(&manager).expect("threads");
+    (region, client, fake)
+}
+
+/// Wakes it once; whether it said that its memory was there before it said that all is done.
+fn says_backed(fake: &mut Fake, number: u64) -> bool {
+    fake.say(&FromServer::Wake { order: number, deadline_ms: 20_000, reason: String::new() });
+    let (request, kind, bytes) = fake.hear_request();
+    fake.say(&FromServer::LeaseGrant { request, kind, bytes });
+    let mut was_said = false;
+    loop {
+        match fake.hear() {
+            FromWorker::WakeBacked { order } => {
+                assert_eq!(order, number);
+                assert!(!std::mem::replace(&mut was_said, true), "said twice");
+            }
+            FromWorker::OrderDone { order, error: None, .. } if order == number => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    let all = ByteCount(u64::MAX);
+    fake.say(&FromServer::Reclaim {
+        order: number + 1,
+        bytes: all,
+        deadline_ms: 9000,
+        reason: String::new(),
+    });
+    assert!(matches!(fake.hear(), FromWorker::LeaseReturn { .. }));
+    assert!(matches!(fake.hear(), FromWorker::OrderDone { error: None, .. }));
+    was_said
+}
+
+#[test]
+fn a_wake_is_said_to_have_its_memory_where_steps_run_beside_it_and_the_server_listens() {
+    for (listens, steps_in_order) in [(true, true), (true, false), (false, true)] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut said = serde_json::to_value(welcome(VERSION)).expect("plain data");
+        if !listens {
+            // A server that has never heard of it.
+            said.as_object_mut().expect("a message").remove("forwards_when_backed");
+        }
+        let welcome = serde_json::from_value(said).expect("the protocol");
+        let (region, client, mut fake) = sleeping(dir.path(), &welcome);
+        if steps_in_order {
+            client.set_steps_in_order();
+        }
+        // A wake may be over before it can be said; not each time.
+        let was_said = (0..8).any(|number| says_backed(&mut fake, 10 + 2 * number));
+        assert_eq!(was_said, listens && steps_in_order);
+        drop(region);
     }
 }
 

@@ -1,0 +1,145 @@
+//! What goes on beside a wake whose bytes are still coming: blocks for the step that begins, that step's guard, and
+//! reclaims, which wait for both.
+
+mod common;
+
+use std::thread;
+use std::time::Duration;
+
+use common::{PAGE, WAIT, World, noise, open_slow, world_on};
+use shoal_core::bytes::ByteCount;
+use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::protocol::LeaseKind;
+use shoal_device::ForeignStream;
+use shoal_memory::{KvBacking, KvCache, KvCacheSpec, Region, Transfer};
+
+const PAGES: u64 = 8;
+/// What is to happen while bytes are coming is tried so often: a thread may sleep for as long as they take.
+const TRIES: usize = 10;
+
+/// Weights on a link that takes two seconds for them, and a cache of KV beside them.
+fn slow() -> (World, Region, KvCache, Vec<u8>) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let device = open_slow(dir.path(), 64, ByteCount::mib(8));
+    let world = world_on(dir, device, 64, 64);
+    let bytes = noise(PAGES * PAGE, 1);
+    let region = world.weights(PAGES, &bytes);
+    let shape = BlockShape::State { elements: 256 << 10 };
+    let group = GroupSpec { name: "full".to_owned(), layers: 2, shape, element_bytes: 1 };
+    let (all, granule_bytes_max) = (ByteCount::mib(16), ByteCount::mib(2));
+    let spec =
+        CacheSpec { groups: vec![group], order: PlaneOrder::BlockMajor, bytes: all, granule_bytes_max };
+    let cache = world
+        .manager
+        .kv_cache(KvCacheSpec {
+            patience: WAIT,
+            spare_bytes_max: ByteCount::ZERO,
+            ..KvCacheSpec::new("kv", spec)
+        })
+        .expect("addresses");
+    (world, region, cache, bytes)
+}
+
+fn is_coming(wake: &Transfer) -> bool {
+    !wake.progress().is_finished
+}
+
+/// Begins a wake, and gives it once all of its memory is there.
+fn backed(region: &Region) -> Transfer {
+    let wake = region.wake(WAIT).expect("a thread");
+    wake.wait_host(ByteCount::ZERO, ByteCount(PAGE), WAIT).expect("queued");
+    wake
+}
+
+#[test]
+fn a_step_gets_its_blocks_and_its_guard_while_the_bytes_are_coming() {
+    let (world, region, cache, bytes) = slow();
+    let came_in_time = (0..TRIES).any(|_| {
+        let wake = backed(&region);
+        let mut blocks = [u32::MAX; 2];
+        assert!(cache.alloc(0, &mut blocks).expect("the device works"), "there is room");
+        let (guard, beside) = world.manager.guard_in_order(&region, WAIT).expect("there is room");
+        let was_coming = is_coming(&wake) && beside.as_ref().is_some_and(|beside| beside.id() == wake.id());
+        let mut read = vec![0; usize::try_from(PAGE).expect("small")];
+        for page in 0..PAGES {
+            let at = ByteCount(page * PAGE);
+            if let Some(beside) = &beside {
+                beside.wait_stream(at, ByteCount(PAGE), ForeignStream::DEFAULT, WAIT).expect("comes");
+            }
+            region.read(at, &mut read).expect("there");
+            let from = usize::try_from(page * PAGE).expect("small");
+            assert_eq!(read, bytes[from..from + read.len()]);
+        }
+        drop(guard);
+        wake.wait(WAIT).expect("it ends");
+        cache.free(0, &blocks).expect("its own");
+        cache.trim(ByteCount(u64::MAX)).expect("nothing runs");
+        region.sleep(0.0, false, WAIT).expect("clean");
+        world.check();
+        was_coming
+    });
+    assert!(came_in_time, "each time the wake was waited for");
+}
+
+#[test]
+fn a_reclaim_waits_for_the_step_and_for_the_wake_that_it_runs_beside() {
+    let (world, region, _cache, _) = slow();
+    let wake = backed(&region);
+    let (guard, _) = world.manager.guard_in_order(&region, WAIT).expect("there is room");
+    let reclaims = {
+        let manager = world.manager.clone();
+        thread::spawn(move || manager.reclaim(ByteCount(u64::MAX), WAIT, "a test"))
+    };
+    // It has begun, or will: nothing may have left while the guard is held.
+    thread::sleep(Duration::from_millis(50));
+    wake.wait(WAIT).expect("it ends");
+    assert_eq!(region.missing_bytes(), ByteCount::ZERO, "under a guard nothing leaves (I13)");
+    drop(guard);
+    let report = reclaims.join().expect("no panic").expect("in time");
+    assert_eq!(report.freed, ByteCount(PAGES * PAGE));
+    world.check();
+}
+
+#[test]
+fn where_something_else_is_missing_all_is_waited_for() {
+    let (world, region, ..) = slow();
+    let other = world.region("other", 2, LeaseKind::Kv);
+    let kv = KvBacking::new(&other, ByteCount(PAGE), 2).expect("fits");
+    assert!(kv.back(&[0]).expect("ids"));
+    other.write(ByteCount::ZERO, b"kept").expect("backed");
+    world.manager.reclaim(ByteCount(u64::MAX), WAIT, "a test").expect("no step runs");
+    assert!(!other.missing_bytes().is_zero());
+    let (guard, beside) = world.manager.guard_in_order(&region, WAIT).expect("there is room");
+    assert!(beside.is_none());
+    assert!(region.missing_bytes().is_zero() && other.missing_bytes().is_zero());
+    let mut read = [0; 4];
+    other.read(ByteCount::ZERO, &mut read).expect("back");
+    assert_eq!(&read, b"kept");
+    drop(guard);
+    world.check();
+}
+
+#[test]
+fn who_waits_for_a_wake_of_all_weights_hears_of_its_memory_first() {
+    let (world, region, ..) = slow();
+    let mut was_coming = false;
+    for _ in 0..TRIES {
+        let backed = || was_coming |= region.waking().is_some_and(|wake| is_coming(&wake));
+        let report = world.manager.wake_weights_telling(WAIT, "a test", backed).expect("there is room");
+        assert_eq!(report.requested, ByteCount(PAGES * PAGE));
+        if was_coming {
+            break;
+        }
+        region.sleep(0.0, false, WAIT).expect("clean");
+    }
+    assert!(was_coming, "it was told of too late each time");
+    // Nothing is missing now, so nothing is said.
+    world.manager.wake_weights_telling(WAIT, "a test", || panic!("all is there")).expect("all is there");
+    // A wake that is under way is joined.
+    region.sleep(0.0, false, WAIT).expect("clean");
+    let wake = region.wake(WAIT).expect("a thread");
+    let report = world.manager.wake_weights_telling(WAIT, "a test", || {}).expect("there is room");
+    assert!(report.requested.is_zero() || report.requested == ByteCount(PAGES * PAGE));
+    assert!(!is_coming(&wake));
+    world.check();
+}
