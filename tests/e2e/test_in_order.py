@@ -66,7 +66,8 @@ def test_a_client_that_leaves_while_its_layers_wait_holds_nobody_up(
     with serve(tmp_path, models=[table], device_budget="64MiB") as server:
         server.wait_for(name, "asleep")
         body = json.dumps({"model": name, "prompt": PROMPTS[3], "max_tokens": 400, "temperature": 0}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        lines = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+        head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(head + body)
             until(lambda: computes_beside_a_wake(server, name), 60, "it is at the worker")

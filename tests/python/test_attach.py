@@ -154,6 +154,33 @@ def test_a_forward_beside_a_wake_waits_for_each_layer(
         assert besides
 
 
+def test_a_call_that_nobody_wants_any_more_ends_while_it_waits(
+    machine: testing.SimulatedMachine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_SIM_LINK_MIB_PER_S", "4")  # three seconds for these weights
+    is_left = False
+    mem = machine.manager(device_budget="64MiB", host_budget="256MiB")
+    with torch.no_grad():
+        want = model(IDS)
+        region, _ = placed(model, mem, is_cancelled=lambda: is_left)
+        assert torch.equal(model(IDS), want)
+        ends = []
+        for _ in range(5):
+            region.sleep()
+            is_left = True
+            try:
+                model(IDS)
+            except shoal.TransferError as error:
+                ends.append(error)
+            is_left = False
+            assert torch.equal(model(IDS), want), "the wake goes on, and the next call has its bytes"
+            if ends:
+                break
+        assert ends, "each time the bytes were there at once"
+        assert ends[0].kind == "cancelled"
+        assert is_free(region)
+
+
 def test_what_no_call_covers_is_found_and_waited_for_first(mem: shoal.MemoryManager) -> None:
     class Sneaky(torch.nn.Module):
         def __init__(self) -> None:

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use common::{PAGE, WAIT, noise, open, open_slow};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use shoal_core::bytes::ByteCount;
+use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::{
     FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION, WorkerCapabilities, WorkerHolds,
 };
@@ -518,17 +519,7 @@ fn orders_are_carried_out_and_answered_once() {
     let (client, mut fake) = pair(dir.path());
     let options = ManagerOptions::new(ByteCount::mib(64), Arc::clone(&client) as _);
     let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
-    let region = manager
-        .region(RegionSpec {
-            name: "weights".to_owned(),
-            bytes: ByteCount(4 * PAGE),
-            kind: LeaseKind::Weights,
-            extent_rule: shoal_core::extent::ExtentRule::default(),
-            backing: Backing::Keep,
-        })
-        .expect("addresses");
-    region.stage(ByteCount::ZERO, &noise(4 * PAGE, 1), None).expect("host room");
-    region.seal().expect("sealed");
+    let region = weights(&manager, 4);
     client.serve(&manager).expect("threads");
     assert!(client.serve(&manager).is_err());
 
@@ -615,22 +606,22 @@ fn orders_are_carried_out_and_answered_once() {
     }
 }
 
+fn weights(manager: &Arc<MemoryManager>, pages: u64) -> Region {
+    let (name, bytes, kind) = ("weights".to_owned(), ByteCount(pages * PAGE), LeaseKind::Weights);
+    let (extent_rule, backing) = (ExtentRule::default(), Backing::Keep);
+    let region = manager.region(RegionSpec { name, bytes, kind, extent_rule, backing }).expect("addresses");
+    region.stage(ByteCount::ZERO, &noise(pages * PAGE, 1), None).expect("host room");
+    region.seal().expect("sealed");
+    region
+}
+
 /// A worker's weights, asleep, with its connection.
-fn sleeping(dir: &Path, welcome: &FromServer) -> (Region, Arc<BrokerClient>, Fake) {
-    let (client, fake) = pair_by(dir, welcome.clone());
+fn sleeping(dir: &Path, welcome: FromServer) -> (Region, Arc<BrokerClient>, Fake) {
+    let (client, fake) = pair_by(dir, welcome);
     let options = ManagerOptions::new(ByteCount::mib(64), Arc::clone(&client) as _);
     let device = open_slow(dir, 64, ByteCount::mib(128));
     let manager = MemoryManager::new(device, options).expect("a manager");
-    let spec = RegionSpec {
-        name: "weights".to_owned(),
-        bytes: ByteCount(8 * PAGE),
-        kind: LeaseKind::Weights,
-        extent_rule: shoal_core::extent::ExtentRule::default(),
-        backing: Backing::Keep,
-    };
-    let region = manager.region(spec).expect("addresses");
-    region.stage(ByteCount::ZERO, &noise(8 * PAGE, 1), None).expect("host room");
-    region.seal().expect("sealed");
+    let region = weights(&manager, 8);
     client.serve(&manager).expect("threads");
     (region, client, fake)
 }
@@ -669,17 +660,16 @@ fn a_wake_is_said_to_have_its_memory_where_steps_run_beside_it_and_the_server_li
         let dir = tempfile::tempdir().expect("a directory");
         let mut said = serde_json::to_value(welcome(VERSION)).expect("plain data");
         if !listens {
-            // A server that has never heard of it.
-            said.as_object_mut().expect("a message").remove("forwards_when_backed");
+            said.as_object_mut().expect("a message").remove("forwards_when_backed"); // as one of before
         }
-        let welcome = serde_json::from_value(said).expect("the protocol");
-        let (region, client, mut fake) = sleeping(dir.path(), &welcome);
+        let (region, client, mut fake) =
+            sleeping(dir.path(), serde_json::from_value(said).expect("the protocol"));
         if steps_in_order {
             client.set_steps_in_order();
         }
         // A wake may be over before it can be said; not each time.
-        let was_said = (0..8).any(|number| says_backed(&mut fake, 10 + 2 * number));
-        assert_eq!(was_said, listens && steps_in_order);
+        let mut tries = 0..8;
+        assert_eq!(tries.any(|n| says_backed(&mut fake, 10 + 2 * n)), listens && steps_in_order);
         drop(region);
     }
 }

@@ -51,7 +51,7 @@ fn one_has_it_at_a_time_and_nobody_waits_for_ever() {
 
 #[test]
 fn what_is_lent_is_one_others_at_a_time_and_is_back_before_it_is_used() {
-    explore(5, || {
+    explore(3, || {
         let (turn, inside) = (Arc::new(Turn::default()), Arc::new(AtomicUsize::new(0)));
         let maps = {
             let (turn, inside) = (Arc::clone(&turn), Arc::clone(&inside));

@@ -5,6 +5,7 @@
 
 mod long;
 mod shelf;
+mod wakes;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::process::ExitStatusExt;
@@ -336,13 +337,8 @@ impl World {
             let capabilities = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
             return self.say(place, FromWorker::Ready { capabilities });
         }
-        if let Some((order, bytes, error)) = worker.coming.take() {
-            if error.is_some() && worker.held >= bytes {
-                worker.held -= bytes;
-                self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
-            }
-            self.usage(place);
-            return self.done(place, order, bytes, error);
+        if let Some(coming) = worker.coming.take() {
+            return self.end_coming(place, coming);
         }
         match worker.orders.pop_front() {
             Some(FromServer::Wake { order, .. }) => {
@@ -355,31 +351,7 @@ impl World {
                 worker.wake = Some((order, request));
                 self.request(place, request, missing);
             }
-            Some(FromServer::LeaseGrant { request, bytes, .. }) => {
-                worker.held += bytes;
-                let wake = worker.wake.take_if(|(_, waits)| *waits == request);
-                let is_full = self.used() > BUDGET;
-                // What the dead hold is nobody's while the driver shows it; others may come at any time.
-                let is_early = !hides(self.seed) && self.used() - self.others > BUDGET;
-                assert!(!is_early, "seed {}: granted before it was back", self.seed);
-                let fails = is_full || wake.is_some() && !is_steady && self.dice.chance(10);
-                let error = fails.then(|| "the device has no memory".to_owned());
-                let is_in_order = wake.is_some() && !is_full && self.dice.chance(50);
-                let Some(worker) = self.workers.get_mut(&place) else { return };
-                if is_in_order && let Some((order, _)) = wake {
-                    // Its bytes come, or fail to, while requests are at it already.
-                    worker.coming = Some((order, bytes, error));
-                    return self.say(place, FromWorker::WakeBacked { order });
-                }
-                if error.is_some() {
-                    worker.held -= bytes;
-                    self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
-                }
-                self.usage(place);
-                if let Some((order, _)) = wake {
-                    self.done(place, order, bytes, error);
-                }
-            }
+            Some(FromServer::LeaseGrant { request, bytes, .. }) => self.granted(place, request, bytes),
             Some(FromServer::LeaseDeny { request, reason }) => {
                 let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
                 self.done(place, order, ByteCount::ZERO, Some(reason));

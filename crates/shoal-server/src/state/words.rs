@@ -67,13 +67,11 @@ impl fmt::Display for EventKind {
             Self::WakeStarted { bytes, reason } => write!(f, "wakes, {bytes} to bring back: {reason}"),
             Self::WakeBacked { bytes, after_ms, parked } => {
                 write!(f, "has its memory after {}, {bytes} are coming", Ms(*after_ms))?;
-                if *parked > 0 { write!(f, ", {} for it", waited(*parked)) } else { Ok(()) }
-            }
-            Self::WakeDone { bytes, duration_ms, parked: 0 } => {
-                write!(f, "awake: {bytes} in {}", Ms(*duration_ms))
+                for_it(f, *parked)
             }
             Self::WakeDone { bytes, duration_ms, parked } => {
-                write!(f, "awake: {bytes} in {}, {} for it", Ms(*duration_ms), waited(*parked))
+                write!(f, "awake: {bytes} in {}", Ms(*duration_ms))?;
+                for_it(f, *parked)
             }
             Self::WakeFailed { reason } => write!(f, "did not wake: {reason}"),
             Self::EvictStarted { bytes, reason, .. } => write!(f, "gives up {bytes}: {reason}"),
@@ -240,6 +238,11 @@ fn parted<const PARTS: usize>(parts: [(&str, &Vec<String>); PARTS]) -> String {
 
 fn waiting(requests: u64) -> String {
     if requests == 1 { "1 request waits".to_owned() } else { format!("{requests} requests wait") }
+}
+
+/// Who waited for a wake, where somebody did.
+fn for_it(f: &mut fmt::Formatter<'_>, parked: u64) -> fmt::Result {
+    if parked == 0 { Ok(()) } else { write!(f, ", {} for it", waited(parked)) }
 }
 
 fn waited(requests: u64) -> String {

@@ -1,0 +1,52 @@
+//! How a worker of these histories wakes: at once, or while requests are at it already.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromWorker, LeaseKind};
+
+use super::{BUDGET, World, hides};
+
+impl World {
+    /// The memory for what a worker lacked is there.
+    pub(super) fn granted(&mut self, place: usize, request: u64, bytes: ByteCount) {
+        let is_steady = self.is_steady();
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        worker.held += bytes;
+        let wake = worker.wake.take_if(|(_, waits)| *waits == request);
+        let is_full = self.used() > BUDGET;
+        // What the dead hold is nobody's while the driver shows it; others may come at any time.
+        let is_early = !hides(self.seed) && self.used() - self.others > BUDGET;
+        assert!(!is_early, "seed {}: granted before it was back", self.seed);
+        let fails = is_full || wake.is_some() && !is_steady && self.dice.chance(10);
+        let error = fails.then(|| "the device has no memory".to_owned());
+        let is_in_order = wake.is_some() && !is_full && self.dice.chance(50);
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        if is_in_order && let Some((order, _)) = wake {
+            // Its bytes come, or fail to, while requests are at it already.
+            worker.coming = Some((order, bytes, error));
+            return self.say(place, FromWorker::WakeBacked { order });
+        }
+        if error.is_some() {
+            worker.held -= bytes;
+            self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
+        }
+        self.usage(place);
+        if let Some((order, _)) = wake {
+            self.done(place, order, bytes, error);
+        }
+    }
+
+    /// The bytes of a wake have come, or will not.
+    pub(super) fn end_coming(
+        &mut self,
+        place: usize,
+        (order, bytes, error): (u64, ByteCount, Option<String>),
+    ) {
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        if error.is_some() && worker.held >= bytes {
+            worker.held -= bytes;
+            self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes });
+        }
+        self.usage(place);
+        self.done(place, order, bytes, error);
+    }
+}
