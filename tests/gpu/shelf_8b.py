@@ -2,10 +2,11 @@
 
 Run by `tests/gpu/run.sh shelf_8b`. The models are three names for one file of random weights (32 layers of 8B shape,
 a vocabulary of 257, bfloat16), so that a small disk suffices; nothing of them is shared while they are served. First
-with room for all, then with half of the memory that they need ($SHOAL_SHELF_SHARES). There one runs at a time, so the
-ceiling of its tokens is what one model alone gives in its turns, with the link's time for a whole model between two.
-Every answer to one prompt has to be the same text; none is found in the prefix cache, with which bfloat16 rounds
-otherwise. $SHOAL_SHELF_DEVICE=sim makes a small dry run.
+with room for all (there one of them waits for whole wakes, as the peer of one that computes as the bytes arrive),
+then with half of the memory that they need ($SHOAL_SHELF_SHARES). There one runs at a time, so the ceiling of its
+tokens is what one model alone gives in its turns, with the link's time for a whole model between two. Every answer to
+one prompt has to be the same text; none is found in the prefix cache, with which bfloat16 rounds otherwise.
+$SHOAL_SHELF_DEVICE=sim makes a small dry run.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ START_S = 150
 PRINTABLE = 94
 # What DESIGN allows beside the longer of moving and computing: a share of the shorter.
 SLACK = 0.15
+WHOLE = "after the whole wake"
 
 
 def make(path: Path) -> int:
@@ -131,6 +133,17 @@ def ready(server: Server) -> None:
 
 
 def by_residency(asked: Asked, weights: int, link: float) -> list[Row]:
+    """First tokens computed as the bytes arrive, beside those of a model that waits for the whole wake."""
+    rows = residency_of(asked, NAMES[0], "", weights, link)
+    peers = residency_of(asked, NAMES[1], f", {WHOLE}", weights, link)
+    for row, peer in zip(rows, peers, strict=True):
+        if row.ceiling is not None:
+            row.peer, row.peer_value = WHOLE, peer.value
+            peer.target = peer.met = None
+    return rows + [peer for peer in peers if peer.ceiling is not None]
+
+
+def residency_of(asked: Asked, name: str, how: str, weights: int, link: float) -> list[Row]:
     """First tokens of one model of which all, half or nothing is on the device."""
     rows: list[Row] = []
     for tokens in PROMPTS:
@@ -138,12 +151,12 @@ def by_residency(asked: Asked, weights: int, link: float) -> list[Row]:
         for kept in KEPT:
             times, missing = [], 0
             for _ in range(REPEATS):
-                asked.first_token("ash", tokens)
+                asked.first_token(name, tokens)
                 if kept < 1:
-                    asked.server.order("ash", "sleep", keep=kept).raise_for_status()
-                missing = weights - asked.resident("ash")
-                times.append(asked.first_token("ash", tokens))
-            case = f"{tokens} tokens, {round(100 * (1 - missing / weights))} % resident"
+                    asked.server.order(name, "sleep", keep=kept).raise_for_status()
+                missing = weights - asked.resident(name)
+                times.append(asked.first_token(name, tokens))
+            case = f"{tokens} tokens, {round(100 * (1 - missing / weights))} % resident{how}"
             row = of_samples(case, "first token", times, "s", "lower")
             if kept == 1:
                 awake = row.value
@@ -196,7 +209,11 @@ def main() -> int:
             elif not ON_GPU:
                 budget = {"device_budget": 2 * need}
             begun = time.monotonic()
-            with serve(place, models=tables, device=DEVICE, **budget) as server:
+            served = tables
+            if share == 1:  # where all fit nobody wakes but by the order of `by_residency`
+                whole = {"env": {"SHOAL_WAIT_FOR_WHOLE_WAKES": "1"}}
+                served = [table | whole if table["name"] == NAMES[1] else table for table in tables]
+            with serve(place, models=served, device=DEVICE, **budget) as server:
                 ready(server)
                 print(f"ready after {time.monotonic() - begun:.1f} s", flush=True)
                 print(server.logs(lines=12), flush=True)
