@@ -18,7 +18,7 @@ from tests.support.witness import until
 if TYPE_CHECKING:
     from pathlib import Path
 
-SLOW = {"SHOAL_SIM_LINK_MIB_PER_S": "12"}  # two seconds for these models
+SLOW = {"SHOAL_SIM_LINK_MIB_PER_S": "4"}  # six seconds for these models
 BRISK = {"SHOAL_SIM_LINK_MIB_PER_S": "150"}
 PROMPTS = ["def main(", "The quick brown fox", "import os\nimport sys\n\n" * 6, "a"]
 TOKENS = 16

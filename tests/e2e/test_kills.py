@@ -23,8 +23,8 @@ def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], 
     moments = random.Random(3)
     kills = 0
     tables = model_tables[:2]
-    if moment == "bytes":  # a wake takes a second, and computes meanwhile
-        tables[0] = tables[0] | {"env": {"SHOAL_SIM_LINK_MIB_PER_S": "24"}}
+    if moment == "bytes":  # a wake takes three seconds, and computes meanwhile
+        tables[0] = tables[0] | {"env": {"SHOAL_SIM_LINK_MIB_PER_S": "8"}}
     with serve(tmp_path, models=tables, device_budget="64MiB") as server:
         victim, other = (str(table["name"]) for table in model_tables[:2])
         for name in (victim, other):
