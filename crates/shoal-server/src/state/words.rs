@@ -66,12 +66,11 @@ impl fmt::Display for EventKind {
             Self::RequestRefused { reason } => write!(f, "a request was refused: {reason}"),
             Self::WakeStarted { bytes, reason } => write!(f, "wakes, {bytes} to bring back: {reason}"),
             Self::WakeBacked { bytes, after_ms, parked } => {
-                write!(f, "has its memory after {}, {bytes} are coming", Ms(*after_ms))?;
-                for_it(f, *parked)
+                let said = format!("has its memory after {}, {bytes} are coming", Ms(*after_ms));
+                for_it(f, &said, *parked)
             }
             Self::WakeDone { bytes, duration_ms, parked } => {
-                write!(f, "awake: {bytes} in {}", Ms(*duration_ms))?;
-                for_it(f, *parked)
+                for_it(f, &format!("awake: {bytes} in {}", Ms(*duration_ms)), *parked)
             }
             Self::WakeFailed { reason } => write!(f, "did not wake: {reason}"),
             Self::EvictStarted { bytes, reason, .. } => write!(f, "gives up {bytes}: {reason}"),
@@ -240,9 +239,9 @@ fn waiting(requests: u64) -> String {
     if requests == 1 { "1 request waits".to_owned() } else { format!("{requests} requests wait") }
 }
 
-/// Who waited for a wake, where somebody did.
-fn for_it(f: &mut fmt::Formatter<'_>, parked: u64) -> fmt::Result {
-    if parked == 0 { Ok(()) } else { write!(f, ", {} for it", waited(parked)) }
+/// What is said of a wake, and who waited for it, where somebody did.
+fn for_it(f: &mut fmt::Formatter<'_>, said: &str, parked: u64) -> fmt::Result {
+    if parked == 0 { f.write_str(said) } else { write!(f, "{said}, {} for it", waited(parked)) }
 }
 
 fn waited(requests: u64) -> String {
