@@ -22,6 +22,7 @@ SLOW = {"SHOAL_SIM_LINK_MIB_PER_S": "4"}  # six seconds for these models
 BRISK = {"SHOAL_SIM_LINK_MIB_PER_S": "150"}
 PROMPTS = ["def main(", "The quick brown fox", "import os\nimport sys\n\n" * 6, "a"]
 TOKENS = 16
+BLOCK = 16  # tokens; a token is a byte
 
 
 def computes_beside_a_wake(server: Server, name: str) -> bool:
@@ -53,6 +54,38 @@ def test_a_request_is_at_its_worker_while_the_bytes_come(
         assert len(backed) >= 2
         assert {event["model"] for event in backed} == {name}
         assert all(any(end["id"] > begin["id"] for end in done) for begin in backed)
+        assert not server.told("wake_failed")
+
+
+def test_what_host_memory_has_of_a_prompt_comes_beside_the_bytes(
+    tmp_path: Path, shelf_models: dict[str, Path], model_tables: list[dict[str, object]]
+) -> None:
+    """The request is at the worker while the model wakes, and finds its prompt where the tier keeps it."""
+    table = model_tables[0] | {"env": SLOW}
+    name, prompt = str(table["name"]), "and so the tide goes out " * 8
+    expected = models.plain_greedy(shelf_models[name], prompt, TOKENS)
+    whole = (len(prompt) - 1) // BLOCK * BLOCK
+    body = {"model": name, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+
+    def tier() -> dict[str, int]:
+        return next(tier for tier in server.model(name)["tiers"] if tier["tier"] == "host")
+
+    with serve(
+        tmp_path, models=[table], device_budget="64MiB", host_tier="64MiB", host_budget="256MiB", disk_wait="60s"
+    ) as server:
+        server.wait_for(name, "asleep")
+        until(lambda: [tier["tier"] for tier in server.model(name)["tiers"]] == ["host"], 60, "the tier is in use")
+        assert server.complete(name, prompt, TOKENS) == expected
+        for loads in (1, 2):
+            until(lambda: tier()["saved"] * BLOCK >= whole, 60, "it is saved")
+            assert server.order(name, "sleep").status_code == httpx.codes.OK
+            with ThreadPoolExecutor(1) as clients:
+                answer = clients.submit(server.http.post, "/v1/completions", json=body)
+                until(lambda: computes_beside_a_wake(server, name), 60, "the request goes to the worker early")
+                said = answer.result().json()
+            assert said["choices"][0]["text"] == expected
+            assert said["usage"]["prompt_tokens_details"]["cached_tokens"] == whole
+            until(lambda loads=loads: tier()["loaded"] * BLOCK >= loads * whole, 60, "it is counted")
         assert not server.told("wake_failed")
 
 

@@ -14,6 +14,7 @@ from shoal.worker.engine_causal import CausalEngine
 from shoal.worker.errors import ApiError
 from shoal.worker.kv import PADDING_BLOCKS, KvLayout
 from shoal.worker.limits import CausalLimits
+from shoal.worker.memory import ShortageError
 from shoal.worker.sampling import Sampling
 from shoal.worker.spec import WorkerSpec
 
@@ -164,6 +165,38 @@ def test_other_families_are_exact(name, options, blocks):
             return await asyncio.gather(*(tokens_of(engine, prompt, 30) for prompt in asked))
 
         assert asyncio.run(run()) == expected
+
+
+@pytest.mark.parametrize(("name", "options"), [("Qwen2", {}), ("Gemma3", MIXED)])
+def test_a_step_that_ends_in_its_middle_is_made_good(name, options):
+    """As where the rest of a wake does not come. The layers before have written their KV; in a window, over other KV."""
+    model = small(name, **options)
+    (prompt,) = prompts(10, 1, longest=90)
+    assert len(prompt) > 64, "some steps read what steps before have written"
+    expected = alone(model, prompt, 12)
+
+    def last_states(cuts: set[int]) -> torch.Tensor:
+        calls, states = iter(range(1000)), []
+
+        def enter(*_) -> None:
+            if next(calls) in cuts:
+                raise ShortageError("the rest of a wake did not come")
+
+        hooks = [
+            model.model.layers[3].register_forward_pre_hook(enter),
+            model.model.norm.register_forward_hook(lambda _module, _given, gave: states.append(gave[0, -1].clone())),
+        ]
+        try:
+            with engine_of(model, PlainMemory(), batch_tokens_max=32) as engine:
+                assert asyncio.run(tokens_of(engine, prompt, 12)) == expected
+            assert next(calls) > 12 + len(cuts), "each was cut"
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states[-1]
+
+    # Tokens alone would hide it: the last step's states are what it has read.
+    torch.testing.assert_close(last_states({1, 4, 9, 15}), last_states(set()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [9, 12, 20])

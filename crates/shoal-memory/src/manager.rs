@@ -380,8 +380,9 @@ impl MemoryManager {
         Ok(turn)
     }
 
-    /// The turn for mapping memory and nothing else, which a wake lends that waits for its copies.
-    pub(crate) fn take_turn_to_map(&self, deadline: Instant) -> Result<Taken, MemoryError> {
+    /// The turn, or that of a wake that waits for its copies and lends it meanwhile: for mapping memory and filling it, and
+    /// nothing else. Nothing is evicted while it is borrowed, either.
+    pub(crate) fn take_or_borrow_turn(&self, deadline: Instant) -> Result<Taken, MemoryError> {
         let start = Instant::now();
         let turn = self.turn.take_or_borrow(deadline).ok_or_else(|| MemoryError::Deadline {
             doing: "waiting for another operation",

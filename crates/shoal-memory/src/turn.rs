@@ -1,8 +1,8 @@
 //! A turn: one holder at a time, first come first served, with deadlines (I10).
 //!
-//! Who has it may lend it while all that it does is wait for copies ([`Taken::lend`]): then those who map memory elsewhere
-//! have it one at a time ([`Turn::take_or_borrow`]), past those who need it whole, who could not have it anyway. What was
-//! lent is had back before anything else is done with it.
+//! Who has it may lend it while all that it does is wait for copies ([`Taken::lend`]): then those who map memory elsewhere,
+//! or fill what they have there, have it one at a time ([`Turn::take_or_borrow`]), past those who need it whole, who could
+//! not have it anyway. What was lent is had back before anything else is done with it.
 //!
 //! Apart from [`crate::gate`] because nobody shares it. First come first served, so that one who takes it again and
 //! again does not keep others out. Its locks come from [`crate::sync`], so that `tests/turn_model.rs` can put loom's in their
@@ -53,8 +53,8 @@ impl Turn {
         self.take_as(false, deadline)
     }
 
-    /// Takes the turn, or borrows it from who lends it: for mapping memory and nothing else. `None` if the deadline passes
-    /// first.
+    /// Takes the turn, or borrows it from who lends it: for mapping memory, or filling it, and nothing else. `None` if the
+    /// deadline passes first.
     pub(crate) fn take_or_borrow(self: &Arc<Self>, deadline: Instant) -> Option<Taken> {
         self.take_as(true, deadline)
     }

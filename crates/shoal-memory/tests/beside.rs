@@ -1,17 +1,20 @@
-//! What goes on beside a wake whose bytes are still coming: blocks for the step that begins, that step's guard, and
-//! reclaims, which wait for both.
+//! What goes on beside a wake whose bytes are still coming: blocks for the step that begins, what a tier has for them, that
+//! step's guard, and reclaims, which wait for both.
 
 mod common;
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use common::{PAGE, WAIT, World, noise, open_slow, world_on};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::prefix::Start;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::ForeignStream;
-use shoal_memory::{KvBacking, KvCache, KvCacheSpec, Region, Transfer};
+use shoal_memory::store::{HostOptions, HostTier};
+use shoal_memory::{KvBacking, KvCache, KvCacheSpec, KvTier, KvTierOptions, Region, Transfer};
 
 const PAGES: u64 = 8;
 /// What is to happen while bytes are coming is tried so often: a thread may sleep for as long as they take.
@@ -79,6 +82,61 @@ fn a_step_gets_its_blocks_and_its_guard_while_the_bytes_are_coming() {
         was_coming
     });
     assert!(came_in_time, "each time the wake was waited for");
+}
+
+#[test]
+fn what_a_tier_has_comes_to_its_blocks_while_the_bytes_are_coming() {
+    let (world, region, ..) = slow();
+    let group = GroupSpec {
+        name: "kv".to_owned(),
+        layers: 2,
+        shape: BlockShape::Latent { tokens: 4, dim: 16 << 10 },
+        element_bytes: 1,
+    };
+    let (bytes, granule_bytes_max) = (ByteCount::mib(4), ByteCount::mib(2));
+    let spec = CacheSpec { groups: vec![group], order: PlaneOrder::BlockMajor, bytes, granule_bytes_max };
+    let spec = KvCacheSpec { patience: WAIT, spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kept", spec) };
+    let cache = Arc::new(world.manager.kv_cache(spec).expect("addresses"));
+    let store = Arc::new(HostTier::new(HostOptions::new(ByteCount::mib(4))));
+    // Half of what a wake takes, so that no load can wait for the whole of one.
+    let options = KvTierOptions { load_wait: Duration::from_secs(1), ..KvTierOptions::new(Vec::new()) };
+    let tier = KvTier::new(&cache, store, options).expect("a cache of one group");
+    let tokens: Vec<u32> = (0..8).collect();
+    let places: Vec<(ByteCount, ByteCount)> = {
+        let mut blocks = [0; 2];
+        assert!(cache.alloc(0, &mut blocks).expect("the device works"), "there is room");
+        let layout = cache.layout(0).expect("a group");
+        let places = blocks.iter().flat_map(|block| layout.pieces(*block)).collect::<Vec<_>>();
+        for (seed, (at, bytes)) in (1..).zip(&places) {
+            cache.region().write(*at, &noise(bytes.0, seed)).expect("it has memory");
+        }
+        cache.seal(Start::Salt(b""), &tokens, &[&blocks]).expect("owned");
+        tier.save(b"", &tokens, 0);
+        assert!(tier.flush(WAIT));
+        cache.free(0, &blocks).expect("its own");
+        cache.forget_all().expect("an index");
+        places
+    };
+    let came_in_time = (0..TRIES).any(|_| {
+        let wake = backed(&region);
+        let was_coming = is_coming(&wake);
+        let blocks = tier.load(b"", &tokens, &[]);
+        wake.wait(WAIT).expect("it ends");
+        let layout = cache.layout(0).expect("a group");
+        let pieces: Vec<_> = blocks.iter().flat_map(|block| layout.pieces(*block)).collect();
+        for (seed, (at, bytes)) in (1..).zip(&pieces) {
+            let mut read = vec![0; usize::try_from(bytes.0).expect("small")];
+            cache.region().read(*at, &mut read).expect("it has memory");
+            assert_eq!(read, noise(bytes.0, seed));
+        }
+        cache.free(0, &blocks).expect("its own");
+        cache.forget_all().expect("an index");
+        cache.trim(ByteCount(u64::MAX)).expect("nothing runs");
+        region.sleep(0.0, false, WAIT).expect("clean");
+        world.check();
+        was_coming && pieces.len() == places.len()
+    });
+    assert!(came_in_time, "each time the wake was waited for, or nothing came");
 }
 
 #[test]

@@ -239,7 +239,7 @@ impl Shared {
         // A wake lends its turn while it waits for copies: a step that runs beside it needs blocks. What brings something
         // back itself needs the turn whole.
         let take = |deadline| match restoring {
-            None => manager.take_turn_to_map(deadline),
+            None => manager.take_or_borrow_turn(deadline),
             Some(_) => manager.take_turn_only(deadline),
         };
         let extents = {

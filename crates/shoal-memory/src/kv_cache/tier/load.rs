@@ -190,8 +190,9 @@ impl Inner {
         let region = self.cache.region();
         let manager = region.manager();
         let deadline = manager.operation_deadline();
-        // In turn, so that nothing is evicted meanwhile. Who has it may keep it for longer than a step can wait.
-        let _turn = match manager.take_turn_only(by.max(Instant::now() + TURN_WAIT)) {
+        // In turn, so that nothing is evicted meanwhile. Who has it may keep it for longer than a step can wait; a wake of
+        // the weights lends it, and these copies come after those that it has queued by now.
+        let _turn = match manager.take_or_borrow_turn(by.max(Instant::now() + TURN_WAIT)) {
             Err(MemoryError::Deadline { .. }) => return Ok(false),
             turn => turn?,
         };

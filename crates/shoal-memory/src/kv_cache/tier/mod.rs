@@ -47,7 +47,8 @@ pub struct KvTierOptions {
     /// What the bytes depend on beside the tokens, as named facts: model, weights, dtype, what computes them. The cache adds its
     /// own layout.
     pub facts: Vec<(String, String)>,
-    /// How long a load may take, from its call on.
+    /// How long a load may take, from its call on. Beside a wake of weights its copies come after those that are queued, up
+    /// to a gibibyte, and are waited for.
     pub load_wait: Duration,
     /// How long a block that was handed to the tier may take to be kept.
     pub put_wait: Duration,
