@@ -123,14 +123,15 @@ def test_the_first_forward_is_learned(mem: shoal.MemoryManager, model: Model, mo
     assert orders[1] == [(values[name].data_ptr() - region.address, values[name].nbytes) for name in attached.order]
 
 
+@pytest.mark.parametrize("parts", [True, False])
 def test_a_forward_beside_a_wake_waits_for_each_layer(
-    mem: shoal.MemoryManager, model: Model, monkeypatch: pytest.MonkeyPatch
+    mem: shoal.MemoryManager, model: Model, monkeypatch: pytest.MonkeyPatch, parts: bool
 ) -> None:
     from shoal.wake import Transfer
 
     with torch.no_grad():
         want = model(IDS)
-        region, _ = placed(model, mem)
+        region, _ = placed(model, mem, parts=parts)
         assert torch.equal(model(IDS), want)
         waited: list[tuple[int, int]] = []
         wait_stream = Transfer.wait_stream
@@ -152,6 +153,57 @@ def test_a_forward_beside_a_wake_waits_for_each_layer(
                     if name != "table":
                         assert any(first <= at and at + value.nbytes <= end for first, end in waited), name
         assert besides
+
+
+def hooked(model: torch.nn.Module) -> int:
+    """How many parts have another forward than their class's."""
+    return sum("forward" in part.__dict__ for part in model.modules())
+
+
+def test_layers_are_left_alone_where_only_the_whole_module_is_called(mem: shoal.MemoryManager, model: Model) -> None:
+    """Whatever threads do: each call beside a wake waits, and after the last one only the module is hooked."""
+    with torch.no_grad():
+        want = model(IDS)
+    own, own_calls = model.layers[3].forward, []
+
+    def wrapped(x: torch.Tensor) -> torch.Tensor:
+        own_calls.append(1)
+        return own(x)
+
+    model.layers[3].forward = wrapped  # a part that has a forward of its own gets it back
+    region, attached = placed(model, mem, parts=False)
+    assert hooked(model) == 2
+    ended, wrong = threading.Event(), []
+
+    def call() -> None:
+        with torch.no_grad():
+            while not ended.is_set():
+                if not torch.equal(model(IDS), want):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(40):
+        region.sleep()
+        if turn % 2:
+            region.wake(wait=False)
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert own_calls
+    assert attached.order, "it was watched all the same"
+    assert hooked(model) == 2
+    assert model.layers[3].forward is wrapped
+    model.fail = True
+    region.sleep()
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    assert hooked(model) == 2
+    assert is_free(region)
+    attached.detach()
+    assert hooked(model) == 1
 
 
 def test_a_call_that_nobody_wants_any_more_ends_while_it_waits(

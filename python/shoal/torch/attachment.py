@@ -3,7 +3,8 @@
 The outermost call holds a guard of the region (I13), which starts the wake where something is missing; each layer's
 call inside first waits on the host until its copies are queued, then makes the current stream wait for them. What is
 used first is brought first: the first forward is watched operation by operation, and from then on the region has its
-order. While everything is there, none of this waits, and a layer costs one Python call more.
+order. While everything is there, none of this waits, and a layer costs one Python call more; none where only the whole
+module is called (`parts=False`): then its layers are hooked while a call has to wait for them, and no longer.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def attach(
     whole_bytes: int = _WHOLE_BYTES,
     timeout_s: float = TIMEOUT_S,
     is_cancelled: Callable[[], bool] | None = None,
+    parts: bool = True,
 ) -> Attachment:
     """Let a module's calls wake its region, and let its layers compute as their bytes arrive.
 
@@ -65,6 +67,9 @@ def attach(
     is_cancelled
         Asked ten times a second while a call waits for bytes that are not there: where it says true, the call ends
         with a :class:`shoal.TransferError` of the kind ``"cancelled"``. The wake goes on.
+    parts
+        Whether parts of the module are called by themselves too, outside of any call of it. Where it is false, such a
+        call has no guard, and calls of the module cost nothing for its layers while everything is there.
 
     Returns
     -------
@@ -78,7 +83,7 @@ def attach(
     TypeError
         If it is compiled: what runs there calls no layer.
     """
-    return Attachment(model, region, whole_bytes, timeout_s, is_cancelled)
+    return Attachment(model, region, whole_bytes, timeout_s, is_cancelled, parts=parts)
 
 
 class Attachment:
@@ -98,6 +103,8 @@ class Attachment:
         whole_bytes: int,
         timeout_s: float,
         is_cancelled: Callable[[], bool] | None = None,
+        *,
+        parts: bool = True,
     ) -> None:
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise TypeError("a compiled module calls no layer: hold `region.guard()` around its calls instead")
@@ -127,8 +134,10 @@ class Attachment:
         self._set_order(layout.spans)
         self.is_attached = True
         """Whether :meth:`detach` was not called yet."""
-        for part in {model: (), **self._state.waits}:
-            part.forward = _Step(self, part)
+        self._parts = parts
+        self._hooked: list[torch.nn.Module] = []
+        self._hooking = 0
+        self._hook([model, *self._state.waits] if parts else [model])
         for part in model.modules():
             part.__dict__["_apply"] = _Refuse(self, part)
             part.__dict__.update(dict.fromkeys(_COPIED_BY, _NoCopy(self)))
@@ -154,13 +163,41 @@ class Attachment:
         with self._lock:
             self.is_attached = False
         for part in self._model.modules():
-            # Where somebody wrapped it since, ours stays inside, and does nothing.
             for key in ("forward", "_apply", *_COPIED_BY):
-                ours = part.__dict__.get(key)
-                if isinstance(ours, _Step | _Refuse | _NoCopy) and ours.attachment is self:
-                    del part.__dict__[key]
-                    if isinstance(ours, _Step) and ours.before is not None:
-                        part.forward = ours.before
+                self._take_off(part, key)
+
+    def _hook(self, parts: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Let these calls wait for their bytes; gives those that did not before."""
+        fresh = [part for part in dict.fromkeys(parts) if not self._is_ours(part.__dict__.get("forward"))]
+        for part in fresh:
+            part.forward = _Step(self, part)
+        return fresh
+
+    def _hook_for_a_call(self, state: _State) -> None:
+        """Let the layers wait too, where they do not always, until :meth:`_unhook_after_a_call`."""
+        with self._lock:
+            self._hooking += 1
+            if self.is_attached and not self._parts:
+                self._hooked += self._hook(state.waits)
+
+    def _unhook_after_a_call(self) -> None:
+        with self._lock:
+            self._hooking -= 1
+            if not self._hooking:
+                for part in self._hooked:
+                    self._take_off(part, "forward")
+                self._hooked.clear()
+
+    def _is_ours(self, value: object) -> bool:
+        return isinstance(value, _Step | _Refuse | _NoCopy) and value.attachment is self
+
+    def _take_off(self, part: torch.nn.Module, key: str) -> None:
+        """Where somebody wrapped it since, ours stays inside, and does nothing."""
+        ours = part.__dict__.get(key)
+        if self._is_ours(ours):
+            del part.__dict__[key]
+            if isinstance(ours, _Step) and ours.before is not None:
+                part.forward = ours.before
 
     def __repr__(self) -> str:
         how = "attached" if self.is_attached else "detached"
@@ -239,6 +276,7 @@ class _Running:
         self.state = attachment._state
         self.watch: _Watch | None = None
         self._is_captured = False
+        self._is_hooking = False
         self._is_whole = part is attachment._model
         self._done: set[tuple[torch.nn.Module | Span, int]] = set()
 
@@ -254,10 +292,14 @@ class _Running:
             self.wake = self.guard.wake
             if self.wake is not None:
                 self._begin_beside()
-            if attachment._watches and self._is_whole and not self._is_captured:
+            watches = attachment._watches and self._is_whole and not self._is_captured
+            if self.wake is not None or watches:
+                self._is_hooking = True
+                attachment._hook_for_a_call(self.state)
+            if watches:
                 self._begin_watching()
         except BaseException:
-            self.guard.__exit__(None, None, None)
+            self._leave()
             raise
 
     def _begin_beside(self) -> None:
@@ -286,6 +328,13 @@ class _Running:
                 self.watch.__exit__(None, None, None)
                 if is_done:
                     self.attachment._learn(self.watch)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        try:
+            if self._is_hooking:
+                self.attachment._unhook_after_a_call()
         finally:
             self.guard.__exit__(None, None, None)
 

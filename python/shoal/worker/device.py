@@ -380,7 +380,10 @@ class DeviceMemory:
         for reason in self._mem.host_memory()["reasons"]:
             logger.info("memory for host copies: %s", reason)
         if os.environ.get(_WHOLE) != "1":
-            shoal.torch.attach(module, placement.region, timeout_s=_BYTES_S, is_cancelled=self._is_cancelled)
+            # The engines call the whole model, under a guard of everything.
+            shoal.torch.attach(
+                module, placement.region, timeout_s=_BYTES_S, is_cancelled=self._is_cancelled, parts=False
+            )
             self._weights = placement.region
         return placement.region.bytes
 
