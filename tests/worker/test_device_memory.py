@@ -210,9 +210,9 @@ def test_embeddings_under_evictions_are_the_same(bert_dir):
                 await asyncio.to_thread(mem.reclaim, 1 << 40)
             embed, counted = engine._embed_one, []
 
-            def watched(text):
+            def watched(text, cancelled):
                 counted.append(engine.counts().tokens_embedded)
-                return embed(text)
+                return embed(text, cancelled)
 
             engine._embed_one = watched
             await engine.embed(texts)
