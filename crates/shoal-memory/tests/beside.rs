@@ -95,7 +95,8 @@ fn what_a_tier_has_comes_to_its_blocks_while_the_bytes_are_coming() {
     };
     let (bytes, granule_bytes_max) = (ByteCount::mib(4), ByteCount::mib(2));
     let spec = CacheSpec { groups: vec![group], order: PlaneOrder::BlockMajor, bytes, granule_bytes_max };
-    let spec = KvCacheSpec { patience: WAIT, spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kept", spec) };
+    let spec =
+        KvCacheSpec { patience: WAIT, spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kept", spec) };
     let cache = Arc::new(world.manager.kv_cache(spec).expect("addresses"));
     let store = Arc::new(HostTier::new(HostOptions::new(ByteCount::mib(4))));
     // Half of what a wake takes, so that no load can wait for the whole of one.
