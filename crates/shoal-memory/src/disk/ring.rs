@@ -43,6 +43,29 @@ struct Bell {
     is_rung: AtomicBool,
 }
 
+impl Bell {
+    fn new() -> io::Result<Self> {
+        let descriptor = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { descriptor, is_rung: AtomicBool::new(false) })
+    }
+
+    /// After what is to be heard of was put where the listener looks.
+    fn ring(&self) {
+        if !self.is_rung.swap(true, Ordering::AcqRel) {
+            // It can only fail when it is rung already.
+            let _ = rustix::io::write(self.descriptor.as_fd(), &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Before the listener looks. The descriptor is emptied first: whoever rings between the two has put before what the
+    /// listener is about to see. The other way round its ring would be read away, and nobody would ring again.
+    fn hear(&self) {
+        // Empty is fine: somebody else's ring was answered already.
+        let _ = rustix::io::read(self.descriptor.as_fd(), &mut [0; 8]);
+        self.is_rung.store(false, Ordering::Release);
+    }
+}
+
 #[derive(Debug)]
 struct Flight {
     op: Op,
@@ -79,7 +102,7 @@ impl Ring {
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring of a kernel before 5.11"));
         }
-        let descriptor = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let bell = Arc::new(Bell::new()?);
         let slabs = match ring.submitter().register_buffers_sparse(SLABS_MAX) {
             Ok(()) => (0..SLABS_MAX).map(|_| None).collect(),
             Err(error) => {
@@ -93,7 +116,7 @@ impl Ring {
             flights: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             finished: Vec::new(),
-            bell: Arc::new(Bell { descriptor, is_rung: AtomicBool::new(false) }),
+            bell,
             is_listening: false,
             slabs,
             reasons,
@@ -171,9 +194,7 @@ impl Ring {
         for (name, result) in completions {
             if name == BELL {
                 self.is_listening = false;
-                self.bell.is_rung.store(false, Ordering::Release);
-                // Empty is fine: somebody else's ring was answered already.
-                let _ = rustix::io::read(self.bell.descriptor.as_fd(), &mut [0; 8]);
+                self.bell.hear();
                 continue;
             }
             let Ok(index) = usize::try_from(name) else { continue };
@@ -260,12 +281,7 @@ impl Medium for Ring {
 
     fn waker(&self) -> Waker {
         let bell = Arc::clone(&self.bell);
-        Arc::new(move || {
-            if !bell.is_rung.swap(true, Ordering::AcqRel) {
-                // It can only fail when it is rung already.
-                let _ = rustix::io::write(bell.descriptor.as_fd(), &1_u64.to_ne_bytes());
-            }
-        })
+        Arc::new(move || bell.ring())
     }
 
     fn register(&mut self, slab: &Arc<HostSlab>) -> bool {
@@ -331,5 +347,47 @@ impl Drop for Ring {
             mem::forget(mem::take(&mut self.slabs));
             mem::forget::<Arc<File>>(Arc::clone(&self.file.file));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    use super::*;
+
+    /// Whether the kernel would tell the listener.
+    fn is_heard(bell: &Bell) -> bool {
+        let mut asked = [PollFd::new(&bell.descriptor, PollFlags::IN)];
+        poll(&mut asked, Some(&rustix::fs::Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready == 1)
+    }
+
+    #[test]
+    fn a_bell_that_is_rung_while_it_is_heard_can_be_heard_again() {
+        let bell = Arc::new(Bell::new().expect("there are descriptors"));
+        let ringer = Arc::clone(&bell);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&is_over);
+        let ringing = std::thread::spawn(move || {
+            while !told.load(Ordering::Relaxed) {
+                ringer.ring();
+            }
+        });
+        // It is heard when the kernel says so, and somebody rings meanwhile each time. A bell that is stuck is waited for in
+        // vain.
+        let until = Instant::now() + Duration::from_secs(20);
+        let mut heard = 0;
+        while heard < 2_000 && Instant::now() < until {
+            if is_heard(&bell) {
+                bell.hear();
+                heard += 1;
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+        ringing.join().expect("the other thread ends");
+        bell.ring();
+        assert!(is_heard(&bell), "it counts as rung, and nobody is told");
     }
 }
