@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from shoal import _native
 from shoal._native import __version__
+from shoal.blocks import BlockStore
 from shoal.errors import (
     BrokerError,
     DeadlineError,
@@ -52,6 +53,7 @@ else:
 
 
 __all__ = [
+    "BlockStore",
     "BrokerClient",
     "BrokerError",
     "DeadlineError",

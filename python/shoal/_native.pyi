@@ -1,5 +1,5 @@
 import builtins
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, final
 
 from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
@@ -22,6 +22,8 @@ __all__ = [
     "RegionBuffer",
     "RegionUse",
     "Store",
+    "StoreKey",
+    "StoreNames",
     "TierStack",
     "Transfer",
     "__version__",
@@ -256,6 +258,19 @@ class KvCache:
 class Store:
     @property
     def name(self) -> str: ...
+    def contains(self, keys: list[StoreKey]) -> list[bool]: ...
+    def get(self, keys: list[StoreKey], buffers: Sequence[WriteableBuffer], deadline_s: float) -> list[bool]: ...
+    def put(self, keys: list[StoreKey], buffers: Sequence[ReadableBuffer], deadline_s: float) -> list[str | None]: ...
+    def remove(self, keys: list[StoreKey], deadline_s: float) -> list[bool]: ...
+    def flush(self, timeout_s: float) -> bool: ...
+
+@final
+class StoreKey: ...
+
+@final
+class StoreNames:
+    def __new__(cls, facts: list[tuple[str, str]], salt: str | builtins.bytes) -> StoreNames: ...
+    def key(self, name: builtins.bytes) -> StoreKey: ...
 
 @final
 class DiskTier:

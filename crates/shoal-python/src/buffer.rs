@@ -122,6 +122,42 @@ impl Bytes {
     }
 }
 
+/// Memory of somebody else's object, to be written while the GIL is not held.
+pub(crate) struct BytesMut(PyUntypedBuffer);
+
+impl BytesMut {
+    /// Exports an object's buffer.
+    ///
+    /// # Errors
+    /// `TypeError` if it has none, `BufferError` if it is not contiguous or may not be written.
+    pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(object)?;
+        if !buffer.is_c_contiguous() {
+            Err(PyBufferError::new_err("the bytes must be contiguous"))
+        } else if buffer.readonly() {
+            Err(PyBufferError::new_err("the bytes may not be written"))
+        } else {
+            Ok(Self(buffer))
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len_bytes()
+    }
+
+    /// Writes all of it; nothing where `bytes` has another length. The caller of the Python function promises that nobody
+    /// looks at it meanwhile.
+    pub(crate) fn write(&self, bytes: &[u8]) {
+        if bytes.is_empty() || bytes.len() != self.len() {
+            return;
+        }
+        // SAFETY: the export keeps `len_bytes` contiguous bytes at `buf_ptr` alive for as long as `self`, and they may be
+        // written (checked). `bytes` is a tier's memory, which no export shows. That nobody reads or writes them meanwhile
+        // is the documented condition of `BlockStore.get`; a race would leave other bytes there, and nothing else.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.buf_ptr().cast::<u8>(), bytes.len()) };
+    }
+}
+
 /// Integers in somebody else's buffer, to be read.
 #[derive(Clone, Copy)]
 pub(crate) enum Integers<'a> {

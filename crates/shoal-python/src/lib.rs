@@ -60,7 +60,9 @@ mod _native {
     #[pymodule_export]
     use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
     #[pymodule_export]
-    use crate::tiers::{PyDiskTier, PyHostTier, PyKvTier, PyPrefetch, PyStore, PyTierStack};
+    use crate::tiers::{
+        PyDiskTier, PyHostTier, PyKvTier, PyPrefetch, PyStore, PyStoreKey, PyStoreNames, PyTierStack,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

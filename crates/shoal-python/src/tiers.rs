@@ -10,11 +10,16 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
+use shoal_core::kv::prefix::BlockKey;
 use shoal_core::protocol::{TierPlace, TierUsage};
 use shoal_memory::disk::{DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
-use shoal_memory::store::{AdmissionRule, HostOptions, HostTier, Stack, StackOptions, Store, TierCounts};
+use shoal_memory::store::{
+    AdmissionRule, BatchOptions, Fingerprint, HostOptions, HostTier, Offered, Stack, StackOptions, Store,
+    StoreKey, TierCounts, get_all, put_all,
+};
 use shoal_memory::{KvTier, KvTierOptions, Prefetch};
 
+use crate::buffer::{Bytes, BytesMut};
 use crate::convert;
 use crate::errors;
 use crate::kv_cache::{PyKvCache, bytes_of, list_of_tokens};
@@ -31,6 +36,112 @@ impl PyStore {
     #[getter]
     fn name(&self) -> PyResult<String> {
         Ok(self.store.get()?.name().to_owned())
+    }
+
+    /// Which of the blocks it has, as far as it knows without reading.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python list")]
+    fn contains(&self, keys: Vec<PyRef<'_, PyStoreKey>>) -> PyResult<Vec<bool>> {
+        let store = self.store.get()?;
+        Ok(keys.iter().map(|key| store.contains(&key.0)).collect())
+    }
+
+    /// Reads blocks into buffers of their lengths. For each, whether it was there, verified and in time.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python list")]
+    fn get(
+        &self,
+        py: Python<'_>,
+        keys: Vec<PyRef<'_, PyStoreKey>>,
+        buffers: Vec<Bound<'_, PyAny>>,
+        deadline_s: f64,
+    ) -> PyResult<Vec<bool>> {
+        let (store, options) = (self.store.get()?, batch_options(deadline_s)?);
+        same_length(keys.len(), buffers.len())?;
+        let targets = buffers.iter().map(BytesMut::of).collect::<PyResult<Vec<_>>>()?;
+        let wanted: Vec<_> = keys.iter().zip(&targets).map(|(key, target)| (key.0, target.len())).collect();
+        let results = py.detach(|| get_all(&**store, &wanted, options, |at, block| targets[at].write(block)));
+        Ok(results.iter().map(Result::is_ok).collect())
+    }
+
+    /// Keeps blocks. For each `"written"`, `"already"`, `"declined"`, or nothing where it failed.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python list")]
+    fn put(
+        &self,
+        py: Python<'_>,
+        keys: Vec<PyRef<'_, PyStoreKey>>,
+        buffers: Vec<Bound<'_, PyAny>>,
+        deadline_s: f64,
+    ) -> PyResult<Vec<Option<&'static str>>> {
+        let (store, options) = (self.store.get()?, batch_options(deadline_s)?);
+        same_length(keys.len(), buffers.len())?;
+        let sources = buffers.iter().map(Bytes::of).collect::<PyResult<Vec<_>>>()?;
+        let blocks: Vec<_> =
+            keys.iter().zip(&sources).map(|(key, source)| (key.0, source.as_slice())).collect();
+        let results = py.detach(|| put_all(&**store, &blocks, options));
+        let word = |offered| match offered {
+            Offered::Written => "written",
+            Offered::Already => "already",
+            Offered::Declined => "declined",
+        };
+        Ok(results.into_iter().map(|result| result.ok().map(word)).collect())
+    }
+
+    /// Forgets blocks. For each, whether there was one, as far as that is known in time.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python list")]
+    fn remove(
+        &self,
+        py: Python<'_>,
+        keys: Vec<PyRef<'_, PyStoreKey>>,
+        deadline_s: f64,
+    ) -> PyResult<Vec<bool>> {
+        let (store, deadline) = (self.store.get()?, convert::seconds("deadline_s", deadline_s)?);
+        let keys: Vec<StoreKey> = keys.iter().map(|key| key.0).collect();
+        Ok(py.detach(|| {
+            let tickets: Vec<_> = keys.into_iter().map(|key| store.remove(key, deadline)).collect();
+            tickets.into_iter().map(|ticket| ticket.wait().unwrap_or(false)).collect()
+        }))
+    }
+
+    /// Writes out what was put before. Whether it was in time, and could be.
+    fn flush(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        let (store, timeout) = (self.store.get()?, convert::seconds("timeout_s", timeout_s)?);
+        Ok(py.detach(|| store.flush(timeout).wait().is_ok()))
+    }
+}
+
+fn batch_options(deadline_s: f64) -> PyResult<BatchOptions> {
+    Ok(BatchOptions { deadline: convert::seconds("deadline_s", deadline_s)?, ..BatchOptions::default() })
+}
+
+fn same_length(keys: usize, buffers: usize) -> PyResult<()> {
+    if keys == buffers {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!("there are {keys} keys and {buffers} buffers")))
+}
+
+/// The name of a block.
+#[pyclass(frozen, name = "StoreKey", module = "shoal._native")]
+pub(crate) struct PyStoreKey(StoreKey);
+
+/// What a program's blocks are of, and whose.
+#[pyclass(frozen, name = "StoreNames", module = "shoal._native")]
+pub(crate) struct PyStoreNames {
+    fingerprint: Fingerprint,
+    salt: Vec<u8>,
+}
+
+#[pymethods]
+impl PyStoreNames {
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python list")]
+    fn new(facts: Vec<(String, String)>, salt: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let facts: Vec<_> = facts.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        Ok(Self { fingerprint: Fingerprint::of(&facts), salt: bytes_of("salt", salt)? })
+    }
+
+    /// The name of the block that the program calls so.
+    fn key(&self, name: &[u8]) -> PyStoreKey {
+        PyStoreKey(StoreKey::new(self.fingerprint, &self.salt, &BlockKey::Engine(name.into())))
     }
 }
 

@@ -5,6 +5,7 @@
 //! nothing: an error of a tier is a [`Miss`] (I8). Bytes never change under a name, so putting what is there already is
 //! done at once, and nothing has to be invalidated.
 
+mod batch;
 mod buffer;
 pub(crate) mod crew;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use batch::{BatchOptions, Offered, get_all, put_all};
 pub use buffer::{Aligned, Buffer, OnLoan};
 pub use host::{HostOptions, HostTier, HostTierUsage};
 pub use shoal_core::store::admission::{AdmissionRule, Candidate, Verdict};
