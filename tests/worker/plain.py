@@ -27,8 +27,8 @@ class PlainKv:
         self.shape = (blocks, layout.block_tokens, layout.token_elements)
         self.dtype = layout.dtype
         self.owners: dict[int, int] = {}
-        self.sealed: dict[int, tuple[str, tuple[int, ...]]] = {}  # block: salt, and all tokens up to its end
-        self.known: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.sealed: dict[int, tuple[str, object]] = {}  # block: salt, and all tokens up to its end or a key
+        self.known: dict[tuple[str, object], int] = {}
         self.cached: list[int] = []  # sealed and nobody's, the next to be evicted first
         self.digests: dict[int, bytes] = {}
         self.peak = self.refusals = self.evicted = self.found = self.moved = 0
@@ -92,10 +92,15 @@ class PlainKv:
         return max(0, min(self.memory.blocks_max, self.shape[0]) - len(self.owners))
 
     def match(self, tokens, salt):
+        ends = range(self.tokens, len(tokens) + 1, self.tokens)
+        blocks = self.match_keys([tuple(tokens[:end]) for end in ends], salt)
+        return len(blocks) * self.tokens, blocks
+
+    def match_keys(self, keys, salt):
         assert self.is_caching
         blocks = []
-        for end in range(self.tokens, len(tokens) + 1, self.tokens):
-            block = self.known.get((salt, tuple(tokens[:end])))
+        for key in keys:
+            block = self.known.get((salt, key))
             if block is None:
                 break
             self.check(block)
@@ -105,7 +110,7 @@ class PlainKv:
             if block in self.cached:
                 self.cached.remove(block)
         self.found += len(blocks) * self.tokens
-        return len(blocks) * self.tokens, blocks
+        return blocks
 
     def save(self, tokens, new, salt):
         pass
@@ -116,9 +121,14 @@ class PlainKv:
         return ahead
 
     def seal(self, tokens, blocks, salt):
+        ends = range(self.tokens, len(tokens) + 1, self.tokens)
+        self.seal_keys([tuple(tokens[:end]) for end in ends], blocks, salt, None)
+
+    def seal_keys(self, keys, blocks, salt, after):
+        del after
         assert self.is_caching
-        for place in range(len(tokens) // self.tokens):
-            content, block = (salt, tuple(tokens[: (place + 1) * self.tokens])), blocks[place]
+        for place, key in enumerate(keys):
+            content, block = (salt, key), blocks[place]
             assert block in self.owners
             assert self.sealed.get(block, content) == content, "sealed twice with different tokens"
             found = self.known.setdefault(content, block)

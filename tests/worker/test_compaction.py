@@ -48,8 +48,7 @@ def test_blocks_that_move_between_all_steps_change_no_token(family, monkeypatch)
             memory.blocks_max = (1 << 30) if seed != 1 else 24 + PADDING_BLOCKS
             asyncio.run(run(seed))
         assert memory.space.moved > 100
-        if engine._cache.use_prefix_sharing:
-            assert memory.space.found > 0
+        assert memory.space.found > 0
 
 
 def engine_in(memory, model, **options):

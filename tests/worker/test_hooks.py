@@ -22,9 +22,11 @@ def _renamed(self, blocks, shareable, why):
     [
         (cache_manager.BlockManager, "free_blocks", "hook 1"),
         (cache_manager.SlidingAttentionCacheAllocator, "allocate_blocks", "hook 1"),
+        (cache_manager.SlidingAttentionCacheAllocator, "get_read_indices", "hook 1"),
         (cache_manager.BlockManager, "get_free_blocks", "hook 1"),
         (cache.PagedAttentionCache, "allocate_blocks", "hook 2"),
         (cache.PagedAttentionCache, "update", "hook 2"),
+        (cache.PagedAttentionCache, "get_seqlens_k", "hook 2"),
         (cache.PagedAttentionCache, "search_prefix_match", "prefix sharing"),
         (cache.PagedAttentionCache, "mark_shareable_blocks_as_complete", "prefix sharing"),
         (continuous_api.ContinuousBatchingManager, "_create_batch_processor", "hook 2"),

@@ -66,6 +66,12 @@ DAMAGE = [
     (lambda p: edited(p, model_type="zebra", auto_map={"AutoModel": "x"}), "model_unsupported", "never run"),
     (lambda p: edited(p, model_type="vit", architectures=["ViTModel"]), "model_unsupported", "ViTModel is neither"),
     (lambda p: edited(p, quantization_config={"bits": 4}), "model_unsupported", "quantised"),
+    (
+        lambda p: edited(p, layer_types=["full_attention", "linear_attention", "full_attention"]),
+        "model_unsupported",
+        "layers of kind linear_attention are not served",
+    ),
+    (lambda p: edited(p, sliding_window=1), "model_unsupported", "sliding_window of 1 is not served"),
     (lambda p: edited(p, hidden_size=32), "model_corrupt", "cannot load the model|do not have the shape"),
     (lambda p: edited(p, num_hidden_layers=4), "model_corrupt", "tensors are missing.*layers.3"),
     (lambda p: edited(p, max_position_embeddings=None), None, ""),

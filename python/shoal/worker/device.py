@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shoal import Prefetch, Region
+    from shoal.kv_cache import Sealed
 
     from .kv import KvLayout
     from .spec import DiskShare
@@ -71,6 +72,7 @@ class DeviceKv:
         self._hinted = 0
         self._block_tokens = layout.block_tokens
         self.is_caching = is_caching
+        self.is_uniform = layout.is_uniform
         self.below: KvBelow | None = None
 
     def tensor(self) -> torch.Tensor:
@@ -110,7 +112,19 @@ class DeviceKv:
 
     def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
         """Let the full blocks of a sequence be found."""
-        for _, place, own, found in self.cache.seal(tokens, blocks, salt=salt).duplicates:
+        self._exchange(self.cache.seal(tokens, blocks, salt=salt), blocks)
+
+    def match_keys(self, keys: Sequence[bytes], salt: str) -> list[int]:
+        """Find the longest run of keys from the first, and own its blocks."""
+        return self.cache.match_keys(keys, salt=salt)[1]
+
+    def seal_keys(self, keys: Sequence[bytes], blocks: list[int], salt: str, after: bytes | None) -> None:
+        """Let blocks be found by keys."""
+        self._exchange(self.cache.seal_keys(keys, blocks, after=after, salt=salt), blocks)
+
+    def _exchange(self, sealed: Sealed, blocks: list[int]) -> None:
+        """Put what was there already into the place of copies."""
+        for _, place, own, found in sealed.duplicates:
             try:
                 self._group.fork([found])
             except RegionError:
@@ -412,7 +426,11 @@ class DeviceMemory:
         wait_s
             How long a prompt waits for what is there of it.
         """
-        if (host_bytes or disks) and self._kv is not None and self._kv.is_caching:
+        if not (host_bytes or disks) or self._kv is None or not self._kv.is_caching:
+            return
+        if not self._kv.is_uniform:
+            logger.info("KV is kept on the device only: tiers below it take no model with sliding window layers yet")
+        else:
             self._kv.below = KvBelow(self._kv.cache, host_bytes, disks, facts, wait_s)
 
     def tiers(self) -> list[dict[str, Any]]:

@@ -219,9 +219,7 @@ class CausalEngine:
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._sampler]))
         manager.logit_processor.tensors_required = 1
         manager.output_router = _Router(self)
-        layout, is_caching = limits.layout, spec.prefix_caching and limits.layout.shares_prefixes
-        if spec.prefix_caching and not is_caching:
-            logger.info("prefixes are not shared: layers with a sliding window write it round and round in place")
+        layout, is_caching = limits.layout, spec.prefix_caching
         blocks = self._memory.kv(layout, limits.blocks + PADDING_BLOCKS, is_caching=is_caching)
         cache = functools.partial(ElasticCache, blocks, layout, is_caching, self._salt_of, self._found)
         with torch.no_grad(), hooks.elastic_cache(cache, UnboundedMemoryHandler):

@@ -148,6 +148,10 @@ def _check_blocks() -> bool:
         and isinstance(manager.num_free_blocks, property)
         and all(_source_has(kind.allocate_blocks, "block_manager.get_free_blocks(") for kind in allocators)
         and _source_has(cache_manager.CacheAllocator.free_blocks, "self.block_table.pop(", "block_manager.free_blocks(")
+        and all(
+            _parameters(indices) == ["request_id", "past_length", "query_length"]
+            for indices in (allocators[1].get_read_indices, allocators[1].get_write_indices)
+        )
     )
 
 
@@ -164,6 +168,9 @@ def _check_tensors() -> bool:
             "PagedAttentionMemoryHandler(",
         )
         and _source_has(cache.update, "k_cache.index_copy_(0,", "torch.index_select(k_cache, 0,")
+        and _source_has(cache.update, "layer_read_index == self.sentinel_index", "masked_scatter_(mask, key_states)")
+        and _source_has(cache.get_seqlens_k, "query_length + min(past_length, self.config.sliding_window - 1)")
+        and _parameters(cache.blocks_needed) == ["num_requested_blocks", "allocated_blocks"]
         and _parameters(cache.allocate_blocks) == ["n_blocks", "request_id", "allocated_blocks"]
         and _parameters(cache_manager.SlidingAttentionCacheAllocator.__init__)
         == ["index", "block_size", "sliding_window", "sentinel_index", "write_trash_index"]

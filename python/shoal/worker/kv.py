@@ -10,18 +10,21 @@ just refused; two padding blocks are allocated while the cache is awake, and the
 is sealed when the step that filled it was launched, and never written again (a request computes at least the last token
 of its prompt itself, in a block of its own).
 
-Prefixes are shared where all layers see the whole context. Layers with a window keep it in blocks that they write round
-and round, which nobody else can read.
+Prefixes of models whose layers all see the whole context are found by their tokens, in one call. Where some have a
+window, or all, :mod:`shoal.worker.windows` finds and seals them group by group.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching.cache_manager import BlockManager, SlidingAttentionCacheAllocator
+
+from .windows import HybridPrefixes, WindowedAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from .memory import KvBlocks
 
 PADDING_BLOCKS = 2
+_FRUGAL_S = 60.0  # how long windowed layers get no more blocks than they need, after memory was refused
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class KvLayout:
     groups
         Groups of layers: 1, unless full and windowed attention are mixed. Each has blocks of its own.
     windowed
-        Those of them whose attention has a window: there a request holds at most `window_blocks` blocks.
+        Those of them whose attention has a window: there a request needs at most `window_blocks` blocks at once.
     """
 
     layers: int
@@ -62,6 +66,8 @@ class KvLayout:
         """Give the layout of a model; `layers` counts those that share a block table (all, if not mixed)."""
         groups, kinds = cache_module.group_layers_by_attn_type(config)
         windowed = kinds.count("sliding_attention")
+        # The window before a chunk of tokens, that at its end, and what the scheduler takes ahead.
+        window_blocks = 2 * -(-config.sliding_window // block_tokens) + 4 if windowed else 0
         return cls(
             layers=len(groups[0]),
             groups=len(groups),
@@ -70,16 +76,16 @@ class KvLayout:
             dtype=dtype,
             block_tokens=block_tokens,
             windowed=windowed,
-            window_blocks=-(-config.sliding_window // block_tokens) if windowed else 0,
+            window_blocks=window_blocks,
         )
 
     def request_blocks(self, blocks: int) -> int:
-        """Count the blocks that a request has in all groups when it has asked for `blocks`."""
+        """Count the blocks that a request needs in all groups when it has asked for `blocks`."""
         return (self.groups - self.windowed) * blocks + self.windowed * min(blocks, self.window_blocks)
 
     @property
-    def shares_prefixes(self) -> bool:
-        """Whether requests can use each other's blocks: every layer sees the whole context, by one block table."""
+    def is_uniform(self) -> bool:
+        """Whether every layer sees the whole context, by one block table."""
         return self.groups == 1 and not self.windowed
 
     @property
@@ -220,8 +226,17 @@ class ElasticCache(cache_module.PagedAttentionCache):
             torch._dynamo.mark_static_address(tensor)
         self.blocks = ElasticBlockManager(self.num_blocks, self.block_size, blocks)
         self._block_manager = self.blocks
-        self.allow_block_sharing = self.use_prefix_sharing = is_caching and layout.shares_prefixes
+        self.allow_block_sharing = self.use_prefix_sharing = is_caching
         self._salt_of, self._found = salt_of, found
+        self._windowed: list[WindowedAllocator] = []
+        for at, group in enumerate(self.group_cache_managers):
+            if isinstance(group, SlidingAttentionCacheAllocator):
+                self._windowed.append(WindowedAllocator.of(group))
+                self.group_cache_managers[at] = self._windowed[-1]
+        self._hybrid: HybridPrefixes | None = None
+        if is_caching and not layout.is_uniform:
+            self._hybrid = HybridPrefixes(blocks, self.group_cache_managers, self.block_size)
+        self._frugal_until = 0.0
         self._padding: list[int] = []
         self._pads: list[Any] = []
         self._zeroed = False
@@ -299,27 +314,74 @@ class ElasticCache(cache_module.PagedAttentionCache):
             self._padding = []
 
     def allocate_blocks(self, n_blocks: int, request_id: str, allocated_blocks: int) -> int | None:
-        """As transformers', but blocks for all groups are secured first: an allocation never fails half-way."""
-        if not self.blocks.secure(self.blocks_needed(n_blocks, allocated_blocks)):
-            return None
+        """As transformers', but blocks for all groups are secured first: an allocation never fails half-way.
+
+        Windowed layers take all that can be shared, and where that is refused, for a while, what they need.
+        """
+        self._keep_windows(self.use_prefix_sharing and time.monotonic() >= self._frugal_until)
+        wanted = self.blocks_needed(n_blocks, allocated_blocks)
+        has_all = self.blocks.secure(wanted)
+        if not has_all:
+            self._keep_windows(False)
+            needed = self.blocks_needed(n_blocks, allocated_blocks)
+            if needed < wanted:
+                self._frugal_until = time.monotonic() + _FRUGAL_S
+            if needed == wanted or not self.blocks.secure(needed):
+                return None
         return super().allocate_blocks(n_blocks, request_id, allocated_blocks)
+
+    def _keep_windows(self, keeps_all: bool) -> None:
+        for group in self._windowed:
+            group.keeps_all = keeps_all
+
+    def blocks_needed(self, num_requested_blocks: int, allocated_blocks: int) -> int:
+        """Count the blocks of all groups that a request takes next."""
+        del allocated_blocks
+        full = num_requested_blocks * (self.num_groups - len(self._windowed))
+        return full + sum(group.wanted(num_requested_blocks) for group in self._windowed)
+
+    def blocks_in_use(self, request_id: str) -> int:
+        """Count the blocks that a request has in all groups."""
+        places = super().blocks_in_use(request_id)
+        tables = ((group, group.block_table.get(request_id, ())) for group in self._windowed)
+        return places - sum(len(table) - len(group.held(request_id)) for group, table in tables)
+
+    def free_blocks(self, request_id: str) -> None:
+        """Free all blocks of a request."""
+        super().free_blocks(request_id)
+        if self._hybrid is not None:
+            self._hybrid.forget(request_id)
+
+    def free_all_requests(self) -> None:
+        """Free the blocks of all requests."""
+        super().free_all_requests()
+        if self._hybrid is not None:
+            self._hybrid.forget_all()
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """Find the longest cached prefix and give its blocks to the request; all but the last token may be found."""
-        salt = self._salt_of(request_id)
-        tokens, blocks = (0, []) if salt is None else self._kv.match(prompt_ids[:-1], salt)
-        if tokens:
-            self.group_cache_managers[0].block_table[request_id] = blocks
-            self._total_prefix_length += tokens
+        salt, tokens = self._salt_of(request_id), 0
+        if salt is not None and self._hybrid is not None:
+            tokens = self._hybrid.find(request_id, prompt_ids[:-1], salt)
+        elif salt is not None:
+            tokens, blocks = self._kv.match(prompt_ids[:-1], salt)
+            if tokens:
+                self.group_cache_managers[0].block_table[request_id] = blocks
+        self._total_prefix_length += tokens
         self._found(request_id, tokens)
         return tokens
 
     def mark_shareable_blocks_as_complete(self, state: RequestState, num_complete_blocks: int) -> None:
-        """Seal the blocks that the step at hand has filled."""
-        blocks, salt = self.group_cache_managers[0].block_table.get(state.request_id), self._salt_of(state.request_id)
-        if not num_complete_blocks or not self.use_prefix_sharing or not blocks or salt is None:
-            return
-        # The newest token is known, but its keys and values are computed by the next step.
-        computed = (state.initial_tokens + state.generated_tokens)[: state.position_offset]
-        self._kv.seal(computed, blocks, salt)
-        self._kv.save(computed, num_complete_blocks, salt)
+        """Seal the blocks that the step at hand has filled, and free those that have left a window."""
+        salt = self._salt_of(state.request_id)
+        blocks = self.group_cache_managers[0].block_table.get(state.request_id)
+        if num_complete_blocks and self.use_prefix_sharing and blocks and salt is not None:
+            # The newest token is known, but its keys and values are computed by the next step.
+            computed = (state.initial_tokens + state.generated_tokens)[: state.position_offset]
+            if self._hybrid is not None:
+                self._hybrid.seal(state.request_id, computed, salt)
+            else:
+                self._kv.seal(computed, blocks, salt)
+                self._kv.save(computed, num_complete_blocks, salt)
+        for group in self._windowed:
+            group.release(state.request_id, state.position_offset, self.blocks)

@@ -377,6 +377,12 @@ def _refuse_unserved(files: ModelFiles, model: PreTrainedModel) -> None:
         raise _unsupported(f"{at}: {config.model_type}'s attention (sinks or ALiBi) is not served")
     if getattr(model, "_is_stateful", False) or not model._supports_attention_backend:
         raise _unsupported(f"{at}: {type(model).__name__} keeps state that is no paged KV cache")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        # Recurrent state holds for one length only: it would have to be copied wherever a prefix may end.
+        raise _unsupported(f"{at}: layers of kind {', '.join(sorted(kinds))} are not served, only attention is")
+    if getattr(config, "sliding_window", None) == 1:
+        raise _unsupported(f"{at}: a sliding_window of 1 is not served: to transformers' cache it means none")
 
 
 def _context(files: ModelFiles, model: PreTrainedModel, tokenizer: Any) -> int:

@@ -60,6 +60,12 @@ class KvBlocks(Protocol):
     def seal(self, tokens: Sequence[int], blocks: list[int], salt: str) -> None:
         """Let the full blocks of a sequence be found; what was there already takes a copy's place in `blocks`."""
 
+    def match_keys(self, keys: Sequence[bytes], salt: str) -> list[int]:
+        """Find the longest run of these keys, from the first, that were sealed under this salt; own its blocks too."""
+
+    def seal_keys(self, keys: Sequence[bytes], blocks: list[int], salt: str, after: bytes | None) -> None:
+        """Let blocks be found by keys, as `seal`; `after` is the key of the block without which they are of no use."""
+
     def save(self, tokens: Sequence[int], new: int, salt: str) -> None:
         """Let the last `new` full blocks of a sealed sequence be kept on a tier below the device too."""
 
