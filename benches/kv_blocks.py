@@ -3,16 +3,23 @@
 The ceiling of a pair of calls is the same pair on an empty buffer or list, in the same run: what Python and the
 buffer protocol cost by themselves. Of finding again and evicting it is as many blocks taken and given back as a list.
 The peer is kvcached with driver calls that do nothing (`benches/kvcached_peer.py`), in the same run where a folder
-with it is given. Both are the best of several rounds' means: what others do on the machine meanwhile is not theirs.
-`python -m benches.kv_blocks [--quick] [--peer FOLDER]`.
+with it is given. Of finding again and evicting there are two (`benches/prefix_peers.py`): vLLM's block pool, where it
+is said what vLLM can be imported from, and kvcached's in its place, where both are there. All are the best of several
+rounds' means: what others do on the machine meanwhile is not theirs.
+`python -m benches.kv_blocks [--quick] [--peer FOLDER] [--vllm PATHS]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +27,7 @@ import numpy as np
 
 import shoal
 from benches import kvcached_peer
-from benches.results import Row, save
+from benches.results import ROOT, Row, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,64 +199,123 @@ def threads(seconds: float, peer: float | None, count: int = THREADS) -> list[Ro
     return [row, listed]
 
 
-def prefixes(seconds: float) -> list[Row]:
-    """Match and seal 4096 tokens; take blocks that have to be evicted, with 100,000 cached."""
-    rows = []
+def prefix_peers(seconds: float, blocks: int, vllm: str | None, folder: Path | None) -> dict[str, dict[str, float]]:
+    """Measure other libraries' pools of that many blocks, each in a process of its own: seconds by case, by name."""
+    found = {}
+    for which in ("vllm", "kvcached") if vllm else ():
+        if which == "kvcached" and folder is None:
+            continue
+        command = [sys.executable, "-m", "benches.prefix_peers", which, str(blocks), str(seconds)]
+        command += ["--kvcached", str(folder.resolve())] if folder else []
+        paths = [str(ROOT), vllm or "", os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        if said.returncode != 0:
+            raise SystemExit(f"{which} could not be measured:\n{said.stderr[-3000:]}")
+        told = json.loads(said.stdout.splitlines()[-1])
+        pool = f"vLLM {told['version']}'s block pool"
+        found[pool if which == "vllm" else f"kvcached e8e6406's pool in {pool}, driver stubbed"] = told["figures"]
+    return found
+
+
+def beside(rows: dict[str, Row], peers: dict[str, dict[str, float]]) -> list[Row]:
+    """Give each row once for each peer, or once alone."""
+    told = []
+    for case, row in rows.items():
+        named = [(name, figures[case]) for name, figures in peers.items() if case in figures]
+        for place, (name, figure) in enumerate(named):
+            metric = row.metric if place == 0 else f"{row.metric}, beside {name.split()[0]}"
+            told.append(replace(row, metric=metric, peer=name, peer_value=figure))
+        if not named:
+            told.append(row)
+    return told
+
+
+GRANULES = 2000
+
+
+def prefixes(seconds: float, peers: dict[str, dict[str, float]]) -> list[Row]:
+    """Match and seal 4096 tokens; take blocks that have to be evicted, with 128,000 cached."""
+    rows = {}
     mem = shoal.MemoryManager("sim", device_budget="8GiB", device_capacity="8GiB", host_budget="64MiB")
-    kv = cache(mem, 2000)
-    tokens = np.arange(4096, dtype=np.int64)
-    ids = kv.alloc(256)
+    kv = cache(mem, GRANULES)
+    # Lists, as engines have them, and as the peers are given them.
+    tokens = list(range(4096))
+    keys = [index.to_bytes(32, "big") for index in range(256)]
+    ids, other = kv.alloc(256), kv.alloc(256)
     assert ids is not None
+    assert other is not None
     kv.seal(tokens, ids)
+    kv.seal_keys(keys, other)
 
     def match(n: int) -> None:
         for _ in range(n):
             _, found = kv.match(tokens)
             kv.free(found)
 
+    def match_keys(n: int) -> None:
+        for _ in range(n):
+            _, found = kv.match_keys(keys)
+            kv.free(found)
+
     # The ceiling: the same blocks taken and given back as a list, without looking for anything.
     plain = min(timed(lists(kv, 256), seconds))
-    row = best("4096 tokens, 256 blocks", "match and free", timed(match, seconds))
-    row.ceiling = plain
-    rows.append(row)
+    rows["match"] = best("4096 tokens, 256 blocks", "match and free", timed(match, seconds))
+    rows["match by keys"] = best("256 keys of 32 bytes", "match and free", timed(match_keys, seconds))
 
     def seal_again(n: int) -> None:
         for _ in range(n):
             kv.seal(tokens, ids)
 
-    rows.append(best("4096 tokens, 256 blocks that are sealed already", "seal", timed(seal_again, seconds)))
+    rows["seal"] = best("4096 tokens, 256 blocks that are sealed already", "seal", timed(seal_again, seconds))
     kv.free(ids)
-    sequence, evicting = 0, 0.0
+    kv.free(other)
+    sequence, evicting, keeping = 0, 0.0, 0.0
 
-    def commit(n: int) -> None:
-        nonlocal sequence, evicting
+    def commit(n: int, *, by_keys: bool = False) -> None:
+        nonlocal sequence, evicting, keeping
         for _ in range(n):
             sequence += 1
+            first = 4096 * sequence
+            content: list = [index.to_bytes(32, "big") for index in range(first, first + 256)]
+            content = content if by_keys else [token + first for token in tokens]
             start = time.perf_counter()
             own = kv.alloc(256)
-            evicting += time.perf_counter() - start
+            taken = time.perf_counter()
             assert own is not None
-            kv.seal(tokens + 4096 * sequence, own)
+            if by_keys:
+                kv.seal_keys(content, own)
+            else:
+                kv.seal(content, own)
             kv.free(own)
+            evicting += taken - start
+            keeping += time.perf_counter() - start
+
+    def shares(by_keys: bool) -> tuple[list[float], list[float]]:
+        """Seconds of taking blocks, and of all of it, without making tokens."""
+        nonlocal evicting, keeping
+        taking, whole = [], []
+        for _ in range(40):
+            evicting = keeping = 0.0
+            commit(10, by_keys=by_keys)
+            taking.append(evicting / 10)
+            whole.append(keeping / 10)
+        return taking, whole
 
     # Until everything is cached.
-    commit(2000 * PER_GRANULE // 256 + 1)
+    commit(GRANULES * PER_GRANULE // 256 + 1)
     cached = kv.usage()["groups"][0]["cached_blocks"]
     assert cached >= 100_000, cached
-    case = f"4096 tokens, {cached} blocks cached, each of 256 new ones evicts one"
-    row = best(case, "alloc, seal and free", timed(commit, seconds))
-    row.ceiling = plain
-    rows.append(row)
-    shares = []
-    for _ in range(40):
-        evicting = 0.0
-        commit(10)
-        shares.append(evicting / 10)
-    row = best(case, "alloc", shares)
-    row.ceiling = plain
-    rows.append(row)
+    case = f"{cached} blocks cached, each of 256 new ones evicts one"
+    taking, whole = shares(by_keys=False)
+    rows["commit"] = best(f"4096 tokens, {case}", "alloc, seal and free", whole)
+    rows["alloc"] = best(f"4096 tokens, {case}", "alloc", taking)
+    commit(GRANULES * PER_GRANULE // 256 + 1, by_keys=True)
+    rows["commit by keys"] = best(f"256 keys of 32 bytes, {case}", "alloc, seal and free", shares(by_keys=True)[1])
+    for name in ("match", "match by keys", "commit", "alloc", "commit by keys"):
+        rows[name].ceiling = plain
     kv.check()
-    return rows
+    return beside(rows, peers)
 
 
 def settled(kv: KvCache) -> dict:
@@ -323,13 +389,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter, and nothing is written")
     parser.add_argument("--peer", type=Path, help="a folder that kvcached_peer.py has built")
+    parser.add_argument("--vllm", help="a path, or several joined by a colon, that vLLM can be imported from")
     options = parser.parse_args()
     seconds = 0.2 if options.quick else 2.0
     peer, peer_rate = peer_seconds(options.peer, seconds)
     rows = [
         *blocks(seconds, peer),
         *threads(seconds, peer_rate),
-        *prefixes(seconds),
+        *prefixes(seconds, prefix_peers(seconds, GRANULES * PER_GRANULE, options.vllm, options.peer)),
         *footprint(7, 128 if options.quick else 1024),
     ]
     if options.quick:
