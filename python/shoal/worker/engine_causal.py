@@ -364,7 +364,6 @@ class CausalEngine:
     def _step(self) -> bool:
         """Schedule, compute and hand out one batch; False where memory is short."""
         self._resting = False
-        is_begun = False
         try:
             if not self._prepared:
                 if not self._prepare():
@@ -373,16 +372,13 @@ class CausalEngine:
                 if not self._preempted:  # else the clock runs on: being scheduled again is no progress
                     self._stalled_since = time.monotonic()  # from here on the batch waits as one, its first guard too
             with self._memory.guard(_GUARD_S, self._is_wanted):
-                is_begun = True
                 self._compute()
             self._prepared = False
         except ShortageError as shortage:
             logger.info("waiting for memory: %s", shortage)
             self._shortage = str(shortage)
-            # A step that ended in the middle of a wake is run again: it writes the same KV to the same blocks. In a
-            # window it has written over KV that it would read again, so there its requests begin anew.
-            is_spoilt = is_begun and self._limits.layout.windowed
-            if self._prepared and (is_spoilt or not self._is_wanted()):
+            # A step that ended in the middle of a wake is run again: it writes the same KV to the same blocks.
+            if self._prepared and not self._is_wanted():
                 self._preempt()  # those who left can be taken out then
             return False
         except Exception as error:
