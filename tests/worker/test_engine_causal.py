@@ -169,7 +169,7 @@ def test_other_families_are_exact(name, options, blocks):
 
 @pytest.mark.parametrize(("name", "options"), [("Qwen2", {}), ("Gemma3", MIXED)])
 def test_a_step_that_ends_in_its_middle_is_made_good(name, options):
-    """As where the rest of a wake does not come: layers have written their KV; in a window, over other KV."""
+    """As where the rest of a wake does not come: layers have written their KV, and write it again."""
     model = small(name, **options)
     (prompt,) = prompts(10, 1, longest=90)
     assert len(prompt) > 64, "some steps read what steps before have written"
