@@ -80,6 +80,9 @@ class BlockStore:
         What their bytes depend on beside their names: model, revision, dtype, layout. Other facts, other blocks.
     salt
         The tenant.
+    put_to
+        Of several tiers the one that blocks are put to; what is read from it goes into the faster ones. All, if it is
+        not given: then a job that puts ends as soon as one of them has its blocks.
     threads
         How many threads move blocks. They are started by the first job.
     part_bytes
@@ -101,6 +104,7 @@ class BlockStore:
         facts: Mapping[str, str],
         *,
         salt: str | bytes = "",
+        put_to: HostTier | DiskTier | None = None,
         threads: int = 4,
         part_bytes: Size = "8MiB",
         waiting_bytes_max: Size = "64GiB",
@@ -109,6 +113,7 @@ class BlockStore:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self._store = tier._native.store()
+        self._below = self._store if put_to is None else put_to._native.store()
         # Each text has bytes of its own, also where it is no valid Unicode (I12).
         whose = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
         self._names = _native.StoreNames([(str(name), str(value)) for name, value in facts.items()], whose)
@@ -205,7 +210,7 @@ class BlockStore:
         _check(keys, views)
 
         def work(part: slice) -> tuple[list[bool], int]:
-            said = self._store.put(keys[part], views[part], self._deadline_s)
+            said = self._below.put(keys[part], views[part], self._deadline_s)
             counts = collections.Counter(one or "failed" for one in said)
             self._count(**counts)
             written = sum(view.nbytes for view, one in zip(views[part], said, strict=True) if one == "written")
