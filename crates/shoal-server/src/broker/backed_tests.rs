@@ -115,3 +115,46 @@ fn a_word_of_a_wake_that_is_over_or_lacks_its_lease_changes_nothing() {
     bench.say(0, FromWorker::WakeBacked { order: 1 << 40 }, 22);
     assert!(!bench.core.models[0].is_ready(), "no such order was given");
 }
+
+fn wakes(said: &[FromServer]) -> usize {
+    said.iter().filter(|said| matches!(said, FromServer::Wake { .. })).count()
+}
+
+#[test]
+fn what_is_about_to_leave_is_not_woken_again_and_again() {
+    let mut bench = Bench::new();
+    let (mut first, wake) = leased(&mut bench);
+    bench.usage(0, WEIGHTS, 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    assert!(is_answered(&mut first));
+    bench.core.handle_route_ended(0, &caller(), 30);
+    drop(bench.core.handle_sleep("m0", 0.0, 40).expect("it is idle"));
+    let said = bench.told(0);
+    let Some(FromServer::Reclaim { order: reclaim, bytes, .. }) =
+        said.into_iter().find(|said| matches!(said, FromServer::Reclaim { .. }))
+    else {
+        panic!("it is to sleep")
+    };
+    let mut second = want(&mut bench, route(), 50).expect("it is on its way out");
+    let mut ordered = 0;
+    for now_ms in (50..1_050).step_by(5) {
+        bench.core.handle_timer(now_ms);
+        for said in bench.told(0) {
+            if let FromServer::Wake { order, .. } = said {
+                ordered += 1;
+                // All is still there.
+                bench.done(0, order, ByteCount::ZERO, now_ms);
+            }
+        }
+    }
+    assert!(ordered <= 1, "{ordered} wakes that had nothing to bring");
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 1_060);
+    bench.done(0, reclaim, bytes, 1_060);
+    let mut said = bench.told(0);
+    for now_ms in (1_060..1_100).step_by(5) {
+        bench.core.handle_timer(now_ms);
+        said.extend(bench.told(0));
+    }
+    assert_eq!(wakes(&said), 1, "it is woken once it has left");
+    assert!(!is_answered(&mut second));
+}

@@ -127,6 +127,7 @@ impl Core {
         let deadline_ms = model.queue.latest_deadline_ms().unwrap_or(unasked_ms);
         let allowed_ms = deadline_ms.saturating_sub(now_ms).max(1_000);
         model.never = None;
+        model.wakes_after_leaving = false;
         let said =
             model.say(FromServer::Wake { order: number, deadline_ms: allowed_ms, reason: reason.clone() });
         if !said {
@@ -165,6 +166,7 @@ impl Core {
         let duration_ms = now_ms.saturating_sub(order.sent_ms);
         match order.doing {
             Doing::Reclaim { left, waiter, .. } => {
+                model.wakes_after_leaving = false;
                 model.counts.evictions += 1;
                 model.counts.evicted += bytes;
                 if left.is_zero() {
@@ -241,7 +243,10 @@ impl Core {
         if is_there {
             model.weights_total = held;
         }
-        if !is_there || evicted_meanwhile {
+        if evicted_meanwhile {
+            // Until that has left, every other wake would find nothing to bring either.
+            model.wakes_after_leaving = true;
+        } else if !is_there {
             model.wake_not_before_ms = now_ms + WAKE_AGAIN_MS;
         }
         model.wake_failures = 0;
@@ -298,6 +303,7 @@ impl Core {
             }
             if !timed_out.is_empty() {
                 model.skip_until_ms = now_ms + skip_ms;
+                model.wakes_after_leaving = false;
             }
             for what in timed_out {
                 self.tell(now_ms, Some(place), what);

@@ -173,6 +173,8 @@ pub(crate) struct Record {
     pub(crate) brought: (ByteCount, ByteCount),
     pub(crate) wake_failures: u32,
     pub(crate) wake_not_before_ms: u64,
+    /// Its last wake found that what is missing is about to leave: the next comes when that has, or does not in time.
+    pub(crate) wakes_after_leaving: bool,
     pub(crate) habits: Habits,
     /// Why the newest request of the present wake can never be met.
     pub(crate) never: Option<String>,
@@ -247,6 +249,7 @@ impl Record {
             brought: (ByteCount::ZERO, ByteCount::ZERO),
             wake_failures: 0,
             wake_not_before_ms: 0,
+            wakes_after_leaving: false,
             habits: Habits::default(),
             never: None,
             waits_for: None,
@@ -303,6 +306,12 @@ impl Record {
             && self.orders.values().any(Order::is_backed_wake)
             && !self.orders.values().any(Order::takes_weights);
         is_coming || self.is_up()
+    }
+
+    /// It was told to wake, or will be once the reason why it could not is over.
+    pub(crate) fn will_wake(&self, now_ms: u64) -> bool {
+        let waits = self.wakes_after_leaving && self.orders.values().any(Order::takes_weights);
+        waits || self.wake_ordered() || self.wake_not_before_ms > now_ms
     }
 
     /// Its workers listen there from now on.
@@ -397,6 +406,7 @@ impl Record {
         self.fresh_kv = (ByteCount::ZERO, 0);
         self.wake_failures = 0;
         self.wake_not_before_ms = 0;
+        self.wakes_after_leaving = false;
         self.waits_for = None;
         self.waiting_inside = 0;
         self.progress = None;

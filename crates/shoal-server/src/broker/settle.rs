@@ -226,7 +226,7 @@ impl Core {
             rising_until_ms: model.rising_until_ms,
             pause_ms: model.pause_ms,
             up: model.is_up(),
-            wake_ordered: model.wake_ordered() || model.wake_not_before_ms > now_ms,
+            wake_ordered: model.will_wake(now_ms),
             keep_alive_ms: model.config.keep_alive_s.map(|seconds| seconds.saturating_mul(1_000)),
             skip_until_ms: model.skip_until_ms,
             restore_us_per_mib: self.restore_cost(place),
