@@ -21,6 +21,7 @@
 #   tests/gpu/run.sh tiers_restore  prefixes of an 8B from host memory and from disk against computing them; needs transformers
 #   tests/gpu/run.sh vllm           vLLM 0.26 (importable) on Shoal and alone: tokens, sleep, wake, memory while asleep
 #   tests/gpu/run.sh vllm_offload   vLLM's own KV offloading on Shoal's host tier and disks: tokens, first tokens of restored prompts
+#   tests/gpu/run.sh vllm_serve     `SHOAL=1 vllm serve` as it is typed, against `vllm serve`: texts, /sleep, /wake_up
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
 #   tests/gpu/run.sh shelf_8b       the server with three models of 8B's layers: first tokens by residency, all busy
 #   tests/gpu/run.sh vllm_shelf     the server with four vLLM engines (importable) that share the GPU, and OpenAI's client
@@ -119,7 +120,7 @@ shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
 vllm_burst | vllm_all_active) python3 -X faulthandler -m tests.gpu.vllm_load "${part#vllm_}" ;;
 vllm) python3 -X faulthandler -m tests.gpu.vllm_part ;;
-vllm_offload) python3 -X faulthandler -m tests.gpu.vllm_offload ;;
+vllm_offload | vllm_serve) python3 -X faulthandler -m "tests.gpu.$part" ;;
 vmm) "$(program cuda_vmm)" ;;
 copies) "$(program cuda_copies)" ;;
 arena) "$(program cuda_arena)" ;;
@@ -144,7 +145,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_restore, vllm, vllm_offload, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_restore, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac
