@@ -48,7 +48,8 @@ class Serve:
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / MODEL),
             "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--max-model-len",
-            str(vllm_shelf.CONTEXT), "--enforce-eager", "--max-num-seqs", "16", "--max-num-batched-tokens", "2048", "--enable-prompt-tokens-details",
+            str(vllm_shelf.CONTEXT), "--enforce-eager", "--max-num-seqs", "16",
+            "--max-num-batched-tokens", "2048", "--enable-prompt-tokens-details",
         ]  # fmt: skip
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
