@@ -62,7 +62,7 @@ def check_version(found: str | None = None) -> str:
     if not TESTED[0] <= numbers < TESTED[1]:
         raise VersionError(
             f"vLLM {found}: this Shoal was tested with vLLM {first} up to, not including, {end}; install one of these, "
-            "or run vLLM without SHOAL=1 and without --worker-cls shoal.vllm.Worker",
+            "or run vLLM without SHOAL=1, without --worker-cls shoal.vllm.Worker and without shoal.vllm.offloading",
             kind="version", found=found,
         )  # fmt: skip
     return found
