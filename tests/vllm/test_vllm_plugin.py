@@ -102,6 +102,39 @@ def test_an_llm_sleeps_and_wakes_by_our_own_calls() -> None:
     assert llm.said == [("shoal_sleep", "forget"), ("shoal_wake",)]
 
 
+class Speaking(Llm):
+    """One whose weights may not be the same after a sleep."""
+
+    def __init__(self, *tokens: tuple[int, float]) -> None:
+        super().__init__()
+        self.tokens = list(tokens)
+
+    def generate(
+        self, prompts: list[dict[str, list[int]]], sampling: types.SimpleNamespace, *, use_tqdm: bool
+    ) -> list[object]:
+        assert (len(prompts), sampling.max_tokens, sampling.temperature, use_tqdm) == (1, 1, 0, False)
+        self.said.append("one token")
+        token, logprob = self.tokens.pop(0)
+        said = types.SimpleNamespace(token_ids=[token], logprobs=[{token: types.SimpleNamespace(logprob=logprob)}])
+        return [types.SimpleNamespace(outputs=[said])]
+
+
+def test_a_wake_is_checked_by_one_token_if_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=types.SimpleNamespace))
+    llm = Speaking((7, -1.0), (7, -1.0), (7, -1.0), (8, -2.0))
+    shoal.vllm.suspend(llm, check=True)
+    report = shoal.vllm.resume(llm)
+    assert report["check"]["logprob"] == 0
+    assert llm.said == ["one token", ("shoal_sleep", "keep"), ("shoal_wake",), "one token"]
+    shoal.vllm.suspend(llm, check=True)
+    with pytest.raises(shoal.Error, match=r"says token 8 .* where it said 7") as wrong:
+        shoal.vllm.resume(llm)
+    assert wrong.value.kind == "check"
+    # Without being asked for nothing is computed, nor is what was said before a sleep held against a later one.
+    shoal.vllm.suspend(llm)
+    assert "check" not in shoal.vllm.resume(llm)
+
+
 def test_running_requests_end_before_memory_goes_and_nothing_is_forgotten() -> None:
     llm = AsyncLlm()
     asyncio.run(shoal.vllm.suspend_async(llm))

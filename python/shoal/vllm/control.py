@@ -5,15 +5,31 @@ New requests wait, running ones end, and only then does memory go; cached blocks
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shoal.errors import Error
 
 if TYPE_CHECKING:
     from shoal.vllm.memory import KvWhileAsleep
 
 __all__ = ["resume", "resume_async", "suspend", "suspend_async"]
 
+CHECKED = tuple(range(1, 9))
+"""The prompt that a wake is checked with: shorter than any block, so that it is computed each time."""
 
-def suspend(llm: Any, kv: KvWhileAsleep = "keep") -> dict[str, Any]:
+
+class _Said(NamedTuple):
+    token: int
+    logprob: float
+
+
+# What an engine that sleeps said last.
+_said: weakref.WeakKeyDictionary[Any, _Said] = weakref.WeakKeyDictionary()
+
+
+def suspend(llm: Any, kv: KvWhileAsleep = "keep", *, check: bool = False) -> dict[str, Any]:
     """Put an ``LLM`` to sleep. Between two of its calls nothing is running.
 
     Parameters
@@ -23,13 +39,21 @@ def suspend(llm: Any, kv: KvWhileAsleep = "keep") -> dict[str, Any]:
     kv
         ``"keep"``: cached KV blocks are moved to host memory, and found again after :func:`resume`; ``"forget"``: they
         are forgotten.
+    check
+        Whether :func:`resume` is to compute one token of a short prompt and compare it with what the engine says now.
+        Costs a step of one request before, and one after.
 
     Returns
     -------
     dict
         ``seconds``, and what each part freed and copied.
     """
-    return _one(llm.collective_rpc("shoal_sleep", args=(kv,)))
+    said = _one_token(llm) if check else None
+    report = _one(llm.collective_rpc("shoal_sleep", args=(kv,)))
+    _said.pop(llm, None)
+    if said is not None:
+        _said[llm] = said
+    return report
 
 
 def resume(llm: Any) -> dict[str, Any]:
@@ -43,9 +67,41 @@ def resume(llm: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``seconds`` and ``restored`` bytes.
+        ``seconds`` and ``restored`` bytes; where :func:`suspend` was told to ``check``, also ``check``: the ``seconds``
+        that took, and by how much the token's ``logprob`` differs from the one before.
+
+    Raises
+    ------
+    Error
+        The token is another one than before the sleep: the engine is awake, and is not what it was. Its ``kind`` is
+        ``"check"``.
     """
-    return _one(llm.collective_rpc("shoal_wake"))
+    report = _one(llm.collective_rpc("shoal_wake"))
+    before = _said.pop(llm, None)
+    if before is not None:
+        began = time.perf_counter()
+        now = _one_token(llm)
+        report["check"] = {
+            "seconds": time.perf_counter() - began, "logprob": now.logprob - before.logprob,
+        }  # fmt: skip
+        if now.token != before.token:
+            raise Error(
+                f"the engine woke, and says token {now.token} (log probability {now.logprob:.4f}) where it said "
+                f"{before.token} ({before.logprob:.4f}) before its sleep",
+                kind="check",
+            )
+    return report
+
+
+def _one_token(llm: Any) -> _Said:
+    """Compute one token, by the likeliest."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
+    (made,) = llm.generate([{"prompt_token_ids": list(CHECKED)}], sampling, use_tqdm=False)
+    token = made.outputs[0].token_ids[0]
+    (chances,) = made.outputs[0].logprobs
+    return _Said(token, float(chances[token].logprob))
 
 
 async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep") -> dict[str, Any]:
