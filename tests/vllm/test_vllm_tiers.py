@@ -134,6 +134,7 @@ def test_weights_that_changed_are_other_facts(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("what is no weight does not count")
     before = model_facts(str(tmp_path))
     (tmp_path / "notes.txt").write_text("...")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     assert model_facts(str(tmp_path)) == before
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     assert model_facts(str(tmp_path)) != before

@@ -7,6 +7,7 @@ before.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -357,8 +358,10 @@ def model_facts(model: str, revision: str | None = None) -> dict[str, str]:
 def _stamp(paths: Iterable[Path]) -> str:
     found = []
     for path in sorted(paths):
-        stat = path.stat()
-        found.append(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
+        # A link to nothing is no weights.
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            found.append(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
     return ";".join(found)
 
 
