@@ -234,6 +234,8 @@ class KvTier:
         *,
         load_s: float,
         put_s: float,
+        chooses: bool = False,
+        idle_s: float | None = None,
     ) -> None:
         self._native = _native.KvTier(
             cache._native,
@@ -241,6 +243,8 @@ class KvTier:
             [(str(name), str(value)) for name, value in facts.items()],
             load_s,
             put_s,
+            chooses,
+            idle_s,
         )
 
     def load(self, token_ids: Iterable[int], held: Sequence[int], *, salt: str | bytes = "") -> list[int]:
@@ -315,6 +319,41 @@ class KvTier:
         native = self._native.prefetch(_salt(salt), token_ids)
         return None if native is None else Prefetch(native)
 
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Say how long a step of the engine took, so that loading and computing can be compared.
+
+        Parameters
+        ----------
+        tokens
+            How many tokens the step computed. Tell of steps that computed prompts: answers of one token each say
+            nothing of what a prompt costs.
+        seconds
+            What it took.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        ValueError
+            If the seconds are negative or no number.
+        """
+        self._native.computed(tokens, seconds)
+
+    def choice(self) -> str | None:
+        """Say what was decided last of a sequence that the tier has something of, and why, with its numbers.
+
+        Returns
+        -------
+        str or None
+            None where nothing was decided yet, or the connection does not choose.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.choice()
+
     def discard_queued(self) -> None:
         """Let nothing be saved that still waits for it: nobody knows any more what blocks hold.
 
@@ -354,7 +393,8 @@ class KvTier:
             In blocks: ``saved``, ``unsaved`` (refused, failed, or evicted before their turn came), ``looked_up``, and
             of those ``loaded``, ``late``, ``corrupt``. ``failed``: loads that ended early for another reason. In bytes:
             ``saved_bytes``, ``loaded_bytes``. ``load_us``: microseconds that loads took. ``prefetched``: blocks that
-            came to the fastest tier ahead of a load.
+            came to the fastest tier ahead of a load. ``recomputed``: blocks of those looked for that were there and
+            left there, as computing them is faster. ``demoted``: blocks that left the device unused.
 
         Raises
         ------

@@ -110,6 +110,29 @@ def test_conversations_that_exceed_the_device_come_from_host_memory(tmp_path: Pa
         assert ask(server, name, prompts[0]) == (right[0], 0), "host memory went with its worker"
 
 
+def test_which_way_is_faster_is_measured_and_told(tmp_path: Path, ash: dict[str, object]) -> None:
+    """Whatever is decided, answers are the same; why it was decided is to be read."""
+    name = str(ash["name"])
+    prompts = [prompt_of(number) for number in range(4)]
+    right = [models.plain_greedy(ash["source"], prompt, TOKENS) for prompt in prompts]
+    settings = {"host_tier": "64MiB", "host_budget": "256MiB", "disk_wait": "60s", "tier_load": "fastest"}
+    with serve(tmp_path, models=[ash], tier_idle=1, **settings) as server:
+        server.wait_for(name, "asleep")
+        ready(server, name, "host")
+        for _ in range(2):
+            for number, prompt in enumerate(prompts):
+                assert ask(server, name, prompt)[0] == right[number]
+            hold(server, name, lambda told: told["host"]["saved"] >= len(prompts) * SAVED)
+            assert server.order(name, "sleep").status_code == httpx.codes.OK
+        hold(server, name, lambda told: told["host"]["loaded"] + told["host"]["recomputed"] > 0)
+        hold(server, name, lambda told: told["host"]["choice"] is not None)
+        said = server.http.get(f"/api/v1/models/{name}/why").json()["now"]
+        assert any(sentence.startswith("Of the last prompt of which a tier had KV: ") for sentence in said), said
+        assert ask(server, name, prompts[0])[0] == right[0]
+        # What nobody asks for leaves the device by itself.
+        hold(server, name, lambda told: told["host"]["demoted"] > 0)
+
+
 def test_what_host_memory_forgets_is_on_disk(tmp_path: Path, ash: dict[str, object]) -> None:
     """More KV than the device and the host tier hold, and a worker that is killed."""
     name = str(ash["name"])

@@ -176,9 +176,13 @@ def start(home: Path, config: Path) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def serve(home: Path, *, models: list[dict[str, object]], **server: object) -> Iterator[Server]:
-    """Run `shoal serve` with these settings until the block ends; on the way out nothing of it may be left."""
+    """Run `shoal serve` with these settings until the block ends; on the way out nothing of it may be left.
+
+    What tiers have is always loaded unless a test says otherwise: which way is faster depends on what else runs.
+    """
     port = free_port()
-    config = write_config(home, {"listen": f"127.0.0.1:{port}", "device": "sim", **server}, models)
+    settings = {"listen": f"127.0.0.1:{port}", "device": "sim", "tier_load": "always", **server}
+    config = write_config(home, settings, models)
     running = Server(home, port, start(home, config), config)
     try:
         wait_until_up(running)

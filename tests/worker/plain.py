@@ -115,6 +115,11 @@ class PlainKv:
     def save(self, tokens, new, salt):
         pass
 
+    def computed(self, tokens, seconds):
+        assert tokens >= 1
+        assert seconds >= 0
+        self.memory.computed.append(tokens)
+
     def prefetch(self, tokens, salt):
         ahead = Ahead(tuple(tokens), salt)
         self.memory.ahead.append(ahead)
@@ -208,6 +213,7 @@ class PlainMemory:
         self.blocks_max = blocks_max
         self.moves = moves
         self.ahead: list[Ahead] = []
+        self.computed: list[int] = []
         self.closed = False
         self.close_at: set[int] = set()
         self.guards = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import shoal
 import shoal.testing
 from shoal.worker import tiers
-from shoal.worker.spec import DiskShare
+from shoal.worker.device import DeviceMemory
+from shoal.worker.engine_causal import CausalEngine
+from shoal.worker.kv import KvLayout
+from shoal.worker.limits import CausalLimits
+from shoal.worker.spec import DiskShare, WorkerSpec
+
+from .conftest import llama
+from .test_engine_causal import GREEDY, alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,3 +106,96 @@ def test_a_directory_that_is_of_no_use_is_given_up(tmp_path: Path, monkeypatch: 
         until("it is told", lambda: "no thread for it" in str(reasons(below)))
         until("the directory is free", lambda: is_free(tmp_path / "kv"))
         below.close()
+
+
+SHAPE = {"num_hidden_layers": 8, "num_key_value_heads": 4, "head_dim": 512, "max_position_embeddings": 1024}
+"""Much KV for little to compute: 128 KiB a token."""
+ANSWER = 6
+
+
+def test_what_is_computed_faster_is_computed_and_else_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiers are what they are; how fast the engine is, is made up. The answer is the same either way."""
+    model, prompt = llama(5, **SHAPE), [7 * at % 251 + 1 for at in range(960)]
+    expected, whole = alone(model, prompt, ANSWER), 944
+    step_s, told = [1e6], []
+
+    def computed(self: tiers.KvBelow, tokens: int, seconds: float) -> None:
+        assert seconds > 0
+        told.append(tokens)
+        assert self._tier is not None
+        self._tier.computed(tokens, step_s[0])
+
+    monkeypatch.setattr(tiers.KvBelow, "computed", computed)
+    with shoal.testing.simulated_memory("256MiB", host_budget="64MiB") as mem:
+        spec = WorkerSpec(source="x", threads=1, kv_max_bytes=160 << 20, batch_tokens_max=512)
+        memory = DeviceMemory(mem)
+        memory.place(model)
+        layout = KvLayout.of(model.config, model.dtype, spec.block_tokens)
+        engine = CausalEngine(model, memory, spec, CausalLimits.of(layout, 1024, spec))
+        memory.keep_below(192 << 20, [], lambda: FACTS, 60.0, chooses=True)
+        until("the tier is open", lambda: memory.tiers()[0]["reason"] is None)
+        engine.start()
+        kv = memory._kv
+        assert kv is not None
+        assert kv.below is not None
+
+        async def ask() -> int:
+            generation = engine.submit(prompt, GREEDY, ANSWER)
+            assert [token async for tokens in generation for token in tokens] == expected
+            return generation.cached_tokens
+
+        async def again() -> int:
+            kv.forget_all()
+            return await ask()
+
+        async def run() -> None:
+            assert await ask() == 0
+            assert told == [512, 448], "steps that compute a prompt, and no others"
+            assert kv.below._tier.flush(60)
+            # An engine that takes days.
+            for _ in range(5):
+                assert await again() == whole
+            (figures,) = memory.tiers()
+            assert (figures["loaded"], figures["recomputed"]) == (5 * whole // 16, 0)
+            assert "are loaded in" in figures["choice"]
+            # One that takes no time at all.
+            step_s[0] = 1e-9
+            for _ in range(16):
+                kv.below._tier.computed(512, step_s[0])
+            assert await again() == 0
+            (figures,) = memory.tiers()
+            assert (figures["loaded"], figures["recomputed"]) == (5 * whole // 16, whole // 16)
+            assert "961 tokens are computed" in figures["choice"] or "960 tokens are computed" in figures["choice"]
+
+        try:
+            asyncio.run(run())
+        finally:
+            engine.stop()
+            memory.close()
+
+
+def test_what_is_idle_leaves_the_device() -> None:
+    model, prompt = llama(5), [7 * at % 251 + 1 for at in range(100)]
+    expected = alone(model, prompt, ANSWER)
+    with shoal.testing.simulated_memory("64MiB", host_budget="64MiB") as mem:
+        spec = WorkerSpec(source="x", threads=1, kv_max_bytes=8 << 20)
+        memory = DeviceMemory(mem)
+        memory.place(model)
+        layout = KvLayout.of(model.config, model.dtype, spec.block_tokens)
+        engine = CausalEngine(model, memory, spec, CausalLimits.of(layout, 256, spec))
+        memory.keep_below(16 << 20, [], lambda: FACTS, 60.0, idle_s=0.05)
+        until("the tier is open", lambda: memory.tiers()[0]["reason"] is None)
+        engine.start()
+
+        async def ask() -> list[int]:
+            return [token async for tokens in engine.submit(prompt, GREEDY, ANSWER) for token in tokens]
+
+        try:
+            assert asyncio.run(ask()) == expected
+            until("it is gone", lambda: memory.tiers()[0]["demoted"] >= 6)
+            until("nothing of the cache is left", lambda: engine.kv_bytes() == (0, 0))
+            assert asyncio.run(ask()) == expected
+            assert memory.tiers()[0]["loaded"] == 6
+        finally:
+            engine.stop()
+            memory.close()

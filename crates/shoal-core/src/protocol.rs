@@ -243,6 +243,10 @@ pub struct KvTierCounts {
     pub load_us: u64,
     /// Brought to the fastest tier while their request waited for its turn.
     pub prefetched: u64,
+    /// Of those looked for, there and yet computed again, as that is faster by what was measured.
+    pub recomputed: u64,
+    /// Given up on the device, where nobody had used them for a while, as a tier has them.
+    pub demoted: u64,
 }
 
 /// A tier below the device that keeps KV blocks of one model: what it did, and where it keeps them.
@@ -256,6 +260,8 @@ pub struct TierUsage {
     /// What it did.
     #[serde(flatten)]
     pub counts: KvTierCounts,
+    /// What was decided last of a prompt that tiers have something of, and why; of the fastest tier only.
+    pub choice: Option<String>,
     /// Blocks that came to it from a slower tier, as somebody asked for them.
     pub promoted: u64,
     /// Blocks that made room in it.

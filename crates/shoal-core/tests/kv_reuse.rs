@@ -179,6 +179,31 @@ fn less_is_lost_before_it_is_copied() {
 }
 
 #[test]
+fn what_leaves_goes_from_its_end_and_no_further_than_others_allow() {
+    let mut state = state_of(EvictionKind::default(), 100);
+    let (stem, one, other) = ([1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 10]);
+    pass(&mut state, &one);
+    pass(&mut state, &other);
+    assert_eq!(state.demote(b"x", &one, 0).expect("an index"), (0, false), "another tenant's");
+    assert_eq!(state.demote(b"", &one, 3).expect("an index"), (1, false), "from the third on");
+    assert_eq!(found(&mut state, &one), 3);
+    assert_eq!(
+        state.demote(b"", &one, 0).expect("an index"),
+        (1, false),
+        "the other one goes on from the stem"
+    );
+    assert_eq!((found(&mut state, &one), found(&mut state, &other)), (2, 3));
+    // What somebody owns stays, and all that comes before it.
+    let mut held = Found::default();
+    state.find(b"", &other, &mut held).expect("an index");
+    assert_eq!(state.demote(b"", &other, 0).expect("an index"), (0, true));
+    state.free(0, &held.groups[0].blocks).expect("owned");
+    assert_eq!(state.demote(b"", &other, 0).expect("an index"), (3, false));
+    assert_eq!((found(&mut state, &stem), state.demote(b"", &stem, 0).expect("an index").0), (0, 0));
+    state.check_invariants().expect("invariants");
+}
+
+#[test]
 fn what_was_given_up_longest_ago_goes_first_in_whatever_group() {
     let group = |name: &str| GroupSpec {
         name: name.to_owned(),

@@ -323,6 +323,7 @@ pub(crate) struct PyKvTier {
 #[pymethods]
 impl PyKvTier {
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "Python's face names them")]
     fn new(
         py: Python<'_>,
         cache: &PyKvCache,
@@ -330,10 +331,13 @@ impl PyKvTier {
         facts: Vec<(String, String)>,
         load_s: f64,
         put_s: f64,
+        is_choosing: bool,
+        idle_s: Option<f64>,
     ) -> PyResult<Self> {
         let (cache, store) = (cache.get()?, Arc::clone(store.store.get()?));
         let (load_wait, put_wait) = (convert::seconds("load_s", load_s)?, convert::seconds("put_s", put_s)?);
-        let options = KvTierOptions { load_wait, put_wait, ..KvTierOptions::new(facts) };
+        let idle = idle_s.map(|idle_s| convert::seconds("idle_s", idle_s)).transpose()?;
+        let options = KvTierOptions { load_wait, put_wait, is_choosing, idle, ..KvTierOptions::new(facts) };
         let tier = py.detach(|| KvTier::new(cache, store, options)).map_err(errors::of_memory)?;
         Ok(Self { tier: Owned::new(tier) })
     }
@@ -373,6 +377,17 @@ impl PyKvTier {
         let (tier, salt, tokens) = (self.tier.get()?, bytes_of("salt", salt)?, list_of_tokens(tokens)?);
         let prefetch = py.detach(|| tier.prefetch(&salt, &tokens));
         Ok(prefetch.map(|prefetch| PyPrefetch { prefetch: Owned::new(prefetch) }))
+    }
+
+    /// A step of the engine computed so many tokens in that time.
+    fn computed(&self, tokens: u64, seconds: f64) -> PyResult<()> {
+        self.tier.get()?.computed(tokens, convert::seconds("seconds", seconds)?);
+        Ok(())
+    }
+
+    /// What was decided last, in words.
+    fn choice(&self) -> PyResult<Option<String>> {
+        Ok(self.tier.get()?.last_choice())
     }
 
     fn discard_queued(&self, py: Python<'_>) -> PyResult<()> {

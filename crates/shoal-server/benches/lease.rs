@@ -18,6 +18,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromWorker, LeaseKind, VERSION, WorkerCapabilities};
 use shoal_server::config::{
     CommandConfig, DeviceChoice, Engine, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing,
+    TierUse,
 };
 use shoal_server::shelf::Shelf;
 use shoal_server::state::ModelStatus;
@@ -119,6 +120,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         host_tier: HostTier::Off,
         disk: vec![],
         disk_wait: Duration::from_secs(1),
+        tiers: TierUse::default(),
         models: std::iter::once(asking).chain((0..beside).map(asleep)).collect(),
         runtime_dir: place("run"),
         state_dir: place("state"),

@@ -227,6 +227,8 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
             ("late", late),
             ("corrupt", corrupt),
             ("prefetched", tier.counts.prefetched),
+            ("recomputed", tier.counts.recomputed),
+            ("demoted", tier.counts.demoted),
             ("promoted", tier.promoted),
             ("evicted", tier.evicted),
         ]
@@ -239,8 +241,8 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
     family(
         encoder,
         "kv_tier_blocks",
-        "KV blocks that a tier kept or not, that made room in it, that came up to it; of those looked for there, brought back, \
-         too late, damaged",
+        "KV blocks that a tier kept or not, that made room in it, that came up to it, that left the device unused; of those \
+         looked for there, brought back, too late, damaged, computed again as that is faster",
         blocks,
     )?;
     let bytes = tiers().flat_map(|(model, tier)| {

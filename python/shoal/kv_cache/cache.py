@@ -375,6 +375,8 @@ class KvCache:
         *,
         load_s: float = 1.0,
         put_s: float = 30.0,
+        chooses: bool = False,
+        idle_s: float | None = None,
     ) -> KvTier:
         """Connect the cache to a tier that keeps what it forgets.
 
@@ -392,6 +394,12 @@ class KvCache:
             How long a load may take, in seconds; what has come by then in a row is used.
         put_s
             How long the tier may take to keep a block, in seconds.
+        chooses
+            Whether a load leaves what is computed faster than loaded, by what loads took and
+            :meth:`shoal.KvTier.computed` was told. Else it brings all there is.
+        idle_s
+            How long a sequence's blocks stay on the device without an owner and unused once the tier has them; None for
+            as long as nobody needs the memory.
 
         Returns
         -------
@@ -402,10 +410,12 @@ class KvCache:
         ------
         RegionError
             If the cache finds nothing again, has several groups, or was made with ``debug=True``.
+        ValueError
+            If a time is negative or no number.
         """
         from shoal.tiers import KvTier
 
-        return KvTier(self, store, facts, load_s=load_s, put_s=put_s)
+        return KvTier(self, store, facts, load_s=load_s, put_s=put_s, chooses=chooses, idle_s=idle_s)
 
     def events(self, since: int = 0, *, most: int = 4096) -> tuple[list[dict[str, Any]], int, int]:
         """Say what was stored and removed, for a router.

@@ -126,7 +126,14 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     memory.warm_up(loaded.model.dtype)
     assembled = assemble(name, loaded, memory, spec, weights)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    memory.keep_below(host_tier, spec.disk, lambda: facts_of(files, spec.device, dtype), spec.disk_wait_s)
+    memory.keep_below(
+        host_tier,
+        spec.disk,
+        lambda: facts_of(files, spec.device, dtype),
+        spec.disk_wait_s,
+        chooses=spec.tier_load == "fastest",
+        idle_s=spec.tier_idle_s,
+    )
     return assembled
 
 

@@ -137,6 +137,11 @@ class DeviceKv:
         if self.below is not None:
             self.below.save(tokens, max(0, len(tokens) // self._block_tokens - new), salt)
 
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Say how long a step took that computed so many tokens of prompts."""
+        if self.below is not None:
+            self.below.computed(tokens, seconds)
+
     def forget_all(self) -> None:
         """Let nothing be found any more; what was saved before is what it was."""
         if self.below is not None:
@@ -412,6 +417,9 @@ class DeviceMemory:
         disks: Sequence[DiskShare],
         facts: Callable[[], Mapping[str, str]],
         wait_s: float = 1.0,
+        *,
+        chooses: bool = False,
+        idle_s: float | None = None,
     ) -> None:
         """Keep the KV cache's prefixes in tiers below the device as well, where there is a cache that finds them again.
 
@@ -425,13 +433,17 @@ class DeviceMemory:
             Gives what they depend on beside their tokens; called in the background.
         wait_s
             How long a prompt waits for what is there of it.
+        chooses
+            Whether what is computed faster than loaded is computed.
+        idle_s
+            How long a conversation stays on the device unused once it is kept below; None for as long as there is room.
         """
         if not (host_bytes or disks) or self._kv is None or not self._kv.is_caching:
             return
         if not self._kv.is_uniform:
             logger.info("KV is kept on the device only: tiers below it take no model with sliding window layers yet")
         else:
-            self._kv.below = KvBelow(self._kv.cache, host_bytes, disks, facts, wait_s)
+            self._kv.below = KvBelow(self._kv.cache, host_bytes, disks, facts, wait_s, chooses=chooses, idle_s=idle_s)
 
     def tiers(self) -> list[dict[str, Any]]:
         """Give what the tiers below the device did for the KV cache."""

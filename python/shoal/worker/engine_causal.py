@@ -59,6 +59,8 @@ _LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a s
 _RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
 _COMPACT_S = 1.0  # how often KV blocks may be moved together
+_PREFILL_TOKENS = 32  # a step of so many tokens, and of so many for each request, says what computing prompts takes
+_PREFILL_PART = 8
 _PREEMPT_S = 2.0  # how long a prepared batch waits for its guard before its requests give their blocks up
 
 
@@ -410,10 +412,15 @@ class CausalEngine:
         """Run the prepared batch; inside a guard."""
         self._cache.begin_step()
         self._cache.kv.hint(self._processor.scheduler.next_blocks(self._spec.batch_tokens_max))
+        begun = time.monotonic()
         try:
-            self._processor._generation_step(self._model)
+            self._processor._generation_step(self._model)  # back when its tokens are on the host
         finally:
             self._cache.kv.record_step(self._stream())
+        batch = self._processor.inputs_and_outputs
+        # A step that gives each request one token costs about the same for one request and for many.
+        if batch.num_q_tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * batch.num_request_in_batch):
+            self._cache.kv.computed(batch.num_q_tokens, time.monotonic() - begun)
         self._processor.update_batch()
 
     def _stream(self) -> Any:

@@ -209,6 +209,11 @@ def _check_steps() -> bool:
         and _parameters(processor.update_batch) == []
         and _source_has(processor.update_batch, "self.cache.mark_shareable_blocks_as_complete(state, future_state.")
         and _parameters(processor._generation_step) == ["model"]
+        and _source_has(
+            input_outputs.ContinuousBatchingIOs.prepare_batch_tensors,
+            "self.num_q_tokens = num_q_tokens",
+            "self.num_request_in_batch = len(",
+        )
         and _parameters(processor._update_tp_group_state) == []
         and _parameters(processor.handle_batch_error) == ["error"]
         and _parameters(base.schedule_batch) == ["token_budget", "cache_budget"]

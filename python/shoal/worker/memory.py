@@ -69,6 +69,9 @@ class KvBlocks(Protocol):
     def save(self, tokens: Sequence[int], new: int, salt: str) -> None:
         """Let the last `new` full blocks of a sealed sequence be kept on a tier below the device too."""
 
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Say how long a step took that computed so many tokens of prompts: what they have below is loaded, or not."""
+
     def forget_all(self) -> None:
         """Let nothing be found any more."""
 

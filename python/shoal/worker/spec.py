@@ -15,6 +15,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+TIER_LOADS = ("fastest", "always")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -80,6 +81,11 @@ class WorkerSpec:
         Where such KV is kept on disk, for the time after the device forgot it.
     disk_wait_s
         How long a prompt, and the step that it is in, waits for what is on disk of it.
+    tier_load
+        ``"fastest"``: what is computed faster than it comes from memory or disk, by what was measured, is computed;
+        ``"always"``: what is there is loaded.
+    tier_idle_s
+        How long a conversation's KV stays on the device unused once it is kept below; None as long as there is room.
     batch_tokens_max
         Most tokens of one engine step; longer prompts are computed in pieces.
     requests_max
@@ -105,6 +111,8 @@ class WorkerSpec:
     host_tier_bytes: int = 0
     disk: tuple[DiskShare, ...] = ()
     disk_wait_s: float = 1.0
+    tier_load: str = "fastest"
+    tier_idle_s: float | None = None
     batch_tokens_max: int = 512
     requests_max: int = 256
     stall_timeout_s: float = 60.0
@@ -115,6 +123,8 @@ class WorkerSpec:
             raise SpecError("source: the directory of the model's files is missing")
         if self.dtype not in DTYPES:
             raise SpecError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.tier_load not in TIER_LOADS:
+            raise SpecError(f"tier_load: {self.tier_load!r} is not one of {', '.join(TIER_LOADS)}")
         for name in ("context", "kv_max_bytes", "device_bytes", "device_bytes_max"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,6 +140,8 @@ class WorkerSpec:
         for name in ("stall_timeout_s", "disk_wait_s"):
             if getattr(self, name) <= 0:
                 raise SpecError(f"{name}: {getattr(self, name)} is not positive")
+        if self.tier_idle_s is not None and self.tier_idle_s <= 0:
+            raise SpecError(f"tier_idle_s: {self.tier_idle_s} is not positive")
 
     @property
     def on_gpu(self) -> bool:
@@ -160,7 +172,7 @@ class WorkerSpec:
 
 
 def _checked(key: str, value: Any) -> Any:
-    if key in ("source", "revision", "dtype", "device"):
+    if key in ("source", "revision", "dtype", "device", "tier_load"):
         if not isinstance(value, str):
             raise SpecError(f"{key}: {value!r} is not a string")
         return value
@@ -170,7 +182,7 @@ def _checked(key: str, value: Any) -> Any:
         return value
     if key == "disk":
         return _disk(value)
-    if key in ("stall_timeout_s", "disk_wait_s"):
+    if key in ("stall_timeout_s", "disk_wait_s", "tier_idle_s"):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SpecError(f"{key}: {value!r} is not a number of seconds")
         return float(value)

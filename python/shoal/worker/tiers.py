@@ -60,6 +60,10 @@ class KvBelow:
         Gives what the bytes depend on; called in the background.
     wait_s
         How long a load may take.
+    chooses
+        Whether what is computed faster than loaded is left to be computed.
+    idle_s
+        How long a conversation stays on the device unused once it is kept below; None for as long as there is room.
     """
 
     def __init__(
@@ -69,7 +73,11 @@ class KvBelow:
         disks: Sequence[DiskShare],
         facts: Callable[[], Mapping[str, str]],
         wait_s: float = 1.0,
+        *,
+        chooses: bool = False,
+        idle_s: float | None = None,
     ) -> None:
+        self._chooses, self._idle_s = chooses, idle_s
         self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
         self._host = HostTier(host_bytes) if host_bytes else None
         self._disk: DiskTier | None = None
@@ -98,6 +106,12 @@ class KvBelow:
         tier = self._tier
         if tier is not None:
             tier.save(tokens, first=first, salt=salt)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Say how long a step took that computed so many tokens of prompts."""
+        tier = self._tier
+        if tier is not None:
+            tier.computed(tokens, seconds)
 
     def discard_queued(self) -> None:
         """Let nothing be saved that waits for it."""
@@ -136,6 +150,10 @@ class KvBelow:
             places = [] if disk is None else disk.places()
             room = {name: sum(place[name] for place in places) for name in ("bytes", "bytes_max")}
             told.append({"tier": "disk", "reason": self._reason, **of_disk, **room, "places": places})
+        if told:
+            for name in ("recomputed", "demoted"):
+                told[0][name] = whole[name] + whole_before[name]
+            told[0]["choice"] = None if tier is None else tier.choice()
         return told
 
     def close(self) -> None:
@@ -187,7 +205,7 @@ class KvBelow:
 
     def _connect(self, facts: Mapping[str, str], store: TierStack | DiskTier) -> None:
         """Save to and load from `store` from now on."""
-        tier = self._cache.attach_store(store, facts, load_s=self._wait_s)
+        tier = self._cache.attach_store(store, facts, load_s=self._wait_s, chooses=self._chooses, idle_s=self._idle_s)
         if self._tier is not None:
             self._tier.flush(_FLUSH_S)
         stack = store if isinstance(store, TierStack) else None

@@ -195,6 +195,31 @@ impl KvState {
         Ok(())
     }
 
+    /// Evicts what is cached of a sequence from block `first` on, from its last one backwards, up to one that somebody owns
+    /// or that another sequence goes on from. Nobody uses them by that. Returns how many, and whether an owner was in the way.
+    ///
+    /// # Errors
+    /// [`KvError::NoReuse`].
+    pub fn demote(&mut self, salt: &[u8], tokens: &[u32], first: usize) -> Result<(u32, bool), KvError> {
+        let mut found = Found::default();
+        self.reuse_mut()?.prefix.find(salt, tokens, &mut found);
+        let (mut demoted, mut is_held) = (0, false);
+        for (group, part) in found.groups.iter().enumerate() {
+            let blocks = part.blocks.iter().skip(first.saturating_sub(part.first));
+            for block in blocks.rev().filter(|block| **block != NO_BLOCK) {
+                let is_owned = self.groups[group].pool.state(*block)? != BlockState::Cached;
+                is_held |= is_owned;
+                if is_owned || self.reuse_mut()?.prefix.is_followed(group, *block) {
+                    break;
+                }
+                demoted += self.evict_with(group, |prefix, evicted| {
+                    prefix.evict_blocks(group, *block..*block + 1, evicted);
+                })?;
+            }
+        }
+        Ok((demoted, is_held))
+    }
+
     /// Finds the longest prefix of `tokens` that was sealed for this salt, and makes the caller one more owner of its
     /// blocks: free them like others. An engine must compute at least one token itself, so it gives all but the last.
     ///

@@ -295,6 +295,11 @@ impl Store for DiskTier {
         self.by_preference(key).any(|disk| disk.shared.contains(key))
     }
 
+    /// What waits to be written: it takes the disk's time from what is read.
+    fn queued_bytes(&self, _part: usize) -> u64 {
+        self.disks.iter().map(|disk| disk.shared.queue.lock().put_bytes).fold(0, u64::saturating_add)
+    }
+
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
         let now_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let disk = self.by_preference(key).find(|disk| disk.shared.is_ready());

@@ -83,6 +83,17 @@ impl KvCache {
         Ok(self.shared.state.lock().copied_sequence(salt, tokens, first)?)
     }
 
+    /// Forgets the blocks of a sequence from `first` on, backwards from its last one, as far as nobody owns them and no other
+    /// sequence goes on from them. Returns how many, and whether an owner was in the way.
+    pub(crate) fn demote(
+        &self,
+        salt: &[u8],
+        tokens: &[u32],
+        first: usize,
+    ) -> Result<(u32, bool), MemoryError> {
+        Ok(self.shared.state.lock().demote(salt, tokens, first)?)
+    }
+
     /// The same for keys that the engine sealed.
     ///
     /// # Errors

@@ -162,6 +162,22 @@ pub trait Store: fmt::Debug + Send + Sync {
         false
     }
 
+    /// What it is made of, the fastest first, as people call it: what [`Store::part_of`] counts by.
+    fn parts(&self) -> Vec<String> {
+        vec![self.name().to_owned()]
+    }
+
+    /// The fastest part that has the block, as far as it knows without reading.
+    fn part_of(&self, key: &StoreKey) -> Option<usize> {
+        self.contains(key).then_some(0)
+    }
+
+    /// Bytes that a part has to move before what is asked of it now.
+    fn queued_bytes(&self, part: usize) -> u64 {
+        let _ = part;
+        0
+    }
+
     /// Notes that the block was seen, and says whether it is worth a [`Store::put`]. The answer binds nobody.
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict;
 

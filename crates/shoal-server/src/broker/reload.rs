@@ -59,6 +59,7 @@ impl Core {
             host_tier: old.host_tier,
             disk: old.disk.clone(),
             disk_wait: old.disk_wait,
+            tiers: old.tiers,
             runtime_dir: old.runtime_dir.clone(),
             state_dir: old.state_dir.clone(),
             cache_dir: old.cache_dir.clone(),
@@ -257,6 +258,8 @@ fn fixed_keys(old: &ServerConfig, new: &ServerConfig) -> Vec<String> {
         ("host_tier", old.host_tier != new.host_tier),
         ("disk", old.disk != new.disk),
         ("disk_wait", old.disk_wait != new.disk_wait),
+        ("tier_load", old.tiers.always_loads != new.tiers.always_loads),
+        ("tier_idle", old.tiers.idle != new.tiers.idle),
         ("request_bytes_max", old.limits.request_bytes_max != new.limits.request_bytes_max),
         ("wait_s_max", old.limits.wait_max != new.limits.wait_max),
     ];

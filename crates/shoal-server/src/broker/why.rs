@@ -53,6 +53,9 @@ impl Core {
         if model.is_ready() {
             said.extend(self.kept(model, now_ms));
         }
+        if let Some(choice) = model.usage.tiers.iter().find_map(|tier| tier.choice.as_ref()) {
+            said.push(format!("Of the last prompt of which a tier had KV: {choice}."));
+        }
         if let Some(silent_ms) = model.pulse.silent_ms(now_ms) {
             let end = self.config.patience.silent_max.map_or_else(String::new, |silent_max| {
                 format!(

@@ -201,6 +201,12 @@ fn tier_of(model: &str, tier: &TierUsage) -> String {
     let TierUsage { tier: name, reason, counts, bytes, bytes_max, places, .. } = tier;
     let mut text = format!("{model}: KV on {}: {bytes} of {bytes_max}", printable(name));
     let _ = write!(text, ", {} of {} blocks looked for came back", counts.loaded, counts.looked_up);
+    if counts.recomputed > 0 {
+        let _ = write!(text, ", {} computed again as that is faster", counts.recomputed);
+    }
+    if counts.demoted > 0 {
+        let _ = write!(text, ", {} left the device unused", counts.demoted);
+    }
     if counts.corrupt > 0 {
         let _ = write!(text, ", {} damaged and computed again", counts.corrupt);
     }
@@ -387,6 +393,8 @@ mod tests {
         (tier.counts.looked_up, tier.counts.loaded) = (52, 40);
         let line = "ash: KV on host: 12 MiB of 64 MiB, 40 of 52 blocks looked for came back";
         assert_eq!(tier_of("ash", &tier), format!("{line}\n"));
+        (tier.counts.recomputed, tier.counts.demoted) = (7, 9);
+        let line = format!("{line}, 7 computed again as that is faster, 9 left the device unused");
         tier.counts.corrupt = 1;
         tier.reason = Some("it is \u{1b}[31mtaken".to_owned());
         let aside = |state: &str| TierPlace {

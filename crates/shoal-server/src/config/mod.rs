@@ -24,6 +24,7 @@ mod sharing;
 mod surroundings;
 #[cfg(test)]
 mod tests;
+mod tier_use;
 mod vllm;
 
 use std::collections::BTreeMap;
@@ -51,6 +52,7 @@ pub use patience::Patience;
 pub(crate) use sharing::OUTSIDE;
 pub use sharing::{Sharing, SharingSection, SleepDepth, is_outside};
 pub use surroundings::{Budgets, MachineMemory, Surroundings};
+pub use tier_use::TierUse;
 
 /// The address served by default.
 pub const LISTEN_DEFAULT: &str = "127.0.0.1:8000";
@@ -106,6 +108,8 @@ pub struct ServerConfig {
     pub disk: Vec<DiskTier>,
     /// How long a prompt waits for what is on disk of it.
     pub disk_wait: Duration,
+    /// How workers use the tiers below the device.
+    pub tiers: TierUse,
     /// The models, in the file's order; names are unique.
     pub models: Vec<ModelConfig>,
     /// Sockets and `server.json` (0700).
@@ -187,6 +191,8 @@ impl ServerConfig {
             "device_bytes_max": model.max,
             "disk": self.disk_of(model),
             "disk_wait_s": self.disk_wait.as_secs_f64(),
+            "tier_load": self.tiers.load(),
+            "tier_idle_s": self.tiers.idle.map(|idle| idle.as_secs_f64()),
         })
     }
 

@@ -18,6 +18,7 @@ use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
 use super::patience::Patience;
 use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
+use super::tier_use::TierUse;
 use super::{
     CommandSection, DISK_WAIT_MAX, DeviceChoice, DiskTier, Engine, HostMemory, HostTier,
     MODEL_NAME_BYTES_MAX, ORPHAN_WAIT_MAX, QUANTUM_MAX, QUANTUM_MIN, host_tier, vllm,
@@ -65,6 +66,7 @@ pub struct ServerSection {
     pub host_tier: Option<Sited<HostTier>>,
     pub disk: Vec<Sited<DiskTier>>,
     pub disk_wait: Option<Duration>,
+    pub tiers: TierUse,
     pub request_bytes_max: Option<ByteCount>,
     pub wait_s_max: Option<u64>,
     pub parked_max: Option<u32>,
@@ -99,7 +101,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 23] = [
+const SERVER_KEYS: [&str; 25] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -112,6 +114,8 @@ const SERVER_KEYS: [&str; 23] = [
     "host_tier",
     "disk",
     "disk_wait",
+    "tier_load",
+    "tier_idle",
     "request_bytes_max",
     "wait_s_max",
     "parked_max",
@@ -286,6 +290,7 @@ impl<'i> Reader<'i> {
             host_tier: host_tier::read(self, table),
             disk: self.disk(table),
             disk_wait: self.duration(table, "disk_wait", Duration::from_millis(1), DISK_WAIT_MAX),
+            tiers: TierUse::read(self, table),
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),
             wait_s_max: self.seconds(table, "wait_s_max"),
             parked_max: self.whole(table, "parked_max"),

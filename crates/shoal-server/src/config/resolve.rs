@@ -18,8 +18,8 @@ use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
-    Budgets, DISK_WAIT_DEFAULT, DeviceChoice, Engine, HostTier, LISTEN_DEFAULT, Limits, ModelConfig,
-    ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig, host_tier,
+    Budgets, DISK_WAIT_DEFAULT, DeviceChoice, DiskTier, Engine, HostTier, LISTEN_DEFAULT, Limits,
+    ModelConfig, ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig, host_tier,
 };
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
@@ -79,10 +79,7 @@ impl ShoalFile {
                  lives in RAM"
             ));
         }
-        let mut disk = server.disk;
-        for entry in &mut disk {
-            entry.value.path = absolute(&entry.value.path, directory, home);
-        }
+        let disk = with_absolute_paths(server.disk, directory, home);
         check_disk(&disk, &self.models, &mut problems);
         host_tier::check(server.host_tier.as_ref(), host_budget, &self.models, &mut problems);
 
@@ -127,6 +124,7 @@ impl ShoalFile {
             host_tier: server.host_tier.map_or_else(HostTier::default, |tier| tier.value),
             disk: disk.into_iter().map(|entry| entry.value).collect(),
             disk_wait: server.disk_wait.unwrap_or(DISK_WAIT_DEFAULT),
+            tiers: server.tiers,
             models,
             runtime_dir: surroundings.runtime_dir.clone(),
             log_dir: state_dir.join("logs"),
@@ -295,6 +293,17 @@ fn resolve_source(source: &str, directory: &Path, home: Option<&Path>) -> String
         source.starts_with(['/', '~']) || matches!(source.split('/').next(), Some("." | ".."));
     let path = absolute(Path::new(source), directory, home);
     if looks_like_path || path.is_dir() { path.to_string_lossy().into_owned() } else { source.to_owned() }
+}
+
+fn with_absolute_paths(
+    mut disk: Vec<Sited<DiskTier>>,
+    directory: &Path,
+    home: Option<&Path>,
+) -> Vec<Sited<DiskTier>> {
+    for entry in &mut disk {
+        entry.value.path = absolute(&entry.value.path, directory, home);
+    }
+    disk
 }
 
 /// `~` and relative paths filled in, `.` and `..` folded without looking at the disk.

@@ -171,6 +171,8 @@ fn every_key_is_read() {
         host_tier = "256MiB"
         disk = [{ path = "~/disk", bytes = "200GiB" }]
         disk_wait = "250ms"
+        tier_load = "always"
+        tier_idle = 0
         request_bytes_max = "1MiB"
         wait_s_max = 30
         quantum = "750ms"
@@ -224,6 +226,7 @@ fn every_key_is_read() {
     let told = |name: &str| config.spec_of(config.model(name).expect("it is there"))["disk"].clone();
     assert!(told("code:v1").is_null(), "it finds nothing again");
     assert_eq!(config.disk_wait, Duration::from_millis(250));
+    assert_eq!((config.tiers.load(), config.tiers.idle), ("always", None));
     assert_eq!(config.host_tier, HostTier::Of(ByteCount::mib(256)));
     let part = |name: &str| config.host_tier_part(config.model(name).expect("it is there"));
     assert_eq!(["code:v1", "other", "third"].map(part).map(|part| part.0 >> 20), [0, 128, 128]);
@@ -433,6 +436,8 @@ fn mistakes_of_the_disk_tier_are_named_with_their_line() {
     let cases: &[(&str, &str)] = &[
         ("[server]\ndisk = '/tmp'", "`disk` must be a list of tables"),
         ("[server]\ndisk = [{ path = '/tmp' }]", ":2:9: `disk` lacks `bytes`"),
+        ("[server]\ntier_load = 'slow'", "`tier_load`: \"slow\" is none of \"fastest\", \"always\""),
+        ("[server]\ntier_idle = '25h'", "`tier_idle`: 90000s does not lie between 0 ms and 24 h"),
         ("[server]\ndisk_wait = '2m'", "`disk_wait`: 120s does not lie between 1 ms and 60 s"),
         ("[server]\ndisk = [{ bytes = '1GiB' }]", ":2:9: `disk` lacks `path`"),
         (

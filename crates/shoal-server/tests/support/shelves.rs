@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_server::config::{
-    DeviceChoice, Engine, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing,
+    DeviceChoice, Engine, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing, TierUse,
 };
 use shoal_server::shelf::Shelf;
 use shoal_server::state::{Event, EventKind, ModelStatus};
@@ -42,6 +42,7 @@ pub fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Se
         host_tier: HostTier::Off,
         disk: vec![],
         disk_wait: Duration::from_secs(1),
+        tiers: TierUse::default(),
         models,
         runtime_dir: directory.join("run"),
         state_dir: directory.join("state"),

@@ -281,6 +281,13 @@ impl PrefixCache {
         self.check_in_debug();
     }
 
+    /// Whether a sequence goes on after what this block holds.
+    #[must_use]
+    pub fn is_followed(&self, group: usize, block: u32) -> bool {
+        let node = self.index.node_of(group, block);
+        node.is_some_and(|node| self.index.nodes.at(node).first_child != NO_NODE)
+    }
+
     /// Forgets the cached blocks among `blocks`, and those that could not be found without them wherever they lie; adds
     /// them to `evicted`. To empty an extent, give its range of blocks.
     pub fn evict_blocks(&mut self, group: usize, blocks: Range<u32>, evicted: &mut Vec<u32>) {

@@ -12,6 +12,9 @@
 
 mod choose;
 mod estimate;
+mod learned;
+#[cfg(test)]
+mod learned_tests;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +22,7 @@ use serde::Serialize;
 
 pub use choose::{Choice, choose};
 pub use estimate::{Cost, Estimate};
+pub use learned::{Asked, Because, Decision, Learned};
 
 /// Whether an engine computes while it loads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

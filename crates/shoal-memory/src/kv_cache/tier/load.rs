@@ -12,8 +12,9 @@ use shoal_core::kv::prefix::Start;
 use shoal_device::HostBuffer;
 
 use super::Inner;
+use super::choice::Watch;
 use crate::error::MemoryError;
-use crate::store::{Buffer, Fetched, StoreKey, Ticket};
+use crate::store::{Buffer, Fetched, Miss, StoreKey, Ticket};
 use crate::transfer::Shared;
 
 /// Bytes that are asked of the tier ahead of what is done with them.
@@ -42,10 +43,12 @@ impl Inner {
         let begun = Instant::now();
         let mut keys = self.keys(salt, tokens);
         keys.drain(..held.len());
-        let there = keys.iter().take_while(|key| self.store.contains(key)).count();
+        let mut parts: Vec<usize> = keys.iter().map_while(|key| self.store.part_of(key)).collect();
+        let there = if parts.is_empty() { 0 } else { self.choose(tokens.len(), held.len(), &parts) };
         if there == 0 {
             return Vec::new();
         }
+        parts.truncate(there);
         let deadline = begun + self.options.load_wait;
         if !self.bring_rest_back(deadline) {
             return Vec::new();
@@ -59,7 +62,7 @@ impl Inner {
             return Vec::new();
         }
         let wanted = Wanted { tokens, first: held.len(), keys: &keys[..there], ids: &ids, deadline };
-        let loaded = self.bring(&wanted);
+        let loaded = self.bring(&wanted, Watch::new(parts));
         self.give_back(&ids.split_off(loaded));
         if !ids.is_empty() {
             let blocks = [held, &ids].concat();
@@ -104,7 +107,7 @@ impl Inner {
     }
 
     /// Reads blocks and copies them to the device; how many in a row are there.
-    fn bring(&self, wanted: &Wanted<'_>) -> usize {
+    fn bring(&self, wanted: &Wanted<'_>, mut watch: Watch) -> usize {
         let Some(stage) = self.up.try_lock_until(wanted.deadline) else {
             self.count(|counts| counts.late += 1);
             return 0;
@@ -113,7 +116,7 @@ impl Inner {
         let ahead = self.blocks_ahead();
         let mut tickets: VecDeque<Ticket<Fetched>> = VecDeque::new();
         let mut spare: Vec<Buffer> = Vec::new();
-        let (mut asked, mut staged, mut loaded) = (0, 0, 0);
+        let (mut asked, mut staged, mut loaded, mut is_late) = (0, 0, 0, false);
         loop {
             while asked < wanted.keys.len() && tickets.len() < ahead {
                 let target = spare.pop().unwrap_or_else(|| Buffer::zeroed(self.payload_bytes));
@@ -140,6 +143,7 @@ impl Inner {
                 }
                 Err(miss) => {
                     tracing::debug!(%miss, "a block of a tier does not come");
+                    is_late = miss == Miss::Deadline;
                     self.count(|counts| super::count_miss(counts, &miss));
                     break;
                 }
@@ -149,6 +153,7 @@ impl Inner {
                     staged = 0;
                     break;
                 }
+                self.have_arrived(&mut watch, staged);
                 (loaded, staged) = (loaded + staged, 0);
             }
         }
@@ -156,8 +161,10 @@ impl Inner {
             ticket.cancel();
         }
         if staged > 0 && self.copy_up(wanted, loaded, staged, &stage) {
+            self.have_arrived(&mut watch, staged);
             loaded += staged;
         }
+        self.have_ended(watch, is_late);
         loaded
     }
 

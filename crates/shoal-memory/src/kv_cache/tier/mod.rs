@@ -8,6 +8,8 @@
 //! Blocks are found by content both ways, and owned only while their bytes are copied, with the turn held: so no eviction and
 //! no compaction comes in between, and nothing that is queued keeps a block from being given to others.
 
+mod choice;
+mod idle;
 mod load;
 mod prefetch;
 mod save;
@@ -27,6 +29,8 @@ use shoal_core::protocol::KvTierCounts;
 use shoal_core::store::format::padded;
 use shoal_device::{Event, ForeignWork, HostBuffer, Stream};
 
+use self::choice::Choices;
+use self::idle::Conversations;
 pub use self::prefetch::Prefetch;
 use self::prefetch::Wish;
 use super::KvCache;
@@ -59,6 +63,11 @@ pub struct KvTierOptions {
     pub queued_tokens_max: usize,
     /// Most bytes that are brought up ahead of one request.
     pub prefetch_bytes_max: usize,
+    /// Whether what is there is left there where computing it is faster, by what [`KvTier::computed`] was told and loads took.
+    /// Else all of it is loaded.
+    pub is_choosing: bool,
+    /// How long a conversation's blocks stay on the device unused once the tier has them; none: until others need the memory.
+    pub idle: Option<Duration>,
 }
 
 impl KvTierOptions {
@@ -68,7 +77,16 @@ impl KvTierOptions {
         let (load_wait, put_wait) = (Duration::from_secs(1), Duration::from_secs(30));
         let (save_wait, queued_tokens_max, prefetch_bytes_max) =
             (Duration::from_secs(30), 4 << 20, 256 << 20);
-        Self { facts, load_wait, put_wait, save_wait, queued_tokens_max, prefetch_bytes_max }
+        Self {
+            facts,
+            load_wait,
+            put_wait,
+            save_wait,
+            queued_tokens_max,
+            prefetch_bytes_max,
+            is_choosing: false,
+            idle: None,
+        }
     }
 }
 
@@ -91,6 +109,8 @@ struct Sequence {
     first: usize,
     /// [`Queue::discards`] as it was queued.
     discards: u64,
+    /// Nobody used it: it is offered once more.
+    is_again: bool,
 }
 
 impl fmt::Debug for Sequence {
@@ -122,6 +142,8 @@ struct Inner {
     is_over: AtomicBool,
     /// Host memory for the way up; one load at a time.
     up: Mutex<Arc<HostBuffer>>,
+    choices: Choices,
+    conversations: Mutex<Conversations>,
 }
 
 /// A cache's connection to a tier. Dropping it ends it; what waits to be saved then is not ([`KvTier::flush`]).
@@ -167,6 +189,8 @@ impl KvTier {
         let (up, down) = (stage()?, stage()?);
         let inner = Arc::new(Inner {
             cache: Arc::clone(cache),
+            choices: Choices::new(store.parts()),
+            conversations: Mutex::default(),
             store,
             fingerprint,
             options,
@@ -216,6 +240,8 @@ impl KvTier {
         queue.discards += 1;
         queue.waiting.clear();
         queue.tokens = 0;
+        drop(queue);
+        *self.inner.conversations.lock() = Conversations::default();
     }
 
     /// Waits until what was queued is saved or given up, and written out. Whether that was so in time.
@@ -230,6 +256,18 @@ impl KvTier {
         }
         drop(queue);
         self.inner.store.flush(deadline.saturating_duration_since(Instant::now())).wait().is_ok()
+    }
+
+    /// A step of the engine computed so many tokens in that time. Tell it of steps that computed prompts: answers of one token
+    /// each say nothing of what a prompt costs.
+    pub fn computed(&self, tokens: u64, took: Duration) {
+        self.inner.choices.computed(tokens, took);
+    }
+
+    /// What was decided last of a sequence that the tier has something of, and why.
+    #[must_use]
+    pub fn last_choice(&self) -> Option<String> {
+        self.inner.choices.last()
     }
 
     /// What was done so far.

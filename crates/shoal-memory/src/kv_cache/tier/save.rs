@@ -62,9 +62,11 @@ impl Inner {
             let waiting = &mut queue.waiting[at];
             waiting.tokens = tokens.to_vec();
             waiting.first = waiting.first.min(first);
+            waiting.is_again = false;
         } else {
             let discards = queue.discards;
-            queue.waiting.push_back(Sequence { salt: salt.into(), tokens: tokens.to_vec(), first, discards });
+            let (salt, tokens) = (salt.into(), tokens.to_vec());
+            queue.waiting.push_back(Sequence { salt, tokens, first, discards, is_again: false });
         }
         drop(queue);
         self.changed.notify_all();
@@ -73,6 +75,7 @@ impl Inner {
     pub(super) fn run(&self, stage: &Arc<HostBuffer>) {
         let (mut under_way, mut stuck_since) = (UnderWay::new(), None);
         while let Some(sequence) = self.next(&mut under_way) {
+            self.is_in_use(&sequence);
             self.save(&sequence, stage, &mut under_way, &mut stuck_since);
             let Sequence { salt, tokens, first, .. } = &sequence;
             self.are_copied(|cache| cache.copied_sequence(salt, tokens, *first));
@@ -99,11 +102,17 @@ impl Inner {
                 if under_way.is_empty() {
                     queue.is_busy = false;
                     self.changed.notify_all();
-                    self.changed.wait_for(&mut queue, Duration::from_mins(1));
-                    continue;
+                    if let Some(wait) = self.until_idle(Duration::from_mins(1)) {
+                        self.changed.wait_for(&mut queue, wait);
+                        continue;
+                    }
                 }
             }
-            self.wait_for_one(under_way);
+            if under_way.is_empty() {
+                self.demote_idle();
+            } else {
+                self.wait_for_one(under_way);
+            }
         }
     }
 

@@ -220,6 +220,21 @@ impl Store for Stack {
         !fastest.contains(key) && slower.iter().any(|tier| tier.contains(key))
     }
 
+    fn parts(&self) -> Vec<String> {
+        self.shared.tiers.iter().map(|tier| tier.name().to_owned()).collect()
+    }
+
+    fn part_of(&self, key: &StoreKey) -> Option<usize> {
+        self.shared.tiers.iter().position(|tier| tier.contains(key))
+    }
+
+    fn queued_bytes(&self, part: usize) -> u64 {
+        self.shared.tiers.get(part).map_or(0, |tier| {
+            let parts = tier.parts().len();
+            (0..parts).map(|part| tier.queued_bytes(part)).fold(0, u64::saturating_add)
+        })
+    }
+
     /// Offered to every tier that lacks it. Admitted if one of them admits it; else the answer of the slowest.
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
         let mut admitted = 0;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use shoal_core::bytes::ByteCount;
 
 use super::{BUDGET, MODELS};
-use crate::config::{DeviceChoice, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing};
+use crate::config::{DeviceChoice, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing, TierUse};
 
 const SILENT_MAX: Duration = Duration::from_secs(10);
 
@@ -52,6 +52,7 @@ pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
         host_tier: if seed % 3 == 1 { HostTier::Of(ByteCount::mib(300)) } else { HostTier::Auto },
         disk: vec![],
         disk_wait: Duration::ZERO,
+        tiers: TierUse::default(),
         models,
         runtime_dir: PathBuf::from("/none"),
         state_dir: PathBuf::from("/none"),
