@@ -41,6 +41,8 @@ struct GroupWords {
     elements: u32,
     window: Option<u32>,
     element_bytes: u32,
+    /// The byte that freed blocks are filled with in debug mode.
+    fill: u8,
 }
 
 #[derive(Deserialize)]
@@ -120,6 +122,7 @@ pub(crate) fn spec(words: &Bound<'_, PyAny>) -> PyResult<KvCacheSpec> {
         spec.spare_bytes_max = ByteCount(spare);
     }
     spec.is_debug = words.debug;
+    spec.fills = words.groups.iter().map(|group| group.fill).collect();
     spec.patience = convert::seconds("patience_s", words.patience_s)?;
     let (seed, events_max) = (words.seed, words.events_max);
     spec.reuse = eviction.map(|eviction| ReuseOptions { eviction, seed, events_max });

@@ -37,6 +37,9 @@ ELEMENT_BYTES = {
 }
 """Bytes of an element, by the name of its type."""
 
+# What debug mode fills with: bytes that are NaN. In all others that have one, bytes of ones are.
+_FILLS = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80}
+
 
 def dtype_name(dtype: Any) -> str:
     """Give the name of an element type.
@@ -114,6 +117,7 @@ class KvGroupSpec:
             "elements": sizes["head_dim"],
             "window": sizes["window"],
             "element_bytes": ELEMENT_BYTES[dtype_name(self.dtype)],
+            "fill": _FILLS.get(dtype_name(self.dtype), 0xFF),
         }
 
     def _size(self, what: str) -> int | None:

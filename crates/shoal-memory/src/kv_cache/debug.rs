@@ -9,7 +9,7 @@
 //! recorded, or else after everything queued on the device; where a step holds a guard and none was recorded, nothing is
 //! filled, as nobody can tell when it may be.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,8 +26,8 @@ use crate::error::MemoryError;
 use crate::region::BlockCopy;
 use crate::turn::{Taken, Turn};
 
-/// NaN in every floating type that is a power of two of bytes long, and in those of one byte but the two `fnuz` ones, whose
-/// only NaN is 0x80: there it is a number that no KV holds by chance.
+/// What blocks are filled with where nothing else is said ([`super::KvCacheSpec::fills`]): NaN in every floating type that is
+/// a power of two of bytes long, and in those of one byte but the two `fnuz` ones, whose only NaN is 0x80.
 const FILL: u8 = 0xFF;
 /// What is copied at a time.
 const FILLER_BYTES: ByteCount = ByteCount::mib(1);
@@ -47,7 +47,10 @@ pub struct Stray {
 
 #[derive(Debug)]
 pub(super) struct Debug {
-    filler: Arc<HostBuffer>,
+    /// The byte of each group.
+    fills: Vec<u8>,
+    /// Memory full of each of these bytes.
+    fillers: BTreeMap<u8, Arc<HostBuffer>>,
     /// One call at a time, from the first change to the last check.
     calls: Arc<Turn>,
     filled: Mutex<BTreeSet<(usize, u32)>>,
@@ -55,13 +58,34 @@ pub(super) struct Debug {
 }
 
 impl Debug {
-    pub(super) fn new(device: &Arc<dyn Device>) -> Result<Self, MemoryError> {
-        let filler = HostBuffer::allocate(device, FILLER_BYTES)
-            .map_err(MemoryError::device("allocate what freed blocks are filled with"))?;
-        let bytes = vec![FILL; usize::try_from(FILLER_BYTES.0).unwrap_or(0)];
-        filler.write(ByteCount::ZERO, &bytes).map_err(MemoryError::device("write host memory"))?;
-        Ok(Self { filler, calls: Arc::default(), filled: Mutex::default(), strays: Mutex::default() })
+    /// `fills` may be shorter than there are groups.
+    pub(super) fn new(
+        device: &Arc<dyn Device>,
+        mut fills: Vec<u8>,
+        groups: usize,
+    ) -> Result<Self, MemoryError> {
+        fills.resize(groups, FILL);
+        let mut fillers = BTreeMap::new();
+        for fill in &fills {
+            if !fillers.contains_key(fill) {
+                fillers.insert(*fill, filler(device, *fill)?);
+            }
+        }
+        let (filled, strays) = (Mutex::default(), Mutex::default());
+        Ok(Self { fills, fillers, calls: Arc::default(), filled, strays })
     }
+
+    fn fill_of(&self, group: usize) -> u8 {
+        self.fills.get(group).copied().unwrap_or(FILL)
+    }
+}
+
+fn filler(device: &Arc<dyn Device>, fill: u8) -> Result<Arc<HostBuffer>, MemoryError> {
+    let filler = HostBuffer::allocate(device, FILLER_BYTES)
+        .map_err(MemoryError::device("allocate what freed blocks are filled with"))?;
+    let bytes = vec![fill; usize::try_from(FILLER_BYTES.0).unwrap_or(0)];
+    filler.write(ByteCount::ZERO, &bytes).map_err(MemoryError::device("write host memory"))?;
+    Ok(filler)
 }
 
 impl Shared {
@@ -138,6 +162,7 @@ impl Shared {
         if !self.region.missing_bytes().is_zero() {
             return Ok(());
         }
+        let Some(filler) = debug.fillers.get(&debug.fill_of(group)) else { return Ok(()) };
         let (blocks, copies) = {
             let state = self.state.lock();
             let pool = state.pool(group)?;
@@ -145,8 +170,7 @@ impl Shared {
             let blocks: Vec<u32> = blocks.iter().copied().filter(|block| pool.is_available(*block)).collect();
             let layout = &state.layout().groups()[group];
             let pieces = blocks.iter().flat_map(|block| layout.pieces(*block));
-            let copies: Vec<BlockCopy> =
-                pieces.flat_map(|(at, bytes)| filling(&debug.filler, at, bytes)).collect();
+            let copies: Vec<BlockCopy> = pieces.flat_map(|(at, bytes)| filling(filler, at, bytes)).collect();
             (blocks, copies)
         };
         let done = self.region.load_blocks(&copies, None)?;
@@ -165,18 +189,19 @@ impl Shared {
         if !self.region.missing_bytes().is_zero() || !debug.filled.lock().contains(&(group, block)) {
             return Ok(());
         }
+        let fill = debug.fill_of(group);
         let pieces: Vec<(ByteCount, ByteCount)> = {
             let state = self.state.lock();
             state.layout().groups()[group].pieces(block).collect()
         };
         for (at, bytes) in pieces {
-            let mut read = vec![FILL; usize::try_from(bytes.0.min(PAGE_BYTES.0)).unwrap_or(0)];
+            let mut read = vec![0; usize::try_from(bytes.0.min(PAGE_BYTES.0)).unwrap_or(0)];
             let mut done = 0;
             while done < bytes.0 {
                 let length = (bytes.0 - done).min(read.len() as u64);
                 let part = &mut read[..usize::try_from(length).unwrap_or(0)];
                 self.region.read(at + ByteCount(done), part)?;
-                if let Some(wrong) = part.iter().position(|byte| *byte != FILL) {
+                if let Some(wrong) = part.iter().position(|byte| *byte != fill) {
                     let offset = at + ByteCount(done + wrong as u64);
                     tracing::error!(
                         cache = self.region.name(),

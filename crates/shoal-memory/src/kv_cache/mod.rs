@@ -66,6 +66,8 @@ pub struct KvCacheSpec {
     /// Fill what is freed with NaN and look for writes to what nobody owns ([`KvCache::strays`]): slow, for finding an
     /// engine's mistakes.
     pub is_debug: bool,
+    /// The byte that it is filled with, by group; 0xFF where none is given, which is NaN in all types of KV but `fnuz` ones.
+    pub fills: Vec<u8>,
 }
 
 impl KvCacheSpec {
@@ -74,7 +76,15 @@ impl KvCacheSpec {
     pub fn new(name: &str, cache: CacheSpec) -> Self {
         let spare_bytes_max = ByteCount((cache.bytes.0 / 8).min(ByteCount::gib(2).0));
         let (patience, reuse) = (Duration::from_millis(100), Some(ReuseOptions::default()));
-        Self { name: name.to_owned(), cache, spare_bytes_max, patience, reuse, is_debug: false }
+        Self {
+            name: name.to_owned(),
+            cache,
+            spare_bytes_max,
+            patience,
+            reuse,
+            is_debug: false,
+            fills: Vec::new(),
+        }
     }
 }
 
@@ -122,6 +132,7 @@ impl MemoryManager {
     /// [`MemoryError::KvLayout`], [`MemoryError::Device`].
     pub fn kv_cache(self: &Arc<Self>, spec: KvCacheSpec) -> Result<KvCache, MemoryError> {
         let layout = CacheLayout::new(&spec.cache)?;
+        let groups = layout.groups().len();
         let state = KvState::new(layout, spec.spare_bytes_max, spec.reuse)?;
         let rule = ExtentRule { pages_min: 1, pages_max: EXTENT_PAGES_MAX, pieces_min: 1 };
         let region = self.growing_region(RegionSpec {
@@ -142,7 +153,7 @@ impl MemoryManager {
             keeper: Meeting::default(),
             started: Instant::now(),
             patience: spec.patience,
-            debug: spec.is_debug.then(|| Debug::new(&self.device)).transpose()?,
+            debug: spec.is_debug.then(|| Debug::new(&self.device, spec.fills, groups)).transpose()?,
         });
         self.register_cache(&shared);
         Ok(KvCache { _ahead: Ahead::start(&shared), shared })
