@@ -28,7 +28,7 @@ TOKENS, BLOCK_TOKENS = 4096, 16
 COUNT = TOKENS // BLOCK_TOKENS
 # 4 heads of 128 in bfloat16, one layer, as in `kv_blocks.py`.
 TOKEN_BYTES = 1024
-ROUNDS = 40
+ROUNDS = 200
 
 
 def vllm_pool(blocks: int) -> Any:
