@@ -27,9 +27,9 @@ LAYERS = 2
 BLOCK_TOKENS = 16
 TOKEN_BYTES = 2048
 BLOCKS = 65536
-BATCHES = ((1, 2000), (16, 2000), (64, 400), (256, 100), (4096, 8))
+BATCHES = ((1, 400), (16, 400), (64, 80), (256, 20), (4096, 2))
 PART_FILLED = 400
-REPEATS = 5
+REPEATS = 50
 
 # Declares what kvcached calls of the CUDA runtime; the real header needs a compiler's own headers.
 RUNTIME = """
