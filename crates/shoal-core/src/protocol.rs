@@ -128,6 +128,10 @@ pub enum FromServer {
         order: u64,
         /// How many bytes to free; all there are, if there are fewer.
         bytes: ByteCount,
+        /// Only KV memory that no request uses, cached or empty: the model itself needs the room, for its weights, so
+        /// neither these nor what its requests use may go for it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_own: bool,
         /// How long the worker may take before the next victim is asked.
         deadline_ms: u64,
         /// Why, in a sentence.

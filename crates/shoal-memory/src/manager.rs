@@ -75,6 +75,14 @@ const SCRATCH_UNIT: ByteCount = ByteCount(4096);
 /// Streams of others that are remembered; torch has about a hundred.
 const FOREIGN_MAX: usize = 1024;
 
+/// What may go for a reclaim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reach {
+    Anything,
+    /// What nobody in this process misses.
+    Spare,
+}
+
 /// The regions of one device in this process.
 #[derive(Debug)]
 pub struct MemoryManager {
@@ -416,6 +424,31 @@ impl MemoryManager {
     /// [`MemoryError::Deadline`] if running steps or another operation did not end in time. What stood in the way
     /// later is in the report, with what was freed.
     pub fn reclaim(&self, bytes: ByteCount, timeout: Duration, reason: &str) -> Result<Report, MemoryError> {
+        self.reclaim_of(Reach::Anything, bytes, timeout, reason)
+    }
+
+    /// [`reclaim`](Self::reclaim) as far as nobody misses it: the pool, KV memory that no block uses, and what is only
+    /// cached. For room that this process's own weights need: to take it from them, or from what the requests that wait
+    /// for them use, would be for nothing.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn reclaim_spare(
+        &self,
+        bytes: ByteCount,
+        timeout: Duration,
+        reason: &str,
+    ) -> Result<Report, MemoryError> {
+        self.reclaim_of(Reach::Spare, bytes, timeout, reason)
+    }
+
+    fn reclaim_of(
+        &self,
+        reach: Reach,
+        bytes: ByteCount,
+        timeout: Duration,
+        reason: &str,
+    ) -> Result<Report, MemoryError> {
         let start = Instant::now();
         let deadline = start + timeout;
         tracing::debug!(%bytes, reason, "reclaim");
@@ -435,7 +468,7 @@ impl MemoryManager {
             let (_gate, spared) = self.gate.alone_sparing(deadline).ok_or(late)?;
             self.fence(deadline)?;
             let _turn = self.take_turn(deadline)?;
-            self.reclaim_from(&mut report, deadline, |id| !spared.contains(&id));
+            self.reclaim_from(reach, &mut report, deadline, |id| !spared.contains(&id));
             spared
         };
         // Regions that a step had for itself come last, each when its guard ends.
@@ -445,7 +478,7 @@ impl MemoryManager {
             }
             let freed = self.take_gate(Scope::Region(id), deadline, timeout).and_then(|_gate| {
                 let _turn = self.take_turn(deadline)?;
-                self.reclaim_from(&mut report, deadline, |region| region == id);
+                self.reclaim_from(reach, &mut report, deadline, |region| region == id);
                 Ok(())
             });
             if let Err(error) = freed {
@@ -473,13 +506,19 @@ impl MemoryManager {
         let _gate = self.gate.alone(Scope::All, Instant::now()).ok_or(late)?;
         self.fence(deadline)?;
         let _turn = self.take_turn(deadline)?;
-        self.reclaim_from(&mut report, deadline, |id| id != region.id());
+        self.reclaim_from(Reach::Anything, &mut report, deadline, |id| id != region.id());
         Ok(report.freed)
     }
 
     /// Frees what `report` still lacks, in order, from the regions that `is_had` takes. Needs the gate alone for them,
     /// and the turn.
-    fn reclaim_from(&self, report: &mut Report, deadline: Instant, is_had: impl Fn(RegionId) -> bool) {
+    fn reclaim_from(
+        &self,
+        reach: Reach,
+        report: &mut Report,
+        deadline: Instant,
+        is_had: impl Fn(RegionId) -> bool,
+    ) {
         for backing in self.backings() {
             if report.freed < report.requested && Instant::now() < deadline && is_had(backing.region().id()) {
                 report.absorb(backing.release_idle(report.requested - report.freed));
@@ -493,6 +532,9 @@ impl MemoryManager {
                     report.absorb(release(cache, report.requested - report.freed));
                 }
             }
+        }
+        if reach == Reach::Spare {
+            return;
         }
         let rank = |region: &Region| match (region.backing(), region.kind()) {
             (Backing::Discard, _) => 0,

@@ -513,6 +513,10 @@ fn only_a_server_of_this_version_is_welcome() {
     server.join().expect("no panic");
 }
 
+fn reclaim(order: u64, bytes: ByteCount, is_own: bool, deadline_ms: u64) -> FromServer {
+    FromServer::Reclaim { order, bytes, is_own, deadline_ms, reason: "room".to_owned() }
+}
+
 #[test]
 fn orders_are_carried_out_and_answered_once() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -527,12 +531,7 @@ fn orders_are_carried_out_and_answered_once() {
     let (request, kind, bytes) = fake.hear_request();
     assert_eq!((kind, bytes), (LeaseKind::Weights, ByteCount(4 * PAGE)));
     // While the wake waits for its lease a reclaim is answered.
-    fake.say(&FromServer::Reclaim {
-        order: 2,
-        bytes: ByteCount(1),
-        deadline_ms: 5000,
-        reason: "room".to_owned(),
-    });
+    fake.say(&reclaim(2, ByteCount(1), false, 5000));
     let done = fake.hear();
     assert!(matches!(done, FromWorker::OrderDone { order: 2, bytes: ByteCount(0), .. }), "{done:?}");
     fake.say(&FromServer::LeaseGrant { request, kind, bytes });
@@ -540,12 +539,7 @@ fn orders_are_carried_out_and_answered_once() {
         FromWorker::OrderDone { order: 1, bytes, error: None, .. } => assert_eq!(bytes, ByteCount(4 * PAGE)),
         other => panic!("{other:?}"),
     }
-    fake.say(&FromServer::Reclaim {
-        order: 3,
-        bytes: ByteCount(PAGE + 1),
-        deadline_ms: 9000,
-        reason: String::new(),
-    });
+    fake.say(&reclaim(3, ByteCount(PAGE + 1), false, 9000));
     let returned = fake.hear();
     assert_eq!(
         returned,
@@ -556,16 +550,15 @@ fn orders_are_carried_out_and_answered_once() {
         FromWorker::OrderDone { order: 3, bytes, error: None, .. } => assert_eq!(bytes, ByteCount(2 * PAGE)),
         other => panic!("{other:?}"),
     }
+    // What the model's own weights are to have is not taken from them.
+    fake.say(&reclaim(9, ByteCount(PAGE), true, 9000));
+    assert!(matches!(fake.hear(), FromWorker::OrderDone { order: 9, bytes: ByteCount(0), error: None, .. }));
+    assert_eq!(region.usage().missing, ByteCount(2 * PAGE), "no more than before");
     // What leaves while a wake waits comes back with it: one lease, larger than what was asked for.
     fake.say(&FromServer::Wake { order: 6, deadline_ms: 20_000, reason: String::new() });
     let (request, kind, bytes) = fake.hear_request();
     assert_eq!(bytes, ByteCount(2 * PAGE));
-    fake.say(&FromServer::Reclaim {
-        order: 7,
-        bytes: ByteCount(2 * PAGE),
-        deadline_ms: 9000,
-        reason: String::new(),
-    });
+    fake.say(&reclaim(7, ByteCount(2 * PAGE), false, 9000));
     assert_eq!(fake.hear(), FromWorker::LeaseReturn { kind, bytes });
     assert!(matches!(fake.hear(), FromWorker::OrderDone { order: 7, error: None, .. }));
     fake.say(&FromServer::LeaseGrant { request, kind, bytes: ByteCount(4 * PAGE) });
@@ -574,7 +567,7 @@ fn orders_are_carried_out_and_answered_once() {
         other => panic!("{other:?}"),
     }
     assert_eq!(region.usage().missing, ByteCount::ZERO);
-    fake.say(&FromServer::Reclaim { order: 8, bytes, deadline_ms: 9000, reason: String::new() });
+    fake.say(&reclaim(8, bytes, false, 9000));
     assert_eq!(fake.hear(), FromWorker::LeaseReturn { kind, bytes });
     assert!(matches!(fake.hear(), FromWorker::OrderDone { order: 8, error: None, .. }));
     // A step holds its guard: the order fails in time, and says why.
@@ -593,7 +586,7 @@ fn orders_are_carried_out_and_answered_once() {
     drop(region);
     drop(manager);
     until("returned", || client.held(LeaseKind::Weights).is_zero());
-    fake.say(&FromServer::Reclaim { order: 5, bytes: ByteCount(1), deadline_ms: 10, reason: String::new() });
+    fake.say(&reclaim(5, ByteCount(1), false, 10));
     loop {
         match fake.hear() {
             FromWorker::OrderDone { order: 5, error, .. } => {
@@ -640,12 +633,7 @@ fn says_backed(fake: &mut Fake, number: u64) -> bool {
         }
     }
     let all = ByteCount(u64::MAX);
-    fake.say(&FromServer::Reclaim {
-        order: number + 1,
-        bytes: all,
-        deadline_ms: 9000,
-        reason: String::new(),
-    });
+    fake.say(&reclaim(number + 1, all, false, 9000));
     assert!(matches!(fake.hear(), FromWorker::LeaseReturn { .. }));
     assert!(matches!(fake.hear(), FromWorker::OrderDone { error: None, .. }));
     was_said

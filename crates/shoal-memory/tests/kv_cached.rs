@@ -166,3 +166,18 @@ fn remember_more(cache: &KvCache, blocks: u32) {
     cache.seal(Start::Salt(b"more"), &tokens, &[&ids]).expect("owned");
     cache.free(0, &ids).expect("owned");
 }
+
+#[test]
+fn room_for_ones_own_weights_is_made_of_what_nobody_uses() {
+    let world = world(64, 64);
+    let cache = cache(&world.manager, 32);
+    let mut owned = [0_u32; 6];
+    assert!(cache.alloc(0, &mut owned).expect("the device works"));
+    remember(&cache, 16);
+    let used = world.manager.usage().kv_live;
+    assert_eq!(used, ByteCount::mib(4), "two granules, the second in part");
+    let report = world.manager.reclaim_spare(ALL, WAIT, "a test").expect("no step runs");
+    assert!(report.copied.is_zero(), "{report:?}");
+    assert_eq!((world.device_used(), cache.region().missing_bytes()), (used, ByteCount::ZERO));
+    check(&world, &cache);
+}

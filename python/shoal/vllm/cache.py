@@ -213,10 +213,16 @@ class ElasticCache:
         Returns
         -------
         int
-            Bytes of these blocks, by their number.
+            Bytes of these blocks by their number, less what cannot go because of the blocks in use, at the least.
         """
         queue = None if self.pool is None else self.pool.free_block_queue
-        return 0 if queue is None else queue.cached * (self.plan.nbytes // self.blocks)
+        if queue is None or not queue.cached:
+            return 0
+        # Memory goes by whole units, and what is used, the null block too, lies in so many of them at least.
+        usage = self.kv.usage()
+        units_in_use = -(-queue.used // self.blocks_per_unit)
+        could_go = usage["mapped"] - usage["empty"] - units_in_use * self.kv.groups[0].granule_min
+        return max(min(queue.cached * (self.plan.nbytes // self.blocks), could_go), 0)
 
     def forget(self) -> int:
         """Let all cached blocks go, and their memory.

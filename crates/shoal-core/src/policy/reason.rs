@@ -268,7 +268,7 @@ fn busy_holders(field: &Field<'_>, model: &ModelState) -> String {
             return None;
         }
         let why = if !other.ready {
-            "its process is ending".to_owned()
+            "its worker is not up".to_owned()
         } else if other.pinned {
             "pinned".to_owned()
         } else if !other.ordered.is_zero() {

@@ -42,7 +42,7 @@ use crate::lease::{Held, LeaseSource};
 use crate::manager::MemoryManager;
 use crate::slab_source::LentSlab;
 use files::FileStream;
-use orders::Order;
+use orders::{Order, Work};
 
 /// Lease requests waiting at once.
 const REQUESTS_MAX: usize = 64;
@@ -422,12 +422,13 @@ impl BrokerClient {
                 }
                 self.changed.notify_all();
             }
-            FromServer::Reclaim { order, bytes, deadline_ms, reason } => {
-                let order = Order::new(self, order, Some(bytes), deadline_ms, reason);
+            FromServer::Reclaim { order, bytes, is_own, deadline_ms, reason } => {
+                let work = if is_own { Work::ReclaimSpare(bytes) } else { Work::Reclaim(bytes) };
+                let order = Order::new(self, order, work, deadline_ms, reason);
                 orders::queue(&self.reclaims, order);
             }
             FromServer::Wake { order, deadline_ms, reason } => {
-                let order = Order::new(self, order, None, deadline_ms, reason);
+                let order = Order::new(self, order, Work::Wake, deadline_ms, reason);
                 orders::queue(&self.wakes, order);
             }
             FromServer::Ping { ping } => self.say(self.epoch(), &FromWorker::Pong { ping }),

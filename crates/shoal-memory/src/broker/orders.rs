@@ -17,6 +17,16 @@ use crate::region::Report;
 /// Figures are said at most this often.
 const USAGE_EVERY: Duration = Duration::from_millis(200);
 
+/// What an order is for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Work {
+    /// So many bytes of whatever there is.
+    Reclaim(ByteCount),
+    /// So many bytes that nobody here misses.
+    ReclaimSpare(ByteCount),
+    Wake,
+}
+
 /// An order; dropping it unanswered says that it was not carried out.
 #[derive(Debug)]
 pub(super) struct Order {
@@ -24,8 +34,7 @@ pub(super) struct Order {
     /// The server that gave it: no other hears the answer.
     epoch: u64,
     number: u64,
-    /// Bytes to reclaim; `None` for a wake.
-    bytes: Option<ByteCount>,
+    work: Work,
     received: Instant,
     deadline: Instant,
     reason: String,
@@ -36,7 +45,7 @@ impl Order {
     pub(super) fn new(
         client: &Arc<BrokerClient>,
         number: u64,
-        bytes: Option<ByteCount>,
+        work: Work,
         deadline_ms: u64,
         reason: String,
     ) -> Self {
@@ -48,7 +57,7 @@ impl Order {
             client: Arc::downgrade(client),
             epoch,
             number,
-            bytes,
+            work,
             received,
             deadline,
             reason,
@@ -58,13 +67,14 @@ impl Order {
 
     fn carry_out(mut self, manager: &Weak<MemoryManager>) {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        let outcome = match (manager.upgrade(), self.bytes) {
-            (None, _) => {
-                self.answer(ByteCount::ZERO, ByteCount::ZERO, Some("the memory manager is gone".to_owned()));
-                return;
-            }
-            (Some(manager), Some(bytes)) => manager.reclaim(bytes, left, &self.reason),
-            (Some(manager), None) => {
+        let Some(manager) = manager.upgrade() else {
+            self.answer(ByteCount::ZERO, ByteCount::ZERO, Some("the memory manager is gone".to_owned()));
+            return;
+        };
+        let outcome = match self.work {
+            Work::Reclaim(bytes) => manager.reclaim(bytes, left, &self.reason),
+            Work::ReclaimSpare(bytes) => manager.reclaim_spare(bytes, left, &self.reason),
+            Work::Wake => {
                 let awake = manager.wake_weights_telling(left, &self.reason, || self.say_backed());
                 awake.map(|report| Report { freed: report.requested, ..report })
             }

@@ -96,16 +96,18 @@ impl Core {
         }
         let model = &mut self.models[place];
         let surplus = self.book.held(model.id, LeaseKind::Kv).saturating_sub(model.usage.kv_live);
+        let is_own = requester == Some(place);
         let said = model.say(FromServer::Reclaim {
             order: number,
             bytes,
+            is_own,
             deadline_ms: allowed_ms,
             reason: reason.clone(),
         });
         if !said {
             return self.break_off(place, "it does not read its messages".to_owned(), now_ms);
         }
-        let takes_weights = bytes > surplus;
+        let takes_weights = !is_own && bytes > surplus;
         if takes_weights {
             model.turn_since_ms = None;
         }

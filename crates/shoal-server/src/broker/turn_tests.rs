@@ -217,3 +217,20 @@ fn who_comes_while_the_models_own_kv_is_in_the_way_of_its_weights_is_kept_waitin
         .any(|said| matches!(said, FromServer::LeaseGrant { kind: LeaseKind::Weights, .. }));
     assert!(granted, "a request was put off");
 }
+
+/// What a model's weights need is not taken from these very weights: its worker is told that only spare KV may go. It gave
+/// its weights up, in larger and larger pieces, where less KV could go than was thought.
+#[test]
+fn who_makes_room_for_its_own_weights_gives_only_spare_kv() {
+    let mut bench = Bench::new();
+    let spare = ByteCount::mib(8);
+    bench.told(1);
+    for (requester, wanted) in [(Some(1), true), (Some(0), false), (None, false)] {
+        bench.core.order_reclaim(1, spare, "a test".to_owned(), (requester, None), None, 10);
+        let said = bench.told(1);
+        let [FromServer::Reclaim { order, bytes, is_own, .. }] = said.as_slice() else { panic!("{said:?}") };
+        assert_eq!((*bytes, *is_own), (spare, wanted), "for {requester:?}");
+        let takes_weights = bench.core.models[1].orders[order].takes_weights();
+        assert_eq!(takes_weights, !wanted, "all it has is weights, for {requester:?}");
+    }
+}
