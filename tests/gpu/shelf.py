@@ -286,7 +286,7 @@ def tight(  # noqa: PLR0917 - what the first half made
     with serve(home, models=tables, device=DEVICE, device_budget=budget) as server:
         for table in tables:
             server.wait_for(str(table["name"]), "asleep", "awake", "partly_resident", timeout_s=100)
-        wanted = list(greedy) * 3
+        wanted = list(greedy) * 8
         random.Random(7).shuffle(wanted)
 
         def pressed() -> None:

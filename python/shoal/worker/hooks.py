@@ -4,8 +4,8 @@
    (:mod:`shoal.worker.kv`).
 2. **KV tensors**: a `PagedAttentionCache` whose tensors are views of our address space, and a memory handler that lets
    the address space be larger than the memory (:mod:`shoal.worker.kv`).
-3. **Attention**: ``paged|shoal``, a kernel that works sequence by sequence (this module): no batch-wide mask is
-   built, and a sequence's numbers do not depend on its neighbours.
+3. **Attention**: ``paged|shoal`` (:mod:`shoal.worker.attention`): no batch-wide mask is built, and a sequence's numbers
+   do not depend on its neighbours.
 
 Apart, so that what we rely on in another project's internals is in one list. :func:`verify` reads it back and says in
 one sentence which hook moved; the worker calls it before it loads anything.
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from transformers import AttentionInterface
 from transformers.generation.continuous_batching import cache as cache_module
@@ -30,8 +29,8 @@ from transformers.generation.continuous_batching import (
     scheduler,
 )
 from transformers.generation.continuous_batching import cb_logits_processors as logits_module
-from transformers.integrations.sdpa_attention import repeat_kv
 
+from .attention import paged_attention
 from .errors import described
 
 if TYPE_CHECKING:
@@ -43,71 +42,6 @@ TRANSFORMERS = "5.17"
 
 class HookError(RuntimeError):
     """transformers' internals are not as this worker needs them; the message names the hook that moved."""
-
-
-def paged_attention(  # noqa: PLR0917 - the signature is transformers'
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention over a packed batch, one sequence at a time (hook 3).
-
-    Parameters
-    ----------
-    query
-        Shape [1, heads, tokens of the batch, head dimension].
-    key, value
-        The new tokens' states, shape [1, kv heads, tokens of the batch, head dimension].
-    kwargs
-        What continuous batching passes: ``cache``, ``cu_seq_lens_q`` and ``_k``, ``read_index``, ``write_index``.
-    """
-    del attention_mask, dropout
-    cache = kwargs["cache"]
-    key, value = cache.update(
-        key_states=key,
-        value_states=value,
-        layer_idx=module.layer_idx,
-        read_index=kwargs["read_index"],
-        write_index=kwargs["write_index"],
-    )
-    window = cache.sliding_windows[module.layer_idx]  # 1 stands for full attention
-    of_k, kind = kwargs["cu_seq_lens_k"], "full_attention"
-    if isinstance(of_k, dict):
-        kind = "sliding_attention" if window > 1 else kind
-        of_k = of_k[kind]
-    ends_q = cache.lengths("queries", kwargs["cu_seq_lens_q"])
-    ends_k = cache.lengths(kind, of_k)
-    groups = query.shape[1] // key.shape[1]
-    output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1]))
-    for i in range(len(ends_q) - 1):
-        queries = query[:, :, ends_q[i] : ends_q[i + 1]]
-        keys = repeat_kv(key[ends_k[i] : ends_k[i + 1]].transpose(0, 1).unsqueeze(0), groups)
-        values = repeat_kv(value[ends_k[i] : ends_k[i + 1]].transpose(0, 1).unsqueeze(0), groups)
-        count_q, count_k = queries.shape[2], keys.shape[2]
-        mask = _mask(count_q, count_k, window, queries.device)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scaling, is_causal=mask is None and count_q > 1
-        )
-        output[:, ends_q[i] : ends_q[i + 1]] = attended.transpose(1, 2)
-    return output, None
-
-
-def _mask(count_q: int, count_k: int, window: int, device: torch.device) -> torch.Tensor | None:
-    """Tell which keys each query sees; None where plain causal attention (or a single query) says the same."""
-    windowed = 1 < window < count_k
-    if not windowed and (count_q in (1, count_k)):
-        return None
-    position_q = torch.arange(count_k - count_q, count_k, device=device)[:, None]
-    position_k = torch.arange(count_k, device=device)[None, :]
-    mask = position_k <= position_q
-    if windowed:
-        mask &= position_k > position_q - window
-    return mask
 
 
 AttentionInterface.register(ATTENTION, paged_attention)

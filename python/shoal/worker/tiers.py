@@ -265,13 +265,13 @@ def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:
     import torch
     import transformers
 
-    from . import hooks
+    from . import attention, hooks
 
     return {
         "config": hashlib.sha256((files.path / "config.json").read_bytes()).hexdigest(),
         "weights": _weights(files),
         "dtype": dtype,
-        "attention": hooks.ATTENTION,
+        "attention": f"{hooks.ATTENTION} {attention.KERNELS}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}",
