@@ -18,6 +18,8 @@ impl Shared {
     /// Asks the engine for memory of what it only remembers; gives what it says it freed, zero where none serves or none
     /// answers in time. Hold neither turn, gate nor data lock.
     pub(crate) fn ask_keeper(&self, bytes: ByteCount, deadline: Instant) -> ByteCount {
+        // What the engine gives up is not for the cache's own thread to map again.
+        self.pause();
         self.keeper.ask(bytes, deadline.min(Instant::now() + ANSWER_WAIT))
     }
 
@@ -90,6 +92,7 @@ mod tests {
         let engine = Arc::clone(&cache);
         let serving = std::thread::spawn(move || {
             let (number, wanted) = engine.next_wanted(Duration::from_secs(20)).expect("a question");
+            assert!(engine.shared.is_stopped(), "nothing is mapped ahead meanwhile");
             engine.free(0, &ids).expect("owned");
             let report = engine.trim(wanted).expect("nothing runs");
             engine.set_kept(ByteCount::ZERO);
