@@ -54,11 +54,11 @@ test-rust: setup ## Tests of the Rust crates
 test-python: setup ## Tests of the Python package, the server and the repository
 	$(BIN)/python -m pytest -q
 
-test-servers: setup ## Those of them that start servers
-	$(BIN)/python -m pytest -q tests/e2e tests/vllm
+test-servers: setup ## Those of them that start servers, vLLM's apart
+	$(BIN)/python -m pytest -q tests/e2e
 
-test-others: setup ## Those of them that do not
-	$(BIN)/python -m pytest -q --ignore=tests/e2e --ignore=tests/vllm
+test-others: setup ## All others
+	$(BIN)/python -m pytest -q --ignore=tests/e2e
 
 test-wheel: setup ## Build the wheel, install it into a clean environment, use it there
 	$(BIN)/python scripts/check_wheel.py
