@@ -28,7 +28,9 @@ def reload(server: Server) -> subprocess.CompletedProcess[str]:
 def test_models_come_go_and_change_beside_a_stream(tmp_path: Path, model_tables: list[dict[str, object]]) -> None:
     ash, birch, cedar = (str(table["name"]) for table in model_tables[:3])
     with serve(tmp_path, models=model_tables[:2], device_budget=BUDGET) as server:
-        settings: dict[str, object] = {"listen": f"127.0.0.1:{server.port}", "device": "sim", "device_budget": BUDGET}
+        settings: dict[str, object] = {
+            "listen": f"127.0.0.1:{server.port}", "device": "sim", "device_budget": BUDGET, "tier_load": "always",
+        }  # fmt: skip
         for name in (ash, birch):
             server.wait_for(name, "asleep")
         right = server.complete(ash, "abc", TOKENS)
