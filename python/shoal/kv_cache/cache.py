@@ -595,7 +595,7 @@ class KvCache:
 
         A block is filled with NaN when it is freed, and looked at when it is allocated again and here. Not filled is
         what was evicted from the cache or never used, and what is freed inside a guard by an engine that records no
-        steps.
+        steps. Writes to blocks that are only cached are not found.
 
         Returns
         -------
