@@ -26,7 +26,7 @@ __all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "TierStack"]
 class HostTier:
     """Blocks in this process's memory, which go with it.
 
-    Memory is taken block by block. What was used longest ago makes room first. Memory errs too, so what is
+    Memory is taken block by block. What is never found again makes room first (S3-FIFO). Memory errs too, so what is
     given was verified by its checksum.
 
     Parameters

@@ -34,10 +34,10 @@ pub struct HostOptions {
 }
 
 impl HostOptions {
-    /// Of so many bytes; what was used longest ago goes first.
+    /// Of so many bytes; what is found again stays (S3-FIFO).
     #[must_use]
     pub const fn new(bytes_max: ByteCount) -> Self {
-        Self { bytes_max, blocks_max: None, eviction: EvictionKind::Lru }
+        Self { bytes_max, blocks_max: None, eviction: EvictionKind::S3Fifo }
     }
 }
 
