@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Quiet(socketserver.ThreadingMixIn):
-    """Says nothing of those who only looked whether it answers and hung up: its last words are what a test looks for."""
+    """Says nothing of those who only looked whether it answers and hung up: tests look for its last words."""
 
     daemon_threads = True
 
