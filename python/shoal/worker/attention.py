@@ -9,18 +9,29 @@ sequence's numbers do not depend on its neighbours.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache as cached
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import repeat_kv
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-KERNELS = "1"
+
+def _kernel() -> Callable[..., Any] | None:
+    """Give torch's attention of packed sequences; none where torch is older than 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+KERNEL = _kernel()
+REVISION = "1"
 """Goes up whenever the numbers change: KV that was computed by another is not taken for ours."""
 _CAPABILITY_MIN = (8, 0)
 _HEAD_DIM_MAX = 256
@@ -73,11 +84,17 @@ def paged_attention(  # noqa: PLR0917 - the signature is transformers'
     return one_by_one(query, key, value, (ends_q, ends_k), window, scaling), None
 
 
+def _has_windows(kernel: Callable[..., Any] | None) -> bool:
+    """Whether there is a kernel, and as it is from torch 2.11 on: a window tells causal and sliding attention."""
+    return kernel is not None and "window_size" in inspect.signature(kernel).parameters
+
+
 @cached
 def _is_fast(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether FlashAttention takes such heads there."""
     return (
-        device.type == "cuda"
+        _has_windows(KERNEL)
+        and device.type == "cuda"
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= _CAPABILITY_MIN
@@ -120,7 +137,7 @@ def packed(  # noqa: PLR0917 - tensors, and what tells of them
     longest_q, longest_k = (max(_lengths(found), default=0) for found in ends)
     # With single queries only, the kernel would split keys by how many sequences there are: the numbers of one would
     # depend on its neighbours.
-    attended = varlen_attn(
+    attended = cast("Callable[..., Any]", KERNEL)(
         query[0].transpose(0, 1),
         key,
         value,

@@ -271,7 +271,7 @@ def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:
         "config": hashlib.sha256((files.path / "config.json").read_bytes()).hexdigest(),
         "weights": _weights(files),
         "dtype": dtype,
-        "attention": f"{hooks.ATTENTION} {attention.KERNELS}",
+        "attention": f"{hooks.ATTENTION} {attention.REVISION}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}",

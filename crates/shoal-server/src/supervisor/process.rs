@@ -223,8 +223,8 @@ impl WorkerProcess {
             self.signal_group(Signal::KILL);
             self.wait().await?
         };
-        // What outlived it, its memory included.
-        self.signal_group(Signal::KILL);
+        // What outlived it, its memory included: it is gone when this comes back.
+        self.clear_group().await;
         Ok(exit)
     }
 
@@ -244,7 +244,7 @@ impl WorkerProcess {
             tokio::time::sleep(GROUP_LOOK).await;
         }
         if lives() {
-            tracing::warn!(pid = self.pid, "what a worker started is still there");
+            tracing::warn!(pid = self.pid, "what a worker or command started is still there");
         }
     }
 
