@@ -46,6 +46,26 @@ def test_a_freed_block_is_nan_or_a_number_that_no_kv_holds(mem: shoal.MemoryMana
     assert stray[:2] == (0, ids[2])
 
 
+def test_a_write_to_what_is_only_cached_is_told_to_whoever_finds_it(mem: shoal.MemoryManager) -> None:
+    kv = mem.kv_cache(layers=2, kv_heads=2, head_dim=64, block_tokens=16, dtype="float32", max_bytes="8MiB", debug=True)
+    tokens, tensors = list(range(48)), kv.tensors()
+    ids = kv.alloc(3)
+    with mem.guard():
+        for tensor in tensors:
+            tensor[ids] = 1.0
+    kv.seal(tokens, ids)
+    kv.free(ids)
+    assert kv.strays() == []
+    with mem.guard():
+        tensors[1][ids[1]] = 9.0
+    count, found = kv.match(tokens)
+    assert (count, found) == (48, ids)
+    ((group, block, _),) = kv.strays()
+    assert (group, block) == (0, ids[1])
+    kv.free(found)
+    assert kv.strays() == [], "what it holds now is what is watched"
+
+
 def test_every_other_type_is_refused() -> None:
     others = {str(dtype).removeprefix("torch.") for dtype in ALL.values()} - set(ELEMENT_BYTES)
     assert {"bool", "complex64"} <= others

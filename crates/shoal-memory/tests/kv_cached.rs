@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use common::{PAGE, WAIT, World, noise, open, world};
 use shoal_core::bytes::ByteCount;
+use shoal_core::kv::blocks::BlockState;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_core::protocol::LeaseKind;
+use shoal_memory::kv_cache::Stray;
 use shoal_memory::{
     KvCache, KvCacheSpec, LeaseError, LeaseSource, LocalBudget, ManagerOptions, MemoryManager, PoolOptions,
 };
@@ -179,5 +181,85 @@ fn room_for_ones_own_weights_is_made_of_what_nobody_uses() {
     let report = world.manager.reclaim_spare(ALL, WAIT, "a test").expect("no step runs");
     assert!(report.copied.is_zero(), "{report:?}");
     assert_eq!((world.device_used(), cache.region().missing_bytes()), (used, ByteCount::ZERO));
+    check(&world, &cache);
+}
+
+fn debug_cache(manager: &Arc<MemoryManager>) -> KvCache {
+    let shape = BlockShape::Latent { tokens: 1, dim: 512 << 10 };
+    let groups = vec![GroupSpec { name: "full".to_owned(), layers: 1, shape, element_bytes: 1 }];
+    let (bytes, granule_bytes_max) = (ByteCount::mib(32), ByteCount::mib(2));
+    let cache = CacheSpec { groups, order: PlaneOrder::BlockMajor, bytes, granule_bytes_max };
+    let spec =
+        KvCacheSpec { spare_bytes_max: ByteCount::ZERO, is_debug: true, ..KvCacheSpec::new("kv", cache) };
+    manager.kv_cache(spec).expect("addresses")
+}
+
+/// Where a block begins.
+fn place(cache: &KvCache, block: u32) -> ByteCount {
+    cache.layout(0).expect("a group").pieces(block).next().expect("a piece").0
+}
+
+fn scribble(cache: &KvCache, block: u32) {
+    cache.region().write(place(cache, block) + ByteCount(4097), &[9]).expect("it has memory");
+}
+
+#[test]
+fn in_debug_mode_a_write_to_what_is_only_cached_is_found() {
+    let world = world(64, 64);
+    let cache = debug_cache(&world.manager);
+    let ids = remember(&cache, 8);
+    let strays = |cache: &KvCache| cache.strays().expect("debug mode");
+    let stray = |block: u32| Stray { group: 0, block, offset: place(&cache, block) };
+    assert_eq!(strays(&cache), [], "nobody wrote");
+    scribble(&cache, ids[1]);
+    assert_eq!(strays(&cache), [stray(ids[1])]);
+    assert_eq!(strays(&cache), [], "told once");
+    // By the next request that finds it.
+    scribble(&cache, ids[2]);
+    assert_eq!(found(&cache, 8), 8, "it is told, not refused");
+    assert_eq!(strays(&cache), [stray(ids[2])]);
+    // What was found, read and freed again is watched as before.
+    assert_eq!(found(&cache, 8), 8);
+    assert_eq!(strays(&cache), []);
+    scribble(&cache, ids[3]);
+    assert_eq!(strays(&cache), [stray(ids[3])]);
+    // After it was evicted, too: its neighbours keep its memory there. By whoever is given it, here.
+    assert!(cache.forget(0, ids[4]).expect("a block"));
+    scribble(&cache, ids[4]);
+    let mut given = vec![0; 1];
+    assert!(cache.alloc(0, &mut given).expect("the device works"));
+    assert_eq!(given, [ids[4]]);
+    assert_eq!(strays(&cache), [stray(ids[4])]);
+    cache.free(0, &given).expect("owned");
+    assert_eq!(strays(&cache), []);
+    check(&world, &cache);
+}
+
+#[test]
+fn in_debug_mode_owners_may_write_and_moves_and_sleeps_are_no_writes() {
+    let world = world(64, 64);
+    let cache = debug_cache(&world.manager);
+    for round in 0..4_u32 {
+        let ids = remember(&cache, 10);
+        let mut owned = vec![0; 6];
+        assert!(cache.alloc(0, &mut owned).expect("the device works"));
+        for block in &owned {
+            scribble(&cache, *block);
+        }
+        cache.free(0, &owned[2..]).expect("owned");
+        if round % 2 == 0 {
+            cache.compact(0, 100, WAIT).expect("no step runs");
+        } else {
+            world.manager.reclaim(ByteCount::mib(4), WAIT, "a test").expect("no step runs");
+            drop(world.manager.guard(WAIT).expect("in"));
+        }
+        assert_eq!(cache.strays().expect("debug mode"), [], "round {round}");
+        let known = found(&cache, 10);
+        assert_eq!(cache.strays().expect("debug mode"), [], "round {round}, {known} found of {ids:?}");
+        let left: Vec<u32> =
+            (0..64).filter(|id| matches!(cache.state_of(0, *id), Ok(BlockState::Owned(_)))).collect();
+        cache.free(0, &left).expect("owned");
+        cache.forget_all().expect("an index");
+    }
     check(&world, &cache);
 }

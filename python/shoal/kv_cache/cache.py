@@ -593,14 +593,15 @@ class KvCache:
     def strays(self) -> list[tuple[int, int, int]]:
         """Give the writes to blocks that nobody owned, in debug mode: those found since it was asked last.
 
-        A block is filled with NaN when it is freed, and looked at when it is allocated again and here. Not filled is
-        what was evicted from the cache or never used, and what is freed inside a guard by an engine that records no
-        steps. Writes to blocks that are only cached are not found.
+        A block is filled with NaN when it is freed, and looked at when it is allocated again and here. One that is only
+        cached then keeps what it holds, and is looked at when it is found, too, and after its eviction. Not watched is
+        what was never used, and what is freed inside a guard by an engine that records no steps.
 
         Returns
         -------
         list of tuple of int
-            The group, the block, and the first byte that is not as it was left, from the start of :attr:`region`.
+            The group, the block, and the first byte that is not as it was left, from the start of :attr:`region`; of a
+            cached block where it begins.
 
         Raises
         ------

@@ -87,18 +87,18 @@ impl KvCache {
         if !region.missing_bytes().is_zero() {
             return Err(region.refuse("compact", "something of it is on the host; enter a guard first"));
         }
-        let (moves, copies) = {
+        let (moves, copies, carried) = {
             let mut state = self.shared.state.lock();
             let moves = plan(&mut state)?;
             state.begin_moves(group, &moves)?;
-            self.shared.unfill_targets(group, &moves);
+            let carried = self.shared.unfill_moved(group, &moves);
             let Some(layout) = state.layout().groups().get(group) else { return Ok(Vec::new()) };
             let pieces = moves.iter().flat_map(|planned| {
                 let targets = layout.pieces(planned.to);
                 layout.pieces(planned.from).zip(targets).map(|((from, bytes), (to, _))| (from, to, bytes))
             });
             let copies: Vec<(ByteCount, ByteCount, ByteCount)> = pieces.collect();
-            (moves, copies)
+            (moves, copies, carried)
         };
         let done = region.copy_within(&copies, deadline.saturating_duration_since(Instant::now()));
         if done.is_err() {
@@ -107,6 +107,7 @@ impl KvCache {
         }
         self.shared.state.lock().end_moves(group, &moves, done.is_ok())?;
         done?;
+        self.shared.moved_with(group, carried);
         Ok(moves)
     }
 
@@ -117,8 +118,9 @@ impl KvCache {
     pub fn moved(&self, group: usize, moves: &[BlockMove]) -> Result<(), MemoryError> {
         let mut state = self.shared.state.lock();
         state.begin_moves(group, moves)?;
-        self.shared.unfill_targets(group, moves);
+        let carried = self.shared.unfill_moved(group, moves);
         state.end_moves(group, moves, true)?;
+        self.shared.moved_with(group, carried);
         drop(state);
         self.shared.call();
         Ok(())

@@ -3,6 +3,7 @@
 //! Apart because engines may do without: it is the state's business, and here only the lock is taken.
 
 use shoal_core::kv::prefix::{EventBatch, Found, PrefixStats, Sealed, Start};
+use shoal_core::kv::state::{KvError, KvState};
 
 use super::KvCache;
 use crate::error::MemoryError;
@@ -44,7 +45,7 @@ impl KvCache {
     /// # Errors
     /// [`MemoryError::Kv`] where what blocks hold is not remembered; nothing is changed.
     pub fn find(&self, salt: &[u8], tokens: &[u32], found: &mut Found) -> Result<(), MemoryError> {
-        Ok(self.shared.state.lock().find(salt, tokens, found)?)
+        self.search(found, |state, found| state.find(salt, tokens, found))
     }
 
     /// The same, but only from block `first` of the sequence on the caller becomes an owner, and only that is named: for
@@ -59,7 +60,18 @@ impl KvCache {
         first: usize,
         found: &mut Found,
     ) -> Result<(), MemoryError> {
-        Ok(self.shared.state.lock().find_from(salt, tokens, first, found)?)
+        self.search(found, |state, found| state.find_from(salt, tokens, first, found))
+    }
+
+    fn search(
+        &self,
+        found: &mut Found,
+        find: impl FnOnce(&mut KvState, &mut Found) -> Result<(), KvError>,
+    ) -> Result<(), MemoryError> {
+        if let Some(debug) = &self.shared.debug {
+            return self.shared.find_checked(debug, found, find);
+        }
+        Ok(find(&mut self.shared.state.lock(), found)?)
     }
 
     /// A tier copies what is sealed from now on (or one does so no longer): of what is cached, blocks that have their copy
@@ -99,7 +111,7 @@ impl KvCache {
     /// # Errors
     /// As [`find`](Self::find).
     pub fn find_keys(&self, salt: &[u8], keys: &[&[u8]], found: &mut Found) -> Result<(), MemoryError> {
-        Ok(self.shared.state.lock().find_keys(salt, keys, found)?)
+        self.search(found, |state, found| state.find_keys(salt, keys, found))
     }
 
     /// What a block holds shall not be found any more. True if it could be.
