@@ -1,9 +1,11 @@
 """Shoal's tiers under vLLM's own KV offloading, on a GPU: the same tokens, and first tokens of restored prompts.
 
 Run by `tests/gpu/run.sh vllm_offload`; needs vLLM 0.26 importable. Each engine has a process of its own, one after the
-other, eager. Tokens are compared with `VLLM_BATCH_INVARIANT=1`, for 8 layers of the 8B shape; first tokens of prompts
-of 4,096 tokens are timed for 32 layers with vLLM's dummy weights, without that setting. `SHOAL_VLLM_CASES` names the
-cases to run; what the time does not allow is listed as not run.
+other, eager. Tokens are compared with `VLLM_BATCH_INVARIANT=1` and the normalisation of `tests/gpu/invariant.py`, for 8
+layers of the 8B shape, and so are the bytes of each cached block with those it had when it was computed; the case with
+`stock norm` shows what that setting is worth without it. First tokens of prompts of 4,096 tokens are timed for 32
+layers with vLLM's dummy weights, without either. `SHOAL_VLLM_CASES` names the cases to run; what the time does not
+allow is listed as not run.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from benches.results import Row, of_samples, save_gpu
+from tests.gpu import invariant
 from tests.gpu.vllm_part import LARGE_LAYERS, entry_points, make_models, wait_until_free
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parents[2]
 CASES = (
-    "tokens none", "tokens shoal", "tokens fs", "tokens shoal again", "large none", "large cpu", "large shoal",
-    "large shoal again", "large fs", "large fs again",
+    "norm", "tokens none", "tokens shoal", "tokens shoal again", "tokens fs", "tokens none stock norm",
+    "large none", "large cpu", "large shoal", "large shoal again", "large fs", "large fs again",
 )  # fmt: skip
 TIME_S = float(os.environ.get("SHOAL_VLLM_TIME", "290"))
 """No case begins later."""
@@ -110,6 +113,28 @@ class Process:
                 self.found["usage"] = tier._rows.usage()
         say(self.case, "stored:", self.found.get("usage"))
 
+    def digests(self) -> dict[str, list[int]]:
+        """Give a sum over the bytes of each cached block in all layers, by its hash; two blocks may have one hash."""
+        import torch
+
+        core = self.llm.llm_engine.engine_core.engine_core
+        blocks = core.scheduler.kv_cache_manager.block_pool.blocks
+        cached = [block for block in blocks if block.block_hash is not None]
+        (tensors,) = self.llm.collective_rpc(kv_tensors)
+        sums = torch.zeros(len(cached), dtype=torch.int64, device=tensors[0].device)
+        numbers = torch.tensor([block.block_id for block in cached], device=sums.device)
+        for tensor in tensors:
+            raw = torch.empty(0, dtype=torch.int8, device=sums.device).set_(tensor.untyped_storage())
+            words = raw.view(torch.int64).view(len(blocks), -1)
+            weights = 2 * torch.arange(words.shape[1], device=sums.device) + 1
+            for first in range(0, len(cached), 256):
+                part = slice(first, first + 256)
+                sums[part] = sums[part] * 1_000_003 + (words[numbers[part]] * weights).sum(1)
+        found: dict[str, list[int]] = {}
+        for block, one in zip(cached, sums.tolist(), strict=True):
+            found.setdefault(bytes(block.block_hash).hex(), []).append(one)
+        return found
+
     def manager(self) -> Any:
         connector = self.llm.llm_engine.engine_core.engine_core.scheduler.connector
         return None if connector is None else connector.connector_scheduler.manager
@@ -128,8 +153,14 @@ class Process:
                 self.found["tokens"][turn] = made
                 self.found.setdefault("cached", {})[turn] = cached
                 say(self.case, turn, round(time.perf_counter() - began, 2), "s,", cached, "tokens found")
+                self.found.setdefault("digests", {})[turn] = self.digests()
                 self.settle()
                 self.forget(staged=turn == "again" and "none" not in self.case)
+            if "none" in self.case:
+                # Each in short steps, whose batches are other ones than before.
+                alone = [self.generate([prompt], 24) for prompt in prompts]
+                self.found["tokens"]["one at a time"] = [made[0] for made, _ in alone]
+                self.found["cached"]["one at a time"] = sum(cached for _, cached in alone)
             return
         prompts = timed_prompts()
         # Whatever is compiled or measured at the first prompt of this length is done with others.
@@ -154,6 +185,38 @@ class Process:
 
 def say(*words: object) -> None:
     print(f"[{time.perf_counter():8.2f}]", *words, flush=True)
+
+
+def normalised() -> dict[str, Any]:
+    """Normalise the same 512 rows in one launch and in four; count rows that are other ones, by vLLM's way and ours."""
+    import torch
+    from vllm.model_executor.layers import layernorm
+
+    from vllm import _custom_ops as ops
+
+    invariant.register()
+    chance = torch.Generator("cuda").manual_seed(3)
+    x, residual = (torch.randn(512, 4096, generator=chance, device="cuda").to(torch.bfloat16) for _ in range(2))
+    weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
+
+    def stock(one: Any, other: Any) -> Any:
+        one, other = one.clone(), other.clone()
+        ops.fused_add_rms_norm(one, other, weight, 1e-5)
+        return one
+
+    def pinned(one: Any, other: Any) -> Any:
+        return layernorm.rms_norm_batch_invariant(one, weight, 1e-5, residual=other)[0]
+
+    found: dict[str, Any] = {"done": True}
+    for name, norm in (("stock", stock), ("pinned", pinned)):
+        parts = [norm(x[first : first + 128], residual[first : first + 128]) for first in range(0, 512, 128)]
+        found[name] = int((norm(x, residual) != torch.cat(parts)).any(1).sum())
+    return found
+
+
+def kv_tensors(worker: Any) -> list[Any]:
+    """Give a worker's KV tensors, one a layer. Called in its process."""
+    return list(worker.model_runner.kv_caches)
 
 
 def tokens_prompts() -> list[list[int]]:
@@ -182,12 +245,15 @@ def run_case(case: str, folder: Path, logs: Path) -> dict[str, Any] | None:
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"), "TRITON_CACHE_DIR": str(folder / "triton"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "0" if "large" in case else "1",
-        "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder / 'site'}",
+        "PYTHONUNBUFFERED": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder / 'site'}",
     }  # fmt: skip
     env.pop("SHOAL", None)
-    if "fs" in case:
-        # vLLM's own tier finds nothing again without it; Shoal's spec sets it by itself.
-        env["PYTHONHASHSEED"] = "0"
+    if "large" not in case and "stock norm" not in case:
+        env["PYTHONPATH"] += f":{folder / 'invariant'}"
+    # The same blocks have the same hashes in all engines. vLLM's own tier finds nothing again without it; Shoal's spec
+    # sets it by itself.
+    env["PYTHONHASHSEED"] = "0"
     began = time.perf_counter()
     with (logs / f"vllm_offload_{name}.log").open("w") as log:
         command = [sys.executable, "-X", "faulthandler", "-m", "tests.gpu.vllm_offload", case, str(folder), str(out)]
@@ -206,25 +272,54 @@ def run_case(case: str, folder: Path, logs: Path) -> dict[str, Any] | None:
 
 def token_rows(found: dict[str, dict[str, Any]]) -> list[Row]:
     """Compare with the engine that has no connector, whose own rounds say how far it agrees with itself."""
-    if "first" not in found.get("tokens none", {}).get("tokens", {}):
-        return []
-    right = found["tokens none"]["tokens"]["first"]
     rows = []
-    for case in ("tokens none", "tokens fs", "tokens shoal", "tokens shoal again"):
-        for turn, made in found.get(case, {}).get("tokens", {}).items():
-            if case == "tokens none" and turn == "first":
+    if norm := found.get("norm"):
+        what = "512 rows normalised in one launch and in four, VLLM_BATCH_INVARIANT=1: rows that differ"
+        rows.append(Row(what, "count", norm["pinned"], "rows", "lower", peer="vLLM 0.26's own kernel",
+                        peer_value=norm["stock"], target=0, met=norm["pinned"] == 0))  # fmt: skip
+    for case, one in found.items():
+        twin = case if "stock norm" in case else "tokens none"
+        if "tokens" not in case or "first" not in found.get(twin, {}).get("tokens", {}):
+            continue
+        right = found[twin]["tokens"]["first"]
+        for turn, made in one["tokens"].items():
+            if case == twin and turn == "first":
                 continue
-            wrong = sum(one != other for one, other in zip(made, right, strict=True))
-            cached = found[case]["cached"][turn]
-            what = f"{case}, {turn} ({cached} tokens found): requests of {len(right)} with other tokens"
-            row = Row(what, "count", wrong, "requests", "lower", samples=len(right))
-            if "shoal" in case:
-                row.target, row.met = 0, wrong == 0
+            wrong = [number for number, (mine, its) in enumerate(zip(made, right, strict=True)) if mine != its]
+            first = [next(at for at in range(24) if made[number][at] != right[number][at]) for number in wrong]
+            print(f"{case}, {turn}: other tokens in requests {wrong}, from token {first} on", flush=True)
+            what = f"{case}, {turn} ({one['cached'][turn]} tokens found): requests of {len(right)} with other tokens"
+            row = Row(what, "count", len(wrong), "requests", "lower", samples=len(right))
+            if "stock norm" not in case:
+                row.target, row.met = 0, not wrong
             rows.append(row)
+        computed = found[twin].get("digests", {}).get("first", {}) if case != twin else {}
+        rows += byte_rows(case, one.get("digests", {}), computed)
     again = found.get("tokens shoal again", {}).get("cached", {}).get("first")
     if again is not None:
         rows.append(Row("tokens found by an engine that was started again", "count", again, "tokens", "higher",
                         target=1, met=again >= 1))  # fmt: skip
+    return rows
+
+
+def byte_rows(case: str, digests: dict[str, dict[str, list[int]]], computed: dict[str, list[int]]) -> list[Row]:
+    """Compare each cached block's bytes with those of the block of that hash in this engine's first turn.
+
+    Those of the first turn, and of what it did not have, are compared with what another engine computed.
+    """
+    rows = []
+    first = digests.get("first", {})
+    for turn, blocks in digests.items():
+        known = computed if turn == "first" else {**computed, **first}
+        compared = [name for name in blocks if name in known]
+        if not compared:
+            continue
+        other = sum(not set(blocks[name]) <= set(known[name]) for name in compared)
+        row = Row(f"{case}, {turn}: cached blocks of {len(compared)} with other bytes", "count", other, "blocks",
+                  "lower", samples=len(compared))  # fmt: skip
+        if "stock norm" not in case:
+            row.target, row.met = 0, other == 0
+        rows.append(row)
     return rows
 
 
@@ -275,6 +370,7 @@ def main() -> int:
     print("staging memory of", STAGING >> 20, "MiB", flush=True)
     make_models(folder)
     entry_points(folder)
+    invariant.found_by_vllm(folder / "invariant")
     found: dict[str, dict[str, Any]] = {}
     not_run = []
     rows: list[Row] = []
@@ -289,7 +385,8 @@ def main() -> int:
         rows = [*token_rows(found), *time_rows(found)]
         if rows:
             save_gpu(out, rows)
-        slim = {case: {key: value for key, value in one.items() if key != "tokens"} for case, one in found.items()}
+        slim = {case: {key: value for key, value in one.items() if key not in ("tokens", "digests")}
+                for case, one in found.items()}  # fmt: skip
         (out.parent / "vllm_offload_found.json").write_text(json.dumps(slim, indent=1))
     for left in ("kv-small", "kv-large", "fs"):
         shutil.rmtree(folder / left, ignore_errors=True)
@@ -298,6 +395,9 @@ def main() -> int:
 
 
 def child(case: str, folder: Path, out: Path) -> int:
+    if case == "norm":
+        out.write_text(json.dumps(normalised()))
+        return 0
     process = Process(case, folder)
     try:
         process.run()

@@ -1,9 +1,10 @@
 """vLLM 0.26 on Shoal against vLLM alone: the same tokens, and what sleep, wake and idle memory cost.
 
 Run by `tests/gpu/run.sh vllm`; needs vLLM 0.26 importable. Each engine has a process of its own
-(`tests/gpu/vllm_process.py`), one after the other. Tokens are compared with `VLLM_BATCH_INVARIANT=1` on both sides, for
-a model of 8 layers of the 8B shape with random weights from one file; sleep, wake and throughput are measured for 32
-layers with vLLM's dummy weights, without that setting. `SHOAL_VLLM_CASES` names the cases to run.
+(`tests/gpu/vllm_process.py`), one after the other. Tokens are compared with `VLLM_BATCH_INVARIANT=1` and the
+normalisation of `tests/gpu/invariant.py` on both sides, for a model of 8 layers of the 8B shape with random weights
+from one file; sleep, wake and throughput are measured for 32 layers with vLLM's dummy weights, without either.
+`SHOAL_VLLM_CASES` names the cases to run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.results import Row, of_samples, save_gpu
+from tests.gpu import invariant
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,8 @@ def run_case(case: str, folder: Path, logs: Path) -> dict[str, Any] | None:
         "VLLM_BATCH_INVARIANT": "0" if is_large else "1", "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder / 'site'}",
     }  # fmt: skip
+    if not is_large:
+        env["PYTHONPATH"] += f":{folder / 'invariant'}"
     if "v1" in case:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if case.startswith("shoal"):
@@ -266,6 +270,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     make_models(folder)
     entry_points(folder)
+    invariant.found_by_vllm(folder / "invariant")
     context = context_bytes()
     print("a context and torch take", context >> 20, "MiB", flush=True)
     rows: list[Row] = []

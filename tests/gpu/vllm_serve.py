@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 from benches.results import Row, save_gpu
-from tests.gpu import vllm_shelf
+from tests.gpu import invariant, vllm_shelf
 from tests.gpu.vllm_part import entry_points, wait_until_free
 from tests.support.server import free_port
 
@@ -40,7 +40,7 @@ class Serve:
         env = {
             **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_BATCH_INVARIANT": "1", "VLLM_SERVER_DEV_MODE": "1",
-            "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder / 'site'}",
+            "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder / 'site'}:{folder / 'invariant'}",
         }  # fmt: skip
         env.pop("SHOAL", None)
         if is_shoal:
@@ -99,6 +99,7 @@ def main() -> int:
     vllm_shelf.NAMES[:] = [MODEL]
     vllm_shelf.make(folder)
     entry_points(folder)
+    invariant.found_by_vllm(folder / "invariant")
     texts: dict[str, list[str]] = {}
     rows: list[Row] = []
     for is_shoal in (False, True) if vllm_shelf.ON_GPU else (False,):

@@ -92,6 +92,36 @@ def test_a_load_that_fails_is_a_miss_and_not_the_end() -> None:
     assert stop.find("tier.shutdown()") < stop.find("self.primary_tier.shutdown()"), "staging goes before its tiers"
 
 
+def test_what_is_mended_is_where_it_was() -> None:
+    scheduler = "distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py"
+    name = "OffloadingConnectorScheduler"
+    assert parameters(scheduler, name, "_calc_num_offloadable_tokens") == ["self", "req_status", "num_computed_tokens"]
+    stores = text(scheduler, name, "_build_store_jobs")
+    assert "self._calc_num_offloadable_tokens(" in stores, "how much of a request is stored is decided elsewhere"
+    assert "num_tokens_after_batch = req.num_tokens" in stores, (
+        "the slot of a request's last token is not counted any more: shoal.vllm.mends has to go"
+    )
+    request = text("v1/request.py", "Request")
+    assert "num_output_placeholders" in request
+    handler = text("v1/kv_offload/cpu/gpu_worker.py", "SingleDirectionOffloadingHandler", "transfer_async")
+    assert "self._stream_pool.pop() if self._stream_pool" in handler, "a transfer's stream comes from elsewhere"
+    assert "if self.gpu_to_cpu:\n        stream.wait_stream" in handler, (
+        "loads may be ordered after steps by now: shoal.vllm.mends has to go"
+    )
+    assert "self._load_handler" in text("v1/kv_offload/cpu/gpu_worker.py", "CPUOffloadingWorker", "__init__")
+    assert parameters(SPEC, "TieringOffloadingSpec", "create_worker") == ["self", "kv_caches"]
+
+
+def test_a_reset_flushes_copies_from_the_gpu_with_the_next_step_and_no_earlier() -> None:
+    scheduler = "distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py"
+    reset = text(scheduler, "OffloadingConnectorScheduler", "reset_cache")
+    assert "self._current_batch_jobs_to_flush.update(self._jobs.keys())" in reset
+    meta = text(scheduler, "OffloadingConnectorScheduler", "build_connector_meta")
+    assert meta.find("on_schedule_end") < meta.find("jobs_to_flush=self._current_batch_jobs_to_flush")
+    flush = text(TIERS, "SecondaryTierManager", "drain_jobs")
+    assert "reset_cache" in flush, "a tier does not learn of a reset by drain_jobs any more"
+
+
 def test_the_first_hash_is_read_from_the_environment_after_connectors_are_made() -> None:
     assert re.search(r"getenv\('PYTHONHASHSEED'\)", text("v1/core/kv_cache_utils.py", "init_none_hash"))
     made = text("v1/engine/core.py", "EngineCore", "__init__")

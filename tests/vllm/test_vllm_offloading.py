@@ -239,6 +239,48 @@ def test_it_stands_among_other_secondary_tiers(model: Path, tmp_path: Path) -> N
         assert running.found([1]) == [1]
 
 
+def test_nothing_is_read_into_rows_that_vllms_own_copies_may_still_write_to(model: Path) -> None:
+    """After a reset vLLM's copies from the GPU end in the next step: rows that they go to count as free before."""
+    from vllm.v1.kv_offload.base import LookupResult
+
+    with engine(model, host="4MiB") as running:
+        running.compute([1, 2, 3])
+        running.forget()
+        with running.request() as context:
+            assert running.manager.lookup(key(1), context) is LookupResult.RETRY
+            running.step()
+            (rows,) = [job.block_ids for job in running.manager._transfer_jobs.values()]
+            time.sleep(0.05)
+            assert not running.manager.secondary_tiers[0]._rows.finished()
+            # A copy that was on its way when all was forgotten; the step that carries the reset out waits for it.
+            running.memory[rows[0]] = content(9)
+            running.settle()
+        assert running.found([1, 2, 3]) == [1, 2, 3]
+        # Another reset at once: what waits is read before staging is given up, and asked for again.
+        running.forget()
+        with running.request() as context:
+            assert running.manager.lookup(key(2), context) is LookupResult.RETRY
+            running.step()
+            running.forget()
+        assert running.found([1, 2, 3]) == [1, 2, 3]
+
+
+def test_vllms_own_scheduler_does_not_store_the_slot_of_the_last_token(model: Path) -> None:
+    from types import SimpleNamespace
+
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+
+    with engine(model, host="1MiB"):
+        ended = SimpleNamespace(
+            num_prompt_tokens=20, num_tokens=32, num_computed_tokens=31, num_output_placeholders=0,
+            is_finished=lambda: True,
+        )  # fmt: skip
+        scheduler = OffloadingConnectorScheduler.__new__(OffloadingConnectorScheduler)
+        scheduler.config = SimpleNamespace(offload_prompt_only=False)
+        status = SimpleNamespace(req=ended, max_offload_tokens=None)
+        assert scheduler._calc_num_offloadable_tokens(status, ended.num_tokens) == 31
+
+
 def test_a_spec_that_was_not_told_the_models_numbers_is_refused(model: Path) -> None:
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 

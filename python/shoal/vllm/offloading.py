@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     LookupResult,
     OffloadingCounterMetadata,
@@ -26,6 +28,7 @@ from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from shoal.memory.sizes import parse_size
+from shoal.vllm.mends import order_loads, store_only_what_was_written
 from shoal.vllm.tiers import STAGING_BYTES, Rows, TierSettings, model_facts
 from shoal.vllm.versions import check_version
 
@@ -76,6 +79,10 @@ class ShoalTier(SecondaryTierManager):
             TierSettings.of(given), primary_kv_view, facts(config), replica=config.parallel.data_parallel_index
         )
         self._told: Counter[str] = Counter()
+        # With several steps under way the one that carries out a reset has ended when as many were scheduled after it.
+        self._steps_at_once = max(2, int(getattr(config.parallel, "pp_size", 1)) + 1)
+        self._quiet_steps = 0
+        self._later: list[Any] = []
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +135,24 @@ class ShoalTier(SecondaryTierManager):
         job_metadata
             vLLM's.
         """
-        self._rows.load(job_metadata.job_id, job_metadata.keys, job_metadata.block_ids)
+        if self._quiet_steps:
+            self._later.append(job_metadata)
+        else:
+            self._rows.load(job_metadata.job_id, job_metadata.keys, job_metadata.block_ids)
+
+    def on_schedule_end(self, context: Any) -> None:
+        """Begin what waited for the steps after a reset.
+
+        Parameters
+        ----------
+        context
+            vLLM's.
+        """
+        del context
+        if self._quiet_steps:
+            self._quiet_steps -= 1
+            if not self._quiet_steps:
+                self._begin_what_waited()
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Take what has ended.
@@ -157,8 +181,20 @@ class ShoalTier(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def drain_jobs(self) -> None:
-        """Wait until nothing touches the staging memory."""
+        """Wait until nothing of ours touches the staging memory. It is what vLLM's reset calls.
+
+        vLLM's own copies from the GPU may still be on their way then, to rows that count as free: the step after the
+        reset ends them. Until that step has ended, nothing is read into rows.
+        """
+        self._begin_what_waited()
         self._rows.drain()
+        # Loads of a step are asked for before its own call of `on_schedule_end`.
+        self._quiet_steps = self._steps_at_once + 1
+
+    def _begin_what_waited(self) -> None:
+        waited, self._later = self._later, []
+        for job in waited:
+            self._rows.load(job.job_id, job.keys, job.block_ids)
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """Give what was done since the last call.
@@ -205,6 +241,23 @@ class ShoalOffloadingSpec(TieringOffloadingSpec):
             os.environ["PYTHONHASHSEED"] = "0"
         super().__init__(dataclasses.replace(config, extra_config=_extra(config.extra_config)))
 
+    def create_worker(self, kv_caches: Any) -> Any:
+        """Make what copies between GPU and staging memory: vLLM's own, with loads ordered after steps.
+
+        Parameters
+        ----------
+        kv_caches
+            vLLM's.
+
+        Returns
+        -------
+        CPUOffloadingWorker
+            vLLM's.
+        """
+        worker = super().create_worker(kv_caches)
+        order_loads(worker, current_platform.current_stream, current_platform.Stream)
+        return worker
+
     def get_manager(self) -> Any:
         """Give what decides for the scheduler: vLLM's own, with Shoal's tiers opened.
 
@@ -213,6 +266,7 @@ class ShoalOffloadingSpec(TieringOffloadingSpec):
         TieringOffloadingManager
             The same each time.
         """
+        store_only_what_was_written(OffloadingConnectorScheduler)
         try:
             return super().get_manager()
         except BaseException:
