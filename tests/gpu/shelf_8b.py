@@ -29,8 +29,9 @@ from tests.support.server import Server, serve
 
 DEVICE = os.environ.get("SHOAL_SHELF_DEVICE", "cuda:0")
 ON_GPU = DEVICE.startswith("cuda")
+LAYERS = int(os.environ.get("SHOAL_LAYERS", "32"))
 SHAPE = (
-    {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    {"hidden_size": 4096, "num_hidden_layers": LAYERS, "num_attention_heads": 32, "num_key_value_heads": 8,
      "intermediate_size": 14336}
     if ON_GPU else
     {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
-from tests.support.server import free_port, serve
+from tests.gpu.logs import KeptLogs
+from tests.support.server import environment, free_port, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -114,17 +115,51 @@ def shoal(shelf: Shelf, policy: str = "value", share: float = 1.0) -> Iterator[A
     ]
     host = "96GiB" if ON_GPU else "512MiB"
     begun = time.monotonic()
-    with serve(
+    logs = KeptLogs(lambda: [home / "serve.log", *home.glob("state/**/*.log")], f"vllm_arm_shoal-{policy}-{share:g}")
+    served = serve(
         home, models=tables, device=DEVICE, device_budget=int(shelf.budget * share), host_budget=host, policy=policy
-    ) as server:
+    )
+    with logs, served as server:
         try:
             for name in shelf.models:
                 found = server.wait_for(name, "awake", "asleep", "partly_resident", "failed", timeout_s=START_S)
                 if found["status"] == "failed":
                     raise NotRunError(str(found["error"]))
             yield Arm(dict.fromkeys(shelf.models, server.url), server, time.monotonic() - begun)
-        finally:
-            _keep_logs(f"shoal-{policy}-{share:g}", [home / "serve.log", *home.glob("state/**/*.log")])
+        except (NotRunError, TimeoutError, AssertionError, RuntimeError):
+            print(logs.tails(), flush=True)
+            raise
+
+
+def use_policy(arm: Arm, policy: str) -> None:
+    """Tell the server of an arm to use another policy, as a user does: a changed file, and `shoal reload`.
+
+    Parameters
+    ----------
+    arm
+        One of :func:`shoal`.
+    policy
+        Shoal's.
+
+    Raises
+    ------
+    NotRunError
+        It did not take it.
+    """
+    server = arm.server
+    if server is None:
+        raise NotRunError("only Shoal's own server has a policy")
+    lines = [
+        f"policy = {json.dumps(policy)}" if line.startswith("policy = ") else line
+        for line in server.config.read_text().splitlines()
+    ]
+    server.config.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "shoal", "reload"]
+    told = subprocess.run(
+        command, env=environment(server.home), capture_output=True, text=True, timeout=60, check=False
+    )
+    if told.returncode:
+        raise NotRunError(f"the policy was not taken: {told.stdout} {told.stderr}")
 
 
 @contextlib.contextmanager

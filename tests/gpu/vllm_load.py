@@ -1,10 +1,11 @@
 """What several vLLM models in less memory than they need give their clients, on Shoal and on what people use instead.
 
 Run by `tests/gpu/run.sh vllm_burst` and `tests/gpu/run.sh vllm_all_active`; needs vLLM 0.26 and aiohttp importable. The
-models are three names for one file of random weights (8B's layers, a vocabulary of 257). `$SHOAL_ARMS` says which ways
-are tried (`shoal`, `lru`, `static`, `kvcached`, `llama-swap`): all of them take longer than a part may, so that rows of
-`$SHOAL_EARLIER`, a result of this program on the same machine, are kept beside the new ones. What could not be run is
-said in a row. `$SHOAL_SHELF_DEVICE=sim` makes a small dry run over the stand-in for vLLM of the tests.
+models are three names for one file of random weights: `$SHOAL_LAYERS` of 8B's layers (8; 32 are the whole shape), a
+vocabulary of 257. `$SHOAL_ARMS` says which ways are tried (`shoal`, `lru`, `static`, `kvcached`, `llama-swap`): all of
+them take longer than a part may, so that rows of `$SHOAL_EARLIER`, a result of this program on the same machine, are
+kept beside the new ones. `lru` is the same server after `shoal`, told to use that policy. What could not be run is said
+in a row. `$SHOAL_SHELF_DEVICE=sim` makes a small dry run over the stand-in for vLLM of the tests.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 from benches.results import Row, save_gpu
 from tests.gpu.shelf import smi
 from tests.gpu.shelf_8b import in_child
-from tests.gpu.vllm_arms import ARMS, ON_GPU, Arm, NotRunError, Shelf, shoal
+from tests.gpu.vllm_arms import ARMS, ON_GPU, Arm, NotRunError, Shelf, shoal, use_policy
 from tests.gpu.vllm_traffic import Seen, all_active, burst, ramps, rows_of
 
 if TYPE_CHECKING:
@@ -33,20 +34,23 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 NAMES = ["ash", "birch", "cedar"]
-BUDGET = float(os.environ.get("SHOAL_SHELF_GIB", "56" if ON_GPU else "0.0625"))
-BESIDE = int(1.75 * GIB) if ON_GPU else 0
+LAYERS = int(os.environ.setdefault("SHOAL_LAYERS", "8"))
+IS_WHOLE = LAYERS > 16
+BESIDE = int((1.75 if IS_WHOLE else 1.25) * GIB) if ON_GPU else 0
 """A context, loaded kernels, a step's activations: what vLLM's profile gives with these limits, rounded up."""
-CONTEXT = 1024 if ON_GPU else 512
-PROMPT, TOKENS = (256, 256) if ON_GPU else (60, 12)
+ROOM = int(float(os.environ.get("SHOAL_KV_GIB", "9" if IS_WHOLE else "1.2")) * GIB)
+"""KV of all models at once, beside all their weights: about what one of them fills at its peak."""
+CONTEXT = 2048 if ON_GPU else 512
+PROMPT, TOKENS = (1024, 256) if ON_GPU else (60, 12)
 PEAK = float(os.environ.get("SHOAL_PEAK", "16" if ON_GPU else "4"))
-RISE_S = float(os.environ.get("SHOAL_RISE_S", "18" if ON_GPU else "3"))
+RISE_S = float(os.environ.get("SHOAL_RISE_S", "10" if ON_GPU else "3"))
 CLIENTS = int(os.environ.get("SHOAL_CLIENTS", "16" if ON_GPU else "3"))
-SECONDS = float(os.environ.get("SHOAL_SECONDS", "25" if ON_GPU else "5"))
+SECONDS = float(os.environ.get("SHOAL_SECONDS", "20" if ON_GPU else "5"))
 SHARES = [float(share) for share in os.environ.get("SHOAL_SHELF_SHARES", "1,0.75,0.5").split(",")]
 ARGS = (
     "--max-num-seqs", "128", "--max-num-batched-tokens", "2048", "--no-enable-prefix-caching", "--enforce-eager",
 ) if ON_GPU else ()  # fmt: skip
-KV_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2 if ON_GPU else 4096
+KV_TOKEN_BYTES = 2 * LAYERS * 8 * 128 * 2 if ON_GPU else 4096
 METRICS = ("first token mean", "first token p50", "first token p99", "time a token p50", "tokens a second")
 
 
@@ -105,19 +109,40 @@ def bursts(shelf: Shelf) -> list[Row]:
     rows: list[Row] = []
     plan = ramps(NAMES, PEAK, RISE_S)
     print(f"{len(plan)} requests, {PEAK:g} a second at a model's peak", flush=True)
-    for name in os.environ.get("SHOAL_ARMS", "shoal,static").split(","):
-        case = f"{name}: bursts to {PEAK:g} requests/s"
+    names = os.environ.get("SHOAL_ARMS", "shoal,lru,static").split(",")
+
+    def one(name: str, arm: Arm) -> None:
+        case = case_of(name)
+        warm(arm)
+        _, before = what_moved(arm, case, {})
+        begun = time.monotonic()
+        seen = burst(arm.urls, plan, PROMPT, TOKENS)
+        rows.extend(measured(case, arm, seen, time.monotonic() - begun, before))
+        save_gpu(Path(os.environ["SHOAL_RESULT"]), compared(rows))
+
+    for name in names:
+        if name == "lru" and "shoal" in names:
+            continue
+        running = name
         try:
             with ARMS[name](shelf) as arm:
-                warm(arm)
-                _, before = what_moved(arm, case, {})
-                begun = time.monotonic()
-                seen = burst(arm.urls, plan, PROMPT, TOKENS)
-                rows += measured(case, arm, seen, time.monotonic() - begun, before)
+                one(name, arm)
+                if name == "shoal" and "lru" in names:
+                    running = "lru"
+                    use_policy(arm, "lru")
+                    one("lru", arm)
         except (NotRunError, TimeoutError, RuntimeError) as error:
-            rows.append(not_run(case, error))
+            rows.append(not_run(case_of(running), error))
         save_gpu(Path(os.environ["SHOAL_RESULT"]), compared(rows))
+    for name in sorted(set(ARMS) - set(names)):
+        if not any(row.case.startswith(f"{name}:") for row in compared(rows)):
+            rows.append(not_run(case_of(name), NotRunError("not asked for in this run")))
+    save_gpu(Path(os.environ["SHOAL_RESULT"]), compared(rows))
     return rows
+
+
+def case_of(name: str) -> str:
+    return f"{name}: bursts to {PEAK:g} requests/s"
 
 
 def actives(shelf: Shelf) -> list[Row]:
@@ -127,6 +152,10 @@ def actives(shelf: Shelf) -> list[Row]:
     kv = 1.25 * CLIENTS * (PROMPT + TOKENS) * KV_TOKEN_BYTES
     if ON_GPU:
         shelf = dataclasses.replace(shelf, budget=int(len(NAMES) * (shelf.weights + BESIDE + kv)))
+    if mps and not can_share():
+        rows.append(not_run("all busy, with MPS", NotRunError("nvidia-cuda-mps-control cannot be started here")))
+        save_gpu(Path(os.environ["SHOAL_RESULT"]), rows)
+        return rows
     with multi_process_service() if mps else contextlib.nullcontext():
         for share in SHARES:
             case = f"{share:.0%} of the memory" + (", with MPS" if mps else "")
@@ -171,6 +200,14 @@ def compared(rows: list[Row]) -> list[Row]:
     return every
 
 
+def can_share() -> bool:
+    """Say whether MPS can be started: a machine may have no program for it, or not allow it."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError), multi_process_service():
+        code = "import torch; print(torch.zeros(1, device='cuda').item())"
+        return subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    return False
+
+
 @contextlib.contextmanager
 def multi_process_service() -> Iterator[None]:
     """Run NVIDIA's MPS, with which kernels of several processes share the GPU at the same time."""
@@ -181,7 +218,8 @@ def multi_process_service() -> Iterator[None]:
             subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
             yield
         finally:
-            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False, timeout=60)
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False, timeout=60)
             for name in pipe:
                 os.environ.pop(name)
 
@@ -195,10 +233,16 @@ def main() -> int:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"),
         })  # fmt: skip
         found, weights = models(folder)
-        total = (int(smi("memory.total")) << 20) if ON_GPU else int(BUDGET * GIB)
-        shelf = Shelf(folder, found, weights, int(BUDGET * GIB), BESIDE, CONTEXT, total, ARGS)
-        rows = what(shelf)
-    return 0 if any(row.metric == "first token p50" for row in rows) else 1
+        budget = len(NAMES) * (weights + BESIDE) + ROOM if ON_GPU else 64 << 20
+        if given := os.environ.get("SHOAL_SHELF_GIB"):
+            budget = int(float(given) * GIB)
+        total = (int(smi("memory.total")) << 20) if ON_GPU else budget
+        print(
+            f"{LAYERS} layers: {weights / GIB:.2f} GiB of weights each, a budget of {budget / GIB:.2f} GiB", flush=True
+        )
+        rows = what(Shelf(folder, found, weights, budget, BESIDE, CONTEXT, total, ARGS))
+    # What could not be run is said in the result, and is no failure of what could.
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":
