@@ -11,7 +11,8 @@
 //!    evicted, so each round needs less, and the last one finds everything leased.
 //!
 //! A step may also run beside a wake ([`Region::guard_in_order`]), once that wake has its lease, its turn and its memory: from
-//! then on it waits for nobody, so the step may wait for it, and whoever evicts waits for both.
+//! then on it waits for nobody, so the step may wait for it, and whoever evicts waits for both. KV that was evicted too is
+//! brought back beside the wake before the guard is entered, on the turn that the wake lends.
 //!
 //! A lease is asked for without sharing the gate (I9's spirit: the answer may need this process to evict), which is why
 //! a guard inside another one restores nothing: it is refused at once where something is missing.
@@ -53,8 +54,9 @@ impl Region {
 }
 
 impl MemoryManager {
-    /// [`guard`](Self::guard) of all regions, while the bytes of `region` still come: as [`Region::guard_in_order`]. Where
-    /// something of another region is missing, everything is waited for.
+    /// [`guard`](Self::guard) of all regions, while the bytes of `region` still come: as [`Region::guard_in_order`]. KV that
+    /// is missing is brought back beside them first; where something else of another region is missing, everything is
+    /// waited for.
     ///
     /// # Errors
     /// As [`guard`](Self::guard).
@@ -79,14 +81,12 @@ impl Region {
         self.enter_in_order(Scope::Region(self.id()), timeout)
     }
 
-    /// Whether nothing is missing of what `scope` speaks for, but of this region.
-    fn are_others_there(&self, scope: Scope) -> bool {
-        let is_meant = |region: &Region| region.id() != self.id() && scope.has(region.id());
-        self.manager()
-            .regions()
-            .iter()
-            .filter(|region| is_meant(region))
-            .all(|region| region.missing_bytes().is_zero())
+    /// Those of which something is missing, of what `scope` speaks for, but for this region.
+    fn others_missing(&self, scope: Scope) -> Vec<Self> {
+        let is_meant = |region: &Self| region.id() != self.id() && scope.has(region.id());
+        let mut others = self.manager().regions();
+        others.retain(|region| is_meant(region) && !region.missing_bytes().is_zero());
+        others
     }
 
     fn enter_in_order(
@@ -101,11 +101,14 @@ impl Region {
         let is_nested = gate.is_held_here();
         for _ in 0..ROUNDS_BESIDE_WAKES {
             let pass = gate.share(scope, deadline).ok_or_else(late)?;
-            if !self.are_others_there(scope) {
-                break;
-            }
-            if self.missing_bytes().is_zero() {
+            let (others, is_whole) = (self.others_missing(scope), self.missing_bytes().is_zero());
+            if is_whole && others.is_empty() {
                 return Ok((Guard { _pass: pass }, None));
+            }
+            // Inside another guard nothing is brought back, and beside a wake only KV.
+            let can_come = !is_nested && !is_whole && others.iter().all(Self::comes_beside_wakes);
+            if !others.is_empty() && !can_come {
+                break;
             }
             drop(pass);
             let waking = self.waking().filter(Transfer::is_whole);
@@ -114,13 +117,18 @@ impl Region {
             }
             let begin = || self.begin_restore(ByteCount(u64::MAX), deadline, REASON);
             let wake = waking.map_or_else(begin, Ok)?;
+            if !others.is_empty() && wake.shared().is_backed_by(deadline) {
+                for region in others {
+                    region.restore_now(ByteCount(u64::MAX), deadline, &Shared::default(), REASON)?;
+                }
+            }
             if !wake.shared().step_in(deadline).ok_or_else(late)? {
                 wake.wait(left())?;
                 continue;
             }
             // Whoever waits to evict waits for the turn too, which the wake has.
             let pass = gate.share_first(scope, deadline).ok_or_else(late)?;
-            if wake.shared().is_open() && self.are_others_there(scope) {
+            if wake.shared().is_open() && self.others_missing(scope).is_empty() {
                 return Ok((Guard { _pass: pass }, Some(wake)));
             }
         }

@@ -160,20 +160,69 @@ fn a_reclaim_waits_for_the_step_and_for_the_wake_that_it_runs_beside() {
 }
 
 #[test]
-fn where_something_else_is_missing_all_is_waited_for() {
+fn kv_that_was_evicted_too_comes_back_beside_the_wake_and_the_step_with_it() {
     let (world, region, ..) = slow();
     let other = world.region("other", 2, LeaseKind::Kv);
     let kv = KvBacking::new(&other, ByteCount(PAGE), 2).expect("fits");
     assert!(kv.back(&[0]).expect("ids"));
     other.write(ByteCount::ZERO, b"kept").expect("backed");
+    let came_in_time = (0..TRIES).any(|_| {
+        world.manager.reclaim(ByteCount(u64::MAX), WAIT, "a test").expect("no step runs");
+        assert!(!other.missing_bytes().is_zero() && !region.missing_bytes().is_zero());
+        let (guard, beside) = world.manager.guard_in_order(&region, WAIT).expect("there is room");
+        let was_coming = beside.as_ref().is_some_and(is_coming);
+        assert_eq!(other.missing_bytes(), ByteCount::ZERO, "under a guard all is there but what the wake brings");
+        let mut read = [0; 4];
+        other.read(ByteCount::ZERO, &mut read).expect("back");
+        assert_eq!(&read, b"kept");
+        if let Some(beside) = beside {
+            beside.wait(WAIT).expect("it ends");
+        }
+        assert_eq!(region.missing_bytes(), ByteCount::ZERO);
+        drop(guard);
+        world.check();
+        was_coming
+    });
+    assert!(came_in_time, "each time the wake was waited for");
+}
+
+#[test]
+fn blocks_are_had_beside_a_wake_where_others_of_their_cache_were_evicted() {
+    let (world, region, cache, _) = slow();
+    let mut held = [u32::MAX; 1];
+    assert!(cache.alloc(0, &mut held).expect("the device works"), "there is room");
+    let (at, bytes) = cache.layout(0).expect("a group").pieces(held[0]).next().expect("a piece");
+    let kept = noise(bytes.0, 7);
+    cache.region().write(at, &kept).expect("it has memory");
+    let came_in_time = (0..TRIES).any(|_| {
+        world.manager.reclaim(ByteCount(u64::MAX), WAIT, "a test").expect("no step runs");
+        assert!(!cache.region().missing_bytes().is_zero());
+        let wake = backed(&region);
+        // More than there is room for where the first one lies.
+        let mut blocks = [u32::MAX; 8];
+        assert!(cache.alloc(0, &mut blocks).expect("the device works"), "there is room");
+        let was_coming = is_coming(&wake);
+        let mut read = vec![0; kept.len()];
+        cache.region().read(at, &mut read).expect("back");
+        assert_eq!(read, kept);
+        wake.wait(WAIT).expect("it ends");
+        cache.free(0, &blocks).expect("its own");
+        world.check();
+        was_coming
+    });
+    assert!(came_in_time, "each time the wake was waited for");
+}
+
+#[test]
+fn where_other_weights_are_missing_all_is_waited_for() {
+    let (world, region, ..) = slow();
+    let bytes = noise(PAGE, 3);
+    let other = world.weights(1, &bytes);
     world.manager.reclaim(ByteCount(u64::MAX), WAIT, "a test").expect("no step runs");
     assert!(!other.missing_bytes().is_zero());
     let (guard, beside) = world.manager.guard_in_order(&region, WAIT).expect("there is room");
     assert!(beside.is_none());
     assert!(region.missing_bytes().is_zero() && other.missing_bytes().is_zero());
-    let mut read = [0; 4];
-    other.read(ByteCount::ZERO, &mut read).expect("back");
-    assert_eq!(&read, b"kept");
     drop(guard);
     world.check();
 }

@@ -236,12 +236,9 @@ impl Shared {
             _ if may_restore => Some(manager.take_restore(deadline)?),
             _ => return Err(self.region.refuse("map ahead", "something of it is on the host")),
         };
-        // A wake lends its turn while it waits for copies: a step that runs beside it needs blocks. What brings something
-        // back itself needs the turn whole.
-        let take = |deadline| match restoring {
-            None => manager.take_or_borrow_turn(deadline),
-            Some(_) => manager.take_turn_only(deadline),
-        };
+        // A wake lends its turn while it waits for copies: a step that runs beside it needs blocks, and what was evicted of
+        // the cache.
+        let take = |deadline| manager.take_or_borrow_turn(deadline);
         let extents = {
             // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
             let _turn = take(deadline)?;

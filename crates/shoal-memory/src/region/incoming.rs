@@ -47,6 +47,8 @@ pub(crate) struct Incoming<'a> {
     /// Memory whose bytes did not come.
     leaving: Vec<Resident>,
     has_begun: bool,
+    /// Keeps other restores from asking for what this one has asked for, until all of its memory is there.
+    restoring: Option<Taken>,
     started: Instant,
 }
 
@@ -64,8 +66,25 @@ impl<'a> Incoming<'a> {
         let brought = Vec::with_capacity(moves.len());
         let (mapped, flying) = (VecDeque::new(), VecDeque::new());
         let (planned, flying_bytes, leaving) = (moves.into(), ByteCount::ZERO, Vec::new());
-        let (has_begun, started) = (false, Instant::now());
-        Self { region, shared, planned, mapped, flying, flying_bytes, brought, leaving, has_begun, started }
+        let (has_begun, restoring, started) = (false, None, Instant::now());
+        Self {
+            region,
+            shared,
+            planned,
+            mapped,
+            flying,
+            flying_bytes,
+            brought,
+            leaving,
+            has_begun,
+            restoring,
+            started,
+        }
+    }
+
+    /// Lets others ask for what they lack once all memory of this is there, rather than when it ends.
+    pub(crate) fn until_backed(self, restoring: Option<Taken>) -> Self {
+        Self { restoring, ..self }
     }
 
     /// The next extent that has no memory yet.
@@ -147,6 +166,7 @@ impl<'a> Incoming<'a> {
         }
         let entries = self.flying.iter().chain(&self.mapped);
         self.shared.begun(entries.map(|entry| (entry.extent, entry.event.clone())));
+        self.restoring = None;
     }
 
     /// Queues what fills the next extent. False: none has memory, or enough is on its way.

@@ -1,7 +1,7 @@
 //! Bringing bytes back to the device, at the same addresses, in order of use.
 //!
 //! The order is: lease (one restore at a time asks for it), turn, then device memory and copies hand in hand
-//! ([`super::incoming`]). Until there is device memory for all of it, whatever fails, what this wake brought is taken away
+//! ([`super::incoming`]). What KV was evicted comes back beside a wake of weights that has all of its memory. Until there is device memory for all of it, whatever fails, what this wake brought is taken away
 //! again and the lease given back. The copies off the device are touched only when all of it has succeeded (I6).
 //!
 //! A step may run beside a wake that has all of its memory ([`Region::guard_in_order`]): it uses what has arrived, so from
@@ -16,6 +16,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::extent::PageRun;
 use shoal_core::ids::ExtentIndex;
 use shoal_core::page_table::{Backing, PlannedMove};
+use shoal_core::protocol::LeaseKind;
 use shoal_core::residency::Move;
 
 use super::incoming::{Arrived, Incoming};
@@ -104,10 +105,10 @@ impl Region {
         reason: &str,
     ) -> Result<Report, MemoryError> {
         let start = Instant::now();
-        let _restoring = self.manager().take_restore(deadline)?;
+        let restoring = self.manager().take_restore(deadline)?;
         let wanted = {
             // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
-            let _turn = self.manager().take_turn(deadline)?;
+            let _turn = self.take_turn_to_restore(deadline)?;
             self.manager().drop_idle_copies();
             self.missing_extents(bytes)
         };
@@ -118,8 +119,15 @@ impl Region {
         }
         shared.set_total(planned_bytes);
         let mut supply = self.supply(wanted, Content::Any, deadline, reason)?;
-        let turn = self.manager().take_turn(deadline)?;
-        let brought = self.restore_lending(&mut supply, deadline, shared, Some(&turn))?;
+        let turn = self.take_turn_to_restore(deadline)?;
+        // Who borrows the turn of this may restore KV. Were this KV, it would find missing what is on its way.
+        let brought = if self.comes_beside_wakes() {
+            let brought = self.restore_in_turn(&mut supply, deadline, shared);
+            drop(restoring);
+            brought?
+        } else {
+            self.restore_lending(&mut supply, deadline, shared, Some(&turn), Some(restoring))?
+        };
         (report.requested, report.copied) = (brought.requested, brought.copied);
         report.duration = start.elapsed();
         Ok(report)
@@ -138,16 +146,35 @@ impl Region {
         deadline: Instant,
         shared: &Shared,
     ) -> Result<Report, MemoryError> {
-        self.restore_lending(supply, deadline, shared, None)
+        self.restore_lending(supply, deadline, shared, None, None)
     }
 
-    /// [`restore_in_turn`](Self::restore_in_turn), lending that turn to those who map, once all memory is there.
+    /// Whether it comes back beside a wake of weights whose memory is there, on the turn that this lends: what a step needs
+    /// beside its weights. Nothing of KV comes from files, whose buffers the wake may be using.
+    pub(crate) fn comes_beside_wakes(&self) -> bool {
+        self.kind() == LeaseKind::Kv
+    }
+
+    fn take_turn_to_restore(&self, deadline: Instant) -> Result<Taken, MemoryError> {
+        if !self.comes_beside_wakes() {
+            return self.manager().take_turn(deadline);
+        }
+        let turn = self.manager().take_or_borrow_turn(deadline)?;
+        if !turn.is_borrowed() {
+            self.manager().sweep(true);
+        }
+        Ok(turn)
+    }
+
+    /// [`restore_in_turn`](Self::restore_in_turn); once all memory is there, that turn is lent to those who map, and
+    /// `restoring` given back.
     fn restore_lending(
         &self,
         supply: &mut Supply,
         deadline: Instant,
         shared: &Shared,
         turn: Option<&Taken>,
+        restoring: Option<Taken>,
     ) -> Result<Report, MemoryError> {
         // Since the lease was asked for, others may have brought back some of it, and some more may have been evicted, with
         // which a server grants the lease.
@@ -161,7 +188,7 @@ impl Region {
         }
         let mut report = Report::new(plan.bytes);
         shared.set_total(plan.bytes);
-        let mut incoming = Incoming::new(self, plan.moves, shared);
+        let mut incoming = Incoming::new(self, plan.moves, shared).until_backed(restoring);
         let outcome = incoming.run(supply, deadline, turn);
         let has_guests = shared.close();
         let Arrived { brought, leaving } = incoming.end();
