@@ -14,7 +14,7 @@
 //!
 //! Keeps I1, checked after every change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::bytes::ByteCount;
 use crate::ids::ModelId;
@@ -100,6 +100,8 @@ pub struct LeaseBook {
     /// What processes held that are gone, and that was not seen to be free yet.
     departed: BTreeMap<u32, ByteCount>,
     leased: ByteCount,
+    /// Whose account has changed since that was last asked.
+    changed: BTreeSet<ModelId>,
 }
 
 impl LeaseBook {
@@ -113,6 +115,7 @@ impl LeaseBook {
             accounts: BTreeMap::new(),
             departed: BTreeMap::new(),
             leased: ByteCount::ZERO,
+            changed: BTreeSet::new(),
         }
     }
 
@@ -185,6 +188,11 @@ impl LeaseBook {
         })
     }
 
+    /// Whose account was opened, closed or changed since this was last called.
+    pub fn take_changed(&mut self) -> BTreeSet<ModelId> {
+        std::mem::take(&mut self.changed)
+    }
+
     /// What `model` holds in all. Zero without an account.
     #[must_use]
     pub fn total(&self, model: ModelId) -> ByteCount {
@@ -200,6 +208,7 @@ impl LeaseBook {
             return Err(LeaseBookError::AlreadyOpen { model });
         }
         self.accounts.insert(model, Account::default());
+        self.changed.insert(model);
         self.check_invariants();
         Ok(())
     }
@@ -230,6 +239,7 @@ impl LeaseBook {
             return Err(LeaseBookError::Short { requested, free, budget: self.budget });
         }
         self.accounts.insert(model, account);
+        self.changed.insert(model);
         self.leased += requested;
         self.check_invariants();
         Ok(())
@@ -255,6 +265,7 @@ impl LeaseBook {
         account.correction -= covered;
         account.granted[place(kind)] += bytes;
         self.leased += bytes - covered;
+        self.changed.insert(model);
         self.check_invariants();
         Ok(())
     }
@@ -276,6 +287,7 @@ impl LeaseBook {
         }
         account.granted[place(kind)] = held - bytes;
         self.leased -= bytes;
+        self.changed.insert(model);
         self.check_invariants();
         Ok(())
     }
@@ -292,6 +304,7 @@ impl LeaseBook {
         let correction = wanted.min(account.correction + left);
         self.leased = self.leased - account.correction + correction;
         account.correction = correction;
+        self.changed.insert(model);
         self.check_invariants();
         Ok(wanted - correction)
     }
@@ -303,6 +316,7 @@ impl LeaseBook {
     pub fn begin_closing(&mut self, model: ModelId) -> Result<(), LeaseBookError> {
         let account = self.accounts.get_mut(&model).ok_or(LeaseBookError::NoAccount { model })?;
         account.closing = true;
+        self.changed.insert(model);
         self.check_invariants();
         Ok(())
     }
@@ -311,6 +325,7 @@ impl LeaseBook {
     pub fn close(&mut self, model: ModelId) -> ByteCount {
         let returned = self.accounts.remove(&model).map_or(ByteCount::ZERO, |account| account.total());
         self.leased -= returned;
+        self.changed.insert(model);
         self.check_invariants();
         returned
     }
@@ -322,6 +337,7 @@ impl LeaseBook {
         if !held.is_zero() {
             *self.departed.entry(process).or_default() += held;
         }
+        self.changed.insert(model);
         self.check_invariants();
         held
     }

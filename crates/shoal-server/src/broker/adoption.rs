@@ -41,7 +41,7 @@ impl Core {
 
     /// Some worker's holdings are not known yet.
     pub(super) fn is_settling(&self) -> bool {
-        !self.strangers.is_empty() || self.models.iter().any(|model| model.is_unaccounted)
+        !self.strangers.is_empty() || self.models.lively().any(|model| model.is_unaccounted)
     }
 
     /// Takes the worker on that has just greeted; `share` is what it may use of the host where it holds nothing.

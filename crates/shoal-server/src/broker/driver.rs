@@ -84,7 +84,7 @@ impl Driver {
 impl Core {
     /// The driver is being asked: what is leased now may be what it shows.
     pub(crate) fn begin_look(&mut self, now_ms: u64) -> u64 {
-        for model in &mut self.models {
+        for model in self.models.all_quietly() {
             model.leased_then = self.book.total(model.id);
         }
         now_ms
@@ -203,7 +203,7 @@ impl Core {
     fn live_holders(&mut self) -> Vec<Holder> {
         let is_simulated = self.config.device == DeviceChoice::Sim;
         let mut holders = Vec::with_capacity(self.models.len());
-        for model in &mut self.models {
+        for model in self.models.all_quietly() {
             let is_rigid = model.is_rigid();
             let process = if is_rigid { model.child } else { model.pid };
             model.seen = process.and_then(|process| self.driver.looked.of(process));

@@ -45,14 +45,16 @@ impl Core {
             let starting = |model: &&Record| matches!(model.life(), Life::Starting { .. });
             if self.stopping
                 || self.is_settling()
-                || self.models.iter().filter(starting).count() >= STARTING_MAX
+                || self.models.lively().filter(starting).count() >= STARTING_MAX
             {
                 return;
             }
             let due = |model: &Record| {
                 matches!(model.life(), Life::Waiting { at_ms, .. } if *at_ms <= now_ms) && model.pid.is_none()
             };
-            let next = (0..self.models.len())
+            let next = self
+                .models
+                .lively_places()
                 .filter(|place| due(&self.models[*place]))
                 .min_by_key(|place| (self.models[*place].queue.is_empty(), *place));
             let Some(place) = next else { return };
@@ -438,12 +440,11 @@ impl Core {
     /// When the next life may have to be acted on.
     pub(super) fn next_life_deadline(&self, now_ms: u64) -> Option<u64> {
         self.models
-            .iter()
-            .enumerate()
-            .filter_map(|(place, model)| match model.life() {
+            .lively_places()
+            .filter_map(|place| match self.models[place].life() {
                 Life::Waiting { at_ms, .. } if *at_ms > now_ms => Some(*at_ms),
                 Life::Awaited { until_ms } => Some(*until_ms),
-                Life::Starting { heard_ms, greeted } if model.pid.is_some() => {
+                Life::Starting { heard_ms, greeted } if self.models[place].pid.is_some() => {
                     Some(heard_ms + self.patience_ms(place, *greeted))
                 }
                 _ => None,

@@ -28,6 +28,7 @@ mod pulse;
 mod pulse_tests;
 mod queue;
 mod record;
+mod records;
 mod reload;
 mod requests;
 mod settle;
@@ -39,6 +40,7 @@ mod why;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use shoal_core::ids::ModelId;
 use shoal_core::lease::LeaseBook;
 use shoal_core::policy::{PendingRequest, Policy, Shadow, Value};
 use tokio::sync::{Notify, mpsc};
@@ -53,6 +55,7 @@ pub(crate) use lives::Greeting;
 pub(crate) use record::{Record, host_need};
 pub(crate) use reload::Follow;
 pub(crate) use requests::{Begun, Reached, Wanted};
+pub(crate) use settle::Decision;
 
 /// How many workers may be starting at the same time: loading is the heaviest moment of a small machine.
 const STARTING_MAX: usize = 2;
@@ -121,9 +124,11 @@ pub(crate) struct Core {
     pub(crate) timing: Timing,
     pub(crate) book: LeaseBook,
     pub(crate) driver: driver::Driver,
-    pub(crate) models: Vec<Record>,
+    pub(crate) models: records::Records,
     pub(crate) by_name: BTreeMap<String, usize>,
     pub(crate) asked: Vec<Asked>,
+    /// Those who asked when that was last looked at.
+    asked_then: Vec<ModelId>,
     pub(crate) events: EventLog,
     pub(crate) started_unix_ms: u64,
     pub(crate) stopping: bool,
@@ -140,7 +145,7 @@ pub(crate) struct Core {
     /// Workers may outlive this server.
     pub(crate) is_journaled: bool,
     decisions: u64,
-    decision_log: Option<mpsc::Sender<String>>,
+    decision_log: Option<mpsc::Sender<Decision>>,
     next_number: u64,
     /// When workers are next looked after that say nothing.
     pulse_at_ms: u64,
@@ -159,9 +164,9 @@ impl Core {
         config: Arc<ServerConfig>,
         timing: Timing,
         started_unix_ms: u64,
-        decision_log: Option<mpsc::Sender<String>>,
+        decision_log: Option<mpsc::Sender<Decision>>,
     ) -> Self {
-        let models: Vec<Record> = config
+        let models: records::Records = config
             .models
             .iter()
             .enumerate()
@@ -175,6 +180,7 @@ impl Core {
             models,
             by_name,
             asked: Vec::new(),
+            asked_then: Vec::new(),
             events: EventLog::new(EVENTS_KEPT),
             started_unix_ms,
             stopping: false,

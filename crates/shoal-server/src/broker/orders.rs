@@ -319,7 +319,7 @@ impl Core {
 
     /// The earliest deadline of an open order.
     pub(super) fn next_order_deadline(&self) -> Option<u64> {
-        let orders = self.models.iter().filter(|model| model.is_ready()).flat_map(|m| m.orders.values());
+        let orders = self.models.lively().filter(|model| model.is_ready()).flat_map(|m| m.orders.values());
         orders.filter(|order| !order.overdue).map(|order| order.deadline_ms).min()
     }
 }

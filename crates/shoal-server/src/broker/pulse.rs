@@ -67,7 +67,7 @@ pub(super) fn is_work(message: &FromWorker, before: &WorkerUsage) -> bool {
 }
 
 /// Whether somebody would see that nothing comes of its work: it answers pings, or is a program that runs.
-fn is_watched(model: &Record) -> bool {
+pub(super) fn is_watched(model: &Record) -> bool {
     model.connection.is_some() && (model.pulse.answers || model.child.is_some())
 }
 
@@ -107,7 +107,7 @@ impl Core {
 
     /// When to look again.
     pub(super) fn next_pulse(&self) -> Option<u64> {
-        let is_any = self.models.iter().any(is_watched);
+        let is_any = self.models.lively().any(is_watched);
         (is_any && self.pulse_ms().is_some() && !self.stopping).then_some(self.pulse_at_ms)
     }
 

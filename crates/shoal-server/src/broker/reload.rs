@@ -198,7 +198,8 @@ impl Core {
 
     /// Ends workers that are to go and have no requests left, or have had time enough for them.
     pub(super) fn end_retiring(&mut self, now_ms: u64) {
-        for place in 0..self.models.len() {
+        let lively: Vec<usize> = self.models.lively_places().collect();
+        for place in lively {
             let model = &self.models[place];
             let Some(Retiring { until_ms }) = model.retiring else { continue };
             let is_at_work = model.is_ready() && model.queue.active() > 0;
@@ -238,7 +239,7 @@ impl Core {
 
     /// When the next one is not waited for any longer.
     pub(super) fn next_retiring(&self) -> Option<u64> {
-        let waiting = self.models.iter().filter(|model| !matches!(model.life(), Life::Ending));
+        let waiting = self.models.lively().filter(|model| !matches!(model.life(), Life::Ending));
         waiting.filter_map(|model| model.retiring.map(|retiring| retiring.until_ms)).min()
     }
 }

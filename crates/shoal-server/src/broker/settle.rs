@@ -1,12 +1,15 @@
 //! What follows from a change: the policy is asked, its plan carried out and written down.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::ids::ModelId;
 use shoal_core::policy::{Action, ModelState, Plan, ShelfState};
 use shoal_core::protocol::LeaseKind;
 
-use super::lifecycle::Transition;
+use super::lifecycle::{Life, Transition};
+use super::pulse::is_watched;
 use super::{Core, millis};
 use crate::config::SleepDepth;
 use crate::state::EventKind;
@@ -19,17 +22,17 @@ const DECISION_VERSION: u32 = 2;
 /// Plans made after one change. Carrying a plan out changes little that calls for another one.
 const PLANS_PER_CHANGE_MAX: usize = 4;
 
-/// A line of the decision log.
-#[derive(Serialize)]
-struct Decision<'a> {
+/// A line of the decision log, which is made of it where it is written.
+#[derive(Debug, Serialize)]
+pub(crate) struct Decision {
     #[serde(rename = "decision")]
     number: u64,
     version: u32,
-    policy: &'a str,
+    policy: String,
     at_ms: u64,
     now_ms: u64,
-    state: &'a ShelfState,
-    plan: &'a Plan,
+    state: ShelfState,
+    plan: Plan,
 }
 
 impl Core {
@@ -44,10 +47,13 @@ impl Core {
     /// Brings everything in line after a change.
     pub(super) fn settle(&mut self, now_ms: u64) {
         let mut again_at = None;
+        let mut touched = BTreeSet::new();
         for _ in 0..PLANS_PER_CHANGE_MAX {
-            for place in 0..self.models.len() {
-                self.refresh(place, now_ms);
+            let marked = self.take_marked();
+            for place in &marked {
+                self.refresh(*place, now_ms);
             }
+            touched.extend(marked);
             if !self.needs_plan() {
                 again_at = None;
                 break;
@@ -62,18 +68,19 @@ impl Core {
             };
             self.watch(&state, &plan, now_ms);
             again_at = plan.again_at_ms;
-            if !self.carry_out(&state, plan, &policy, now_ms) {
+            if !self.carry_out(state, plan, policy, now_ms) {
                 break;
             }
         }
         self.end_retiring(now_ms);
         self.start_next(now_ms);
-        for place in 0..self.models.len() {
+        touched.extend(self.models.marked());
+        for place in touched {
             self.show_status(place, now_ms);
         }
         self.book.check_invariants();
-        let fresh = self.models.iter().map(|model| model.fresh_kv.1).filter(|until| *until > now_ms).min();
-        let retry = self.models.iter().filter(|model| !model.queue.is_empty());
+        let fresh = self.models.lively().map(|model| model.fresh_kv.1).filter(|until| *until > now_ms).min();
+        let retry = self.models.lively().filter(|model| !model.queue.is_empty());
         let retry = retry.map(|model| model.wake_not_before_ms).filter(|at| *at > now_ms).min();
         let waits = (!self.asked.is_empty()).then_some(fresh).flatten();
         let timer = [
@@ -91,6 +98,57 @@ impl Core {
             self.timer_ms = timer;
             self.timer_moved.notify_one();
         }
+        #[cfg(test)]
+        self.check_unmarked(now_ms);
+    }
+
+    /// Those that something has happened to since they were last looked at: to their records, leases or requests.
+    fn take_marked(&mut self) -> BTreeSet<usize> {
+        let asking: Vec<ModelId> = self.asked.iter().map(|asked| asked.pending.model).collect();
+        let asked_then = std::mem::replace(&mut self.asked_then, asking.clone());
+        for id in self.book.take_changed().into_iter().chain(asking).chain(asked_then) {
+            self.models.mark(id.0 as usize);
+        }
+        self.models.take_marked()
+    }
+
+    /// Nothing can come of it, or be asked of it, until something happens to it.
+    fn rests(&self, place: usize, now_ms: u64) -> bool {
+        let model = &self.models[place];
+        !self.may_matter(place)
+            && matches!(model.life(), Life::Ready | Life::Failed { .. } | Life::Stopped)
+            && model.config.keep_alive_s.is_none()
+            && model.fresh_kv.1 <= now_ms
+            && model.retiring.is_none()
+            && !model.is_unaccounted
+            && !is_watched(model)
+    }
+
+    /// Whoever was not looked at rests or is known not to, and another look would change nothing.
+    #[cfg(test)]
+    fn check_unmarked(&mut self, now_ms: u64) {
+        let marked: BTreeSet<usize> = self.models.marked().clone();
+        let lively: BTreeSet<usize> = self.models.lively_places().collect();
+        let changed = self.book.take_changed();
+        for id in &changed {
+            self.models.mark(id.0 as usize);
+        }
+        for place in (0..self.models.len()).filter(|place| !marked.contains(place)) {
+            let name = self.models[place].name.clone();
+            assert!(lively.contains(&place) || self.rests(place, now_ms), "{name} does not rest");
+            if changed.contains(&self.models[place].id) || self.asks(self.models[place].id) {
+                continue;
+            }
+            let facts = |core: &Self| {
+                let model = &core.models[place];
+                let turn = (model.turn_since_ms, model.turn_had_kv, model.could_run, model.ran_until_ms);
+                let wants = (model.wanting_since_ms, model.wanted_before_ms, model.rising_until_ms);
+                (turn, wants, model.queue.len(), model.queue.active())
+            };
+            let before = facts(self);
+            self.refresh(place, now_ms);
+            assert_eq!(facts(self), before, "{name} was to be looked at");
+        }
     }
 
     fn needs_plan(&self) -> bool {
@@ -99,7 +157,7 @@ impl Core {
             && !self.is_settling()
             && (!self.asked.is_empty()
                 || !self.book.owed().is_zero()
-                || self.models.iter().any(|model| {
+                || self.models.lively().any(|model| {
                     (!model.queue.is_empty() && !model.is_up())
                         || model.config.keep_alive_s.is_some()
                         || model.habits.preload
@@ -111,7 +169,7 @@ impl Core {
         let asks = self.asks(self.models[place].id);
         let held = self.book.held(self.models[place].id, LeaseKind::Weights);
         let kv_held = self.book.held(self.models[place].id, LeaseKind::Kv);
-        let model = &mut self.models[place];
+        let model = self.models.quietly(place);
         let whole = held >= model.weights_total && !held.is_zero();
         let has_kv = kv_held >= model.kv_min();
         if !whole {
@@ -156,6 +214,8 @@ impl Core {
             model.rising_until_ms = Some(order.unwrap_or(latest).min(latest));
         }
         self.unpark(place, now_ms);
+        let rests = self.rests(place, now_ms);
+        self.models.set_active(place, !rests);
     }
 
     /// Whether a model can make a difference at all; cheap, and true rather than false.
@@ -185,7 +245,9 @@ impl Core {
             quantum_ms: self.timing.quantum_ms,
             is_manual: !self.config.sharing.evicts,
             // Those that sleep and that nobody wants are left out: nobody would miss them.
-            models: (0..self.models.len())
+            models: self
+                .models
+                .lively_places()
                 .filter(|place| self.may_matter(*place))
                 .map(|place| self.policy_model(place, now_ms))
                 .filter(|model| model.matters(now_ms) || self.asks(model.id))
@@ -246,11 +308,14 @@ impl Core {
     }
 
     /// Does what the plan says. True where that may call for another plan.
-    fn carry_out(&mut self, state: &ShelfState, plan: Plan, policy: &str, now_ms: u64) -> bool {
+    fn carry_out(&mut self, state: ShelfState, plan: Plan, policy: String, now_ms: u64) -> bool {
         let acts = plan.actions.iter().any(|action| !matches!(action, Action::Wait { .. }));
-        let decision = if acts { self.write_down(state, &plan, policy, now_ms) } else { 0 };
+        if acts {
+            self.decisions += 1;
+        }
+        let decision = if acts { self.decisions } else { 0 };
         let mut changed = false;
-        for action in plan.actions {
+        for action in plan.actions.iter().cloned() {
             match action {
                 Action::Evict { model, bytes, reason, requester } => {
                     let whom = (requester.map(|model| model.0 as usize), Some(decision));
@@ -288,38 +353,30 @@ impl Core {
                 }
             }
         }
+        if acts {
+            // Whoever waits for it has its answer by now.
+            self.write_down(decision, state, plan, policy, now_ms);
+        }
         changed
     }
 
-    /// Writes a decision down with the state it was made from (I11). Gives its number.
-    fn write_down(&mut self, state: &ShelfState, plan: &Plan, policy: &str, now_ms: u64) -> u64 {
-        self.decisions += 1;
-        if let Some(log) = &self.decision_log {
-            let line = Decision {
-                number: self.decisions,
-                version: DECISION_VERSION,
-                policy,
-                at_ms: self.unix_ms(now_ms),
-                now_ms,
-                state,
-                plan,
-            };
-            // Plain data: there is nothing in it that cannot be written.
-            if serde_json::to_string(&line).is_ok_and(|line| log.try_send(line).is_err()) {
-                tracing::warn!(
-                    decision = self.decisions,
-                    "the decision log does not keep up; a decision is not in it"
-                );
-            }
+    /// Has a decision written down with the state it was made from (I11).
+    fn write_down(&self, number: u64, state: ShelfState, plan: Plan, policy: String, now_ms: u64) {
+        let Some(log) = &self.decision_log else { return };
+        let (version, at_ms) = (DECISION_VERSION, self.unix_ms(now_ms));
+        if log.try_send(Decision { number, version, policy, at_ms, now_ms, state, plan }).is_err() {
+            tracing::warn!(
+                decision = number,
+                "the decision log does not keep up; a decision is not in it"
+            );
         }
-        self.decisions
     }
 
     fn show_status(&mut self, place: usize, now_ms: u64) {
         let bytes = self.book.held(self.models[place].id, LeaseKind::Weights);
         let facts = self.models[place].facts(bytes, self.stopping);
         if let Some(Transition { from, to, after_ms, reason }) =
-            self.models[place].cycle.observe(&facts, now_ms)
+            self.models.quietly(place).cycle.observe(&facts, now_ms)
         {
             self.tell(now_ms, Some(place), EventKind::StatusChanged { from, to, after_ms, bytes, reason });
         }

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::host_pool::Lent;
 use super::survivors::{self, Found};
 use super::{Caller, RouteError, RouteSink, Shared, policy_process, steward};
-use crate::broker::{Core, Reached, Wanted, millis};
+use crate::broker::{Core, Decision, Reached, Wanted, millis};
 use crate::config::{Engine, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
 use crate::supervisor::identity;
@@ -600,13 +600,15 @@ impl RouteSink for Sink {
 
 /// Writes decisions, one JSON object a line, to `decisions.ndjson` (bounded as the workers' logs are). On a thread of its
 /// own: it ends when the last sender is dropped.
-pub(super) fn decision_log(log_dir: &Path) -> mpsc::Sender<String> {
-    let (sender, mut receiver) = mpsc::channel::<String>(DECISIONS_MAX);
+pub(super) fn decision_log(log_dir: &Path) -> mpsc::Sender<Decision> {
+    let (sender, mut receiver) = mpsc::channel::<Decision>(DECISIONS_MAX);
     let path = log_dir.join("decisions.ndjson");
     let write = move || {
         let mut file = None;
         let mut written = 0u32;
-        while let Some(mut line) = receiver.blocking_recv() {
+        while let Some(decision) = receiver.blocking_recv() {
+            // Plain data: there is nothing in it that cannot be written.
+            let Ok(mut line) = serde_json::to_string(&decision) else { continue };
             if file.is_none() || written.is_multiple_of(DECISIONS_BETWEEN_LOOKS) {
                 file = open_log(&path).inspect_err(|error| tracing::warn!(%error, "no decision log")).ok();
             }
