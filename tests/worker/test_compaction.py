@@ -183,7 +183,7 @@ def test_the_hint_is_what_the_next_step_takes():
 
     space.alloc, engine._compute = taking, stepping
     assert answers(engine, asked, [30] * len(asked)) == wanted
-    assert len(steps) > 30
+    assert len(steps) >= 30
     assert steps[0][1] is None
     assert all(took == said for took, said in steps[1:]), steps
     assert sum(took for took, _ in steps[1:]) > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from contextlib import contextmanager
 
@@ -187,7 +188,8 @@ def test_a_step_that_ends_in_its_middle_is_made_good(name, options):
             model.model.norm.register_forward_hook(lambda _module, _given, gave: states.append(gave[0, -1].clone())),
         ]
         try:
-            with engine_of(model, PlainMemory(), batch_tokens_max=32) as engine:
+            # Nobody decodes while the prompt is computed, so its steps have four times as many tokens.
+            with engine_of(model, PlainMemory(), batch_tokens_max=8) as engine:
                 assert asyncio.run(tokens_of(engine, prompt, 12)) == expected
             assert next(calls) > 12 + len(cuts), "each was cut"
         finally:
@@ -197,6 +199,40 @@ def test_a_step_that_ends_in_its_middle_is_made_good(name, options):
 
     # Tokens alone would hide it: the last step's states are what it has read.
     torch.testing.assert_close(last_states({1, 4, 9, 15}), last_states(set()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_prompt_is_cut_where_somebody_decodes_and_else_is_not():
+    """Beside the bytes of a wake only one step is computed: what it leaves of a prompt comes after them."""
+    model = llama()
+    short, long = prompts(12, 1, longest=6)[0], prompts(10, 1, longest=90)[0]
+    assert 32 < len(long) <= 4 * 32
+    expected = alone(model, long, 4)
+    with engine_of(model, PlainMemory(), batch_tokens_max=32) as engine:
+        steps, compute, may_go_on = [], engine._compute, threading.Event()
+        may_go_on.set()
+
+        def computing() -> None:
+            if steps:
+                assert may_go_on.wait(60)
+            steps.append(engine._processor.inputs_and_outputs.num_q_tokens)
+            compute()
+
+        engine._compute = computing
+
+        async def run() -> None:
+            assert await tokens_of(engine, long, 4) == expected
+            assert max(steps) >= len(long) - 1, "alone it is one step"
+            steps.clear()
+            may_go_on.clear()
+            decoding = engine.submit(short, GREEDY, 200, ignore_eos=True)
+            assert await anext(decoding), "it decodes"
+            generation = engine.submit(long, GREEDY, 4, salt="another, that finds nothing")
+            may_go_on.set()
+            assert [token async for tokens in generation for token in tokens] == expected
+            decoding.cancel()
+
+        asyncio.run(run())
+        assert max(steps) <= 32, "the other one waits for no more than that"
 
 
 @pytest.mark.parametrize("blocks", [9, 12, 20])

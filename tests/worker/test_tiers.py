@@ -127,7 +127,7 @@ def test_what_is_computed_faster_is_computed_and_else_it_is_loaded(monkeypatch: 
 
     monkeypatch.setattr(tiers.KvBelow, "computed", computed)
     with shoal.testing.simulated_memory("256MiB", host_budget="64MiB") as mem:
-        spec = WorkerSpec(source="x", threads=1, kv_max_bytes=160 << 20, batch_tokens_max=512)
+        spec = WorkerSpec(source="x", threads=1, kv_max_bytes=160 << 20, batch_tokens_max=128)
         memory = DeviceMemory(mem)
         memory.place(model)
         layout = KvLayout.of(model.config, model.dtype, spec.block_tokens)

@@ -171,7 +171,11 @@ fn kv_that_was_evicted_too_comes_back_beside_the_wake_and_the_step_with_it() {
         assert!(!other.missing_bytes().is_zero() && !region.missing_bytes().is_zero());
         let (guard, beside) = world.manager.guard_in_order(&region, WAIT).expect("there is room");
         let was_coming = beside.as_ref().is_some_and(is_coming);
-        assert_eq!(other.missing_bytes(), ByteCount::ZERO, "under a guard all is there but what the wake brings");
+        assert_eq!(
+            other.missing_bytes(),
+            ByteCount::ZERO,
+            "under a guard all is there but what the wake brings"
+        );
         let mut read = [0; 4];
         other.read(ByteCount::ZERO, &mut read).expect("back");
         assert_eq!(&read, b"kept");

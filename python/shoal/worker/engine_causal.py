@@ -61,6 +61,7 @@ _GUARD_S = 10.0  # how long one attempt to bring weights back may take
 _COMPACT_S = 1.0  # how often KV blocks may be moved together
 _PREFILL_TOKENS = 32  # a step of so many tokens, and of so many for each request, says what computing prompts takes
 _PREFILL_PART = 8
+_UNSHARED_STEPS = 4  # a step in which nobody decodes may take as many tokens as so many others
 _PREEMPT_S = 2.0  # how long a prepared batch waits for its guard before its requests give their blocks up
 
 
@@ -207,7 +208,7 @@ class CausalEngine:
             ContinuousBatchingConfig(
                 block_size=limits.block_tokens,
                 num_blocks=limits.blocks,
-                max_batch_tokens=spec.batch_tokens_max,
+                max_batch_tokens=_UNSHARED_STEPS * spec.batch_tokens_max,
                 max_requests_per_batch=min(spec.requests_max, spec.batch_tokens_max),
                 max_blocks_per_request=0,
                 max_memory_percent=0.9,
@@ -226,6 +227,7 @@ class CausalEngine:
         cache = functools.partial(ElasticCache, blocks, layout, is_caching, self._salt_of, self._found)
         with torch.no_grad(), hooks.elastic_cache(cache, UnboundedMemoryHandler):
             processor = manager._create_batch_processor()
+        processor.scheduler.shared_tokens = spec.batch_tokens_max
         processor.cache.pads(processor.inputs_and_outputs)
         manager.batch_processor = processor
         return manager, processor, processor.cache
@@ -411,7 +413,7 @@ class CausalEngine:
     def _compute(self) -> None:
         """Run the prepared batch; inside a guard."""
         self._cache.begin_step()
-        self._cache.kv.hint(self._processor.scheduler.next_blocks(self._spec.batch_tokens_max))
+        self._cache.kv.hint(self._processor.scheduler.next_blocks(self._processor.max_batch_tokens))
         begun = time.monotonic()
         try:
             self._processor._generation_step(self._model)  # back when its tokens are on the host

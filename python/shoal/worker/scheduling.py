@@ -13,6 +13,8 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers.generation.continuous_batching.requests import RequestState
 
 NAME = "shoal"
@@ -25,9 +27,14 @@ class ElasticScheduler(FIFOScheduler):
     ----------
     stalled
         Whether the last batch stayed empty for want of memory.
+    shared_tokens
+        Most tokens of a step in which somebody decodes, who waits for each step's next token. Where nobody does, a step
+        takes all that the budget allows: then a long prompt computes beside the bytes of a wake, where it would else
+        compute its first piece beside them and the others after. None: the budget is always the limit.
     """
 
     stalled = False
+    shared_tokens: int | None = None
     _short = False  # whether memory was refused when the last batch was scheduled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
@@ -36,6 +43,7 @@ class ElasticScheduler(FIFOScheduler):
             # A preemption blocks new requests until an active one finishes; one that was cancelled never does.
             self.block_new_requests = False
         self.cache.blocks.begin_step()
+        token_budget = self._budget(token_budget, self.active_requests.values())
         batch, fast_path, tokens, kv_read = super().schedule_batch(token_budget, cache_budget)
         self.stalled, self._short = batch is None, self.cache.blocks.short
         if batch is None and not self._preempting_helps():
@@ -51,16 +59,21 @@ class ElasticScheduler(FIFOScheduler):
         Parameters
         ----------
         token_budget
-            Tokens of a step.
+            Tokens of a step in which nobody decodes.
         """
         blocks, requests = 0, self.max_requests_per_batch
-        states = sorted(self.active_requests.values(), key=lambda state: state.status != RequestStatus.DECODING)
+        # Those that do not end with this step.
+        going = [
+            state
+            for state in self.active_requests.values()
+            if state.status != RequestStatus.DECODING or state.generated_len() + 1 < state._new_tokens_limit
+        ]
+        token_budget = self._budget(token_budget, going)
+        states = sorted(going, key=lambda state: state.status != RequestStatus.DECODING)
         if not self.block_new_requests:
             states += [self.waiting_requests[name] for name in self.waiting_requests_order]
         for state in () if self._short else states:
             is_decoding = state.status == RequestStatus.DECODING
-            if is_decoding and state.generated_len() + 1 >= state._new_tokens_limit:
-                continue  # it ends with this step
             tokens = 1 if is_decoding else min(len(state.remaining_prefill_tokens), token_budget)
             missing = tokens - (state.allocated_blocks * self.cache.block_size - state.current_len())
             if missing > 0 or not state.allocated_blocks:  # as the parent counts
@@ -77,6 +90,11 @@ class ElasticScheduler(FIFOScheduler):
         if state.request_id in self.active_requests:
             self.waiting_requests.pop(state.request_id, None)
         return tokens
+
+    def _budget(self, token_budget: int, states: Iterable[RequestState]) -> int:
+        """Give the tokens of a step of these requests: fewer where one of them decodes, or where memory was short."""
+        is_shared = self._short or any(state.status == RequestStatus.DECODING for state in states)
+        return min(token_budget, self.shared_tokens) if self.shared_tokens and is_shared else token_budget
 
     def _preempting_helps(self) -> bool:
         """Whether the offloading manager would find a victim (its own conditions, asked before it is)."""

@@ -87,7 +87,8 @@ class WorkerSpec:
     tier_idle_s
         How long a conversation's KV stays on the device unused once it is kept below; None as long as there is room.
     batch_tokens_max
-        Most tokens of one engine step; longer prompts are computed in pieces.
+        Most tokens of one engine step in which somebody decodes, and four times as many where nobody does; longer
+        prompts are computed in pieces.
     requests_max
         Most requests inside the engine at once; one more is refused.
     stall_timeout_s

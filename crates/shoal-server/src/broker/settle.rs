@@ -365,10 +365,7 @@ impl Core {
         let Some(log) = &self.decision_log else { return };
         let (version, at_ms) = (DECISION_VERSION, self.unix_ms(now_ms));
         if log.try_send(Decision { number, version, policy, at_ms, now_ms, state, plan }).is_err() {
-            tracing::warn!(
-                decision = number,
-                "the decision log does not keep up; a decision is not in it"
-            );
+            tracing::warn!(decision = number, "the decision log does not keep up; a decision is not in it");
         }
     }
 
