@@ -114,11 +114,11 @@ def fill(kv: KvCache, tokens: list[int]) -> list[int]:
 
 def restore_s(
     mem: MemoryManager, tokens: list[int], store: HostTier | DiskTier | TierStack, repeats: int
-) -> tuple[list[float], int]:
-    """Save a sequence, forget it on the device and bring it back, again and again; seconds each, and its bytes."""
+) -> tuple[list[float], dict[str, float]]:
+    """Save a sequence, forget it on the device and bring it back, again and again; seconds each, and what took them."""
     nbytes = len(tokens) * TOKEN_BYTES
     # As wide as bfloat16, which numpy has not.
-    kv = mem.kv_cache(layers=32, kv_heads=8, head_dim=128, dtype="float16", max_bytes=nbytes + 64 * MIB)
+    kv = mem.kv_cache(layers=32, kv_heads=8, head_dim=128, dtype="float16", max_bytes=nbytes + 64 * MIB, patience_s=60)
     below = kv.attach_store(store, {"model": "8b"}, load_s=WAIT_S, put_s=WAIT_S)
     ids = fill(kv, tokens)
     below.save(tokens)
@@ -136,8 +136,22 @@ def restore_s(
         if len(ids) * BLOCK_TOKENS != len(tokens):
             raise RuntimeError(f"{len(ids)} blocks came back: {below.usage()}")
         kv.groups[0].free(ids)
+    shares = shares_of(below.usage(), {})
     del below
-    return times, nbytes
+    return times, shares
+
+
+def shares_of(after: dict[str, int], before: dict[str, int]) -> dict[str, float]:
+    """Give what loads went to between two readings, as shares of the whole."""
+    names = ("lookup", "read", "copy", "verify")
+    spent = {name: after[f"{name}_us"] - before.get(f"{name}_us", 0) for name in names}
+    whole = max(1, after["load_us"] - before.get("load_us", 0))
+    return {**{name: us / whole for name, us in spent.items()}, "rest": 1 - sum(spent.values()) / whole}
+
+
+def shares_line(shares: dict[str, float]) -> str:
+    """Give the shares in a line."""
+    return "  of it " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def by_bytes(where: Path, lengths: tuple[int, ...], repeats: int) -> list[Row]:
@@ -153,23 +167,24 @@ def by_bytes(where: Path, lengths: tuple[int, ...], repeats: int) -> list[Row]:
             continue
         name = f"{length >> 10}k tokens of an 8B shape"
         with simulated_memory(nbytes + 256 * MIB, host_budget="256MiB") as mem:
-            times, _ = restore_s(mem, tokens, HostTier(nbytes + nbytes // 64 + 64 * MIB), repeats)
+            times, shares = restore_s(mem, tokens, HostTier(nbytes + nbytes // 16 + 64 * MIB, memory=mem), repeats)
         host = of_samples(name, "restored from host memory", [nbytes / one / GIB for one in times], "GiB/s", "higher")
         host.ceiling = nbytes / min(memcpy_s(min(nbytes, GIB), 5)) / GIB * min(nbytes, GIB) / nbytes
         with simulated_memory(nbytes + 256 * MIB, host_budget="256MiB") as mem:
             tier = DiskTier([(where / f"kv-{length}", nbytes * 5 // 4 + 512 * MIB, 1 << 50)])
-            times, _ = restore_s(mem, tokens, tier, repeats)
+            times, disk_shares = restore_s(mem, tokens, tier, repeats)
             tier.close(60)
         shutil.rmtree(where / f"kv-{length}")
         disk_row = of_samples(name, "restored from disk", [nbytes / one / GIB for one in times], "GiB/s", "higher")
         ceiling = min(direct_read_s(where / "plain", nbytes, 3))
         disk_row.ceiling = nbytes / ceiling / GIB
-        for row, target in ((host, HOST_TARGET), (disk_row, DISK_TARGET)):
+        for row, target, went in ((host, HOST_TARGET, shares), (disk_row, DISK_TARGET, disk_shares)):
             assert row.ceiling is not None
             row.target = target * row.ceiling
             row.met = row.value >= row.target
             rows.append(row)
             print(row.line())
+            print(shares_line(went))
     return rows
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from shoal.kv_cache import KvCache
+    from shoal.memory import MemoryManager
 
 __all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "TierStack"]
 
@@ -26,24 +27,31 @@ __all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "TierStack"]
 class HostTier:
     """Blocks in this process's memory, which go with it.
 
-    Memory is taken block by block. What is never found again makes room first (S3-FIFO). Memory errs too, so what is
+    Memory is taken as it is needed. What is never found again makes room first (S3-FIFO). Memory errs too, so what is
     given was verified by its checksum.
 
     Parameters
     ----------
     max_bytes
         The most memory of blocks, with what each takes beside its bytes (4 to 8 KiB).
+    memory
+        The manager of the caches that it serves: then its memory is page-locked, and blocks are copied between there
+        and the device at the speed of the link, with no copy in between. It comes beside the manager's ``host_budget``,
+        in pieces of 2 MiB and more, each for blocks of one length; a tier of less than 8 MiB has ordinary memory all
+        the same.
 
     Raises
     ------
     ValueError
         If the size cannot be read.
+    ForkError
+        If the manager is of another process.
     """
 
     __slots__ = ("_native",)
 
-    def __init__(self, max_bytes: Size) -> None:
-        self._native = _native.HostTier(parse_size(max_bytes))
+    def __init__(self, max_bytes: Size, *, memory: MemoryManager | None = None) -> None:
+        self._native = _native.HostTier(parse_size(max_bytes), None if memory is None else memory._native)
 
     def __repr__(self) -> str:
         return f"HostTier({self.usage()['bytes_max']})"
@@ -392,7 +400,10 @@ class KvTier:
         dict
             In blocks: ``saved``, ``unsaved`` (refused, failed, or evicted before their turn came), ``looked_up``, and
             of those ``loaded``, ``late``, ``corrupt``. ``failed``: loads that ended early for another reason. In bytes:
-            ``saved_bytes``, ``loaded_bytes``. ``load_us``: microseconds that loads took. ``prefetched``: blocks that
+            ``saved_bytes``, ``loaded_bytes``. ``load_us``: microseconds that loads took; of those ``lookup_us`` until
+            it was known what is where and blocks were had for it, ``read_us`` waiting for what tiers read, ``copy_us``
+            copies to the device (what lies in page-locked memory is verified meanwhile), ``verify_us`` what verifying
+            took beyond those. ``prefetched``: blocks that
             came to the fastest tier ahead of a load. ``recomputed``: blocks of those looked for that were there and
             left there, as computing them is faster. ``demoted``: blocks that left the device unused.
 

@@ -4,8 +4,11 @@ Run by `tests/gpu/run.sh tiers_restore`. A Llama of 8B's layers with random weig
 prompts of 4k, 16k and 64k tokens are computed, then found on the device, in host memory and on disk, with everything
 that was computed of them forgotten on the device in between. The ceiling of a first token is the same prompt found on
 the device, and the link's (or the disk's) time for its bytes; that of a restore is the link from page-locked memory, or
-direct reads of the same disk, both measured here. What comes back has to give the token that the device's own blocks
-gave. $SHOAL_TIERS_DEVICE=sim makes a small dry run; $SHOAL_DISK names a directory on the disk to measure.
+direct reads of the same disk, both measured here. Beside each rate stand the shares of its time: looking up, waiting
+for reads, copies (in which verifying is hidden), what verifying took beyond them. Before that, caches of other block
+lengths and layouts are restored from host memory without an engine. What comes back has to give the token that the
+device's own blocks gave. $SHOAL_TIERS_DEVICE=sim makes a small dry run; $SHOAL_DISK names a directory on the disk to
+measure.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from benches.results import Row, of_samples, save_gpu
-from benches.tiers_restore import DISK_TARGET, HOST_TARGET, direct_read_s, free_bytes
+from benches.tiers_restore import DISK_TARGET, HOST_TARGET, direct_read_s, free_bytes, shares_line, shares_of
 
-from shoal import MemoryManager
+from shoal import HostTier, MemoryManager
 from shoal.testing import simulated_memory
 from shoal.worker.device import DeviceMemory
 from shoal.worker.engine_causal import CausalEngine
@@ -96,11 +99,65 @@ def device_memory(bytes_needed: int) -> Iterator[MemoryManager]:
             yield mem
 
 
+BLOCKS = (
+    # layers, KV heads, layout: 8 KiB for each of both, layer and block
+    (1, 8, "block"), (4, 8, "block"), (32, 8, "block"), (32, 8, "layer"), (32, 2, "layer"),
+) if ON_GPU else ((1, 8, "block"), (4, 2, "layer"))  # fmt: skip
+RESTORED_BYTES = 2 * GIB if ON_GPU else 16 * MIB
+
+
+def by_block(link: float) -> list[Row]:
+    """Restore caches of several block lengths from host memory, without an engine."""
+    rows = []
+    for layers, heads, layout in BLOCKS:
+        block = layers * heads * 8 << 10
+        count = RESTORED_BYTES // block
+        with device_memory(RESTORED_BYTES + GIB // 2) as mem:
+            kv = mem.kv_cache(
+                layers=layers, kv_heads=heads, head_dim=128, dtype="bfloat16", layout=layout, patience_s=30,
+                max_bytes=RESTORED_BYTES + 64 * MIB,
+            )  # fmt: skip
+            tier = HostTier(RESTORED_BYTES + RESTORED_BYTES // 8 + 64 * MIB, memory=mem)
+            below = kv.attach_store(tier, {"model": "blocks"}, load_s=WAIT_S, put_s=WAIT_S)
+            tokens = list(range(count * 16))
+            ids = kv.groups[0].alloc(count)
+            if ids is None:
+                raise RuntimeError("no blocks")
+            kv.seal(tokens, ids)
+            below.save(tokens)
+            if not below.flush(WAIT_S) or below.usage()["saved"] != count:
+                raise RuntimeError(f"not all was saved: {below.usage()}")
+            kv.groups[0].free(ids)
+            rates, before = [], below.usage()
+            for _ in range(RESTORED):
+                kv.forget_all()
+                so_far = below.usage()["load_us"]
+                ids = below.load(tokens, [])
+                if len(ids) != count:
+                    raise RuntimeError(f"{len(ids)} of {count} blocks came back: {below.usage()}")
+                kv.groups[0].free(ids)
+                rates.append(count * block / (below.usage()["load_us"] - so_far) * 1e6 / GIB)
+            shares = shares_of(below.usage(), before)
+            del below
+        piece = block if layout == "block" else block // layers
+        name = f"blocks of {block >> 10} KiB in pieces of {piece >> 10} KiB from host"
+        row = of_samples(name, "restored", rates, "GiB/s", "higher")
+        row.ceiling = link / GIB
+        row.target = HOST_TARGET * row.ceiling
+        row.met = row.value >= row.target
+        rows.append(row)
+        rows += [
+            Row(name, f"share of the restore's time: {share}", part, "", "lower") for share, part in shares.items()
+        ]
+        print(row.line(), shares_line(shares), sep="\n", flush=True)
+    return rows
+
+
 class Bench:
     """The engine, and what is measured on it."""
 
-    def __init__(self, mem: MemoryManager, where: Path, begun: float) -> None:
-        self.where, self.begun = where, begun
+    def __init__(self, mem: MemoryManager, where: Path, begun: float, link: float, of_blocks: list[Row]) -> None:
+        self.where, self.begun, self.link, self.of_blocks = where, begun, link, of_blocks
         spec = WorkerSpec(source="x", kv_max_bytes=1 << 50, batch_tokens_max=STEP_TOKENS)
         made = model()
         if ON_GPU:
@@ -207,14 +264,17 @@ class Bench:
                 raise RuntimeError(f"{tier}: {length} tokens were not saved in time: {self.told()}")
             self.say(f"{length} tokens are in {tier}, {time.perf_counter() - begun:.2f} s after their answer")
             times, rates, nbytes = [], [], length * self.token_bytes
+            shares: dict[str, float] = {}
             for number in range(RESTORED):
                 if number and self.is_late:
                     break
                 self.kv.forget_all()
-                before = connection.usage()["load_us"]
+                before = connection.usage()
                 taken, tokens = self.first_token(length, tier, length)
                 times.append(taken)
-                rates.append(nbytes / (connection.usage()["load_us"] - before) * 1e6 / GIB)
+                after = connection.usage()
+                rates.append(nbytes / (after["load_us"] - before["load_us"]) * 1e6 / GIB)
+                shares = shares_of(after, before)
                 self.wrong += tokens != self.tokens[length]
             row = of_samples(f"{length} tokens from {tier}", "first token", times, "s", "lower")
             row.ceiling = self.cached[length] + nbytes / ceiling
@@ -224,7 +284,13 @@ class Bench:
             rate.target = target * rate.ceiling
             rate.met = rate.value >= rate.target
             self.rows += [row, rate]
+            self.rows += [
+                Row(rate.case, f"share of the restore's time: {name}", share, "", "lower")
+                for name, share in shares.items()
+            ]
             self.say(row.line())
+            self.say(rate.line())
+            self.say(shares_line(shares))
             self.save()
         self.kv.forget_all()
         self.memory.close()
@@ -238,8 +304,9 @@ class Bench:
 
     def run(self) -> None:
         """Measure all."""
-        link = link_bytes_per_s()
+        link = self.link
         self.rows.append(Row("the link, host to device", "rate", link / GIB, "GiB/s", "higher"))
+        self.rows += self.of_blocks
         self.compute()
         self.restore("host", link, HOST_TARGET)
         need = int(sum(LENGTHS) * self.token_bytes * 1.25) + 512 * MIB + 4 * GIB
@@ -258,11 +325,13 @@ def main() -> int:
     begun = time.monotonic()
     base = Path(os.environ.get("SHOAL_DISK") or tempfile.gettempdir())
     bench = None
+    link = link_bytes_per_s()
+    of_blocks = by_block(link)
     with (
         tempfile.TemporaryDirectory(prefix="tiers-restore-", dir=base) as made,
         device_memory(30 * GIB if ON_GPU else 256 * MIB) as mem,
     ):
-        bench = Bench(mem, Path(made), begun)
+        bench = Bench(mem, Path(made), begun, link, of_blocks)
         try:
             bench.run()
         finally:

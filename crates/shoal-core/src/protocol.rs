@@ -245,6 +245,14 @@ pub struct KvTierCounts {
     pub failed: u64,
     /// Time that bringing back took, in microseconds.
     pub load_us: u64,
+    /// Of that: until it was known what is where, and blocks were had for it.
+    pub lookup_us: u64,
+    /// Of that: waiting for what tiers read.
+    pub read_us: u64,
+    /// Of that: copies to the device, from their turn on. What lies in page-locked memory is verified meanwhile.
+    pub copy_us: u64,
+    /// Of that: what verifying took beyond the copies.
+    pub verify_us: u64,
     /// Brought to the fastest tier while their request waited for its turn.
     pub prefetched: u64,
     /// Of those looked for, there and yet computed again, as that is faster by what was measured.

@@ -7,18 +7,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{WAIT, World, world};
+use common::talks::{TOKENS, cache};
+use common::{WAIT, world};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
-use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::layout::PlaneOrder;
 use shoal_core::kv::prefix::Start;
 use shoal_memory::store::{
     Buffer, Fetched, HostOptions, HostTier, Miss, Offer, Stack, StackOptions, Store, StoreKey, Stored,
     Ticket, Verdict,
 };
-use shoal_memory::{KvCache, KvCacheSpec, KvTier, KvTierOptions};
+use shoal_memory::{KvCache, KvTier, KvTierOptions};
 
-const TOKENS: usize = 4;
 const BLOCKS: usize = 12;
 /// Longer than computing has to save at least, for a block.
 const SLOW: Duration = Duration::from_millis(10);
@@ -68,15 +68,6 @@ impl Store for Slow {
     }
 }
 
-fn cache(world: &World) -> Arc<KvCache> {
-    let shape = BlockShape::Latent { tokens: 4, dim: 8 << 10 };
-    let groups = vec![GroupSpec { name: "kv".to_owned(), layers: 2, shape, element_bytes: 1 }];
-    let (order, granule_bytes_max) = (PlaneOrder::BlockMajor, ByteCount::mib(2));
-    let cache = CacheSpec { groups, order, bytes: ByteCount::mib(16), granule_bytes_max };
-    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
-    Arc::new(world.manager.kv_cache(spec).expect("addresses"))
-}
-
 fn tier(cache: &Arc<KvCache>, store: Arc<dyn Store>, is_choosing: bool) -> KvTier {
     let facts = vec![("model".to_owned(), "a".to_owned())];
     let options = KvTierOptions { load_wait: WAIT, is_choosing, ..KvTierOptions::new(facts) };
@@ -114,7 +105,7 @@ fn computes_in(tier: &KvTier, took: Duration) {
 #[test]
 fn what_is_faster_computed_is_not_loaded() {
     let world = world(64, 64);
-    let cache = cache(&world);
+    let cache = cache(&world, PlaneOrder::BlockMajor, 16, 64);
     let slow = Arc::new(Slow { takes: SLOW, ..Slow::default() });
     let tier = tier(&cache, Arc::clone(&slow) as _, true);
     let tokens = save(&cache, &tier);
@@ -139,7 +130,7 @@ fn what_is_faster_computed_is_not_loaded() {
 #[test]
 fn who_does_not_choose_loads_all() {
     let world = world(64, 64);
-    let cache = cache(&world);
+    let cache = cache(&world, PlaneOrder::BlockMajor, 16, 64);
     let slow = Arc::new(Slow { takes: SLOW, ..Slow::default() });
     let tier = tier(&cache, slow, false);
     let tokens = save(&cache, &tier);
@@ -153,7 +144,7 @@ fn who_does_not_choose_loads_all() {
 #[test]
 fn a_sequence_is_split_where_the_fast_tier_ends() {
     let world = world(64, 64);
-    let cache = cache(&world);
+    let cache = cache(&world, PlaneOrder::BlockMajor, 16, 64);
     let slow = Arc::new(Slow { takes: 10 * SLOW, ..Slow::default() });
     let learning = tier(&cache, Arc::clone(&slow) as _, false);
     let tokens = save(&cache, &learning);

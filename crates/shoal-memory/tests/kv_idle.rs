@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{WAIT, World, world};
+use common::talks::{TOKENS, cache};
+use common::{WAIT, world};
 use shoal_core::bytes::ByteCount;
-use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::layout::PlaneOrder;
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_memory::store::{HostOptions, HostTier, Store};
-use shoal_memory::{KvCache, KvCacheSpec, KvTier, KvTierOptions};
+use shoal_memory::{KvCache, KvTier, KvTierOptions};
 
-const TOKENS: usize = 4;
 const IDLE: Duration = Duration::from_millis(50);
 
 fn until(what: &str, is_so: impl Fn() -> bool) {
@@ -22,15 +22,6 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
         assert!(Instant::now() < deadline, "{what}");
         thread::sleep(Duration::from_millis(1));
     }
-}
-
-fn cache(world: &World) -> Arc<KvCache> {
-    let shape = BlockShape::Latent { tokens: 4, dim: 64 << 10 };
-    let groups = vec![GroupSpec { name: "kv".to_owned(), layers: 2, shape, element_bytes: 1 }];
-    let (order, granule_bytes_max) = (PlaneOrder::BlockMajor, ByteCount::mib(2));
-    let cache = CacheSpec { groups, order, bytes: ByteCount::mib(32), granule_bytes_max };
-    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
-    Arc::new(world.manager.kv_cache(spec).expect("addresses"))
 }
 
 fn tier(cache: &Arc<KvCache>, host: &Arc<HostTier>, idle: Option<Duration>) -> KvTier {
@@ -63,7 +54,7 @@ fn on_device(cache: &KvCache, tokens: &[u32]) -> usize {
 #[test]
 fn what_is_idle_leaves_the_device_and_comes_back() {
     let world = world(64, 64);
-    let (cache, host) = (cache(&world), host(64));
+    let (cache, host) = (cache(&world, PlaneOrder::BlockMajor, 32, 512), host(64));
     let tier = tier(&cache, &host, Some(IDLE));
     let tokens: Vec<u32> = (0..48).collect();
     converse(&cache, &tier, &tokens);
@@ -80,7 +71,7 @@ fn what_is_idle_leaves_the_device_and_comes_back() {
 fn what_is_owned_or_has_no_copy_stays() {
     let world = world(64, 64);
     // Memory for two blocks of 512 KiB and what belongs to them: never for all of it.
-    let (cache, host) = (cache(&world), host(2));
+    let (cache, host) = (cache(&world, PlaneOrder::BlockMajor, 32, 512), host(2));
     let tier = tier(&cache, &host, Some(IDLE));
     let tokens: Vec<u32> = (0..48).collect();
     converse(&cache, &tier, &tokens);
@@ -108,7 +99,7 @@ fn what_is_owned_or_has_no_copy_stays() {
 #[test]
 fn no_time_at_all_is_a_short_one() {
     let world = world(64, 64);
-    let (cache, host) = (cache(&world), host(64));
+    let (cache, host) = (cache(&world, PlaneOrder::BlockMajor, 32, 512), host(64));
     let tier = tier(&cache, &host, Some(Duration::ZERO));
     let tokens: Vec<u32> = (0..16).collect();
     let mut blocks = vec![0_u32; 4];
@@ -127,7 +118,7 @@ fn no_time_at_all_is_a_short_one() {
 #[test]
 fn without_an_idle_time_nothing_leaves() {
     let world = world(64, 64);
-    let (cache, host) = (cache(&world), host(64));
+    let (cache, host) = (cache(&world, PlaneOrder::BlockMajor, 32, 512), host(64));
     let (never, soon) = (tier(&cache, &host, None), tier(&cache, &host, Some(IDLE)));
     let (kept, gone): (Vec<u32>, Vec<u32>) = ((0..16).collect(), (100..116).collect());
     converse(&cache, &never, &kept);

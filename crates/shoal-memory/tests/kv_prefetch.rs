@@ -7,18 +7,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::talks::{TOKENS, cache};
 use common::{WAIT, world};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
-use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
+use shoal_core::kv::layout::PlaneOrder;
 use shoal_core::kv::prefix::{Found, Start};
 use shoal_memory::store::{
     Buffer, Fetched, HostOptions, HostTier, Offer, Promise, Stack, StackOptions, Store, StoreKey, Stored,
     Ticket, Verdict,
 };
-use shoal_memory::{KvCache, KvCacheSpec, KvTier, KvTierOptions};
+use shoal_memory::{KvCache, KvTier, KvTierOptions};
 
-const TOKENS: usize = 4;
 const BLOCKS: usize = 12;
 
 /// A tier whose reads wait while it is closed.
@@ -107,12 +107,7 @@ fn host() -> Arc<HostTier> {
 
 /// A cache that has forgotten a conversation of [`BLOCKS`] blocks, which the slow tier has.
 fn forgotten(world: &common::World) -> (Arc<KvCache>, Arc<Gated>, Vec<u32>) {
-    let shape = BlockShape::Latent { tokens: 4, dim: 8 << 10 };
-    let groups = vec![GroupSpec { name: "kv".to_owned(), layers: 2, shape, element_bytes: 1 }];
-    let (order, granule_bytes_max) = (PlaneOrder::BlockMajor, ByteCount::mib(2));
-    let cache = CacheSpec { groups, order, bytes: ByteCount::mib(16), granule_bytes_max };
-    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
-    let cache = Arc::new(world.manager.kv_cache(spec).expect("addresses"));
+    let cache = cache(world, PlaneOrder::BlockMajor, 16, 64);
     let (slow, tokens) =
         (Arc::new(Gated::default()), (0..62).collect::<Vec<u32>>()[..BLOCKS * TOKENS].to_vec());
     let tier = KvTier::new(&cache, stack(&host(), &slow), options()).expect("one group");

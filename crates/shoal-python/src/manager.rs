@@ -32,6 +32,12 @@ pub(crate) struct PyMemoryManager {
     ahead: Arc<LeaseAhead>,
 }
 
+impl PyMemoryManager {
+    pub(crate) fn get(&self) -> PyResult<&Arc<MemoryManager>> {
+        self.manager.get()
+    }
+}
+
 #[pymethods]
 impl PyMemoryManager {
     #[new]

@@ -23,6 +23,7 @@ use crate::buffer::{Bytes, BytesMut};
 use crate::convert;
 use crate::errors;
 use crate::kv_cache::{PyKvCache, bytes_of, list_of_tokens};
+use crate::manager::PyMemoryManager;
 use crate::owner::Owned;
 
 /// A tier, whatever it is made of.
@@ -234,8 +235,13 @@ pub(crate) struct PyHostTier {
 #[pymethods]
 impl PyHostTier {
     #[new]
-    fn new(bytes_max: u64) -> Self {
-        Self { tier: Owned::new(Arc::new(HostTier::new(HostOptions::new(ByteCount(bytes_max))))) }
+    fn new(bytes_max: u64, memory: Option<&PyMemoryManager>) -> PyResult<Self> {
+        let options = HostOptions::new(ByteCount(bytes_max));
+        let tier = match memory {
+            Some(memory) => HostTier::in_arena(options, memory.get()?),
+            None => HostTier::new(options),
+        };
+        Ok(Self { tier: Owned::new(Arc::new(tier)) })
     }
 
     fn store(&self) -> PyResult<PyStore> {

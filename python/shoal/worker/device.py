@@ -443,7 +443,9 @@ class DeviceMemory:
         if not self._kv.is_uniform:
             logger.info("KV is kept on the device only: tiers below it take no model with sliding window layers yet")
         else:
-            self._kv.below = KvBelow(self._kv.cache, host_bytes, disks, facts, wait_s, chooses=chooses, idle_s=idle_s)
+            self._kv.below = KvBelow(
+                self._kv.cache, host_bytes, disks, facts, wait_s, chooses=chooses, idle_s=idle_s, memory=self._mem
+            )
 
     def tiers(self) -> list[dict[str, Any]]:
         """Give what the tiers below the device did for the KV cache."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from shoal import KvCache, KvTier, Prefetch
+    from shoal import KvCache, KvTier, MemoryManager, Prefetch
 
     from .loading import ModelFiles
     from .spec import DiskShare
@@ -37,6 +37,7 @@ _LOCK_WAIT_S = (
 )
 _LOCK_RETRY_S = 0.25
 _RETRY_S = 30.0
+_TIMES = ("load_us", "lookup_us", "read_us", "copy_us", "verify_us")  # of loads from all tiers
 _SAMPLE_BYTES = 4096
 _FLUSH_S = 1.0
 _CLOSE_S = 2.0
@@ -64,6 +65,8 @@ class KvBelow:
         Whether what is computed faster than loaded is left to be computed.
     idle_s
         How long a conversation stays on the device unused once it is kept below; None for as long as there is room.
+    memory
+        Whose page-locked memory `host_bytes` are; none for ordinary memory.
     """
 
     def __init__(
@@ -76,10 +79,11 @@ class KvBelow:
         *,
         chooses: bool = False,
         idle_s: float | None = None,
+        memory: MemoryManager | None = None,
     ) -> None:
         self._chooses, self._idle_s = chooses, idle_s
         self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
-        self._host = HostTier(host_bytes) if host_bytes else None
+        self._host = HostTier(host_bytes, memory=memory) if host_bytes else None
         self._disk: DiskTier | None = None
         self._stack: TierStack | None = None  # where there is host memory
         self._tier: KvTier | None = None
@@ -135,14 +139,14 @@ class KvBelow:
             of_host["prefetched"] = whole["prefetched"] + whole_before["prefetched"]
             of_host["looked_up"] = whole["looked_up"] + whole_before["looked_up"]
             if not self._disks:
-                of_host |= {name: whole[name] for name in ("late", "failed", "load_us")}
+                of_host |= {name: whole[name] for name in ("late", "failed", *_TIMES)}
             of_host |= {name: usage[name] for name in ("bytes", "bytes_max", "evicted", "corrupt")}
             told.append({"tier": "host", "reason": self._host_reason, **of_host})
         if self._disks:
             of_disk: dict[str, Any] = dict(whole)
             if self._host is not None:
                 own = _as_told(counts[1]) if len(counts) > 1 else {}
-                of_disk = {name: whole[name] for name in ("late", "failed", "corrupt", "load_us")} if own else {}
+                of_disk = {name: whole[name] for name in ("late", "failed", "corrupt", *_TIMES)} if own else {}
                 of_disk |= own
                 # What the host had was not looked for here. It may have given more than was used in the end.
                 of_disk["looked_up"] = max(0, whole["looked_up"] - host["loaded"]) if own else 0

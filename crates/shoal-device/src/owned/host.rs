@@ -29,7 +29,7 @@ pub struct HostBuffer {
     bytes: ByteCount,
     in_use: Mutex<Uses>,
     // Dropped in this order: who gave the part away hears that it is free while the slab is still there.
-    _claim: Box<dyn Any + Send + Sync>,
+    claim: Box<dyn Any + Send + Sync>,
     slab: Arc<HostSlab>,
 }
 
@@ -138,6 +138,26 @@ impl HostView {
         // and the entered use keeps every writer away from it until the view drops.
         unsafe { slice::from_raw_parts(start, length) }
     }
+
+    /// The buffer that it is of: jobs may read these bytes meanwhile.
+    #[must_use]
+    pub const fn buffer(&self) -> &Arc<HostBuffer> {
+        &self.buffer
+    }
+
+    /// Where it begins in its buffer.
+    #[must_use]
+    pub const fn offset(&self) -> ByteCount {
+        ByteCount(self.entry.start)
+    }
+
+    /// Another view of the same bytes.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        // Readers do not exclude one another.
+        self.buffer.in_use.lock().by_host.push(self.entry);
+        Self { buffer: Arc::clone(&self.buffer), entry: self.entry }
+    }
 }
 
 impl Drop for HostView {
@@ -176,6 +196,27 @@ impl HostViewMut {
         // SAFETY: as in `as_slice`; this borrow of the view is the only one.
         unsafe { slice::from_raw_parts_mut(start, length) }
     }
+
+    /// The buffer that it is of.
+    #[must_use]
+    pub const fn buffer(&self) -> &Arc<HostBuffer> {
+        &self.buffer
+    }
+
+    /// The bytes as they are now, lent for reading: nobody else writes to them in between.
+    #[must_use]
+    pub fn shared(mut self) -> HostView {
+        let (written, entry) = (self.entry, Use { writes: false, ..self.entry });
+        let by_host = &mut self.buffer.in_use.lock().by_host;
+        if let Some(own) = by_host.iter_mut().find(|other| **other == written) {
+            *own = entry;
+        }
+        // One for the answer, and one that goes with what this was.
+        by_host.push(entry);
+        let view = HostView { buffer: Arc::clone(&self.buffer), entry };
+        self.entry = entry;
+        view
+    }
 }
 
 impl Drop for HostViewMut {
@@ -204,7 +245,7 @@ impl HostBuffer {
         bytes: ByteCount,
         claim: Box<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { offset, bytes, in_use: Mutex::default(), _claim: claim, slab }
+        Self { offset, bytes, in_use: Mutex::default(), claim, slab }
     }
 
     /// Whether it is page-locked: without that, copies are slower and kernels do not reach it.
@@ -217,6 +258,12 @@ impl HostBuffer {
     #[must_use]
     pub fn bytes(&self) -> ByteCount {
         self.bytes
+    }
+
+    /// What [`HostSlab::buffer`] was given along: by it whoever divides a slab knows its own.
+    #[must_use]
+    pub fn claim(&self) -> &(dyn Any + Send + Sync) {
+        &*self.claim
     }
 
     /// Whose copies reach it.
@@ -393,5 +440,34 @@ impl Drop for HostBuffer {
     fn drop(&mut self) {
         // Slices borrow `self` and queued jobs hold an `Arc` of it, so neither is left.
         self.slab.part_is_free(self.offset);
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use super::*;
+    use crate::sim::{SimDevice, SimOptions};
+
+    #[test]
+    fn what_was_written_is_shared_without_a_gap_and_free_when_all_views_are_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = SimDevice::open_dyn(SimOptions::new(ByteCount::mib(4), dir.path())).unwrap();
+        let buffer = HostBuffer::allocate(&device, ByteCount(4096)).unwrap();
+        let (start, rest) = (ByteCount(1024), ByteCount(1024));
+        let mut written = buffer.view_mut(start, rest).unwrap();
+        let other = buffer.view_mut(ByteCount::ZERO, start).unwrap();
+        written.as_mut_slice().fill(7);
+        assert!(matches!(buffer.view(start, rest), Err(DeviceError::Busy { .. })));
+        let first = written.shared();
+        assert_eq!((first.offset(), first.buffer().bytes()), (start, ByteCount(4096)));
+        let second = first.again();
+        assert!(buffer.view_mut(start, rest).is_err(), "it is read");
+        assert!(buffer.view(ByteCount::ZERO, start).is_err(), "the other part is written as before");
+        drop(first);
+        assert!(second.as_slice().iter().all(|byte| *byte == 7));
+        assert!(buffer.view_mut(start, rest).is_err(), "it is read still");
+        drop((second, other));
+        assert!(buffer.view_mut(ByteCount::ZERO, ByteCount(4096)).is_ok(), "nobody has any of it");
     }
 }

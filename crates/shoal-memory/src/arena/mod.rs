@@ -23,6 +23,7 @@
 mod copy;
 mod keeper;
 mod make;
+mod part;
 
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use shoal_device::{Device, DeviceError, HostBacking, HostSlab};
 use crate::error::MemoryError;
 use crate::slab_source::SlabSource;
 pub(crate) use copy::{Claim, HostCopy, Place};
+pub(crate) use part::ArenaPart;
 
 /// Sizes and times of an arena.
 #[derive(Clone, Copy, Debug)]
@@ -285,9 +287,27 @@ impl HostArena {
         bytes: ByteCount,
         filled: Filled,
     ) -> Result<HostCopy, MemoryError> {
+        let deadline = Instant::now() + self.core.wait;
+        let (claim, memory, is_fresh) = self.obtain_memory(bytes, filled, deadline)?;
+        let copy = HostCopy::new(self, &memory, claim, bytes)?;
+        if filled == Filled::ByHost && !is_fresh {
+            let zero = |slice: &mut [u8]| slice.fill(0);
+            copy.buffer()
+                .access_mut(ByteCount::ZERO, bytes, zero)
+                .map_err(MemoryError::device("zero host memory"))?;
+        }
+        Ok(copy)
+    }
+
+    /// A part, what it lies in, and whether nobody had it before.
+    fn obtain_memory(
+        &self,
+        bytes: ByteCount,
+        filled: Filled,
+        deadline: Instant,
+    ) -> Result<(Claim, Arc<HostSlab>, bool), MemoryError> {
         let core = &self.core;
         core.check_process()?;
-        let deadline = Instant::now() + core.wait;
         let claim = Claim::new(core, core.obtain(order_of(bytes), bytes, deadline)?);
         if filled == Filled::ByDevice {
             core.wait_locked(claim.part().slab, deadline);
@@ -301,14 +321,7 @@ impl HostArena {
         let Some((memory, is_fresh)) = touched else {
             return Err(core.no_room(&core.state.lock(), bytes));
         };
-        let copy = HostCopy::new(self, &memory, claim, bytes)?;
-        if filled == Filled::ByHost && !is_fresh {
-            let zero = |slice: &mut [u8]| slice.fill(0);
-            copy.buffer()
-                .access_mut(ByteCount::ZERO, bytes, zero)
-                .map_err(MemoryError::device("zero host memory"))?;
-        }
-        Ok(copy)
+        Ok((claim, memory, is_fresh))
     }
 }
 

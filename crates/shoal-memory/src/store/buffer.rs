@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use shoal_core::store::format::{UNIT, UNIT_LEN, padded};
-use shoal_device::{HostView, HostViewMut};
+use shoal_device::{HostBuffer, HostView, HostViewMut};
 
 /// Zeroed memory that begins where direct I/O can begin.
 pub struct Aligned {
@@ -143,6 +143,33 @@ impl Buffer {
                 loan.memory.take().map_or_else(|| Self::zeroed(0), |memory| memory.kept())
             }
             other => other,
+        }
+    }
+
+    /// The arena's buffer that it lies in, if it does.
+    pub(crate) const fn host(&self) -> Option<&Arc<HostBuffer>> {
+        match self {
+            Self::Host(view) => Some(view.buffer()),
+            Self::HostMut(view) => Some(view.buffer()),
+            Self::Own(_) | Self::OnLoan(_) => None,
+        }
+    }
+
+    /// The same bytes, from now on for reading only where they are the arena's: they can be had several times then, and
+    /// copied from.
+    #[must_use]
+    pub(crate) fn shared(self) -> Self {
+        match self {
+            Self::HostMut(view) => Self::Host(view.shared()),
+            other => other,
+        }
+    }
+
+    /// Another hold of the same bytes, where they are shared.
+    pub(crate) fn again(&self) -> Option<Self> {
+        match self {
+            Self::Host(view) => Some(Self::Host(view.again())),
+            Self::Own(_) | Self::HostMut(_) | Self::OnLoan(_) => None,
         }
     }
 

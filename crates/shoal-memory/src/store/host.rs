@@ -3,7 +3,8 @@
 //! Apart because it is the fastest tier and the smallest, and keeps nothing that a disk would not: memory errs too, so a
 //! block carries a checksum that knows its name, and one that is damaged is dropped (I8). What goes when room is wanted is
 //! the choice of shoal-core's eviction (`kv::eviction`). All is done by the caller's thread: a copy and a checksum, a tenth
-//! of a millisecond for a MiB; nothing waits.
+//! of a millisecond for a MiB; nothing waits. Of a manager ([`HostTier::in_arena`]) its memory is page-locked: blocks come
+//! from the device to where they stay ([`Store::room`]) and go there from where they lie ([`Store::lend`]).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,11 +17,16 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::eviction::{About, EvictionKind, EvictionPolicy};
 use shoal_core::store::format::Secret;
+use shoal_device::{HostBuffer, HostView};
 
-use super::{Aligned, Buffer, Fetched, Held, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
+use super::slots::SlotPool;
+use super::{Aligned, Buffer, Fetched, Held, Lent, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
+use crate::manager::MemoryManager;
 
 /// Most blocks, whatever the bytes: the order in which they go is kept in tables of this length.
 const BLOCKS_MAX: u64 = 1 << 22;
+/// Page-locked memory comes in pieces of 2 MiB and more: a tier that is shorter than this would hold next to nothing.
+const ARENA_BYTES_MIN: ByteCount = ByteCount::mib(8);
 
 /// How much it may take, and what goes first.
 #[derive(Clone, Copy, Debug)]
@@ -62,12 +68,64 @@ pub struct HostTierUsage {
     pub corrupt: u64,
 }
 
+/// Where blocks lie.
+enum Memory {
+    /// In memory of their own. The bytes of all, for as long as somebody has them.
+    Own(Arc<AtomicU64>),
+    /// In slots of page-locked memory.
+    Locked(SlotPool),
+}
+
+impl Memory {
+    /// Bytes that somebody has.
+    fn taken_bytes(&self) -> u64 {
+        match self {
+            Self::Own(bytes) => bytes.load(Ordering::Relaxed),
+            Self::Locked(pool) => pool.taken_bytes(),
+        }
+    }
+}
+
+/// Memory of one block.
+enum Place {
+    Own(Aligned, Arc<AtomicU64>),
+    Slot(HostView),
+}
+
+impl Place {
+    fn own(memory: Aligned, all_bytes: &Arc<AtomicU64>) -> Self {
+        all_bytes.fetch_add(memory.taken_bytes(), Ordering::Relaxed);
+        Self::Own(memory, Arc::clone(all_bytes))
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Own(memory, _) => memory.as_slice(),
+            Self::Slot(view) => view.as_slice(),
+        }
+    }
+
+    fn taken_bytes(&self) -> u64 {
+        match self {
+            Self::Own(memory, _) => memory.taken_bytes(),
+            Self::Slot(view) => view.buffer().bytes().0,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Self::Own(memory, all_bytes) = self {
+            all_bytes.fetch_sub(memory.taken_bytes(), Ordering::Relaxed);
+        }
+    }
+}
+
 /// A block, counted for as long as somebody has it.
 struct Block {
-    memory: Aligned,
+    memory: Place,
     bytes: usize,
     checksum: u128,
-    all_bytes: Arc<AtomicU64>,
 }
 
 impl AsRef<[u8]> for Block {
@@ -76,25 +134,14 @@ impl AsRef<[u8]> for Block {
     }
 }
 
-impl Block {
-    fn memory_bytes(&self) -> u64 {
-        self.memory.taken_bytes()
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        self.all_bytes.fetch_sub(self.memory_bytes(), Ordering::Relaxed);
-    }
-}
-
-struct Place {
+/// A block that is in the tier, and its number there.
+struct Kept {
     block: Arc<Block>,
     id: u32,
 }
 
 struct State {
-    places: HashMap<StoreKey, Place>,
+    places: HashMap<StoreKey, Kept>,
     /// Whose a number is, of those that the policy knows.
     names: Vec<Option<StoreKey>>,
     free: Vec<u32>,
@@ -107,7 +154,7 @@ struct State {
 impl State {
     fn forget(&mut self, key: &StoreKey) -> bool {
         let Some(place) = self.places.remove(key) else { return false };
-        self.kept_bytes -= place.block.memory_bytes();
+        self.kept_bytes -= place.block.memory.taken_bytes();
         self.policy.gone(place.id);
         self.names[place.id as usize] = None;
         self.free.push(place.id);
@@ -127,7 +174,7 @@ impl State {
 pub struct HostTier {
     options: HostOptions,
     secret: Secret,
-    bytes: Arc<AtomicU64>,
+    memory: Memory,
     state: Mutex<State>,
 }
 
@@ -147,6 +194,22 @@ impl HostTier {
     /// An empty one. Memory is taken block by block.
     #[must_use]
     pub fn new(options: HostOptions) -> Self {
+        Self::with_memory(options, Memory::Own(Arc::default()))
+    }
+
+    /// An empty one of page-locked memory, from which a manager's device copies at the speed of its link. It lies beside
+    /// the manager's host budget. Blocks of one length share pieces of memory, so a tier is best for one length of them; one
+    /// of less than 8 MiB has ordinary memory all the same.
+    #[must_use]
+    pub fn in_arena(options: HostOptions, manager: &MemoryManager) -> Self {
+        if options.bytes_max < ARENA_BYTES_MIN {
+            return Self::new(options);
+        }
+        let arena = manager.arena.another(options.bytes_max);
+        Self::with_memory(options, Memory::Locked(SlotPool::new(arena, options.bytes_max)))
+    }
+
+    fn with_memory(options: HostOptions, memory: Memory) -> Self {
         let by_bytes = (options.bytes_max.0 / (16 << 10)).clamp(64, BLOCKS_MAX);
         let blocks = options.blocks_max.map_or(by_bytes, |blocks| u64::from(blocks.max(1)).min(BLOCKS_MAX));
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
@@ -163,12 +226,7 @@ impl HostTier {
             policy: options.eviction.policy(blocks),
             counts: HostTierUsage::default(),
         };
-        Self {
-            options,
-            secret: Secret(u128::from_le_bytes(random)),
-            bytes: Arc::default(),
-            state: Mutex::new(state),
-        }
+        Self { options, secret: Secret(u128::from_le_bytes(random)), memory, state: Mutex::new(state) }
     }
 
     /// What it has and did.
@@ -177,7 +235,7 @@ impl HostTier {
         let state = self.state.lock();
         HostTierUsage {
             blocks: state.places.len() as u64,
-            bytes: self.bytes.load(Ordering::Relaxed),
+            bytes: self.memory.taken_bytes(),
             bytes_max: self.options.bytes_max.0,
             ..state.counts
         }
@@ -190,30 +248,51 @@ impl HostTier {
         let block = state.places.get_mut(key).and_then(|place| Arc::get_mut(&mut place.block));
         block.is_some_and(|block| {
             let at = bit / 8 % block.bytes;
-            block.memory.as_mut_slice()[at] ^= 1 << (bit % 8);
-            true
+            let mask = 1 << (bit % 8);
+            let buffer = match &mut block.memory {
+                Place::Own(memory, _) => {
+                    memory.as_mut_slice()[at] ^= mask;
+                    return true;
+                }
+                Place::Slot(view) => Arc::clone(view.buffer()),
+            };
+            // Nobody writes to what is viewed, so the view goes for a moment.
+            block.memory = Place::own(Aligned::zeroed(0), &Arc::default());
+            let flip = |bytes: &mut [u8]| bytes.iter_mut().for_each(|byte| *byte ^= mask);
+            let flipped = buffer.access_mut(ByteCount(at as u64), ByteCount(1), flip);
+            let Ok(view) = buffer.view(ByteCount::ZERO, buffer.bytes()) else { return false };
+            block.memory = Place::Slot(view);
+            flipped.is_ok()
         })
+    }
+
+    /// The block, not verified yet, and its number.
+    fn look_up(&self, key: &StoreKey) -> Option<(Arc<Block>, u32)> {
+        self.state.lock().places.get(key).map(|kept| (Arc::clone(&kept.block), kept.id))
     }
 
     /// The block, verified.
     fn find(&self, key: &StoreKey) -> Result<Arc<Block>, Miss> {
-        let mut state = self.state.lock();
-        let Some(place) = state.places.get(key) else {
-            state.counts.absent += 1;
+        let Some((block, id)) = self.look_up(key) else {
+            self.state.lock().counts.absent += 1;
             return Err(Miss::Absent);
         };
-        let (block, id) = (Arc::clone(&place.block), place.id);
-        drop(state);
-        let is_right = self.secret.of_payload(key, (*block).as_ref()) == block.checksum;
+        self.verify(key, &block, id)?;
+        Ok(block)
+    }
+
+    /// Compares a block with what was put; one that is damaged is dropped.
+    fn verify(&self, key: &StoreKey, block: &Arc<Block>, id: u32) -> Result<(), Miss> {
+        let is_right = self.secret.of_payload(key, (**block).as_ref()) == block.checksum;
         let mut state = self.state.lock();
-        let is_same = state.places.get(key).is_some_and(|place| Arc::ptr_eq(&place.block, &block));
+        let is_same = state.places.get(key).is_some_and(|kept| Arc::ptr_eq(&kept.block, block));
         if is_right {
             state.counts.hits += 1;
             if is_same {
                 state.policy.used(id);
                 state.policy.cached(id, &about(key));
             }
-            return Ok(block);
+            return Ok(());
         }
         state.counts.corrupt += 1;
         if is_same {
@@ -232,27 +311,21 @@ impl HostTier {
             return Ok(Stored::Already);
         }
         let checksum = self.secret.of_payload(&key, &source.as_slice()[..bytes]);
-        let memory = match source.kept() {
-            // Its own memory, and no more than that: it is kept as it is.
-            Buffer::Own(memory) if memory.as_slice().len() < bytes + 4096 => memory,
-            source => Aligned::copy_of(&source.as_slice()[..bytes]),
-        };
+        let memory = self.place(source.kept(), bytes)?;
         let (length, bytes_max) = (memory.taken_bytes(), self.options.bytes_max.0);
         if length > bytes_max {
             return Err(Miss::TooLong { bytes: bytes as u64, bytes_max });
         }
-        self.bytes.fetch_add(length, Ordering::Relaxed);
-        let block = Arc::new(Block { memory, bytes, checksum, all_bytes: Arc::clone(&self.bytes) });
+        let block = Arc::new(Block { memory, bytes, checksum });
         let mut state = self.state.lock();
         if state.places.contains_key(&key) {
             return Ok(Stored::Already);
         }
-        let no_room = || Miss::NoRoom { reason: "all of it is held by somebody".to_owned() };
         // Where the rest is too much already, nothing that goes would make room.
-        if self.bytes.load(Ordering::Relaxed).saturating_sub(state.kept_bytes) > bytes_max {
+        if self.memory.taken_bytes().saturating_sub(state.kept_bytes) > bytes_max {
             return Err(no_room());
         }
-        while state.free.is_empty() || self.bytes.load(Ordering::Relaxed) > bytes_max {
+        while state.free.is_empty() || self.memory.taken_bytes() > bytes_max {
             if !state.evict() {
                 return Err(no_room());
             }
@@ -261,10 +334,67 @@ impl HostTier {
         state.names[id as usize] = Some(key);
         state.policy.cached(id, &about(&key));
         state.kept_bytes += length;
-        state.places.insert(key, Place { block, id });
+        state.places.insert(key, Kept { block, id });
         state.counts.written += 1;
         Ok(Stored::Written)
     }
+
+    /// Where a block stays: where it lies, if that is memory of this tier's own, or else a copy of it.
+    fn place(&self, source: Buffer, bytes: usize) -> Result<Place, Miss> {
+        match (&self.memory, source) {
+            // Its own memory, and no more than that.
+            (Memory::Own(all_bytes), Buffer::Own(memory)) if memory.as_slice().len() < bytes + 4096 => {
+                Ok(Place::own(memory, all_bytes))
+            }
+            (Memory::Own(all_bytes), source) => {
+                Ok(Place::own(Aligned::copy_of(&source.as_slice()[..bytes]), all_bytes))
+            }
+            (Memory::Locked(pool), source) => {
+                let source = source.shared();
+                if let Buffer::Host(view) = &source
+                    && pool.owns(view.buffer())
+                    && (view.offset(), view.as_slice().len() as u64)
+                        == (ByteCount::ZERO, SlotPool::slot_bytes(bytes))
+                {
+                    return Ok(Place::Slot(view.again()));
+                }
+                let slot = self.slot(pool, bytes)?;
+                let view = slot.view_mut(ByteCount::ZERO, slot.bytes());
+                let mut view = view.map_err(|error| failed(&error))?;
+                let (block, rest) = view.as_mut_slice().split_at_mut(bytes);
+                block.copy_from_slice(&source.as_slice()[..bytes]);
+                rest.fill(0);
+                Ok(Place::Slot(view.shared()))
+            }
+        }
+    }
+
+    /// A slot for a block, for which others make room.
+    fn slot(&self, pool: &SlotPool, bytes: usize) -> Result<Arc<HostBuffer>, Miss> {
+        let (length, bytes_max) = (SlotPool::slot_bytes(bytes), self.options.bytes_max.0);
+        if length > bytes_max {
+            return Err(Miss::TooLong { bytes: bytes as u64, bytes_max });
+        }
+        loop {
+            if let Some(slot) = pool.take(bytes).map_err(|error| failed(&error))? {
+                return Ok(slot);
+            }
+            let mut state = self.state.lock();
+            // Where the rest is too much already, nothing that goes would make room.
+            let is_in_vain = pool.taken_bytes().saturating_sub(state.kept_bytes) + length > bytes_max;
+            if is_in_vain || !state.evict() {
+                return Err(no_room());
+            }
+        }
+    }
+}
+
+fn no_room() -> Miss {
+    Miss::NoRoom { reason: "all of it is held by somebody".to_owned() }
+}
+
+fn failed(error: &dyn std::error::Error) -> Miss {
+    Miss::Failed { doing: "cannot take host memory", reason: error.to_string() }
 }
 
 impl Store for HostTier {
@@ -304,6 +434,23 @@ impl Store for HostTier {
 
     fn hold(&self, key: &StoreKey) -> Option<Held> {
         self.find(key).ok().map(|block| Held::new(block))
+    }
+
+    fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
+        let (block, id) = self.look_up(key)?;
+        let Place::Slot(view) = &block.memory else { return None };
+        let buffer = Arc::clone(view.buffer());
+        let (key, held) = (*key, Held::new(Arc::clone(&block) as _));
+        Some(Lent::new(held, buffer, move || self.verify(&key, &block, id)))
+    }
+
+    fn is_own(&self, memory: &HostBuffer) -> bool {
+        matches!(&self.memory, Memory::Locked(pool) if pool.owns(memory))
+    }
+
+    fn room(&self, bytes: usize) -> Option<Arc<HostBuffer>> {
+        let Memory::Locked(pool) = &self.memory else { return None };
+        self.slot(pool, bytes).inspect_err(|miss| tracing::debug!(%miss, "no memory for a block")).ok()
     }
 
     fn remove(&self, key: StoreKey, _deadline: Duration) -> Ticket<bool> {

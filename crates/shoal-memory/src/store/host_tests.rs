@@ -5,8 +5,11 @@
 use std::collections::HashMap;
 
 use proptest::prelude::*;
+use shoal_core::bytes::PAGE_BYTES;
+use shoal_device::{SimDevice, SimOptions};
 
 use super::*;
+use crate::arena::HostArena;
 use crate::store::{Fingerprint, dice};
 
 const WAIT: Duration = Duration::from_mins(1);
@@ -122,6 +125,104 @@ proptest! {
             drop(tier.remove(key(block), WAIT));
         }
         prop_assert_eq!(tier.usage().bytes, 0, "every byte is given back");
+        tier.state.lock().policy.check_invariants().unwrap();
+    }
+}
+
+/// Page-locked memory of a simulated device, of so many pages of 2 MiB.
+fn locked(pages: u64) -> (HostTier, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let device = SimDevice::open_dyn(SimOptions::new(ByteCount::mib(16), dir.path())).unwrap();
+    let bytes = ByteCount(pages * PAGE_BYTES.0);
+    let arena = HostArena::new(device, bytes, WAIT, None);
+    (HostTier::with_memory(HostOptions::new(bytes), Memory::Locked(SlotPool::new(arena, bytes))), dir)
+}
+
+/// Of three lengths, up to some hundred KiB.
+fn long_content(block: u8) -> Vec<u8> {
+    let mut bytes = vec![block.wrapping_mul(31); [70_000, 300_000, 900_000][usize::from(block % 3)]];
+    bytes[usize::from(block) * 97] = block;
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// As above, in slots: also what is written to memory of the tier's own, kept where it lies, and lent before it is verified.
+    #[test]
+    fn what_page_locked_memory_serves_is_what_was_put(
+        steps in prop::collection::vec(step(), 1..120),
+        pages in 1..5_u64,
+    ) {
+        let (tier, _dir) = locked(pages);
+        let mut model: HashMap<u8, bool> = HashMap::new();
+        let mut held: Vec<(u8, Held)> = Vec::new();
+        for step in steps {
+            match step {
+                Step::Put { block, is_exact } => {
+                    let bytes = long_content(block);
+                    let room = if is_exact { tier.room(bytes.len()) } else { None };
+                    let source = match room {
+                        Some(room) => {
+                            prop_assert!(tier.is_own(&room));
+                            let mut memory = room.view_mut(ByteCount::ZERO, room.bytes()).unwrap();
+                            memory.as_mut_slice()[..bytes.len()].copy_from_slice(&bytes);
+                            Buffer::HostMut(memory)
+                        }
+                        None => Buffer::Own(Aligned::copy_of(&bytes)),
+                    };
+                    // Making room for it may have taken the block itself.
+                    let was_there = tier.contains(&key(block));
+                    match tier.put(key(block), source, bytes.len(), WAIT).wait() {
+                        Ok(Stored::Written) => {
+                            model.insert(block, false);
+                        }
+                        Ok(Stored::Already) => prop_assert!(was_there),
+                        // One page may be too little for two lengths at a time.
+                        Err(Miss::NoRoom { .. }) => prop_assert!(!held.is_empty(), "there is always room"),
+                        Err(other) => prop_assert!(false, "{other}"),
+                    }
+                }
+                Step::Get(block) => match tier.lend(&key(block)) {
+                    Some(lent) => match lent.verify() {
+                        Ok(()) => {
+                            prop_assert_eq!(model.get(&block), Some(&false));
+                            prop_assert!(lent.as_slice() == long_content(block));
+                            let first = lent.buffer().access(ByteCount::ZERO, ByteCount(1), |bytes| bytes[0]);
+                            prop_assert_eq!(first.unwrap(), lent.as_slice()[0]);
+                        }
+                        Err(miss) => {
+                            prop_assert_eq!(miss, Miss::Corrupt);
+                            prop_assert_eq!(model.remove(&block), Some(true));
+                            prop_assert!(!tier.contains(&key(block)));
+                        }
+                    },
+                    None => prop_assert!(!tier.contains(&key(block))),
+                },
+                Step::Hold(block) => held.extend(tier.hold(&key(block)).map(|one| (block, one))),
+                Step::LetGo => drop(held.pop()),
+                Step::Remove(block) => {
+                    let was_there = tier.contains(&key(block));
+                    prop_assert_eq!(tier.remove(key(block), WAIT).wait(), Ok(was_there));
+                }
+                Step::Damage(block, bit) => {
+                    if model.get(&block) == Some(&false) && tier.damage(&key(block), bit) {
+                        model.insert(block, true);
+                    }
+                }
+            }
+            let usage = tier.usage();
+            prop_assert!(usage.bytes <= usage.bytes_max, "{usage:?}");
+            for (block, held) in &held {
+                prop_assert!(held.as_slice() == long_content(*block), "what is held stays");
+            }
+            model.retain(|block, _| tier.contains(&key(*block)));
+        }
+        drop(held);
+        for block in 0..24 {
+            drop(tier.remove(key(block), WAIT));
+        }
+        prop_assert_eq!(tier.usage().bytes, 0, "every slot is given back");
         tier.state.lock().policy.check_invariants().unwrap();
     }
 }

@@ -11,6 +11,8 @@ pub(crate) mod crew;
 #[cfg(test)]
 pub(crate) mod dice;
 mod host;
+mod lent;
+mod slots;
 mod stack;
 pub(crate) mod ticket;
 
@@ -18,9 +20,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_device::HostBuffer;
+
 pub use batch::{BatchOptions, Offered, get_all, put_all};
 pub use buffer::{Aligned, Buffer, OnLoan};
 pub use host::{HostOptions, HostTier, HostTierUsage};
+pub use lent::Lent;
 pub use shoal_core::store::admission::{AdmissionRule, Candidate, Verdict};
 pub use shoal_core::store::key::{Fingerprint, StoreKey};
 pub use stack::{Stack, StackCounts, StackOptions, TierCounts};
@@ -192,6 +197,26 @@ pub trait Store: fmt::Debug + Send + Sync {
     fn hold(&self, key: &StoreKey) -> Option<Held> {
         let _ = key;
         None
+    }
+
+    /// The block where it lies, to be copied from there and verified meanwhile, if that is in page-locked memory.
+    fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
+        let _ = key;
+        None
+    }
+
+    /// Page-locked memory for a block of so many bytes, which a [`Store::put`] of that length keeps as it is, where there is
+    /// such. It may hold anything, and is free again when nobody has it. What a [`Store::get`] read to it comes back lent for
+    /// reading, because a tier may have kept it.
+    fn room(&self, bytes: usize) -> Option<Arc<HostBuffer>> {
+        let _ = bytes;
+        None
+    }
+
+    /// Whether memory is what [`Store::room`] gave.
+    fn is_own(&self, memory: &HostBuffer) -> bool {
+        let _ = memory;
+        false
     }
 
     /// Forgets a block: from now on it is not served, and once the ticket is done not after a restart either. Whether there

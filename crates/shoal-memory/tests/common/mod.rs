@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
 pub(crate) mod history;
+pub(crate) mod talks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

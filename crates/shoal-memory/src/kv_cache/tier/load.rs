@@ -1,37 +1,17 @@
 //! The way up: from the tier to blocks of the device.
 //!
-//! Apart because it is what a request waits for. Reads are asked for ahead of the copies; the first miss, or the deadline,
-//! ends it, and what arrived before in a row is used.
+//! Apart because it is what a request waits for: what of a sequence is there, what of it is worth loading, and blocks for it.
+//! How it comes is [`bring`](super::bring)'s business; what arrived in a row is used.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::prefix::Start;
-use shoal_device::HostBuffer;
 
 use super::Inner;
+use super::bring::{Shares, Wanted};
 use super::choice::Watch;
-use crate::error::MemoryError;
-use crate::store::{Buffer, Fetched, Miss, StoreKey, Ticket};
 use crate::transfer::Shared;
-
-/// Bytes that are asked of the tier ahead of what is done with them.
-const AHEAD_BYTES: usize = 32 << 20;
-
-/// The least that a load waits for its turn with what has come.
-const TURN_WAIT: Duration = Duration::from_millis(20);
-
-/// Blocks of one sequence on their way.
-struct Wanted<'a> {
-    tokens: &'a [u32],
-    /// The number of the first in the sequence.
-    first: usize,
-    keys: &'a [StoreKey],
-    ids: &'a [u32],
-    deadline: Instant,
-}
 
 impl Inner {
     pub(super) fn load(&self, salt: &[u8], tokens: &[u32], held: &[u32]) -> Vec<u32> {
@@ -62,7 +42,8 @@ impl Inner {
             return Vec::new();
         }
         let wanted = Wanted { tokens, first: held.len(), keys: &keys[..there], ids: &ids, deadline };
-        let loaded = self.bring(&wanted, Watch::new(parts));
+        let mut shares = Shares { lookup: begun.elapsed(), ..Shares::default() };
+        let loaded = self.bring(&wanted, Watch::new(parts), &mut shares);
         self.give_back(&ids.split_off(loaded));
         if !ids.is_empty() {
             let blocks = [held, &ids].concat();
@@ -78,9 +59,14 @@ impl Inner {
         self.count(|counts| {
             counts.loaded += blocks;
             counts.loaded_bytes += ByteCount(blocks * self.block_bytes as u64);
-            counts.load_us += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+            let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+            counts.load_us += us(took);
+            counts.lookup_us += us(shares.lookup);
+            counts.read_us += us(shares.read);
+            counts.copy_us += us(shares.copy);
+            counts.verify_us += us(shares.verify);
         });
-        tracing::debug!(looked_up, there, blocks, ?took, "loaded KV blocks from a tier");
+        tracing::debug!(looked_up, there, blocks, ?took, ?shares, "loaded KV blocks from a tier");
         ids
     }
 
@@ -104,122 +90,6 @@ impl Inner {
                 false
             }
         }
-    }
-
-    /// Reads blocks and copies them to the device; how many in a row are there.
-    fn bring(&self, wanted: &Wanted<'_>, mut watch: Watch) -> usize {
-        let Some(stage) = self.up.try_lock_until(wanted.deadline) else {
-            self.count(|counts| counts.late += 1);
-            return 0;
-        };
-        let stage_blocks = self.stage_blocks(&stage);
-        let ahead = self.blocks_ahead();
-        let mut tickets: VecDeque<Ticket<Fetched>> = VecDeque::new();
-        let mut spare: Vec<Buffer> = Vec::new();
-        let (mut asked, mut staged, mut loaded, mut is_late) = (0, 0, 0, false);
-        loop {
-            while asked < wanted.keys.len() && tickets.len() < ahead {
-                let target = spare.pop().unwrap_or_else(|| Buffer::zeroed(self.payload_bytes));
-                let left = wanted.deadline.saturating_duration_since(Instant::now());
-                tickets.push_back(self.store.get(wanted.keys[asked], target, left));
-                asked += 1;
-            }
-            let Some(ticket) = tickets.pop_front() else { break };
-            match ticket.wait() {
-                Ok(fetched) if self.is_right(wanted, loaded + staged, fetched.as_slice()) => {
-                    let (at, bytes) = (staged * self.block_bytes, &fetched.as_slice()[..self.block_bytes]);
-                    if let Err(error) = stage.write(ByteCount(at as u64), bytes) {
-                        tracing::warn!(%error, "cannot write host memory");
-                        self.count(|counts| counts.failed += 1);
-                        break;
-                    }
-                    staged += 1;
-                    spare.push(fetched.buffer);
-                }
-                Ok(_) => {
-                    // Another content of the same hash, or a program that puts other things.
-                    self.count(|counts| counts.corrupt += 1);
-                    break;
-                }
-                Err(miss) => {
-                    tracing::debug!(%miss, "a block of a tier does not come");
-                    is_late = miss == Miss::Deadline;
-                    self.count(|counts| super::count_miss(counts, &miss));
-                    break;
-                }
-            }
-            if staged == stage_blocks {
-                if !self.copy_up(wanted, loaded, staged, &stage) {
-                    staged = 0;
-                    break;
-                }
-                self.have_arrived(&mut watch, staged);
-                (loaded, staged) = (loaded + staged, 0);
-            }
-        }
-        for ticket in tickets {
-            ticket.cancel();
-        }
-        if staged > 0 && self.copy_up(wanted, loaded, staged, &stage) {
-            self.have_arrived(&mut watch, staged);
-            loaded += staged;
-        }
-        self.have_ended(watch, is_late);
-        loaded
-    }
-
-    /// Whether what was read is that block of the sequence.
-    fn is_right(&self, wanted: &Wanted<'_>, block: usize, read: &[u8]) -> bool {
-        let trailer = self.trailer(wanted.tokens, wanted.first + block);
-        read.len() == self.payload_bytes && read[self.block_bytes..].starts_with(&trailer)
-    }
-
-    /// Copies staged blocks to the device and waits for it.
-    fn copy_up(&self, wanted: &Wanted<'_>, from: usize, blocks: usize, stage: &Arc<HostBuffer>) -> bool {
-        match self.try_copy_up(&wanted.ids[from..from + blocks], stage, wanted.deadline) {
-            Ok(is_done) => {
-                if !is_done {
-                    self.count(|counts| counts.failed += 1);
-                }
-                is_done
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot copy blocks of a tier to the device");
-                self.count(|counts| counts.failed += 1);
-                // They are given back, and nothing may be written to them any more then.
-                self.cache.shared.manager().settle();
-                false
-            }
-        }
-    }
-
-    fn try_copy_up(&self, ids: &[u32], stage: &Arc<HostBuffer>, by: Instant) -> Result<bool, MemoryError> {
-        let region = self.cache.region();
-        let manager = region.manager();
-        let deadline = manager.operation_deadline();
-        // In turn, so that nothing is evicted meanwhile. Who has it may keep it for longer than a step can wait; a wake of
-        // the weights lends it, and these copies come after those that it has queued by now.
-        let _turn = match manager.take_or_borrow_turn(by.max(Instant::now() + TURN_WAIT)) {
-            Err(MemoryError::Deadline { .. }) => return Ok(false),
-            turn => turn?,
-        };
-        if !region.missing_bytes().is_zero() || !self.after_steps(&manager.up)? {
-            return Ok(false);
-        }
-        let done = region.load_blocks(&self.copies(ids, stage), None)?;
-        let left = deadline.saturating_duration_since(Instant::now());
-        if done
-            .wait(left.max(Duration::from_millis(1)))
-            .map_err(MemoryError::device("copy blocks to the device"))?
-        {
-            return Ok(true);
-        }
-        Err(MemoryError::Deadline { doing: "copying blocks to the device", waited: left })
-    }
-
-    /// Blocks that are asked of the tier ahead of what is done with them.
-    pub(super) fn blocks_ahead(&self) -> usize {
-        (AHEAD_BYTES / self.payload_bytes).clamp(1, 256)
     }
 
     pub(super) fn give_back(&self, ids: &[u32]) {

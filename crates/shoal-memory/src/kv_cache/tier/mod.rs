@@ -8,8 +8,11 @@
 //! Blocks are found by content both ways, and owned only while their bytes are copied, with the turn held: so no eviction and
 //! no compaction comes in between, and nothing that is queued keeps a block from being given to others.
 
+mod bring;
+mod check;
 mod choice;
 mod idle;
+mod landing;
 mod load;
 mod prefetch;
 mod save;
@@ -31,6 +34,7 @@ use shoal_device::{Event, ForeignWork, HostBuffer, Stream};
 
 use self::choice::Choices;
 use self::idle::Conversations;
+use self::landing::Landing;
 pub use self::prefetch::Prefetch;
 use self::prefetch::Wish;
 use super::KvCache;
@@ -38,8 +42,10 @@ use crate::error::MemoryError;
 use crate::region::BlockCopy;
 use crate::store::{Fingerprint, Miss, Store, StoreKey};
 
-/// What is copied between device and host at a time; one such piece of host memory each way.
+/// What is copied to host memory of a connection's own at a time, and from it.
 const STAGE_BYTES: u64 = 8 << 20;
+/// Bytes that are asked of a tier ahead of what is done with them.
+const AHEAD_BYTES: usize = 64 << 20;
 /// From here on a block's payload is padded to whole units of a disk, so that it is written from where it lies.
 const PADDED_FROM: u64 = 64 << 10;
 /// Version of the payload: the block's planes one after another, then its tokens (little endian, 4 bytes each), then zeroes.
@@ -140,8 +146,8 @@ struct Inner {
     wishes: Mutex<VecDeque<Wish>>,
     wished: Condvar,
     is_over: AtomicBool,
-    /// Host memory for the way up; one load at a time.
-    up: Mutex<Arc<HostBuffer>>,
+    /// Host memory for what tiers read on the way up; one load at a time.
+    up: Mutex<Landing>,
     choices: Choices,
     conversations: Mutex<Conversations>,
 }
@@ -181,12 +187,11 @@ impl KvTier {
         let payload = bytes + 4 * block_tokens as u64;
         let payload = if bytes >= PADDED_FROM { padded(payload) } else { payload };
         let fingerprint = fingerprint(&options.facts, &layout, block_tokens);
-        let stage = || {
-            let bytes = ByteCount((STAGE_BYTES / bytes).max(1) * bytes);
-            HostBuffer::allocate(cache.region().manager().device(), bytes)
-                .map_err(MemoryError::device("allocate host memory for copies of blocks"))
-        };
-        let (up, down) = (stage()?, stage()?);
+        let device = cache.region().manager().device();
+        let down = HostBuffer::allocate(device, ByteCount((STAGE_BYTES / bytes).max(1) * bytes))
+            .map_err(MemoryError::device("allocate host memory for copies of blocks"))?;
+        let payload_bytes = usize::try_from(payload).unwrap_or(usize::MAX);
+        let up = Landing::new(device, payload_bytes, blocks_ahead(payload_bytes));
         let inner = Arc::new(Inner {
             cache: Arc::clone(cache),
             choices: Choices::new(store.parts()),
@@ -196,7 +201,7 @@ impl KvTier {
             options,
             block_tokens,
             block_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
-            payload_bytes: usize::try_from(payload).unwrap_or(usize::MAX),
+            payload_bytes,
             layout,
             counts: Mutex::default(),
             queue: Mutex::default(),
@@ -335,16 +340,21 @@ impl Inner {
         (usize::try_from(stage.bytes().0).unwrap_or(usize::MAX) / self.block_bytes).max(1)
     }
 
-    /// Between blocks and host memory, one after another from its start on.
-    fn copies(&self, blocks: &[u32], host: &Arc<HostBuffer>) -> Vec<BlockCopy> {
-        let mut host_offset = ByteCount::ZERO;
-        let pieces = blocks.iter().flat_map(|block| self.layout.pieces(*block));
-        let copy = |(offset, bytes)| {
-            let copy = BlockCopy { offset, bytes, host: Arc::clone(host), host_offset };
-            host_offset += bytes;
-            copy
-        };
-        pieces.map(copy).collect()
+    /// Between blocks and host memory: each from where that begins on.
+    fn copies<'a>(
+        &self,
+        blocks: &[u32],
+        memory: impl Iterator<Item = (&'a Arc<HostBuffer>, ByteCount)>,
+    ) -> Vec<BlockCopy> {
+        let mut copies = Vec::with_capacity(blocks.len());
+        for (block, (host, start)) in blocks.iter().zip(memory) {
+            let mut host_offset = start;
+            for (offset, bytes) in self.layout.pieces(*block) {
+                copies.push(BlockCopy { offset, bytes, host: Arc::clone(host), host_offset });
+                host_offset += bytes;
+            }
+        }
+        copies
     }
 
     /// Makes a stream wait for the steps that may touch blocks. False: nobody knows when they end, as a step is running that
@@ -381,6 +391,11 @@ impl Inner {
     fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Relaxed)
     }
+}
+
+/// Blocks that are asked of a tier ahead of what is done with them.
+fn blocks_ahead(payload_bytes: usize) -> usize {
+    (AHEAD_BYTES / payload_bytes).clamp(2, 256)
 }
 
 /// Counts a block that was looked for and did not come.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use shoal_core::kv::prefix::Found;
 
-use super::{Inner, KvTier};
+use super::{Inner, KvTier, blocks_ahead};
 use crate::store::{Buffer, Fetched, Ticket};
 
 /// Sequences that may wait.
@@ -102,7 +102,7 @@ impl Inner {
 
     fn bring_ahead(&self, wish: &Wish) {
         let keys = self.keys(&wish.salt, &wish.tokens);
-        let ahead = self.blocks_ahead();
+        let ahead = blocks_ahead(self.payload_bytes);
         let most = (self.options.prefetch_bytes_max / self.payload_bytes).max(1);
         let mut under_way: VecDeque<(Instant, Ticket<Fetched>)> = VecDeque::new();
         let mut spare: Vec<Buffer> = Vec::new();
@@ -117,11 +117,14 @@ impl Inner {
             }
             if under_way.len() >= ahead {
                 match self.wait_ahead(wish, &mut under_way) {
-                    Some(buffer) => spare.push(buffer),
+                    Some(memory @ Buffer::Own(_)) => spare.push(memory),
+                    Some(_) => {}
                     None => break,
                 }
             }
-            let target = spare.pop().unwrap_or_else(|| Buffer::zeroed(self.payload_bytes));
+            // Where the fastest tier would keep it, nothing is copied for that.
+            let room = self.kept_room(key).or_else(|| spare.pop());
+            let target = room.unwrap_or_else(|| Buffer::zeroed(self.payload_bytes));
             under_way.push_back((Instant::now() + BLOCK_WAIT, self.store.get(*key, target, BLOCK_WAIT)));
             asked += 1;
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::prefix::Found;
-use shoal_device::HostBuffer;
+use shoal_device::{DeviceError, HostBuffer};
 
 use super::{Inner, Sequence};
 use crate::error::MemoryError;
@@ -19,6 +19,8 @@ use crate::store::{Aligned, Buffer, Offer, StoreKey, Stored, Ticket};
 
 /// Bytes that may be on their way to the tier.
 const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
+/// Bytes that are copied to where they stay with one turn.
+const ROOM_BYTES: usize = 64 << 20;
 /// How often the thread looks whether what it waits for is done.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -28,6 +30,23 @@ const AGAIN: Duration = Duration::from_millis(5);
 const TURN_WAIT: Duration = Duration::from_millis(200);
 /// So many sequences that wait, the newest ones, are looked at for one that another goes on from.
 const MERGED: usize = 16;
+
+/// Where a block is copied to.
+enum Down {
+    /// Where the tier keeps it.
+    Room(Arc<HostBuffer>),
+    /// A place in a piece of host memory.
+    Staged(Arc<HostBuffer>, ByteCount),
+}
+
+impl Down {
+    fn place(&self) -> (&Arc<HostBuffer>, ByteCount) {
+        match self {
+            Self::Room(room) => (room, ByteCount::ZERO),
+            Self::Staged(stage, offset) => (stage, *offset),
+        }
+    }
+}
 
 /// What was handed to the tier, oldest first.
 type UnderWay = VecDeque<(Instant, Ticket<Stored>)>;
@@ -132,18 +151,36 @@ impl Inner {
         let wanted: Vec<usize> = lacking.iter().copied().filter(is_wanted).collect();
         self.count(|counts| counts.unsaved += (lacking.len() - wanted.len()) as u64);
         let mut left = wanted.len();
-        for part in wanted.chunks(self.stage_blocks(stage)) {
-            let copied = self.copy_down_in_time(sequence, part, stage, stuck_since);
-            for (place, at) in part[..copied].iter().enumerate() {
-                self.hand_on(sequence, *at, keys[*at], place, stage, under_way);
+        let mut rest = &wanted[..];
+        while !rest.is_empty() {
+            let memory = self.memory_down(rest, &keys, stage);
+            let (part, later) = rest.split_at(memory.len().min(rest.len()));
+            let copied = self.copy_down_in_time(sequence, part, &memory, stuck_since);
+            for (at, place) in part[..copied].iter().zip(memory) {
+                self.hand_on(sequence, *at, keys[*at], place, under_way);
             }
             left -= copied;
             if copied < part.len() {
                 // What comes after it has gone as well.
                 break;
             }
+            rest = later;
         }
         self.count(|counts| counts.unsaved += left as u64);
+    }
+
+    /// Where the next blocks are copied to: where the fastest tier will keep them, as far as it lacks them and has such
+    /// memory, or else a piece of host memory that they are taken out of again. At least one.
+    fn memory_down(&self, blocks: &[usize], keys: &[StoreKey], stage: &Arc<HostBuffer>) -> Vec<Down> {
+        let at_once = (ROOM_BYTES / self.payload_bytes).max(1);
+        let lacking = blocks.iter().take(at_once).take_while(|at| !self.store.contains(&keys[**at]));
+        let rooms: Vec<Down> = lacking.map_while(|_| self.room().map(Down::Room)).collect();
+        if !rooms.is_empty() {
+            return rooms;
+        }
+        let staged =
+            |place: usize| Down::Staged(Arc::clone(stage), ByteCount((place * self.block_bytes) as u64));
+        (0..self.stage_blocks(stage)).map(staged).collect()
     }
 
     /// Copies as soon as that can be done, if it can be within [`KvTierOptions::save_wait`](super::KvTierOptions); how many
@@ -152,11 +189,11 @@ impl Inner {
         &self,
         sequence: &Sequence,
         part: &[usize],
-        stage: &Arc<HostBuffer>,
+        memory: &[Down],
         stuck_since: &mut Option<Instant>,
     ) -> usize {
         while !self.is_over() && !self.is_discarded(sequence) {
-            match self.copy_down(sequence, part, stage) {
+            match self.copy_down(sequence, part, memory) {
                 Ok(Some(copied)) => {
                     *stuck_since = None;
                     // Meanwhile too: then nobody knows what was copied.
@@ -192,7 +229,7 @@ impl Inner {
         &self,
         sequence: &Sequence,
         part: &[usize],
-        stage: &Arc<HostBuffer>,
+        memory: &[Down],
     ) -> Result<Option<usize>, MemoryError> {
         let (Some(first), Some(last)) = (part.first(), part.last()) else { return Ok(Some(0)) };
         let region = self.cache.region();
@@ -212,7 +249,7 @@ impl Inner {
         let Some(group) = found.groups.into_iter().next() else { return Ok(Some(0)) };
         let there = part.iter().filter_map(|at| group.blocks.get(at - group.first)).copied();
         let there: Vec<u32> = there.collect();
-        let done = self.copy_and_wait(&there, stage, deadline);
+        let done = self.copy_and_wait(&there, memory, deadline);
         if done.is_err() {
             manager.settle();
         } else {
@@ -223,16 +260,12 @@ impl Inner {
         Ok(Some(there.len()))
     }
 
-    fn copy_and_wait(
-        &self,
-        blocks: &[u32],
-        stage: &Arc<HostBuffer>,
-        deadline: Instant,
-    ) -> Result<(), MemoryError> {
+    fn copy_and_wait(&self, blocks: &[u32], memory: &[Down], deadline: Instant) -> Result<(), MemoryError> {
         if blocks.is_empty() {
             return Ok(());
         }
-        let done = self.cache.region().store_blocks(&self.copies(blocks, stage), None)?;
+        let copies = self.copies(blocks, memory.iter().map(Down::place));
+        let done = self.cache.region().store_blocks(&copies, None)?;
         let left = deadline.saturating_duration_since(Instant::now());
         if done.wait(left).map_err(MemoryError::device("copy blocks to the host"))? {
             return Ok(());
@@ -241,31 +274,45 @@ impl Inner {
     }
 
     /// Gives a copied block to the tier.
-    fn hand_on(
-        &self,
-        sequence: &Sequence,
-        at: usize,
-        key: StoreKey,
-        place: usize,
-        stage: &Arc<HostBuffer>,
-        under_way: &mut UnderWay,
-    ) {
-        let mut payload = Aligned::zeroed(self.payload_bytes);
-        let memory = payload.as_mut_slice();
-        let (block, rest) = memory.split_at_mut(self.block_bytes);
-        if let Err(error) = stage.read(ByteCount((place * self.block_bytes) as u64), block) {
-            tracing::warn!(%error, "cannot read host memory");
-            self.count(|counts| counts.unsaved += 1);
-            return;
-        }
+    fn hand_on(&self, sequence: &Sequence, at: usize, key: StoreKey, place: Down, under_way: &mut UnderWay) {
         let trailer = self.trailer(&sequence.tokens, at);
-        rest[..trailer.len()].copy_from_slice(&trailer);
+        let payload = match self.payload(place, &trailer) {
+            Ok(payload) => payload,
+            Err(error) => {
+                tracing::warn!(%error, "cannot read host memory");
+                self.count(|counts| counts.unsaved += 1);
+                return;
+            }
+        };
         while under_way.len() * self.payload_bytes >= UNDER_WAY_BYTES_MAX.max(self.payload_bytes) {
             self.wait_for_one(under_way);
         }
         let wait = self.options.put_wait;
-        let ticket = self.store.put(key, Buffer::Own(payload), self.payload_bytes, wait);
+        let ticket = self.store.put(key, payload, self.payload_bytes, wait);
         under_way.push_back((Instant::now() + wait, ticket));
+    }
+
+    /// What is put of a block that was copied: its bytes, its tokens, and zeroes.
+    fn payload(&self, place: Down, trailer: &[u8]) -> Result<Buffer, DeviceError> {
+        let finish = |rest: &mut [u8]| {
+            let (tokens, zeroes) = rest.split_at_mut(trailer.len());
+            tokens.copy_from_slice(trailer);
+            zeroes.fill(0);
+        };
+        match place {
+            Down::Room(room) => {
+                let mut memory = room.view_mut(ByteCount::ZERO, room.bytes())?;
+                finish(&mut memory.as_mut_slice()[self.block_bytes..]);
+                Ok(Buffer::HostMut(memory))
+            }
+            Down::Staged(stage, offset) => {
+                let mut payload = Aligned::zeroed(self.payload_bytes);
+                let (block, rest) = payload.as_mut_slice().split_at_mut(self.block_bytes);
+                stage.read(offset, block)?;
+                finish(rest);
+                Ok(Buffer::Own(payload))
+            }
+        }
     }
 
     /// Waits for the oldest that is under way, unless it is over.

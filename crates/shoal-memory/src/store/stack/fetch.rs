@@ -85,8 +85,8 @@ impl Shared {
                 continue;
             }
             if let Some(held) = tier.hold(&key) {
-                self.count_hit(index, held.as_slice());
-                self.promote(key, index, held.as_slice());
+                self.count_hit(index, held.as_slice().len());
+                self.promote(key, index, held.as_slice(), None);
                 return self.serve_all(key, Some(asker), held.as_slice());
             }
             let Asker { target, promise } = asker;
@@ -107,12 +107,14 @@ impl Shared {
         let Arrival { key, tier, promise, home, answer } = arrival;
         match answer {
             Ok(fetched) => {
-                self.count_hit(tier, fetched.as_slice());
-                self.promote(key, tier, fetched.as_slice());
-                self.serve_all(key, None, fetched.as_slice());
                 let Fetched { buffer, bytes } = fetched;
+                let (buffer, is_shared) = self.shared(buffer.kept());
+                let fetched = Fetched { buffer, bytes };
+                self.count_hit(tier, bytes);
+                self.promote(key, tier, fetched.as_slice(), is_shared.then_some(&fetched.buffer));
+                self.serve_all(key, None, fetched.as_slice());
                 self.state.lock().waiting -= 1;
-                promise.answer(Ok(Fetched { buffer: buffer.kept(), bytes }));
+                promise.answer(Ok(fetched));
             }
             Err(miss) => {
                 if !matches!(miss, Miss::Cancelled | Miss::Deadline | Miss::TooLong { .. }) {
@@ -135,10 +137,10 @@ impl Shared {
         }
     }
 
-    fn count_hit(&self, tier: usize, block: &[u8]) {
+    pub(super) fn count_hit(&self, tier: usize, bytes: usize) {
         let counts = &mut self.state.lock().counts.tiers[tier];
         counts.hits += 1;
-        counts.hit_bytes += block.len() as u64;
+        counts.hit_bytes += bytes as u64;
     }
 
     /// The leader hears why it gets nothing, and the next one leads, from the fastest tier on.
@@ -190,15 +192,15 @@ impl Shared {
         }
     }
 
-    /// Puts a block that tier `from` served into the faster ones that want it.
-    fn promote(&self, key: StoreKey, from: usize, block: &[u8]) {
+    /// Puts a block that tier `from` served into the faster ones that want it, as it lies if its memory can be shared.
+    fn promote(&self, key: StoreKey, from: usize, block: &[u8], memory: Option<&Buffer>) {
         let offer = Offer { bytes: block.len() as u64, recompute_us: None };
         let is_removed = || self.state.lock().flights.get(&key).is_some_and(|flight| flight.is_removed);
         for (index, tier) in self.tiers.iter().enumerate().take(from) {
             if is_removed() || tier.contains(&key) || !tier.offer(&key, &offer).is_admitted() {
                 continue;
             }
-            if let Some(copy) = self.copy(block) {
+            if let Some(copy) = self.copy(block, memory) {
                 self.put_to(index, key, copy, self.options.promote_deadline, true, |_| {});
             }
         }

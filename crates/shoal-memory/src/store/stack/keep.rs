@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use shoal_device::HostBuffer;
 
 use super::super::{Aligned, Buffer, Miss, Promise, StoreKey, Stored};
 use super::{Shared, State};
@@ -71,10 +72,12 @@ impl State {
     }
 }
 
-/// A copy, counted until it is dropped or handed over.
+/// A block for one more tier.
 pub(super) struct Copied {
-    memory: Aligned,
+    memory: Buffer,
     bytes: usize,
+    /// Bytes of a copy on its way; none where the memory is shared.
+    counted: u64,
 }
 
 /// The answers of all tiers so far.
@@ -134,8 +137,10 @@ impl Shared {
         };
         let left = promise.deadline().saturating_duration_since(Instant::now());
         let answers = Arc::new(Mutex::new(Answers { promise: Some(promise), left: wanted.len() }));
-        let copies: Vec<_> =
-            others.iter().map(|index| (*index, self.copy(&source.as_slice()[..bytes]))).collect();
+        let (source, is_shared) = self.shared(source);
+        let memory = is_shared.then_some(&source);
+        let copy = |index: &usize| (*index, self.copy(&source.as_slice()[..bytes], memory));
+        let copies: Vec<_> = others.iter().map(copy).collect();
         // First to the slowest: whoever hears that the block is kept may flush at once, and that is to reach it there too.
         let (state, last, saw) = (Arc::clone(&self.state), *last, Arc::clone(&answers));
         self.tiers[last].put(key, source, bytes, left).then(move |answer| {
@@ -153,8 +158,17 @@ impl Shared {
         }
     }
 
-    /// A copy of a block, if there may be one more.
-    pub(super) fn copy(&self, block: &[u8]) -> Option<Copied> {
+    /// Memory that is a tier's own can be had by several, and is not copied for the tier that keeps blocks there. Whether it is.
+    pub(super) fn shared(&self, memory: Buffer) -> (Buffer, bool) {
+        let is_own = |host: &Arc<HostBuffer>| self.tiers.iter().any(|tier| tier.is_own(host));
+        if memory.host().is_some_and(is_own) { (memory.shared(), true) } else { (memory, false) }
+    }
+
+    /// Another hold of the memory that a block lies in, or else a copy of it, if there may be one more.
+    pub(super) fn copy(&self, block: &[u8], memory: Option<&Buffer>) -> Option<Copied> {
+        if let Some(memory) = memory.and_then(Buffer::again) {
+            return Some(Copied { memory, bytes: block.len(), counted: 0 });
+        }
         let bytes = block.len() as u64;
         let mut state = self.state.lock();
         if state.copy_bytes > 0 && state.copy_bytes + bytes > self.options.copy_bytes_max.0 {
@@ -163,7 +177,8 @@ impl Shared {
         }
         state.copy_bytes += bytes;
         drop(state);
-        Some(Copied { memory: Aligned::copy_of(block), bytes: block.len() })
+        let memory = Buffer::Own(Aligned::copy_of(block));
+        Some(Copied { memory, bytes: block.len(), counted: bytes })
     }
 
     /// Gives a copy to a tier.
@@ -176,12 +191,12 @@ impl Shared {
         is_promoted: bool,
         then: impl FnOnce(Result<Stored, Miss>) + Send + 'static,
     ) {
-        let Copied { memory, bytes } = copy;
+        let Copied { memory, bytes, counted } = copy;
         // Not the tiers: the last of a disk must not go on the disk's own thread.
         let state = Arc::clone(&self.state);
-        self.tiers[index].put(key, Buffer::Own(memory), bytes, deadline).then(move |answer| {
+        self.tiers[index].put(key, memory, bytes, deadline).then(move |answer| {
             let mut state = state.lock();
-            state.copy_bytes -= bytes as u64;
+            state.copy_bytes -= counted;
             state.count_put(index, &answer, bytes, is_promoted);
             drop(state);
             then(answer);

@@ -23,12 +23,13 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
+use shoal_device::HostBuffer;
 
 use self::fetch::{Arrival, Asker, Flight};
 use self::keep::{Coming, PutJob};
 use super::crew::{Crew, Desk};
 use super::ticket::gather;
-use super::{Buffer, Fetched, Held, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
+use super::{Buffer, Fetched, Held, Lent, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
 
 /// How long a stack that is dropped waits for its threads, which only copy.
 const DROP_WAIT: Duration = Duration::from_secs(5);
@@ -315,6 +316,22 @@ impl Store for Stack {
 
     fn hold(&self, key: &StoreKey) -> Option<Held> {
         self.shared.tiers.iter().find_map(|tier| tier.hold(key))
+    }
+
+    /// Of the fastest tier that has the block.
+    fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
+        let mut tiers = self.shared.tiers.iter().enumerate();
+        let (index, tier) = tiers.find(|(_, tier)| tier.contains(key))?;
+        Some(tier.lend(key)?.counted(move |bytes| self.shared.count_hit(index, bytes)))
+    }
+
+    fn is_own(&self, memory: &HostBuffer) -> bool {
+        self.shared.tiers.iter().any(|tier| tier.is_own(memory))
+    }
+
+    /// Of the fastest tier that has such.
+    fn room(&self, bytes: usize) -> Option<Arc<HostBuffer>> {
+        self.shared.tiers.iter().find_map(|tier| tier.room(bytes))
     }
 
     /// From every tier. An error of one is the answer, because it may serve the block later.
