@@ -19,6 +19,7 @@
 #   tests/gpu/run.sh soak           1,000 sleeps and wakes of 2 GiB and of a model with CUDA graphs: nothing lost
 #   tests/gpu/run.sh trade          two processes trade memory for four minutes, one of them killed in its restores
 #   tests/gpu/run.sh tiers_restore  prefixes of an 8B from host memory and from disk against computing them; needs transformers
+#   tests/gpu/run.sh tiers_concurrency  conversations of an 8B held with a first token within a second: no tier, host, disk
 #   tests/gpu/run.sh vllm           vLLM 0.26 (importable) on Shoal and alone: tokens, sleep, wake, memory while asleep
 #   tests/gpu/run.sh vllm_offload   vLLM's own KV offloading on Shoal's host tier and disks: tokens, first tokens of restored prompts
 #   tests/gpu/run.sh vllm_serve     `SHOAL=1 vllm serve` as it is typed, against `vllm serve`: texts, /sleep, /wake_up
@@ -115,7 +116,7 @@ tms)
 sleep_wake_torch | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
-tiers_restore) python3 -X faulthandler -m tests.gpu.tiers_restore ;;
+tiers_restore | tiers_concurrency) python3 -X faulthandler -m "tests.gpu.$part" ;;
 shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
 vllm_burst | vllm_all_active) python3 -X faulthandler -m tests.gpu.vllm_load "${part#vllm_}" ;;
@@ -145,7 +146,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_restore, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_restore, tiers_concurrency, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac
