@@ -54,9 +54,29 @@ impl Bits {
         }
     }
 
-    /// Takes the first `count` ids of `from..to` out, lowest first; fewer if there are fewer. Returns how many.
+    /// The bits of a word.
     #[inline]
-    pub(super) fn take(&mut self, from: u32, to: u32, count: u32, mut each: impl FnMut(u32)) -> u32 {
+    pub(super) fn word(&self, word: usize) -> u64 {
+        self.words[word]
+    }
+
+    /// Those bits of a word whose ids are below `end`, which is not below its first.
+    #[inline]
+    pub(super) fn below(word: usize, end: u32) -> u64 {
+        let count = end as usize - word * WORD;
+        if count < WORD { (1 << count) - 1 } else { u64::MAX }
+    }
+
+    /// The last id of some of a word; there is one.
+    #[inline]
+    pub(super) const fn last(word: usize, bits: u64) -> u32 {
+        Self::id(word, bits.ilog2())
+    }
+
+    /// Takes the first `count` ids of `from..to` out, lowest first; fewer if there are fewer. Returns how many. `each` is
+    /// given them by words, as bits, of which there is at least one.
+    #[inline]
+    pub(super) fn take(&mut self, from: u32, to: u32, count: u32, mut each: impl FnMut(usize, u64)) -> u32 {
         let mut left = count;
         let (first, last) = (from as usize / WORD, (to as usize).saturating_sub(1) / WORD);
         if from >= to {
@@ -72,18 +92,14 @@ impl Bits {
                 mask &= u64::MAX >> (WORD - 1 - (to as usize - 1) % WORD);
             }
             let all = self.words[word];
-            let mut open = all & mask;
-            let mut taken = 0_u64;
-            while open != 0 && left > 0 {
-                let bit = open.trailing_zeros();
-                each(Self::id(word, bit));
-                taken |= 1 << bit;
-                open &= open - 1;
-                left -= 1;
-            }
-            self.words[word] = all & !taken;
-            if self.words[word] == 0 {
-                self.summary[word / WORD] &= !(1 << (word % WORD));
+            let taken = lowest(all & mask, left);
+            if taken != 0 {
+                each(word, taken);
+                left -= taken.count_ones();
+                self.words[word] = all & !taken;
+                if self.words[word] == 0 {
+                    self.summary[word / WORD] &= !(1 << (word % WORD));
+                }
             }
             next = self.next_word(word + 1);
         }
@@ -122,9 +138,27 @@ impl Bits {
         clippy::cast_possible_truncation,
         reason = "there are at most u32::MAX ids, so words are fewer still"
     )]
-    const fn id(word: usize, bit: u32) -> u32 {
+    pub(super) const fn id(word: usize, bit: u32) -> u32 {
         (word * WORD) as u32 + bit
     }
+}
+
+/// The lowest `count` bits of those that are set, or all.
+#[inline]
+fn lowest(open: u64, count: u32) -> u64 {
+    if open.count_ones() <= count {
+        return open;
+    }
+    // Mostly they are neighbours.
+    let first = open.trailing_zeros();
+    if (open >> first).trailing_ones() >= count {
+        return ((1 << count) - 1) << first;
+    }
+    let mut rest = open;
+    for _ in 0..count {
+        rest &= rest - 1;
+    }
+    open & !rest
 }
 
 #[cfg(test)]
@@ -150,7 +184,12 @@ mod tests {
                     2 => (one..two).step_by(3).for_each(|id| { bits.set(id); plain.insert(id); }),
                     _ => {
                         let mut found = Vec::new();
-                        let taken = bits.take(one, two, count, |id| found.push(id));
+                        let taken = bits.take(one, two, count, |word, mut open| {
+                            while open != 0 {
+                                found.push(Bits::id(word, open.trailing_zeros()));
+                                open &= open - 1;
+                            }
+                        });
                         let from_to = if one < two { one..two } else { 0..0 };
                         let wanted: Vec<u32> = plain.range(from_to).copied().take(count as usize).collect();
                         prop_assert_eq!(taken as usize, found.len());

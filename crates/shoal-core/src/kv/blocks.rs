@@ -13,12 +13,15 @@ use super::bits::Bits;
 use super::fill::{EMPTY, Fill, NONE, USELESS};
 use super::ids::BlockId;
 use super::layout::GroupLayout;
+use super::runs;
 use crate::bytes::PAGE_BYTES;
 
 mod checks;
 mod granules;
+mod owners;
 
 pub use granules::GranuleError;
+use owners::Owners;
 
 /// Why a call on blocks was refused. Nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,10 +61,8 @@ pub enum BlockError {
     },
 }
 
-/// What a block is, in its word of `counts`; any other number is how many own it.
-const FREE: u32 = u32::MAX;
-const CACHED: u32 = u32::MAX - 1;
-const OWNERS_MAX: u32 = u32::MAX - 2;
+/// Words of blocks that are kept between calls to free, and room for what a call names.
+const NAMED_KEPT: usize = 4096;
 
 /// What somebody may ask of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,7 +165,11 @@ struct FreeRun {
     count: u32,
     /// Whether the granule's last block is among them.
     has_last: bool,
-    /// Bits that are not in the set yet.
+}
+
+/// Blocks of one word that a call names one after another, each once.
+#[derive(Clone, Copy, Debug)]
+struct Named {
     word: usize,
     bits: u64,
 }
@@ -176,7 +181,7 @@ pub struct BlockPool {
     /// Bytes of a unit are a power of two.
     unit_shift: u32,
     blocks: u32,
-    counts: Vec<u32>,
+    owners: Owners,
     free: Bits,
     sealed: Bits,
     /// Blocks in `sealed`.
@@ -190,6 +195,8 @@ pub struct BlockPool {
     clock: u64,
     /// No unit before it is open.
     first_open: u32,
+    /// What a free names, while it runs.
+    named: Vec<Named>,
 }
 
 impl BlockPool {
@@ -202,7 +209,7 @@ impl BlockPool {
             piece_bytes: layout.piece_bytes().0,
             unit_shift: (layout.unit_pages() * PAGE_BYTES.0).ilog2(),
             blocks,
-            counts: vec![FREE; blocks as usize],
+            owners: Owners::new(blocks),
             free: Bits::new(blocks),
             sealed: Bits::new(blocks),
             seals: 0,
@@ -213,6 +220,7 @@ impl BlockPool {
             figures: BlockFigures::default(),
             clock: 0,
             first_open: 0,
+            named: Vec::new(),
         }
     }
 
@@ -251,12 +259,7 @@ impl BlockPool {
     /// # Errors
     /// [`BlockError::Unknown`].
     pub fn state(&self, block: u32) -> Result<BlockState, BlockError> {
-        let unknown = BlockError::Unknown { block: i64::from(block), blocks: self.blocks };
-        Ok(match *self.counts.get(block as usize).ok_or(unknown)? {
-            FREE => BlockState::Free,
-            CACHED => BlockState::Cached,
-            owners => BlockState::Owned(owners),
-        })
+        Ok(self.owners.state(self.known(block)?))
     }
 
     /// Fills `ids` with blocks, one owner each. False, and nothing is changed, if fewer can be had now.
@@ -272,12 +275,11 @@ impl BlockPool {
             let granule = &mut self.granules[slot as usize];
             let open = &mut ids[filled..];
             let wanted = granule.free.min(u32::try_from(open.len()).unwrap_or(u32::MAX));
-            let (counts, mut at, mut last) = (&mut self.counts, 0, NONE);
-            let taken = self.free.take(granule.first_block, granule.end_block, wanted, |block| {
-                counts[block as usize] = 1;
-                open[at] = T::of(block);
-                at += 1;
-                last = block;
+            let (owners, mut at, mut last) = (&mut self.owners, 0, NONE);
+            let taken = self.free.take(granule.first_block, granule.end_block, wanted, |word, bits| {
+                owners.own(word, bits);
+                at += runs::write(&mut open[at..], word, bits);
+                last = Bits::last(word, bits);
             });
             debug_assert_eq!(taken, wanted, "granule {slot} counts more free blocks than it has");
             granule.free -= taken;
@@ -303,73 +305,97 @@ impl BlockPool {
     /// [`BlockError::Unknown`], [`BlockError::NotOwned`]; nothing is changed.
     #[inline]
     pub fn free<T: BlockId>(&mut self, ids: &[T], cached: impl FnMut(u32)) -> Result<Freed, BlockError> {
-        for (at, id) in ids.iter().enumerate() {
-            match self.owned_place(*id) {
-                Ok(place) => self.counts[place] -= 1,
-                Err(error) => {
-                    self.give_back_counts(&ids[..at]);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(self.settle(ids, cached))
+        let mut named = core::mem::take(&mut self.named);
+        named.clear();
+        let taken = self.disown(ids, &mut named);
+        let freed = taken.map(|()| self.settle(&named, cached));
+        named.shrink_to(NAMED_KEPT);
+        self.named = named;
+        freed
     }
 
-    /// The second half of [`free`](Self::free): the counts are taken, and what has none left changes state.
+    /// The first half of [`free`](Self::free): all lose an owner, or none does. What is named is left in `named`.
     #[inline]
-    fn settle<T: BlockId>(&mut self, ids: &[T], mut cached: impl FnMut(u32)) -> Freed {
+    fn disown<T: BlockId>(&mut self, ids: &[T], named: &mut Vec<Named>) -> Result<(), BlockError> {
+        // Who is cached hears of it in the order of the ids.
+        let is_rising = self.seals > 0;
+        let mut at = 0;
+        while let Some(left) = ids.get(at..).filter(|left| !left.is_empty()) {
+            let (word, bits, count) = runs::read(left, is_rising);
+            if !self.owners.disown(word, bits) {
+                // Some are shared, or one of them is wrong: which is said by looking at one after another.
+                for (after, id) in left[..count].iter().enumerate() {
+                    let known = self.known_id(*id);
+                    if let Err(error) = known.and_then(|block| self.owners.leave(block)) {
+                        for block in ids[..at + after].iter().filter_map(|id| id.block()) {
+                            self.owners.rejoin(block);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            named.push(Named { word, bits });
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// The second half: what nobody owns any more changes state.
+    #[inline]
+    fn settle(&mut self, named: &[Named], mut cached: impl FnMut(u32)) -> Freed {
         let mut freed = Freed::default();
         let mut run = FreeRun::default();
-        for id in ids {
-            let Some(block) = id.block() else { continue };
-            // Named twice, or shared.
-            let count = &mut self.counts[block as usize];
-            if *count != 0 {
-                continue;
-            }
-            if self.seals > 0 && self.sealed.has(block) {
-                *count = CACHED;
+        for Named { word, bits } in named {
+            // Not what others own still, nor what was settled a moment ago because it is named twice.
+            let mut left = self.owners.unowned(*word, *bits) & !self.free.word(*word);
+            let mut sealed = if self.seals > 0 { left & self.sealed.word(*word) } else { 0 };
+            left &= !sealed;
+            while sealed != 0 {
+                let block = Bits::id(*word, sealed.trailing_zeros());
+                self.owners.put(block, BlockState::Cached);
                 self.granule_mut(block).cached += 1;
                 freed.cached += 1;
                 cached(block);
-                continue;
+                sealed &= sealed - 1;
             }
-            *count = FREE;
-            if block < run.first_block || block >= run.end_block {
-                freed.has_emptied |= self.end_run(&mut run);
-                let slot = self.units[self.unit_of(block)];
-                let granule = &self.granules[slot as usize];
-                run = FreeRun { slot, first_block: granule.first_block, end_block: granule.end_block, ..run };
+            if left != 0 {
+                self.free.set_word(*word, left);
+                freed.free += left.count_ones();
             }
-            // Neighbours share a word, and mostly come together.
-            let (word, bit) = Bits::split(block);
-            if word != run.word {
-                if run.bits != 0 {
-                    self.free.set_word(run.word, run.bits);
+            while left != 0 {
+                let block = Bits::id(*word, left.trailing_zeros());
+                if block < run.first_block || block >= run.end_block {
+                    freed.has_emptied |= self.end_run(&run);
+                    let slot = self.units[self.unit_of(block)];
+                    let granule = &self.granules[slot as usize];
+                    let (first_block, end_block) = (granule.first_block, granule.end_block);
+                    run = FreeRun { slot, first_block, end_block, count: 0, has_last: false };
                 }
-                (run.word, run.bits) = (word, 0);
-            }
-            run.bits |= bit;
-            run.count += 1;
-            freed.free += 1;
-            if block + 1 == run.end_block {
-                run.has_last = true;
+                let within = left & Bits::below(*word, run.end_block);
+                run.count += within.count_ones();
+                run.has_last |= Bits::last(*word, within) == run.end_block - 1;
+                left &= !within;
             }
         }
-        freed.has_emptied |= self.end_run(&mut run);
+        freed.has_emptied |= self.end_run(&run);
         self.figures.owned -= freed.free + freed.cached;
         self.figures.cached += freed.cached;
         self.figures.available += freed.free;
         freed
     }
 
+    /// One block that nobody owns any more.
+    fn settle_one(&mut self, block: u32) -> Freed {
+        let (word, bits) = Bits::split(block);
+        self.settle(&[Named { word, bits }], |_| ())
+    }
+
     /// So many blocks of one granule became free. True if a granule is empty by that.
     #[inline]
-    fn end_run(&mut self, run: &mut FreeRun) -> bool {
+    fn end_run(&mut self, run: &FreeRun) -> bool {
         if run.count == 0 {
             return false;
         }
-        self.free.set_word(run.word, run.bits);
         let granule = &mut self.granules[run.slot as usize];
         granule.used -= run.count;
         granule.free += run.count;
@@ -378,16 +404,7 @@ impl BlockPool {
         if is_over {
             has_emptied |= self.set_pinned(next_unit, false);
         }
-        *run = FreeRun { word: run.word, ..FreeRun::default() };
         has_emptied
-    }
-
-    fn give_back_counts<T: BlockId>(&mut self, ids: &[T]) {
-        for id in ids {
-            if let Some(block) = id.block() {
-                self.counts[block as usize] += 1;
-            }
-        }
     }
 
     /// One owner more for each.
@@ -396,24 +413,14 @@ impl BlockPool {
     /// [`BlockError::Unknown`], [`BlockError::NotOwned`], [`BlockError::TooManyOwners`]; nothing is changed.
     pub fn fork<T: BlockId>(&mut self, ids: &[T]) -> Result<(), BlockError> {
         for (at, id) in ids.iter().enumerate() {
-            let place = self.owned_place(*id).and_then(|place| {
-                let block = id.block().unwrap_or(NONE);
-                if self.counts[place] < OWNERS_MAX {
-                    Ok(place)
-                } else {
-                    Err(BlockError::TooManyOwners { block })
-                }
-            });
-            match place {
-                Ok(place) => self.counts[place] += 1,
-                Err(error) => {
-                    for id in &ids[..at] {
-                        if let Some(block) = id.block() {
-                            self.counts[block as usize] -= 1;
-                        }
+            let known = self.known_id(*id);
+            if let Err(error) = known.and_then(|block| self.owners.join(block)) {
+                for id in &ids[..at] {
+                    if let Some(block) = id.block() {
+                        self.owners.leave(block)?;
                     }
-                    return Err(error);
                 }
+                return Err(error);
             }
         }
         Ok(())
@@ -426,13 +433,9 @@ impl BlockPool {
     pub fn share(&mut self, block: u32) -> Result<bool, BlockError> {
         match self.state(block)? {
             BlockState::Free => Err(BlockError::NotCached { block }),
-            BlockState::Owned(OWNERS_MAX) => Err(BlockError::TooManyOwners { block }),
-            BlockState::Owned(_) => {
-                self.counts[block as usize] += 1;
-                Ok(false)
-            }
+            BlockState::Owned(_) => self.owners.join(block).map(|()| false),
             BlockState::Cached => {
-                self.counts[block as usize] = 1;
+                self.owners.put(block, BlockState::Owned(1));
                 self.granule_mut(block).cached -= 1;
                 self.figures.cached -= 1;
                 self.figures.owned += 1;
@@ -446,7 +449,7 @@ impl BlockPool {
     /// # Errors
     /// [`BlockError::Unknown`], [`BlockError::NotOwned`]; nothing is changed.
     pub fn seal(&mut self, block: u32) -> Result<(), BlockError> {
-        self.owned_place(block)?;
+        self.check_owned(block)?;
         if !self.sealed.has(block) {
             self.sealed.set(block);
             self.seals += 1;
@@ -478,8 +481,8 @@ impl BlockPool {
         self.granule_mut(block).cached -= 1;
         self.figures.cached -= 1;
         self.figures.owned += 1;
-        self.counts[block as usize] = 0;
-        Ok(self.settle(&[block], |_| ()))
+        self.owners.put(block, BlockState::Free);
+        Ok(self.settle_one(block))
     }
 
     /// Takes one certain block, as the target of a move.
@@ -491,7 +494,7 @@ impl BlockPool {
             return Err(BlockError::NotFree { block });
         }
         self.free.clear(block);
-        self.counts[block as usize] = 1;
+        self.owners.put(block, BlockState::Owned(1));
         let slot = self.units[self.unit_of(block)];
         let granule = &mut self.granules[slot as usize];
         granule.free -= 1;
@@ -523,16 +526,16 @@ impl BlockPool {
             BlockState::Cached => {
                 self.granule_mut(from).cached -= 1;
                 self.granule_mut(to).cached += 1;
-                self.counts[to as usize] = CACHED;
             }
-            BlockState::Owned(owners) => self.counts[to as usize] = owners,
+            BlockState::Owned(_) => {}
         }
+        self.owners.put(to, state);
         if is_sealed {
             self.sealed.clear(from);
             self.sealed.set(to);
         }
-        self.counts[from as usize] = 0;
-        Ok(self.settle(&[from], |_| ()))
+        self.owners.put(from, BlockState::Free);
+        Ok(self.settle_one(from))
     }
 
     /// Whether somebody owns it.
@@ -540,19 +543,23 @@ impl BlockPool {
     /// # Errors
     /// [`BlockError::Unknown`], [`BlockError::NotOwned`].
     pub fn check_owned<T: BlockId>(&self, id: T) -> Result<(), BlockError> {
-        self.owned_place(id).map(drop)
+        let block = self.known_id(id)?;
+        match self.owners.state(block) {
+            BlockState::Owned(_) => Ok(()),
+            BlockState::Free | BlockState::Cached => Err(BlockError::NotOwned { block }),
+        }
     }
 
-    /// Where an owned block's word is.
-    #[inline]
-    fn owned_place<T: BlockId>(&self, id: T) -> Result<usize, BlockError> {
-        let Some(block) = id.block().filter(|block| *block < self.blocks) else {
-            return Err(BlockError::Unknown { block: id.shown(), blocks: self.blocks });
-        };
-        match self.counts[block as usize] {
-            0 | FREE | CACHED => Err(BlockError::NotOwned { block }),
-            _ => Ok(block as usize),
+    const fn known(&self, block: u32) -> Result<u32, BlockError> {
+        if block < self.blocks {
+            return Ok(block);
         }
+        Err(BlockError::Unknown { block: block as i64, blocks: self.blocks })
+    }
+
+    fn known_id<T: BlockId>(&self, id: T) -> Result<u32, BlockError> {
+        let unknown = BlockError::Unknown { block: id.shown(), blocks: self.blocks };
+        id.block().filter(|block| *block < self.blocks).ok_or(unknown)
     }
 
     #[inline]

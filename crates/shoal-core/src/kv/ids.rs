@@ -10,6 +10,9 @@ pub trait BlockId: Copy {
     /// The block, if it can be one.
     fn block(self) -> Option<u32>;
 
+    /// The number as 64 bits, of which a negative one has all the upper ones.
+    fn bits(self) -> u64;
+
     /// The number as it is, for messages.
     fn shown(self) -> i64;
 }
@@ -29,6 +32,13 @@ macro_rules! block_id {
             #[allow(clippy::unnecessary_fallible_conversions, reason = "one text for all kinds")]
             fn block(self) -> Option<u32> {
                 u32::try_from(self).ok()
+            }
+
+            #[inline]
+            #[expect(clippy::allow_attributes, reason = "not each of these casts is of each kind")]
+            #[allow(clippy::cast_sign_loss, clippy::cast_lossless, trivial_numeric_casts, reason = "as its text says")]
+            fn bits(self) -> u64 {
+                self as u64
             }
 
             #[inline]

@@ -17,6 +17,7 @@
 
 mod bits;
 mod fill;
+mod runs;
 
 pub mod backing;
 pub mod blocks;

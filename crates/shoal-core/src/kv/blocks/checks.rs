@@ -1,7 +1,7 @@
 //! Whether a pool's figures agree with one another, counted anew.
 
 use super::super::fill::NONE;
-use super::{BlockFigures, BlockPool, BlockState, CACHED, FREE, Stage};
+use super::{BlockFigures, BlockPool, BlockState, Stage};
 
 impl BlockPool {
     /// Says what is wrong, if anything is.
@@ -23,10 +23,10 @@ impl BlockPool {
             let (mut used, mut cached, mut free) = (0, 0, 0);
             for block in self.blocks_of(granule.first_unit, granule.units) {
                 has_granule[block as usize] = true;
-                match self.counts[block as usize] {
-                    FREE => free += u32::from(self.free.has(block)),
-                    CACHED => cached += 1,
-                    _ => used += 1,
+                match self.owners.state(block) {
+                    BlockState::Free => free += u32::from(self.free.has(block)),
+                    BlockState::Cached => cached += 1,
+                    BlockState::Owned(_) => used += 1,
                 }
             }
             used += cached;
@@ -49,7 +49,7 @@ impl BlockPool {
             }
             let before = range.start.checked_sub(1).map_or(NONE, |unit| self.units[unit as usize]);
             let pins = self.granules.get(before as usize).is_some_and(|granule| {
-                granule.straddles && self.counts[granule.end_block as usize - 1] != FREE
+                granule.straddles && self.owners.state(granule.end_block - 1) != BlockState::Free
             });
             if pins != granule.pinned {
                 return Err(format!("granule {slot} pinned: {}, should be {pins} (I7)", granule.pinned));
@@ -64,13 +64,14 @@ impl BlockPool {
             }
         }
         for block in 0..self.blocks {
-            match self.state(block).map_err(|error| error.to_string())? {
-                BlockState::Owned(0) => return Err(format!("block {block} is between two states")),
+            let state = self.owners.state(block);
+            self.owners.check(block)?;
+            match state {
                 BlockState::Owned(_) => counted.owned += 1,
                 BlockState::Cached => counted.cached += 1,
                 BlockState::Free => counted.available += u32::from(self.free.has(block)),
             }
-            let is_used = self.counts[block as usize] != FREE;
+            let is_used = state != BlockState::Free;
             if is_used && (!has_granule[block as usize] || self.free.has(block)) {
                 return Err(format!("block {block} is used, and free or without memory (I7)"));
             }

@@ -6,7 +6,7 @@
 use core::ops::Range;
 
 use super::super::fill::{EMPTY, NONE, PARTS, USELESS};
-use super::{BlockPool, BlockState, CACHED, FREE, Granule, Stage};
+use super::{BlockPool, BlockState, Granule, Stage};
 
 /// Why a granule cannot come or go. Nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -137,7 +137,7 @@ impl BlockPool {
             end_block -= 1;
         }
         for block in granule.first_block..end_block {
-            debug_assert_eq!(self.counts[block as usize], FREE);
+            debug_assert_eq!(self.owners.state(block), BlockState::Free);
             self.free.set(block);
         }
         let free = end_block - granule.first_block;
@@ -169,7 +169,7 @@ impl BlockPool {
             self.relist(before);
         }
         self.granules[slot as usize].stage = Stage::Leaving;
-        self.free.take(granule.first_block, granule.end_block, u32::MAX, |_| ());
+        self.free.take(granule.first_block, granule.end_block, u32::MAX, |_, _| ());
         self.figures.available -= granule.free;
         self.granules[slot as usize].free = 0;
         self.relist(slot);
@@ -229,7 +229,7 @@ impl BlockPool {
             let granule = self.granules[slot as usize];
             let is_cached = granule.stage == Stage::Mapped && granule.used == granule.cached;
             let before = u32::from(granule.pinned);
-            let may_go = !granule.pinned || self.counts[granule.first_block as usize - 1] == CACHED;
+            let may_go = !granule.pinned || self.owners.state(granule.first_block - 1) == BlockState::Cached;
             if is_cached && may_go && granule.used + before > 0 {
                 found.push((slot, granule.cached + before));
             }
