@@ -5,8 +5,8 @@ buffer protocol cost by themselves. Of finding again and evicting it is as many 
 The peer is kvcached with driver calls that do nothing (`benches/kvcached_peer.py`), in the same run where a folder
 with it is given. Of finding again and evicting there are two (`benches/prefix_peers.py`): vLLM's block pool, where it
 is said what vLLM can be imported from, and kvcached's in its place, where both are there. All are the best of several
-rounds' means: what others do on the machine meanwhile is not theirs. What is scattered has no neighbours: as many blocks
-lie in three times as many granules then, which is what a large batch costs.
+rounds' means: what others do on the machine meanwhile is not theirs. What is scattered has no neighbours, and as many
+blocks lie in three times as many granules: that is what a large batch costs then.
 `python -m benches.kv_blocks [--quick] [--peer FOLDER] [--vllm PATHS]`.
 """
 

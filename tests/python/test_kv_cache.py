@@ -246,6 +246,37 @@ def test_a_limit_is_one_number_with_a_revision(mem: shoal.MemoryManager) -> None
     kv.check()
 
 
+def test_use_after_a_limit_is_refused_and_changes_nothing(mem: shoal.MemoryManager) -> None:
+    kv = small(mem, granule_max="2MiB")
+    block = kv.groups[0].block_bytes
+    ids = kv.alloc(kv.available())
+    assert ids is not None
+    kv.set_limit(16 * block)
+    was, buffer = kv.usage(), np.full(3, -7)
+    assert (kv.alloc(1), kv.alloc_into(buffer), kv.available()) == (None, 0, 0)
+    assert buffer.tolist() == [-7] * 3
+    assert kv.usage() == was, "what is owned stays so"
+    kv.free(ids[16:])
+    until("it is under its limit", lambda: kv.usage()["mapped"] <= 16 * block)
+    was = kv.usage()
+    for late in (ids[16], ids[-1]):
+        wrong = [ids[0], ids[1], late]
+        for use in (
+            lambda wrong=wrong: kv.free(wrong),
+            lambda wrong=wrong: kv.free_from(np.array(wrong)),
+            lambda wrong=wrong: kv.fork(wrong),
+            lambda wrong=wrong: kv.seal(range(48), wrong),
+        ):
+            with pytest.raises(shoal.RegionError, match="not owned"):
+                use()
+        assert [kv.groups[0].owners(one) for one in wrong] == [1, 1, None]
+        assert kv.usage() == was
+    kv.free(ids[:16])
+    kv.set_limit("32MiB")
+    assert kv.alloc(len(ids)) is not None
+    kv.check()
+
+
 def test_no_two_tenants_have_one_salt(mem: shoal.MemoryManager) -> None:
     kv = small(mem)
     tokens = list(range(32))

@@ -271,6 +271,7 @@ def test_no_interleaving_changes_a_token(family, monkeypatch):
 def test_growth_shrink_eviction_sharing_and_preemption_on_our_memory(family, monkeypatch):
     """A device too small for all, a limit that moves, reclaims of parts and of everything, and prompts that share."""
     monkeypatch.setattr(engine_causal, "_PREEMPT_S", 0.02)
+    monkeypatch.setattr(engine_causal, "_GUARD_S", 1.0)
     for index in range(len(PROMPTS)):
         expected(family, index)
     model = FAMILIES[family]()
@@ -285,30 +286,61 @@ def test_growth_shrink_eviction_sharing_and_preemption_on_our_memory(family, mon
         memory.place(model)
         layout = KvLayout.of(model.config, model.dtype, spec.block_tokens)
         engine = CausalEngine(model, memory, spec, CausalLimits.of(layout, 256, spec))
-        preempt = engine._preempt
-        monkeypatch.setattr(engine, "_preempt", lambda: (preempted.append(1), preempt()))
         cache, computed = memory._kv.cache, computing(engine, monkeypatch)
+        stop, quiet, batches, lost = threading.Event(), threading.Lock(), [], []
+        blocker = mem.region("other", 8 * MIB, kind="workspace")
+        prepare, preempt = engine._prepare, engine._preempt
+
+        def prepare_and_lose():
+            """Two batches that are prepared lose their memory, to somebody who keeps it until they give up."""
+            is_prepared = prepare()
+            batches.extend([1] * is_prepared)
+            due = len(batches) > 5 and len(preempted) < 2
+            # A batch gives up once in a stall.
+            if is_prepared and due and not lost and not engine._preempted and quiet.acquire(timeout=5):
+                try:
+                    mem.reclaim(1 << 40)
+                    blocker.commit(0, 8 * MIB)
+                    lost.append(1)
+                except shoal_errors():
+                    quiet.release()
+            return is_prepared
+
+        def preempt_and_get():
+            preempted.append(1)
+            preempt()
+            if lost:
+                lost.clear()
+                blocker.decommit(0, 8 * MIB)
+                quiet.release()
+
+        monkeypatch.setattr(engine, "_prepare", prepare_and_lose)
+        monkeypatch.setattr(engine, "_preempt", preempt_and_get)
         engine.start()
-        stop = threading.Event()
 
         def disturb():
-            draw, blocker = random.Random(1), mem.region("other", 8 * MIB, kind="workspace")
+            draw = random.Random(1)
             while not stop.wait(0.01):
-                match draw.choice(("reclaim", "all", "limit", "block")):
-                    case "reclaim":
-                        mem.reclaim(2 * MIB)
-                    case "all":
-                        mem.reclaim(1 << 40)
-                    case "limit":
-                        cache.set_limit(draw.choice((4, 6, 8, 32)) * MIB)
-                    case "block":  # somebody else has the memory for a moment
-                        try:
-                            blocker.commit(0, 8 * MIB)
-                        except shoal_errors():
-                            continue
-                        stop.wait(0.05)
-                        blocker.decommit(0, 8 * MIB)
+                if quiet.acquire(timeout=0.1):
+                    disturb_once(draw)
+                    quiet.release()
             cache.set_limit(32 * MIB)
+
+        def disturb_once(draw):
+            match draw.choice(("reclaim", "all", "limit", "block")):
+                case "reclaim":
+                    mem.reclaim(2 * MIB)
+                case "all":
+                    mem.reclaim(1 << 40)
+                case "limit":
+                    cache.set_limit(draw.choice((4, 6, 8, 32)) * MIB)
+                case "block":  # somebody else has the memory for a moment
+                    try:
+                        blocker.commit(0, 8 * MIB)
+                    except shoal_errors():
+                        return
+                    stop.wait(0.05)
+                    blocker.decommit(0, 8 * MIB)
 
         thread = threading.Thread(target=disturb)
         thread.start()
@@ -335,6 +367,7 @@ def test_growth_shrink_eviction_sharing_and_preemption_on_our_memory(family, mon
         if layout.is_uniform:  # of the others so little is cached that it may lie beside what is owned, and stay
             assert stats["removed"] > 0
     assert computed
+    assert preempted, f"none of {len(batches)} batches gave its blocks up"
 
 
 def shoal_errors():

@@ -1,6 +1,9 @@
 //! How fast a KV cache grows by 16 GiB (32 layers, 2 MiB a block), from new memory and from the pool, in both layouts, against
-//! the bare driver calls in the same run; and what memory stays after bursts. One JSON file in the form of `benches/results`.
-//! Run by `tests/gpu/run.sh kv_grow`.
+//! the bare driver calls in the same run, in turn with them; what a caller waits whose memory is mapped ahead; and what
+//! memory stays after bursts. One JSON file in the form of `benches/results`. Run by `tests/gpu/run.sh kv_grow`.
+//!
+//! Driver calls are slower on a thread that has slept than on one that was busy, as an engine's is that needs much memory:
+//! either is measured. What growing from new memory is held to is a share of the bare calls (docs/decisions/0014).
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measuring program")]
 #![expect(dead_code, reason = "other programs use more of what they share")]
@@ -26,6 +29,11 @@ const BLOCK: ByteCount = ByteCount::mib(2);
 /// Long enough for the driver to scrub 16 GiB that were released (decision 10).
 const SCRUB: Duration = Duration::from_millis(60);
 const ALL: ByteCount = ByteCount(u64::MAX);
+/// What growing from new memory is to reach of the bare calls.
+const SHARE: f64 = 0.95;
+/// An engine's steps, and what each of them takes: 25 GiB/s.
+const STEP: Duration = Duration::from_millis(5);
+const STEP_BYTES: ByteCount = ByteCount::mib(128);
 /// How many times faster than the peer a cache with a plane a layer is to grow.
 const LAYERS_OVER_PEER: f64 = 5.0;
 
@@ -61,15 +69,19 @@ fn manager(device: &Arc<dyn Device>, pool: ByteCount) -> Arc<MemoryManager> {
     MemoryManager::new(Arc::clone(device), options).unwrap()
 }
 
+/// What is measured is what the caller waits for, so nobody maps ahead.
 fn cache(manager: &Arc<MemoryManager>, order: PlaneOrder, granule: ByteCount) -> KvCache {
+    spared(manager, order, granule, ByteCount::ZERO)
+}
+
+fn spared(manager: &Arc<MemoryManager>, order: PlaneOrder, granule: ByteCount, spare: ByteCount) -> KvCache {
     let shape = BlockShape::Attention { tokens: 16, kv_heads: 8, head_dim: 128, window: None };
     let group = GroupSpec { name: "full".to_owned(), layers: 32, shape, element_bytes: 2 };
     let bytes = ByteCount(growth().0 + growth().0 / 2);
     let spec = CacheSpec { groups: vec![group], order, bytes, granule_bytes_max: granule };
     let mut spec = KvCacheSpec::new("kv", spec);
     spec.patience = LONG;
-    // What is measured is what the caller waits for, so nobody maps ahead.
-    spec.spare_bytes_max = ByteCount::ZERO;
+    spec.spare_bytes_max = spare;
     manager.kv_cache(spec).unwrap()
 }
 
@@ -81,31 +93,56 @@ fn grow(cache: &KvCache) -> (f64, Vec<u32>) {
     (ms(start), ids)
 }
 
-/// The driver's calls alone: GiB/s of making frames and mapping them, or of mapping them only.
-fn bare(device: &Arc<dyn Device>, frame: ByteCount, is_made: bool) -> Vec<f64> {
-    let reservation = Reservation::new(device, growth()).unwrap();
+/// What the thread that grows did before.
+#[derive(Clone, Copy)]
+enum Thread {
+    Busy,
+    Asleep,
+}
+
+impl Thread {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Busy => "busy thread",
+            Self::Asleep => "thread that slept",
+        }
+    }
+
+    fn pass(self, time: Duration) {
+        match self {
+            Self::Asleep => thread::sleep(time),
+            Self::Busy => {
+                let start = Instant::now();
+                while start.elapsed() < time {
+                    std::hint::spin_loop();
+                }
+            }
+        }
+    }
+}
+
+/// The driver's calls alone: GiB/s of making frames and mapping them, or of mapping those that are made already.
+fn bare(
+    device: &Arc<dyn Device>,
+    reservation: &Arc<Reservation>,
+    frame: ByteCount,
+    is_pooled: bool,
+    thread: Thread,
+) -> f64 {
     let count = growth().0 / frame.0;
-    let measure = || {
-        thread::sleep(SCRUB);
-        let made: Vec<_> = if is_made {
-            (0..count).map(|_| Frame::create(device, frame).unwrap()).collect()
-        } else {
-            Vec::new()
-        };
-        let start = Instant::now();
-        let mappings: Vec<_> = (0..count)
-            .map(|index| {
-                let place = ByteCount(index * frame.0);
-                let taken = made.get(usize::try_from(index).unwrap()).map(Arc::clone);
-                let taken = taken.unwrap_or_else(|| Frame::create(device, frame).unwrap());
-                Mapping::new(&reservation, place, taken).unwrap()
-            })
-            .collect();
-        let time = ms(start);
-        drop(mappings);
-        gib_per_second(growth(), time)
-    };
-    (0..ROUNDS).map(|_| measure()).collect()
+    let create = || Frame::create(device, frame).unwrap();
+    let mut made: Vec<_> = (0..if is_pooled { count } else { 0 }).map(|_| create()).collect();
+    thread.pass(SCRUB);
+    let start = Instant::now();
+    let mappings: Vec<_> = (0..count)
+        .map(|index| {
+            let place = ByteCount(index * frame.0);
+            Mapping::new(reservation, place, made.pop().unwrap_or_else(create)).unwrap()
+        })
+        .collect();
+    let time = ms(start);
+    drop(mappings);
+    gib_per_second(growth(), time)
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -119,41 +156,113 @@ struct Case {
     /// One extent of it.
     extent: ByteCount,
     is_pooled: bool,
-    /// Without one, what the layout's peer asks for.
+    /// GiB/s; what is new has a share of the bare calls.
     target: Option<f64>,
 }
 
 fn measure(report: &mut Report, device: &Arc<dyn Device>, case: &Case) {
-    let ceilings = bare(device, case.extent, case.is_pooled);
-    let ceiling = median(&ceilings);
     let what = if case.is_pooled { "mapped" } else { "made and mapped" };
-    report.add(&format!("bare calls, {} {what}", case.extent), "GiB/s", ceilings, Bounds::default());
+    let peer = peer(case.order);
     let manager = manager(device, if case.is_pooled { growth() } else { ByteCount::ZERO });
     let cache = cache(&manager, case.order, case.granule);
-    let mut rates = Vec::new();
-    // The first fills the pool.
-    for round in 0..=ROUNDS {
-        thread::sleep(SCRUB);
-        let (time, ids) = grow(&cache);
-        if round > 0 {
-            rates.push(gib_per_second(growth(), time));
+    let reservation = Reservation::new(device, growth()).unwrap();
+    for thread in [Thread::Busy, Thread::Asleep] {
+        let (mut bares, mut rates, mut shares) = (Vec::new(), Vec::new(), Vec::new());
+        // The first fills the pool.
+        for round in 0..=ROUNDS {
+            let alone = bare(device, &reservation, case.extent, case.is_pooled, thread);
+            thread.pass(SCRUB);
+            let (time, ids) = grow(&cache);
+            let rate = gib_per_second(growth(), time);
+            cache.free(0, &ids).unwrap();
+            wait_for_its_memory(&cache);
+            println!("    {} round {round}: {time:.2} ms, {rate:.0} of {alone:.0} GiB/s", case.name);
+            if round > 0 {
+                bares.push(alone);
+                rates.push(rate);
+                shares.push(rate / alone);
+            }
         }
-        cache.free(0, &ids).unwrap();
-        let start = Instant::now();
-        while !cache.usage().mapped.is_zero() {
-            assert!(start.elapsed() < LONG, "its memory does not go back");
-            thread::sleep(Duration::from_millis(2));
-        }
-        println!("    {} round {round}: {time:.2} ms", case.name);
+        let (granule, said) = (case.granule, thread.name());
+        let bounds = Bounds { ceiling: Some(median(&bares)), target: case.target, peer: Some(peer) };
+        report.add(&format!("bare calls, {} {what}, {said}", case.extent), "GiB/s", bares, Bounds::default());
+        report.add(&format!("grow, {}, granule {granule}, {said}", case.name), "GiB/s", rates, bounds);
+        let target = (!case.is_pooled).then_some(SHARE);
+        let bounds = Bounds { ceiling: Some(1.0), target, peer: None };
+        report.add(
+            &format!("grow over bare calls, {}, granule {granule}, {said}", case.name),
+            "share",
+            shares,
+            bounds,
+        );
     }
-    let peer = peer(case.order);
-    let target = case.target.unwrap_or(LAYERS_OVER_PEER * peer.1);
-    let bounds = Bounds { ceiling: Some(ceiling), target: Some(target), peer: Some(peer) };
-    let granule = case.granule;
-    report.add(&format!("grow, {}, granule {granule}", case.name), "GiB/s", rates, bounds);
     drop(cache);
     // What the pool holds goes, so that the next case begins with nothing.
     manager.reclaim(ALL, LONG, "the next case").unwrap();
+}
+
+fn wait_for_its_memory(cache: &KvCache) {
+    let start = Instant::now();
+    while !cache.usage().mapped.is_zero() {
+        assert!(start.elapsed() < LONG, "its memory does not go back");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What longer handles would bring: extents end at 256 MiB.
+fn longer(report: &mut Report, device: &Arc<dyn Device>) {
+    let reservation = Reservation::new(device, growth()).unwrap();
+    for frame in [ByteCount::mib(512), ByteCount::gib(1)] {
+        if growth() < frame {
+            continue;
+        }
+        let rates = (0..ROUNDS).map(|_| bare(device, &reservation, frame, false, Thread::Busy)).collect();
+        report.add(
+            &format!("bare calls, {frame} made and mapped, busy thread"),
+            "GiB/s",
+            rates,
+            Bounds::default(),
+        );
+    }
+}
+
+/// What an engine waits that takes 128 MiB every 5 ms until it has all: mapped when it asks, and ahead of that.
+fn ahead(report: &mut Report, device: &Arc<dyn Device>) {
+    let steps = growth().0 / STEP_BYTES.0;
+    let mut alone = None;
+    for (said, spare) in [("nothing mapped ahead", ByteCount::ZERO), ("mapped ahead", ByteCount::gib(2))] {
+        let manager = manager(device, ByteCount::ZERO);
+        let cache = spared(&manager, PlaneOrder::BlockMajor, ByteCount::mib(256), spare);
+        let (mut waits, mut rates) = (Vec::new(), Vec::new());
+        for round in 0..=ROUNDS {
+            let mut held = Vec::new();
+            let mut total = 0.0;
+            for _ in 0..steps {
+                let mut ids = vec![0_u32; usize::try_from(STEP_BYTES.0 / BLOCK.0).unwrap()];
+                let start = Instant::now();
+                assert!(cache.alloc(0, &mut ids).unwrap(), "no room");
+                let wait = ms(start);
+                held.extend(ids);
+                total += wait;
+                if round > 0 {
+                    waits.push(wait * 1e3);
+                }
+                Thread::Busy.pass(STEP.saturating_sub(start.elapsed()));
+            }
+            if round > 0 {
+                rates.push(gib_per_second(growth(), total));
+            }
+            cache.free(0, &held).unwrap();
+            wait_for_its_memory(&cache);
+        }
+        let longest = waits.iter().copied().fold(0.0, f64::max);
+        let case = format!("{STEP_BYTES} every {} ms up to {}, {said}", STEP.as_millis(), growth());
+        report.add(&format!("{case}: a call"), "us", waits, Bounds::default());
+        report.add(&format!("{case}: the longest call"), "us", vec![longest], Bounds::default());
+        let bounds = Bounds { peer: alone.map(|rate| ("nothing mapped ahead", rate)), ..Bounds::default() };
+        alone = Some(median(&rates));
+        report.add(&format!("{case}: what calls wait together"), "GiB/s", rates, bounds);
+    }
 }
 
 /// What is mapped over what is live, without and with compaction.
@@ -233,10 +342,11 @@ fn main() {
         granule: mib(256),
         extent: mib(256),
         is_pooled: false,
-        target: Some(2000.0),
+        target: None,
     };
+    let of_peer = Some(LAYERS_OVER_PEER * peer(PlaneOrder::LayerMajor).1);
     let cases = [
-        Case { granule: mib(64), extent: mib(64), target: Some(1000.0), ..plain },
+        Case { granule: mib(64), extent: mib(64), ..plain },
         Case {
             name: "pooled memory",
             granule: mib(64),
@@ -251,7 +361,7 @@ fn main() {
             order: PlaneOrder::LayerMajor,
             granule: mib(512),
             extent: mib(16),
-            target: None,
+            target: of_peer,
             ..plain
         },
         Case {
@@ -260,12 +370,14 @@ fn main() {
             granule: mib(512),
             extent: mib(16),
             is_pooled: true,
-            target: None,
+            target: of_peer,
         },
     ];
     for case in std::iter::once(&plain).chain(&cases) {
         measure(&mut report, &device, case);
     }
+    longer(&mut report, &device);
+    ahead(&mut report, &device);
     footprint(&mut report, &device);
     assert_eq!(device.take_errors(), [], "errors without a caller");
     if let Some(cuda) = cuda {

@@ -45,6 +45,7 @@ impl Report {
         let (metric, better) = match unit {
             "ms" | "us" => ("time", "lower"),
             "x" => ("ratio", "lower"),
+            "share" => ("ratio", "higher"),
             "cores" | "multiprocessors" => ("use", "lower"),
             _ => ("rate", "higher"),
         };
