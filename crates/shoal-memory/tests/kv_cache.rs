@@ -224,44 +224,6 @@ fn a_limit_shrinks_by_itself_and_grows_back_exactly() {
 }
 
 #[test]
-fn use_after_a_limit_is_refused_and_changes_nothing() {
-    let world = world(64, 64);
-    let cache = cache(&world, 32);
-    let ids = alloc(&cache, 64).expect("all");
-    cache.set_limit(ByteCount::mib(8), None).expect("newer");
-    // What is owned stays so above the limit, and no more is given out.
-    let (mut more, usage) = (vec![-7_i32; 3], cache.usage());
-    assert!(!cache.alloc(0, &mut more).expect("an answer"));
-    assert_eq!(cache.try_alloc(0, &mut more).expect("an answer"), Attempt::Unmapped);
-    assert_eq!((more, &cache.usage()), (vec![-7; 3], &usage));
-    cache.fork(0, &ids[..1]).expect("owned");
-    cache.free(0, &ids[..1]).expect("owned twice");
-    // What was freed has lost its memory to the limit: whoever goes on using it is told.
-    cache.free(0, &ids[8..]).expect("owned");
-    until("it is under its limit", || cache.usage().mapped <= ByteCount::mib(8));
-    let usage = cache.usage();
-    let not_owned = |block: u32| MemoryError::Kv(KvError::Blocks(BlockError::NotOwned { block })).to_string();
-    for block in [ids[8], ids[63]] {
-        let late = [ids[0], ids[1], block];
-        let refused = [
-            cache.free(0, &late).expect_err("freed"),
-            cache.try_free(0, &late).expect_err("freed"),
-            cache.fork(0, &late).expect_err("freed"),
-        ];
-        assert!(refused.iter().all(|error| error.to_string() == not_owned(block)), "{refused:?}");
-        let tokens: Vec<u32> = (0..48).collect();
-        let sealed = cache.seal(Start::Salt(b""), &tokens, &[&late]);
-        assert!(sealed.is_err(), "{sealed:?}");
-        assert_eq!(cache.usage(), usage);
-        assert_eq!(cache.state_of(0, ids[0]).expect("a block"), BlockState::Owned(1));
-    }
-    cache.free(0, &ids[..8]).expect("owned once each");
-    cache.set_limit(ByteCount::mib(32), None).expect("newer");
-    assert_eq!(alloc(&cache, 64).map(|ids| ids.len()), Some(64));
-    check(&world, &cache);
-}
-
-#[test]
 fn a_reclaim_takes_what_is_unused_first_and_contents_come_back() {
     let world = world(16, 64);
     let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
