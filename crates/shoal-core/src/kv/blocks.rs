@@ -61,7 +61,7 @@ pub enum BlockError {
     },
 }
 
-/// Words of blocks that are kept between calls to free, and room for what a call names.
+/// Room for what a free names that is kept for the next one.
 const NAMED_KEPT: usize = 4096;
 
 /// What somebody may ask of one block.
