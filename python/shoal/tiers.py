@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal import _native
 from shoal.kv_cache.cache import _salt
+from shoal.memory.manager import MemoryManager
 from shoal.memory.sizes import Size, parse_size
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from shoal.kv_cache import KvCache
-    from shoal.memory import MemoryManager
 
 __all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "TierStack"]
 
@@ -44,6 +44,8 @@ class HostTier:
     ------
     ValueError
         If the size cannot be read.
+    TypeError
+        If `memory` is no manager.
     ForkError
         If the manager is of another process.
     """
@@ -51,6 +53,8 @@ class HostTier:
     __slots__ = ("_native",)
 
     def __init__(self, max_bytes: Size, *, memory: MemoryManager | None = None) -> None:
+        if not isinstance(memory, MemoryManager | None):
+            raise TypeError(f"memory is the MemoryManager of the caches or None, not {memory!r}")
         self._native = _native.HostTier(parse_size(max_bytes), None if memory is None else memory._native)
 
     def __repr__(self) -> str:

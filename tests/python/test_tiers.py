@@ -57,8 +57,9 @@ def converse(kv: shoal.KvCache, below: shoal.KvTier, tokens: list[int]) -> tuple
     return found // BLOCK, len(loaded)
 
 
-def test_host_memory_gives_what_the_device_forgot(mem: shoal.MemoryManager) -> None:
-    kv, host = cache_of(mem), shoal.HostTier("8MiB")
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_host_memory_gives_what_the_device_forgot(mem: shoal.MemoryManager, is_locked: bool) -> None:
+    kv, host = cache_of(mem), shoal.HostTier("8MiB", memory=mem if is_locked else None)
     below = kv.attach_store(host, FACTS, load_s=60)
     tokens = list(range(10 * BLOCK))
     assert converse(kv, below, tokens) == (0, 0)
@@ -69,7 +70,11 @@ def test_host_memory_gives_what_the_device_forgot(mem: shoal.MemoryManager) -> N
     usage = host.usage()
     assert (usage["written"], usage["hits"], usage["corrupt"], usage["blocks"]) == (10, 10, 0, 10)
     assert 10 * (256 << 10) <= usage["bytes"] <= usage["bytes_max"] == 8 << 20
-    assert below.usage()["loaded"] == 10
+    told = below.usage()
+    assert told["loaded"] == 10
+    assert told["copy_us"] > 0
+    assert sum(told[name] for name in ("lookup_us", "read_us", "copy_us", "verify_us")) <= told["load_us"]
+    assert (told["read_us"] == 0) == is_locked, "from page-locked memory nothing is read to somewhere else first"
 
 
 def test_what_memory_forgets_is_on_disk_and_comes_up_again(mem: shoal.MemoryManager, tmp_path: Path) -> None:
@@ -148,6 +153,9 @@ def test_bad_input_and_forks_are_refused(mem: shoal.MemoryManager) -> None:
         shoal.TierStack([shoal.HostTier("1MiB")] * 65)
     with pytest.raises(ValueError, match="parsecs"):
         shoal.HostTier("8 parsecs")
+    not_a_manager: Any = "cuda:0"
+    with pytest.raises(TypeError, match="MemoryManager of the caches"):
+        shoal.HostTier("8MiB", memory=not_a_manager)
     empty: Any = shoal.TierStack([])
     assert empty.counts() == []
     host = shoal.HostTier("1MiB")

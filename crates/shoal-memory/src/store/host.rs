@@ -27,6 +27,8 @@ use crate::manager::MemoryManager;
 const BLOCKS_MAX: u64 = 1 << 22;
 /// Page-locked memory comes in pieces of 2 MiB and more: a tier that is shorter than this would hold next to nothing.
 const ARENA_BYTES_MIN: ByteCount = ByteCount::mib(8);
+/// So many blocks that somebody holds are passed over in a look for one that makes room.
+const HELD_MAX: usize = 256;
 
 /// How much it may take, and what goes first.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +130,17 @@ struct Block {
     checksum: u128,
 }
 
+impl Block {
+    /// Whether somebody beside the tier has it, or a copy under way: it would be there still if the tier forgot it.
+    fn is_held(self: &Arc<Self>) -> bool {
+        let is_copied = match &self.memory {
+            Place::Own(..) => false,
+            Place::Slot(view) => Arc::strong_count(view.buffer()) > 1,
+        };
+        is_copied || Arc::strong_count(self) > 1
+    }
+}
+
 impl AsRef<[u8]> for Block {
     fn as_ref(&self) -> &[u8] {
         &self.memory.as_slice()[..self.bytes]
@@ -161,9 +174,27 @@ impl State {
         true
     }
 
-    /// Forgets the block that should go next. Whether there was one.
+    /// Forgets the block that should go next, of those that nobody holds: what is held gives no room. Whether there was one.
     fn evict(&mut self) -> bool {
-        let victim = self.policy.victim().and_then(|id| self.names[id as usize]);
+        let mut held = Vec::new();
+        let victim = loop {
+            let Some((id, key)) = self.policy.victim().and_then(|id| Some((id, self.names[id as usize]?)))
+            else {
+                break None;
+            };
+            if !self.places.get(&key).is_some_and(|kept| kept.block.is_held()) {
+                break Some(key);
+            }
+            // No victim, until the look for one is over.
+            self.policy.used(id);
+            held.push((id, key));
+            if held.len() >= HELD_MAX {
+                break None;
+            }
+        };
+        for (id, key) in held {
+            self.policy.cached(id, &about(&key));
+        }
         let is_gone = victim.is_some_and(|key| self.forget(&key));
         self.counts.evicted += u64::from(is_gone);
         is_gone

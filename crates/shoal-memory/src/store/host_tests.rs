@@ -293,6 +293,31 @@ fn what_is_found_again_stays() {
 }
 
 #[test]
+fn what_somebody_holds_does_not_go_for_others() {
+    let (tier, _dir) = locked(1);
+    let put = |number: u64| {
+        let block = vec![u8::try_from(number).unwrap(); 200_000];
+        tier.put(dice::key(number), Buffer::Own(Aligned::copy_of(&block)), block.len(), WAIT).wait()
+    };
+    // Ten slots of 49 units are all of a page of 2 MiB.
+    for number in 0..10 {
+        put(number).unwrap();
+    }
+    let lent = tier.lend(&dice::key(0)).unwrap();
+    let held = tier.hold(&dice::key(1)).unwrap();
+    // As a disk does that still writes it.
+    let view = tier.lend(&dice::key(2)).unwrap().buffer().view(ByteCount::ZERO, ByteCount(4096)).unwrap();
+    for number in 10..30 {
+        put(number).unwrap();
+    }
+    assert!((0..3).all(|number| tier.contains(&dice::key(number))), "they would have gone in vain");
+    assert_eq!((tier.usage().blocks, tier.usage().evicted), (10, 20));
+    lent.verify().unwrap();
+    assert_eq!((held.as_slice()[0], view.as_slice()[0]), (1, 2));
+    tier.state.lock().policy.check_invariants().unwrap();
+}
+
+#[test]
 fn nothing_goes_for_a_block_that_finds_no_room_all_the_same() {
     // Each takes a unit beside its own.
     let tier = HostTier::new(HostOptions::new(ByteCount(8 * UNIT)));

@@ -97,6 +97,8 @@ impl Inner {
                 let run: Vec<&Lent<'_>> = lent[loaded..end].iter().flatten().collect();
                 let came = self.copy_lent(wanted, loaded, &run, shares);
                 self.have_arrived(&mut watch, came.0);
+                // What is copied may make room for what comes.
+                lent[loaded..loaded + came.0].fill_with(|| None);
                 came
             } else {
                 self.read(wanted, loaded..end, &mut watch, shares, &mut damage)
