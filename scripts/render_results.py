@@ -34,7 +34,7 @@ HEADLINES = [
     ("cpu", "shelf_first_token", "asleep in host memory", "first token"),
     ("cpu", "gateway_latency", "one token, added by the server", "p50"),
     ("cpu", "kv_blocks", "fresh: 16 through a buffer", "alloc and free"),
-    ("cpu", "kv_blocks", "fragmented: 16 through a buffer", "alloc and free"),
+    ("cpu", "kv_blocks", "part-filled: 16 through a buffer", "alloc and free"),
     ("h100", "shelf", "first token, awake", "time"),
     ("h100", "shelf", "first token, asleep in host memory", "time"),
     ("h100", "shelf", "first token of a model that another must yield to", "time"),
