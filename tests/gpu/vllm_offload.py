@@ -29,7 +29,8 @@ from tests.gpu.vllm_part import LARGE_LAYERS, entry_points, make_models, wait_un
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parents[2]
 CASES = (
-    "norm", "tokens none", "tokens shoal", "tokens shoal again", "tokens fs", "tokens none stock norm",
+    "norm", "tokens none", "tokens shoal", "tokens shoal again", "tokens elastic", "tokens fs",
+    "tokens none stock norm",
     "large none", "large cpu", "large shoal", "large shoal again", "large fs", "large fs again",
 )  # fmt: skip
 TIME_S = float(os.environ.get("SHOAL_VLLM_TIME", "290"))
@@ -37,6 +38,9 @@ TIME_S = float(os.environ.get("SHOAL_VLLM_TIME", "290"))
 CASE_S = 120.0
 PROMPT = 4096
 PROMPTS = 5
+LIMIT = 160 << 20
+"""KV of about 40 of the 64 prompts' blocks at once; memory goes while what was in it is still to be stored."""
+FOLDERS = ("kv-small", "kv-elastic", "kv-large", "fs")
 STAGING = min(4 * GIB, int(0.8 * shutil.disk_usage("/dev/shm").free))
 """vLLM keeps it there."""
 
@@ -50,8 +54,8 @@ def settings(case: str, folder: Path) -> dict[str, Any] | None:
         extra |= {
             "spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": str(folder / "fs")}],
         }  # fmt: skip
-    if "shoal" in case:
-        size = "large" if "large" in case else "small"
+    if "shoal" in case or "elastic" in case:
+        size = "large" if "large" in case else "elastic" if "elastic" in case else "small"
         extra |= {
             "spec_name": "ShoalOffloadingSpec", "spec_module_path": "shoal.vllm.offloading", "host": "6GiB",
             "disks": [{"path": str(folder / f"kv-{size}"), "bytes": "12GiB"}],
@@ -77,6 +81,8 @@ class Process:
         }  # fmt: skip
         if (given := settings(case, folder)) is not None:
             options["kv_transfer_config"] = given
+        if "elastic" in case:
+            options["worker_cls"] = "shoal.vllm.Worker"
         began = time.perf_counter()
         self.llm = LLM(**options)
         say(case, "started in", round(time.perf_counter() - began, 1), "s")
@@ -125,6 +131,8 @@ class Process:
         numbers = torch.tensor([block.block_id for block in cached], device=sums.device)
         for tensor in tensors:
             raw = torch.empty(0, dtype=torch.int8, device=sums.device).set_(tensor.untyped_storage())
+            first_byte = tensor.storage_offset() * tensor.element_size()
+            raw = raw[first_byte : first_byte + tensor.numel() * tensor.element_size()]
             words = raw.view(torch.int64).view(len(blocks), -1)
             weights = 2 * torch.arange(words.shape[1], device=sums.device) + 1
             for first in range(0, len(cached), 256):
@@ -134,6 +142,19 @@ class Process:
         for block, one in zip(cached, sums.tolist(), strict=True):
             found.setdefault(bytes(block.block_hash).hex(), []).append(one)
         return found
+
+    def elastic(self, prompts: list[list[int]]) -> None:
+        """With less memory than these prompts take, and with sleeps, on Shoal's worker."""
+        from shoal.vllm import resume, suspend
+
+        turns = {"under a limit": LIMIT, "under a limit again": LIMIT, "without it": 4 * GIB}
+        for turn, limit in turns.items():
+            self.llm.collective_rpc("shoal_kv_limit", args=(limit,))
+            suspend(self.llm, "forget" if turn == "under a limit again" else "keep")
+            resume(self.llm)
+            self.found["tokens"][turn], self.found["cached"][turn] = self.generate(prompts, 24)
+            self.found["digests"][turn] = self.digests()
+        say(self.case, self.llm.collective_rpc("shoal_usage")[0]["kv"])
 
     def manager(self) -> Any:
         connector = self.llm.llm_engine.engine_core.engine_core.scheduler.connector
@@ -156,6 +177,8 @@ class Process:
                 self.found.setdefault("digests", {})[turn] = self.digests()
                 self.settle()
                 self.forget(staged=turn == "again" and "none" not in self.case)
+            if "elastic" in self.case:
+                self.elastic(prompts)
             if "none" in self.case:
                 # Each in short steps, whose batches are other ones than before.
                 alone = [self.generate([prompt], 24) for prompt in prompts]
@@ -365,7 +388,7 @@ def main() -> int:
     cases = [case for case in (os.environ.get("SHOAL_VLLM_CASES") or ",".join(CASES)).split(",") if case]
     folder = Path(os.environ.get("SHOAL_VLLM_FOLDER") or tempfile.mkdtemp(prefix="shoal-vllm-"))
     folder.mkdir(parents=True, exist_ok=True)
-    for left in ("kv-small", "kv-large", "fs"):
+    for left in FOLDERS:
         shutil.rmtree(folder / left, ignore_errors=True)
     print("staging memory of", STAGING >> 20, "MiB", flush=True)
     make_models(folder)
@@ -388,7 +411,7 @@ def main() -> int:
         slim = {case: {key: value for key, value in one.items() if key not in ("tokens", "digests")}
                 for case, one in found.items()}  # fmt: skip
         (out.parent / "vllm_offload_found.json").write_text(json.dumps(slim, indent=1))
-    for left in ("kv-small", "kv-large", "fs"):
+    for left in FOLDERS:
         shutil.rmtree(folder / left, ignore_errors=True)
     print("not run:", ", ".join(not_run) or "nothing", flush=True)
     return 0 if rows and all(found.get(case, {}).get("done") for case in cases if case not in not_run) else 1

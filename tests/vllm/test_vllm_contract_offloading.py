@@ -112,6 +112,43 @@ def test_what_is_mended_is_where_it_was() -> None:
     assert parameters(SPEC, "TieringOffloadingSpec", "create_worker") == ["self", "kv_caches"]
 
 
+def test_what_a_connector_still_reads_is_in_its_books() -> None:
+    scheduler = "distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py"
+    worker = "distributed/kv_transfer/kv_connector/v1/offloading/worker.py"
+    wanted = {"is_store", "non_sliding_window_block_ids", "sliding_window_block_ids"}
+    assert wanted <= set(fields(scheduler, "TransferJobStatus")), "a job has other fields"
+    assert "block_ids" in fields(scheduler, "RequestGroupState")
+    assert {"req", "group_states"} <= set(fields(scheduler, "RequestOffloadState"))
+    made = text(scheduler, "OffloadingConnectorScheduler", "__init__")
+    assert "self._jobs: dict[int, TransferJobStatus]" in made, "the scheduler keeps its jobs elsewhere"
+    assert "self._req_status: dict[ReqId, RequestOffloadState]" in made, "it keeps its requests elsewhere"
+    stores = text(scheduler, "OffloadingConnectorScheduler", "_build_store_jobs")
+    assert "self._jobs[job_id] = TransferJobStatus(" in stores, "a job is not known as soon as it is made"
+    assert "scheduler_output.finished_req_ids" in stores, (
+        "what is stored of a request that has ended is decided elsewhere"
+    )
+    for name in ("update_connector_output", "build_connector_meta"):
+        assert parameters(scheduler, "OffloadingConnectorScheduler", name)[0] == "self"
+    later = text(worker, "OffloadingConnectorWorker", "prepare_store_kv")
+    assert "self._unsubmitted_store_jobs.append((job_id, entry.src_spec, entry.dst_spec))" in later, (
+        "copies do not wait for the next step in that list any more"
+    )
+    assert "self._unsubmitted_store_jobs.clear()" in text(worker, "OffloadingConnectorWorker", "start_kv_transfers")
+    handler = text("v1/kv_offload/cpu/gpu_worker.py", "SingleDirectionOffloadingHandler", "__init__")
+    assert "self._transfers: deque[Transfer]" in handler, "copies that run are kept elsewhere"
+    assert "stream" in fields("v1/kv_offload/cpu/gpu_worker.py", "Transfer")
+    assert "self.connector_worker" in text(CONNECTOR, "OffloadingConnector", "__init__")
+
+
+def test_a_request_is_known_as_ended_before_its_blocks_are_freed() -> None:
+    free = text("v1/core/sched/scheduler.py", "Scheduler", "_free_request")
+    assert 0 <= free.find("self._connector_finished(request)") < free.find("self._free_blocks(request)"), (
+        "blocks go before the connector hears of it"
+    )
+    worker = text("v1/worker/gpu_worker.py", "Worker", "initialize_from_config")
+    assert "ensure_kv_transfer_initialized(" in worker, "the worker's half of a connector is made elsewhere"
+
+
 def test_a_reset_flushes_copies_from_the_gpu_with_the_next_step_and_no_earlier() -> None:
     scheduler = "distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py"
     reset = text(scheduler, "OffloadingConnectorScheduler", "reset_cache")

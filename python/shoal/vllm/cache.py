@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from shoal.memory import MemoryManager
+    from shoal.vllm.transfers import Transfers
 
 __all__ = ["ElasticCache", "Plan"]
 
@@ -121,6 +122,8 @@ class ElasticCache:
         Shortest pieces in a longest one.
     pool : ElasticBlockPool or None
         vLLM's pool over it, once there is one.
+    transfers : Transfers or None
+        What a connector copies, if there is one.
     """
 
     def __init__(self, mem: MemoryManager, plan: Plan, *, yields: bool = False) -> None:
@@ -139,6 +142,7 @@ class ElasticCache:
         self.blocks_per_unit = max(group.granule_min // group.block_bytes, 1)
         self.units_per_piece = max(PIECE_BYTES // group.granule_min, 1)
         self.pool: Any = None
+        self.transfers: Transfers | None = None
         self._held: list[int] = []
         self._is_limited = False
 

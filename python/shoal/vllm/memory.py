@@ -272,9 +272,26 @@ class EngineMemory:
         finally:
             try:
                 if self.cache is not None and not self._is_simulated and not torch.cuda.is_current_stream_capturing():
-                    self.cache.kv.record_step(torch.cuda.current_stream())
+                    self._mark(self.cache)
             finally:
                 guard.__exit__(None, None, None)
+
+    def _mark(self, cache: ElasticCache) -> None:
+        """Say what has to end before memory goes that is free by now: this step, and copies of a connector."""
+        cache.kv.record_step(torch.cuda.current_stream())
+        if cache.transfers is not None:
+            for stream in cache.transfers.streams():
+                cache.kv.record_step(stream)
+
+    def end_transfers(self) -> None:
+        """Begin what a connector is to copy from the device, and wait for all of its copies."""
+        transfers = None if self.cache is None else self.cache.transfers
+        if transfers is None:
+            return
+        if transfers.has_waiting:
+            with self.step():
+                transfers.begin_waiting()
+        self.synchronize()
 
     def synchronize(self) -> None:
         """Wait for what is queued on the device."""

@@ -61,9 +61,9 @@ def store_only_what_was_written(scheduler: Any) -> None:
 def order_loads(worker: Any, current_stream: Callable[[], Any], new_stream: Callable[[], Any]) -> None:
     """Let what is copied to the device wait for the steps that were launched before.
 
-    vLLM 0.26 orders only copies from the device after its steps. With asynchronous scheduling a step that is still
-    running may have a request in it that has ended meanwhile; its blocks are free then, and what is loaded into them is
-    written over by that step.
+    vLLM 0.26 orders only copies from the device after its steps. Its scheduler gives blocks back that a step may still
+    write to no sooner than that step has ended, if the connector is one that loads (`kv_both`); what a step zeroes, for
+    models with state layers, it does not wait for, and zeroes what was loaded where it comes later.
 
     Parameters
     ----------

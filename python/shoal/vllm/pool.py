@@ -34,6 +34,9 @@ class ElasticBlockPool(block_pool.BlockPool):
         self._is_counting = False
         self.free_block_queue = ElasticQueue(self.blocks, cache.kv, cache.kv.groups[0].blocks)
         (self.null_block,) = self.free_block_queue.adopt(1)
+        if cache.transfers is not None:
+            self.free_block_queue.read = cache.transfers.read
+            cache.transfers.ended = self.free_block_queue.look_again
         cache.pool = self
 
     def get_num_free_blocks(self) -> int:
@@ -99,6 +102,7 @@ class ElasticBlockPool(block_pool.BlockPool):
         int
             How many went.
         """
+        self.free_block_queue.look_again()
         used = (block.block_id for block in self.blocks if block.ref_cnt > 0)
         cache = self.cache
         gone = self.free_block_queue.idle(cache.blocks_per_unit, cache.units_per_piece, used)[:units]

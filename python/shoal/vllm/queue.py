@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from shoal.errors import DeadlineError, LeaseError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
 __all__ = ["BlockMemory", "ElasticQueue"]
 
@@ -52,6 +52,8 @@ class ElasticQueue:
     ----------
     used : int
         Blocks that are out.
+    read
+        Gives the blocks that somebody may still read although nobody has them; nothing, where nobody does that.
     """
 
     def __init__(self, blocks: Sequence[Any], memory: BlockMemory, total: int) -> None:
@@ -63,7 +65,15 @@ class ElasticQueue:
         self._aside: list[int] = []
         self._expected = 0
         self._refused_at = -RETRY_S
+        # Nobody has them and they hold nothing that is to be found, but their bytes are not done with.
+        self._kept_back: set[int] = set()
+        self.read: Callable[[], Container[int]] | None = None
         self.used = 0
+
+    @property
+    def kept_back(self) -> int:
+        """Blocks that nobody has, and whose memory stays until what is read of them was read."""
+        return len(self._kept_back)
 
     @property
     def cached(self) -> int:
@@ -183,7 +193,7 @@ class ElasticQueue:
             The blocks.
         """
         if blocks:
-            self._memory.free([block.block_id for block in blocks])
+            self._free([block.block_id for block in blocks])
             self.used -= len(blocks)
         self._settle()
 
@@ -225,7 +235,13 @@ class ElasticQueue:
         for number in ids:
             del self._kept[number]
         if ids:
-            self._memory.free(ids)
+            self._free(ids)
+
+    def look_again(self) -> None:
+        """Free what was kept back and is not read any more."""
+        if self._kept_back:
+            ids, self._kept_back = sorted(self._kept_back), set()
+            self._free(ids)
 
     def idle(self, blocks_per_unit: int, units_per_piece: int, users: Iterable[int]) -> list[list[Any]]:
         """Give the cached blocks of memory in which only such lie, by unit, the longest unused first.
@@ -262,6 +278,15 @@ class ElasticQueue:
             return piece in busy_pieces, newest[piece], unit
 
         return [units[unit] for unit in sorted(units, key=order)]
+
+    def _free(self, ids: list[int]) -> None:
+        """Let blocks go, but for those that are still read."""
+        if self.read is not None:
+            read = self.read()
+            self._kept_back.update(number for number in ids if number in read)
+            ids = [number for number in ids if number not in read]
+        if ids:
+            self._memory.free(ids)
 
     def _room(self) -> int:
         # Ids beyond vLLM's may be among what there could be.

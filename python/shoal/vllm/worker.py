@@ -19,6 +19,7 @@ from shoal.errors import RegionError
 from shoal.vllm.memory import EngineMemory, KvWhileAsleep
 from shoal.vllm.shelf import STEP_WAIT_S, Shelf
 from shoal.vllm.start import StartNeeds
+from shoal.vllm.transfers import CONNECTORS, Transfers
 
 __all__ = ["Worker"]
 
@@ -148,6 +149,8 @@ class Worker(gpu_worker.Worker):
                     "vLLM did not ask for its KV cache where it was expected to; nothing of it is elastic",
                     kind="unsupported",
                 )
+            if self.vllm_config.kv_transfer_config is not None:
+                cache.transfers = transfers_of_connector()
             install(cache)
         logger.info(
             "KV cache: %d blocks, %.2f GiB of addresses; memory comes with use.",
@@ -268,6 +271,7 @@ class Worker(gpu_worker.Worker):
         dict
             As :meth:`~shoal.vllm.memory.EngineMemory.sleep`.
         """
+        self.memory.end_transfers()
         self.memory.synchronize()
         report = self.memory.sleep(kv)
         logger.info("Asleep in %.3f s: %s", report["seconds"], report)
@@ -409,7 +413,27 @@ def refuse_unsupported(config: Any) -> None:
         reasons.append(f"--data-parallel-size 1, not {parallel.data_parallel_size}")
     if config.model_config.enable_sleep_mode or config.model_config.enable_cumem_allocator:
         reasons.append("neither --enable-sleep-mode nor --enable-cumem-allocator, since Shoal sleeps in their place")
-    if config.kv_transfer_config is not None:
-        reasons.append("no --kv-transfer-config")
+    if config.kv_transfer_config is not None and config.kv_transfer_config.kv_connector not in CONNECTORS:
+        reasons.append(
+            f"{' or '.join(CONNECTORS)} as kv_connector, whose copies it knows to wait for, not "
+            f"{config.kv_transfer_config.kv_connector}"
+        )
     if reasons:
         raise RegionError(f"Shoal's vLLM worker needs {'; '.join(reasons)}", kind="unsupported")
+
+
+def transfers_of_connector() -> Transfers:
+    """Look into the connector that this process has, and into the half that its scheduler is about to make.
+
+    Returns
+    -------
+    Transfers
+        Of both.
+    """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+
+    transfers = Transfers()
+    transfers.attach_worker(get_kv_transfer_group().connector_worker)
+    transfers.listen(OffloadingConnectorScheduler)
+    return transfers

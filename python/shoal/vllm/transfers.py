@@ -1,0 +1,137 @@
+"""What vLLM's ``OffloadingConnector`` copies between device and host memory, as far as memory must not go meanwhile.
+
+vLLM gives the blocks of a request that has ended back at once, and copies them afterwards: a job is made with the next
+step, and begun with the one after that. Whoever takes such a block in its own books waits for the copy, by vLLM's own
+fence; that its memory could go, vLLM does not know. Here is told which blocks may still be read, to the blocks' queue
+(:mod:`shoal.vllm.queue`), which keeps them, and which streams copies run on, to the marks behind which memory goes.
+Apart from the worker and the pool because it looks into both halves of the connector, which live in one process here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["CONNECTORS", "Transfers"]
+
+CONNECTORS = ("OffloadingConnector", "ShoalConnector")
+"""Those whose books are known here."""
+
+
+class Transfers:
+    """Both halves of a connector.
+
+    Attributes
+    ----------
+    ended
+        Called when copies may have ended: what waited for them can go.
+    """
+
+    def __init__(self) -> None:
+        self._scheduler: Any = None
+        self._worker: Any = None
+        self.ended: Callable[[], None] = lambda: None
+
+    def listen(self, scheduler: Any) -> None:
+        """Take the next scheduler's half that is made for the one to look into.
+
+        Parameters
+        ----------
+        scheduler
+            vLLM's class ``OffloadingConnectorScheduler``.
+        """
+        original = scheduler.__init__
+
+        @functools.wraps(original)
+        def __init__(made: Any, *arguments: Any, **named: Any) -> None:  # noqa: N807 - it takes that one's place
+            original(made, *arguments, **named)
+            scheduler.__init__ = original
+            self.attach_scheduler(made)
+
+        scheduler.__init__ = __init__
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        """Look into the scheduler's half.
+
+        Parameters
+        ----------
+        scheduler
+            vLLM's ``OffloadingConnectorScheduler``.
+        """
+        self._scheduler = scheduler
+        # Each of these forgets jobs that have ended, or requests of which nothing is to be stored.
+        for name in ("update_connector_output", "build_connector_meta"):
+            setattr(scheduler, name, self._then_ended(getattr(scheduler, name)))
+
+    def attach_worker(self, worker: Any) -> None:
+        """Look into the worker's half.
+
+        Parameters
+        ----------
+        worker
+            vLLM's ``OffloadingConnectorWorker``.
+        """
+        self._worker = worker
+
+    def read(self) -> set[int]:
+        """Say which blocks a copy from the device may still read.
+
+        Returns
+        -------
+        set of int
+            Blocks of jobs that have not ended, of jobs that were forgotten in a reset and have not begun, and of
+            requests that have ended and of which jobs may still be made.
+        """
+        found: set[int] = set()
+        if self._scheduler is not None:
+            for job in self._scheduler._jobs.values():
+                if job.is_store:
+                    found.update(job.non_sliding_window_block_ids or ())
+                    found.update(job.sliding_window_block_ids or ())
+            for status in self._scheduler._req_status.values():
+                if status.req.is_finished():
+                    for group in status.group_states:
+                        found.update(group.block_ids)
+        if self._worker is not None:
+            for _, source, _ in self._worker._unsubmitted_store_jobs:
+                found.update(int(block) for block in source.block_ids)
+        return found
+
+    def streams(self) -> Iterable[Any]:
+        """Give the streams that copies run on now.
+
+        Returns
+        -------
+        iterable
+            Of torch's streams.
+        """
+        copies = None if self._worker is None else self._worker.worker
+        for name in ("_store_handler", "_load_handler"):
+            for transfer in getattr(getattr(copies, name, None), "_transfers", ()):
+                yield transfer.stream
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether copies are to begin with the next step."""
+        return self._worker is not None and bool(self._worker._unsubmitted_store_jobs)
+
+    def begin_waiting(self) -> None:
+        """Begin the copies that would begin with the next step. All memory has to be there."""
+        if self._worker is None:
+            return
+        waiting, self._worker._unsubmitted_store_jobs = self._worker._unsubmitted_store_jobs, []
+        for job, source, target in waiting:
+            if not self._worker.worker.submit_store(job, source, target):
+                raise RuntimeError(f"vLLM did not begin to store job {job}")
+
+    def _then_ended(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*arguments: Any, **named: Any) -> Any:
+            result = original(*arguments, **named)
+            self.ended()
+            return result
+
+        return call
