@@ -39,7 +39,7 @@ CASE_S = 120.0
 PROMPT = 4096
 PROMPTS = 5
 LIMIT = 160 << 20
-"""KV of about 40 of the 64 prompts' blocks at once; memory goes while what was in it is still to be stored."""
+"""A third of the KV of these prompts: memory goes while what was in it is still to be stored."""
 FOLDERS = ("kv-small", "kv-elastic", "kv-large", "fs")
 STAGING = min(4 * GIB, int(0.8 * shutil.disk_usage("/dev/shm").free))
 """vLLM keeps it there."""

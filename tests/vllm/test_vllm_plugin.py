@@ -7,12 +7,15 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import shoal.vllm
 from shoal.vllm import plugin, versions
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,6 +136,46 @@ def test_a_wake_is_checked_by_one_token_if_it_is_wanted(monkeypatch: pytest.Monk
     # Without being asked for nothing is computed, nor is what was said before a sleep held against a later one.
     shoal.vllm.suspend(llm)
     assert "check" not in shoal.vllm.resume(llm)
+
+
+class SpeakingAsync(AsyncLlm):
+    def __init__(self, *said: dict[int, float]) -> None:
+        super().__init__()
+        self.answers = list(said)
+
+    async def generate(
+        self, prompt: dict[str, list[int]], sampling: types.SimpleNamespace, number: str
+    ) -> AsyncIterator[object]:
+        assert (len(prompt["prompt_token_ids"]), sampling.max_tokens, sampling.temperature) == (8, 1, 0)
+        assert number.startswith("shoal-check-")
+        self.said.append("one token")
+        chances = self.answers.pop(0)
+        token = max(chances, key=lambda one: chances[one])
+        logprobs = [{one: types.SimpleNamespace(logprob=chance) for one, chance in chances.items()}]
+        yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[token], logprobs=logprobs)])
+
+
+def test_a_serving_engines_wake_is_checked_where_others_are_computed_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=types.SimpleNamespace))
+    # Two tokens are about as likely: rounding may turn them around.
+    llm = SpeakingAsync({7: -1.0, 8: -1.02}, {7: -1.03, 8: -1.0}, {7: -1.0, 8: -1.02}, {8: -0.3, 7: -2.0}, {7: -1.0})
+    asyncio.run(shoal.vllm.suspend_async(llm, check=True))
+    report = asyncio.run(shoal.vllm.resume_async(llm))
+    assert report["check"]["logprob"] == pytest.approx(-0.03)
+    assert llm.said == [
+        "one token", ("pause", "wait", False), ("shoal_sleep", "keep"), ("shoal_wake",), "resume", "one token",
+    ]  # fmt: skip
+    asyncio.run(shoal.vllm.suspend_async(llm, check=True))
+    with pytest.raises(shoal.Error, match=r"says token 8 .* where it said 7") as wrong:
+        asyncio.run(shoal.vllm.resume_async(llm))
+    assert wrong.value.kind == "check"
+    asyncio.run(shoal.vllm.suspend_async(llm))
+    assert "check" not in asyncio.run(shoal.vllm.resume_async(llm))
+    # A sleep that fails is none, and its wake has nothing to compare.
+    llm.failing = True
+    with pytest.raises(shoal.OutOfMemoryError):
+        asyncio.run(shoal.vllm.suspend_async(llm, check=True))
+    assert not llm.answers
 
 
 def test_running_requests_end_before_memory_goes_and_nothing_is_forgotten() -> None:

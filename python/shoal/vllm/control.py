@@ -6,6 +6,7 @@ New requests wait, running ones end, and only then does memory go; cached blocks
 from __future__ import annotations
 
 import time
+import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,21 @@ CHECKED = tuple(range(1, 9))
 """The prompt that a wake is checked with: shorter than any block, so that it is computed each time."""
 
 
+ROUNDING = 0.1
+"""By how much a token's log probability may differ where others were computed beside it."""
+
+LIKELIEST = 5
+
+
 class _Said(NamedTuple):
     token: int
     logprob: float
+    others: dict[int, float]
+    """Log probabilities of the likeliest tokens, this one among them."""
+
+    def agrees(self, now: _Said) -> bool:
+        """Say whether what is said now may be the same, rounded otherwise."""
+        return abs(now.others.get(self.token, float("-inf")) - self.logprob) <= ROUNDING
 
 
 # What an engine that sleeps said last.
@@ -81,30 +94,51 @@ def resume(llm: Any) -> dict[str, Any]:
     if before is not None:
         began = time.perf_counter()
         now = _one_token(llm)
-        report["check"] = {
-            "seconds": time.perf_counter() - began, "logprob": now.logprob - before.logprob,
-        }  # fmt: skip
-        if now.token != before.token:
-            raise Error(
-                f"the engine woke, and says token {now.token} (log probability {now.logprob:.4f}) where it said "
-                f"{before.token} ({before.logprob:.4f}) before its sleep",
-                kind="check",
-            )
+        report["check"] = _compared(before, now, began, is_same=now.token == before.token)
     return report
+
+
+def _compared(before: _Said, now: _Said, began: float, *, is_same: bool) -> dict[str, float]:
+    if not is_same:
+        raise Error(
+            f"the engine woke, and says token {now.token} (log probability {now.logprob:.4f}) where it said "
+            f"{before.token} ({before.logprob:.4f}) before its sleep",
+            kind="check",
+        )
+    return {"seconds": time.perf_counter() - began, "logprob": now.others[before.token] - before.logprob}
+
+
+def _sampling() -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0, logprobs=LIKELIEST, ignore_eos=True, detokenize=False)
+
+
+def _said_of(made: Any) -> _Said:
+    token = made.outputs[0].token_ids[0]
+    (chances,) = made.outputs[0].logprobs
+    others = {one: float(chance.logprob) for one, chance in chances.items()}
+    return _Said(token, others[token], others)
 
 
 def _one_token(llm: Any) -> _Said:
     """Compute one token, by the likeliest."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
-    (made,) = llm.generate([{"prompt_token_ids": list(CHECKED)}], sampling, use_tqdm=False)
-    token = made.outputs[0].token_ids[0]
-    (chances,) = made.outputs[0].logprobs
-    return _Said(token, float(chances[token].logprob))
+    (made,) = llm.generate([{"prompt_token_ids": list(CHECKED)}], _sampling(), use_tqdm=False)
+    return _said_of(made)
 
 
-async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep") -> dict[str, Any]:
+async def _one_token_async(engine: Any) -> _Said:
+    """Compute one token, beside whatever else is computed."""
+    made = None
+    number = f"shoal-check-{uuid.uuid4().hex}"
+    async for made in engine.generate({"prompt_token_ids": list(CHECKED)}, _sampling(), number):
+        pass
+    if made is None:
+        raise Error("the engine said nothing to the prompt that its wake is checked with", kind="check")
+    return _said_of(made)
+
+
+async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep", *, check: bool = False) -> dict[str, Any]:
     """Let an ``AsyncLLM``'s running requests end, let new ones wait, and put it to sleep.
 
     Parameters
@@ -113,18 +147,26 @@ async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep") -> dict[str, An
         A ``vllm.v1.engine.async_llm.AsyncLLM`` with Shoal's worker.
     kv
         As for :func:`suspend`.
+    check
+        As for :func:`suspend`. Others' requests may be computed beside it, which rounds otherwise: the token that was
+        the likeliest has to be among the five likeliest afterwards, with a log probability that differs by 0.1 at most.
 
     Returns
     -------
     dict
         As :func:`suspend`.
     """
+    said = await _one_token_async(engine) if check else None
+    _said.pop(engine, None)
     await engine.pause_generation(mode="wait", clear_cache=False)
     try:
-        return _one(await engine.collective_rpc("shoal_sleep", args=(kv,)))
+        report = _one(await engine.collective_rpc("shoal_sleep", args=(kv,)))
     except BaseException:
         await resume_async(engine)
         raise
+    if said is not None:
+        _said[engine] = said
+    return report
 
 
 async def resume_async(engine: Any) -> dict[str, Any]:
@@ -139,9 +181,19 @@ async def resume_async(engine: Any) -> dict[str, Any]:
     -------
     dict
         As :func:`resume`.
+
+    Raises
+    ------
+    Error
+        As :func:`resume`; what waited goes on all the same.
     """
     report = _one(await engine.collective_rpc("shoal_wake"))
     await engine.resume_generation()
+    before = _said.pop(engine, None)
+    if before is not None:
+        began = time.perf_counter()
+        now = await _one_token_async(engine)
+        report["check"] = _compared(before, now, began, is_same=before.agrees(now))
     return report
 
 
