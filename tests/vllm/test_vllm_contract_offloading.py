@@ -117,8 +117,9 @@ def test_what_a_connector_still_reads_is_in_its_books() -> None:
     worker = "distributed/kv_transfer/kv_connector/v1/offloading/worker.py"
     wanted = {"is_store", "non_sliding_window_block_ids", "sliding_window_block_ids"}
     assert wanted <= set(fields(scheduler, "TransferJobStatus")), "a job has other fields"
-    assert "block_ids" in fields(scheduler, "RequestGroupState")
-    assert {"req", "group_states"} <= set(fields(scheduler, "RequestOffloadState"))
+    assert {"block_ids", "next_stored_chunk_idx"} <= set(fields(scheduler, "RequestGroupState"))
+    assert "blocks_per_chunk" in fields(scheduler, "SchedulerOffloadConfig")
+    assert {"req", "group_states", "config"} <= set(fields(scheduler, "RequestOffloadState"))
     made = text(scheduler, "OffloadingConnectorScheduler", "__init__")
     assert "self._jobs: dict[int, TransferJobStatus]" in made, "the scheduler keeps its jobs elsewhere"
     assert "self._req_status: dict[ReqId, RequestOffloadState]" in made, "it keeps its requests elsewhere"
@@ -127,6 +128,7 @@ def test_what_a_connector_still_reads_is_in_its_books() -> None:
     assert "scheduler_output.finished_req_ids" in stores, (
         "what is stored of a request that has ended is decided elsewhere"
     )
+    assert "group_state.offload_keys[start_chunk_idx:num_chunks]" in stores, "what was stored is stored again"
     for name in ("update_connector_output", "build_connector_meta"):
         assert parameters(scheduler, "OffloadingConnectorScheduler", name)[0] == "self"
     later = text(worker, "OffloadingConnectorWorker", "prepare_store_kv")

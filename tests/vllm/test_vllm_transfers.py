@@ -104,9 +104,10 @@ def test_no_id_is_lost_and_none_goes_early(seed: int) -> None:
     assert not memory.out
 
 
-def status(*, ended: bool, block_ids: list[int]) -> Any:
+def status(*, ended: bool, block_ids: list[int], stored: int = 0) -> Any:
+    group = SimpleNamespace(block_ids=block_ids, next_stored_chunk_idx=stored)
     return SimpleNamespace(
-        req=SimpleNamespace(is_finished=lambda: ended), group_states=[SimpleNamespace(block_ids=block_ids)]
+        req=SimpleNamespace(is_finished=lambda: ended), group_states=[group], config=SimpleNamespace(blocks_per_chunk=2)
     )
 
 
@@ -149,7 +150,11 @@ def test_blocks_of_jobs_and_of_requests_that_ended_are_read_and_nothing_else() -
     worker = SimpleNamespace(_unsubmitted_store_jobs=[(7, store, None)], worker=None)
     transfers.attach_worker(worker)
     scheduler._jobs = {1: job([3], 4, 5), 2: job(None, 6), 3: job(None, 9, is_store=False)}
-    scheduler._req_status = {"runs": status(ended=False, block_ids=[1, 2]), "ended": status(ended=True, block_ids=[8])}
+    scheduler._req_status = {
+        "runs": status(ended=False, block_ids=[1, 2]),
+        # Two chunks of two blocks each were stored, or are.
+        "ended": status(ended=True, block_ids=[11, 12, 13, 14, 8], stored=2),
+    }
     assert transfers.read() == {3, 4, 5, 6, 8, 30, 31}
     told: list[set[int]] = []
     transfers.ended = lambda: told.append(transfers.read())

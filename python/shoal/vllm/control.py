@@ -129,13 +129,11 @@ def _one_token(llm: Any) -> _Said:
 
 async def _one_token_async(engine: Any) -> _Said:
     """Compute one token, beside whatever else is computed."""
-    made = None
     number = f"shoal-check-{uuid.uuid4().hex}"
-    async for made in engine.generate({"prompt_token_ids": list(CHECKED)}, _sampling(), number):
-        pass
-    if made is None:
+    made = [one async for one in engine.generate({"prompt_token_ids": list(CHECKED)}, _sampling(), number)]
+    if not made:
         raise Error("the engine said nothing to the prompt that its wake is checked with", kind="check")
-    return _said_of(made)
+    return _said_of(made[-1])
 
 
 async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep", *, check: bool = False) -> dict[str, Any]:

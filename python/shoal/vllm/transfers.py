@@ -94,7 +94,8 @@ class Transfers:
             for status in self._scheduler._req_status.values():
                 if status.req.is_finished():
                     for group in status.group_states:
-                        found.update(group.block_ids)
+                        # Of what lies before, jobs were made.
+                        found.update(group.block_ids[group.next_stored_chunk_idx * status.config.blocks_per_chunk :])
         if self._worker is not None:
             for _, source, _ in self._worker._unsubmitted_store_jobs:
                 found.update(int(block) for block in source.block_ids)
