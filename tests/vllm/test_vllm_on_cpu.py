@@ -81,10 +81,10 @@ def test_answers_are_the_same_while_blocks_come_and_go_with_a_connector(tmp_path
         )
     from_tiers = [one["found"] for what, one in rounds.items() if what.startswith("forgotten, staging too: True")]
     assert all(from_tiers) if name == "Shoal's tiers" else len(from_tiers) == 2
-    # The first block of all is vLLM's null block, and the last request's is let go with the next step. The shortest
-    # piece of memory is of 4 MiB here.
+    # The first block of all is vLLM's null block, and the last request's is let go with the next step. The two may lie
+    # in pieces of memory that are longer than the shortest, of 4 MiB here.
     assert found["kept back"] <= 1
-    assert found["left"] <= 8 << 20
+    assert found["left"] <= 16 << 20
 
 
 def test_a_connector_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
