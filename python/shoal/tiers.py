@@ -144,13 +144,17 @@ class DiskTier:
         From which sighting on a block is worth a write; 1 keeps all.
     engine
         ``"auto"`` is io_uring where the kernel allows it, else threads; ``"threads"``.
+    key_file
+        A file with the key that blocks are encrypted with (AES-256-GCM): 32 bytes or 64 hexadecimal digits. Directories
+        that are made with a key are had with it alone.
 
     Raises
     ------
     TierError
         If a directory has to be left alone: its ``kind`` is ``"in_use"`` by another tier, ``"other_version"``,
-        ``"foreign"`` (it holds something else) or ``"damaged"``; or if options are wrong: ``"options"``,
-        ``"too_small"``. Nothing is changed then.
+        ``"foreign"`` (it holds something else), ``"damaged"``, ``"encrypted"`` where no key is named,
+        ``"not_encrypted"`` where one is, or ``"other_key"``; or if options are wrong: ``"options"``, ``"too_small"``,
+        ``"key_file"`` where there is no key in it. Nothing is changed then.
     ValueError
         If `engine` is neither of the two.
     """
@@ -164,12 +168,14 @@ class DiskTier:
         segment_bytes: Size | None = None,
         uses_min: int = 1,
         engine: str = "auto",
+        key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self._native = _native.DiskTier(
             [_disk(*disk) for disk in disks],
             None if segment_bytes is None else parse_size(segment_bytes),
             uses_min,
             engine,
+            key_file,
         )
 
     def __repr__(self) -> str:

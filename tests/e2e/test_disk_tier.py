@@ -5,6 +5,7 @@ A bad disk costs nothing but computing again.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -121,6 +122,29 @@ def test_a_conversation_outlives_worker_and_server(tmp_path: Path, ash: dict[str
         server.wait_for(name, "asleep", "awake", "partly_resident")
         opened(server, name)
         assert ask(server, name) == (right, whole), "the worker went on, or another one has it from disk"
+
+
+def test_what_is_on_disk_is_had_with_its_key_only(tmp_path: Path, ash: dict[str, object]) -> None:
+    (tmp_path / "key").write_text("07" * 32 + "\n")
+    (tmp_path / "key").chmod(0o600)
+    disk: list[dict[str, object]] = [{"path": str(tmp_path / "disk"), "bytes": "256MiB"}]
+    settings: dict[str, Any] = {"disk": disk, "disk_wait": "60s", "host_tier": "off"}
+    right = models.plain_greedy(ash["source"], PROMPT, TOKENS)
+    name = str(ash["name"])
+    with serve(tmp_path, models=[ash], disk_key_file="key", **settings) as server:
+        server.wait_for(name, "asleep")
+        opened(server, name)
+        assert ask(server, name) == (right, 0)
+        saved(server, name, blocks_of(PROMPT))
+    marker = json.loads((tmp_path / "disk" / f"kv-{name}" / "tier.json").read_text())
+    assert marker["encrypted"]["cipher"] == "AES-256-GCM"
+    with serve(tmp_path, models=[ash], disk_key_file="key", **settings) as server:
+        server.wait_for(name, "asleep")
+        opened(server, name)
+        assert ask(server, name) == (right, (len(PROMPT) - 1) // 16 * 16), "the next server has it, with the key"
+    with serve(tmp_path, models=[ash], **settings) as server:
+        hold(server, name, lambda tier: "is encrypted; name its key" in str(tier["reason"]))
+        assert ask(server, name) == (right, 0), "without the key it serves, and computes"
 
 
 def test_a_damaged_log_costs_computing_again(tmp_path: Path, ash: dict[str, object]) -> None:

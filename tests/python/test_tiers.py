@@ -106,6 +106,41 @@ def test_what_memory_forgets_is_on_disk_and_comes_up_again(mem: shoal.MemoryMana
     assert disk.close(60)
 
 
+def test_a_disk_with_a_key_is_had_with_that_key_only(mem: shoal.MemoryManager, tmp_path: Path) -> None:
+    key, other, none = tmp_path / "key", tmp_path / "other", tmp_path / "none"
+    key.write_bytes(bytes(range(32)))
+    other.write_text("0f" * 32)
+    none.write_text("secret")
+    tokens = list(range(5 * BLOCK))
+    kv, disk = cache_of(mem), shoal.DiskTier([(tmp_path / "kv", "64MiB")], key_file=key)
+    below = kv.attach_store(disk, FACTS, load_s=60)
+    assert converse(kv, below, tokens) == (0, 0)
+    assert below.flush(60)
+    del below
+    assert disk.close(60)
+    # A block of 256 KiB of one half: as it is, its bytes would come again and again.
+    half = np.float16(1).tobytes()
+    assert half * 32 not in (tmp_path / "kv" / "log").read_bytes()
+
+    for key_file, kind in (
+        (None, "encrypted"),
+        (other, "other_key"),
+        (none, "key_file"),
+        (tmp_path / "gone", "key_file"),
+    ):
+        with pytest.raises(shoal.TierError) as caught:
+            shoal.DiskTier([(tmp_path / "kv", "64MiB")], key_file=key_file)
+        assert caught.value.kind == kind, caught.value
+    assert shoal.DiskTier([(tmp_path / "plain", "64MiB")]).close(60)
+    with pytest.raises(shoal.TierError) as caught:
+        shoal.DiskTier([(tmp_path / "plain", "64MiB")], key_file=key)
+    assert caught.value.kind == "not_encrypted"
+
+    kv.forget_all()
+    again = kv.attach_store(shoal.DiskTier([(tmp_path / "kv", "64MiB")], key_file=key), FACTS, load_s=60)
+    assert converse(kv, again, tokens) == (0, 5)
+
+
 def test_what_only_memory_has_is_written_when_it_is_used_again(mem: shoal.MemoryManager, tmp_path: Path) -> None:
     kv, host = cache_of(mem), shoal.HostTier("8MiB")
     tokens = list(range(6 * BLOCK))

@@ -11,7 +11,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::store::health::HealthRule;
 use shoal_device::{Device, HostBuffer, SimDevice, SimOptions};
 use shoal_memory::disk::{
-    DiskError, DiskOptions, DiskSpec, DiskState, DiskTier, Engine, FaultRates, SimDisk,
+    DiskError, DiskKey, DiskOptions, DiskSpec, DiskState, DiskTier, Engine, FaultRates, SimDisk,
 };
 use shoal_memory::store::{Aligned, Buffer, Fingerprint, Miss, Offer, Store, StoreKey, Stored, Verdict};
 
@@ -202,6 +202,45 @@ fn damage_on_real_files_is_found() {
     let tier = DiskTier::open(&[spec(folder.path(), 64)], small()).unwrap();
     let misses = (0..20).filter(|block| get(&tier, *block, 256 << 10).is_err()).count();
     assert_eq!(misses, 20);
+}
+
+#[test]
+fn with_a_key_a_disk_says_nothing_without_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let key_of = |byte| Some(DiskKey::new([byte; 32]));
+    let options = DiskOptions { key: key_of(1), ..small() };
+    let open = |options: &DiskOptions| DiskTier::open(&[spec(folder.path(), 64)], options.clone());
+    let tier = open(&options).unwrap();
+    for (block, bytes) in SIZES.into_iter().enumerate() {
+        assert_eq!(put(&tier, block as u128, bytes), Ok(Stored::Written));
+        assert_eq!(put(&tier, block as u128, bytes), Ok(Stored::Already));
+        assert!(tier.contains(&key(block as u128)));
+        get(&tier, block as u128, bytes).unwrap();
+    }
+    // Killed: the segment that is written has no footer, and is read through.
+    drop(tier);
+    let log = fs::read(folder.path().join("log")).unwrap();
+    for (block, bytes) in SIZES.into_iter().enumerate().filter(|(_, bytes)| *bytes >= 64) {
+        let content = content(block as u128, bytes);
+        let has = |what: &[u8]| log.windows(what.len()).any(|there| there == what);
+        assert!(!has(&content[..64]), "block {block} lies there as it is");
+        assert!(!has(&key(block as u128).to_bytes()), "its name lies there as it is");
+    }
+    for (key, is_right) in [
+        (None, (|error| matches!(error, DiskError::Encrypted { .. })) as fn(&DiskError) -> bool),
+        (key_of(2), |error| matches!(error, DiskError::OtherKey { .. })),
+    ] {
+        let error = open(&DiskOptions { key, ..small() }).unwrap_err();
+        assert!(is_right(&error), "{error}");
+    }
+    assert!(fs::read(folder.path().join("log")).unwrap() == log, "nothing was touched");
+    let tier = open(&options).unwrap();
+    for (block, bytes) in SIZES.into_iter().enumerate() {
+        get(&tier, block as u128, bytes).unwrap();
+    }
+    assert_eq!(tier.remove(key(2), WAIT).wait(), Ok(true));
+    assert_eq!(get(&tier, 2, SIZES[2]), Err(Miss::Absent));
+    assert!(tier.close(WAIT));
 }
 
 fn simulated(count: u64, options: DiskOptions) -> (Vec<SimDisk>, DiskTier) {

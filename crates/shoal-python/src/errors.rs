@@ -106,6 +106,10 @@ pub(crate) fn of_disk(error: DiskError) -> PyErr {
         DiskError::Damaged { path, .. } => ("damaged", path),
         DiskError::Options { path, .. } => ("options", path),
         DiskError::TooSmall { path, .. } => ("too_small", path),
+        DiskError::Encrypted { path } => ("encrypted", path),
+        DiskError::NotEncrypted { path } => ("not_encrypted", path),
+        DiskError::OtherKey { path } => ("other_key", path),
+        DiskError::KeyFile { path, .. } => ("key_file", path),
         DiskError::Io { path, .. } => ("io", path),
         _ => return raise("TierError", "other", &error.to_string(), vec![]),
     };

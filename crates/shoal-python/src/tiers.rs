@@ -12,7 +12,7 @@ use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::prefix::BlockKey;
 use shoal_core::protocol::{TierPlace, TierUsage};
-use shoal_memory::disk::{DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
+use shoal_memory::disk::{DiskKey, DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
 use shoal_memory::store::{
     AdmissionRule, BatchOptions, Fingerprint, HostOptions, HostTier, Offered, Stack, StackOptions, Store,
     StoreKey, TierCounts, get_all, put_all,
@@ -161,6 +161,7 @@ impl PyDiskTier {
         segment_bytes: Option<u64>,
         uses_min: u32,
         engine: &str,
+        key_file: Option<PathBuf>,
     ) -> PyResult<Self> {
         let engine = match engine {
             "auto" => Engine::Auto,
@@ -182,7 +183,11 @@ impl PyDiskTier {
         options.segment_bytes = segment_bytes.map_or(options.segment_bytes, ByteCount);
         options.engine = engine;
         options.admission = AdmissionRule { uses_min };
-        let tier = py.detach(|| DiskTier::open(&disks, options)).map_err(errors::of_disk)?;
+        let open = || {
+            options.key = key_file.map(|path| DiskKey::from_file(&path)).transpose()?;
+            DiskTier::open(&disks, options)
+        };
+        let tier = py.detach(open).map_err(errors::of_disk)?;
         Ok(Self { tier: Owned::new(Arc::new(tier)) })
     }
 

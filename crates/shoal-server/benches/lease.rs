@@ -119,6 +119,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         host_memory: None,
         host_tier: HostTier::Off,
         disk: vec![],
+        disk_key_file: None,
         disk_wait: Duration::from_secs(1),
         tiers: TierUse::default(),
         models: std::iter::once(asking).chain((0..beside).map(asleep)).collect(),

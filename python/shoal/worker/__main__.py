@@ -133,6 +133,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
         spec.disk_wait_s,
         chooses=spec.tier_load == "fastest",
         idle_s=spec.tier_idle_s,
+        key_file=spec.disk_key_file,
     )
     return assembled
 

@@ -420,6 +420,7 @@ class DeviceMemory:
         *,
         chooses: bool = False,
         idle_s: float | None = None,
+        key_file: str | None = None,
     ) -> None:
         """Keep the KV cache's prefixes in tiers below the device as well, where there is a cache that finds them again.
 
@@ -437,6 +438,8 @@ class DeviceMemory:
             Whether what is computed faster than loaded is computed.
         idle_s
             How long a conversation stays on the device unused once it is kept below; None for as long as there is room.
+        key_file
+            The key that what is on disk is encrypted with; None where it is not.
         """
         if not (host_bytes or disks) or self._kv is None or not self._kv.is_caching:
             return
@@ -444,7 +447,15 @@ class DeviceMemory:
             logger.info("KV is kept on the device only: tiers below it take no model with sliding window layers yet")
         else:
             self._kv.below = KvBelow(
-                self._kv.cache, host_bytes, disks, facts, wait_s, chooses=chooses, idle_s=idle_s, memory=self._mem
+                self._kv.cache,
+                host_bytes,
+                disks,
+                facts,
+                wait_s,
+                chooses=chooses,
+                idle_s=idle_s,
+                memory=self._mem,
+                key_file=key_file,
             )
 
     def tiers(self) -> list[dict[str, Any]]:

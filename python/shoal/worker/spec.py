@@ -79,6 +79,8 @@ class WorkerSpec:
         How much of the host budget keeps such KV in memory, for the time after the device forgot it.
     disk
         Where such KV is kept on disk, for the time after the device forgot it.
+    disk_key_file
+        The key that what is on disk is encrypted with; None where it is not.
     disk_wait_s
         How long a prompt, and the step that it is in, waits for what is on disk of it.
     tier_load
@@ -111,6 +113,7 @@ class WorkerSpec:
     prefix_caching: bool = True
     host_tier_bytes: int = 0
     disk: tuple[DiskShare, ...] = ()
+    disk_key_file: str | None = None
     disk_wait_s: float = 1.0
     tier_load: str = "fastest"
     tier_idle_s: float | None = None
@@ -173,7 +176,7 @@ class WorkerSpec:
 
 
 def _checked(key: str, value: Any) -> Any:
-    if key in ("source", "revision", "dtype", "device", "tier_load"):
+    if key in ("source", "revision", "dtype", "device", "disk_key_file", "tier_load"):
         if not isinstance(value, str):
             raise SpecError(f"{key}: {value!r} is not a string")
         return value

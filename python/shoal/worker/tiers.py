@@ -67,6 +67,8 @@ class KvBelow:
         How long a conversation stays on the device unused once it is kept below; None for as long as there is room.
     memory
         Whose page-locked memory `host_bytes` are; none for ordinary memory.
+    key_file
+        The key that what is on disk is encrypted with; None where it is not.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class KvBelow:
         chooses: bool = False,
         idle_s: float | None = None,
         memory: MemoryManager | None = None,
+        key_file: str | None = None,
     ) -> None:
-        self._chooses, self._idle_s = chooses, idle_s
+        self._chooses, self._idle_s, self._key_file = chooses, idle_s, key_file
         self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
         self._host = HostTier(host_bytes, memory=memory) if host_bytes else None
         self._disk: DiskTier | None = None
@@ -226,7 +229,8 @@ class KvBelow:
         begun = time.monotonic()
         while not self._stop.is_set():
             try:
-                return DiskTier([(share.path, share.bytes, share.write_bytes_per_hour) for share in self._disks])
+                disks = [(share.path, share.bytes, share.write_bytes_per_hour) for share in self._disks]
+                return DiskTier(disks, key_file=self._key_file)
             except TierError as error:
                 if self._reason != str(error):
                     logger.warning("no KV is kept on disk: %s", error)

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! DIRECTORY/         0700
-//!   tier.json        format, segment length, the secret of all checksums; written once
+//!   tier.json        format, segment length, the secret of all checksums, whether it is encrypted; written once
 //!   lock             locked by the process that has the directory
 //!   log              the segments
 //! ```
@@ -25,12 +25,15 @@ use super::error::DiskError;
 use super::file::LogFile;
 use super::medium::Medium;
 use super::ring::Ring;
+use super::seal::{self, DiskKey};
 use super::threads::Threads;
 
 const MARKER: &str = "tier.json";
 const MARKER_NEW: &str = "tier.json.new";
 const LOCK: &str = "lock";
 const LOG: &str = "log";
+/// What blocks are encrypted with, where they are.
+const CIPHER: &str = "AES-256-GCM";
 /// Longer is no number of a process.
 const PID_BYTES_MAX: u64 = 16;
 /// Longer is no marker.
@@ -60,6 +63,23 @@ pub(super) struct Directory {
 struct Marker {
     secret: Secret,
     segment_bytes: u64,
+    /// What the key that it is encrypted with makes of the secret; none where it is not.
+    check: Option<u128>,
+}
+
+impl Marker {
+    /// # Errors
+    /// `Encrypted`, `NotEncrypted`, `OtherKey`.
+    fn check_key(&self, path: &Path, key: Option<&DiskKey>) -> Result<(), DiskError> {
+        let path = path.to_owned();
+        match (self.check, key) {
+            (None, None) => Ok(()),
+            (Some(_), None) => Err(DiskError::Encrypted { path }),
+            (None, Some(_)) => Err(DiskError::NotEncrypted { path }),
+            (Some(check), Some(key)) if key.check(self.secret) == Some(check) => Ok(()),
+            (Some(_), Some(_)) => Err(DiskError::OtherKey { path }),
+        }
+    }
 }
 
 fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
@@ -72,22 +92,23 @@ impl Directory {
     ///
     /// # Errors
     /// See [`DiskError`].
-    pub(super) fn take(path: &Path, segment_bytes: u64) -> Result<Self, DiskError> {
+    pub(super) fn take(path: &Path, segment_bytes: u64, key: Option<&DiskKey>) -> Result<Self, DiskError> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(path)
             .map_err(io_error("cannot make the directory", path))?;
         // Looked at before the lock is made, so that what is not ours gets no file of ours.
-        let before = read_marker(path)?;
-        if before.is_none() {
-            check_empty(path)?;
+        match read_marker(path)? {
+            None => check_empty(path)?,
+            Some(marker) => marker.check_key(path, key)?,
         }
         let lock = lock(path)?;
         let marker = match read_marker(path)? {
             Some(marker) => marker,
-            None => write_marker(path, segment_bytes)?,
+            None => write_marker(path, segment_bytes, key)?,
         };
+        marker.check_key(path, key)?;
         Ok(Self {
             path: path.to_owned(),
             secret: marker.secret,
@@ -236,19 +257,34 @@ fn parse_marker(bytes: &[u8]) -> Result<Marker, MarkerProblem> {
     if segment_bytes < 16 * UNIT || segment_bytes % UNIT != 0 || segment_bytes > 1 << 40 {
         return Err(Damaged("its segment_bytes are impossible"));
     }
-    Ok(Marker { secret, segment_bytes })
+    let check = match &value["encrypted"] {
+        serde_json::Value::Null => None,
+        encrypted => {
+            let check = encrypted["check"].as_str().and_then(|text| u128::from_str_radix(text, 16).ok());
+            let is_known = encrypted["cipher"].as_str() == Some(CIPHER);
+            Some(check.filter(|_| is_known).ok_or(Damaged("it does not say how it is encrypted"))?)
+        }
+    };
+    Ok(Marker { secret, segment_bytes, check })
 }
 
-fn write_marker(path: &Path, segment_bytes: u64) -> Result<Marker, DiskError> {
+fn write_marker(path: &Path, segment_bytes: u64, key: Option<&DiskKey>) -> Result<Marker, DiskError> {
     let (new, marker) = (path.join(MARKER_NEW), path.join(MARKER));
     let mut random = [0; 16];
     getrandom(&mut random, GetRandomFlags::empty())
         .map_err(|errno| io_error("cannot make a secret for", path)(errno.into()))?;
     let secret = Secret(u128::from_le_bytes(random));
+    let check = match key {
+        None => None,
+        Some(key) => Some(key.check(secret).ok_or_else(seal::no_cipher)?),
+    };
+    let encrypted =
+        check.map(|check| serde_json::json!({"cipher": CIPHER, "check": format!("{check:032x}")}));
     let value = serde_json::json!({
         "format": VERSION,
         "segment_bytes": segment_bytes,
         "secret": format!("{:032x}", secret.0),
+        "encrypted": encrypted,
         "about": "the disk tier of shoal: KV cache that can be computed again",
     });
     let mut file = OpenOptions::new()
@@ -265,7 +301,7 @@ fn write_marker(path: &Path, segment_bytes: u64) -> Result<Marker, DiskError> {
     File::open(path)
         .and_then(|directory| directory.sync_all())
         .map_err(io_error("cannot write out", path))?;
-    Ok(Marker { secret, segment_bytes })
+    Ok(Marker { secret, segment_bytes, check })
 }
 
 #[cfg(test)]
@@ -283,9 +319,9 @@ mod tests {
     fn a_directory_is_made_once_and_had_by_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/b");
-        let directory = Directory::take(&path, SEGMENT).unwrap();
+        let directory = Directory::take(&path, SEGMENT, None).unwrap();
         let secret = directory.secret();
-        let error = Directory::take(&path, SEGMENT).unwrap_err();
+        let error = Directory::take(&path, SEGMENT, None).unwrap_err();
         let own = std::process::id();
         assert!(matches!(error, DiskError::InUse { pid: Some(pid), .. } if pid == own), "{error:?}");
         assert!(error.to_string().contains(&format!("this very process ({own})")), "{error}");
@@ -293,11 +329,11 @@ mod tests {
             [("1\n", "another process (1);"), ("what\n", "another process;"), ("", "another process;")]
         {
             fs::write(path.join(LOCK), said).unwrap();
-            let error = Directory::take(&path, SEGMENT).unwrap_err().to_string();
+            let error = Directory::take(&path, SEGMENT, None).unwrap_err().to_string();
             assert!(error.contains(told), "{error}");
         }
         drop(directory);
-        let directory = Directory::take(&path, 2 * SEGMENT).unwrap();
+        let directory = Directory::take(&path, 2 * SEGMENT, None).unwrap();
         assert!(directory.secret() == secret && directory.segment_bytes() == SEGMENT, "as it was made");
         directory.medium(Engine::Auto, 4, true).unwrap();
         let mode = |name: &str| fs::metadata(path.join(name)).unwrap().permissions().mode() & 0o777;
@@ -326,7 +362,7 @@ mod tests {
         for (name, bytes, is_right) in cases {
             let folder = tempfile::tempdir().unwrap();
             fs::write(folder.path().join(name), bytes).unwrap();
-            let error = Directory::take(folder.path(), SEGMENT).unwrap_err();
+            let error = Directory::take(folder.path(), SEGMENT, None).unwrap_err();
             assert!(is_right(&error) && !error.is_passing(), "{error}");
             let names: Vec<_> =
                 fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -359,10 +395,40 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_is_had_with_its_own_key_only() {
+        type Case<'a> = (&'a Path, Option<&'a DiskKey>, fn(&DiskError) -> bool);
+        let folder = tempfile::tempdir().unwrap();
+        let (plain, sealed) = (folder.path().join("plain"), folder.path().join("sealed"));
+        let (key, other) = (DiskKey::new([1; 32]), DiskKey::new([2; 32]));
+        drop(Directory::take(&plain, SEGMENT, None).unwrap());
+        drop(Directory::take(&sealed, SEGMENT, Some(&key)).unwrap());
+        let marker = fs::read(sealed.join(MARKER)).unwrap();
+        let cases: [Case<'_>; 3] = [
+            (&plain, Some(&key), |error| matches!(error, DiskError::NotEncrypted { .. })),
+            (&sealed, None, |error| matches!(error, DiskError::Encrypted { .. })),
+            (&sealed, Some(&other), |error| matches!(error, DiskError::OtherKey { .. })),
+        ];
+        for (path, key, is_right) in cases {
+            let error = Directory::take(path, SEGMENT, key).unwrap_err();
+            assert!(is_right(&error) && !error.is_passing(), "{error}");
+            assert!(error.to_string().contains("left as it is"), "{error}");
+        }
+        assert_eq!(fs::read(sealed.join(MARKER)).unwrap(), marker);
+        drop(Directory::take(&sealed, SEGMENT, Some(&key)).unwrap());
+        Directory::take(&plain, SEGMENT, None).unwrap();
+
+        // Encrypted in a way of the future.
+        let text = String::from_utf8(marker).unwrap().replace(CIPHER, "other");
+        fs::write(sealed.join(MARKER), text).unwrap();
+        let error = Directory::take(&sealed, SEGMENT, Some(&key)).unwrap_err();
+        assert!(matches!(error, DiskError::Damaged { .. }), "{error}");
+    }
+
+    #[test]
     fn a_start_that_was_cut_short_is_no_obstacle() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(MARKER_NEW), b"{").unwrap();
         fs::write(folder.path().join(LOCK), b"").unwrap();
-        Directory::take(folder.path(), SEGMENT).unwrap();
+        Directory::take(folder.path(), SEGMENT, None).unwrap();
     }
 }

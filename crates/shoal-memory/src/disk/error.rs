@@ -50,6 +50,42 @@ pub enum DiskError {
         /// In which way.
         reason: String,
     },
+    /// Its blocks are encrypted, and no key was given.
+    #[error("{} is encrypted; name its key, or give another directory (it was left as it is)", path.display())]
+    Encrypted {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A key was given, and its blocks are not encrypted.
+    #[error(
+        "{} holds blocks that are not encrypted, and a key is named; it was left as it is: remove it to start anew, or \
+         name no key",
+        path.display()
+    )]
+    NotEncrypted {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Its blocks are encrypted with another key.
+    #[error(
+        "{} is encrypted with another key; it was left as it is: name that key, or remove the directory to start anew",
+        path.display()
+    )]
+    OtherKey {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There is no key in the file that is named.
+    #[error(
+        "no key in {}: {reason}; `openssl rand -hex 32` writes one, and only its owner should be able to read it",
+        path.display()
+    )]
+    KeyFile {
+        /// The file.
+        path: PathBuf,
+        /// In which way.
+        reason: String,
+    },
     /// The options make no tier.
     #[error("disk {}: {reason}", path.display())]
     Options {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `directory` | whose a directory is, of which version |
 //! | `recover` | what a log holds, read at start |
+//! | `seal` | checksums, and encryption at rest |
 //! | `worker` | one disk at work |
 //! | `queue` | what callers and a disk's thread share |
 //! | `medium`, `ring`, `threads`, `file` | how requests reach a disk |
@@ -24,6 +25,7 @@ mod options;
 mod queue;
 mod recover;
 mod ring;
+mod seal;
 mod sim;
 mod threads;
 mod worker;
@@ -51,10 +53,12 @@ pub use self::medium::{Done, Means, Medium, Op, Verb, Waker};
 pub use self::options::{DiskOptions, DiskSpec};
 pub use self::queue::{DiskCounts, DiskSpeed, DiskState};
 pub use self::recover::Recovered;
+pub use self::seal::DiskKey;
 pub use self::sim::{FaultCounts, FaultRates, SimDisk};
 
 use self::directory::Directory;
 use self::queue::{Queue, Request, Shared};
+use self::seal::{Codec, Names};
 use self::worker::Worker;
 use crate::store::ticket::gather;
 use crate::store::{Buffer, Fetched, Miss, Offer, Store, StoreKey, Stored, Ticket, Verdict};
@@ -91,6 +95,8 @@ pub fn raw_medium(path: &Path, engine: Engine, depth: usize) -> io::Result<Box<d
     directory::medium(path, engine, depth, true)
 }
 
+/// A disk that can be worked on.
+type Opened = (Box<dyn Medium>, Arc<Codec>, Log);
 /// Where a disk's medium comes from: its directory, or a test.
 type Open = Box<dyn FnMut() -> Result<(Box<dyn Medium>, Secret, u64), DiskError> + Send>;
 
@@ -106,6 +112,7 @@ struct Disk {
 pub struct DiskTier {
     disks: Vec<Disk>,
     options: DiskOptions,
+    names: Names,
     begun: Instant,
 }
 
@@ -135,7 +142,10 @@ impl DiskTier {
             let open = move || {
                 let directory = match &mut directory {
                     Some(directory) => directory,
-                    none => none.insert(Directory::take(&spec.path, options.segment_bytes.0)?),
+                    none => {
+                        let (bytes, key) = (options.segment_bytes.0, options.key.as_ref());
+                        none.insert(Directory::take(&spec.path, bytes, key)?)
+                    }
                 };
                 let medium = directory.medium(options.engine, options.depth, options.wants_direct)?;
                 Ok((wrap(medium), directory.secret(), directory.segment_bytes()))
@@ -160,7 +170,8 @@ impl DiskTier {
     }
 
     fn start(disks: Vec<(DiskSpec, Open)>, options: DiskOptions) -> Result<Self, DiskError> {
-        let mut tier = Self { disks: Vec::new(), options, begun: Instant::now() };
+        let names = Names::new(options.key.as_ref())?;
+        let mut tier = Self { disks: Vec::new(), options, names, begun: Instant::now() };
         let mut firsts: Vec<Receiver<Result<(), DiskError>>> = Vec::new();
         for (spec, open) in disks {
             tier.options.log(&spec, tier.options.segment_bytes.0)?;
@@ -292,7 +303,8 @@ impl Store for DiskTier {
     }
 
     fn contains(&self, key: &StoreKey) -> bool {
-        self.by_preference(key).any(|disk| disk.shared.contains(key))
+        let key = self.names.on_disk(key);
+        self.by_preference(&key).any(|disk| disk.shared.contains(&key))
     }
 
     /// What waits to be written: it takes the disk's time from what is read.
@@ -302,9 +314,10 @@ impl Store for DiskTier {
 
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
         let now_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let disk = self.by_preference(key).find(|disk| disk.shared.is_ready());
+        let key = self.names.on_disk(key);
+        let disk = self.by_preference(&key).find(|disk| disk.shared.is_ready());
         disk.map_or(Verdict::WornOut { bytes: offer.bytes, writable_bytes: 0 }, |disk| {
-            disk.shared.offer(key, offer, self.options.admission, now_ms)
+            disk.shared.offer(&key, offer, self.options.admission, now_ms)
         })
     }
 
@@ -313,7 +326,8 @@ impl Store for DiskTier {
         if bytes == 0 || bytes > room {
             return Ticket::ready(Err(Miss::TooLong { bytes: bytes as u64, bytes_max: room as u64 }));
         }
-        if self.contains(&key) {
+        let key = self.names.on_disk(&key);
+        if self.by_preference(&key).any(|disk| disk.shared.contains(&key)) {
             return Ticket::ready(Ok(Stored::Already));
         }
         let Some(disk) = self.by_preference(&key).find(|disk| disk.shared.is_ready()) else {
@@ -328,6 +342,7 @@ impl Store for DiskTier {
     }
 
     fn get(&self, key: StoreKey, target: Buffer, deadline: Duration) -> Ticket<Fetched> {
+        let key = self.names.on_disk(&key);
         let Some(disk) = self.by_preference(&key).find(|disk| disk.shared.contains(&key)) else {
             return Ticket::ready(Err(Miss::Absent));
         };
@@ -339,6 +354,7 @@ impl Store for DiskTier {
     /// From every disk: one that was set aside for a while may have been stood in for, and come back with its own copy. What
     /// a disk has that is set aside now comes back with it, so then the answer is an error, whatever the others did.
     fn remove(&self, key: StoreKey, deadline: Duration) -> Ticket<bool> {
+        let key = self.names.on_disk(&key);
         let is_ready = |disk: &&Disk| disk.shared.is_ready();
         let (ready, others): (Vec<_>, Vec<_>) = self.by_preference(&key).partition(is_ready);
         // Those that have it, else the one where it may be on its way.
@@ -414,7 +430,7 @@ impl Life {
     fn run(mut self) {
         while !self.is_closing() {
             let (reason, answer) = match self.open() {
-                Ok((medium, secret, log)) => match self.work(medium, secret, log) {
+                Ok((medium, codec, log)) => match self.work(medium, codec, log) {
                     Some(reason) => (reason, Ok(())),
                     None => break,
                 },
@@ -446,11 +462,12 @@ impl Life {
         self.shared.queue.lock().close_by.is_some()
     }
 
-    fn open(&mut self) -> Result<(Box<dyn Medium>, Secret, Log), DiskError> {
+    fn open(&mut self) -> Result<Opened, DiskError> {
         let (mut medium, secret, segment_bytes) = (self.open)()?;
         let options = self.options.log(&self.spec, segment_bytes)?;
+        let codec = Codec::new(secret, self.options.key.as_ref())?;
         let plan = recover::Plan {
-            secret,
+            codec: Arc::clone(&codec),
             log: options,
             boot: directory::random()?,
             deadline: self.options.open_deadline,
@@ -465,15 +482,15 @@ impl Life {
         let means = medium.means();
         tracing::info!(path = %self.spec.path.display(), ?recovered, ?means, "a disk of the disk tier is open");
         self.shared.notes.lock().recovered = recovered;
-        Ok((medium, secret, log))
+        Ok((medium, codec, log))
     }
 
     /// Serves until the tier closes (none) or the disk has to be set aside (why).
-    fn work(&mut self, medium: Box<dyn Medium>, secret: Secret, log: Log) -> Option<String> {
+    fn work(&mut self, medium: Box<dyn Medium>, codec: Arc<Codec>, log: Log) -> Option<String> {
         let waker = medium.waker();
         let health = self.health.take().unwrap_or_else(|| Health::new(self.options.health));
         let (shared, options) = (Arc::clone(&self.shared), self.options.clone());
-        let mut worker = Worker::new(medium, shared, options, secret, health, log, Instant::now());
+        let mut worker = Worker::new(medium, shared, options, codec, health, log, Instant::now());
         self.change(|queue| {
             queue.state = DiskState::Ready;
             queue.waker = Some(waker);

@@ -11,6 +11,7 @@ use shoal_core::store::log::LogOptions;
 
 use super::directory::Engine;
 use super::error::DiskError;
+use super::seal::DiskKey;
 
 /// One disk of a tier.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub struct DiskOptions {
     pub health: HealthRule,
     /// What is worth a write.
     pub admission: AdmissionRule,
+    /// What blocks are encrypted with; they lie there as they are without one.
+    pub key: Option<DiskKey>,
 }
 
 impl Default for DiskOptions {
@@ -78,6 +81,7 @@ impl Default for DiskOptions {
             wants_direct: true,
             health: HealthRule::default(),
             admission: AdmissionRule::default(),
+            key: None,
         }
     }
 }

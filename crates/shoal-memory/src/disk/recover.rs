@@ -6,14 +6,16 @@
 //! cannot be read is left alone; nothing is written.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::store::format::{
-    Entry, Footer, Secret, SegmentHeader, UNIT, padded, read_footer, read_record_header, read_segment_header,
+    Entry, Footer, SegmentHeader, UNIT, padded, read_footer, read_record_header, read_segment_header,
 };
 use shoal_core::store::log::{Log, LogOptions};
 
 use super::medium::{Done, Medium, Op, Verb};
+use super::seal::Codec;
 use crate::store::Buffer;
 
 /// How much of a segment's end is read at first: the footer of some 700 blocks.
@@ -101,7 +103,7 @@ impl Reader<'_> {
     /// Reads a segment without a footer from front to end, and verifies what is in it; none if not all can be read.
     fn scan(
         &mut self,
-        secret: Secret,
+        codec: &Codec,
         base: u64,
         stamp: u64,
         segment_bytes: u64,
@@ -119,7 +121,7 @@ impl Reader<'_> {
             let Some(bytes) = window.as_ref().map(Buffer::as_slice) else { return Ok(None) };
             let from = usize::try_from(at - window_at).unwrap_or(usize::MAX);
             let header = bytes.get(from..).unwrap_or_default();
-            let Some(record) = read_record_header(secret, stamp, at, segment_bytes, header) else {
+            let Some(record) = read_record_header(codec.secret(), stamp, at, segment_bytes, header) else {
                 at += UNIT;
                 continue;
             };
@@ -127,16 +129,12 @@ impl Reader<'_> {
             for entry in &record.entries {
                 let in_window = usize::try_from(entry.offset - window_at).ok();
                 let here = in_window.and_then(|start| bytes.get(start..start + entry.bytes as usize));
-                let is_right = |payload: &[u8]| secret.of_payload(&entry.key, payload) == entry.checksum;
-                let is_good = match here {
-                    // What is sealed is verified when it is opened.
-                    _ if entry.is_sealed() => true,
-                    Some(payload) => is_right(payload),
-                    None => {
-                        let range = (base + entry.offset, padded(entry.bytes.into()));
-                        let Some(read) = self.read_all(&[range])?.pop().flatten() else { return Ok(None) };
-                        is_right(&read.as_slice()[..entry.bytes as usize])
-                    }
+                let is_good = if let Some(payload) = here {
+                    codec.is_right(entry, payload)
+                } else {
+                    let range = (base + entry.offset, padded(entry.bytes.into()));
+                    let Some(read) = self.read_all(&[range])?.pop().flatten() else { return Ok(None) };
+                    codec.is_right(entry, &read.as_slice()[..entry.bytes as usize])
                 };
                 if is_good {
                     entries.push(*entry);
@@ -155,7 +153,7 @@ impl Reader<'_> {
 /// How a log is read back.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) secret: Secret,
+    pub(super) codec: Arc<Codec>,
     pub(super) log: LogOptions,
     /// A random number, another one each time.
     pub(super) boot: u64,
@@ -169,7 +167,9 @@ pub(super) struct Plan {
 /// # Errors
 /// The disk does not answer in time, or too many reads failed, or its file cannot be looked at.
 pub(super) fn recover(medium: &mut dyn Medium, plan: &Plan) -> io::Result<(Log, Recovered)> {
-    let Plan { secret, log: options, boot, deadline, failures_max } = *plan;
+    let Plan { codec, log: options, boot, deadline, failures_max } = plan;
+    let (secret, options, boot, deadline, failures_max) =
+        (codec.secret(), *options, *boot, *deadline, *failures_max);
     let begun = Instant::now();
     let segment_bytes = options.segment_bytes;
     // A lower cap than last time: what lies beyond goes.
@@ -227,7 +227,7 @@ pub(super) fn recover(medium: &mut dyn Medium, plan: &Plan) -> io::Result<(Log, 
     let mut recovered =
         Recovered { sealed: u32::try_from(found.len()).unwrap_or(u32::MAX), ..Recovered::default() };
     for (slot, header) in unfinished {
-        let Some((entries, torn)) = reader.scan(secret, base(slot), header.stamp, segment_bytes)? else {
+        let Some((entries, torn)) = reader.scan(codec, base(slot), header.stamp, segment_bytes)? else {
             log.leave_alone(slot);
             continue;
         };

@@ -28,6 +28,7 @@ use self::records::{PendingPut, RecordFlight};
 use super::medium::{Done, Medium, Op, Verb};
 use super::options::DiskOptions;
 use super::queue::{Request, Shared, nothing};
+use super::seal::Codec;
 use crate::store::{Aligned, Buffer, Miss, Promise};
 
 /// How often deadlines are looked at while something is under way.
@@ -105,6 +106,7 @@ pub(super) struct Worker {
     medium: Box<dyn Medium>,
     shared: Arc<Shared>,
     options: DiskOptions,
+    codec: Arc<Codec>,
     secret: Secret,
     segment_bytes: u64,
     record_bytes: u64,
@@ -147,7 +149,7 @@ impl Worker {
         medium: Box<dyn Medium>,
         shared: Arc<Shared>,
         options: DiskOptions,
-        secret: Secret,
+        codec: Arc<Codec>,
         health: Health,
         log: Log,
         now: Instant,
@@ -159,7 +161,8 @@ impl Worker {
             medium,
             shared,
             options,
-            secret,
+            secret: codec.secret(),
+            codec,
             segment_bytes,
             record_bytes,
             health,

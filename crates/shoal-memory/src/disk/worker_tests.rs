@@ -17,6 +17,7 @@ use shoal_core::store::health::{Health, HealthRule};
 use super::options::{DiskOptions, DiskSpec};
 use super::queue::{DiskState, Request, Shared};
 use super::recover::{Plan, recover};
+use super::seal::{Codec, DiskKey};
 use super::sim::{FaultRates, SimDisk};
 use super::worker::Worker;
 use crate::store::dice::{Random, key};
@@ -95,6 +96,8 @@ impl Scene {
             depth: 8,
             requests_max: 64,
             health: HealthRule { failures_max: 6, window_ms: 5_000, retry_ms: 1_000 },
+            // Every fourth history is encrypted.
+            key: seed.is_multiple_of(4).then(|| DiskKey::new([seed.to_le_bytes()[0]; 32])),
             ..DiskOptions::default()
         };
         let shared = Arc::new(Shared::new(64, 8 << 20, 64, None));
@@ -113,11 +116,12 @@ impl Scene {
         // Reading back is tried until it works, as the disk's thread does, with requests that hang taken out.
         let rates = self.plot.rates;
         self.disk.set_rates(FaultRates { hang: 0, ..rates });
+        let codec = Codec::new(SECRET, self.options.key.as_ref()).unwrap();
         let (medium, log) = loop {
             let mut medium = self.disk.open(self.options.depth);
             self.boots += 1;
             let boot = self.boots.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            let plan = Plan { secret: SECRET, log, boot, deadline: HOUR, failures_max: 4 };
+            let plan = Plan { codec: Arc::clone(&codec), log, boot, deadline: HOUR, failures_max: 4 };
             if let Ok((log, _)) = recover(medium.as_mut(), &plan) {
                 break (medium, log);
             }
@@ -127,7 +131,7 @@ impl Scene {
         self.shared.queue.lock().state = DiskState::Ready;
         let health = Health::new(self.options.health);
         let shared = Arc::clone(&self.shared);
-        self.worker = Some(Worker::new(medium, shared, self.options.clone(), SECRET, health, log, self.now));
+        self.worker = Some(Worker::new(medium, shared, self.options.clone(), codec, health, log, self.now));
     }
 
     /// What the last run found damaged has to be what the disk knows it damaged.

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use shoal_core::bytes::ByteCount;
+use shoal_memory::disk::DiskKey;
 
 use super::error::{Problem, ProblemKind};
 use super::parse::{ModelSection, Sited};
@@ -74,6 +75,14 @@ pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], pro
     }
 }
 
+/// Checks the file that is named for the key: workers would serve without a disk, and few would see why.
+pub(super) fn check_key(file: &Sited<PathBuf>, problems: &mut Vec<Problem>) {
+    if let Err(error) = DiskKey::from_file(&file.value) {
+        let kind = ProblemKind::BadValue { key: "disk_key_file".to_owned(), why: error.to_string() };
+        problems.push(file.problem(kind));
+    }
+}
+
 /// Where a directory lies, which need not be there yet: what is there of its path, without links, and the rest.
 fn lies_at(path: &Path) -> PathBuf {
     path.ancestors()
@@ -85,4 +94,22 @@ fn lies_at(path: &Path) -> PathBuf {
 /// Whether one of two paths holds the other, or both are the same.
 fn is_within(one: &Path, other: &Path) -> bool {
     one.starts_with(other) || other.starts_with(one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_without_a_key_is_named_with_its_line() {
+        for (path, why) in [("/nowhere/key", "No such file"), ("/dev/null", "it has 0 bytes, not 32")] {
+            let file = Sited { value: PathBuf::from(path), line: 2, column: 17 };
+            let mut problems = Vec::new();
+            check_key(&file, &mut problems);
+            let [problem] = &problems[..] else { panic!("{problems:?}") };
+            let said = problem.kind.to_string();
+            assert_eq!((problem.line, problem.column), (2, 17));
+            assert!(said.starts_with(&format!("`disk_key_file`: no key in {path}: {why}")), "{said}");
+        }
+    }
 }

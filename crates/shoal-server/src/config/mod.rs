@@ -106,6 +106,8 @@ pub struct ServerConfig {
     pub host_tier: HostTier,
     /// Directories of the disk tier.
     pub disk: Vec<DiskTier>,
+    /// The key that what is on disk is encrypted with; none where it is not.
+    pub disk_key_file: Option<PathBuf>,
     /// How long a prompt waits for what is on disk of it.
     pub disk_wait: Duration,
     /// How workers use the tiers below the device.
@@ -190,6 +192,7 @@ impl ServerConfig {
             "device_bytes": self.device_budget,
             "device_bytes_max": model.max,
             "disk": self.disk_of(model),
+            "disk_key_file": self.disk_key_file,
             "disk_wait_s": self.disk_wait.as_secs_f64(),
             "tier_load": self.tiers.load(),
             "tier_idle_s": self.tiers.idle.map(|idle| idle.as_secs_f64()),

@@ -65,6 +65,7 @@ pub struct ServerSection {
     pub host_memory: Option<HostMemory>,
     pub host_tier: Option<Sited<HostTier>>,
     pub disk: Vec<Sited<DiskTier>>,
+    pub disk_key_file: Option<Sited<PathBuf>>,
     pub disk_wait: Option<Duration>,
     pub tiers: TierUse,
     pub request_bytes_max: Option<ByteCount>,
@@ -101,7 +102,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 25] = [
+const SERVER_KEYS: [&str; 26] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -113,6 +114,7 @@ const SERVER_KEYS: [&str; 25] = [
     "host_memory",
     "host_tier",
     "disk",
+    "disk_key_file",
     "disk_wait",
     "tier_load",
     "tier_idle",
@@ -289,6 +291,7 @@ impl<'i> Reader<'i> {
             host_memory: self.parsed(table, "host_memory", host_memory).map(|choice| choice.value),
             host_tier: host_tier::read(self, table),
             disk: self.disk(table),
+            disk_key_file: self.parsed(table, "disk_key_file", path),
             disk_wait: self.duration(table, "disk_wait", Duration::from_millis(1), DISK_WAIT_MAX),
             tiers: TierUse::read(self, table),
             request_bytes_max: self.size(table, "request_bytes_max").map(|size| size.value),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 
-use super::disk::check_disk;
+use super::disk::{check_disk, check_key};
 use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
 use super::models::{unservable, weights_of};
@@ -81,6 +81,7 @@ impl ShoalFile {
         }
         let disk = with_absolute_paths(server.disk, directory, home);
         check_disk(&disk, &self.models, &mut problems);
+        let disk_key_file = key_file(server.disk_key_file, directory, home, &mut problems);
         host_tier::check(server.host_tier.as_ref(), host_budget, &self.models, &mut problems);
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
@@ -123,6 +124,7 @@ impl ShoalFile {
             host_memory: server.host_memory.unwrap_or_default().backing(surroundings.shared_memory),
             host_tier: server.host_tier.map_or_else(HostTier::default, |tier| tier.value),
             disk: disk.into_iter().map(|entry| entry.value).collect(),
+            disk_key_file,
             disk_wait: server.disk_wait.unwrap_or(DISK_WAIT_DEFAULT),
             tiers: server.tiers,
             models,
@@ -304,6 +306,18 @@ fn with_absolute_paths(
         entry.value.path = absolute(&entry.value.path, directory, home);
     }
     disk
+}
+
+/// Where the key is that what is on disk is encrypted with.
+fn key_file(
+    file: Option<Sited<PathBuf>>,
+    directory: &Path,
+    home: Option<&Path>,
+    problems: &mut Vec<Problem>,
+) -> Option<PathBuf> {
+    let file = file.map(|path| Sited { value: absolute(&path.value, directory, home), ..path })?;
+    check_key(&file, problems);
+    Some(file.value)
 }
 
 /// `~` and relative paths filled in, `.` and `..` folded without looking at the disk.

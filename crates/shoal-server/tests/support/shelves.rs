@@ -41,6 +41,7 @@ pub fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Se
         host_memory: None,
         host_tier: HostTier::Off,
         disk: vec![],
+        disk_key_file: None,
         disk_wait: Duration::from_secs(1),
         tiers: TierUse::default(),
         models,

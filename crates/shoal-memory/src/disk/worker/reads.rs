@@ -54,8 +54,7 @@ impl Worker {
             self.shared.notes.lock().counts.absent += 1;
             return promise.answer(Err(Miss::Absent));
         };
-        if entry.is_sealed() {
-            // This version has no keys.
+        if entry.is_sealed() && !self.codec.is_sealing() {
             self.with_log(|log| log.unpin(slot));
             return promise.answer(Err(Miss::Locked));
         }
@@ -89,10 +88,12 @@ impl Worker {
         let wanted = padded(entry.bytes.into());
         let doing = "cannot read a block";
         let reason = match (result, buffer) {
-            (Ok(read), Some(buffer)) if read as u64 == wanted => {
+            (Ok(read), Some(mut buffer)) if read as u64 == wanted => {
                 self.shared.notes.lock().counts.bytes_read += wanted;
-                let payload = buffer.as_slice().get(..entry.bytes as usize).unwrap_or_default();
-                if self.secret.of_payload(&entry.key, payload) == entry.checksum {
+                // Before anything is decrypted, which leaves other bytes.
+                let was_removed = is_removed(self.secret, &entry.key, buffer.as_slice());
+                let payload = buffer.as_mut_slice().and_then(|memory| memory.get_mut(..entry.bytes as usize));
+                if payload.is_some_and(|payload| self.codec.open(entry, payload)) {
                     return Ok(buffer);
                 }
                 let was_there = self.with_log(|log| {
@@ -102,7 +103,7 @@ impl Worker {
                     }
                     is_there
                 });
-                if is_removed(self.secret, &entry.key, buffer.as_slice()) {
+                if was_removed {
                     return Err(Miss::Absent);
                 }
                 self.shared.notes.lock().counts.corrupt += 1;

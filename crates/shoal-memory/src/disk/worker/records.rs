@@ -242,7 +242,7 @@ impl Worker {
                 continue;
             };
             let puts: Vec<_> = self.puts.drain(..count).collect();
-            self.write_record(placed, puts);
+            self.write_record(placed, puts, now);
             // The disk has work while the next one is hashed.
             self.pump(now);
             self.medium.wait(Duration::ZERO);
@@ -271,59 +271,88 @@ impl Worker {
         true
     }
 
-    fn write_record(&mut self, mut placed: Placed, puts: Vec<PendingPut>) {
-        for (entry, put) in placed.entries.iter_mut().zip(&puts) {
-            let payload = put.source.as_slice().get(..put.bytes as usize).unwrap_or_default();
-            entry.checksum = self.secret.of_payload(&entry.key, payload);
-        }
-        let mut header = Box::new([0; UNIT_LEN]);
-        let Placed { slot, header: segment, offset, bytes, .. } = placed;
-        write_record_header(self.secret, segment.stamp, offset, bytes, &placed.entries, &mut header);
-        let record = self.record_next;
-        self.record_next += 1;
-        let base = u64::from(slot) * self.segment_bytes;
+    fn write_record(&mut self, placed: Placed, puts: Vec<PendingPut>, now: Instant) {
         let is_direct = puts.iter().all(|put| {
             u64::from(put.bytes) >= DIRECT_BYTES_MIN && put.source.is_direct_source(put.bytes as usize)
         });
+        // What is encrypted is another block's bytes than those that somebody lent for reading.
+        if is_direct && !self.codec.is_sealing() {
+            self.write_parts(placed, puts);
+        } else {
+            self.write_together(placed, puts, now);
+        }
+    }
+
+    /// Each block from where it lies.
+    fn write_parts(&mut self, mut placed: Placed, puts: Vec<PendingPut>) {
+        for (entry, put) in placed.entries.iter_mut().zip(&puts) {
+            let payload = put.source.as_slice().get(..put.bytes as usize).unwrap_or_default();
+            self.codec.note(entry, payload);
+        }
+        let header = Some(Buffer::Own(Aligned::copy_of(&*self.header_of(&placed))));
+        let record = self.next_record();
+        let base = u64::from(placed.slot) * self.segment_bytes;
+        let flight = Flight::Part { record, bytes: UNIT_LEN };
+        self.start(flight, Verb::Write, base + placed.offset, header, UNIT_LEN);
         let mut oldest = u64::MAX;
         let mut blocks = Vec::with_capacity(puts.len());
         let mut parts_left = 1;
-        if is_direct {
-            let header = Some(Buffer::Own(Aligned::copy_of(&*header)));
-            self.start(
-                Flight::Part { record, bytes: UNIT_LEN },
-                Verb::Write,
-                base + offset,
-                header,
-                UNIT_LEN,
-            );
-            for (put, entry) in puts.into_iter().zip(&placed.entries) {
-                let PendingPut { key, source, bytes, number, kind, .. } = put;
-                oldest = oldest.min(number);
-                blocks.push(InRecord { key, bytes, kind });
-                let at = base + entry.offset;
-                let bytes = bytes as usize;
-                self.start(Flight::Part { record, bytes }, Verb::Write, at, Some(source), bytes);
-                parts_left += 1;
-            }
-        } else {
-            let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-            let mut all = self.take_staging(length);
-            all.as_mut_slice()[..UNIT_LEN].copy_from_slice(&*header);
-            for (put, entry) in puts.into_iter().zip(&placed.entries) {
-                let PendingPut { key, source, bytes, number, kind, .. } = put;
-                let at = usize::try_from(entry.offset - offset).unwrap_or(usize::MAX);
-                let payload = source.as_slice().get(..bytes as usize).unwrap_or_default();
-                let end = at + payload.len();
-                all.as_mut_slice()[at..end].copy_from_slice(payload);
-                all.as_mut_slice()[end..end.next_multiple_of(UNIT_LEN)].fill(0);
-                oldest = oldest.min(number);
-                blocks.push(InRecord { key, bytes, kind });
-            }
-            let flight = Flight::Staged { record, bytes: length };
-            self.start(flight, Verb::Write, base + offset, Some(Buffer::Own(all)), length);
+        for (put, entry) in puts.into_iter().zip(&placed.entries) {
+            let PendingPut { key, source, bytes, number, kind, .. } = put;
+            oldest = oldest.min(number);
+            blocks.push(InRecord { key, bytes, kind });
+            let at = base + entry.offset;
+            let bytes = bytes as usize;
+            self.start(Flight::Part { record, bytes }, Verb::Write, at, Some(source), bytes);
+            parts_left += 1;
         }
         self.records.insert(record, RecordFlight { placed, blocks, parts_left, failed: None, oldest });
+    }
+
+    /// All blocks copied together, and encrypted where there is a key.
+    fn write_together(&mut self, mut placed: Placed, puts: Vec<PendingPut>, now: Instant) {
+        let length = usize::try_from(placed.bytes).unwrap_or(usize::MAX);
+        let mut all = self.take_staging(length);
+        let mut oldest = u64::MAX;
+        let mut blocks = Vec::with_capacity(puts.len());
+        let mut is_closed = true;
+        for (put, entry) in puts.into_iter().zip(&mut placed.entries) {
+            let PendingPut { key, source, bytes, number, kind, .. } = put;
+            let at = usize::try_from(entry.offset - placed.offset).unwrap_or(usize::MAX);
+            let payload = source.as_slice().get(..bytes as usize).unwrap_or_default();
+            let end = at + payload.len();
+            let memory = all.as_mut_slice();
+            memory[at..end].copy_from_slice(payload);
+            is_closed &= self.codec.close(entry, &mut memory[at..end]);
+            memory[end..end.next_multiple_of(UNIT_LEN)].fill(0);
+            oldest = oldest.min(number);
+            blocks.push(InRecord { key, bytes, kind });
+        }
+        let mut flight = RecordFlight { placed, blocks, parts_left: 1, failed: None, oldest };
+        if !is_closed {
+            // Nothing of it reaches the disk.
+            flight.failed = Some("it cannot be encrypted: the system gives no random numbers".to_owned());
+            self.keep_staging(all);
+            return self.record_is_done(flight, now);
+        }
+        all.as_mut_slice()[..UNIT_LEN].copy_from_slice(&*self.header_of(&flight.placed));
+        let record = self.next_record();
+        let at = u64::from(flight.placed.slot) * self.segment_bytes + flight.placed.offset;
+        self.start(Flight::Staged { record, bytes: length }, Verb::Write, at, Some(Buffer::Own(all)), length);
+        self.records.insert(record, flight);
+    }
+
+    fn header_of(&self, placed: &Placed) -> Box<[u8; UNIT_LEN]> {
+        let mut header = Box::new([0; UNIT_LEN]);
+        let Placed { header: segment, offset, bytes, entries, .. } = placed;
+        write_record_header(self.secret, segment.stamp, *offset, *bytes, entries, &mut header);
+        header
+    }
+
+    fn next_record(&mut self) -> u64 {
+        let record = self.record_next;
+        self.record_next += 1;
+        record
     }
 
     /// Memory for a record of so many bytes; what is in it is of an earlier one.

@@ -51,6 +51,7 @@ pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
         // Every third has a tier of a given size, which is asked for beside what copies need.
         host_tier: if seed % 3 == 1 { HostTier::Of(ByteCount::mib(300)) } else { HostTier::Auto },
         disk: vec![],
+        disk_key_file: None,
         disk_wait: Duration::ZERO,
         tiers: TierUse::default(),
         models,
