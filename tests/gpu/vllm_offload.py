@@ -316,8 +316,7 @@ def token_rows(found: dict[str, dict[str, Any]]) -> list[Row]:
             if "stock norm" not in case:
                 row.target, row.met = 0, not wrong
             rows.append(row)
-        computed = found[twin].get("digests", {}).get("first", {}) if case != twin else {}
-        rows += byte_rows(case, one.get("digests", {}), computed)
+        rows += byte_rows(case, one.get("digests", {}))
     again = found.get("tokens shoal again", {}).get("cached", {}).get("first")
     if again is not None:
         rows.append(Row("tokens found by an engine that was started again", "count", again, "tokens", "higher",
@@ -325,16 +324,15 @@ def token_rows(found: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def byte_rows(case: str, digests: dict[str, dict[str, list[int]]], computed: dict[str, list[int]]) -> list[Row]:
+def byte_rows(case: str, digests: dict[str, dict[str, list[int]]]) -> list[Row]:
     """Compare each cached block's bytes with those of the block of that hash in this engine's first turn.
 
-    Those of the first turn, and of what it did not have, are compared with what another engine computed.
+    Not with another engine's: with a connector vLLM lays a block's bytes out in another order.
     """
     rows = []
-    first = digests.get("first", {})
+    known = digests.get("first", {})
     for turn, blocks in digests.items():
-        known = computed if turn == "first" else {**computed, **first}
-        compared = [name for name in blocks if name in known]
+        compared = [name for name in blocks if name in known and turn != "first"]
         if not compared:
             continue
         other = sum(not set(blocks[name]) <= set(known[name]) for name in compared)
