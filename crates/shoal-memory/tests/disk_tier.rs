@@ -310,6 +310,9 @@ fn a_queue_has_its_bound_and_a_closed_tier_says_so() {
     assert!(busy > 100, "{busy} of 200 were refused");
     tier.close(Duration::from_millis(50));
     assert_eq!(put(&tier, 1, 4096), Err(Miss::Closed));
+    // Also once the disk's thread has ended, so that no disk is there to ask.
+    until("the disk is closed", || tier.usage().iter().all(|disk| disk.state == DiskState::Closed));
+    assert_eq!(put(&tier, 1, 4096), Err(Miss::Closed));
 }
 
 #[test]

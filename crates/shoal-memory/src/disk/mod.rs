@@ -289,8 +289,12 @@ impl DiskTier {
     }
 
     fn unready(&self) -> Miss {
-        let reason = self.disks.iter().find_map(|disk| match &disk.shared.queue.lock().state {
-            DiskState::Aside { reason, .. } => Some(reason.clone()),
+        let states: Vec<_> = self.disks.iter().map(|disk| disk.shared.queue.lock().state.clone()).collect();
+        if !states.is_empty() && states.iter().all(|state| *state == DiskState::Closed) {
+            return Miss::Closed;
+        }
+        let reason = states.into_iter().find_map(|state| match state {
+            DiskState::Aside { reason, .. } => Some(reason),
             _ => None,
         });
         Miss::Aside { reason: reason.unwrap_or_else(|| "no disk is ready".to_owned()) }
