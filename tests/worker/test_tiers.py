@@ -76,10 +76,10 @@ def test_whatever_is_raised_is_told(tmp_path: Path) -> None:
 def test_directories_that_open_too_late_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opening, may_open = threading.Event(), threading.Event()
 
-    def slow(*arguments: Any) -> shoal.DiskTier:
+    def slow(*arguments: Any, **words: Any) -> shoal.DiskTier:
         opening.set()
         assert may_open.wait(60)
-        return shoal.DiskTier(*arguments)
+        return shoal.DiskTier(*arguments, **words)
 
     monkeypatch.setattr(tiers, "DiskTier", slow)
     monkeypatch.setattr(tiers, "_CLOSE_S", 0.1)
