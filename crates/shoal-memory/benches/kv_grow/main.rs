@@ -2,8 +2,8 @@
 //! the bare driver calls in the same run, in turn with them; what a caller waits whose memory is mapped ahead; and what
 //! memory stays after bursts. One JSON file in the form of `benches/results`. Run by `tests/gpu/run.sh kv_grow`.
 //!
-//! Driver calls are slower on a thread that has slept than on one that was busy, as an engine's is that needs much memory:
-//! either is measured. What growing from new memory is held to is a share of the bare calls (docs/decisions/0014).
+//! Driver calls may take another time on a thread that has slept than on one that was busy, as an engine's is that needs
+//! much memory: either is measured. What growing from new memory is held to is a share of the bare calls (docs/decisions/0014).
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measuring program")]
 #![expect(dead_code, reason = "other programs use more of what they share")]

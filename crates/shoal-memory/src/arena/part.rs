@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
 use shoal_device::{DeviceError, HostBuffer, HostSlab};
@@ -13,6 +13,9 @@ use shoal_device::{DeviceError, HostBuffer, HostSlab};
 use super::copy::Claim;
 use super::{Core, Filled, HostArena};
 use crate::error::MemoryError;
+
+/// How long an arena that is divided waits for memory: whoever asks goes on without.
+const PART_WAIT: Duration = Duration::from_secs(2);
 
 /// A piece of one slab. Dropping it gives the piece back: not before its buffers are gone.
 #[derive(Debug)]
@@ -39,10 +42,10 @@ impl ArenaPart {
 }
 
 impl HostArena {
-    /// Another arena of the same device, with a budget of its own.
+    /// Another arena of the same device, with a budget of its own, that waits no longer for memory than a step can.
     pub(crate) fn another(&self, budget: ByteCount) -> Arc<Self> {
         let Core { device, wait, source, .. } = &*self.core;
-        Self::new(Arc::clone(device), budget, *wait, source.clone())
+        Self::new(Arc::clone(device), budget, (*wait).min(PART_WAIT), source.clone())
     }
 
     /// Memory to be divided, page-locked if that is allowed; it may hold anything.

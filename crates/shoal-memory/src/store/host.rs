@@ -3,8 +3,9 @@
 //! Apart because it is the fastest tier and the smallest, and keeps nothing that a disk would not: memory errs too, so a
 //! block carries a checksum that knows its name, and one that is damaged is dropped (I8). What goes when room is wanted is
 //! the choice of shoal-core's eviction (`kv::eviction`). All is done by the caller's thread: a copy and a checksum, a tenth
-//! of a millisecond for a MiB; nothing waits. Of a manager ([`HostTier::in_arena`]) its memory is page-locked: blocks come
-//! from the device to where they stay ([`Store::room`]) and go there from where they lie ([`Store::lend`]).
+//! of a millisecond for a MiB. Of a manager ([`HostTier::in_arena`]) its memory is page-locked: blocks come
+//! from the device to where they stay ([`Store::room`]) and go there from where they lie ([`Store::lend`]); more of that is
+//! taken piece by piece, which may wait for two seconds.
 
 use std::collections::HashMap;
 use std::fmt;

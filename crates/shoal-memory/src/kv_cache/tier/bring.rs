@@ -149,13 +149,18 @@ impl Inner {
         let at_once = (TURN_BYTES / self.payload_bytes).max(1);
         let (mut copied, mut end) = (0, End::Whole);
         let mut copy = || {
-            while copied < run.len() && !checks.is_bad() {
+            loop {
+                // What verifies may be ahead of what copies: all before a bad one comes, and the bad one is told.
+                let right = checks.right_of(run.len());
+                if copied >= right {
+                    break;
+                }
                 if Instant::now() >= wanted.deadline {
                     self.count(|counts| counts.late += 1);
                     end = End::Over { is_late: true };
                     break;
                 }
-                let next = (copied + at_once).min(run.len());
+                let next = (copied + at_once).min(right);
                 let memory = run[copied..next].iter().map(|lent| (lent.buffer(), ByteCount::ZERO));
                 if !self.copy_up(wanted, from + copied..from + next, memory, || checks.step()) {
                     end = End::Over { is_late: false };
@@ -169,9 +174,11 @@ impl Inner {
         let took = checks.beside(run.len() * self.payload_bytes, &mut copy);
         shares.copy += took;
         shares.verify += begun.elapsed().saturating_sub(took);
-        match checks.bad() {
-            Some((bad, miss)) => (bad, End::Damaged(miss)),
-            None => (copied, end),
+        match (checks.bad(), end) {
+            // Where the copies ended for another reason the next one is nobody's business.
+            (Some((bad, _)), end @ End::Over { .. }) if bad == copied => (copied, end),
+            (Some((bad, miss)), _) => (bad, End::Damaged(miss)),
+            (None, end) => (copied, end),
         }
     }
 

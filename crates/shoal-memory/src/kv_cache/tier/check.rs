@@ -70,15 +70,16 @@ impl<F: Fn(usize) -> Result<(), Miss> + Sync> Checks<F> {
         state.end = state.end.min(blocks);
     }
 
-    /// Whether one is known to be wrong.
-    pub(super) fn is_bad(&self) -> bool {
-        self.state.lock().bad.is_some()
+    /// How many come before the first that is known to be wrong, of so many in all: more need not be copied.
+    pub(super) fn right_of(&self, blocks: usize) -> usize {
+        self.state.lock().bad.as_ref().map_or(blocks, |(bad, _)| blocks.min(*bad))
     }
 
-    /// The first that is not right, of those that matter. Ask when nothing is left to be verified and no thread is at it.
+    /// The first that is not right, if it comes no later than where [`end_at`](Self::end_at) put the end: all before it is
+    /// right then. Ask when nothing is left to be verified and no thread is at it.
     pub(super) fn bad(self) -> Option<(usize, Miss)> {
         let State { bad, end, .. } = self.state.into_inner();
-        bad.filter(|(bad, _)| *bad < end)
+        bad.filter(|(bad, _)| *bad <= end)
     }
 
     /// Runs `work` on this thread while others verify as many bytes; comes back when all that matters is verified.
@@ -131,9 +132,34 @@ mod tests {
                 let checks = Checks::new(blocks, bytes, check);
                 checks.beside(1 << 30, || ());
                 assert!(!checks.step());
-                assert_eq!(checks.is_bad(), bad.is_some());
+                assert_eq!(checks.right_of(blocks), bad.unwrap_or(blocks));
                 assert_eq!(checks.bad(), bad.map(|bad| (bad, Miss::Corrupt)));
                 assert!(seen.into_inner().len() >= bad.unwrap_or(blocks));
+            }
+        }
+    }
+
+    /// Threads that verify may be done before anything is copied, or come after all of it.
+    #[test]
+    fn all_before_a_bad_one_is_copied_whoever_is_first() {
+        for bad in [None, Some(0), Some(1), Some(5), Some(127)] {
+            for waits in [false, true] {
+                let check = |block| if Some(block) == bad { Err(Miss::Corrupt) } else { Ok(()) };
+                let checks = Checks::new(128, 2 << 20, check);
+                let mut copied = 0;
+                checks.beside(1 << 30, || {
+                    while waits && checks.step() {}
+                    loop {
+                        let right = checks.right_of(128);
+                        if copied >= right {
+                            break;
+                        }
+                        copied = (copied + 7).min(right);
+                    }
+                    checks.end_at(copied);
+                });
+                assert!(copied >= bad.unwrap_or(128), "{copied} of {bad:?}");
+                assert_eq!(checks.bad(), bad.map(|bad| (bad, Miss::Corrupt)), "it is dropped, not met again");
             }
         }
     }
