@@ -46,17 +46,21 @@ def end(connector: ShoalConnector, job: int) -> tuple[bool, str, list[bool] | No
     raise AssertionError("the job does not end")
 
 
-def test_six_methods_keep_and_give_objects_over_a_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_six_methods_keep_and_give_objects_over_a_restart(tmp_path: Path, is_encrypted: bool) -> None:
     disks = [{"path": str(tmp_path / "kv"), "bytes": "64MiB"}]
-    connector = ShoalConnector(host="1MiB", disks=disks)
+    (tmp_path / "key").write_bytes(bytes(32))
+    key_file = str(tmp_path / "key") if is_encrypted else None
+    connector = ShoalConnector(host="1MiB", disks=disks, key_file=key_file)
     numbers = list(range(20))
     keys = [key(number) for number in numbers]
     assert end(connector, connector.submit_batch_exists(keys)) == (True, "", [False] * 20)
     job = connector.submit_batch_set(keys, [memory(number) for number in numbers])
     assert end(connector, job) == (True, "", None)
     connector.close()
+    assert (content(4)[:64] in (tmp_path / "kv" / "log").read_bytes()) == (not is_encrypted)
 
-    connector = ShoalConnector(host="1MiB", disks=disks)
+    connector = ShoalConnector(host="1MiB", disks=disks, key_file=key_file)
     deadline = time.monotonic() + 60
     while not all(end(connector, connector.submit_batch_exists(keys))[2] or []):
         assert time.monotonic() < deadline, "the directory was not opened"
@@ -69,7 +73,7 @@ def test_six_methods_keep_and_give_objects_over_a_restart(tmp_path: Path) -> Non
     assert end(connector, connector.submit_batch_exists([key(3), key(4)])) == (True, "", [False, True])
     connector.close()
 
-    other = ShoalConnector({"revision": "2"}, disks=disks)
+    other = ShoalConnector({"revision": "2"}, disks=disks, key_file=key_file)
     assert end(other, other.submit_batch_exists([key(4)])) == (True, "", [False])
     other.close()
 

@@ -48,7 +48,7 @@ class TierSettings:
         Memory of the host tier; none, if it is 0.
     disks
         For each disk the path, its bytes, and bytes written in an hour at most.
-    segment_bytes, uses_min, threads, deadline_s
+    segment_bytes, uses_min, threads, deadline_s, key_file
         As for :class:`shoal.DiskTier` and :class:`shoal.blocks.BlockStore`.
     """
 
@@ -58,8 +58,9 @@ class TierSettings:
     uses_min: int = 1
     threads: int = 4
     deadline_s: float = 30.0
+    key_file: str | None = None
 
-    KEYS = ("host", "disks", "segment_bytes", "uses_min", "threads", "deadline_s")
+    KEYS = ("host", "disks", "segment_bytes", "uses_min", "threads", "deadline_s", "key_file")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> TierSettings:
@@ -83,10 +84,10 @@ class TierSettings:
         try:
             host = parse_size(given.get("host") or 0)
             disks = tuple(_disk(one) for one in given.get("disks") or ())
-            segment = given.get("segment_bytes")
+            segment, key = given.get("segment_bytes"), given.get("key_file")
             settings = cls(
                 host, disks, None if segment is None else parse_size(segment), int(given.get("uses_min", 1)),
-                int(given.get("threads", 4)), float(given.get("deadline_s", 30.0)),
+                int(given.get("threads", 4)), float(given.get("deadline_s", 30.0)), None if key is None else str(key),
             )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise ValueError(f"the tier's settings cannot be used: {error}") from error
@@ -123,7 +124,8 @@ class TierSettings:
                 (Path(path) / f"replica-{replica}" if replica else Path(path), size, hourly)
                 for path, size, hourly in self.disks
             ]
-            tiers.append(DiskTier(places, segment_bytes=self.segment_bytes, uses_min=self.uses_min))
+            disk = DiskTier(places, segment_bytes=self.segment_bytes, uses_min=self.uses_min, key_file=self.key_file)
+            tiers.append(disk)
         return tiers
 
 
