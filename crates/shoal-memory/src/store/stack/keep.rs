@@ -36,6 +36,8 @@ impl PutJob {
 #[derive(Default)]
 pub(super) struct Coming {
     count: usize,
+    /// The number of the last of them.
+    newest: u64,
     /// Those with a lower number were removed.
     removed_before: u64,
 }
@@ -43,25 +45,29 @@ pub(super) struct Coming {
 impl State {
     /// The number of a put that begins.
     pub(super) fn begin_put(&mut self, key: StoreKey) -> u64 {
-        self.coming.entry(key).or_default().count += 1;
         self.put_next += 1;
+        let coming = self.coming.entry(key).or_default();
+        coming.count += 1;
+        coming.newest = self.put_next;
         self.put_next
+    }
+
+    /// Whether it was removed while puts of it were on their way, and not put since: what of it is in a tier still goes.
+    pub(super) fn is_going(&self, key: &StoreKey) -> bool {
+        self.coming.get(key).is_some_and(|coming| coming.newest < coming.removed_before)
     }
 
     fn is_removed(&self, key: &StoreKey, number: u64) -> bool {
         self.coming.get(key).is_some_and(|coming| number < coming.removed_before)
     }
 
-    /// Whether it was removed meanwhile.
-    pub(super) fn end_put(&mut self, key: &StoreKey, number: u64) -> bool {
-        let is_removed = self.is_removed(key, number);
+    pub(super) fn end_put(&mut self, key: &StoreKey) {
         if let Some(coming) = self.coming.get_mut(key) {
             coming.count -= 1;
             if coming.count == 0 {
                 self.coming.remove(key);
             }
         }
-        is_removed
     }
 
     pub(super) fn remove_coming(&mut self, key: &StoreKey) {
@@ -112,10 +118,13 @@ impl Shared {
             Some(miss) => job.refuse(miss),
             None => self.keep_in_tiers(job),
         }
-        // What was removed while it was given to the tiers goes again; what is removed later goes by itself.
-        if self.state.lock().end_put(&key, number) {
+        // What was removed while it was given to the tiers goes again, and until then nobody is served it; what is removed
+        // later goes by itself.
+        let is_removed = self.state.lock().is_removed(&key, number);
+        if is_removed {
             self.take_back(key);
         }
+        self.state.lock().end_put(&key);
     }
 
     /// Removes from every tier a block that came there in spite of its removal.

@@ -275,7 +275,7 @@ impl Store for Stack {
         if let Err((Job::Put(put), waiting)) = self.crew.desk().ask(job) {
             let mut state = self.shared.state.lock();
             state.counts.refused += 1;
-            state.end_put(&key, number);
+            state.end_put(&key);
             drop(state);
             put.refuse(Miss::Busy { waiting });
         }
@@ -287,7 +287,8 @@ impl Store for Stack {
         let asker = Asker { target, promise };
         let is_anywhere = self.contains(&key);
         let mut state = self.shared.state.lock();
-        let is_removed = state.flights.get(&key).is_some_and(|flight| flight.is_removed);
+        let is_removed =
+            state.flights.get(&key).is_some_and(|flight| flight.is_removed) || state.is_going(&key);
         if !is_anywhere || is_removed {
             state.counts.misses += 1;
             drop(state);
