@@ -404,7 +404,7 @@ impl HostTier {
     /// A slot for a block, for which others make room.
     fn slot(&self, pool: &SlotPool, bytes: usize) -> Result<Arc<HostBuffer>, Miss> {
         let (length, bytes_max) = (SlotPool::slot_bytes(bytes), self.options.bytes_max.0);
-        if length > bytes_max {
+        if !pool.fits(bytes) {
             return Err(Miss::TooLong { bytes: bytes as u64, bytes_max });
         }
         loop {

@@ -138,6 +138,18 @@ fn locked(pages: u64) -> (HostTier, tempfile::TempDir) {
     (HostTier::with_memory(HostOptions::new(bytes), Memory::Locked(SlotPool::new(arena, bytes))), dir)
 }
 
+/// A block of 5 MiB lies in a piece of 8.
+#[test]
+fn what_can_never_have_room_makes_none() {
+    let (tier, _dir) = locked(3);
+    let put = |block, bytes: usize| tier.put(key(block), Buffer::zeroed(bytes), bytes, WAIT).wait();
+    assert_eq!(put(1, 4096), Ok(Stored::Written));
+    let bytes = 5 << 20;
+    assert_eq!(put(2, bytes), Err(Miss::TooLong { bytes: bytes as u64, bytes_max: 6 << 20 }));
+    assert!(tier.room(bytes).is_none());
+    assert!(tier.contains(&key(1)) && tier.usage().evicted == 0, "for nothing");
+}
+
 /// Of three lengths, up to some hundred KiB.
 fn long_content(block: u8) -> Vec<u8> {
     let mut bytes = vec![block.wrapping_mul(31); [70_000, 300_000, 900_000][usize::from(block % 3)]];

@@ -123,6 +123,11 @@ impl State {
     }
 }
 
+/// The shortest piece of memory with a slot of so many bytes.
+fn piece_bytes_min(slot_bytes: u64) -> u64 {
+    slot_bytes.next_multiple_of(PAGE_BYTES.0).next_power_of_two()
+}
+
 impl SlotPool {
     /// Of all of an arena of so many bytes. Memory comes piece by piece.
     pub(super) fn new(arena: Arc<HostArena>, bytes_max: ByteCount) -> Self {
@@ -133,6 +138,11 @@ impl SlotPool {
     /// What a block of so many bytes takes.
     pub(super) fn slot_bytes(bytes: usize) -> u64 {
         padded(bytes.max(1) as u64)
+    }
+
+    /// Whether an empty pool has room for a block of so many bytes: a piece of memory is a power of two.
+    pub(super) fn fits(&self, bytes: usize) -> bool {
+        piece_bytes_min(Self::slot_bytes(bytes)) <= self.bytes_max
     }
 
     /// Bytes of slots that somebody has.
@@ -152,7 +162,7 @@ impl SlotPool {
     /// The device or the machine gives no memory.
     pub(super) fn take(&self, bytes: usize) -> Result<Option<Arc<HostBuffer>>, MemoryError> {
         let slot_bytes = Self::slot_bytes(bytes);
-        if slot_bytes > self.bytes_max {
+        if !self.fits(bytes) {
             return Ok(None);
         }
         let taken = self.shared.state.lock().take(slot_bytes);
@@ -172,7 +182,7 @@ impl SlotPool {
 
     /// A piece as long as is worth it, or as there is room for.
     fn make_piece(&self, slot_bytes: u64) -> Result<Option<ArenaPart>, MemoryError> {
-        let least = slot_bytes.next_multiple_of(PAGE_BYTES.0).next_power_of_two();
+        let least = piece_bytes_min(slot_bytes);
         let share = 1_u64 << (self.bytes_max / 4).max(1).ilog2();
         let mut length = share.clamp(PAGE_BYTES.0, PIECE_BYTES_MAX).max(least);
         loop {
