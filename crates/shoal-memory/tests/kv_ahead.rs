@@ -68,6 +68,73 @@ fn what_is_mapped_ahead_keeps_nobody_from_a_block() {
     check(&world, &cache);
 }
 
+/// Takes 8 blocks a step, and finds them mapped: an allocation that waits for nothing has them.
+fn grow_steadily(cache: &KvCache, steps: usize) -> Vec<u32> {
+    let mut held = Vec::new();
+    for step in 0..steps {
+        until("the next step's blocks are mapped", || cache.usage().groups[0].blocks.available >= 8);
+        let mut ids = [u32::MAX; 8];
+        assert_eq!(cache.try_alloc(0, &mut ids).expect("a group"), Attempt::Done, "step {step}");
+        held.extend(ids);
+    }
+    held
+}
+
+#[test]
+fn growth_that_nobody_announced_finds_memory_after_its_first_step() {
+    let world = world(256, 64);
+    let cache = world.manager.kv_cache(spec(256)).expect("addresses");
+    assert_eq!(cache.usage().mapped, ByteCount::ZERO, "quiet");
+    // These take just what was mapped for them, so no spare block is left by which the thread would hear of them.
+    let mut held = alloc(&cache, 8).expect("room");
+    held.extend(grow_steadily(&cache, 12));
+    check(&world, &cache);
+
+    // After two seconds without demand nothing is kept, and the thread sleeps; the blocks stay.
+    until("nothing is expected", || cache.usage().groups[0].spare_target == 0);
+    until("the spare memory goes", || cache.usage().groups[0].blocks.available == 0);
+    thread::sleep(Duration::from_millis(500));
+    held.extend(alloc(&cache, 8).expect("room"));
+    // This is demand of now, not of when the thread fell asleep: it is not forgotten with the next look at the clock.
+    until("as much again is mapped", || cache.usage().groups[0].blocks.available >= 8);
+    thread::sleep(Duration::from_millis(600));
+    held.extend(grow_steadily(&cache, 12));
+    cache.free(0, &held).expect("owned");
+    until("all of it goes", || world.device_used().is_zero());
+    check(&world, &cache);
+}
+
+#[test]
+fn what_was_just_given_back_is_not_mapped_again() {
+    let world = world(64, 64);
+    let cache = world.manager.kv_cache(spec(64)).expect("addresses");
+    let ids = alloc(&cache, 8).expect("room");
+    until("as much again is mapped", || cache.usage().groups[0].blocks.available >= 8);
+    // The demand is still there, and the thread looks at it four times a second.
+    cache.trim(ByteCount(u64::MAX)).expect("no step runs");
+    let deadline = Instant::now() + Duration::from_millis(800);
+    while Instant::now() < deadline {
+        assert_eq!(cache.usage().mapped, ByteCount::mib(4), "others can have it");
+        thread::sleep(Duration::from_millis(10));
+    }
+    cache.free(0, &ids).expect("owned");
+    until("all of it goes", || world.device_used().is_zero());
+    check(&world, &cache);
+}
+
+#[test]
+fn a_cache_that_keeps_nothing_ahead_maps_what_is_taken_and_no_more() {
+    let world = world(64, 64);
+    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..spec(64) };
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    for step in 1..=3 {
+        assert!(alloc(&cache, 8).is_some(), "room");
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(cache.usage().mapped, ByteCount::mib(4 * step));
+    }
+    check(&world, &cache);
+}
+
 #[test]
 fn what_is_expected_comes_as_far_as_the_lease_goes() {
     let world = world(13, 64);

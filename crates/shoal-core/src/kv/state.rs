@@ -242,6 +242,12 @@ impl KvState {
         })
     }
 
+    /// Whether anything is kept ahead of need by what demand foretells.
+    #[must_use]
+    pub const fn keeps_ahead(&self) -> bool {
+        self.spare_bytes_max.0 > 0
+    }
+
     /// The next step will take so many blocks.
     ///
     /// # Errors

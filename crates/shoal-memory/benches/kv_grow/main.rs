@@ -34,6 +34,8 @@ const SHARE: f64 = 0.95;
 /// An engine's steps, and what each of them takes: 25 GiB/s.
 const STEP: Duration = Duration::from_millis(5);
 const STEP_BYTES: ByteCount = ByteCount::mib(128);
+/// How many times less an engine shall wait whose memory is mapped ahead.
+const AHEAD_TIMES: f64 = 2.0;
 /// How many times faster than the peer a cache with a plane a layer is to grow.
 const LAYERS_OVER_PEER: f64 = 5.0;
 
@@ -226,41 +228,52 @@ fn longer(report: &mut Report, device: &Arc<dyn Device>) {
     }
 }
 
-/// What an engine waits that takes 128 MiB every 5 ms until it has all: mapped when it asks, and ahead of that.
+/// One growth of an engine that takes 128 MiB every 5 ms until it has all, from nothing: microseconds of each call.
+fn steps(manager: &Arc<MemoryManager>, spare: ByteCount) -> Vec<f64> {
+    let cache = spared(manager, PlaneOrder::BlockMajor, ByteCount::mib(256), spare);
+    let mut ids = vec![0_u32; usize::try_from(STEP_BYTES.0 / BLOCK.0).unwrap()];
+    let waits = (0..growth().0 / STEP_BYTES.0).map(|_| {
+        let start = Instant::now();
+        assert!(cache.alloc(0, &mut ids).unwrap(), "no room");
+        let wait = ms(start) * 1e3;
+        Thread::Busy.pass(STEP.saturating_sub(start.elapsed()));
+        wait
+    });
+    waits.collect()
+}
+
+/// What an engine waits that grows steadily and says nothing of it: mapped when it asks, and ahead of that, in turn.
 fn ahead(report: &mut Report, device: &Arc<dyn Device>) {
-    let steps = growth().0 / STEP_BYTES.0;
-    let mut alone = None;
-    for (said, spare) in [("nothing mapped ahead", ByteCount::ZERO), ("mapped ahead", ByteCount::gib(2))] {
-        let manager = manager(device, ByteCount::ZERO);
-        let cache = spared(&manager, PlaneOrder::BlockMajor, ByteCount::mib(256), spare);
-        let (mut waits, mut rates) = (Vec::new(), Vec::new());
-        for round in 0..=ROUNDS {
-            let mut held = Vec::new();
-            let mut total = 0.0;
-            for _ in 0..steps {
-                let mut ids = vec![0_u32; usize::try_from(STEP_BYTES.0 / BLOCK.0).unwrap()];
-                let start = Instant::now();
-                assert!(cache.alloc(0, &mut ids).unwrap(), "no room");
-                let wait = ms(start);
-                held.extend(ids);
-                total += wait;
-                if round > 0 {
-                    waits.push(wait * 1e3);
-                }
-                Thread::Busy.pass(STEP.saturating_sub(start.elapsed()));
-            }
+    let manager = manager(device, ByteCount::ZERO);
+    let arms = [("nothing mapped ahead", ByteCount::ZERO), ("mapped ahead", ByteCount::gib(2))];
+    let mut waits = [Vec::new(), Vec::new()];
+    let mut rates = [Vec::new(), Vec::new()];
+    for round in 0..=ROUNDS {
+        for (arm, (_, spare)) in arms.iter().enumerate() {
+            // A cache of its own: what the round before has taken is no demand of this one.
+            let calls = steps(&manager, *spare);
+            manager.reclaim(ALL, LONG, "the next round").unwrap();
+            Thread::Busy.pass(SCRUB);
             if round > 0 {
-                rates.push(gib_per_second(growth(), total));
+                rates[arm].push(gib_per_second(growth(), calls.iter().sum::<f64>() / 1e3));
+                waits[arm].extend(calls);
             }
-            cache.free(0, &held).unwrap();
-            wait_for_its_memory(&cache);
         }
-        let longest = waits.iter().copied().fold(0.0, f64::max);
+    }
+    // What mapping ahead is held to: a call, and all of them together, wait half as long as without.
+    let alone = (median(&waits[0]), median(&rates[0]));
+    let is_ahead = |arm: usize| arm > 0;
+    for (arm, ((said, _), (waits, rates))) in arms.into_iter().zip(waits.into_iter().zip(rates)).enumerate() {
         let case = format!("{STEP_BYTES} every {} ms up to {}, {said}", STEP.as_millis(), growth());
-        report.add(&format!("{case}: a call"), "us", waits, Bounds::default());
+        let against = |value: f64, times: f64| Bounds {
+            peer: is_ahead(arm).then_some((arms[0].0, value)),
+            target: is_ahead(arm).then_some(times * value),
+            ceiling: None,
+        };
+        let longest = waits.iter().copied().fold(0.0, f64::max);
+        report.add(&format!("{case}: a call"), "us", waits, against(alone.0, 1.0 / AHEAD_TIMES));
         report.add(&format!("{case}: the longest call"), "us", vec![longest], Bounds::default());
-        let bounds = Bounds { peer: alone.map(|rate| ("nothing mapped ahead", rate)), ..Bounds::default() };
-        alone = Some(median(&rates));
+        let bounds = against(alone.1, AHEAD_TIMES);
         report.add(&format!("{case}: what calls wait together"), "GiB/s", rates, bounds);
     }
 }

@@ -37,11 +37,18 @@ impl Shared {
 
     pub(super) fn alloc_plainly<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
         let deadline = Instant::now() + self.patience;
+        let mut has_grown = false;
         for _ in 0..ATTEMPTS_MAX {
             let was_leaving = {
                 let mut state = self.state.lock();
+                if has_grown {
+                    // The cache's own thread may have slept for long: what is taken now is the demand of this moment.
+                    state.advance(self.started.elapsed());
+                }
                 if state.alloc(group, ids)? {
-                    let wants_attention = state.wants_attention(group);
+                    // Nothing was mapped for this. What comes after it shall find something, and the thread that sees to
+                    // that sleeps as long as it has not heard of any demand.
+                    let wants_attention = state.wants_attention(group) || has_grown && state.keeps_ahead();
                     drop(state);
                     if wants_attention {
                         self.call();
@@ -57,12 +64,13 @@ impl Shared {
             let patience =
                 if figures.cached > 0 { Patience::turns(deadline) } else { Patience::all(deadline) };
             if self.grow_now(group, wanted, patience)? {
+                has_grown = true;
                 continue;
             }
             // What is cached makes up for a part, and there may be memory for the rest: before anything is evicted.
             let makes_up = figures.cached + figures.available;
             if figures.cached > 0 && makes_up < wanted {
-                self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
+                has_grown |= self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
             }
             if !self.state.lock().evict_for(group, wanted)?
                 && !self.make_room(group, wanted, deadline)?
@@ -307,6 +315,8 @@ impl Shared {
         deadline: Instant,
     ) -> Result<Report, MemoryError> {
         let (start, manager) = (Instant::now(), self.manager());
+        // What is given back here is for others: the cache's own thread does not take it again.
+        self.pause();
         // What becomes empty from here on is not fenced by what is waited for below.
         let clocks = {
             let mut state = self.state.lock();
