@@ -38,9 +38,14 @@ KEPT_BYTES = (stubbed.PART_FILLED * PER_PAGE + 2 * 4096) * BLOCK_BYTES
 def seconds_of(made: Any) -> dict[str, float]:
     """Seconds of alloc and free as lists, by case."""
     # The rate of all threads, as seconds of a pair.
-    threads = 1 / stubbed.threads_rate(made, 16, THREADS, 1.0)
+    threads = threads_s(made, 16)
     figures = {case: us * 1e-6 for case, us in stubbed.measure(made).items()}
     return figures | {f"16 blocks, {THREADS} threads": threads}
+
+
+def threads_s(made: Any, blocks: int) -> float:
+    """Seconds of a pair of calls while so many threads make them, over all of these."""
+    return 1 / stubbed.threads_rate(made, blocks, THREADS, 1.0)
 
 
 def of_kvcached(which: str, device: str) -> dict[str, float]:
@@ -76,9 +81,14 @@ def of_ours(device: str) -> dict[str, float]:
         kv.free(kv.alloc(4096))
         return kv
 
-    figures = seconds_of(cache("lists"))
+    lists = cache("lists")
+    # The same calls by as many threads, for no block: what Python and its lock cost alone.
+    figures = {f"nothing, {THREADS} threads": threads_s(lists, 0)}
+    figures |= seconds_of(lists)
     kvs = {"": cache("buffers"), PART_FILLED: cache("part-filled")}
-    threads = 1 / stubbed.threads_rate(_Buffers(kvs[""]), 16, THREADS, 1.0)
+    buffers = _Buffers(kvs[""])
+    figures[f"nothing, {THREADS} threads, through a buffer"] = threads_s(buffers, 0)
+    threads = threads_s(buffers, 16)
     stubbed.fragment(kvs[PART_FILLED])
     figures["nothing, through a buffer"] = min(_buffers(kvs, 0, 400).values())
     for count, rounds in stubbed.BATCHES:
@@ -141,16 +151,21 @@ def compared(built: Path, device: str) -> list[Row]:
 
 
 def rows_of(figures: dict[str, dict[str, float]]) -> list[Row]:
-    """Make the rows: ours beside the peer's lists, and calls on an empty buffer as the ceiling of buffers."""
+    """Make the rows: ours beside the peer's lists, and the same calls for no block as the ceiling."""
     rows, peer = [], figures["kvcached"]
     for which in ("face", "ours"):
-        empty = figures[which].pop("nothing, through a buffer", None)
+        empties = {case: seconds for case, seconds in figures[which].items() if case.startswith("nothing")}
+        empty = empties.get("nothing, through a buffer")
         for case, seconds in figures[which].items():
+            if case in empties:
+                continue
             plain, _, is_buffer = case.partition(", through")
             row = Row(f"{case}: {NAMES[which]}", "alloc and free", seconds, "s", "lower")
             if plain in peer:
                 row.peer, row.peer_value = "kvcached, lists", peer[plain]
-            if is_buffer and "threads" not in case:
+            if "threads" in case:
+                row.ceiling = empties.get(case.replace("16 blocks", "nothing"))
+            elif is_buffer:
                 count = int(case.split()[0])
                 row.ceiling = empty
                 if count in (16, 256, 4096):
