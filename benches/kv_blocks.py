@@ -6,7 +6,7 @@ The peer is kvcached with driver calls that do nothing (`benches/kvcached_peer.p
 with it is given. Of finding again and evicting there are two (`benches/prefix_peers.py`): vLLM's block pool, where it
 is said what vLLM can be imported from, and kvcached's in its place, where both are there. All are the best of several
 rounds' means: what others do on the machine meanwhile is not theirs. What is scattered has no neighbours, and as many
-blocks lie in three times as many granules: that is what a large batch costs then.
+blocks lie in three times as many words of 64: a large batch may cost as many times more (docs/decisions/0015).
 `python -m benches.kv_blocks [--quick] [--peer FOLDER] [--vllm PATHS]`.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -47,6 +48,8 @@ FRAGMENTS = 400
 THREADS = 8
 # 64 blocks of 32 KiB in each granule of 2 MiB.
 PER_GRANULE = 64
+# Of so many blocks that lie side by side one is free.
+SCATTERED = 3
 
 
 def cache(mem: shoal.MemoryManager, granules: int, **words: object) -> KvCache:
@@ -63,13 +66,18 @@ def mapped(kv: KvCache, blocks: int) -> None:
     kv.free(ids)
 
 
+def words(state: str, count: int) -> int:
+    """Count the words of 64 blocks in which so many free ones lie (docs/decisions/0015)."""
+    return math.ceil(count * (SCATTERED if state == "scattered" else 1) / PER_GRANULE)
+
+
 def fragment(kv: KvCache, state: str) -> list[int]:
-    """Leave 400 granules part-filled: one block of each is in use, or, scattered, two of three."""
+    """Leave 400 granules part-filled: one block of each is in use, or, scattered, two of three everywhere."""
     ids = kv.alloc(FRAGMENTS * PER_GRANULE)
     assert ids is not None
     held = {"fresh": [], "part-filled": ids[::PER_GRANULE]}.get(state)
     if held is None:
-        held = [block for place, block in enumerate(ids) if place % 3]
+        held = [block for place, block in enumerate(ids) if place % SCATTERED]
     kv.free(sorted(set(ids).difference(held)))
     return held
 
@@ -152,7 +160,8 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
                 for state in ("part-filled", "scattered"):
                     ratio = min(samples[state]) / min(samples["fresh"])
                     row = Row(f"{count} {said}", f"{state} over fresh", ratio, "", "lower", ceiling=1.0)
-                    row.target, row.met = TARGET_SAME, ratio <= TARGET_SAME
+                    row.target = TARGET_SAME * words(state, count) / words("fresh", count)
+                    row.met = ratio <= row.target
                     over.append(row)
     for state, kv in kvs.items():
         kv.free(held[state])

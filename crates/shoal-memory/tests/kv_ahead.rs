@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{WAIT, World, open, world, world_on};
 use shoal_core::bytes::ByteCount;
+use shoal_core::kv::demand::MOMENT;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_device::FaultDevice;
 use shoal_device::device::Verb;
@@ -74,7 +75,11 @@ fn grow_steadily(cache: &KvCache, steps: usize) -> Vec<u32> {
     for step in 0..steps {
         until("the next step's blocks are mapped", || cache.usage().groups[0].blocks.available >= 8);
         let mut ids = [u32::MAX; 8];
-        assert_eq!(cache.try_alloc(0, &mut ids).expect("a group"), Attempt::Done, "step {step}");
+        let mut done = Attempt::Busy;
+        while done == Attempt::Busy {
+            done = cache.try_alloc(0, &mut ids).expect("a group");
+        }
+        assert_eq!(done, Attempt::Done, "step {step}");
         held.extend(ids);
     }
     held
@@ -92,12 +97,13 @@ fn growth_that_nobody_announced_finds_memory_after_its_first_step() {
 
     // After two seconds without demand nothing is kept, and the thread sleeps; the blocks stay.
     until("nothing is expected", || cache.usage().groups[0].spare_target == 0);
-    until("the spare memory goes", || cache.usage().groups[0].blocks.available == 0);
-    thread::sleep(Duration::from_millis(500));
-    held.extend(alloc(&cache, 8).expect("room"));
+    until("the spare memory goes", || cache.usage().empty.is_zero());
+    thread::sleep(9 * MOMENT);
+    let left = cache.usage().groups[0].blocks.available as usize;
+    held.extend(alloc(&cache, left + 8).expect("room"));
     // This is demand of now, not of when the thread fell asleep: it is not forgotten with the next look at the clock.
     until("as much again is mapped", || cache.usage().groups[0].blocks.available >= 8);
-    thread::sleep(Duration::from_millis(600));
+    thread::sleep(2 * MOMENT);
     held.extend(grow_steadily(&cache, 12));
     cache.free(0, &held).expect("owned");
     until("all of it goes", || world.device_used().is_zero());
@@ -120,6 +126,24 @@ fn what_was_just_given_back_is_not_mapped_again() {
     cache.free(0, &ids).expect("owned");
     until("all of it goes", || world.device_used().is_zero());
     check(&world, &cache);
+}
+
+#[test]
+fn what_one_cache_keeps_ahead_is_there_for_blocks_of_another() {
+    let world = world(24, 64);
+    let ahead = world.manager.kv_cache(spec(24)).expect("addresses");
+    let plain = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..spec(24) };
+    let plain = world.manager.kv_cache(plain).expect("addresses");
+    let held = alloc(&ahead, 16).expect("room");
+    until("as much again is mapped", || ahead.usage().mapped == ByteCount::mib(16));
+    let others = alloc(&plain, 28).expect("nobody uses what was mapped ahead");
+    assert_eq!(ahead.usage().mapped, ByteCount::mib(8));
+    assert_eq!(alloc(&plain, 8), None, "what is owned stays");
+    for (cache, ids) in [(&ahead, held), (&plain, others)] {
+        cache.free(0, &ids).expect("owned");
+        check(&world, cache);
+    }
+    until("all of it goes", || world.device_used().is_zero());
 }
 
 #[test]

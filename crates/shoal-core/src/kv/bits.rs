@@ -74,16 +74,22 @@ impl Bits {
     }
 
     /// Takes the first `count` ids of `from..to` out, lowest first; fewer if there are fewer. Returns how many. `each` is
-    /// given them by words, as bits, of which there is at least one.
+    /// given them by words, as bits, of which there is at least one, and told how many they are.
     #[inline]
-    pub(super) fn take(&mut self, from: u32, to: u32, count: u32, mut each: impl FnMut(usize, u64)) -> u32 {
+    pub(super) fn take(
+        &mut self,
+        from: u32,
+        to: u32,
+        count: u32,
+        mut each: impl FnMut(usize, u64, u32),
+    ) -> u32 {
         let mut left = count;
         let (first, last) = (from as usize / WORD, (to as usize).saturating_sub(1) / WORD);
         if from >= to {
             return 0;
         }
-        let mut next = Some(first);
-        while let Some(word) = next.filter(|word| *word <= last && left > 0) {
+        let mut next = Some(first).filter(|_| left > 0);
+        while let Some(word) = next.filter(|word| *word <= last) {
             let mut mask = u64::MAX;
             if word == first {
                 mask <<= from as usize % WORD;
@@ -92,14 +98,17 @@ impl Bits {
                 mask &= u64::MAX >> (WORD - 1 - (to as usize - 1) % WORD);
             }
             let all = self.words[word];
-            let taken = lowest(all & mask, left);
+            let (taken, many) = lowest(all & mask, left);
             if taken != 0 {
-                each(word, taken);
-                left -= taken.count_ones();
+                each(word, taken, many);
+                left -= many;
                 self.words[word] = all & !taken;
                 if self.words[word] == 0 {
                     self.summary[word / WORD] &= !(1 << (word % WORD));
                 }
+            }
+            if left == 0 || word == last {
+                break;
             }
             next = self.next_word(word + 1);
         }
@@ -143,22 +152,24 @@ impl Bits {
     }
 }
 
-/// The lowest `count` bits of those that are set, or all.
+/// The lowest `count` bits of those that are set, or all, and how many. (Counting bits takes longer than most of what is
+/// done with a word: it is done once.)
 #[inline]
-fn lowest(open: u64, count: u32) -> u64 {
-    if open.count_ones() <= count {
-        return open;
+fn lowest(open: u64, count: u32) -> (u64, u32) {
+    let all = open.count_ones();
+    if all <= count {
+        return (open, all);
     }
     // Mostly they are neighbours.
     let first = open.trailing_zeros();
     if (open >> first).trailing_ones() >= count {
-        return ((1 << count) - 1) << first;
+        return (((1 << count) - 1) << first, count);
     }
     let mut rest = open;
     for _ in 0..count {
         rest &= rest - 1;
     }
-    open & !rest
+    (open & !rest, count)
 }
 
 #[cfg(test)]
@@ -184,7 +195,8 @@ mod tests {
                     2 => (one..two).step_by(3).for_each(|id| { bits.set(id); plain.insert(id); }),
                     _ => {
                         let mut found = Vec::new();
-                        let taken = bits.take(one, two, count, |word, mut open| {
+                        let taken = bits.take(one, two, count, |word, mut open, many| {
+                            assert_eq!(open.count_ones(), many);
                             while open != 0 {
                                 found.push(Bits::id(word, open.trailing_zeros()));
                                 open &= open - 1;

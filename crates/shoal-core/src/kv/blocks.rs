@@ -172,6 +172,8 @@ struct FreeRun {
 struct Named {
     word: usize,
     bits: u64,
+    /// How many they are.
+    count: u32,
 }
 
 /// See the module's text.
@@ -276,11 +278,13 @@ impl BlockPool {
             let open = &mut ids[filled..];
             let wanted = granule.free.min(u32::try_from(open.len()).unwrap_or(u32::MAX));
             let (owners, mut at, mut last) = (&mut self.owners, 0, NONE);
-            let taken = self.free.take(granule.first_block, granule.end_block, wanted, |word, bits| {
-                owners.own(word, bits);
-                at += runs::write(&mut open[at..], word, bits);
-                last = Bits::last(word, bits);
-            });
+            let taken =
+                self.free.take(granule.first_block, granule.end_block, wanted, |word, bits, count| {
+                    owners.own(word, bits);
+                    runs::write(&mut open[at..], word, bits, count as usize);
+                    at += count as usize;
+                    last = Bits::last(word, bits);
+                });
             debug_assert_eq!(taken, wanted, "granule {slot} counts more free blocks than it has");
             granule.free -= taken;
             granule.used += taken;
@@ -324,7 +328,7 @@ impl BlockPool {
             let (word, bits, count) = runs::read(left, is_rising);
             if !self.owners.disown(word, bits) {
                 // Some are shared, or one of them is wrong: which is said by looking at one after another.
-                for (after, id) in left[..count].iter().enumerate() {
+                for (after, id) in left[..count as usize].iter().enumerate() {
                     let known = self.known_id(*id);
                     if let Err(error) = known.and_then(|block| self.owners.leave(block)) {
                         for block in ids[..at + after].iter().filter_map(|id| id.block()) {
@@ -334,8 +338,8 @@ impl BlockPool {
                     }
                 }
             }
-            named.push(Named { word, bits });
-            at += count;
+            named.push(Named { word, bits, count });
+            at += count as usize;
         }
         Ok(())
     }
@@ -345,7 +349,7 @@ impl BlockPool {
     fn settle(&mut self, named: &[Named], mut cached: impl FnMut(u32)) -> Freed {
         let mut freed = Freed::default();
         let mut run = FreeRun::default();
-        for Named { word, bits } in named {
+        for Named { word, bits, count } in named {
             // Not what others own still, nor what was settled a moment ago because it is named twice.
             let mut left = self.owners.unowned(*word, *bits) & !self.free.word(*word);
             let mut sealed = if self.seals > 0 { left & self.sealed.word(*word) } else { 0 };
@@ -358,10 +362,13 @@ impl BlockPool {
                 cached(block);
                 sealed &= sealed - 1;
             }
-            if left != 0 {
-                self.free.set_word(*word, left);
-                freed.free += left.count_ones();
+            if left == 0 {
+                continue;
             }
+            // Counting bits is slow, and mostly all that were named are free now, and of one granule.
+            let mut many = if left == *bits { *count } else { left.count_ones() };
+            self.free.set_word(*word, left);
+            freed.free += many;
             while left != 0 {
                 let block = Bits::id(*word, left.trailing_zeros());
                 if block < run.first_block || block >= run.end_block {
@@ -372,9 +379,11 @@ impl BlockPool {
                     run = FreeRun { slot, first_block, end_block, count: 0, has_last: false };
                 }
                 let within = left & Bits::below(*word, run.end_block);
-                run.count += within.count_ones();
+                let here = if within == left { many } else { within.count_ones() };
+                run.count += here;
                 run.has_last |= Bits::last(*word, within) == run.end_block - 1;
                 left &= !within;
+                many -= here;
             }
         }
         freed.has_emptied |= self.end_run(&run);
@@ -387,7 +396,7 @@ impl BlockPool {
     /// One block that nobody owns any more.
     fn settle_one(&mut self, block: u32) -> Freed {
         let (word, bits) = Bits::split(block);
-        self.settle(&[Named { word, bits }], |_| ())
+        self.settle(&[Named { word, bits, count: 1 }], |_| ())
     }
 
     /// So many blocks of one granule became free. True if a granule is empty by that.

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::{EXTENT_PAGES_MAX, ExtentRule};
+use shoal_core::ids::RegionId;
 use shoal_core::kv::blocks::{BlockState, Freed};
 use shoal_core::kv::ids::BlockId;
 use shoal_core::kv::layout::{CacheLayout, CacheSpec, GroupLayout};
@@ -162,14 +163,40 @@ impl MemoryManager {
     /// Frees memory of KV caches in which nothing is owned, without a gate: after the steps that were recorded. Hold neither
     /// turn nor data lock.
     pub(crate) fn release_cached(&self, bytes: ByteCount, deadline: Instant) -> ByteCount {
+        self.release_from(self.caches(), true, bytes, deadline)
+    }
+
+    /// The same of memory in which nothing lies, as what was mapped ahead, from other caches than the one in `own`. Nothing
+    /// for whoever does not wait: nobody maps ahead what another has mapped ahead.
+    pub(crate) fn release_empty(&self, own: RegionId, bytes: ByteCount, deadline: Instant) -> ByteCount {
+        if Instant::now() >= deadline {
+            return ByteCount::ZERO;
+        }
+        let mut others = self.caches();
+        others.retain(|cache| cache.region.id() != own);
+        self.release_from(others, false, bytes, deadline)
+    }
+
+    fn release_from(
+        &self,
+        caches: Vec<Arc<Shared>>,
+        may_evict: bool,
+        bytes: ByteCount,
+        deadline: Instant,
+    ) -> ByteCount {
         let mut freed = ByteCount::ZERO;
-        for cache in self.caches() {
-            if freed >= bytes || cache.unowned_bytes().is_zero() {
+        for cache in caches {
+            let has_any = if may_evict {
+                !cache.unowned_bytes().is_zero()
+            } else {
+                !cache.state.lock().usage().empty.is_zero()
+            };
+            if freed >= bytes || !has_any {
                 continue;
             }
-            match cache.trim(bytes - freed, true, deadline) {
+            match cache.trim(bytes - freed, may_evict, deadline) {
                 Ok(report) => freed += report.freed,
-                Err(error) => tracing::debug!(%error, "what KV caches only remember stays for now"),
+                Err(error) => tracing::debug!(%error, "what KV caches do not use stays for now"),
             }
         }
         freed

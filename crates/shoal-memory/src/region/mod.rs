@@ -455,8 +455,12 @@ impl Region {
                 acquire()
             })
             .or_else(|error| {
-                // A KV cache decides for itself what it forgets to grow.
-                if self.kind() == LeaseKind::Kv || manager.release_cached(bytes, deadline).is_zero() {
+                // What one KV cache only remembers does not go for blocks of another; what lies empty in it does.
+                let freed = match self.kind() {
+                    LeaseKind::Kv => manager.release_empty(self.id(), bytes, deadline),
+                    _ => manager.release_cached(bytes, deadline),
+                };
+                if freed.is_zero() {
                     return Err(error);
                 }
                 manager.empty_pool(bytes);

@@ -169,7 +169,7 @@ impl BlockPool {
             self.relist(before);
         }
         self.granules[slot as usize].stage = Stage::Leaving;
-        self.free.take(granule.first_block, granule.end_block, u32::MAX, |_, _| ());
+        self.free.take(granule.first_block, granule.end_block, u32::MAX, |_, _, _| ());
         self.figures.available -= granule.free;
         self.granules[slot as usize].free = 0;
         self.relist(slot);
