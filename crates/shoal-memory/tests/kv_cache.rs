@@ -442,6 +442,8 @@ fn tokens_cache(world: &World, mib: u64) -> KvCache {
     let shape = BlockShape::Latent { tokens: 1, dim: 512 << 10 };
     let group = GroupSpec { name: "full".to_owned(), layers: 1, shape, element_bytes: 1 };
     let mut spec = spec(vec![group], PlaneOrder::BlockMajor, mib);
+    // What is mapped ahead would go before what is cached.
+    spec.spare_bytes_max = ByteCount::ZERO;
     spec.cache.granule_bytes_max = ByteCount::mib(2);
     world.manager.kv_cache(spec).expect("addresses")
 }

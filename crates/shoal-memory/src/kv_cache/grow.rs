@@ -19,6 +19,7 @@ use crate::error::{ErrorKind, MemoryError};
 use crate::region::Report;
 use crate::supply::Content;
 use crate::transfer::Shared as TransferShared;
+use crate::turn::Taken;
 
 /// How often an allocation maps again because others took what it had mapped.
 const ATTEMPTS_MAX: u32 = 4;
@@ -150,7 +151,7 @@ impl Shared {
             || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
         let _growing = self.growing.take(patience.turns).ok_or_else(late)?;
         let Some(planned) = self.state.lock().plan_growth(group, blocks)? else { return Ok(false) };
-        self.map(&planned, patience, true)?;
+        self.map(&planned, patience, Purpose::Need)?;
         Ok(true)
     }
 
@@ -179,7 +180,7 @@ impl Shared {
             if planned.is_empty() {
                 break;
             }
-            match self.map(&planned, Patience::turns(deadline), false) {
+            match self.map(&planned, Patience::turns(deadline), Purpose::Ahead) {
                 Ok(()) => {
                     has_mapped = true;
                     if refused.is_none() {
@@ -208,23 +209,22 @@ impl Shared {
         let _growing = self.growing.take(deadline).ok_or_else(late)?;
         let Some(repack) = self.state.lock().plan_repack(group, moves_max)? else { return Ok(None) };
         // Nobody is to give memory up so that this cache may need less.
-        match self.map(&repack.planned, Patience::turns(deadline), false) {
+        match self.map(&repack.planned, Patience::turns(deadline), Purpose::Repack) {
             Ok(()) => Ok(Some(repack)),
             Err(error) if is_not_now(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Gives planned granules memory, all or none, and says so. `may_restore`: what lies on the host comes with it.
-    fn map(&self, planned: &[GranuleId], patience: Patience, may_restore: bool) -> Result<(), MemoryError> {
+    /// Gives planned granules memory, all or none, and says so.
+    fn map(&self, planned: &[GranuleId], patience: Patience, purpose: Purpose) -> Result<(), MemoryError> {
         let runs = {
             let state = self.state.lock();
             let runs = planned.iter().map(|granule| state.runs(*granule));
             runs.collect::<Result<Vec<_>, _>>()
         };
-        let done = runs
-            .map_err(MemoryError::from)
-            .and_then(|runs| self.map_runs(&runs.concat(), patience, may_restore));
+        let done =
+            runs.map_err(MemoryError::from).and_then(|runs| self.map_runs(&runs.concat(), patience, purpose));
         let mut state = self.state.lock();
         for granule in planned {
             if done.is_ok() {
@@ -233,15 +233,16 @@ impl Shared {
                 state.gone(*granule)?;
             }
         }
-        done
+        // In turn until here: a reclaim that found memory which is no granule yet would copy it to the host.
+        done.map(drop)
     }
 
-    fn map_runs(&self, runs: &[PageRun], patience: Patience, may_restore: bool) -> Result<(), MemoryError> {
+    fn map_runs(&self, runs: &[PageRun], patience: Patience, purpose: Purpose) -> Result<Taken, MemoryError> {
         let (manager, deadline) = (self.manager(), patience.turns);
         // One at a time, or two would ask for the same missing bytes. Neither turn nor data lock is held while asking.
         let restoring = match self.region.missing_bytes() {
             ByteCount::ZERO => None,
-            _ if may_restore => Some(manager.take_restore(deadline)?),
+            _ if purpose == Purpose::Need => Some(manager.take_restore(deadline)?),
             _ => return Err(self.region.refuse("map ahead", "something of it is on the host")),
         };
         // A wake lends its turn while it waits for copies: a step that runs beside it needs blocks, and what was evicted of
@@ -254,9 +255,12 @@ impl Shared {
             [self.region.wanted_extents(runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
         let mut supply = self.region.supply(extents, Content::Zeroed, patience.lease, "KV blocks")?;
-        let _turn = take(deadline.max(Instant::now() + AHEAD_WAIT))?;
+        let turn = take(deadline.max(Instant::now() + AHEAD_WAIT))?;
         let missing = self.region.missing_bytes();
-        if self.region.uncommitted(runs)? + missing > supply.bytes()
+        // Or the cache's own thread would take again what a reclaim took while it waited for the turn.
+        let is_too_late = purpose == Purpose::Ahead && self.is_stopped();
+        if is_too_late
+            || self.region.uncommitted(runs)? + missing > supply.bytes()
             || (restoring.is_none() && !missing.is_zero())
         {
             let waited = self.patience;
@@ -266,7 +270,8 @@ impl Shared {
             let shared = TransferShared::default();
             self.region.restore_in_turn(&mut supply, manager.operation_deadline(), &shared)?;
         }
-        self.region.commit_in_turn(runs, &mut supply).map(drop)
+        self.region.commit_in_turn(runs, &mut supply)?;
+        Ok(turn)
     }
 
     /// Gives back what was empty at `clocks` and nothing is expected for. False: a step runs, and which ones have ended is
@@ -430,6 +435,17 @@ impl Patience {
     fn turns(until: Instant) -> Self {
         Self { turns: until, lease: Instant::now() }
     }
+}
+
+/// What memory is mapped for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// Somebody waits for blocks: what lies on the host comes with it.
+    Need,
+    /// What is expected: not after memory was reclaimed.
+    Ahead,
+    /// Other memory of this cache goes for it.
+    Repack,
 }
 
 /// What becomes of memory that is unmapped.
