@@ -163,7 +163,7 @@ impl MemoryManager {
     /// Frees memory of KV caches in which nothing is owned, without a gate: after the steps that were recorded. Hold neither
     /// turn nor data lock.
     pub(crate) fn release_cached(&self, bytes: ByteCount, deadline: Instant) -> ByteCount {
-        self.release_from(self.caches(), true, bytes, deadline)
+        release_from(self.caches(), true, bytes, deadline)
     }
 
     /// The same of memory in which nothing lies, as what was mapped ahead, from other caches than the one in `own`. Nothing
@@ -174,33 +174,24 @@ impl MemoryManager {
         }
         let mut others = self.caches();
         others.retain(|cache| cache.region.id() != own);
-        self.release_from(others, false, bytes, deadline)
+        release_from(others, false, bytes, deadline)
     }
+}
 
-    fn release_from(
-        &self,
-        caches: Vec<Arc<Shared>>,
-        may_evict: bool,
-        bytes: ByteCount,
-        deadline: Instant,
-    ) -> ByteCount {
-        let mut freed = ByteCount::ZERO;
-        for cache in caches {
-            let has_any = if may_evict {
-                !cache.unowned_bytes().is_zero()
-            } else {
-                !cache.state.lock().usage().empty.is_zero()
-            };
-            if freed >= bytes || !has_any {
-                continue;
-            }
-            match cache.trim(bytes - freed, may_evict, deadline) {
-                Ok(report) => freed += report.freed,
-                Err(error) => tracing::debug!(%error, "what KV caches do not use stays for now"),
-            }
+/// Trims caches, one after another, until `bytes` are free.
+fn release_from(caches: Vec<Arc<Shared>>, may_evict: bool, bytes: ByteCount, deadline: Instant) -> ByteCount {
+    let mut freed = ByteCount::ZERO;
+    for cache in caches {
+        let unused = if may_evict { cache.unowned_bytes() } else { cache.state.lock().usage().empty };
+        if freed >= bytes || unused.is_zero() {
+            continue;
         }
-        freed
+        match cache.trim(bytes - freed, may_evict, deadline) {
+            Ok(report) => freed += report.freed,
+            Err(error) => tracing::debug!(%error, "what KV caches do not use stays for now"),
+        }
     }
+    freed
 }
 
 impl KvCache {
