@@ -437,14 +437,12 @@ fn a_failure_at_any_device_call_leaves_everything_consistent() {
     }
 }
 
-/// Blocks of 512 KiB with one token each.
+/// Blocks of 512 KiB with one token each; nothing is mapped ahead, as that would go before what is cached.
 fn tokens_cache(world: &World, mib: u64) -> KvCache {
     let shape = BlockShape::Latent { tokens: 1, dim: 512 << 10 };
     let group = GroupSpec { name: "full".to_owned(), layers: 1, shape, element_bytes: 1 };
     let mut spec = spec(vec![group], PlaneOrder::BlockMajor, mib);
-    // What is mapped ahead would go before what is cached.
-    spec.spare_bytes_max = ByteCount::ZERO;
-    spec.cache.granule_bytes_max = ByteCount::mib(2);
+    (spec.spare_bytes_max, spec.cache.granule_bytes_max) = (ByteCount::ZERO, ByteCount::mib(2));
     world.manager.kv_cache(spec).expect("addresses")
 }
 
