@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from shoal.errors import RegionError
 from shoal.vllm.queue import ElasticQueue
 from shoal.vllm.transfers import Transfers
 
@@ -135,7 +136,6 @@ def job(blocks_of_windows: list[int] | None = None, *others: int, is_store: bool
 
 def test_blocks_of_jobs_and_of_requests_that_ended_are_read_and_nothing_else() -> None:
     transfers = Transfers()
-    assert transfers.read() == set()
 
     class Made(Scheduler):
         pass
@@ -163,11 +163,43 @@ def test_blocks_of_jobs_and_of_requests_that_ended_are_read_and_nothing_else() -
     assert told == [{6, 8, 30, 31}, {6, 30, 31}]
 
 
+def test_while_a_half_was_not_seen_no_block_is_let_go() -> None:
+    """What a half that nobody looks into copies is not known; "nothing" would let memory go under a copy."""
+    nothing = SimpleNamespace(_unsubmitted_store_jobs=[], worker=None)
+    with pytest.raises(RegionError, match="scheduler's and the worker's half") as neither:
+        Transfers().read()
+    assert neither.value.kind == "unsupported"
+    no_scheduler, no_worker = Transfers(), Transfers()
+    no_scheduler.attach_worker(nothing)
+    no_worker.attach_scheduler(Scheduler())
+    memory = Memory(4)
+    queue = ElasticQueue(blocks(4), memory, 4)
+    taken = queue.popleft_n(2)
+    for half, transfers in {"scheduler's half": no_scheduler, "worker's half": no_worker}.items():
+        queue.read = transfers.read
+        with pytest.raises(RegionError, match=half):
+            queue.prepend_n(taken)
+        assert memory.out == {0, 1}, "memory went of which nobody knows whether it is read"
+    no_worker.attach_worker(nothing)
+    queue.read = no_worker.read
+    queue.prepend_n(taken)
+    assert memory.out == set()
+
+
+def test_a_connector_whose_copies_cannot_be_waited_for_is_refused() -> None:
+    with pytest.raises(RegionError, match="no half in its worker's process"):
+        Transfers().attach_worker(None)
+
+    class Foreign:
+        _store_handler = SimpleNamespace(_transfers=[])
+
+    with pytest.raises(RegionError, match="Foreign has no _load_handler") as foreign:
+        Transfers().attach_worker(SimpleNamespace(_unsubmitted_store_jobs=[], worker=Foreign()))
+    assert foreign.value.kind == "unsupported"
+
+
 def test_copies_that_wait_are_begun_once_and_streams_are_those_of_copies_that_run() -> None:
     transfers = Transfers()
-    transfers.begin_waiting()
-    assert not transfers.has_waiting
-    assert list(transfers.streams()) == []
     began: list[int] = []
     copies = SimpleNamespace(
         submit_store=lambda number, _source, _target: began.append(number) is None,

@@ -9,8 +9,11 @@ Apart from the worker and the pool because it looks into both halves of the conn
 
 from __future__ import annotations
 
+import collections
 import functools
 from typing import TYPE_CHECKING, Any
+
+from shoal.errors import RegionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,6 +26,9 @@ CONNECTORS = ("OffloadingConnector", "ShoalConnector")
 
 class Transfers:
     """Both halves of a connector.
+
+    What was not seen cannot be told apart from what copies nothing. So whoever asks while a half is missing is refused:
+    memory that a copy reads could go otherwise.
 
     Attributes
     ----------
@@ -73,8 +79,33 @@ class Transfers:
         ----------
         worker
             vLLM's ``OffloadingConnectorWorker``.
+
+        Raises
+        ------
+        RegionError
+            There is none, or what copies for it is not vLLM's own. Its ``kind`` is ``"unsupported"``.
         """
+        if worker is None:
+            raise RegionError("vLLM's connector has no half in its worker's process", kind="unsupported")
         self._worker = worker
+        collections.deque(self.streams(), maxlen=0)
+
+    def check(self) -> None:
+        """See to it that both halves are looked into.
+
+        Raises
+        ------
+        RegionError
+            One is not; the message says which. Its ``kind`` is ``"unsupported"``.
+        """
+        halves = {"scheduler's": self._scheduler, "worker's": self._worker}
+        missing = [name for name, half in halves.items() if half is None]
+        if missing:
+            raise RegionError(
+                f"the {' and the '.join(missing)} half of vLLM's connector was not made where it was expected to be: "
+                "which blocks it copies is not known, so no memory may go",
+                kind="unsupported",
+            )
 
     def read(self) -> set[int]:
         """Say which blocks a copy from the device may still read.
@@ -84,21 +115,25 @@ class Transfers:
         set of int
             Blocks of jobs that have not ended, of jobs that were forgotten in a reset and have not begun, and of
             requests that have ended and of which jobs may still be made.
+
+        Raises
+        ------
+        RegionError
+            As :meth:`check`.
         """
+        self.check()
         found: set[int] = set()
-        if self._scheduler is not None:
-            for job in self._scheduler._jobs.values():
-                if job.is_store:
-                    found.update(job.non_sliding_window_block_ids or ())
-                    found.update(job.sliding_window_block_ids or ())
-            for status in self._scheduler._req_status.values():
-                if status.req.is_finished():
-                    for group in status.group_states:
-                        # Of what lies before, jobs were made.
-                        found.update(group.block_ids[group.next_stored_chunk_idx * status.config.blocks_per_chunk :])
-        if self._worker is not None:
-            for _, source, _ in self._worker._unsubmitted_store_jobs:
-                found.update(int(block) for block in source.block_ids)
+        for job in self._scheduler._jobs.values():
+            if job.is_store:
+                found.update(job.non_sliding_window_block_ids or ())
+                found.update(job.sliding_window_block_ids or ())
+        for status in self._scheduler._req_status.values():
+            if status.req.is_finished():
+                for group in status.group_states:
+                    # Of what lies before, jobs were made.
+                    found.update(group.block_ids[group.next_stored_chunk_idx * status.config.blocks_per_chunk :])
+        for _, source, _ in self._worker._unsubmitted_store_jobs:
+            found.update(int(block) for block in source.block_ids)
         return found
 
     def streams(self) -> Iterable[Any]:
@@ -108,21 +143,31 @@ class Transfers:
         -------
         iterable
             Of torch's streams.
+
+        Raises
+        ------
+        RegionError
+            What copies is not vLLM's own: on which streams, is not known. Its ``kind`` is ``"unsupported"``.
         """
-        copies = None if self._worker is None else self._worker.worker
-        for name in ("_store_handler", "_load_handler"):
-            for transfer in getattr(getattr(copies, name, None), "_transfers", ()):
+        # Nothing copies before the cache was made known to it.
+        copies = self._worker.worker
+        for name in ("_store_handler", "_load_handler") if copies is not None else ():
+            running = getattr(getattr(copies, name, None), "_transfers", None)
+            if running is None:
+                raise RegionError(
+                    f"{type(copies).__name__} has no {name} with copies that run: nobody can wait for what it copies",
+                    kind="unsupported",
+                )
+            for transfer in running:
                 yield transfer.stream
 
     @property
     def has_waiting(self) -> bool:
         """Whether copies are to begin with the next step."""
-        return self._worker is not None and bool(self._worker._unsubmitted_store_jobs)
+        return bool(self._worker._unsubmitted_store_jobs)
 
     def begin_waiting(self) -> None:
         """Begin the copies that would begin with the next step. All memory has to be there."""
-        if self._worker is None:
-            return
         waiting, self._worker._unsubmitted_store_jobs = self._worker._unsubmitted_store_jobs, []
         for job, source, target in waiting:
             if not self._worker.worker.submit_store(job, source, target):

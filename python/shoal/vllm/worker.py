@@ -194,8 +194,11 @@ class Worker(gpu_worker.Worker):
             vLLM's.
         """
         cache = self.memory.cache
-        if self._is_warm and cache is not None and cache.pool is None:
-            raise RegionError("vLLM's scheduler hands out blocks by itself; its KV cache is not elastic")
+        if self._is_warm and cache is not None:
+            if cache.pool is None:
+                raise RegionError("vLLM's scheduler hands out blocks by itself; its KV cache is not elastic")
+            if cache.transfers is not None:
+                cache.transfers.check()
         if self._shelf is not None and self._is_warm:
             # The scheduler has decided, and nothing of this step has begun.
             self._shelf.errands.run()
