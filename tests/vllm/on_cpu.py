@@ -66,6 +66,8 @@ class Copies:
         self.device = [one.tensor.view(torch.int8).view(-1, one.page_size_bytes) for one in kv.tensors]
         self.staged = [region.create_next_view(one.page_size_bytes) for one in kv.tensors]
         self.ended: list[list[Any]] = [[], [], []]
+        # None of them runs on a stream.
+        self._store_handler = self._load_handler = SimpleNamespace(_transfers=())
 
     def _copy(self, job: int, pairs: Any, *, up: bool) -> bool:
         from vllm.v1.kv_offload.base import TransferResult
@@ -300,7 +302,8 @@ class Engine:
         self.compare("at the end", [[10, 11]], [answer([10, 11])])
         self.found["kept back"] = self.pool().free_block_queue.kept_back
         self.llm.collective_rpc("shoal_kv_shrink", args=(KV_BYTES,))
-        self.found["left"] = self.usage()["mapped"]
+        usage, memory = self.usage(), self.pool().cache
+        self.found["left"] = [usage["live"] // (memory.plan.nbytes // memory.blocks), usage["empty"]]
         self.found["preemptions"] = sum(
             int(one.value) for one in self.llm.get_metrics() if one.name == "vllm:num_preemptions"
         )
