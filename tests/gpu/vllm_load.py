@@ -228,10 +228,10 @@ def main() -> int:
     what = {"burst": bursts, "all_active": actives}[sys.argv[1]]
     with tempfile.TemporaryDirectory(prefix="vllm-load-") as directory:
         folder = Path(directory)
-        os.environ.update({
-            "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_CACHE_ROOT": str(folder / "cache"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"),
-        })  # fmt: skip
+        os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"})
+        # What was compiled for one part serves the next, where whoever runs them keeps it.
+        for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ.setdefault(name, str(folder / name.lower()))
         found, weights = models(folder)
         budget = len(NAMES) * (weights + BESIDE) + ROOM if ON_GPU else 64 << 20
         if given := os.environ.get("SHOAL_SHELF_GIB"):

@@ -39,9 +39,10 @@ class Serve:
         port = free_port()
         env = {
             **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_BATCH_INVARIANT": "1", "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_BATCH_INVARIANT": "1", "VLLM_SERVER_DEV_MODE": "1",
             "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder / 'site'}:{folder / 'invariant'}",
         }  # fmt: skip
+        env.setdefault("VLLM_CACHE_ROOT", str(folder / "cache"))
         env.pop("SHOAL", None)
         if is_shoal:
             env["SHOAL"] = "1"

@@ -383,8 +383,6 @@ def main() -> int:
         folder = Path(directory)
         environment = {
             "HF_HUB_OFFLINE": "1", "VLLM_BATCH_INVARIANT": "1" if ON_GPU else "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_CACHE_ROOT": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-            "TRITON_CACHE_DIR": str(folder / "triton"),
             # Engines are started elsewhere, and find what takes part in the tests by this alone.
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(folder / "invariant")])
@@ -392,6 +390,9 @@ def main() -> int:
         }  # fmt: skip
         invariant.found_by_vllm(folder / "invariant")
         os.environ.update(environment)
+        # What was compiled for one part serves the next, where whoever runs them keeps it.
+        for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ.setdefault(name, str(folder / name.lower()))
         begun = time.monotonic()
         make(folder)
         print(f"models made in {time.monotonic() - begun:.1f} s", flush=True)
