@@ -113,6 +113,9 @@ def test_weights_are_loaded_where_the_worker_says() -> None:
         ("execute_dummy_batch", ["self"]),
         ("sleep", ["self", "level"]),
         ("wake_up", ["self", "tags"]),
+        ("start_weight_update", ["self"]),
+        ("update_weights", ["self", "update_info"]),
+        ("finish_weight_update", ["self"]),
     ],
 )
 def test_the_worker_has_the_methods_that_ours_overrides(method: str, wanted: list[str]) -> None:
@@ -196,6 +199,20 @@ def test_an_engine_can_be_paused_without_forgetting_its_cache() -> None:
     assert parameters("v1/engine/async_llm.py", "AsyncLLM", "resume_generation") == ["self"]
     assert "collective_rpc" in text("v1/engine/async_llm.py", "AsyncLLM")
     assert parameters("entrypoints/llm.py", "LLM", "collective_rpc")[:2] == ["self", "method"]
+
+
+def test_weights_that_are_written_anew_are_known_to_be() -> None:
+    for name in ("_start_weight_update", "update_weights", "finish_weight_update"):
+        assert "self._weight_update_active" in text(WORKER, "Worker", name), f"{name} does not say so any more"
+
+
+def test_a_token_can_be_asked_for_beside_other_requests() -> None:
+    wanted = ["self", "prompt", "sampling_params", "request_id"]
+    assert parameters("v1/engine/async_llm.py", "AsyncLLM", "generate")[:4] == wanted
+    sampling = text("sampling_params.py", "SamplingParams")
+    for name in ("max_tokens", "temperature", "logprobs", "ignore_eos", "detokenize"):
+        assert f"{name}:" in sampling, f"sampling has no {name}"
+    assert "request_id: str" in text("v1/engine/__init__.py", "EngineCoreOutput"), "outputs do not say whose they are"
 
 
 def test_warming_up_uses_the_first_blocks() -> None:

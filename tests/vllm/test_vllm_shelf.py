@@ -250,3 +250,58 @@ def test_what_cannot_be_served_is_said_and_not_tried_again(tmp_path: Path) -> No
             assert said in found["error"], found["error"] + server.logs()
             if name != "warm":  # what may be otherwise the next time is tried again
                 assert found["status"] == "failed", found
+
+
+def test_an_engine_that_says_something_else_after_a_wake_is_ended_and_started_anew(tmp_path: Path) -> None:
+    rot = tmp_path / "rotten"
+    shelf = [table(tmp_path, "ash", "--rots-with", str(rot), wake_check=True)]
+    with serve(tmp_path, models=shelf, device_budget="128MiB", host_budget="128MiB") as server:
+        up(server, "ash")
+        pid = server.workers()["ash"]
+
+        def checked() -> int:
+            return server.logs(10_000).count("A wake was checked")
+
+        def wakes(prompt: str) -> None:
+            assert server.order("ash", "sleep").status_code == 200
+            server.wait_for("ash", "asleep")
+            assert text(ask(server, "ash", prompt)) == expected("ash", prompt, 8)
+
+        wakes("well")
+        until(lambda: checked() == 1, "a wake was not checked")
+        time.sleep(2.5)
+        assert checked() == 1, "it is checked although nothing left the device"
+        wakes("well again")
+        until(lambda: checked() == 2, "the second wake was not checked")
+        tokens = server.model("ash")["counts"]["tokens_out"]
+        assert tokens == 16, "tokens that nobody asked for are counted"
+        assert server.order("ash", "sleep").status_code == 200
+        server.wait_for("ash", "asleep")
+        rot.touch()
+        assert server.order("ash", "wake").status_code == 200
+        until(lambda: "where it said" in str(server.model("ash")["error"]), "nobody was told", 60)
+        rot.unlink()
+        until(lambda: server.workers().get("ash") != pid, "it goes on", 60)
+        assert text(ask(server, "ash", "after")) == expected("ash", "after", 8)
+        assert server.workers()["ash"] != pid
+
+
+def test_wakes_are_not_checked_where_nobody_wants_it_or_the_engine_cannot(tmp_path: Path) -> None:
+    rot = tmp_path / "rotten"
+    shelf = [
+        table(tmp_path, "ash", "--rots-with", str(rot)),
+        table(tmp_path, "birch", "--rots-with", str(rot), "--max-logprobs", "1", wake_check=True),
+    ]
+    with serve(tmp_path, models=shelf, device_budget="128MiB", host_budget="128MiB") as server:
+        for name in ("ash", "birch"):
+            up(server, name)
+            assert server.order(name, "sleep").status_code == 200
+            server.wait_for(name, "asleep")
+        pids = server.workers()
+        rot.touch()
+        for name in ("ash", "birch"):
+            assert text(ask(server, name, "x")) != expected(name, "x", 8)
+        time.sleep(3)
+        assert server.workers() == pids
+        said = "Wakes of this engine will not be checked: Requested sample logprobs of 5"
+        assert server.logs(10_000).count(said) == 1

@@ -245,6 +245,7 @@ impl PyRegion {
         dict.set_item("device", usage.device.0)?;
         dict.set_item("host", usage.host.0)?;
         dict.set_item("source_only", usage.source_only.0)?;
+        dict.set_item("left", usage.left.0)?;
         Ok(dict)
     }
 

@@ -100,7 +100,7 @@ class Region:
         -------
         dict
             Bytes by place: ``device`` (committed), ``host`` (copies), ``source_only`` (nowhere but in their file) and
-            ``total``.
+            ``total``; and ``left``, those that have left the device since the region was made, each time counted.
 
         Raises
         ------

@@ -15,31 +15,47 @@ from shoal.errors import Error
 if TYPE_CHECKING:
     from shoal.vllm.memory import KvWhileAsleep
 
-__all__ = ["resume", "resume_async", "suspend", "suspend_async"]
+__all__ = ["CHECK", "Said", "compared", "one_token_async", "resume", "resume_async", "suspend", "suspend_async"]
 
 CHECKED = tuple(range(1, 9))
 """The prompt that a wake is checked with: shorter than any block, so that it is computed each time."""
 
 
-ROUNDING = 0.1
-"""By how much a token's log probability may differ where others were computed beside it."""
+CHECK = "shoal-check-"
+"""What the ids of requests begin with that nobody else asked for."""
+
+ROUNDING = 0.5
+"""By how much a token's log probability may differ where others were computed beside it: vLLM's logits are rounded to
+the model's type, in bfloat16 to an eighth from 16 up and to a fourth from 32 up, the likeliest one's and this one's."""
 
 LIKELIEST = 5
 
 
-class _Said(NamedTuple):
+class Said(NamedTuple):
+    """The likeliest token, its log probability, and those of the likeliest ones, itself among them."""
+
     token: int
     logprob: float
     others: dict[int, float]
-    """Log probabilities of the likeliest tokens, this one among them."""
 
-    def agrees(self, now: _Said) -> bool:
-        """Say whether what is said now may be the same, rounded otherwise."""
+    def agrees(self, now: Said) -> bool:
+        """Say whether what is said now may be the same, rounded otherwise.
+
+        Parameters
+        ----------
+        now
+            What is said now.
+
+        Returns
+        -------
+        bool
+            Whether this one's token is among the likeliest of those, and about as likely.
+        """
         return abs(now.others.get(self.token, float("-inf")) - self.logprob) <= ROUNDING
 
 
 # What an engine that sleeps said last.
-_said: weakref.WeakKeyDictionary[Any, _Said] = weakref.WeakKeyDictionary()
+_said: weakref.WeakKeyDictionary[Any, Said] = weakref.WeakKeyDictionary()
 
 
 def suspend(llm: Any, kv: KvWhileAsleep = "keep", *, check: bool = False) -> dict[str, Any]:
@@ -94,11 +110,32 @@ def resume(llm: Any) -> dict[str, Any]:
     if before is not None:
         began = time.perf_counter()
         now = _one_token(llm)
-        report["check"] = _compared(before, now, began, is_same=now.token == before.token)
+        report["check"] = compared(before, now, began, is_same=now.token == before.token)
     return report
 
 
-def _compared(before: _Said, now: _Said, began: float, *, is_same: bool) -> dict[str, float]:
+def compared(before: Said, now: Said, began: float, *, is_same: bool) -> dict[str, float]:
+    """Give a report of a check that began at a time of :func:`time.perf_counter`.
+
+    Parameters
+    ----------
+    before, now
+        What was said before the sleep, and now.
+    began
+        When.
+    is_same
+        Whether the two count as the same.
+
+    Returns
+    -------
+    dict
+        ``seconds``, and by how much the token's ``logprob`` differs.
+
+    Raises
+    ------
+    Error
+        They do not. Its ``kind`` is ``"check"``.
+    """
     if not is_same:
         raise Error(
             f"the engine woke, and says token {now.token} (log probability {now.logprob:.4f}) where it said "
@@ -114,26 +151,35 @@ def _sampling() -> Any:
     return SamplingParams(max_tokens=1, temperature=0, logprobs=LIKELIEST, ignore_eos=True, detokenize=False)
 
 
-def _said_of(made: Any) -> _Said:
+def _said_of(made: Any) -> Said:
     token = made.outputs[0].token_ids[0]
     (chances,) = made.outputs[0].logprobs
     others = {one: float(chance.logprob) for one, chance in chances.items()}
-    return _Said(token, others[token], others)
+    return Said(token, others[token], others)
 
 
-def _one_token(llm: Any) -> _Said:
+def _one_token(llm: Any) -> Said:
     """Compute one token, by the likeliest."""
     (made,) = llm.generate([{"prompt_token_ids": list(CHECKED)}], _sampling(), use_tqdm=False)
     return _said_of(made)
 
 
-async def _one_token_async(engine: Any) -> _Said:
-    """Compute one token, beside whatever else is computed."""
-    number = f"shoal-check-{uuid.uuid4().hex}"
+async def one_token_async(engine: Any) -> Said | None:
+    """Compute one token of a short prompt, beside whatever else is computed.
+
+    Parameters
+    ----------
+    engine
+        A ``vllm.v1.engine.async_llm.AsyncLLM``.
+
+    Returns
+    -------
+    Said or None
+        What it says. None: somebody ended the request before it was answered.
+    """
+    number = f"{CHECK}{uuid.uuid4().hex}"
     made = [one async for one in engine.generate({"prompt_token_ids": list(CHECKED)}, _sampling(), number)]
-    if not made:
-        raise Error("the engine said nothing to the prompt that its wake is checked with", kind="check")
-    return _said_of(made[-1])
+    return _said_of(made[-1]) if made and made[-1].outputs[0].token_ids else None
 
 
 async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep", *, check: bool = False) -> dict[str, Any]:
@@ -147,14 +193,14 @@ async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep", *, check: bool 
         As for :func:`suspend`.
     check
         As for :func:`suspend`. Others' requests may be computed beside it, which rounds otherwise: the token that was
-        the likeliest has to be among the five likeliest afterwards, with a log probability that differs by 0.1 at most.
+        the likeliest has to be among the five likeliest afterwards, with a log probability that differs by 0.5 at most.
 
     Returns
     -------
     dict
         As :func:`suspend`.
     """
-    said = await _one_token_async(engine) if check else None
+    said = await one_token_async(engine) if check else None
     _said.pop(engine, None)
     await engine.pause_generation(mode="wait", clear_cache=False)
     try:
@@ -190,8 +236,10 @@ async def resume_async(engine: Any) -> dict[str, Any]:
     before = _said.pop(engine, None)
     if before is not None:
         began = time.perf_counter()
-        now = await _one_token_async(engine)
-        report["check"] = _compared(before, now, began, is_same=before.agrees(now))
+        now = await one_token_async(engine)
+        if now is None:
+            raise Error("the engine said nothing to the prompt that its wake is checked with", kind="check")
+        report["check"] = compared(before, now, began, is_same=before.agrees(now))
     return report
 
 

@@ -317,6 +317,17 @@ class EngineMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
+    def weights_left(self) -> int | None:
+        """Say whether weights were away: the number grows with each time that some of them leave.
+
+        Returns
+        -------
+        int or None
+            Bytes that have left the device so far; None while not all of them are there.
+        """
+        weights = self._regions["weights"].usage()
+        return int(weights["left"]) if weights["device"] == weights["total"] else None
+
     def host_room(self) -> int:
         """Give host bytes that copies of KV could take, those set apart that weights still need."""
         host = self.mem.host_memory()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.errors import Error
 from shoal.vllm import salt
+from shoal.vllm.checks import WakeChecks
 from shoal.worker import parent
 from shoal.worker.spec import SpecError, WorkerSpec
 
@@ -33,6 +36,7 @@ DRAIN_S = 10
 _INSTALL = "pip install 'shoal[vllm]' brings what vLLM needs"
 _LOOK_S = 0.1
 _READY_S = 3600.0
+_TELL_S = 2.0
 
 
 class StartError(Exception):
@@ -68,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio_run = prepare(options.control, options.model)
-        args = arguments(options.model, theirs)
-        asyncio_run(serve(args))
+        spec = told()
+        args = arguments(options.model, theirs, spec)
+        asyncio_run(serve(args, is_checked=spec.wake_check))
     except StartError as error:
         logger.critical("%s: %s", error.code, error)
         tell_failed(options.control, options.model, error.code, str(error))
@@ -127,7 +132,26 @@ def prepare(control: Path, model: str) -> Any:
     return uvloop.run
 
 
-def arguments(model: str, given: Sequence[str]) -> argparse.Namespace:
+def told() -> WorkerSpec:
+    """Read what the server says of the model.
+
+    Returns
+    -------
+    WorkerSpec
+        It.
+
+    Raises
+    ------
+    StartError
+        It cannot be used.
+    """
+    try:
+        return WorkerSpec.from_welcome(json.loads(os.environ.get("SHOAL_SPEC", "{}")))
+    except (SpecError, json.JSONDecodeError) as error:
+        raise StartError("model_unsupported", f"the model's configuration cannot be used: {error}") from error
+
+
+def arguments(model: str, given: Sequence[str], spec: WorkerSpec) -> argparse.Namespace:
     """Make vLLM's arguments of what the server says of the model and what the user gave.
 
     Parameters
@@ -136,6 +160,8 @@ def arguments(model: str, given: Sequence[str]) -> argparse.Namespace:
         What clients call it.
     given
         The user's own.
+    spec
+        What the server says of the model.
 
     Returns
     -------
@@ -150,10 +176,6 @@ def arguments(model: str, given: Sequence[str]) -> argparse.Namespace:
     from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    try:
-        spec = WorkerSpec.from_welcome(json.loads(os.environ.get("SHOAL_SPEC", "{}")))
-    except (SpecError, json.JSONDecodeError) as error:
-        raise StartError("model_unsupported", f"the model's configuration cannot be used: {error}") from error
     choose_device(spec)
     whole = [*given, *settings(model, spec, source_of(spec), os.environ.get("SHOAL_DATA_SOCKET", ""))]
     parser = make_arg_parser(FlexibleArgumentParser(description="vLLM under shoal serve."))
@@ -248,26 +270,31 @@ def source_of(spec: WorkerSpec) -> str:
         raise StartError(getattr(error, "code", None) or "model_missing", str(error)) from error
 
 
-async def serve(args: argparse.Namespace) -> None:
+async def serve(args: argparse.Namespace, *, is_checked: bool) -> None:
     """Run vLLM's API server until it is to end.
 
     Parameters
     ----------
     args
         vLLM's.
+    is_checked
+        Whether a token is compared after each wake.
     """
     from vllm.entrypoints.openai import api_server
 
     listen_address, sock = api_server.setup_server(args, reuse_port=False)
     async with api_server.build_async_engine_client(args) as engine:
         salt.mark(engine)
-        announcing = asyncio.create_task(announce(engine, args.uds))
+        checks = WakeChecks(engine) if is_checked else None
+        announcing = asyncio.create_task(announce(engine, args.uds, checks))
         announcing.add_done_callback(_end_unannounced)
+        tasks = [announcing] if checks is None else [announcing, asyncio.create_task(watch(engine, announcing, checks))]
         try:
             shutdown = await api_server.build_and_serve(engine, listen_address, sock, args)
         finally:
-            announcing.cancel()
-            await asyncio.gather(announcing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     try:
         await shutdown
     finally:
@@ -281,7 +308,32 @@ def _end_unannounced(announcing: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def announce(engine: Any, socket: str) -> None:
+async def watch(engine: Any, announcing: asyncio.Task[None], checks: WakeChecks) -> None:
+    """Check wakes, once requests are answered. An engine that says something else after one ends at once.
+
+    Parameters
+    ----------
+    engine
+        vLLM's ``AsyncLLM``.
+    announcing
+        What says that requests are answered.
+    checks
+        The checks.
+    """
+    await asyncio.wait([announcing])
+    try:
+        await checks.run()
+    except Error as error:
+        logger.critical("%s: this engine answers nobody any more", error)
+        # Whoever waits for an answer gets one of the next engine, or hears that there is none; never a wrong one.
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(engine.collective_rpc("shoal_wrong", args=(str(error),)), _TELL_S)
+        os._exit(1)
+    except Exception as error:  # noqa: BLE001 - vLLM itself ends an engine that is dead
+        logger.warning("Wakes are not checked any more: %s", error)
+
+
+async def announce(engine: Any, socket: str, checks: WakeChecks | None = None) -> None:
     """Say that requests are answered, once they are.
 
     Parameters
@@ -290,6 +342,8 @@ async def announce(engine: Any, socket: str) -> None:
         vLLM's ``AsyncLLM``.
     socket
         Where it answers.
+    checks
+        What is to know first what the engine says.
     """
     for _ in range(int(_READY_S / _LOOK_S)):
         if await _asked(socket, "/health") is not None:
@@ -306,6 +360,8 @@ async def announce(engine: Any, socket: str) -> None:
         "context_tokens": int(config.max_model_len),
         "dtype": str(config.dtype).removeprefix("torch."),
     }
+    if checks is not None:
+        await checks.begin()
     (report,) = await engine.collective_rpc("shoal_ready", args=(capabilities,))
     if report["outlives"]:
         parent.outlive_parent()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal import BrokerClient, MemoryManager
 from shoal.errors import DeadlineError, LeaseError, RegionError
+from shoal.vllm.control import CHECK
 from shoal.vllm.errands import Errands, listen
 from shoal.worker import parent
 from shoal.worker.usage import Counts, Reporter
@@ -281,7 +282,9 @@ class Shelf:
         def update_from_output(*arguments: Any, **named: Any) -> Any:
             outputs = original(*arguments, **named)
             for of_client in outputs.values():
-                self._tokens += sum(len(one.new_token_ids) for one in of_client.outputs)
+                self._tokens += sum(
+                    len(one.new_token_ids) for one in of_client.outputs if not one.request_id.startswith(CHECK)
+                )
             return outputs
 
         scheduler.update_from_output = update_from_output

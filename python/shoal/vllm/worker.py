@@ -47,6 +47,7 @@ class Worker(gpu_worker.Worker):
             refuse_unsupported(self.vllm_config)
         self._memory: EngineMemory | None = None
         self._is_warm = False
+        self._written = 0
         self._needs: StartNeeds | None = None
 
     # Where memory comes from.
@@ -236,6 +237,29 @@ class Worker(gpu_worker.Worker):
         """
         with self.memory.guard():
             super().reload_weights(*arguments, **named)
+        self._written += 1
+
+    def start_weight_update(self) -> None:
+        """Begin to write the weights anew, piece by piece."""
+        with self.memory.guard():
+            super().start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Write some of them.
+
+        Parameters
+        ----------
+        update_info
+            vLLM's.
+        """
+        with self.memory.guard():
+            super().update_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        """All of them are written."""
+        with self.memory.guard():
+            super().finish_weight_update()
+        self._written += 1
 
     # Sleep.
 
@@ -349,6 +373,31 @@ class Worker(gpu_worker.Worker):
         if self._shelf is None:
             raise RegionError("this engine was not started by shoal serve")
         return self._shelf.ready(capabilities)
+
+    def shoal_weights(self) -> tuple[int, int] | None:
+        """Say whether weights were away, or are others than before.
+
+        Returns
+        -------
+        tuple of int or None
+            Bytes that have left the device so far, and how often somebody has written them anew; None while not all of
+            them are there, and while they are written.
+        """
+        # vLLM's own word for it, from the first piece to the last.
+        is_written = getattr(self, "_weight_update_active", False)
+        left = None if is_written else self.memory.weights_left()
+        return None if left is None else (left, self._written)
+
+    def shoal_wrong(self, message: str) -> None:
+        """Tell the server, if there is one, that this engine is not to be asked any more.
+
+        Parameters
+        ----------
+        message
+            Why.
+        """
+        if self._shelf is not None:
+            self._shelf.client.failed("internal", message)
 
     # Helpers.
 

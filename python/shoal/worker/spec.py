@@ -75,6 +75,8 @@ class WorkerSpec:
         Tokens of one KV block.
     prefix_caching
         Whether KV of a prompt's beginning is used again for prompts that begin alike.
+    wake_check
+        Whether a token that is known is computed after each wake; vLLM's engines do it.
     host_tier_bytes
         How much of the host budget keeps such KV in memory, for the time after the device forgot it.
     disk
@@ -111,6 +113,7 @@ class WorkerSpec:
     overhead_bytes: int = 832 << 20
     block_tokens: int = 16
     prefix_caching: bool = True
+    wake_check: bool = False
     host_tier_bytes: int = 0
     disk: tuple[DiskShare, ...] = ()
     disk_key_file: str | None = None
@@ -180,7 +183,7 @@ def _checked(key: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise SpecError(f"{key}: {value!r} is not a string")
         return value
-    if key == "prefix_caching":
+    if key in ("prefix_caching", "wake_check"):
         if not isinstance(value, bool):
             raise SpecError(f"{key}: {value!r} is neither true nor false")
         return value

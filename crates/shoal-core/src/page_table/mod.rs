@@ -77,6 +77,8 @@ pub struct TableUsage {
     pub host: ByteCount,
     /// Valid only in the file they came from.
     pub source_only: ByteCount,
+    /// That have left the device since the table was made, each time counted; what was discarded is not among them.
+    pub left: ByteCount,
 }
 
 /// The page table of one region.
@@ -90,6 +92,7 @@ pub struct RegionTable {
     entries: Vec<Option<Entry>>,
     slots_free: Vec<u32>,
     device_bytes: ByteCount,
+    left_bytes: ByteCount,
     order: UseOrder,
 }
 
@@ -106,6 +109,7 @@ impl RegionTable {
             entries: Vec::new(),
             slots_free: Vec::new(),
             device_bytes: ByteCount::ZERO,
+            left_bytes: ByteCount::ZERO,
             order: UseOrder::default(),
         }
     }
@@ -339,7 +343,8 @@ impl RegionTable {
     /// Bytes by place.
     #[must_use]
     pub fn usage(&self) -> TableUsage {
-        let mut usage = TableUsage { device: self.device_bytes, ..TableUsage::default() };
+        let mut usage =
+            TableUsage { device: self.device_bytes, left: self.left_bytes, ..TableUsage::default() };
         for (_, extent, residency) in self.extents() {
             usage.total += extent.bytes();
             if residency.valid().has(Tier::Host) {
@@ -424,7 +429,10 @@ impl RegionTable {
             step(&mut entry.residency).map_err(|source| TableError::Residency { extent: index, source })?;
         match (was_on_device, entry.residency.valid().has(Tier::Device)) {
             (false, true) => self.device_bytes += bytes,
-            (true, false) => self.device_bytes -= bytes,
+            (true, false) => {
+                self.device_bytes -= bytes;
+                self.left_bytes += bytes;
+            }
             _ => {}
         }
         self.check_in_debug();

@@ -36,6 +36,24 @@ fn evicts_from_the_end_and_restores_from_the_start() {
 }
 
 #[test]
+fn what_left_the_device_is_counted_each_time_and_what_was_discarded_is_not() {
+    let mut table = small(4);
+    for index in 0..4 {
+        table.add_copy(ExtentIndex(index), Tier::Host).expect("exists");
+    }
+    assert_eq!(table.usage().left, ByteCount::ZERO);
+    for turn in 1..=2 {
+        let restore = table.plan_restore(ALL);
+        run_all(&mut table, &restore.moves);
+        let evict = table.plan_evict(ByteCount::mib(6), ByteCount::ZERO);
+        run_all(&mut table, &evict.moves);
+        assert_eq!((table.usage().left, table.device_bytes()), (ByteCount::mib(6 * turn), ByteCount::mib(2)));
+    }
+    table.take_out(ExtentIndex(0)).expect("it is there");
+    assert_eq!((table.usage().left, table.device_bytes()), (ByteCount::mib(12), ByteCount::ZERO));
+}
+
+#[test]
 fn an_order_of_use_goes_before_that_of_addresses() {
     let mut table = small(4);
     for index in 0..4 {

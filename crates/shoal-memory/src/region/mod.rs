@@ -117,6 +117,9 @@ pub struct RegionUsage {
     pub source_only: ByteCount,
     /// What a full wake would bring to the device.
     pub missing: ByteCount,
+    /// That have left the device since the region was made, each time counted: whoever finds more than before, and
+    /// nothing missing, knows that it was woken.
+    pub left: ByteCount,
     /// Whether checksums are recorded.
     pub sealed: bool,
 }
@@ -383,6 +386,7 @@ impl Region {
             host: usage.host,
             source_only: usage.source_only,
             missing: state.table.missing_bytes(),
+            left: usage.left,
             sealed: state.sealed,
         }
     }

@@ -188,6 +188,7 @@ impl ServerConfig {
             "dtype": model.dtype,
             "context": model.context,
             "prefix_caching": model.prefix_caching,
+            "wake_check": model.wake_check,
             "device": self.device.to_string(),
             "device_bytes": self.device_budget,
             "device_bytes_max": model.max,
@@ -208,6 +209,7 @@ impl ServerConfig {
 
 /// One `[[model]]`.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "keys that do not exclude one another")]
 pub struct ModelConfig {
     /// What clients call it: letters, digits, `.`, `_`, `-`, `:`; safe as part of a file's name.
     pub name: String,
@@ -230,6 +232,8 @@ pub struct ModelConfig {
     pub context: Option<u32>,
     /// KV of a prompt's beginning is used again for prompts that begin alike.
     pub prefix_caching: bool,
+    /// Once its weights have come back, a token is computed that is known; only [`Engine::Vllm`] does it.
+    pub wake_check: bool,
     /// Its weights stay on the device.
     pub pin: bool,
     /// Device bytes it can always have.
@@ -269,6 +273,7 @@ impl ModelConfig {
             dtype: None,
             context: None,
             prefix_caching: true,
+            wake_check: false,
             pin: false,
             min: None,
             max: None,

@@ -91,6 +91,7 @@ pub struct ModelSection {
     pub dtype: Option<String>,
     pub context: Option<u32>,
     pub prefix_caching: bool,
+    pub wake_check: bool,
     pub pin: bool,
     pub min: Option<Sited<ByteCount>>,
     pub max: Option<Sited<ByteCount>>,
@@ -130,7 +131,7 @@ const SERVER_KEYS: [&str; 26] = [
     "silent_s_max",
     "stuck_s_max",
 ];
-const MODEL_KEYS: [&str; 26] = [
+const MODEL_KEYS: [&str; 27] = [
     "name",
     "source",
     "revision",
@@ -141,6 +142,7 @@ const MODEL_KEYS: [&str; 26] = [
     "dtype",
     "context",
     "prefix_caching",
+    "wake_check",
     "pin",
     "min",
     "max",
@@ -348,6 +350,7 @@ impl<'i> Reader<'i> {
             dtype: self.parsed(table, "dtype", dtype).map(bare).filter(|name| name != "auto"),
             context: self.whole(table, "context"),
             prefix_caching: !table.contains_key("prefix_caching") || self.boolean(table, "prefix_caching"),
+            wake_check: vllm::wake_check(self, table, kind),
             pin: self.boolean(table, "pin"),
             min,
             max,

@@ -275,6 +275,7 @@ fn resolve_model(model: ModelSection, directory: &Path, home: Option<&Path>) -> 
         dtype: model.dtype,
         context: model.context,
         prefix_caching: model.prefix_caching,
+        wake_check: model.wake_check,
         pin: model.pin,
         min: model.min.map(|min| min.value),
         max: model.max.map(|max| max.value),

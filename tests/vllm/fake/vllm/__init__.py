@@ -4,4 +4,10 @@ Tokens are bytes. A block of the KV cache holds sixteen of them in each layer, a
 the cache holds of a request and from the weights: what was lost or mixed up in either shows in the answer.
 """
 
+from types import SimpleNamespace
+
 __version__ = "0.26.0"
+
+
+class SamplingParams(SimpleNamespace):
+    pass

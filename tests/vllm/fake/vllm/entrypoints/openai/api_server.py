@@ -1,4 +1,7 @@
-"""vLLM's API server as far as tests ask for it: completions over a Unix socket, one engine in a process of its own."""
+"""vLLM's API server as far as tests ask for it: completions, and one engine in a process of its own.
+
+As a program (``python -m vllm.entrypoints.openai.api_server``) it is vLLM by itself, with memory of the process's own.
+"""
 
 import asyncio
 import contextlib
@@ -8,16 +11,20 @@ import multiprocessing
 import os
 import signal
 import socket
+import uuid
 from types import SimpleNamespace
 
 from aiohttp import web
 
+from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequestType
 
 
 class InputProcessor:
     def process_inputs(self, request_id, prompt, params):
-        return SimpleNamespace(request_id=request_id, prompt=prompt, most=params, cache_salt=prompt.get("cache_salt"))
+        return SimpleNamespace(
+            request_id=request_id, prompt=prompt, most=params.max_tokens, cache_salt=prompt.get("cache_salt")
+        )
 
 
 class Engine:
@@ -31,6 +38,7 @@ class Engine:
         self.process.start()
         theirs.close()
         self.number = 0
+        self.most_logprobs = config.max_logprobs
         self.input_processor = InputProcessor()
         self.streams, self.calls = {}, {}
 
@@ -66,17 +74,22 @@ class Engine:
         self.pipe.send((EngineCoreRequestType.UTILITY, (number, method, args)))
         return await future
 
-    async def generate(self, prompt, most):
-        self.number = number = self.number + 1
-        self.streams[number] = stream = asyncio.Queue()
-        request = self.input_processor.process_inputs(number, prompt, most)
+    async def generate(self, prompt, sampling_params, request_id):
+        wanted = getattr(sampling_params, "logprobs", None) or 0
+        if wanted > self.most_logprobs:
+            raise ValueError(f"Requested sample logprobs of {wanted}, which is greater than max allowed")
+        self.streams[request_id] = stream = asyncio.Queue()
+        request = self.input_processor.process_inputs(request_id, prompt, sampling_params)
         tokens = request.prompt["prompt_token_ids"]
-        self.pipe.send((EngineCoreRequestType.ADD, (number, tokens, request.most, request.cache_salt)))
-        is_done = False
+        self.pipe.send((EngineCoreRequestType.ADD, (request_id, tokens, request.most, request.cache_salt)))
+        said, is_done = [], False
         while not is_done:
             tokens, is_done, cached = await stream.get()
-            yield tokens, is_done, cached
-        del self.streams[number]
+            said += tokens
+            chances = [{token: SimpleNamespace(logprob=0.0)} for token in said]
+            one = SimpleNamespace(token_ids=list(said), logprobs=chances)
+            yield SimpleNamespace(outputs=[one], num_cached_tokens=cached, new=tokens)
+        del self.streams[request_id]
 
 
 def setup_server(args, *, reuse_port):
@@ -101,16 +114,22 @@ async def build_async_engine_client(args):
             enable_sleep_mode=False,
             enable_cumem_allocator=False,
         ),
-        cache_config=SimpleNamespace(block_size=16, kv_cache_memory_bytes=None, gpu_memory_utilization=0.92),
+        cache_config=SimpleNamespace(
+            block_size=16,
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=args.max_num_seqs, max_num_batched_tokens=512),
         parallel_config=SimpleNamespace(world_size=args.tensor_parallel_size, data_parallel_size=1),
         kv_transfer_config=None,
         num_speculative_tokens=0,
-        worker_cls=args.worker_cls,
+        worker_cls=args.worker_cls or "vllm.v1.worker.gpu_worker.Worker",
         caches=not args.no_enable_prefix_caching,
         step_seconds=args.step_seconds,
         profile_seconds=args.profile_seconds,
         fail_at=args.fail_at,
+        rots_with=args.rots_with,
+        max_logprobs=args.max_logprobs,
     )
     engine = Engine(config)
     try:
@@ -148,8 +167,9 @@ async def build_and_serve(engine, listen_address, sock, args):
             inputs["cache_salt"] = body["cache_salt"]
         text, cached = [], 0
         stream = None
-        async for tokens, _, found in engine.generate(inputs, body["max_tokens"]):
-            cached = found
+        sampling = SamplingParams(max_tokens=body["max_tokens"])
+        async for made in engine.generate(inputs, sampling, f"cmpl-{uuid.uuid4().hex}"):
+            cached, tokens = made.num_cached_tokens, made.new
             text += tokens
             if body.get("stream"):
                 if stream is None:
@@ -173,6 +193,9 @@ async def build_and_serve(engine, listen_address, sock, args):
     app = web.Application()
     app.add_routes([web.get("/health", health), web.get("/openapi.json", described)])
     app.add_routes([web.post("/v1/completions", completions)])
+    if args.enable_sleep_mode:
+        # Nobody else wants its memory, so that nothing has to go.
+        app.add_routes([web.post("/sleep", health), web.post("/wake_up", health)])
     runner = web.AppRunner(app)
     await runner.setup()
     await web.SockSite(runner, sock).start()
@@ -184,3 +207,19 @@ async def build_and_serve(engine, listen_address, sock, args):
         await runner.cleanup()
 
     return shut_down()
+
+
+async def run_server(args):
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((args.host, args.port))
+    async with build_async_engine_client(args) as engine:
+        shutdown = await build_and_serve(engine, f"{args.host}:{args.port}", sock, args)
+    await shutdown
+
+
+if __name__ == "__main__":
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    asyncio.run(run_server(make_arg_parser(FlexibleArgumentParser()).parse_args()))

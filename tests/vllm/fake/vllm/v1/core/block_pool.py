@@ -12,8 +12,24 @@ class FreeKVCacheBlockQueue:
     def __init__(self, blocks):
         self._blocks = deque(blocks)
 
+    @property
+    def num_free_blocks(self):
+        return len(self._blocks)
+
     def popleft(self):
         return self._blocks.popleft()
+
+    def popleft_n(self, number):
+        return [self._blocks.popleft() for _ in range(number)]
+
+    def remove(self, block):
+        self._blocks.remove(block)
+
+    def append_n(self, blocks):
+        self._blocks.extend(blocks)
+
+    def prepend_n(self, blocks):
+        self._blocks.extendleft(blocks)
 
 
 class BlockPool:

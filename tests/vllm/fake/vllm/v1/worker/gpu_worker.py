@@ -46,6 +46,8 @@ class Runner:
                 block, slot = divmod(at, BLOCK_TOKENS)
                 for number, layer in enumerate(self.layers):
                     total += (int(layer[request.blocks[block], slot]) + number) * int(weight[(at * 7919) % len(weight)])
+            # A file that comes to be while it runs makes it say other tokens, as weights do that went wrong.
+            total += Path(self.config.rots_with).is_file()
             tokens[request.request_id] = 33 + total % 90
         return tokens
 
@@ -67,11 +69,15 @@ class Worker:
 
     def init_device(self):
         self._fail("device")
-        # As vLLM's own check: a share of the whole device has to be free.
-        figures = self.memory.mem.device_memory()
-        wanted = math.ceil(figures["total"] * self.cache_config.gpu_memory_utilization)
-        if figures["free"] < wanted:
-            raise ValueError(f"Free memory on device ({figures['free']}) on startup is less than desired ({wanted})")
+        # By itself it has no device.
+        if type(self) is not Worker:
+            # As vLLM's own check: a share of the whole device has to be free.
+            figures = self.memory.mem.device_memory()
+            wanted = math.ceil(figures["total"] * self.cache_config.gpu_memory_utilization)
+            if figures["free"] < wanted:
+                raise ValueError(
+                    f"Free memory on device ({figures['free']}) on startup is less than desired ({wanted})"
+                )
         self.model_runner = Runner(self.vllm_config)
 
     def load_model(self):
