@@ -246,11 +246,27 @@ impl GroupLayout {
 
     /// The bytes of one block: offset in the region and length, one a plane.
     pub fn pieces(&self, block: u32) -> impl Iterator<Item = (ByteCount, ByteCount)> + '_ {
-        let within = u64::from(block) * self.piece_bytes;
-        (0..u64::from(self.planes)).map(move |plane| {
-            let at = (self.first_page + plane * self.plane_pages) * PAGE_BYTES.0 + within;
-            (ByteCount(at), ByteCount(self.piece_bytes))
+        (0..self.planes).map(move |plane| (self.piece_offset(block, plane), ByteCount(self.piece_bytes)))
+    }
+
+    /// The bytes of several blocks, plane by plane: which of the blocks, its place in that block's bytes as
+    /// [`pieces`](Self::pieces) gives them, its offset in the region and its length. Neighbours in memory come after one another.
+    pub fn pieces_by_plane<'a>(
+        &'a self,
+        blocks: &'a [u32],
+    ) -> impl Iterator<Item = (usize, ByteCount, ByteCount, ByteCount)> + 'a {
+        (0..self.planes).flat_map(move |plane| {
+            let within = ByteCount(u64::from(plane) * self.piece_bytes);
+            let piece = move |(at, block): (usize, &u32)| {
+                (at, within, self.piece_offset(*block, plane), ByteCount(self.piece_bytes))
+            };
+            blocks.iter().enumerate().map(piece)
         })
+    }
+
+    fn piece_offset(&self, block: u32, plane: u32) -> ByteCount {
+        let page = self.first_page + u64::from(plane) * self.plane_pages;
+        ByteCount(page * PAGE_BYTES.0 + u64::from(block) * self.piece_bytes)
     }
 
     /// A tensor over one layer; `None` if there is no such layer.
@@ -446,6 +462,15 @@ mod tests {
             group.pieces(5).nth(1),
             Some((ByteCount::mib(32) + ByteCount(5 << 16), ByteCount(1 << 16)))
         );
+        let (blocks, mut by_plane) = ([5, 6, 2], group.pieces_by_plane(&[5, 6, 2]));
+        for plane in 0..32 {
+            for (at, block) in blocks.iter().enumerate() {
+                let (offset, bytes) = group.pieces(*block).nth(plane).expect("a piece");
+                let within = ByteCount((plane as u64) << 16);
+                assert_eq!(by_plane.next(), Some((at, within, offset, bytes)));
+            }
+        }
+        assert_eq!(by_plane.next(), None);
     }
 
     #[test]

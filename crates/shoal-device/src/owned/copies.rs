@@ -4,7 +4,7 @@ use core::hash::{BuildHasherDefault, Hasher};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::host::{JobUse, Use};
+use super::host::{JobUse, Ranges};
 use super::stream::Span;
 use super::{HostBuffer, Mapping, check_range};
 use crate::device::{Device, RawCopy, RawSpan, Space};
@@ -76,10 +76,8 @@ impl<T, E: Default> Distinct<T, E> {
 pub(super) struct HeldCopies<'a> {
     device: &'a Arc<dyn Device>,
     mappings: Distinct<Mapping, ()>,
-    buffers: Distinct<HostBuffer, Vec<Use>>,
+    buffers: Distinct<HostBuffer, Ranges>,
     copies: Vec<RawCopy>,
-    /// Copies of the list.
-    blocks: usize,
 }
 
 /// What a job of many copies keeps alive.
@@ -94,13 +92,7 @@ impl<'a> HeldCopies<'a> {
     /// Checks a list. Nothing is entered as in use yet.
     pub(super) fn new(device: &'a Arc<dyn Device>, copies: &[(Span, Span)]) -> Result<Self, DeviceError> {
         let (mappings, buffers) = (Distinct::default(), Distinct::default());
-        let mut held = Self {
-            device,
-            mappings,
-            buffers,
-            copies: Vec::with_capacity(copies.len()),
-            blocks: copies.len(),
-        };
+        let mut held = Self { device, mappings, buffers, copies: Vec::with_capacity(copies.len()) };
         for (source, target) in copies {
             let (source_bytes, target_bytes) = (source.bytes(), target.bytes());
             if source_bytes != target_bytes {
@@ -129,13 +121,8 @@ impl<'a> HeldCopies<'a> {
                 Ok(RawSpan { space: Space::Device, at, bytes: *bytes })
             }
             Span::Host { buffer, offset, bytes } => {
-                let is_first = self.buffers.found.is_empty();
-                let uses = self.buffers.entry(buffer, |buffer| check(buffer.device()))?;
-                if is_first {
-                    // Mostly the only one: memory that grows is moved, and touched anew.
-                    uses.reserve_exact(self.blocks);
-                }
-                uses.push(buffer.use_of(*offset, *bytes, writes)?);
+                let ranges = self.buffers.entry(buffer, |buffer| check(buffer.device()))?;
+                ranges.add(buffer.use_of(*offset, *bytes, writes)?);
                 Ok(RawSpan { space: Space::Host, at: buffer.address() + offset.0, bytes: *bytes })
             }
         }
@@ -143,7 +130,7 @@ impl<'a> HeldCopies<'a> {
 
     /// Enters all of it as in use by a job, or on an error nothing.
     pub(super) fn enter(self) -> Result<(Vec<RawCopy>, CopiesKeep), DeviceError> {
-        let entered = self.buffers.found.into_iter().map(|(buffer, uses)| buffer.enter_job_many(uses));
+        let entered = self.buffers.found.into_iter().map(|(buffer, ranges)| buffer.enter_job_many(ranges));
         let uses = entered.collect::<Result<Vec<_>, _>>()?;
         Ok((self.copies, CopiesKeep { mappings: self.mappings.found, uses }))
     }

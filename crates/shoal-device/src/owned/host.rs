@@ -55,6 +55,11 @@ impl Use {
     fn excludes(self, other: Self) -> bool {
         self.start < other.end && other.start < self.end && (self.writes || other.writes)
     }
+
+    /// Whether another begins where this one ends, and is of its kind.
+    const fn goes_on_as(self, next: Self) -> bool {
+        self.end == next.start && self.writes == next.writes
+    }
 }
 
 /// Who uses a buffer now. Jobs do not exclude one another, so theirs are looked through only when the host comes.
@@ -65,20 +70,49 @@ struct Uses {
     job_next: u64,
 }
 
-/// What one job uses of a buffer: one range, or many.
-struct JobUses {
-    job: u64,
-    /// From the first to the last byte of all of them, written if any is.
-    hull: Use,
+/// Ranges of a buffer that one job uses. Of most buffers that is one range, however many copies it comes in: a block is
+/// copied plane by plane, each where the one before ended.
+#[derive(Debug, Default)]
+pub(super) struct Ranges {
+    /// From the first to the last byte of all of them, written if any is; none where there is none.
+    hull: Option<Use>,
     /// Empty where the hull is the only one.
     ranges: Vec<Use>,
 }
 
-impl JobUses {
+impl Ranges {
+    /// One range more.
+    pub(super) fn add(&mut self, range: Use) {
+        let Some(hull) = &mut self.hull else {
+            self.hull = Some(range);
+            return;
+        };
+        match self.ranges.last_mut() {
+            None if hull.goes_on_as(range) => {
+                hull.end = range.end;
+                return;
+            }
+            Some(last) if last.goes_on_as(range) => last.end = range.end,
+            Some(_) => self.ranges.push(range),
+            None => self.ranges.extend([*hull, range]),
+        }
+        *hull = Use {
+            start: hull.start.min(range.start),
+            end: hull.end.max(range.end),
+            writes: hull.writes || range.writes,
+        };
+    }
+
     fn excludes(&self, other: Use) -> bool {
-        self.hull.excludes(other)
+        self.hull.is_some_and(|hull| hull.excludes(other))
             && (self.ranges.is_empty() || self.ranges.iter().any(|range| range.excludes(other)))
     }
+}
+
+/// What one job uses of a buffer.
+struct JobUses {
+    job: u64,
+    ranges: Ranges,
 }
 
 /// An entered use; dropping it takes it out again.
@@ -368,29 +402,20 @@ impl HostBuffer {
         bytes: ByteCount,
         writes: bool,
     ) -> Result<JobUse, DeviceError> {
-        let hull = self.use_of(offset, bytes, writes)?;
-        self.enter_job_uses(hull, Vec::new())
+        let mut ranges = Ranges::default();
+        ranges.add(self.use_of(offset, bytes, writes)?);
+        self.enter_job_many(ranges)
     }
 
     /// Enters the use of many ranges by a job that is about to be queued: of all, or on an error of none.
-    pub(super) fn enter_job_many(self: &Arc<Self>, ranges: Vec<Use>) -> Result<JobUse, DeviceError> {
-        let hull = ranges.iter().copied().reduce(|one, other| Use {
-            start: one.start.min(other.start),
-            end: one.end.max(other.end),
-            writes: one.writes || other.writes,
-        });
-        self.enter_job_uses(hull.unwrap_or(Use { start: 0, end: 0, writes: false }), ranges)
-    }
-
-    fn enter_job_uses(self: &Arc<Self>, hull: Use, ranges: Vec<Use>) -> Result<JobUse, DeviceError> {
+    pub(super) fn enter_job_many(self: &Arc<Self>, ranges: Ranges) -> Result<JobUse, DeviceError> {
         let mut in_use = self.in_use.lock();
-        let uses = JobUses { job: in_use.job_next, hull, ranges };
-        if in_use.by_host.iter().any(|other| uses.excludes(*other)) {
-            return Err(busy(hull));
+        if in_use.by_host.iter().any(|other| ranges.excludes(*other)) {
+            return Err(busy(ranges.hull.unwrap_or(Use { start: 0, end: 0, writes: false })));
         }
+        let job = in_use.job_next;
         in_use.job_next += 1;
-        let job = uses.job;
-        in_use.by_jobs.push(uses);
+        in_use.by_jobs.push(JobUses { job, ranges });
         drop(in_use);
         Ok(JobUse { buffer: Arc::clone(self), job })
     }
@@ -409,7 +434,7 @@ impl HostBuffer {
         let entry = self.use_of(offset, bytes, writes)?;
         let mut in_use = self.in_use.lock();
         if in_use.by_host.iter().any(|other| other.excludes(entry))
-            || in_use.by_jobs.iter().any(|uses| uses.excludes(entry))
+            || in_use.by_jobs.iter().any(|uses| uses.ranges.excludes(entry))
         {
             return Err(busy(entry));
         }
@@ -448,6 +473,26 @@ impl Drop for HostBuffer {
 mod tests {
     use super::*;
     use crate::sim::{SimDevice, SimOptions};
+
+    #[test]
+    fn ranges_of_a_job_are_joined_where_they_go_on_and_exclude_what_they_meet() {
+        let of = |start, end, writes| Use { start, end, writes };
+        let mut ranges = Ranges::default();
+        for start in (0..4096).step_by(64) {
+            ranges.add(of(start, start + 64, false));
+        }
+        assert_eq!((ranges.hull, ranges.ranges.len()), (Some(of(0, 4096, false)), 0), "one range");
+        ranges.add(of(8192, 8256, true));
+        ranges.add(of(8256, 8320, true));
+        ranges.add(of(8320, 8384, false));
+        assert_eq!(ranges.hull, Some(of(0, 8384, true)));
+        assert_eq!(ranges.ranges, [of(0, 4096, false), of(8192, 8320, true), of(8320, 8384, false)]);
+        assert!(!ranges.excludes(of(4096, 8192, true)), "nobody uses what is between");
+        assert!(!ranges.excludes(of(0, 4096, false)), "both read");
+        assert!(ranges.excludes(of(4000, 4001, true)) && ranges.excludes(of(8319, 8400, false)));
+        assert!(!ranges.excludes(of(8320, 8400, false)));
+        assert!(!Ranges::default().excludes(of(0, 1, true)));
+    }
 
     #[test]
     fn what_was_written_is_shared_without_a_gap_and_free_when_all_views_are_gone() {

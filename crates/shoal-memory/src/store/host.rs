@@ -28,6 +28,8 @@ use crate::manager::MemoryManager;
 const BLOCKS_MAX: u64 = 1 << 22;
 /// Page-locked memory comes in pieces of 2 MiB and more: a tier that is shorter than this would hold next to nothing.
 const ARENA_BYTES_MIN: ByteCount = ByteCount::mib(8);
+/// Blocks that are looked up without letting others do so in between.
+const LOOKED_UP_AT_ONCE: usize = 512;
 /// So many blocks that somebody holds are passed over in a look for one that makes room.
 const HELD_MAX: usize = 256;
 
@@ -303,6 +305,14 @@ impl HostTier {
         self.state.lock().places.get(key).map(|kept| (Arc::clone(&kept.block), kept.id))
     }
 
+    /// A block where it lies, if that is in a slot.
+    fn lent(&self, key: &StoreKey, block: Arc<Block>, id: u32) -> Option<Lent<'_>> {
+        let Place::Slot(view) = &block.memory else { return None };
+        let buffer = Arc::clone(view.buffer());
+        let (key, held) = (*key, Held::new(Arc::clone(&block) as _));
+        Some(Lent::new(held, buffer, move || self.verify(&key, &block, id)))
+    }
+
     /// The block, verified.
     fn find(&self, key: &StoreKey) -> Result<Arc<Block>, Miss> {
         let Some((block, id)) = self.look_up(key) else {
@@ -468,12 +478,36 @@ impl Store for HostTier {
         self.find(key).ok().map(|block| Held::new(block))
     }
 
+    fn parts_of(&self, keys: &[StoreKey]) -> Vec<usize> {
+        self.contains_each(keys).into_iter().take_while(|is_there| *is_there).map(|_| 0).collect()
+    }
+
+    fn contains_each(&self, keys: &[StoreKey]) -> Vec<bool> {
+        let mut found = Vec::with_capacity(keys.len());
+        for some in keys.chunks(LOOKED_UP_AT_ONCE) {
+            let state = self.state.lock();
+            found.extend(some.iter().map(|key| state.places.contains_key(key)));
+        }
+        found
+    }
+
     fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
         let (block, id) = self.look_up(key)?;
-        let Place::Slot(view) = &block.memory else { return None };
-        let buffer = Arc::clone(view.buffer());
-        let (key, held) = (*key, Held::new(Arc::clone(&block) as _));
-        Some(Lent::new(held, buffer, move || self.verify(&key, &block, id)))
+        self.lent(key, block, id)
+    }
+
+    fn lend_each(&self, keys: &[StoreKey]) -> Vec<Option<Lent<'_>>> {
+        let mut lent = Vec::with_capacity(keys.len());
+        for some in keys.chunks(LOOKED_UP_AT_ONCE) {
+            let state = self.state.lock();
+            let found = some.iter().map(|key| state.places.get(key));
+            let found: Vec<_> =
+                found.map(|kept| kept.map(|kept| (Arc::clone(&kept.block), kept.id))).collect();
+            drop(state);
+            let found = some.iter().zip(found);
+            lent.extend(found.map(|(key, found)| found.and_then(|(block, id)| self.lent(key, block, id))));
+        }
+        lent
     }
 
     fn is_own(&self, memory: &HostBuffer) -> bool {

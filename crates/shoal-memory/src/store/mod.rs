@@ -177,6 +177,16 @@ pub trait Store: fmt::Debug + Send + Sync {
         self.contains(key).then_some(0)
     }
 
+    /// Which of these blocks it has, as [`Store::contains`] says of each.
+    fn contains_each(&self, keys: &[StoreKey]) -> Vec<bool> {
+        keys.iter().map(|key| self.contains(key)).collect()
+    }
+
+    /// [`Store::part_of`] of these blocks, up to the first that none has.
+    fn parts_of(&self, keys: &[StoreKey]) -> Vec<usize> {
+        keys.iter().map_while(|key| self.part_of(key)).collect()
+    }
+
     /// Bytes that a part has to move before what is asked of it now.
     fn queued_bytes(&self, part: usize) -> u64 {
         let _ = part;
@@ -203,6 +213,11 @@ pub trait Store: fmt::Debug + Send + Sync {
     fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
         let _ = key;
         None
+    }
+
+    /// [`Store::lend`] of each of these blocks.
+    fn lend_each(&self, keys: &[StoreKey]) -> Vec<Option<Lent<'_>>> {
+        keys.iter().map(|key| self.lend(key)).collect()
     }
 
     /// Page-locked memory for a block of so many bytes, which a [`Store::put`] of that length keeps as it is, where there is

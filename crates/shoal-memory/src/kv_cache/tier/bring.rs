@@ -15,14 +15,10 @@ use shoal_device::HostBuffer;
 use super::check::Checks;
 use super::choice::Watch;
 use super::landing::Landing;
+use super::lift::Lift;
 use super::{Inner, STAGE_BYTES, blocks_ahead, count_miss};
 use crate::error::MemoryError;
 use crate::store::{Buffer, Fetched, Lent, Miss, StoreKey, Ticket};
-
-/// What is copied with one turn: nothing else of the device's memory changes meanwhile, some milliseconds on a real link.
-const TURN_BYTES: usize = 256 << 20;
-/// The least that a load waits for its turn with what has come.
-const TURN_WAIT: Duration = Duration::from_millis(20);
 
 /// Blocks of one sequence on their way.
 pub(super) struct Wanted<'a> {
@@ -87,7 +83,7 @@ impl Inner {
     /// Brings blocks to the device; how many in a row are there.
     pub(super) fn bring(&self, wanted: &Wanted<'_>, mut watch: Watch, shares: &mut Shares) -> usize {
         let begun = Instant::now();
-        let mut lent: Vec<Option<Lent<'_>>> = wanted.keys.iter().map(|key| self.lent(key)).collect();
+        let mut lent = self.lent(wanted.keys);
         shares.lookup += begun.elapsed();
         let (mut loaded, mut damage, mut is_late) = (0, None, false);
         while loaded < wanted.keys.len() {
@@ -121,15 +117,19 @@ impl Inner {
         loaded
     }
 
-    /// A block where it lies, if the device can copy it from there.
-    fn lent(&self, key: &StoreKey) -> Option<Lent<'_>> {
+    /// Blocks where they lie, if the device can copy them from there.
+    fn lent(&self, keys: &[StoreKey]) -> Vec<Option<Lent<'_>>> {
         let device = self.cache.region().manager().device();
         let is_usable = |lent: &Lent<'_>| {
             let buffer = lent.buffer();
             let bytes = lent.as_slice().len();
             bytes == self.payload_bytes && buffer.is_locked() && Arc::ptr_eq(buffer.device(), device)
         };
-        self.store.lend(key).filter(is_usable)
+        let mut lent = self.store.lend_each(keys);
+        for one in &mut lent {
+            *one = one.take().filter(is_usable);
+        }
+        lent
     }
 
     /// Copies blocks from where they lie, and has them verified meanwhile.
@@ -146,34 +146,29 @@ impl Inner {
             if self.is_right(wanted, from + at, run[at].as_slice()) { Ok(()) } else { Err(Miss::Corrupt) }
         };
         let checks = Checks::new(run.len(), self.payload_bytes, right);
-        let at_once = (TURN_BYTES / self.payload_bytes).max(1);
-        let (mut copied, mut end) = (0, End::Whole);
+        let memory: Vec<_> = run.iter().map(|lent| (lent.buffer(), ByteCount::ZERO)).collect();
+        let mut row = Lift::new(&wanted.ids[from..from + run.len()], &memory);
+        let mut end = End::Whole;
         let mut copy = || {
-            loop {
-                // What verifies may be ahead of what copies: all before a bad one comes, and the bad one is told.
-                let right = checks.right_of(run.len());
-                if copied >= right {
-                    break;
-                }
+            // What verifies may be ahead of what copies: all before a bad one comes, and the bad one is told.
+            while row.copied < checks.right_of(run.len()) {
                 if Instant::now() >= wanted.deadline {
                     self.count(|counts| counts.late += 1);
                     end = End::Over { is_late: true };
                     break;
                 }
-                let next = (copied + at_once).min(right);
-                let memory = run[copied..next].iter().map(|lent| (lent.buffer(), ByteCount::ZERO));
-                if !self.copy_up(wanted, from + copied..from + next, memory, || checks.step()) {
+                if !self.lift(wanted, &mut row, || checks.right_of(run.len()), || checks.step()) {
                     end = End::Over { is_late: false };
                     break;
                 }
-                copied = next;
             }
-            checks.end_at(copied);
+            checks.end_at(row.copied);
             begun.elapsed()
         };
         let took = checks.beside(run.len() * self.payload_bytes, &mut copy);
         shares.copy += took;
         shares.verify += begun.elapsed().saturating_sub(took);
+        let copied = row.copied;
         match (checks.bad(), end) {
             // Where the copies ended for another reason the next one is nobody's business.
             (Some((bad, _)), end @ End::Over { .. }) if bad == copied => (copied, end),
@@ -320,73 +315,25 @@ impl Inner {
         landing: &mut Landing,
     ) -> usize {
         let blocks = arrived.len();
-        let views = arrived.iter().filter_map(|one| match &one.memory {
-            Buffer::Host(view) => Some((view.buffer(), view.offset())),
-            // No tier gives back other memory than it was given.
-            _ => None,
-        });
-        let is_done =
-            views.clone().count() == blocks && self.copy_up(wanted, from..from + blocks, views, || false);
+        let views: Vec<_> = arrived
+            .iter()
+            .filter_map(|one| match &one.memory {
+                Buffer::Host(view) => Some((view.buffer(), view.offset())),
+                // No tier gives back other memory than it was given.
+                _ => None,
+            })
+            .collect();
+        let mut row = Lift::at_once(&wanted.ids[from..from + views.len()], &views);
+        let mut is_going = views.len() == blocks;
+        while is_going && row.copied < blocks {
+            is_going = self.lift(wanted, &mut row, || blocks, || false);
+        }
+        drop(views);
         for Arrived { memory, landing: slot } in arrived.drain(..) {
             drop(memory);
             landing.give_all(slot);
         }
-        if is_done { blocks } else { 0 }
-    }
-
-    /// Copies blocks to the device and waits for it. Whether they are there; if not, it is counted. `meanwhile` is called until
-    /// it has no more to do.
-    fn copy_up<'a>(
-        &self,
-        wanted: &Wanted<'_>,
-        blocks: std::ops::Range<usize>,
-        memory: impl Iterator<Item = (&'a Arc<HostBuffer>, ByteCount)>,
-        meanwhile: impl FnMut() -> bool,
-    ) -> bool {
-        match self.try_copy_up(&wanted.ids[blocks], memory, wanted.deadline, meanwhile) {
-            Ok(is_done) => {
-                if !is_done {
-                    self.count(|counts| counts.failed += 1);
-                }
-                is_done
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot copy blocks of a tier to the device");
-                self.count(|counts| counts.failed += 1);
-                // They are given back, and nothing may be written to them any more then.
-                self.cache.shared.manager().settle();
-                false
-            }
-        }
-    }
-
-    fn try_copy_up<'a>(
-        &self,
-        ids: &[u32],
-        memory: impl Iterator<Item = (&'a Arc<HostBuffer>, ByteCount)>,
-        by: Instant,
-        mut meanwhile: impl FnMut() -> bool,
-    ) -> Result<bool, MemoryError> {
-        let region = self.cache.region();
-        let manager = region.manager();
-        let deadline = manager.operation_deadline();
-        // In turn, so that nothing is evicted meanwhile. Who has it may keep it for longer than a step can wait; a wake of
-        // the weights lends it, and these copies come after those that it has queued by now.
-        let _turn = match manager.take_or_borrow_turn(by.max(Instant::now() + TURN_WAIT)) {
-            Err(MemoryError::Deadline { .. }) => return Ok(false),
-            turn => turn?,
-        };
-        if !region.missing_bytes().is_zero() || !self.after_steps(&manager.up)? {
-            return Ok(false);
-        }
-        let done = region.load_blocks(&self.copies(ids, memory), None)?;
-        let failed = || MemoryError::device("copy blocks to the device");
-        while !done.is_complete().map_err(failed())? && meanwhile() {}
-        let left = deadline.saturating_duration_since(Instant::now());
-        if done.wait(left.max(Duration::from_millis(1))).map_err(failed())? {
-            return Ok(true);
-        }
-        Err(MemoryError::Deadline { doing: "copying blocks to the device", waited: left })
+        if is_going { blocks } else { 0 }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::store::Miss;
 
 /// Bytes for which one more thread is worth its start.
 const BYTES_PER_THREAD: usize = 8 << 20;
-const THREADS_MAX: usize = 8;
+const THREADS_MAX: usize = 12;
 /// Small blocks are handed out so many bytes at a time.
 const BYTES_AT_ONCE: usize = 1 << 20;
 
@@ -105,10 +105,11 @@ impl<F: Fn(usize) -> Result<(), Miss> + Sync> Checks<F> {
     }
 }
 
-/// How many threads verify so many bytes, the caller's one of them: half of the cores have other work.
+/// How many threads verify so many bytes, the caller's one of them: a fourth of the cores has other work. Half of 16 cores
+/// verified 40 GiB/s beside copies, less than a link of 51 brings.
 fn threads(bytes: usize) -> usize {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    (bytes / BYTES_PER_THREAD).clamp(1, (cores / 2).clamp(1, THREADS_MAX))
+    (bytes / BYTES_PER_THREAD).clamp(1, (cores * 3 / 4).clamp(1, THREADS_MAX))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ impl Inner {
         let begun = Instant::now();
         let mut keys = self.keys(salt, tokens);
         keys.drain(..held.len());
-        let mut parts: Vec<usize> = keys.iter().map_while(|key| self.store.part_of(key)).collect();
+        let mut parts = self.store.parts_of(&keys);
         let there = if parts.is_empty() { 0 } else { self.choose(tokens.len(), held.len(), &parts) };
         if there == 0 {
             return Vec::new();

@@ -13,6 +13,7 @@ mod check;
 mod choice;
 mod idle;
 mod landing;
+mod lift;
 mod load;
 mod prefetch;
 mod save;
@@ -340,20 +341,19 @@ impl Inner {
         (usize::try_from(stage.bytes().0).unwrap_or(usize::MAX) / self.block_bytes).max(1)
     }
 
-    /// Between blocks and host memory: each from where that begins on.
+    /// Between blocks and host memory: each from where that begins on. What lies together on the device comes together.
     fn copies<'a>(
         &self,
         blocks: &[u32],
         memory: impl Iterator<Item = (&'a Arc<HostBuffer>, ByteCount)>,
     ) -> Vec<BlockCopy> {
-        let mut copies = Vec::with_capacity(blocks.len());
-        for (block, (host, start)) in blocks.iter().zip(memory) {
-            let mut host_offset = start;
-            for (offset, bytes) in self.layout.pieces(*block) {
-                copies.push(BlockCopy { offset, bytes, host: Arc::clone(host), host_offset });
-                host_offset += bytes;
-            }
-        }
+        let memory: Vec<_> = memory.take(blocks.len()).collect();
+        let blocks = &blocks[..memory.len()];
+        let mut copies = Vec::with_capacity(blocks.len() * self.layout.planes() as usize);
+        copies.extend(self.layout.pieces_by_plane(blocks).map(|(at, within, offset, bytes)| {
+            let (host, start) = memory[at];
+            BlockCopy { offset, bytes, host: Arc::clone(host), host_offset: start + within }
+        }));
         copies
     }
 

@@ -36,6 +36,9 @@ const DROP_WAIT: Duration = Duration::from_secs(5);
 /// Verdicts remembered between an offer and its put.
 const VERDICTS_MAX: usize = 1 << 16;
 
+/// Blocks of which is asked at a time which tier has them.
+const LOOKED_UP_AT_ONCE: usize = 256;
+
 /// Bounds of a stack.
 #[derive(Clone, Copy, Debug)]
 pub struct StackOptions {
@@ -142,6 +145,29 @@ struct Shared {
     state: Arc<Mutex<State>>,
 }
 
+impl Shared {
+    /// The fastest tier that has each block. Each tier is asked once, for those that no faster one has.
+    fn parts_of(&self, keys: &[StoreKey]) -> Vec<Option<usize>> {
+        let mut parts = vec![None; keys.len()];
+        let mut lacking: Vec<usize> = (0..keys.len()).collect();
+        for (part, tier) in self.tiers.iter().enumerate() {
+            if lacking.is_empty() {
+                break;
+            }
+            let asked: Vec<StoreKey> = lacking.iter().map(|at| keys[*at]).collect();
+            let mut found = tier.contains_each(&asked).into_iter();
+            lacking.retain(|at| {
+                let is_there = found.next().unwrap_or(false);
+                if is_there {
+                    parts[*at] = Some(part);
+                }
+                !is_there
+            });
+        }
+        parts
+    }
+}
+
 /// See the module.
 pub struct Stack {
     shared: Arc<Shared>,
@@ -227,6 +253,23 @@ impl Store for Stack {
 
     fn part_of(&self, key: &StoreKey) -> Option<usize> {
         self.shared.tiers.iter().position(|tier| tier.contains(key))
+    }
+
+    fn contains_each(&self, keys: &[StoreKey]) -> Vec<bool> {
+        self.shared.parts_of(keys).iter().map(Option::is_some).collect()
+    }
+
+    /// A few blocks at a time: a tier may look for what it does not know, and what comes after a gap is of no use.
+    fn parts_of(&self, keys: &[StoreKey]) -> Vec<usize> {
+        let mut parts = Vec::with_capacity(keys.len());
+        for some in keys.chunks(LOOKED_UP_AT_ONCE) {
+            let before = parts.len();
+            parts.extend(self.shared.parts_of(some).into_iter().map_while(|part| part));
+            if parts.len() < before + some.len() {
+                break;
+            }
+        }
+        parts
     }
 
     fn queued_bytes(&self, part: usize) -> u64 {
@@ -324,6 +367,17 @@ impl Store for Stack {
         let mut tiers = self.shared.tiers.iter().enumerate();
         let (index, tier) = tiers.find(|(_, tier)| tier.contains(key))?;
         Some(tier.lend(key)?.counted(move |bytes| self.shared.count_hit(index, bytes)))
+    }
+
+    /// Of what the fastest tier does not lend, each by itself: no other tier is in memory, mostly.
+    fn lend_each(&self, keys: &[StoreKey]) -> Vec<Option<Lent<'_>>> {
+        let Some(fastest) = self.shared.tiers.first() else { return keys.iter().map(|_| None).collect() };
+        let lent = fastest.lend_each(keys).into_iter().zip(keys);
+        lent.map(|(lent, key)| match lent {
+            Some(lent) => Some(lent.counted(move |bytes| self.shared.count_hit(0, bytes))),
+            None => self.lend(key),
+        })
+        .collect()
     }
 
     fn is_own(&self, memory: &HostBuffer) -> bool {
