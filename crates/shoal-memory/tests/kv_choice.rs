@@ -127,6 +127,27 @@ fn what_is_faster_computed_is_not_loaded() {
     assert_eq!(tier.counts().recomputed, 12);
 }
 
+/// A disk joins as it is open at last: what was seen until then is not seen again for nothing.
+#[test]
+fn a_connection_that_takes_another_ones_place_knows_what_that_knew() {
+    let world = world(64, 64);
+    let cache = cache(&world, PlaneOrder::BlockMajor, 16, 64);
+    let slow = Arc::new(Slow { takes: SLOW, ..Slow::default() });
+    let before = tier(&cache, Arc::clone(&slow) as _, true);
+    let tokens = save(&cache, &before);
+    assert_eq!(load(&cache, &before, &tokens), BLOCKS);
+    computes_in(&before, Duration::from_nanos(1));
+    let host = Arc::new(HostTier::new(HostOptions::new(ByteCount::mib(64))));
+    let tiers: Vec<Arc<dyn Store>> = vec![host as _, Arc::clone(&slow) as _];
+    let stack: Arc<dyn Store> = Arc::new(Stack::new(tiers, StackOptions::default()).expect("threads"));
+    let after = tier(&cache, stack, true);
+    after.learn_from(&before);
+    drop(before);
+    let read = *slow.reads.lock();
+    assert_eq!(load(&cache, &after, &tokens), 0, "{:?}", after.last_choice());
+    assert_eq!(*slow.reads.lock(), read, "the slow one is not asked");
+}
+
 #[test]
 fn who_does_not_choose_loads_all() {
     let world = world(64, 64);

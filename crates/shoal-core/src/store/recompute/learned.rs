@@ -116,6 +116,19 @@ impl Learned {
         }
     }
 
+    /// Takes over what another one saw: of computing, and of tiers of the same names. `later_ms` is by how much this one's clock
+    /// began later. For a cache that gets one more tier: what was seen of the others holds as before.
+    pub fn take_over(&mut self, other: &Self, later_ms: u64) {
+        for tier in &mut self.tiers {
+            if let Some(same) = other.tiers.iter().find(|same| same.name == tier.name) {
+                let read_ms = same.read_ms.map(|read| read.saturating_sub(later_ms));
+                *tier = Tier { name: tier.name.clone(), cost: same.cost.clone(), read_ms };
+            }
+        }
+        self.prefill = other.prefill.clone();
+        self.step_tokens = other.step_tokens;
+    }
+
     /// So many bytes came from a tier to the device in `us` microseconds.
     pub fn loaded(&mut self, tier: usize, bytes: u64, us: f64, now_ms: u64) {
         if let Some(tier) = self.tiers.get_mut(tier) {

@@ -23,6 +23,13 @@ impl Choices {
         Self { learned: Mutex::new(Learned::new(parts)), last: Mutex::default(), begun: Instant::now() }
     }
 
+    /// Knows from now on what another one knows. Each has its own lock, taken one after the other.
+    pub(super) fn take_over(&self, other: &Self) {
+        let seen = other.learned.lock().clone();
+        let later = self.begun.saturating_duration_since(other.begun);
+        self.learned.lock().take_over(&seen, u64::try_from(later.as_millis()).unwrap_or(u64::MAX));
+    }
+
     pub(super) fn computed(&self, tokens: u64, took: Duration) {
         self.learned.lock().computed(tokens, took.as_secs_f64() * 1e6);
     }

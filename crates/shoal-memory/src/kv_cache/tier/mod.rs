@@ -270,6 +270,12 @@ impl KvTier {
         self.inner.choices.computed(tokens, took);
     }
 
+    /// Knows from now on what another connection of the cache has seen of computing, and of tiers of the same names. For one that
+    /// takes the other's place, as a tier joins.
+    pub fn learn_from(&self, other: &Self) {
+        self.inner.choices.take_over(&other.inner.choices);
+    }
+
     /// What was decided last of a sequence that the tier has something of, and why.
     #[must_use]
     pub fn last_choice(&self) -> Option<String> {
