@@ -39,7 +39,7 @@ from shoal.memory import (
     Transfer,
     parse_size,
 )
-from shoal.tiers import DiskTier, HostTier, KvTier, Prefetch, TierStack
+from shoal.tiers import DiskTier, HostTier, KvTier, Prefetch, RemoteTier, TierStack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,7 @@ __all__ = [
     "Region",
     "RegionError",
     "RegionGuard",
+    "RemoteTier",
     "Report",
     "SourcePiece",
     "TierError",

@@ -1,9 +1,10 @@
 """Tiers below the device: KV that is not needed now goes down a level and comes back by name, verified.
 
-A :class:`HostTier` keeps blocks in memory, a :class:`DiskTier` in directories, one on each disk; a :class:`TierStack`
-is several of them as one. :meth:`shoal.KvCache.attach_store` connects a cache to any of these by a :class:`KvTier`.
-Whatever a tier fails at, the worst is that blocks are computed again: no call here raises because of a disk that fails,
-hangs, or gives damage; figures say so.
+A :class:`HostTier` keeps blocks in memory, a :class:`DiskTier` in directories, one on each disk, a :class:`RemoteTier`
+where other machines find them too; a :class:`TierStack` is several of them as one.
+:meth:`shoal.KvCache.attach_store` connects a cache to any of these by a :class:`KvTier`. Whatever a tier fails at, the
+worst is that blocks are computed again: no call here raises because of a disk that fails, hangs, or gives damage;
+figures say so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from shoal.kv_cache import KvCache
 
-__all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "TierStack"]
+__all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "RemoteTier", "TierStack"]
 
 
 class HostTier:
@@ -101,7 +102,7 @@ class TierStack:
 
     __slots__ = ("_native", "_tiers")
 
-    def __init__(self, tiers: Sequence[HostTier | DiskTier], *, copy_bytes_max: Size = "64MiB") -> None:
+    def __init__(self, tiers: Sequence[HostTier | DiskTier | RemoteTier], *, copy_bytes_max: Size = "64MiB") -> None:
         self._tiers = tuple(tiers)
         self._native = _native.TierStack([tier._native.store() for tier in tiers], parse_size(copy_bytes_max))
 
@@ -220,6 +221,83 @@ class DiskTier:
         return self._native.close(timeout_s)
 
 
+class RemoteTier:
+    """Blocks on an object store, a Redis or a shared directory, where several machines find them.
+
+    A remote is not believed: what it gives was verified by a code that only holders of the key can make. While it fails
+    it is set aside, which costs misses and no waiting. Nothing is asked of it when this is made.
+
+    Parameters
+    ----------
+    address
+        ``s3://HOST:PORT/BUCKET[/PREFIX][?region=REGION]``, ``redis://HOST:PORT[/DATABASE]``, or an absolute directory
+        that is mounted here. Plain TCP: TLS is a proxy's.
+    key_file
+        A file with the key that its objects are believed by, the same on all machines: 32 bytes or 64 hexadecimal
+        digits.
+    login_file
+        A file whose first line is ``ACCESS-KEY:SECRET-KEY`` of the object store, or ``USER:PASSWORD`` of the Redis,
+        where the user may be empty.
+    uses_min
+        From which sighting on a block is worth a write; 1 keeps all.
+
+    Raises
+    ------
+    ValueError
+        If the address cannot be read, or a file holds no key, or no login.
+    OSError
+        If no thread could be started.
+    """
+
+    __slots__ = ("_address", "_native")
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        key_file: str | os.PathLike[str],
+        login_file: str | os.PathLike[str] | None = None,
+        uses_min: int = 1,
+    ) -> None:
+        self._address = address
+        self._native = _native.RemoteTier(address, key_file, login_file, uses_min)
+
+    def __repr__(self) -> str:
+        return f"RemoteTier({self._address!r})"
+
+    def aside(self) -> str | None:
+        """Say why it is set aside.
+
+        Returns
+        -------
+        str or None
+            None where it is asked as usual.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.aside()
+
+    def usage(self) -> dict[str, int]:
+        """Give what it did.
+
+        Returns
+        -------
+        dict
+            Counts of blocks: ``hits``, ``absent`` (asked for and not there), ``written``, ``corrupt`` (not believed);
+            of tries: ``failed``, ``retries``; ``refused`` (too many waited), ``probes`` (names that were looked for
+            with nobody waiting), ``asides``; ``bytes_read`` and ``bytes_written``.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.usage()
+
+
 class Prefetch:
     """A sequence on its way to the fastest tier, made by :meth:`KvTier.prefetch`. Gone, it goes no further."""
 
@@ -247,7 +325,7 @@ class KvTier:
     def __init__(
         self,
         cache: KvCache,
-        store: DiskTier | HostTier | TierStack,
+        store: DiskTier | HostTier | RemoteTier | TierStack,
         facts: Mapping[str, str],
         *,
         load_s: float,
@@ -356,6 +434,19 @@ class KvTier:
             If the seconds are negative or no number.
         """
         self._native.computed(tokens, seconds)
+
+    def learn_from(self, other: KvTier) -> None:
+        """Know from now on what another connection of the same cache has seen.
+
+        That is of computing, and of tiers of the same names. For a connection that takes the other's place, as a tier
+        joins.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        self._native.learn_from(other._native)
 
     def choice(self) -> str | None:
         """Say what was decided last of a sequence that the tier has something of, and why, with its numbers.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.support.redis import redis
 
 import shoal
 
@@ -183,7 +184,59 @@ def test_what_only_the_disk_has_comes_up_ahead(mem: shoal.MemoryManager, tmp_pat
     assert disk.close(60)
 
 
-def test_bad_input_and_forks_are_refused(mem: shoal.MemoryManager) -> None:
+@pytest.mark.parametrize("kind", ["directory", "redis"])
+def test_what_one_machine_computed_another_finds_on_the_remote(
+    mem: shoal.MemoryManager, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "key").write_text("07" * 32)
+    (tmp_path / "login").write_text(":a secret\n")
+    (tmp_path / "key").chmod(0o600)
+    with redis() as fake:
+        address, login = (str(tmp_path / "kv"), None) if kind == "directory" else (fake.address, tmp_path / "login")
+
+        def remote() -> shoal.RemoteTier:
+            return shoal.RemoteTier(address, key_file=tmp_path / "key", login_file=login)
+
+        kv, tokens = cache_of(mem), list(range(20 * BLOCK))
+        one = remote()
+        below = kv.attach_store(one, FACTS, load_s=60)
+        assert converse(kv, below, tokens) == (0, 0)
+        assert below.flush(60)
+        assert one.usage()["written"] == 20
+        del below, one
+        kv.forget_all()
+
+        # Another process, as far as the remote can tell: it knows of nothing.
+        host, other = shoal.HostTier("8MiB"), remote()
+        stack = shoal.TierStack([host, other])
+        below = kv.attach_store(stack, FACTS, load_s=60)
+        assert converse(kv, below, tokens) == (0, 20)
+        assert (other.usage()["hits"], other.aside()) == (20, None)
+        until("it stays in memory", lambda: stack.counts()[0]["promoted"] == 20)
+        kv.forget_all()
+        assert converse(kv, below, tokens) == (0, 20)
+        assert other.usage()["hits"] == 20, "memory had it"
+        assert repr(other) == f"RemoteTier({address!r})"
+        if kind == "redis":
+            assert "AUTH" in fake.asked
+            assert all(name.startswith(b"shoal/v1/") for name in fake.objects)
+
+
+def test_a_remote_that_is_away_costs_no_more_than_computing(mem: shoal.MemoryManager, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("07" * 32)
+    with redis() as fake:
+        kv, tokens = cache_of(mem), list(range(8 * BLOCK))
+        address = fake.address
+    (tmp_path / "login").write_text(":a secret")
+    remote = shoal.RemoteTier(address, key_file=tmp_path / "key", login_file=tmp_path / "login")
+    below = kv.attach_store(remote, FACTS, load_s=1)
+    assert converse(kv, below, tokens) == (0, 0)
+    until("it is set aside", lambda: remote.aside() is not None)
+    kv.forget_all()
+    assert converse(kv, below, tokens) == (0, 0)
+
+
+def test_bad_input_and_forks_are_refused(mem: shoal.MemoryManager, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="64 make a stack"):
         shoal.TierStack([shoal.HostTier("1MiB")] * 65)
     with pytest.raises(ValueError, match="parsecs"):
@@ -191,6 +244,14 @@ def test_bad_input_and_forks_are_refused(mem: shoal.MemoryManager) -> None:
     not_a_manager: Any = "cuda:0"
     with pytest.raises(TypeError, match="MemoryManager of the caches"):
         shoal.HostTier("8MiB", memory=not_a_manager)
+    (tmp_path / "key").write_text("07" * 32)
+    for address, key, why in (
+        ("s3://store:9000/blocks", "key", "an object store has a login"),
+        ("ftp://store", "key", "is none of s3://"),
+        ("/mnt/kv", "none", "no key in .*none"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            shoal.RemoteTier(address, key_file=tmp_path / key)
     empty: Any = shoal.TierStack([])
     assert empty.counts() == []
     host = shoal.HostTier("1MiB")

@@ -178,11 +178,12 @@ def start(home: Path, config: Path) -> subprocess.Popen[bytes]:
 def serve(home: Path, *, models: list[dict[str, object]], **server: object) -> Iterator[Server]:
     """Run `shoal serve` with these settings until the block ends; on the way out nothing of it may be left.
 
-    What tiers have is always loaded unless a test says otherwise: which way is faster depends on what else runs.
+    What tiers have is always loaded unless a test says otherwise: which way is faster depends on what else runs. A
+    setting of None is left out.
     """
     port = free_port()
     settings = {"listen": f"127.0.0.1:{port}", "device": "sim", "tier_load": "always", **server}
-    config = write_config(home, settings, models)
+    config = write_config(home, {key: value for key, value in settings.items() if value is not None}, models)
     running = Server(home, port, start(home, config), config)
     try:
         wait_until_up(running)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import shoal
@@ -14,7 +16,7 @@ from shoal.worker.device import DeviceMemory
 from shoal.worker.engine_causal import CausalEngine
 from shoal.worker.kv import KvLayout
 from shoal.worker.limits import CausalLimits
-from shoal.worker.spec import DiskShare, WorkerSpec
+from shoal.worker.spec import DiskShare, RemoteShare, WorkerSpec
 
 from .conftest import llama
 from .test_engine_causal import GREEDY, alone
@@ -106,6 +108,106 @@ def test_a_directory_that_is_of_no_use_is_given_up(tmp_path: Path, monkeypatch: 
         until("it is told", lambda: "no thread for it" in str(reasons(below)))
         until("the directory is free", lambda: is_free(tmp_path / "kv"))
         below.close()
+
+
+def test_what_was_learned_stays_known_as_a_disk_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_open = threading.Event()
+
+    def slow(*arguments: Any, **words: Any) -> shoal.DiskTier:
+        assert may_open.wait(60)
+        return shoal.DiskTier(*arguments, **words)
+
+    monkeypatch.setattr(tiers, "DiskTier", slow)
+    tokens = list(range(160))
+    with mem() as memory:
+        kv = cache_of(memory)
+        below = tiers.KvBelow(kv, 32 << 20, shares(tmp_path / "kv"), lambda: FACTS, 60.0, chooses=True)
+        until("host memory is in use", lambda: reasons(below)[0] is None)
+        ids = kv.groups[0].alloc(10)
+        assert ids is not None
+        kv.seal(tokens, ids)
+        below.save(tokens, 0, "")
+        assert below._tier is not None
+        assert below._tier.flush(60)
+        kv.groups[0].free(ids)
+        kv.forget_all()
+        ids = below.load(tokens, [], "")
+        assert len(ids) == 10, "nobody knows yet what computing takes"
+        kv.groups[0].free(ids)
+        kv.forget_all()
+        below.computed(160, 1e-9)
+        for _ in range(16):
+            below.computed(160, 1e-9)
+        before = below._tier
+        may_open.set()
+        until("the disk is in use", lambda: reasons(below) == [None, None])
+        assert below._tier is not before
+        # An engine that takes no time is faster by too little for so few blocks; that it was measured is said.
+        ids = below.load(tokens, [], "")
+        assert "nobody knows" not in str(below.figures()[0]["choice"])
+        assert "tokens are computed" in str(below.figures()[0]["choice"])
+        kv.groups[0].free(ids)
+        below.close()
+
+
+def test_what_a_worker_computed_another_one_finds_on_the_remote(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("07" * 32)
+    key.chmod(0o600)
+    share, tokens = RemoteShare(str(tmp_path / "remote"), str(key)), list(range(160))
+    for number, (host, disks) in enumerate(((0, []), (32 << 20, shares(tmp_path / "kv")))):
+        with mem() as memory:
+            kv = cache_of(memory)
+            below = tiers.KvBelow(kv, host, disks, lambda: FACTS, 60.0, remote=share)
+            until("all are in use", lambda below=below: not any(reasons(below)))
+            ids = below.load(tokens, [], "")
+            assert len(ids) == (0 if number == 0 else 10)
+            if number == 0:
+                ids = kv.groups[0].alloc(10)
+                kv.seal(tokens, ids)
+                below.save(tokens, 0, "")
+                assert below._tier is not None
+                assert below._tier.flush(60)
+            told = {figures["tier"]: figures for figures in below.figures()}
+            if number == 0:
+                assert list(told) == ["remote"]
+                assert (told["remote"]["saved"], told["remote"]["looked_up"]) == (10, 10)
+            else:
+                assert list(told) == ["host", "disk", "remote"]
+                assert (told["remote"]["loaded"], told["remote"]["looked_up"]) == (10, 10)
+                assert told["host"]["looked_up"] == 10
+                assert (told["remote"]["saved"], told["remote"]["late"], told["host"]["loaded"]) == (0, 0, 0)
+            kv.groups[0].free(ids)
+            below.close()
+
+
+def test_a_remote_that_cannot_be_had_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    with mem() as memory:
+        share = RemoteShare("/nowhere", str(tmp_path / "none"))
+        below = tiers.KvBelow(cache_of(memory), 8 << 20, [], lambda: FACTS, remote=share)
+        until("host memory is in use", lambda: reasons(below)[0] is None)
+        assert "no key in" in str(reasons(below)[1])
+        below.close()
+
+
+def test_facts_by_content_do_not_depend_on_when_files_were_written(tmp_path: Path) -> None:
+    told = []
+    for name in ("one", "other", "changed"):
+        where = tmp_path / name
+        where.mkdir()
+        (where / "config.json").write_text("{}")
+        content = bytearray(64 << 10)
+        # Beyond what is looked at of a tensor where times count.
+        content[50_000] = name == "changed"
+        (where / "model.safetensors").write_bytes(content)
+        os.utime(where / "model.safetensors", ns=(len(told), len(told)))
+        place = SimpleNamespace(path=where / "model.safetensors", dtype="F32", shape=(1,), offset=8, bytes=60_000)
+        files: Any = SimpleNamespace(path=where, tensors={"a": place})
+        told.append([tiers.facts_of(files, "sim", "float32", by_content=by_content) for by_content in (False, True)])
+    one, other, changed = told
+    assert one[0] != other[0], "times count"
+    assert one[1] == other[1]
+    assert one[1] != changed[1]
 
 
 SHAPE = {"num_hidden_layers": 8, "num_key_value_heads": 4, "head_dim": 512, "max_position_embeddings": 1024}

@@ -23,6 +23,7 @@
 
 mod arena;
 mod gate;
+mod key_file;
 mod retire;
 mod slab_source;
 mod source;

@@ -61,7 +61,8 @@ mod _native {
     use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
     #[pymodule_export]
     use crate::tiers::{
-        PyDiskTier, PyHostTier, PyKvTier, PyPrefetch, PyStore, PyStoreKey, PyStoreNames, PyTierStack,
+        PyDiskTier, PyHostTier, PyKvTier, PyPrefetch, PyRemoteTier, PyStore, PyStoreKey, PyStoreNames,
+        PyTierStack,
     };
 
     #[pymodule_init]

@@ -1,4 +1,4 @@
-//! Tiers below the device: `Store`, `HostTier`, `DiskTier`, a `Stack` of them, and `KvTier`, a cache's connection to one.
+//! Tiers below the device: `Store`, `HostTier`, `DiskTier`, `RemoteTier`, a `Stack` of them, and `KvTier`, a cache's connection to one.
 //!
 //! All calls that may wait let the GIL go. What a tier fails at is a count, never an exception: an engine only computes again.
 
@@ -13,6 +13,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::kv::prefix::BlockKey;
 use shoal_core::protocol::{TierPlace, TierUsage};
 use shoal_memory::disk::{DiskKey, DiskOptions, DiskSpec, DiskState, DiskTier, DiskUsage, Engine};
+use shoal_memory::remote::{RemoteKey, RemoteOptions, RemoteSpec, RemoteTier, login_from_file};
 use shoal_memory::store::{
     AdmissionRule, BatchOptions, Fingerprint, HostOptions, HostTier, Offered, Stack, StackOptions, Store,
     StoreKey, TierCounts, get_all, put_all,
@@ -275,6 +276,69 @@ impl PyHostTier {
     }
 }
 
+/// Blocks on an object store, a Redis or a shared directory.
+#[pyclass(frozen, name = "RemoteTier", module = "shoal._native")]
+pub(crate) struct PyRemoteTier {
+    tier: Owned<Arc<RemoteTier>>,
+}
+
+#[pymethods]
+impl PyRemoteTier {
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
+    fn new(
+        py: Python<'_>,
+        address: &str,
+        key_file: PathBuf,
+        login_file: Option<PathBuf>,
+        uses_min: u32,
+    ) -> PyResult<Self> {
+        let open = || -> Result<_, String> {
+            let key = RemoteKey::from_file(&key_file)?;
+            let login = login_file.as_deref().map(login_from_file).transpose()?;
+            let spec = RemoteSpec::parse(address, login.as_deref())?;
+            let admission = AdmissionRule { uses_min };
+            Ok((spec, RemoteOptions { admission, ..RemoteOptions::new(key) }))
+        };
+        let (spec, options) = py.detach(open).map_err(PyValueError::new_err)?;
+        let tier = py.detach(|| RemoteTier::open(&spec, options))?;
+        Ok(Self { tier: Owned::new(Arc::new(tier)) })
+    }
+
+    fn store(&self) -> PyResult<PyStore> {
+        let store: Arc<dyn Store> = self.tier.get()?.clone();
+        Ok(PyStore { store: Owned::new(store) })
+    }
+
+    /// Why it is set aside, if it is.
+    fn aside(&self) -> PyResult<Option<String>> {
+        Ok(self.tier.get()?.usage().aside)
+    }
+
+    /// A dict of figures.
+    fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counts = self.tier.get()?.usage().counts;
+        let dict = PyDict::new(py);
+        let figures = [
+            ("hits", counts.hits),
+            ("absent", counts.absent),
+            ("corrupt", counts.corrupt),
+            ("failed", counts.failed),
+            ("retries", counts.retries),
+            ("refused", counts.refused),
+            ("written", counts.written),
+            ("bytes_read", counts.bytes_read),
+            ("bytes_written", counts.bytes_written),
+            ("probes", counts.probes),
+            ("asides", counts.asides),
+        ];
+        for (name, value) in figures {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+}
+
 /// Several tiers as one.
 #[pyclass(frozen, name = "TierStack", module = "shoal._native")]
 pub(crate) struct PyTierStack {
@@ -393,6 +457,12 @@ impl PyKvTier {
     /// A step of the engine computed so many tokens in that time.
     fn computed(&self, tokens: u64, seconds: f64) -> PyResult<()> {
         self.tier.get()?.computed(tokens, convert::seconds("seconds", seconds)?);
+        Ok(())
+    }
+
+    /// Knows what another connection of the cache has seen.
+    fn learn_from(&self, other: &Self) -> PyResult<()> {
+        self.tier.get()?.learn_from(other.tier.get()?);
         Ok(())
     }
 

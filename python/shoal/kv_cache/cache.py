@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from shoal import _native
-    from shoal.tiers import DiskTier, HostTier, KvTier, TierStack
+    from shoal.tiers import DiskTier, HostTier, KvTier, RemoteTier, TierStack
     from shoal.torch.kv import Tensor
 
 __all__ = ["KvCache", "Sealed"]
@@ -370,7 +370,7 @@ class KvCache:
 
     def attach_store(
         self,
-        store: DiskTier | HostTier | TierStack,
+        store: DiskTier | HostTier | RemoteTier | TierStack,
         facts: Mapping[str, str],
         *,
         load_s: float = 1.0,

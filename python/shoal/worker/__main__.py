@@ -129,11 +129,13 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     memory.keep_below(
         host_tier,
         spec.disk,
-        lambda: facts_of(files, spec.device, dtype),
+        # Others that share a remote have files of other times.
+        lambda: facts_of(files, spec.device, dtype, by_content=spec.remote is not None),
         spec.disk_wait_s,
         chooses=spec.tier_load == "fastest",
         idle_s=spec.tier_idle_s,
         key_file=spec.disk_key_file,
+        remote=spec.remote,
     )
     return assembled
 

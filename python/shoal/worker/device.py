@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from shoal.kv_cache import Sealed
 
     from .kv import KvLayout
-    from .spec import DiskShare
+    from .spec import DiskShare, RemoteShare
 
 
 logger = logging.getLogger(__name__)
@@ -421,6 +421,7 @@ class DeviceMemory:
         chooses: bool = False,
         idle_s: float | None = None,
         key_file: str | None = None,
+        remote: RemoteShare | None = None,
     ) -> None:
         """Keep the KV cache's prefixes in tiers below the device as well, where there is a cache that finds them again.
 
@@ -440,8 +441,10 @@ class DeviceMemory:
             How long a conversation stays on the device unused once it is kept below; None for as long as there is room.
         key_file
             The key that what is on disk is encrypted with; None where it is not.
+        remote
+            What several servers keep KV in together; None for nothing.
         """
-        if not (host_bytes or disks) or self._kv is None or not self._kv.is_caching:
+        if not (host_bytes or disks or remote) or self._kv is None or not self._kv.is_caching:
             return
         if not self._kv.is_uniform:
             logger.info("KV is kept on the device only: tiers below it take no model with sliding window layers yet")
@@ -456,6 +459,7 @@ class DeviceMemory:
                 idle_s=idle_s,
                 memory=self._mem,
                 key_file=key_file,
+                remote=remote,
             )
 
     def tiers(self) -> list[dict[str, Any]]:

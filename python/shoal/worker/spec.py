@@ -44,6 +44,25 @@ class DiskShare:
 
 
 @dataclass(frozen=True)
+class RemoteShare:
+    """What several servers keep KV in together.
+
+    Attributes
+    ----------
+    address
+        Where it is, as :class:`shoal.RemoteTier` takes it.
+    key_file
+        The key that its objects are believed by.
+    login_file
+        Who asks; None where nobody has to say so.
+    """
+
+    address: str
+    key_file: str
+    login_file: str | None = None
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
     """One model as a worker shall serve it.
 
@@ -85,6 +104,8 @@ class WorkerSpec:
         The key that what is on disk is encrypted with; None where it is not.
     disk_wait_s
         How long a prompt, and the step that it is in, waits for what is on disk of it.
+    remote
+        Where several servers keep such KV together; None where they do not.
     tier_load
         ``"fastest"``: what is computed faster than it comes from memory or disk, by what was measured, is computed;
         ``"always"``: what is there is loaded.
@@ -118,6 +139,7 @@ class WorkerSpec:
     disk: tuple[DiskShare, ...] = ()
     disk_key_file: str | None = None
     disk_wait_s: float = 1.0
+    remote: RemoteShare | None = None
     tier_load: str = "fastest"
     tier_idle_s: float | None = None
     batch_tokens_max: int = 512
@@ -189,6 +211,8 @@ def _checked(key: str, value: Any) -> Any:
         return value
     if key == "disk":
         return _disk(value)
+    if key == "remote":
+        return _remote(value)
     if key in ("stall_timeout_s", "disk_wait_s", "tier_idle_s"):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SpecError(f"{key}: {value!r} is not a number of seconds")
@@ -211,6 +235,15 @@ def _disk(value: Any) -> tuple[DiskShare, ...]:
         limit = None if writes is None else parse_bytes("disk.write_bytes_per_hour", writes)
         shares.append(DiskShare(path, parse_bytes("disk.bytes", size), limit))
     return tuple(shares)
+
+
+def _remote(value: Any) -> RemoteShare:
+    if not isinstance(value, dict):
+        raise SpecError(f"remote: {value!r} is not an object")
+    address, key_file, login_file = (value.get(name) for name in ("address", "key_file", "login_file"))
+    if not isinstance(address, str) or not isinstance(key_file, str) or not isinstance(login_file, str | None):
+        raise SpecError(f"remote: {value!r} names no address and no file with its key")
+    return RemoteShare(address, key_file, login_file)
 
 
 def parse_bytes(key: str, value: Any) -> int:

@@ -1,4 +1,4 @@
-"""The worker's KV below the device, in host memory and on disk: what was computed outlives its place on the device.
+"""The worker's KV below the device, in memory, on disk and on a remote: what was computed outlives its place there.
 
 Apart, because serving must not wait for a disk: directories are opened in the background, also while the lock of a
 worker that was killed is still there, and until then, or where it cannot be, everything goes on without. What is on
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from shoal import DiskTier, Error, HostTier, TierError, TierStack
+from shoal import DiskTier, Error, HostTier, RemoteTier, TierError, TierStack
 
 from .errors import described
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shoal import KvCache, KvTier, MemoryManager, Prefetch
 
     from .loading import ModelFiles
-    from .spec import DiskShare
+    from .spec import DiskShare, RemoteShare
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ _CLOSE_S = 2.0
 
 
 class KvBelow:
-    """A KV cache's connection to the tiers below the device: host memory at once, disks from when they are open.
+    """A KV cache's connection to the tiers below the device: memory and a remote at once, disks when they are open.
 
-    What is sealed goes to both, so what host memory has to forget is on disk, and what dies with the worker is only in
-    memory. On the way up the fastest that has a block gives it, and what a disk gave stays in memory too.
+    What is sealed goes to all, so what host memory has to forget is on disk, and what dies with the worker is only in
+    memory. On the way up the fastest that has a block gives it, and what a slow one gave stays in the faster ones too.
 
     Parameters
     ----------
@@ -69,6 +69,8 @@ class KvBelow:
         Whose page-locked memory `host_bytes` are; none for ordinary memory.
     key_file
         The key that what is on disk is encrypted with; None where it is not.
+    remote
+        What several servers keep KV in together; None for nothing.
     """
 
     def __init__(
@@ -83,17 +85,21 @@ class KvBelow:
         idle_s: float | None = None,
         memory: MemoryManager | None = None,
         key_file: str | None = None,
+        remote: RemoteShare | None = None,
     ) -> None:
         self._chooses, self._idle_s, self._key_file = chooses, idle_s, key_file
+        self._share, self._remote = remote, None  # type: RemoteShare | None, RemoteTier | None
         self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
         self._host = HostTier(host_bytes, memory=memory) if host_bytes else None
         self._disk: DiskTier | None = None
-        self._stack: TierStack | None = None  # where there is host memory
+        self._stack: TierStack | None = None  # where there is more than a disk
         self._tier: KvTier | None = None
-        self._before = (Counter[str](), Counter[str]())  # of the time when the disks were being opened
+        # Of the time when the disks were being opened: of all together, and by tier.
+        self._before: tuple[Counter[str], dict[str, Counter[str]]] = (Counter(), {})
         self._lock = threading.Lock()  # for what is counted, while the tier is exchanged
         self._reason: str | None = "its directories are being opened" if disks else None
         self._host_reason: str | None = "its names are being made"
+        self._remote_reason: str | None = self._host_reason
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._open, name="kv-tiers", daemon=True)
         self._thread.start()
@@ -104,9 +110,9 @@ class KvBelow:
         return [] if tier is None else tier.load(tokens, blocks, salt=salt)
 
     def prefetch(self, tokens: Sequence[int], salt: str) -> Prefetch | None:
-        """Begin to bring what only disks have of a sequence to host memory, where there are both."""
-        tier = self._tier
-        return None if tier is None or self._host is None or self._disk is None else tier.prefetch(tokens, salt=salt)
+        """Begin to bring what only slow tiers have of a sequence to the fastest, and to ask a remote what it has."""
+        tier, is_worth = self._tier, self._remote is not None or (self._host is not None and self._disk is not None)
+        return tier.prefetch(tokens, salt=salt) if tier is not None and is_worth else None
 
     def save(self, tokens: Sequence[int], first: int, salt: str) -> None:
         """Queue the full blocks of a sequence from `first` on to be saved."""
@@ -129,35 +135,45 @@ class KvBelow:
     def figures(self) -> list[dict[str, Any]]:
         """Give what each tier did and how it is, the fastest first, as the server is told."""
         with self._lock:
-            tier, stack, disk = self._tier, self._stack, self._disk
+            tier, stack, disk, remote = self._tier, self._stack, self._disk, self._remote
             whole = Counter({} if tier is None else tier.usage())
-            counts = [] if stack is None else stack.counts()
-            whole_before, host_before = self._before
+            by_tier = {} if stack is None else {told["name"]: Counter(_as_told(told)) for told in stack.counts()}
+            whole_before, before = self._before
         told: list[dict[str, Any]] = []
-        host: Counter[str] = Counter()
+        host, on_disk = by_tier.get("host", Counter()), by_tier.get("disk", Counter())
+        all_looked_up = whole["looked_up"] + whole_before["looked_up"]
         if self._host is not None:
-            host = Counter(_as_told(counts[0])) if counts else Counter()
             usage = self._host.usage()
-            of_host: dict[str, Any] = {**(host + host_before)}
+            of_host: dict[str, Any] = {**_sum(host, before.get("host", Counter()))}
             of_host["prefetched"] = whole["prefetched"] + whole_before["prefetched"]
-            of_host["looked_up"] = whole["looked_up"] + whole_before["looked_up"]
-            if not self._disks:
-                of_host |= {name: whole[name] for name in ("late", "failed", *_TIMES)}
+            of_host["looked_up"] = all_looked_up
             of_host |= {name: usage[name] for name in ("bytes", "bytes_max", "evicted", "corrupt")}
             told.append({"tier": "host", "reason": self._host_reason, **of_host})
         if self._disks:
-            of_disk: dict[str, Any] = dict(whole)
-            if self._host is not None:
-                own = _as_told(counts[1]) if len(counts) > 1 else {}
-                of_disk = {name: whole[name] for name in ("late", "failed", "corrupt", *_TIMES)} if own else {}
-                of_disk |= own
+            of_disk: dict[str, Any] = dict(whole) if stack is None else dict(on_disk)
+            if on_disk:
+                of_disk["corrupt"] = whole["corrupt"]
                 # What the host had was not looked for here. It may have given more than was used in the end.
-                of_disk["looked_up"] = max(0, whole["looked_up"] - host["loaded"]) if own else 0
-                of_disk["unsaved"] = own.get("unsaved", 0) + (whole["unsaved"] if own else 0)
+                of_disk["looked_up"] = max(0, whole["looked_up"] - host["loaded"])
+            elif stack is not None:
+                of_disk["looked_up"] = 0  # it has not joined the others yet
             places = [] if disk is None else disk.places()
             room = {name: sum(place[name] for place in places) for name in ("bytes", "bytes_max")}
             told.append({"tier": "disk", "reason": self._reason, **of_disk, **room, "places": places})
+        if self._share is not None:
+            asked = Counter() if remote is None else Counter(remote.usage())
+            own = _sum(by_tier.get("remote", Counter()), before.get("remote", Counter()))
+            others = host["loaded"] + before.get("host", Counter())["loaded"] + on_disk["loaded"]
+            of_remote: dict[str, Any] = {**own, "corrupt": asked["corrupt"]}
+            of_remote["looked_up"] = max(0, all_looked_up - others)
+            aside = None if remote is None else remote.aside()
+            told.append({"tier": "remote", "reason": self._remote_reason or aside, **of_remote})
         if told:
+            # Of all tiers together; what is late or failed is so because of the slowest, mostly.
+            if told[-1]["tier"] in by_tier:
+                told[-1] |= {name: whole[name] + whole_before[name] for name in ("late", "failed", *_TIMES)}
+                if len(told) > 1:
+                    told[-1]["unsaved"] += whole["unsaved"] + whole_before["unsaved"]
             for name in ("recomputed", "demoted"):
                 told[0][name] = whole[name] + whole_before[name]
             told[0]["choice"] = None if tier is None else tier.choice()
@@ -170,7 +186,8 @@ class KvBelow:
         self._thread.join(timeout=_CLOSE_S)
         with self._lock:
             tier, disk, self._tier, self._disk = self._tier, self._disk, None, None
-        if tier is not None and disk is not None and not tier.flush(_FLUSH_S):
+        outlives = disk is not None or self._remote is not None
+        if tier is not None and outlives and not tier.flush(_FLUSH_S):
             logger.info("some KV was not saved in time")
         del tier
         if disk is not None:
@@ -179,13 +196,16 @@ class KvBelow:
     def _open(self) -> None:
         try:
             facts = self._facts()
-            if self._host is not None:
-                self._connect(facts, TierStack([self._host]))
+            self._open_remote()
+            if first := [tier for tier in (self._host, self._remote) if tier is not None]:
+                self._connect(facts, TierStack(first))
         except Exception as error:  # whatever it is, this thread is not there to tell it again
-            self._host_reason = self._reason = described(error)
+            self._host_reason = self._reason = self._remote_reason = described(error)
             logger.warning("no KV is kept below the device: %s", described(error), exc_info=True)
             return
         self._host_reason = None
+        if self._remote is not None:
+            self._remote_reason = None
         if self._host is not None:
             logger.info("KV in host memory: up to %d bytes", self._host.usage()["bytes_max"])
         if not self._disks or (disk := self._opened()) is None:
@@ -198,7 +218,8 @@ class KvBelow:
             disk.close(_CLOSE_S)
             return
         try:
-            self._connect(facts, disk if self._host is None else TierStack([self._host, disk]))
+            stack = [tier for tier in (self._host, disk, self._remote) if tier is not None]
+            self._connect(facts, disk if len(stack) == 1 else TierStack(stack))
         except Exception as error:
             self._reason = described(error)
             logger.warning("no KV is kept on disk: %s", self._reason, exc_info=True)
@@ -210,11 +231,25 @@ class KvBelow:
         for place in disk.places():
             logger.info("KV on disk: %(path)s is %(state)s, %(blocks)d blocks in it, by %(means)s", place)
 
+    def _open_remote(self) -> None:
+        """Take the remote, if there is one to take; nothing is asked of it yet."""
+        if self._share is None:
+            return
+        address, key_file, login_file = self._share.address, self._share.key_file, self._share.login_file
+        try:
+            self._remote = RemoteTier(address, key_file=key_file, login_file=login_file)
+        except (Error, OSError, ValueError) as error:
+            self._remote_reason = described(error)
+            logger.warning("no KV is kept on the remote: %s", self._remote_reason)
+            return
+        logger.info("KV on a remote: %s", address)
+
     def _connect(self, facts: Mapping[str, str], store: TierStack | DiskTier) -> None:
         """Save to and load from `store` from now on."""
         tier = self._cache.attach_store(store, facts, load_s=self._wait_s, chooses=self._chooses, idle_s=self._idle_s)
         if self._tier is not None:
             self._tier.flush(_FLUSH_S)
+            tier.learn_from(self._tier)
         stack = store if isinstance(store, TierStack) else None
         with self._lock:
             if self._stop.is_set():
@@ -222,7 +257,8 @@ class KvBelow:
             before, stack_before = self._tier, self._stack
             self._tier, self._stack = tier, stack
             if before is not None and stack_before is not None:
-                self._before = (Counter(before.usage()), Counter(_as_told(stack_before.counts()[0])))
+                by_tier = {told["name"]: Counter(_as_told(told)) for told in stack_before.counts()}
+                self._before = (Counter(before.usage()), by_tier)
 
     def _opened(self) -> DiskTier | None:
         """Open the directories, also while a killed worker has the lock; None where they are to be left alone."""
@@ -246,6 +282,13 @@ class KvBelow:
         return None
 
 
+def _sum(counts: Counter[str], others: Counter[str]) -> Counter[str]:
+    """Add up; what is nothing is there too."""
+    result = Counter(counts)
+    result.update(others)
+    return result
+
+
 def _as_told(counts: Mapping[str, int]) -> dict[str, int]:
     """Give one tier's counts in a stack as the server is told them; blocks of a cache are of one length."""
     saved = counts["written"] - counts["promoted"]
@@ -259,7 +302,7 @@ def _as_told(counts: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:
+def facts_of(files: ModelFiles, device: str, dtype: str, *, by_content: bool = False) -> dict[str, str]:
     """Name what a model's KV depends on beside the tokens.
 
     Parameters
@@ -269,6 +312,9 @@ def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:
         files' lengths and times.
     device, dtype
         What computes it, and in what.
+    by_content
+        All bytes of the weights count, and no times: then copies of the files on other machines are the same. It reads
+        the files through.
     """
     import torch
     import transformers
@@ -277,7 +323,7 @@ def facts_of(files: ModelFiles, device: str, dtype: str) -> dict[str, str]:
 
     return {
         "config": hashlib.sha256((files.path / "config.json").read_bytes()).hexdigest(),
-        "weights": _weights(files),
+        "weights": _content(files) if by_content else _weights(files),
         "dtype": dtype,
         "attention": f"{hooks.ATTENTION} {attention.REVISION}",
         "torch": torch.__version__,
@@ -299,4 +345,12 @@ def _weights(files: ModelFiles) -> str:
                 digest.update(repr((name, place.dtype, place.shape, place.offset)).encode())
                 file.seek(place.offset)
                 digest.update(file.read(min(place.bytes, _SAMPLE_BYTES)))
+    return digest.hexdigest()
+
+
+def _content(files: ModelFiles) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({place.path for place in files.tensors.values()}):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

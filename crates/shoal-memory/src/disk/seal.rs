@@ -6,9 +6,6 @@
 //! HMAC-SHA-256 of what each is for (as NIST SP 800-108 derives keys), those of blocks from the directory's secret as well,
 //! so that no two directories share one. Lengths of blocks and when they were written are to be seen. Keeps I8.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,11 +18,7 @@ use shoal_core::store::format::{Entry, NONCE_BYTES, Secret};
 use shoal_core::store::key::StoreKey;
 
 use super::error::DiskError;
-
-/// Bytes of a key.
-const KEY_BYTES: usize = 32;
-/// A longer file is no key's.
-const FILE_BYTES_MAX: u64 = 4096;
+use crate::key_file::{self, KEY_BYTES};
 
 /// The key that a tier's blocks are encrypted with. It never shows what it is.
 #[derive(Clone, PartialEq, Eq)]
@@ -50,34 +43,8 @@ impl DiskKey {
     /// # Errors
     /// `KeyFile`.
     pub fn from_file(path: &Path) -> Result<Self, DiskError> {
-        let wrong = |reason: String| DiskError::KeyFile { path: path.to_owned(), reason };
-        let mut bytes = Vec::new();
-        let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
-        let mode = file.metadata().map_err(|error| wrong(error.to_string()))?.mode();
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| wrong(error.to_string()))?;
-        let key = Self::parse(&bytes).ok_or_else(|| {
-            wrong(format!("it has {} bytes, not 32 and not 64 hexadecimal digits", bytes.len()))
-        })?;
-        if mode & 0o077 != 0 {
-            tracing::warn!(path = %path.display(), mode = format!("{:03o}", mode & 0o777), "others may read the disk tier's key: chmod 600");
-        }
-        Ok(key)
-    }
-
-    /// A key as it stands in a file, or none.
-    fn parse(bytes: &[u8]) -> Option<Self> {
-        if let Ok(key) = bytes.try_into() {
-            return Some(Self(key));
-        }
-        let digits = bytes.trim_ascii();
-        let mut key = [0; KEY_BYTES];
-        if digits.len() != 2 * KEY_BYTES || !digits.iter().all(u8::is_ascii_hexdigit) {
-            return None;
-        }
-        for (byte, pair) in key.iter_mut().zip(digits.chunks(2)) {
-            *byte = u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok()?;
-        }
-        Some(Self(key))
+        let wrong = |reason| DiskError::KeyFile { path: path.to_owned(), reason };
+        key_file::read(path, "disk tier").map(Self).map_err(wrong)
     }
 
     /// 32 bytes for one purpose; none of them tells anything of the key, or of those for another.

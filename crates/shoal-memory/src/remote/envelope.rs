@@ -10,10 +10,12 @@
 //! ```
 
 use std::fmt;
+use std::path::Path;
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
+use crate::key_file;
 use crate::store::StoreKey;
 
 /// Bytes of a head.
@@ -36,6 +38,16 @@ impl fmt::Debug for RemoteKey {
 }
 
 impl RemoteKey {
+    /// The key in a file: 32 bytes, or 64 hexadecimal digits, as `openssl rand -hex 32` writes them. A file that others may
+    /// read is taken, with a warning: secrets are mounted so in containers.
+    ///
+    /// # Errors
+    /// Why there is none, in words.
+    pub fn from_file(path: &Path) -> Result<Self, String> {
+        let wrong = |why| format!("no key in {}: {why}", path.display());
+        key_file::read(path, "remote tier").map(Self).map_err(wrong)
+    }
+
     fn code(&self, said: &[u8], body: &[u8]) -> Option<Hmac<Sha256>> {
         let mut code = Hmac::<Sha256>::new_from_slice(&self.0).ok()?;
         code.update(said);

@@ -8,12 +8,14 @@
 //!
 //! | module | subject |
 //! |---|---|
+//! | `address` | where the remote is, and who asks it, as people write it |
 //! | `envelope` | what stands before a block's bytes, and whether both are believed |
 //! | `breaker` | whether the remote is asked at all |
 //! | `presence` | what is known to be there without asking |
 //! | `work` | one request, with its retries |
 //! | `wire`, `s3`, `redis`, `files` | how objects are read and written |
 
+mod address;
 mod breaker;
 mod envelope;
 mod files;
@@ -36,6 +38,7 @@ use shoal_core::store::admission::{AdmissionRule, Candidate, Sightings, decide};
 use shoal_core::store::health::HealthRule;
 use shoal_core::store::recompute::{Cost, Estimate};
 
+pub use self::address::login_from_file;
 pub use self::envelope::{HEAD_BYTES, RemoteKey};
 pub use self::redis::RedisSpec;
 pub use self::s3::S3Spec;
@@ -352,6 +355,44 @@ impl Store for RemoteTier {
             self.ask(Job::Look { key: *key, promise: None });
         }
         known == Some(true)
+    }
+
+    /// From the first on that is not there, as far as is known, nothing more is looked for: of a sequence that is of no use.
+    fn contains_each(&self, keys: &[StoreKey]) -> Vec<bool> {
+        let row = keys.iter().take_while(|key| self.contains(key)).count();
+        let now = Instant::now();
+        let is_aside = self.shared.breaker.aside(now).is_some();
+        let state = self.shared.state.lock();
+        let is_known = |key| !is_aside && state.presence.find(key, now) == Some(true);
+        keys.iter().enumerate().map(|(at, key)| at < row || is_known(key)).collect()
+    }
+
+    fn must_look(&self) -> bool {
+        true
+    }
+
+    /// The first name is looked for alone: mostly nobody has any of a sequence, and then that is one way to the remote and
+    /// back. The others follow some at a time.
+    fn look_for(&self, keys: &[StoreKey], deadline: Duration) {
+        let until = Instant::now() + deadline.min(TIME_MAX);
+        let (mut left, mut at_once) = (keys, 1);
+        while !left.is_empty() && Instant::now() < until {
+            let (now, later) = left.split_at(at_once.min(left.len()));
+            let known: Vec<Option<bool>> = {
+                let state = self.shared.state.lock();
+                now.iter().map(|key| state.presence.find(key, Instant::now())).collect()
+            };
+            let unknown = now.iter().zip(&known).filter(|(_, known)| known.is_none());
+            let wait = until.saturating_duration_since(Instant::now());
+            let asked: Vec<_> = unknown.map(|(key, _)| self.look(*key, wait)).collect();
+            // All of them are waited for: each answer is worth knowing.
+            let lacking =
+                asked.into_iter().map(Ticket::wait).filter(|found| !matches!(found, Ok(true))).count();
+            if lacking > 0 || known.contains(&Some(false)) {
+                break;
+            }
+            (left, at_once) = (later, LOOKING_EACH * self.shared.options.connections.max(1));
+        }
     }
 
     fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {

@@ -187,6 +187,17 @@ pub trait Store: fmt::Debug + Send + Sync {
         keys.iter().map_while(|key| self.part_of(key)).collect()
     }
 
+    /// Whether it knows of blocks only after it has asked somebody else, as in [`Store::look_for`].
+    fn must_look(&self) -> bool {
+        false
+    }
+
+    /// Finds out which of these blocks of a sequence it has, as far as it does not know, up to the first that nobody has. Waits
+    /// for that until the deadline; what is not known by then is not there.
+    fn look_for(&self, keys: &[StoreKey], deadline: Duration) {
+        let _ = (keys, deadline);
+    }
+
     /// Bytes that a part has to move before what is asked of it now.
     fn queued_bytes(&self, part: usize) -> u64 {
         let _ = part;

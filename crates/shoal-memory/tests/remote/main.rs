@@ -136,6 +136,47 @@ fn all_kinds_serve_what_was_put() {
     }
 }
 
+/// A server that was started a moment ago knows of nothing, and a sequence is of no use block by block.
+#[test]
+fn what_others_have_of_a_sequence_is_known_when_it_was_looked_for() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let fake = Fake::start(protocol, |_| Fault::None);
+        let keys: Vec<StoreKey> = (0..200).map(key).collect();
+        let before = open(protocol, &fake, patient());
+        for block in (0..200).filter(|block| *block != 150) {
+            assert_eq!(put(&before, block), Ok(Stored::Written));
+        }
+        let host: Arc<dyn Store> = Arc::new(HostTier::new(HostOptions::new(ByteCount::mib(64))));
+        for block in 0..3 {
+            assert_eq!(put(&*host, block), Ok(Stored::Written));
+        }
+        let remote: Arc<dyn Store> = Arc::new(open(protocol, &fake, patient()));
+        let stack = Stack::new(vec![host, Arc::clone(&remote)], StackOptions::default()).unwrap();
+        assert!(stack.must_look());
+        let asked = fake.count(|_, _| true);
+        stack.look_for(&keys, WAIT);
+        // What the host has is not looked for; the first block of the rest is, and then 64 at a time up to the gap.
+        assert_eq!(fake.count(|_, _| true) - asked, 1 + 3 * 64);
+        let parts = stack.parts_of(&keys);
+        assert_eq!((parts.len(), &parts[..5]), (150, &[0, 0, 0, 1, 1][..]));
+        // Of a sequence that nobody has one is asked for, once.
+        let asked = fake.count(|_, _| true);
+        let others: Vec<StoreKey> = (1000..1200).map(key).collect();
+        stack.look_for(&others, WAIT);
+        stack.look_for(&others, WAIT);
+        assert_eq!(fake.count(|_, _| true) - asked, 1);
+        assert!(stack.parts_of(&others).is_empty());
+        fake.stop();
+        // Nobody waits for one that is gone for longer than was said.
+        let gone =
+            open(protocol, &fake, RemoteOptions { try_deadline: Duration::from_millis(50), ..patient() });
+        let begun = Instant::now();
+        gone.look_for(&keys, Duration::from_millis(100));
+        assert!(begun.elapsed() < WAIT, "{:?}", begun.elapsed());
+        assert!(gone.parts_of(&keys).is_empty());
+    }
+}
+
 #[test]
 fn what_passes_is_tried_again() {
     for protocol in [Protocol::S3, Protocol::Redis] {

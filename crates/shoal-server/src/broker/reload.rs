@@ -60,7 +60,7 @@ impl Core {
             disk: old.disk.clone(),
             disk_key_file: old.disk_key_file.clone(),
             disk_wait: old.disk_wait,
-            tiers: old.tiers,
+            tiers: old.tiers.clone(),
             runtime_dir: old.runtime_dir.clone(),
             state_dir: old.state_dir.clone(),
             cache_dir: old.cache_dir.clone(),
@@ -263,6 +263,7 @@ fn fixed_keys(old: &ServerConfig, new: &ServerConfig) -> Vec<String> {
         ("disk_wait", old.disk_wait != new.disk_wait),
         ("tier_load", old.tiers.always_loads != new.tiers.always_loads),
         ("tier_idle", old.tiers.idle != new.tiers.idle),
+        ("tier_remote", old.tiers.remote() != new.tiers.remote()),
         ("request_bytes_max", old.limits.request_bytes_max != new.limits.request_bytes_max),
         ("wait_s_max", old.limits.wait_max != new.limits.wait_max),
     ];

@@ -199,7 +199,12 @@ fn tiers_of(models: &[ModelSnapshot]) -> String {
 
 fn tier_of(model: &str, tier: &TierUsage) -> String {
     let TierUsage { tier: name, reason, counts, bytes, bytes_max, places, .. } = tier;
-    let mut text = format!("{model}: KV on {}: {bytes} of {bytes_max}", printable(name));
+    let mut text = format!("{model}: KV on {}: ", printable(name));
+    // What lies on a remote is not this server's alone, and nobody counts it.
+    let _ = match name.as_str() {
+        "remote" => write!(text, "{} put there", counts.saved_bytes),
+        _ => write!(text, "{bytes} of {bytes_max}"),
+    };
     let _ = write!(text, ", {} of {} blocks looked for came back", counts.loaded, counts.looked_up);
     if counts.recomputed > 0 {
         let _ = write!(text, ", {} computed again as that is faster", counts.recomputed);

@@ -10,7 +10,7 @@ use shoal_memory::disk::DiskKey;
 
 use super::error::{Problem, ProblemKind};
 use super::parse::{ModelSection, Sited};
-use super::{DiskTier, Engine, ModelConfig, ServerConfig};
+use super::{DiskTier, Engine, ModelConfig, RemoteConfig, ServerConfig};
 
 /// The least that a model can use of an entry.
 pub(super) const DISK_SHARE_MIN: ByteCount = ByteCount::mib(64);
@@ -31,6 +31,12 @@ impl ServerConfig {
             })
         };
         self.disk.iter().map(entry).collect()
+    }
+
+    /// What `model`'s worker is told of the remote tier; null where it has none. Names tell models apart there.
+    pub(super) fn remote_of(&self, model: &ModelConfig) -> serde_json::Value {
+        let remote = self.tiers.remote().filter(|_| keeps_kv(model.engine, model.prefix_caching));
+        remote.map_or(serde_json::Value::Null, RemoteConfig::told)
     }
 }
 

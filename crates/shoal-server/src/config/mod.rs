@@ -19,6 +19,7 @@ mod locate;
 mod models;
 mod parse;
 mod patience;
+mod remote;
 mod resolve;
 mod sharing;
 mod surroundings;
@@ -49,6 +50,7 @@ pub use locate::{SAMPLE, find_file};
 pub(crate) use models::tensor_bytes;
 pub use parse::{ModelSection, ServerSection, ShoalFile, Sited, parse};
 pub use patience::Patience;
+pub use remote::RemoteConfig;
 pub(crate) use sharing::OUTSIDE;
 pub use sharing::{Sharing, SharingSection, SleepDepth, is_outside};
 pub use surroundings::{Budgets, MachineMemory, Surroundings};
@@ -195,6 +197,7 @@ impl ServerConfig {
             "disk": self.disk_of(model),
             "disk_key_file": self.disk_key_file,
             "disk_wait_s": self.disk_wait.as_secs_f64(),
+            "remote": self.remote_of(model),
             "tier_load": self.tiers.load(),
             "tier_idle_s": self.tiers.idle.map(|idle| idle.as_secs_f64()),
         })

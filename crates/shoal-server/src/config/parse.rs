@@ -103,7 +103,7 @@ pub struct ModelSection {
 }
 
 const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 26] = [
+const SERVER_KEYS: [&str; 29] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -119,6 +119,9 @@ const SERVER_KEYS: [&str; 26] = [
     "disk_wait",
     "tier_load",
     "tier_idle",
+    "tier_remote",
+    "tier_remote_key_file",
+    "tier_remote_login_file",
     "request_bytes_max",
     "wait_s_max",
     "parked_max",
@@ -628,7 +631,7 @@ pub(super) fn nonempty(text: &str) -> Result<&str, String> {
     if text.is_empty() || text.contains('\0') { Err("must not be empty".to_owned()) } else { Ok(text) }
 }
 
-fn path(text: &str) -> Result<PathBuf, String> {
+pub(super) fn path(text: &str) -> Result<PathBuf, String> {
     nonempty(text).map(PathBuf::from)
 }
 

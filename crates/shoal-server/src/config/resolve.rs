@@ -15,19 +15,20 @@ use super::error::{Problem, ProblemKind};
 use super::gpu::{DRIVER_MIN, Gpu};
 use super::models::{unservable, weights_of};
 use super::parse::{ModelSection, ServerSection, ShoalFile, Sited};
+use super::remote::RemoteConfig;
 use super::sharing::{both_ways, check_apart, check_host};
 use super::surroundings::Surroundings;
 use super::{
     Budgets, DISK_WAIT_DEFAULT, DeviceChoice, DiskTier, Engine, HostTier, LISTEN_DEFAULT, Limits,
-    ModelConfig, ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig, host_tier,
+    ModelConfig, ORPHAN_WAIT_DEFAULT, PARALLEL_DEFAULT, QUANTUM_DEFAULT, ServerConfig, TierUse, host_tier,
 };
 
 const BUDGET_UNIT: ByteCount = ByteCount::mib(64);
 /// What is left of a GPU's free memory, for what nobody foresees, where nothing is said.
 const HEADROOM: ByteCount = ByteCount::gib(1);
-/// What `separate_keys` costs where blocks are kept on disk.
-const FOUND_UNTIL_THE_END: &str =
-    "separate_keys: what `disk` keeps is found until this server ends; the next one has other salts";
+/// What `separate_keys` costs where blocks outlive the server.
+const FOUND_UNTIL_THE_END: &str = "separate_keys: what `disk` and `tier_remote` keep is found until this server ends; the next one has other \
+     salts";
 
 fn round_down(bytes: ByteCount) -> ByteCount {
     ByteCount(bytes.0 / BUDGET_UNIT.0 * BUDGET_UNIT.0)
@@ -42,12 +43,11 @@ impl ShoalFile {
         let mut problems = Vec::new();
         let directory = file.parent().unwrap_or(Path::new("/"));
         let home = surroundings.home.as_deref();
-        let server = self.server;
+        let mut server = self.server;
         let separate_keys = separates_keys(&server, &mut problems);
 
         let unsited = LISTEN_DEFAULT.parse().unwrap_or(([127, 0, 0, 1], 8000).into());
-        let listen_default = || Sited { value: unsited, line: 0, column: 0 };
-        let listen = server.listen.unwrap_or_else(listen_default);
+        let listen = server.listen.unwrap_or(Sited { value: unsited, line: 0, column: 0 });
         if !listen.value.ip().to_canonical().is_loopback() && server.api_key_file.is_none() {
             problems.push(listen.problem(ProblemKind::OpenToAll { listen: listen.value.to_string() }));
         }
@@ -81,7 +81,8 @@ impl ShoalFile {
         }
         let disk = with_absolute_paths(server.disk, directory, home);
         check_disk(&disk, &self.models, &mut problems);
-        let disk_key_file = key_file(server.disk_key_file, directory, home, &mut problems);
+        let disk_key = server.disk_key_file;
+        let disk_key_file = key_files(disk_key, &mut server.tiers, directory, home, &mut problems);
         host_tier::check(server.host_tier.as_ref(), host_budget, &self.models, &mut problems);
 
         check_minimums(&self.models, device_budget, server.device_budget.as_ref(), &mut problems);
@@ -99,7 +100,7 @@ impl ShoalFile {
         check_host(&models, &depths, host_budget, &mut problems);
         if separate_keys {
             notes.extend(models.iter().filter_map(shares_prefixes));
-            notes.extend((!disk.is_empty()).then(|| FOUND_UNTIL_THE_END.to_owned()));
+            notes.extend(found_until_the_end(&disk, server.tiers.remote()));
         }
         let unservable: Vec<String> =
             models.iter().filter_map(|model| unservable(model, device, device_budget, &cache_dir)).collect();
@@ -164,6 +165,11 @@ fn shares_prefixes(model: &ModelConfig) -> Option<String> {
         let (name, engine) = (&model.name, model.engine.name());
         format!("separate_keys: {name} (engine = \"{engine}\") is not told of keys; prefixes that it caches are for all of them")
     })
+}
+
+/// What to know of blocks that outlive the server, where its keys do not.
+fn found_until_the_end(disk: &[Sited<DiskTier>], remote: Option<&RemoteConfig>) -> Option<String> {
+    (!disk.is_empty() || remote.is_some()).then(|| FOUND_UNTIL_THE_END.to_owned())
 }
 
 /// What is to stay free beside the budget. They are added to each other, so the sum has to be a number.
@@ -309,13 +315,17 @@ fn with_absolute_paths(
     disk
 }
 
-/// Where the key is that what is on disk is encrypted with.
-fn key_file(
+/// Where the key is that what is on disk is encrypted with; the files of the remote tier are looked into too.
+fn key_files(
     file: Option<Sited<PathBuf>>,
+    tiers: &mut TierUse,
     directory: &Path,
     home: Option<&Path>,
     problems: &mut Vec<Problem>,
 ) -> Option<PathBuf> {
+    if let Some(remote) = &mut tiers.remote {
+        RemoteConfig::resolve(remote, |path| absolute(path, directory, home), problems);
+    }
     let file = file.map(|path| Sited { value: absolute(&path.value, directory, home), ..path })?;
     check_key(&file, problems);
     Some(file.value)

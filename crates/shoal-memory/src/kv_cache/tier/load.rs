@@ -11,7 +11,11 @@ use shoal_core::kv::prefix::Start;
 use super::Inner;
 use super::bring::{Shares, Wanted};
 use super::choice::Watch;
+use crate::store::StoreKey;
 use crate::transfer::Shared;
+
+/// Which part of the time for a load a request waits at most to hear what a remote has of it.
+const LOOK_PART: u32 = 4;
 
 impl Inner {
     pub(super) fn load(&self, salt: &[u8], tokens: &[u32], held: &[u32]) -> Vec<u32> {
@@ -23,6 +27,7 @@ impl Inner {
         let begun = Instant::now();
         let mut keys = self.keys(salt, tokens);
         keys.drain(..held.len());
+        self.look_for(&keys);
         let mut parts = self.store.parts_of(&keys);
         let there = if parts.is_empty() { 0 } else { self.choose(tokens.len(), held.len(), &parts) };
         if there == 0 {
@@ -68,6 +73,13 @@ impl Inner {
         });
         tracing::debug!(looked_up, there, blocks, ?took, ?shares, "loaded KV blocks from a tier");
         ids
+    }
+
+    /// Finds out what a tier has that knows only after it has asked, where there is one.
+    pub(super) fn look_for(&self, keys: &[StoreKey]) {
+        if self.store.must_look() {
+            self.store.look_for(keys, self.options.load_wait / LOOK_PART);
+        }
     }
 
     /// Brings back what of the cache itself was evicted, as the next step would: it may be what somebody owned as the model

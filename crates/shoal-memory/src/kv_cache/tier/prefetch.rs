@@ -107,7 +107,9 @@ impl Inner {
         let mut under_way: VecDeque<(Instant, Ticket<Fetched>)> = VecDeque::new();
         let mut spare: Vec<Buffer> = Vec::new();
         let mut asked = 0;
-        for key in keys.iter().skip(self.on_device(wish)) {
+        let lacking = &keys[self.on_device(wish).min(keys.len())..];
+        self.look_for(lacking);
+        for key in lacking {
             // What comes after a gap is of no use.
             if wish.is_over() || self.is_over() || asked == most || !self.store.contains(key) {
                 break;

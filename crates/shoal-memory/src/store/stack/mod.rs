@@ -19,7 +19,7 @@ mod tests;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
@@ -270,6 +270,21 @@ impl Store for Stack {
             }
         }
         parts
+    }
+
+    fn must_look(&self) -> bool {
+        self.shared.tiers.iter().any(|tier| tier.must_look())
+    }
+
+    /// Of each tier that must look, from the first block on that no faster one has.
+    fn look_for(&self, keys: &[StoreKey], deadline: Duration) {
+        let until = Instant::now() + deadline;
+        for (part, tier) in self.shared.tiers.iter().enumerate().filter(|(_, tier)| tier.must_look()) {
+            let faster = &self.shared.tiers[..part];
+            let is_lacking = |key: &StoreKey| !faster.iter().any(|tier| tier.contains(key));
+            let Some(first) = keys.iter().position(is_lacking) else { continue };
+            tier.look_for(&keys[first..], until.saturating_duration_since(Instant::now()));
+        }
     }
 
     fn queued_bytes(&self, part: usize) -> u64 {
