@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import random
 import sys
 import time
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benches.prefix_first_token import VOCABULARY, first_token, model
-from benches.results import Row, of_samples, percentile, save
+from benches.results import Row, of_samples, save
 from benches.tiers_restore import folder
+from benches.turns import WORDS, Turns
 from shoal.testing import simulated_memory
 from shoal.worker.device import DeviceMemory
 from shoal.worker.engine_causal import CausalEngine
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 BLOCK_TOKENS = 16
-WORDS = 32
-BESIDE = 2
 WAIT_S = 60.0
 TIERS = ("no tier", "host", "host and disk")
 
@@ -70,17 +68,16 @@ WHOLE = Size(
 QUICK = Size(tokens=768, allowed_s=0.25, device=40 * MIB, host=96 * MIB, disk=256 * MIB, most=16, rounds=1, samples=3)
 
 
-class Talks:
+class Talks(Turns):
     """Conversations with one engine."""
 
     def __init__(self, engine: CausalEngine, memory: DeviceMemory, size: Size) -> None:
+        super().__init__(size.tokens, VOCABULARY, "1")
         self.engine, self.memory, self.size = engine, memory, size
-        self.draw = random.Random(1)  # noqa: S311 - made-up prompts
-        self.prompts: list[list[int]] = []
 
-    def words(self, count: int) -> list[int]:
-        """Make up some tokens."""
-        return [self.draw.randrange(1, VOCABULARY) for _ in range(count)]
+    async def ask(self, prompt: list[int]) -> tuple[float, int]:
+        """Ask for a token."""
+        return await first_token(self.engine, prompt)
 
     def saved(self) -> None:
         """Wait until what was computed is kept below, where there is a tier."""
@@ -89,44 +86,12 @@ class Talks:
         if tier is not None and not tier.flush(WAIT_S):
             raise RuntimeError(f"it was not saved in time: {self.memory.tiers()}")
 
-    async def more(self, count: int) -> None:
-        """Begin conversations until there are so many."""
-        while len(self.prompts) < count:
-            self.prompts.append(self.words(self.size.tokens))
-            await first_token(self.engine, self.prompts[-1])
-            self.saved()
-
-    async def turn(self, number: int) -> tuple[float, int]:
-        """Go on with one; the seconds to its first token, and how much of it was found.
-
-        Its length stays the same: what was said last is taken back.
-        """
-        prompt = [*self.prompts[number][: self.size.tokens - WORDS], *self.words(WORDS)]
-        return await first_token(self.engine, prompt)
-
-    async def slowest(self, count: int) -> tuple[float, float]:
-        """Let so many take turns; the 99th percentile of first tokens, and their median."""
-        await self.more(count)
-        taken: list[float] = []
-        for _ in range(self.size.rounds):
-            order = list(range(count))
-            self.draw.shuffle(order)
-
-            async def some(numbers: Iterator[int]) -> None:
-                for number in numbers:
-                    seconds, _ = await self.turn(number)
-                    taken.append(seconds)
-
-            numbers = iter(order)
-            await asyncio.gather(*(some(numbers) for _ in range(BESIDE)))
-        return percentile(taken, 0.99), percentile(taken, 0.5)
-
-    async def held(self) -> tuple[int, list[tuple[int, float, float]]]:
+    async def held(self) -> tuple[int, list[tuple[int, float, float, int]]]:
         """Look with twice as many each time; how many were held, and what was seen."""
         seen, held, count = [], 0, 2
         while count <= self.size.most:
-            p99, median = await self.slowest(count)
-            seen.append((count, p99, median))
+            p99, median, samples = await self.slowest(count, self.size.rounds)
+            seen.append((count, p99, median, samples))
             print(f"  {count} conversations: p99 {p99:.3f} s, median {median:.3f} s", flush=True)
             if p99 > self.size.allowed_s:
                 break
@@ -174,8 +139,8 @@ def conversations(size: Size, where: Path) -> list[Row]:
         if rows:
             row.peer, row.peer_value = "no tier", rows[0].value
         rows.append(row)
-        for count, p99, median in seen:
-            rows.append(Row(f"{tier}, {count} conversations", "first token, p99", p99, "s", "lower"))
+        for count, p99, median, samples in seen:
+            rows.append(Row(f"{tier}, {count} conversations", "first token, p99", p99, "s", "lower", samples=samples))
             rows[-1].peer, rows[-1].peer_value = "their median", median
     return rows
 

@@ -21,6 +21,7 @@ __all__ = [
     "Region",
     "RegionBuffer",
     "RegionUse",
+    "RemoteTier",
     "Store",
     "StoreKey",
     "StoreNames",

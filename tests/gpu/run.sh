@@ -18,6 +18,7 @@
 #   tests/gpu/run.sh sleep_wake_torch  13 GiB in torch against torch_memory_saver (importable) and the link
 #   tests/gpu/run.sh soak           1,000 sleeps and wakes of 2 GiB and of a model with CUDA graphs: nothing lost
 #   tests/gpu/run.sh trade          two processes trade memory for four minutes, one of them killed in its restores
+#   tests/gpu/run.sh tiers_blocks   host memory up and down by length and layout of blocks, against the link
 #   tests/gpu/run.sh tiers_restore  prefixes of an 8B from host memory and from disk against computing them; needs transformers
 #   tests/gpu/run.sh tiers_concurrency  conversations of an 8B held with a first token within a second: no tier, host, disk
 #   tests/gpu/run.sh vllm           vLLM 0.26 (importable) on Shoal and alone: tokens, sleep, wake, memory while asleep
@@ -116,7 +117,7 @@ tms)
 sleep_wake_torch | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
-tiers_restore | tiers_concurrency) python3 -X faulthandler -m "tests.gpu.$part" ;;
+tiers_blocks | tiers_restore | tiers_concurrency) python3 -X faulthandler -m "tests.gpu.$part" ;;
 shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
 vllm_burst | vllm_all_active) python3 -X faulthandler -m tests.gpu.vllm_load "${part#vllm_}" ;;
@@ -146,7 +147,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_restore, tiers_concurrency, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac

@@ -14,41 +14,36 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from benches.results import Row, of_samples, percentile
+from benches.results import Row, of_samples
 from benches.tiers_restore import free_bytes
-from tests.gpu.tiers_restore import GIB, MIB, ON_GPU, VOCABULARY, WAIT_S, Bench, device_memory, link_bytes_per_s
+from benches.turns import WORDS, Turns
+from tests.gpu.tiers_blocks import GIB, MIB, ON_GPU, WAIT_S, device_memory, link_bytes_per_s
+from tests.gpu.tiers_restore import VOCABULARY, Bench
 
 from shoal.worker.sampling import Sampling
 from shoal.worker.spec import DiskShare
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 TOKENS = 16 << 10 if ON_GPU else 128
-WORDS = 32
 LOOKS = (2, 4, 8, 12, 16, 24) if ON_GPU else (2, 4, 8)
 HOST = 24 * GIB if ON_GPU else 8 * MIB
 DISK = 24 * GIB if ON_GPU else 16 * MIB
-BESIDE = 2
 ALLOWED_S = 1.0
 END_S = 330.0  # no further look begins after that: it would not end in time
 TIERS = ("no tier", "host", "host and disk")
 
 
-class Talks:
+class Talks(Turns):
     """Conversations with the engine of a bench, under one stack of tiers."""
 
     def __init__(self, bench: Bench, tier: str) -> None:
+        super().__init__(TOKENS, VOCABULARY, tier)
         self.bench, self.tier = bench, tier
-        self.draw = random.Random(tier)
-        self.prompts: list[list[int]] = []
 
     def __enter__(self) -> Self:
         host = HOST if "host" in self.tier else 0
@@ -67,10 +62,6 @@ class Talks:
         self.bench.memory.close()
         self.bench.kv.below = None
 
-    def words(self, count: int) -> list[int]:
-        """Make up some tokens."""
-        return [self.draw.randrange(1, VOCABULARY) for _ in range(count)]
-
     def saved(self) -> None:
         """Wait until what was computed is kept below, where there is a tier."""
         below = self.bench.kv.below
@@ -85,34 +76,6 @@ class Talks:
             return time.perf_counter() - begun, generation.cached_tokens
         raise RuntimeError("there was no token")
 
-    async def more(self, count: int) -> None:
-        """Begin conversations until there are so many."""
-        while len(self.prompts) < count:
-            self.prompts.append(self.words(TOKENS))
-            await self.ask(self.prompts[-1])
-            self.saved()
-
-    async def turn(self, number: int) -> tuple[float, int]:
-        """Go on with one. Its length stays the same: what was said last is taken back."""
-        return await self.ask([*self.prompts[number][: TOKENS - WORDS], *self.words(WORDS)])
-
-    async def slowest(self, count: int) -> tuple[float, float]:
-        """Let so many take turns, twice where they are few; the 99th percentile of first tokens, and their median."""
-        await self.more(count)
-        taken: list[float] = []
-        for _ in range(2 if count <= 8 else 1):
-            order = list(range(count))
-            self.draw.shuffle(order)
-
-            async def some(numbers: Iterator[int]) -> None:
-                for number in numbers:
-                    seconds, _ = await self.turn(number)
-                    taken.append(seconds)
-
-            numbers = iter(order)
-            await asyncio.gather(*(some(numbers) for _ in range(BESIDE)))
-        return percentile(taken, 0.99), percentile(taken, 0.5)
-
 
 async def held(talk: Talks, rows: list[Row]) -> int:
     """Look with more each time; how many were held."""
@@ -121,8 +84,9 @@ async def held(talk: Talks, rows: list[Row]) -> int:
         if time.monotonic() - talk.bench.begun > END_S:
             talk.bench.say(f"{talk.tier}: {count} and more are left out: no time")
             break
-        p99, median = await talk.slowest(count)
-        row = Row(f"{talk.tier}, {count} conversations", "first token, p99", p99, "s", "lower")
+        # Twice where they are few.
+        p99, median, samples = await talk.slowest(count, 2 if count <= 8 else 1)
+        row = Row(f"{talk.tier}, {count} conversations", "first token, p99", p99, "s", "lower", samples=samples)
         row.peer, row.peer_value = "their median", median
         rows.append(row)
         talk.bench.say(row.line())
@@ -144,7 +108,9 @@ async def moved(talk: Talks, case: str, samples: int) -> Row:
             talk.bench.kv.forget_all()
         if case == "nowhere":
             talk.prompts = [talk.words(TOKENS)]
-        taken, _ = await talk.turn(0)
+        taken, found = await talk.turn(0)
+        if found != (0 if case == "nowhere" else TOKENS - WORDS):
+            raise RuntimeError(f"{case}: {found} tokens were found: {talk.bench.told()}")
         if number:  # the first one warms up
             times.append(taken)
     return of_samples(f"{TOKENS} tokens, KV {case}", "first token", times, "s", "lower")
@@ -191,12 +157,12 @@ def main() -> int:
     begun = time.monotonic()
     base = Path(os.environ.get("SHOAL_DISK") or tempfile.gettempdir())
     has_disk = free_bytes(base)[1] > 2 * DISK + 4 * GIB
-    link = link_bytes_per_s()
+    link = link_bytes_per_s(up=True)
     with (
         tempfile.TemporaryDirectory(prefix="tiers-concurrency-", dir=base) as made,
         device_memory(30 * GIB if ON_GPU else 256 * MIB) as mem,
     ):
-        bench = Bench(mem, Path(made), begun, link, [])
+        bench = Bench(mem, Path(made), begun, link)
         if not has_disk:
             bench.say("the disk is left out: too little is free")
         try:

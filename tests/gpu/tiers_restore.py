@@ -5,10 +5,9 @@ prompts of 4k, 16k and 64k tokens are computed, then found on the device, in hos
 that was computed of them forgotten on the device in between. The ceiling of a first token is the same prompt found on
 the device, and the link's (or the disk's) time for its bytes; that of a restore is the link from page-locked memory, or
 direct reads of the same disk, both measured here. Beside each rate stand the shares of its time: looking up, waiting
-for reads, copies (in which verifying is hidden), what verifying took beyond them. Before that, caches of other block
-lengths and layouts are restored from host memory without an engine. What comes back has to give the token that the
-device's own blocks gave. $SHOAL_TIERS_DEVICE=sim makes a small dry run; $SHOAL_DISK names a directory on the disk to
-measure.
+for reads, copies (in which verifying is hidden), what verifying took beyond them. What comes back has to give the
+token that the device's own blocks gave. $SHOAL_TIERS_DEVICE=sim makes a small dry run; $SHOAL_DISK names a directory on
+the disk to measure.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ import torch
 import transformers
 from benches.results import Row, of_samples, save_gpu
 from benches.tiers_restore import DISK_TARGET, HOST_TARGET, direct_read_s, free_bytes, shares_line, shares_of
+from tests.gpu.tiers_blocks import DEVICE, GIB, MIB, ON_GPU, WAIT_S, device_memory, link_bytes_per_s
 
-from shoal import HostTier, MemoryManager
-from shoal.testing import simulated_memory
 from shoal.worker.device import DeviceMemory
 from shoal.worker.engine_causal import CausalEngine
 from shoal.worker.kv import KvLayout
@@ -41,10 +39,8 @@ from shoal.worker.sampling import Sampling
 from shoal.worker.spec import DiskShare, WorkerSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from shoal import MemoryManager
 
-DEVICE = os.environ.get("SHOAL_TIERS_DEVICE", "cuda:0")
-ON_GPU = DEVICE.startswith("cuda")
 SHAPE = (
     {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
      "intermediate_size": 14336}
@@ -57,8 +53,6 @@ LENGTHS = (4 << 10, 16 << 10, 64 << 10) if ON_GPU else (128, 512)
 CONTEXT = LENGTHS[-1] + 1024
 STEP_TOKENS = 2048  # four times the server's default: longer steps compute a long prompt faster
 COMPUTED, RESTORED = 2, 3
-WAIT_S = 120.0
-GIB, MIB = 1 << 30, 1 << 20
 END_S = 420.0  # what is not measured by then is left out, and said
 """So that the part stays below eight minutes."""
 
@@ -75,89 +69,11 @@ def model() -> torch.nn.Module:
     return made.eval().requires_grad_(False).to("cpu")
 
 
-def link_bytes_per_s() -> float:
-    """Measure one long copy to the device, from page-locked memory of torch's where there is a GPU."""
-    host = torch.empty(GIB, dtype=torch.uint8, pin_memory=ON_GPU)
-    into = torch.empty(GIB, dtype=torch.uint8, device=DEVICE if ON_GPU else "cpu")
-    times = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        into.copy_(host, non_blocking=True)
-        if ON_GPU:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return GIB / min(times)
-
-
-@contextlib.contextmanager
-def device_memory(bytes_needed: int) -> Iterator[MemoryManager]:
-    """Give a manager of the device, or of a simulated one."""
-    if ON_GPU:
-        yield MemoryManager(DEVICE, device_budget=bytes_needed, host_budget="20GiB")
-    else:
-        with simulated_memory(bytes_needed, host_budget="512MiB") as mem:
-            yield mem
-
-
-BLOCKS = (
-    # layers, KV heads, layout: 8 KiB for each of both, layer and block
-    (1, 8, "block"), (4, 8, "block"), (32, 8, "block"), (32, 8, "layer"), (32, 2, "layer"),
-) if ON_GPU else ((1, 8, "block"), (4, 2, "layer"))  # fmt: skip
-RESTORED_BYTES = 2 * GIB if ON_GPU else 16 * MIB
-
-
-def by_block(link: float) -> list[Row]:
-    """Restore caches of several block lengths from host memory, without an engine."""
-    rows = []
-    for layers, heads, layout in BLOCKS:
-        block = layers * heads * 8 << 10
-        count = RESTORED_BYTES // block
-        with device_memory(RESTORED_BYTES + GIB // 2) as mem:
-            kv = mem.kv_cache(
-                layers=layers, kv_heads=heads, head_dim=128, dtype="bfloat16", layout=layout, patience_s=30,
-                max_bytes=RESTORED_BYTES + 64 * MIB,
-            )  # fmt: skip
-            tier = HostTier(RESTORED_BYTES + RESTORED_BYTES // 8 + 64 * MIB, memory=mem)
-            below = kv.attach_store(tier, {"model": "blocks"}, load_s=WAIT_S, put_s=WAIT_S)
-            tokens = list(range(count * 16))
-            ids = kv.groups[0].alloc(count)
-            if ids is None:
-                raise RuntimeError("no blocks")
-            kv.seal(tokens, ids)
-            below.save(tokens)
-            if not below.flush(WAIT_S) or below.usage()["saved"] != count:
-                raise RuntimeError(f"not all was saved: {below.usage()}")
-            kv.groups[0].free(ids)
-            rates, before = [], below.usage()
-            for _ in range(RESTORED):
-                kv.forget_all()
-                so_far = below.usage()["load_us"]
-                ids = below.load(tokens, [])
-                if len(ids) != count:
-                    raise RuntimeError(f"{len(ids)} of {count} blocks came back: {below.usage()}")
-                kv.groups[0].free(ids)
-                rates.append(count * block / (below.usage()["load_us"] - so_far) * 1e6 / GIB)
-            shares = shares_of(below.usage(), before)
-            del below
-        piece = block if layout == "block" else block // layers
-        name = f"blocks of {block >> 10} KiB in pieces of {piece >> 10} KiB from host"
-        row = of_samples(name, "restored", rates, "GiB/s", "higher")
-        row.ceiling = link / GIB
-        row.target = HOST_TARGET * row.ceiling
-        row.met = row.value >= row.target
-        rows.append(row)
-        rows += [
-            Row(name, f"share of the restore's time: {share}", part, "", "lower") for share, part in shares.items()
-        ]
-        print(row.line(), shares_line(shares), sep="\n", flush=True)
-    return rows
-
-
 class Bench:
     """The engine, and what is measured on it."""
 
-    def __init__(self, mem: MemoryManager, where: Path, begun: float, link: float, of_blocks: list[Row]) -> None:
-        self.where, self.begun, self.link, self.of_blocks = where, begun, link, of_blocks
+    def __init__(self, mem: MemoryManager, where: Path, begun: float, link: float) -> None:
+        self.where, self.begun, self.link = where, begun, link
         spec = WorkerSpec(source="x", kv_max_bytes=1 << 50, batch_tokens_max=STEP_TOKENS)
         made = model()
         if ON_GPU:
@@ -306,7 +222,6 @@ class Bench:
         """Measure all."""
         link = self.link
         self.rows.append(Row("the link, host to device", "rate", link / GIB, "GiB/s", "higher"))
-        self.rows += self.of_blocks
         self.compute()
         self.restore("host", link, HOST_TARGET)
         need = int(sum(LENGTHS) * self.token_bytes * 1.25) + 512 * MIB + 4 * GIB
@@ -325,13 +240,12 @@ def main() -> int:
     begun = time.monotonic()
     base = Path(os.environ.get("SHOAL_DISK") or tempfile.gettempdir())
     bench = None
-    link = link_bytes_per_s()
-    of_blocks = by_block(link)
+    link = link_bytes_per_s(up=True)
     with (
         tempfile.TemporaryDirectory(prefix="tiers-restore-", dir=base) as made,
         device_memory(30 * GIB if ON_GPU else 256 * MIB) as mem,
     ):
-        bench = Bench(mem, Path(made), begun, link, of_blocks)
+        bench = Bench(mem, Path(made), begun, link)
         try:
             bench.run()
         finally:
