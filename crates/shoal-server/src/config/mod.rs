@@ -15,6 +15,7 @@ mod error;
 mod fingerprint;
 mod gpu;
 mod host_tier;
+mod keys;
 mod locate;
 mod models;
 mod parse;

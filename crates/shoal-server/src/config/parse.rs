@@ -14,10 +14,10 @@ use shoal_core::bytes::ByteCount;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::command::COMMAND_KEYS;
 use super::error::{Problem, ProblemKind};
+use super::keys::{MODEL_KEYS, SERVER_KEYS, TOP_KEYS};
 use super::patience::Patience;
-use super::sharing::{SHARING_KEYS, Sharing, SharingSection};
+use super::sharing::{Sharing, SharingSection};
 use super::tier_use::TierUse;
 use super::{
     CommandSection, DISK_WAIT_MAX, DeviceChoice, DiskTier, Engine, HostMemory, HostTier,
@@ -102,67 +102,6 @@ pub struct ModelSection {
     pub sharing: SharingSection,
 }
 
-const TOP_KEYS: [&str; 2] = ["server", "model"];
-const SERVER_KEYS: [&str; 29] = [
-    "listen",
-    "api_key_file",
-    "allowed_hosts",
-    "separate_keys",
-    "device",
-    "device_budget",
-    "headroom",
-    "host_budget",
-    "host_memory",
-    "host_tier",
-    "disk",
-    "disk_key_file",
-    "disk_wait",
-    "tier_load",
-    "tier_idle",
-    "tier_remote",
-    "tier_remote_key_file",
-    "tier_remote_login_file",
-    "request_bytes_max",
-    "wait_s_max",
-    "parked_max",
-    "quantum",
-    "policy",
-    "shadow",
-    "policy_wait",
-    "evict",
-    "orphan_s_max",
-    "silent_s_max",
-    "stuck_s_max",
-];
-const MODEL_KEYS: [&str; 27] = [
-    "name",
-    "source",
-    "revision",
-    "engine",
-    "python",
-    "env",
-    "args",
-    "dtype",
-    "context",
-    "prefix_caching",
-    "wake_check",
-    "pin",
-    "min",
-    "max",
-    "priority",
-    "keep_alive",
-    "parallel_max",
-    COMMAND_KEYS[0],
-    COMMAND_KEYS[1],
-    COMMAND_KEYS[2],
-    COMMAND_KEYS[3],
-    COMMAND_KEYS[4],
-    COMMAND_KEYS[5],
-    COMMAND_KEYS[6],
-    SHARING_KEYS[0],
-    SHARING_KEYS[1],
-    SHARING_KEYS[2],
-];
 const DISK_KEYS: [&str; 3] = ["path", "bytes", "write_bytes_per_hour"];
 const DISK_KEYS_NEEDED: [&str; 2] = ["path", "bytes"];
 const DTYPES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
