@@ -70,6 +70,21 @@ fn the_thread_ends_whatever_it_is_doing_and_maps_nothing_from_then_on() {
     });
 }
 
+#[test]
+fn a_refusal_does_not_shorten_the_pause_after_a_reclaim() {
+    explore(4, || {
+        let signal = Arc::new(Signal::default());
+        let reclaiming = {
+            let signal = Arc::clone(&signal);
+            thread::spawn(move || signal.pause(far()))
+        };
+        signal.pause(Instant::now());
+        reclaiming.join().expect("no panic");
+        signal.pause(Instant::now());
+        assert!(signal.is_stopped(), "what was taken is not to be taken again yet");
+    });
+}
+
 /// An engine that serves until it has said how many bytes it freed in all.
 fn serve(meeting: &Meeting, wanted: ByteCount) {
     let mut freed = ByteCount::ZERO;

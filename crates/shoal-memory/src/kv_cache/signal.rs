@@ -43,9 +43,10 @@ impl Signal {
         self.changed.notify_all();
     }
 
-    /// Keeps the thread from mapping until then.
+    /// Keeps the thread from mapping until then, or for longer if that was said before.
     pub(crate) fn pause(&self, until: Instant) {
-        self.state.lock().paused_until = Some(until);
+        let mut state = self.state.lock();
+        state.paused_until = state.paused_until.max(Some(until));
     }
 
     /// Whether the thread is to map nothing now: the cache ends, or memory was just taken from it.
