@@ -19,7 +19,7 @@ use crate::turn::Taken;
 /// The first job, and the longest: its copies are done by the time that the next but one is prepared.
 const JOB_BYTES_MIN: usize = 2 << 20;
 const JOB_BYTES_MAX: usize = 32 << 20;
-/// Jobs under way at a time: one is copied, another waits for it, the third is prepared.
+/// Jobs under way at a time: one is copied while the next is prepared and waits for it.
 const JOBS_MAX: usize = 2;
 /// What is copied with one turn though others wait for it: nothing else of the device's memory changes meanwhile, some
 /// milliseconds on a real link.
@@ -69,8 +69,6 @@ impl Inner {
             Err(error) => {
                 tracing::warn!(%error, "cannot copy blocks of a tier to the device");
                 self.count(|counts| counts.failed += 1);
-                // They are given back, and nothing may be written to them any more then.
-                self.cache.shared.manager().settle();
                 false
             }
         }
@@ -81,7 +79,7 @@ impl Inner {
         row: &mut Lift<'_>,
         by: Instant,
         until: impl Fn() -> usize,
-        mut meanwhile: impl FnMut() -> bool,
+        meanwhile: impl FnMut() -> bool,
     ) -> Result<bool, MemoryError> {
         let region = self.cache.region();
         let manager = region.manager();
@@ -94,6 +92,24 @@ impl Inner {
         if !region.missing_bytes().is_zero() || !self.after_steps(&manager.up)? {
             return Ok(false);
         }
+        let lifted = self.lift_in_turn(row, by, &turn, until, meanwhile);
+        if lifted.is_err() {
+            // The blocks are given back, and their memory may go as soon as the turn does: a job that was queued before the
+            // one that failed must not write there any more.
+            manager.settle();
+        }
+        lifted.map(|()| true)
+    }
+
+    fn lift_in_turn(
+        &self,
+        row: &mut Lift<'_>,
+        by: Instant,
+        turn: &Taken,
+        until: impl Fn() -> usize,
+        mut meanwhile: impl FnMut() -> bool,
+    ) -> Result<(), MemoryError> {
+        let region = self.cache.region();
         let (first, mut queued, mut is_ending) = (row.copied, row.copied, false);
         let mut jobs: VecDeque<(usize, Event)> = VecDeque::new();
         loop {
@@ -107,13 +123,13 @@ impl Inner {
                 jobs.push_back((next, done));
                 row.job_bytes = (2 * row.job_bytes).min(JOB_BYTES_MAX);
                 queued = next;
-                is_ending = Instant::now() >= by || self.is_turn_over(&turn, queued - first);
+                is_ending = Instant::now() >= by || self.is_turn_over(turn, queued - first);
             }
             let Some((end, done)) = jobs.pop_front() else { break };
-            wait_for(&done, manager.operation_deadline(), &mut meanwhile)?;
+            wait_for(&done, region.manager().operation_deadline(), &mut meanwhile)?;
             row.copied = end;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Whether a turn with which so many blocks were copied is to be given back before it is done.
