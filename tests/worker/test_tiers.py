@@ -187,6 +187,9 @@ def test_a_remote_that_cannot_be_had_is_told_and_the_others_go_on(tmp_path: Path
         below = tiers.KvBelow(cache_of(memory), 8 << 20, [], lambda: FACTS, remote=share)
         until("host memory is in use", lambda: reasons(below)[0] is None)
         assert "no key in" in str(reasons(below)[1])
+        host, remote = below.figures()
+        assert {"late", "failed", *tiers._TIMES} <= host.keys(), "what is not there hides what is"
+        assert "late" not in remote
         below.close()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import threading
 import time
 from collections import Counter
@@ -170,10 +171,11 @@ class KvBelow:
             told.append({"tier": "remote", "reason": self._remote_reason or aside, **of_remote})
         if told:
             # Of all tiers together; what is late or failed is so because of the slowest, mostly.
-            if told[-1]["tier"] in by_tier:
-                told[-1] |= {name: whole[name] + whole_before[name] for name in ("late", "failed", *_TIMES)}
-                if len(told) > 1:
-                    told[-1]["unsaved"] += whole["unsaved"] + whole_before["unsaved"]
+            there = [one for one in told if one["tier"] in by_tier]
+            if there:
+                there[-1] |= {name: whole[name] + whole_before[name] for name in ("late", "failed", *_TIMES)}
+                if len(there) > 1:
+                    there[-1]["unsaved"] += whole["unsaved"] + whole_before["unsaved"]
             for name in ("recomputed", "demoted"):
                 told[0][name] = whole[name] + whole_before[name]
             told[0]["choice"] = None if tier is None else tier.choice()
@@ -328,8 +330,16 @@ def facts_of(files: ModelFiles, device: str, dtype: str, *, by_content: bool = F
         "attention": f"{hooks.ATTENTION} {attention.REVISION}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu(),
     }
+
+
+def _cpu() -> str:
+    """Tell what decides how a processor rounds: its instructions, and how many threads share a sum."""
+    import torch
+
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"cpu {kind} {torch.get_num_threads()}"
 
 
 def _weights(files: ModelFiles) -> str:

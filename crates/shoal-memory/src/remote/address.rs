@@ -32,6 +32,10 @@ impl RemoteSpec {
                 Ok::<_, &str>((name.to_owned(), secret.to_owned()))
             })
             .transpose()?;
+        if address.contains("://") && address.contains('@') {
+            // Not repeated: what stands before the @ may be a password.
+            return Err("an address holds no login, which belongs in a file".to_owned());
+        }
         let spec = match address.split_once("://") {
             Some(("s3", rest)) => Self::S3(s3(rest, login)?),
             Some(("redis", rest)) => Self::Redis(redis(rest, login)?),
@@ -145,6 +149,8 @@ mod tests {
             ("s3://store:9000/b/../c", Some("a:secret"), "are no names"),
             ("s3://store:9000/b?zone=1", Some("a:secret"), "only region=REGION"),
             ("redis://store:70000", None, "is no HOST:PORT"),
+            ("redis://:secret@store:6379", None, "holds no login"),
+            ("s3://a:secret@store:9000/blocks", Some("a:b"), "holds no login"),
             ("redis://store:6379/one", None, "\"one\" is no number"),
             ("https://store:9000/b", Some("a:secret"), "is none of s3://"),
             ("kv/here", None, "an absolute path"),
