@@ -2,10 +2,11 @@
 
 Run by `tests/gpu/run.sh tiers_blocks`; no engine, about two minutes. Caches of blocks from 16 KiB to 8 MiB, whole or in
 pieces of 16 KiB to 256 KiB (one for each layer), are saved to page-locked host memory and come back from there. Up is
-what a request waits for: from the call of `load` to blocks that are found on the device, the device's memory for them
-included; its shares say what the time went to. Down is from the call of `save` to the last block that is kept, with
-its checksum: the first time into memory that is made meanwhile, then into that of blocks which make room. Every
-restored block is compared with what was saved. $SHOAL_TIERS_DEVICE=sim makes a small dry run.
+what a request waits for: from the call of `load` to blocks that are found on the device, whose memory is mapped
+already; its shares say what the time went to. Down is from the call of `save` to the last block that is kept, with its
+checksum: the first time into memory that is made meanwhile, then into that of blocks which make room. Before each load
+all blocks are overwritten, and every place of every restored block is compared with what was saved.
+$SHOAL_TIERS_DEVICE=sim makes a small dry run.
 """
 
 from __future__ import annotations
@@ -87,14 +88,12 @@ class Case:
 
     def down(self, salt: str) -> float:
         """Save all of it under another name, from new contents; bytes a second."""
+        self.kv.forget_all()
         ids = self.kv.groups[0].alloc(self.count)
         if ids is None:
             raise RuntimeError("no blocks")
-        for layer in self.tensors():
-            layer[ids] = (
-                (torch.tensor(ids, device=layer.device) % 251).to(layer.dtype).view(-1, *[1] * (layer.dim() - 1))
-            )
-        self.where = dict(enumerate(ids))
+        for number, layer in enumerate(self.tensors()):
+            layer[ids] = self.contents(number, layer, salt)
         if ON_GPU:
             torch.cuda.synchronize()
         self.kv.seal(self.tokens, ids, salt=salt)
@@ -107,30 +106,45 @@ class Case:
             time.sleep(0.0002)
         taken = time.perf_counter() - begun
         self.kv.groups[0].free(ids)
-        self.kv.forget_all()
         return self.bytes / taken
+
+    def scribble(self) -> None:
+        """Leave nothing of what was there before in any block: what is loaded is given these again."""
+        self.kv.forget_all()
+        ids = self.kv.groups[0].alloc(self.count)
+        if ids is None:
+            raise RuntimeError("no blocks")
+        for layer in self.tensors():
+            layer[ids] = -1
+        if ON_GPU:
+            torch.cuda.synchronize()
+        self.kv.groups[0].free(ids)
+
+    def contents(self, number: int, layer: torch.Tensor, salt: str) -> torch.Tensor:
+        """Make what all blocks hold in a layer: another number at each place, in each layer and each block."""
+        shape = layer.shape[1:]
+        at = (torch.arange(shape.numel(), device=layer.device) % 128).view(1, -1)
+        block = (torch.arange(self.count, device=layer.device) * 7 + number * 11 + int(salt) * 29) % 127
+        # Up to 256, bfloat16 has every whole number.
+        return (at.to(layer.dtype) + block.to(layer.dtype).view(-1, 1)).view(self.count, *shape)
 
     def up(self, salt: str) -> tuple[float, dict[str, float]]:
         """Bring all of it back, and compare it; bytes a second, and what the time went to."""
+        self.scribble()
         before = self.below.usage()
         ids = self.below.load(self.tokens, [], salt=salt)
         after = self.below.usage()
         if len(ids) != self.count:
             raise RuntimeError(f"{len(ids)} of {self.count} blocks came back: {after}")
-        was = torch.tensor([self.where[at] for at in range(self.count)]) % 251
-        for layer in self.tensors():
-            there = layer[ids].view(self.count, -1)
-            expected = was.to(there.device).to(there.dtype).view(-1, 1)
-            if not bool((there == expected).all()):
+        for number, layer in enumerate(self.tensors()):
+            if not torch.equal(layer[ids], self.contents(number, layer, salt)):
                 raise RuntimeError(f"{self.name}: what came back is not what was saved")
         self.kv.groups[0].free(ids)
-        self.kv.forget_all()
         return self.bytes / ((after["load_us"] - before["load_us"]) / 1e6), shares_of(after, before)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Give the first layer's tensor and the last one's: what lies between them lies beside them."""
-        whole = [torch.from_dlpack(layer) for layer in self.kv.tensors()]
-        return [whole[0], whole[-1]] if len(whole) > 1 else whole
+        """Give every layer's tensor."""
+        return [torch.from_dlpack(layer) for layer in self.kv.tensors()]
 
 
 def row_of(case: str, rates: list[float], link: float) -> Row:
