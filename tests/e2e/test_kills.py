@@ -64,6 +64,8 @@ def test_a_worker_killed(tmp_path: Path, model_tables: list[dict[str, object]], 
             if client.status != httpx.codes.OK:
                 assert client.status in {502, 503}, client.errors
             assert not alive(pid)
+            # Until the server hears of its end, the model still looks as it did, and an order would reach nobody.
+            until(lambda pid=pid: server.workers().get(victim) != pid, 30, "the server hears of its end")
         server.wait_for(victim, "asleep", "awake", "partly_resident")
         assert server.complete(victim, "abc", TOKENS) == right[victim]
         for name in (victim, other):

@@ -76,7 +76,10 @@ mod tests {
         let (bytes, granule_bytes_max) = (ByteCount::mib(32), ByteCount::mib(8));
         let cache =
             CacheSpec { groups: vec![group], order: PlaneOrder::LayerMajor, bytes, granule_bytes_max };
-        manager.kv_cache(KvCacheSpec { reuse: None, ..KvCacheSpec::new("kv", cache) }).expect("a cache")
+        // Nothing is mapped ahead: how much was mapped is counted.
+        let spec =
+            KvCacheSpec { reuse: None, spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
+        manager.kv_cache(spec).expect("a cache")
     }
 
     #[test]
