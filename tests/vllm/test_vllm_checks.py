@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -101,11 +104,47 @@ def test_a_check_that_somebody_ended_is_made_again_at_the_next_look() -> None:
 @pytest.mark.parametrize("step", [0.0, 0.125, 0.25, -0.5])
 def test_rounding_is_no_other_token(step: float) -> None:
     before = Said(7, -1.0, {7: -1.0, 8: -1.1})
-    assert before.agrees(Said(7, -1.0 + step, {7: -1.0 + step, 8: -1.1}))
+    assert before.agrees(Said(7, -1.0 + step, {7: -1.0 + step, 8: -1.1}), checks.ROUNDING)
     swapped = Said(8, -0.9, {8: -0.9, 7: -1.0 + step})
-    assert before.agrees(swapped)
+    assert before.agrees(swapped, checks.ROUNDING)
 
 
 @pytest.mark.parametrize("others", [{8: -0.2, 9: -2.0}, {8: -0.2, 7: -1.6}])
 def test_a_token_that_is_no_more_likely_is_another(others: dict[int, float]) -> None:
-    assert not Said(7, -1.0, {7: -1.0}).agrees(Said(8, -0.2, others))
+    assert not Said(7, -1.0, {7: -1.0}).agrees(Said(8, -0.2, others), checks.ROUNDING)
+
+
+WRITES = """
+import contextlib
+from vllm.v1.worker import gpu_worker
+
+def fails(self, *arguments):
+    raise OSError("a file was cut")
+
+gpu_worker.Worker.reload_weights = gpu_worker.Worker.update_weights = fails
+from shoal.vllm.worker import Worker
+
+class Memory:
+    def guard(self):
+        return contextlib.nullcontext()
+
+worker = object.__new__(Worker)
+worker._memory, worker._written = Memory(), 0
+for write in (worker.reload_weights, lambda: worker.update_weights({})):
+    with contextlib.suppress(OSError):
+        write()
+print(worker._written)
+"""
+
+
+def test_weights_whose_writing_failed_midway_are_others() -> None:
+    fake = Path(__file__).parent / "fake"
+    paths = os.pathsep.join([str(fake), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", WRITES],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "2", done.stderr

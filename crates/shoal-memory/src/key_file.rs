@@ -3,7 +3,7 @@
 //! Apart because both are written and read alike, and neither may ever be shown.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -20,14 +20,20 @@ const FILE_BYTES_MAX: u64 = 4096;
 pub(crate) fn read(path: &Path, whose: &str) -> Result<[u8; KEY_BYTES], String> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(|error| error.to_string())?;
-    let mode = file.metadata().map_err(|error| error.to_string())?.mode();
+    warn_if_open(&file, path, &format!("{whose}'s key")).map_err(|error| error.to_string())?;
     file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     let key = parse(&bytes)
         .ok_or_else(|| format!("it has {} bytes, not 32 and not 64 hexadecimal digits", bytes.len()))?;
-    if mode & 0o077 != 0 {
-        tracing::warn!(path = %path.display(), mode = format!("{:03o}", mode & 0o777), "others may read the {whose}'s key: chmod 600");
-    }
     Ok(key)
+}
+
+/// Warns where others than its owner may read a file with a secret.
+pub(crate) fn warn_if_open(file: &File, path: &Path, what: &str) -> io::Result<()> {
+    let mode = file.metadata()?.mode();
+    if mode & 0o077 != 0 {
+        tracing::warn!(path = %path.display(), mode = format!("{:03o}", mode & 0o777), "others may read the {what}: chmod 600");
+    }
+    Ok(())
 }
 
 /// A key as it stands in a file, or none.

@@ -1,8 +1,8 @@
 """Under ``shoal serve``: one token after each wake, compared with what the engine said before it ever slept.
 
 What comes back from host memory is not hashed on its way, so that a wake runs at the link's speed. What a wrong byte
-does is seen here: the same prompt of eight tokens is computed once before the server hears
-that requests are answered, and again after all weights have come back. It lives in the process of vLLM's API server,
+does is seen here: the same prompt of eight tokens is computed once before the server hears that requests are answered,
+and again after all weights have come back. It lives in the process of vLLM's API server,
 beside the requests that woke the engine, and no request waits for it.
 """
 
@@ -21,6 +21,10 @@ logger = logging.getLogger("shoal.vllm")
 
 LOOK_S = 1.0
 """How often the engine is asked whether its weights were away."""
+
+ROUNDING = 0.5
+"""By how much its log probability may differ here, where an engine is ended for it. vLLM's logits are rounded to the
+model's type, in bfloat16 to an eighth from 16 up and to a fourth from 32 up, the likeliest one's and this one's."""
 
 TRIES = 3
 """How often another token has to be said before it counts: a wrong byte of weights stays wrong, rounding does not."""
@@ -70,13 +74,13 @@ class WakeChecks:
             began = time.perf_counter()
             now = await one_token_async(self._engine)
             for _ in range(TRIES - 1):
-                if now is None or seen[1] != self._seen[1] or self._said.agrees(now):
+                if now is None or seen[1] != self._seen[1] or self._said.agrees(now, ROUNDING):
                     break
                 now = await one_token_async(self._engine)
             if now is None:
                 continue
             if seen[1] == self._seen[1]:
-                report = compared(self._said, now, began, is_same=self._said.agrees(now))
+                report = compared(self._said, now, began, is_same=self._said.agrees(now, ROUNDING))
                 logger.info("A wake was checked: %s", report)
             else:
                 self._said = now

@@ -24,9 +24,8 @@ CHECKED = tuple(range(1, 9))
 CHECK = "shoal-check-"
 """What the ids of requests begin with that nobody else asked for."""
 
-ROUNDING = 0.5
-"""By how much a token's log probability may differ where others were computed beside it: vLLM's logits are rounded to
-the model's type, in bfloat16 to an eighth from 16 up and to a fourth from 32 up, the likeliest one's and this one's."""
+ROUNDING = 0.1
+"""By how much a token's log probability may differ where others were computed beside it."""
 
 LIKELIEST = 5
 
@@ -38,20 +37,22 @@ class Said(NamedTuple):
     logprob: float
     others: dict[int, float]
 
-    def agrees(self, now: Said) -> bool:
+    def agrees(self, now: Said, rounding: float = ROUNDING) -> bool:
         """Say whether what is said now may be the same, rounded otherwise.
 
         Parameters
         ----------
         now
             What is said now.
+        rounding
+            By how much the log probability may differ.
 
         Returns
         -------
         bool
             Whether this one's token is among the likeliest of those, and about as likely.
         """
-        return abs(now.others.get(self.token, float("-inf")) - self.logprob) <= ROUNDING
+        return abs(now.others.get(self.token, float("-inf")) - self.logprob) <= rounding
 
 
 # What an engine that sleeps said last.
@@ -193,14 +194,14 @@ async def suspend_async(engine: Any, kv: KvWhileAsleep = "keep", *, check: bool 
         As for :func:`suspend`.
     check
         As for :func:`suspend`. Others' requests may be computed beside it, which rounds otherwise: the token that was
-        the likeliest has to be among the five likeliest afterwards, with a log probability that differs by 0.5 at most.
+        the likeliest has to be among the five likeliest afterwards, with a log probability that differs by 0.1 at most.
 
     Returns
     -------
     dict
         As :func:`suspend`.
     """
-    said = await one_token_async(engine) if check else None
+    said = await _checked(engine) if check else None
     _said.pop(engine, None)
     await engine.pause_generation(mode="wait", clear_cache=False)
     try:
@@ -236,11 +237,16 @@ async def resume_async(engine: Any) -> dict[str, Any]:
     before = _said.pop(engine, None)
     if before is not None:
         began = time.perf_counter()
-        now = await one_token_async(engine)
-        if now is None:
-            raise Error("the engine said nothing to the prompt that its wake is checked with", kind="check")
+        now = await _checked(engine)
         report["check"] = compared(before, now, began, is_same=before.agrees(now))
     return report
+
+
+async def _checked(engine: Any) -> Said:
+    said = await one_token_async(engine)
+    if said is None:
+        raise Error("the engine said nothing to the prompt that its wake is checked with", kind="check")
+    return said
 
 
 def _one(reports: list[dict[str, Any]]) -> dict[str, Any]:

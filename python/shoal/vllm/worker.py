@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
@@ -20,6 +20,9 @@ from shoal.vllm.memory import EngineMemory, KvWhileAsleep
 from shoal.vllm.shelf import STEP_WAIT_S, Shelf
 from shoal.vllm.start import StartNeeds
 from shoal.vllm.transfers import CONNECTORS, Transfers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Worker"]
 
@@ -235,9 +238,8 @@ class Worker(gpu_worker.Worker):
         arguments
             vLLM's.
         """
-        with self.memory.guard():
+        with self._writing():
             super().reload_weights(*arguments, **named)
-        self._written += 1
 
     def start_weight_update(self) -> None:
         """Begin to write the weights anew, piece by piece."""
@@ -252,14 +254,13 @@ class Worker(gpu_worker.Worker):
         update_info
             vLLM's.
         """
-        with self.memory.guard():
+        with self._writing():
             super().update_weights(update_info)
 
     def finish_weight_update(self) -> None:
         """All of them are written."""
-        with self.memory.guard():
+        with self._writing():
             super().finish_weight_update()
-        self._written += 1
 
     # Sleep.
 
@@ -400,6 +401,15 @@ class Worker(gpu_worker.Worker):
             self._shelf.client.failed("internal", message)
 
     # Helpers.
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold weights while somebody writes them: they are others from then on, also where that fails midway."""
+        with self.memory.guard():
+            try:
+                yield
+            finally:
+                self._written += 1
 
     def _telling(self, phase: str) -> contextlib.AbstractContextManager[Any]:
         """Give a context whose failures the server hears of, if there is one."""

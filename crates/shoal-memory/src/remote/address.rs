@@ -11,6 +11,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::{RedisSpec, RemoteSpec, S3Spec};
+use crate::key_file;
 
 /// The region that is signed for where none is named: what stores without regions answer to.
 const REGION_DEFAULT: &str = "us-east-1";
@@ -34,7 +35,7 @@ impl RemoteSpec {
             .transpose()?;
         if address.contains("://") && address.contains('@') {
             // Not repeated: what stands before the @ may be a password.
-            return Err("an address holds no login, which belongs in a file".to_owned());
+            return Err("an address holds no login: it is the first line of a login file".to_owned());
         }
         let spec = match address.split_once("://") {
             Some(("s3", rest)) => Self::S3(s3(rest, login)?),
@@ -60,6 +61,7 @@ pub fn login_from_file(path: &Path) -> Result<String, String> {
     let wrong = |why: String| format!("no login in {}: {why}", path.display());
     let mut text = String::new();
     let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
+    key_file::warn_if_open(&file, path, "remote tier's login").map_err(|error| wrong(error.to_string()))?;
     file.take(LOGIN_BYTES_MAX).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
     let line = text.lines().next().unwrap_or_default().trim();
     match line.split_once(':') {
