@@ -73,13 +73,11 @@ mod tests {
     fn cache(manager: &Arc<MemoryManager>) -> KvCache {
         let shape = BlockShape::State { elements: 64 << 10 };
         let group = GroupSpec { name: "kv".to_owned(), layers: 2, shape, element_bytes: 1 };
-        let (bytes, granule_bytes_max) = (ByteCount::mib(32), ByteCount::mib(8));
+        // As much as 64 blocks take: where all of it is mapped, nothing more can be mapped ahead before it is counted.
+        let (bytes, granule_bytes_max) = (ByteCount::mib(8), ByteCount::mib(8));
         let cache =
             CacheSpec { groups: vec![group], order: PlaneOrder::LayerMajor, bytes, granule_bytes_max };
-        // Nothing is mapped ahead: how much was mapped is counted.
-        let spec =
-            KvCacheSpec { reuse: None, spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
-        manager.kv_cache(spec).expect("a cache")
+        manager.kv_cache(KvCacheSpec { reuse: None, ..KvCacheSpec::new("kv", cache) }).expect("a cache")
     }
 
     #[test]
