@@ -41,6 +41,9 @@ CONTEXT = 4096
 PROMPTS = (16, 2048) if ON_GPU else (16, 64)
 KEPT = (1.0, 0.5, 0.0)
 REPEATS = 4
+# Rounds of models that take turns, and after how many of them the policy knows that they do.
+ROUNDS = 10
+ROUNDS_UNKNOWN = 5
 SECONDS = float(os.environ.get("SHOAL_SHELF_S", "12"))
 CLIENTS = 4
 SHARES = [float(share) for share in os.environ.get("SHOAL_SHELF_SHARES", "1,0.5").split(",")]
@@ -174,14 +177,20 @@ def switches(asked: Asked) -> list[Row]:
     """First tokens of models that take turns where not all fit."""
     times: list[float] = []
     shares = []
-    for turn in range(4 * len(NAMES)):
+    for turn in range(ROUNDS * len(NAMES)):
         name = NAMES[turn % len(NAMES)]
         shares.append(asked.resident(name))
         time.sleep(0.3)
         times.append(asked.first_token(name, PROMPTS[0]))
-    row = of_samples("half of the memory: a model that others must yield to", "first token", times[3:], "s", "lower")
-    found = statistics.median(shares[3:]) / 2**30
-    return [row, Row("half of the memory: resident of it when it is asked", "size", found, "GiB", "higher")]
+    known = ROUNDS_UNKNOWN * len(NAMES)
+    rows = []
+    parts = {"": slice(known, None), ", its round not known yet": slice(len(NAMES), known)}
+    for when, part in parts.items():
+        case = f"half of the memory{when}"
+        rows.append(of_samples(f"{case}: a model that others must yield to", "first token", times[part], "s", "lower"))
+        found = statistics.mean(shares[part]) / 2**30
+        rows.append(Row(f"{case}: resident of it when it is asked, mean", "size", found, "GiB", "higher"))
+    return rows
 
 
 def main() -> int:
@@ -224,7 +233,7 @@ def main() -> int:
                     asked.first_token(name, PROMPTS[0])
                 rows += by_residency(asked, weights, link) if share == 1 else switches(asked)
                 before = moved(server)
-                if share == 1:
+                if not alone:
                     alone = tokens_per_s(drive(server, SECONDS / 2, CLIENTS, NAMES[:1]))
                     rows.append(Row("one model alone", "tokens a second", alone, "tokens/s", "higher"))
                     before = moved(server)

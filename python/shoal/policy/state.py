@@ -67,6 +67,8 @@ class Model:
         The same for KV that holds prefixes; 0 where nobody knows.
     uses_milli, uses_window_ms
         How often somebody came, in thousandths (older times count less), and the time those are spread over.
+    expected_ms
+        When somebody is expected to come next, where uses come in rounds; None where nobody can tell.
     restored_ms
         When it was last wholly brought back.
     apart
@@ -107,6 +109,7 @@ class Model:
     kv_back_us_per_mib: int = 0
     uses_milli: int = 0
     uses_window_ms: int = 0
+    expected_ms: int | None = None
     restored_ms: int | None = None
     apart: tuple[int, ...] = ()
     preload: bool = False

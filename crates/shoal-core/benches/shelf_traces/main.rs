@@ -137,6 +137,21 @@ fn all_busy(random: &mut Random) -> Trace {
     sorted(kinds, arrivals)
 }
 
+/// Three models of which not two fit, used one after the other by somebody who hands work on.
+fn in_turn(random: &mut Random) -> Trace {
+    let kinds = vec![Kind { weights: ByteCount::gib(44), restore_us_per_mib: HOST_US_PER_MIB }; 3];
+    let mut arrivals = Vec::new();
+    let (mut at_ms, mut model) = (0, 0);
+    while at_ms < HOUR_MS {
+        let runs_ms = random.runs_ms();
+        arrivals.push(Arrival { at_ms, model, runs_ms });
+        // It has come back by then, and has answered.
+        at_ms += 1_200 + runs_ms + random.below(1_000);
+        model = (model + 1) % kinds.len();
+    }
+    sorted(kinds, arrivals)
+}
+
 fn figures(name: &str, policy: &dyn Policy, make: fn(&mut Random) -> Trace) {
     let mut all = Outcome::default();
     for seed in 0..SEEDS {
@@ -168,8 +183,13 @@ fn figures(name: &str, policy: &dyn Policy, make: fn(&mut Random) -> Trace) {
 
 fn main() {
     type Make = fn(&mut Random) -> Trace;
-    let traces: [(&str, Make); 4] =
-        [("popular", popular), ("conversations", conversations), ("rounds", rounds), ("all busy", all_busy)];
+    let traces: [(&str, Make); 5] = [
+        ("popular", popular),
+        ("conversations", conversations),
+        ("rounds", rounds),
+        ("in turn", in_turn),
+        ("all busy", all_busy),
+    ];
     for (name, make) in traces {
         figures(name, &Value, make);
         figures(name, &Lru, make);

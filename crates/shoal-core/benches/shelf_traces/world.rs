@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ModelId;
 use shoal_core::policy::thrash::{Thrash, ThrashFigures};
-use shoal_core::policy::{Action, ModelState, PendingRequest, Policy, ShelfState, UseRate, check};
+use shoal_core::policy::{
+    Action, ModelState, PendingRequest, Policy, Rhythm, ShelfState, Turns, UseRate, check,
+};
 use shoal_core::protocol::LeaseKind;
 
 /// What giving memory up takes: a fence between two steps and unmapping.
@@ -46,6 +48,7 @@ struct Model {
     kind: Kind,
     state: ModelState,
     uses: UseRate,
+    rhythm: Rhythm,
     idle_since_ms: Option<u64>,
     parked: Vec<Arrival>,
     ends_ms: Vec<u64>,
@@ -63,6 +66,7 @@ pub(crate) struct World<'a> {
     now_ms: u64,
     link_free_ms: u64,
     models: Vec<Model>,
+    turns: Turns,
     asked: BTreeMap<ModelId, PendingRequest>,
     requests: u64,
     again_at_ms: Option<u64>,
@@ -82,6 +86,7 @@ impl<'a> World<'a> {
                 ..ModelState::default()
             },
             uses: UseRate::default(),
+            rhythm: Rhythm::default(),
             idle_since_ms: None,
             parked: Vec::new(),
             ends_ms: Vec::new(),
@@ -97,6 +102,7 @@ impl<'a> World<'a> {
             now_ms: 0,
             link_free_ms: 0,
             models: (0..).zip(kinds).map(model).collect(),
+            turns: Turns::default(),
             asked: BTreeMap::new(),
             requests: 0,
             again_at_ms: None,
@@ -170,6 +176,8 @@ impl<'a> World<'a> {
                 let pause = model.idle_since_ms.take().map(|since| now_ms - since);
                 if was_idle && (waited > 0 || pause.is_none_or(|pause| pause > model.state.restore_ms())) {
                     model.uses.note(now_ms);
+                    self.turns.note(model.state.id);
+                    model.rhythm.note(&self.turns, now_ms);
                     model.state.uses_milli = model.uses.uses_milli;
                     model.state.uses_window_ms = model.uses.window_ms;
                 }
@@ -224,6 +232,9 @@ impl<'a> World<'a> {
     fn settle(&mut self) {
         loop {
             (0..self.models.len()).for_each(|place| self.begin(place));
+            for model in &mut self.models {
+                model.state.expected_ms = model.rhythm.next_ms(&self.turns, self.now_ms);
+            }
             let state = ShelfState {
                 budget: self.budget,
                 extent: EXTENT,

@@ -10,7 +10,8 @@
 //! 2. **KV that nobody uses and that holds nothing**; the asking model's own first, then that of any model.
 //! 3. **What is worth least**, in one currency ([`worth`]): weights of idle models, and KV of any model that holds prefixes
 //!    which no request uses. Idle models that were brought back only just now come after those, and models within their
-//!    `keep_alive` after all others.
+//!    `keep_alive` after all others. Where uses come in rounds ([`Rhythm`]), what is used last is worth least, also where
+//!    it was brought back only just now.
 //! 4. **Models that wait behind** the request and hold bytes they cannot run with. For KV of a model in its turn, any that
 //!    wait and hold a part of their weights, however old: they cannot run before that turn is over, and whoever runs would
 //!    stand still beside bytes that nobody can use.
@@ -69,6 +70,7 @@ mod decide;
 mod links;
 mod policies;
 mod reason;
+mod rounds;
 mod shadow;
 mod state;
 pub mod thrash;
@@ -80,12 +82,15 @@ mod crowded;
 #[cfg(test)]
 mod growth;
 #[cfg(test)]
+mod in_turn;
+#[cfg(test)]
 mod tests;
 
 pub use check::check;
 pub use decide::plan;
 pub use links::LinkSpeeds;
 pub use policies::{BUILTIN, Lru, Policy, Value, builtin};
+pub use rounds::{Rhythm, Turns};
 pub use shadow::{Shadow, ShadowCounts};
 pub use state::{Action, ModelState, PendingRequest, Plan, ShelfState};
 pub use victims::turn_ms;

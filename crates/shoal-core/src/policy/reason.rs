@@ -2,7 +2,7 @@
 
 use super::state::{ModelState, PendingRequest};
 use super::victims::{Candidate, Choice, Class, Field, Part, floor, in_use, kept, owed, worth_of};
-use super::worth::spread_ms;
+use super::worth::{spread_ms, uses_milli};
 use crate::bytes::ByteCount;
 use crate::protocol::LeaseKind;
 
@@ -113,11 +113,18 @@ fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String
         Part::Cached if victim.kv_back_us_per_mib > 0 => victim.kv_back_us_per_mib,
         _ => victim.restore_us_per_mib,
     };
-    let uses = victim.uses_milli.max(1_000) as f64 / 1_000.0;
+    let how_soon = match victim.expected_ms {
+        Some(expected_ms) => {
+            format!("expected to be used in {}", seconds(expected_ms.saturating_sub(field.now_ms)))
+        }
+        None => {
+            let uses = uses_milli(victim) as f64 / 1_000.0;
+            format!("{uses:.1} uses in {}", seconds(spread_ms(victim, field.now_ms)))
+        }
+    };
     format!(
-        "{} a second for each MiB: {cost} us to bring it back, {uses:.1} uses in {}",
-        worth_of(candidate, victim, field.now_ms),
-        seconds(spread_ms(victim, field.now_ms))
+        "{} a second for each MiB: {cost} us to bring it back, {how_soon}",
+        worth_of(candidate, victim, field.now_ms)
     )
 }
 

@@ -102,6 +102,9 @@ pub struct ModelState {
     /// The time those are spread over, up to the last one.
     #[serde(default)]
     pub uses_window_ms: u64,
+    /// When somebody is expected to come next; none where nobody can tell ([`Rhythm`](super::Rhythm)).
+    #[serde(default)]
+    pub expected_ms: Option<u64>,
     /// When it was last wholly brought back.
     #[serde(default)]
     pub restored_ms: Option<u64>,

@@ -311,7 +311,9 @@ impl<'a> Field<'a> {
     fn settles_until(&self, model: &ModelState) -> Option<u64> {
         let settled_ms = model.restore_ms().saturating_mul(SETTLED_RESTORES).min(SETTLED_MS_MAX);
         let until = model.restored_ms?.saturating_add(settled_ms);
-        Some(until).filter(|until| *until > self.now_ms && model.is_whole())
+        // Who is known to come back only after that loses nothing by going before.
+        let is_needed = model.expected_ms.is_none_or(|expected| expected <= until);
+        Some(until).filter(|until| *until > self.now_ms && model.is_whole() && is_needed)
     }
 
     /// Until when a busy, whole model cannot be taken; none once it can.

@@ -8,6 +8,7 @@
 //! use   = uses / (window + idle + 1 s) (how often somebody came, over the time that was watched)
 //! ```
 //!
+//! or, where it is known when somebody comes next ([`Rhythm`](super::Rhythm)), one use over the time until then,
 //! doubled with each step of the model's priority. All bytes of a model's weights are worth the same, because a first
 //! token needs the last of them; which of them go first (the last layer) is the page table's part. KV that nobody uses
 //! and that holds nothing is worth nothing. KV that holds a prefix is worth what bringing that back costs.
@@ -78,7 +79,7 @@ impl Worth {
     pub fn of(model: &ModelState, cost_us_per_mib: u64, now_ms: u64) -> Self {
         let steps = model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX) + PRIORITY_STEPS_MAX;
         let cost = u128::from(cost_us_per_mib.clamp(1, COST_US_MAX)) << steps.unsigned_abs();
-        let uses_milli = u128::from(model.uses_milli.max(1_000));
+        let uses_milli = u128::from(uses_milli(model));
         Self(u64::try_from(cost * uses_milli / u128::from(spread_ms(model, now_ms))).unwrap_or(u64::MAX))
     }
 }
@@ -90,8 +91,16 @@ impl fmt::Display for Worth {
     }
 }
 
-/// The time that a model's uses are spread over.
+/// The uses that are counted of a model, in thousandths: one, where it is known when that comes.
+pub(super) fn uses_milli(model: &ModelState) -> u64 {
+    if model.expected_ms.is_some() { 1_000 } else { model.uses_milli.max(1_000) }
+}
+
+/// The time that a model's uses are spread over: until the next one, where it is known when that comes.
 pub(super) fn spread_ms(model: &ModelState, now_ms: u64) -> u64 {
+    if let Some(expected_ms) = model.expected_ms {
+        return expected_ms.saturating_sub(now_ms).saturating_add(IDLE_FLOOR_MS);
+    }
     let idle_ms = now_ms.saturating_sub(model.last_used_ms);
     model.uses_window_ms.saturating_add(idle_ms).saturating_add(IDLE_FLOOR_MS)
 }

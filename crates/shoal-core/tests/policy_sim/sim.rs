@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ModelId;
 use shoal_core::policy::{
-    Action, ModelState, PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX, PendingRequest, Policy, ShelfState,
-    UseRate, check, turn_ms,
+    Action, ModelState, PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX, PendingRequest, Policy, Rhythm,
+    ShelfState, Turns, UseRate, check, turn_ms,
 };
 use shoal_core::protocol::LeaseKind;
 
@@ -15,6 +15,7 @@ use crate::random::Random;
 use crate::seen::Seen;
 
 mod busy;
+mod in_turn;
 
 /// The longest that a worker takes to answer an order.
 const ANSWER_MS_MAX: u64 = 200;
@@ -57,6 +58,7 @@ struct Worker {
     dead_until_ms: Option<u64>,
     preloads: bool,
     uses: UseRate,
+    rhythm: Rhythm,
 }
 
 impl Worker {
@@ -86,7 +88,9 @@ impl Worker {
         self.settle_kv();
     }
 
-    fn note_use(&mut self, now_ms: u64) {
+    fn note_use(&mut self, turns: &mut Turns, now_ms: u64) {
+        turns.note(self.state.id);
+        self.rhythm.note(turns, now_ms);
         self.uses.note(now_ms);
         (self.state.uses_milli, self.state.uses_window_ms) = (self.uses.uses_milli, self.uses.window_ms);
     }
@@ -136,6 +140,9 @@ pub(crate) struct Sim<'a> {
     again_at_ms: Option<u64>,
     /// Each client asks anew when it is answered, and nothing fails: so long it works on one request.
     closed_ms: Option<u64>,
+    /// The only client asks the next model when it is answered, and what each of its turns moved.
+    in_turn: Option<Vec<ByteCount>>,
+    turns: Turns,
     /// Figures of the history, for what a test wants to have seen.
     pub(crate) seen: Seen,
 }
@@ -167,6 +174,8 @@ impl<'a> Sim<'a> {
             next_load_ms: 1_000,
             again_at_ms: None,
             closed_ms: None,
+            in_turn: None,
+            turns: Turns::default(),
             seen: Seen::default(),
         }
     }
@@ -218,7 +227,7 @@ impl<'a> Sim<'a> {
     }
 
     fn next_ms(&self) -> Option<u64> {
-        let comes = self.closed_ms.is_none() && self.next_load_ms < LOAD_ENDS_MS;
+        let comes = (self.closed_ms.is_none() || self.in_turn.is_some()) && self.next_load_ms < LOAD_ENDS_MS;
         let load = comes.then_some(self.next_load_ms);
         let workers = self.workers.iter().flat_map(|worker| {
             let runs = worker.jobs.iter().filter(|job| job.runs && worker.state.up);
@@ -235,7 +244,7 @@ impl<'a> Sim<'a> {
             self.happen_to(place);
         }
         if self.closed_ms.is_some() {
-            return;
+            return self.ask_next();
         }
         if self.next_load_ms <= self.now_ms && self.now_ms < LOAD_ENDS_MS {
             self.next_load_ms = self.now_ms + 1 + self.random.below(800);
@@ -315,7 +324,9 @@ impl<'a> Sim<'a> {
             self.seen.served += ended as u64;
             worker.state.last_used_ms = now_ms;
             worker.settle_kv();
-            if let Some(left_ms) = self.closed_ms.filter(|_| now_ms < LOAD_ENDS_MS) {
+            if self.in_turn.is_some() {
+                self.next_load_ms = now_ms + in_turn::PAUSE_MS;
+            } else if let Some(left_ms) = self.closed_ms.filter(|_| now_ms < LOAD_ENDS_MS) {
                 let kv = worker.state.kv_min;
                 worker.parked.extend((0..ended).map(|_| Job { left_ms, kv, runs: false }));
                 self.seen.served_of[place] += ended as u64;
@@ -379,7 +390,7 @@ impl<'a> Sim<'a> {
             self.seen.accidents += 1;
             self.count_anew();
         } else {
-            worker.note_use(self.now_ms);
+            worker.note_use(&mut self.turns, self.now_ms);
             for _ in 0..burst {
                 worker.parked.push(Job { ..job });
             }
@@ -462,6 +473,9 @@ impl<'a> Sim<'a> {
             if !worker.parked.is_empty() {
                 worker.jobs.append(&mut worker.parked);
                 worker.state.last_used_ms = now_ms;
+                if was_idle && self.in_turn.is_some() {
+                    worker.note_use(&mut self.turns, now_ms);
+                }
                 if was_idle && !contended {
                     worker.state.turn_since_ms = None;
                 }
@@ -471,6 +485,7 @@ impl<'a> Sim<'a> {
         let state = &mut worker.state;
         state.active = u32::try_from(worker.jobs.len()).unwrap_or(u32::MAX);
         state.parked = u32::try_from(worker.parked.len()).unwrap_or(u32::MAX);
+        state.expected_ms = worker.rhythm.next_ms(&self.turns, now_ms);
         let wants = state.ready && !state.can_run() && (asks_weights || asks_kv || state.is_busy());
         state.wanting_since_ms = wants.then(|| state.wanting_since_ms.unwrap_or(now_ms));
         if !whole {
@@ -553,7 +568,13 @@ impl<'a> Sim<'a> {
                 self.check_wait(&asked)?;
                 let state = &mut self.workers[model.0 as usize].state;
                 match asked.pending.kind {
-                    LeaseKind::Weights => state.weights_held += bytes,
+                    LeaseKind::Weights => {
+                        state.weights_held += bytes;
+                        self.in_turn
+                            .iter_mut()
+                            .filter_map(|turns| turns.last_mut())
+                            .for_each(|moved| *moved += bytes);
+                    }
                     LeaseKind::Kv => state.kv_held += bytes,
                     LeaseKind::Overhead => state.overhead_held += bytes,
                 }
@@ -686,5 +707,6 @@ fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
         dead_until_ms: None,
         preloads,
         uses: UseRate::default(),
+        rhythm: Rhythm::default(),
     }
 }

@@ -6,7 +6,9 @@
 use shoal_core::bytes::ByteCount;
 use shoal_core::policy::thrash::{Thrash, ThrashFigures};
 use shoal_core::policy::worth::of_weights;
-use shoal_core::policy::{LinkSpeeds, Plan, Policy, Shadow, ShelfState, UseRate, Value, builtin, check};
+use shoal_core::policy::{
+    LinkSpeeds, Plan, Policy, Rhythm, Shadow, ShelfState, Turns, UseRate, Value, builtin, check,
+};
 use shoal_core::protocol::LeaseKind;
 
 use super::outside::Outside;
@@ -24,6 +26,7 @@ const RESTS: f64 = 0.25;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Habits {
     pub(crate) uses: UseRate,
+    rhythm: Rhythm,
     pub(crate) links: LinkSpeeds,
     pub(crate) thrash: Thrash,
     /// When it was last wholly brought back.
@@ -37,6 +40,7 @@ pub(crate) struct Habits {
 /// What is remembered of the shelf.
 #[derive(Debug, Default)]
 pub(crate) struct Remembered {
+    turns: Turns,
     links: LinkSpeeds,
     thrashes: bool,
     /// Why a plan was last not obeyed.
@@ -53,6 +57,8 @@ impl Core {
         let pause_ms = model.idle_since_ms.map_or(u64::MAX, |since| now_ms.saturating_sub(since));
         if was_idle && (was_asleep || pause_ms > restore_ms) {
             model.habits.uses.note(now_ms);
+            self.remembered.turns.note(model.id);
+            model.habits.rhythm.note(&self.remembered.turns, now_ms);
         }
         let weights = model.weights_total;
         model.habits.thrash.served(weights, now_ms);
@@ -128,6 +134,11 @@ impl Core {
         let own = &model.habits.links;
         let links = if own.is_measured() { own } else { &self.remembered.links };
         links.restore_us_per_mib(model.weights_total, model.usage.source_only)
+    }
+
+    /// When a model is expected to be used next, where its uses come in rounds.
+    pub(super) fn expected_ms(&self, place: usize, now_ms: u64) -> Option<u64> {
+        self.models[place].habits.rhythm.next_ms(&self.remembered.turns, now_ms)
     }
 
     /// Who decides.

@@ -295,6 +295,7 @@ impl Core {
             kv_back_us_per_mib: model.usage.kv_back_us_per_mib,
             uses_milli: model.habits.uses.uses_milli,
             uses_window_ms: model.habits.uses.window_ms,
+            expected_ms: self.expected_ms(place, now_ms),
             restored_ms: model.habits.restored_ms,
             apart: model
                 .config

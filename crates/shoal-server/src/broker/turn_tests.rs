@@ -234,3 +234,35 @@ fn who_makes_room_for_its_own_weights_gives_only_spare_kv() {
         assert_eq!(takes_weights, !wanted, "all it has is weights, for {requester:?}");
     }
 }
+
+/// Agents that hand work on: who comes next was not used for longest, and the policy is told when it is expected.
+#[test]
+fn models_that_are_used_in_turn_are_expected_back() {
+    let mut bench = Bench::new();
+    let mut now_ms = 10;
+    for turn in 0..10 {
+        let place = turn % 2;
+        let wake = bench.wanted(place, WEIGHTS, now_ms);
+        bench.usage(place, WEIGHTS, now_ms + 50);
+        bench.done(place, wake, WEIGHTS, now_ms + 50);
+        bench.core.handle_route_ended(place, &caller(), now_ms + 100);
+        assert_eq!(
+            bench.core.policy_model(place, now_ms + 100).expected_ms.is_some(),
+            turn >= 8,
+            "use {turn}"
+        );
+        // The other gets its room, as long as each of them takes.
+        bench.core.handle_sleep(&format!("m{place}"), 0.0, now_ms + 110).expect("it is idle");
+        let Some(FromServer::Reclaim { order, bytes, .. }) =
+            bench.told(place).into_iter().find(|said| matches!(said, FromServer::Reclaim { .. }))
+        else {
+            panic!("it is asked for all")
+        };
+        bench.usage(place, ByteCount::ZERO, now_ms + 120);
+        bench.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, now_ms + 120);
+        bench.done(place, order, bytes, now_ms + 120);
+        now_ms += 200 + 130 * (turn as u64 % 3);
+    }
+    let expected = |place| bench.core.policy_model(place, now_ms).expected_ms.expect("it comes in turn");
+    assert!(expected(0) < expected(1), "the second was used last");
+}
