@@ -113,14 +113,11 @@ fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String
         Part::Cached if victim.kv_back_us_per_mib > 0 => victim.kv_back_us_per_mib,
         _ => victim.restore_us_per_mib,
     };
-    let how_soon = match victim.expected_ms {
-        Some(expected_ms) => {
-            format!("expected to be used in {}", seconds(expected_ms.saturating_sub(field.now_ms)))
-        }
-        None => {
-            let uses = uses_milli(victim) as f64 / 1_000.0;
-            format!("{uses:.1} uses in {}", seconds(spread_ms(victim, field.now_ms)))
-        }
+    let how_soon = if let Some(expected_ms) = victim.expected_ms {
+        format!("expected to be used in {}", seconds(expected_ms.saturating_sub(field.now_ms)))
+    } else {
+        let uses = uses_milli(victim) as f64 / 1_000.0;
+        format!("{uses:.1} uses in {}", seconds(spread_ms(victim, field.now_ms)))
     };
     format!(
         "{} a second for each MiB: {cost} us to bring it back, {how_soon}",

@@ -6,16 +6,17 @@ use std::collections::BTreeSet;
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::ModelId;
 use shoal_core::policy::{
-    Action, ModelState, PRIORITY_HEAD_START_MS, PRIORITY_STEPS_MAX, PendingRequest, Policy, Rhythm,
-    ShelfState, Turns, UseRate, check, turn_ms,
+    Action, ModelState, PendingRequest, Policy, Rhythm, ShelfState, Turns, UseRate, check,
 };
 use shoal_core::protocol::LeaseKind;
 
 use crate::random::Random;
 use crate::seen::Seen;
+use waits::age;
 
 mod busy;
 mod in_turn;
+mod waits;
 
 /// The longest that a worker takes to answer an order.
 const ANSWER_MS_MAX: u64 = 200;
@@ -635,40 +636,10 @@ impl<'a> Sim<'a> {
             .ok_or_else(|| format!("an answer to {model} without a question"))?;
         Ok(self.asked.remove(place))
     }
-
-    /// The bound that the policy states: a turn for each request before this one and each model that was resident when
-    /// it was asked, and one more.
-    fn check_wait(&mut self, asked: &Asked) -> Result<(), String> {
-        let largest = self.workers.iter().map(|worker| worker.state.weights_total).max();
-        let state = self.shelf();
-        let turn = state.models.iter().map(|model| turn_ms(&state, model)).max().unwrap_or_default();
-        let turn_ms = turn + restore_ms(largest.unwrap_or_default()) + ANSWER_MS_MAX;
-        let before = asked.older.len() as u64;
-        let bound_ms = (before + asked.resident + 1) * turn_ms;
-        let waited_ms = self.now_ms.saturating_sub(asked.since_ms);
-        self.seen.worst_permille = self.seen.worst_permille.max(waited_ms * 1_000 / bound_ms);
-        if waited_ms > bound_ms {
-            return Err(format!(
-                "{} waited {waited_ms} ms for {} ({:?}) behind {before} requests, the bound is {bound_ms} ms",
-                asked.pending.model, asked.pending.bytes, asked.pending.kind
-            ));
-        }
-        Ok(())
-    }
 }
 
 fn restore_ms(bytes: ByteCount) -> u64 {
     (bytes.0 >> 20) * RESTORE_US_PER_MIB / 1_000 + 1
-}
-
-/// As the policy documents it; less is older.
-fn age(state: &ShelfState, request: &PendingRequest) -> (i64, ModelId, u64, u64) {
-    let model = &state.models[request.model.0 as usize];
-    let since = if model.can_run() { None } else { model.wanting_since_ms };
-    let since = since.unwrap_or(request.asked_ms).min(request.asked_ms);
-    let steps = i64::from(model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX));
-    let age = i64::try_from(since).unwrap_or(i64::MAX) - steps * PRIORITY_HEAD_START_MS;
-    (age, request.model, request.asked_ms, request.request)
 }
 
 fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
