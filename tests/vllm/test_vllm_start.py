@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.errors import RegionError
+from shoal.errors import DeadlineError, LeaseError, RegionError
 from shoal.vllm import serve
+from shoal.vllm.shelf import Shelf
 from shoal.vllm.start import DRIVER_BYTES, GRAPHS_BYTES, StartNeeds
 from shoal.worker.spec import WorkerSpec
 
@@ -97,3 +98,38 @@ def test_vllm_sees_the_servers_gpu_alone(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     serve.choose_device(WorkerSpec("/m", device=device))
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == wanted
+
+
+@pytest.mark.parametrize("refusal", [LeaseError("no", kind="denied"), DeadlineError("no", kind="lease_deadline")])
+def test_what_a_start_had_not_foreseen_is_waited_for_with_empty_hands_whoever_ends_the_first_wait(
+    refusal: Exception, tmp_path: Path
+) -> None:
+    """The server's no and the end of this side's own patience come within a millisecond of one another."""
+    done: list[Any] = []
+
+    class Memory:
+        """An engine's, of which it is noted what is asked."""
+
+        @property
+        def mem(self) -> Memory:
+            return self
+
+        def lease_ahead(self, kind: str, nbytes: int, *, timeout_s: float, reason: str) -> None:
+            done.append((kind, nbytes))
+            if len(done) == 1:
+                raise refusal
+
+        def step_back(self) -> bool:
+            done.append("back")
+            return True
+
+        def give_up_leases(self) -> None:
+            done.append("given up")
+
+        def wake(self) -> None:
+            done.append("wake")
+
+    needs = StartNeeds(weights=8 * MIB, kv=8 * MIB, driver=0, activations=0)
+    shelf = Shelf(types.SimpleNamespace(path=str(tmp_path / "control.sock")), 1)  # type: ignore[arg-type]
+    shelf.lease_kv(Memory(), needs, 12 * MIB)  # type: ignore[arg-type]
+    assert done == [("kv", 4 * MIB), "back", "given up", ("weights", 8 * MIB), ("kv", 12 * MIB), "wake"]

@@ -161,7 +161,7 @@ class Shelf:
 
         Raises
         ------
-        LeaseError
+        LeaseError, DeadlineError
             It cannot be had in time; the message says why.
         """
         on_gpu = device.startswith("cuda")
@@ -200,7 +200,7 @@ class Shelf:
 
         Raises
         ------
-        LeaseError
+        LeaseError, DeadlineError
             It cannot be had in time.
         Error
             The weights do not come back.
@@ -211,7 +211,8 @@ class Shelf:
         reason = "the KV blocks that warm an engine up"
         try:
             mem.lease_ahead("kv", more, timeout_s=GLANCE_S, reason=reason)
-        except LeaseError as error:
+        except (LeaseError, DeadlineError) as error:
+            # Whether the server says no or this side's patience ends first is a matter of less than a millisecond.
             logger.info("All leases of this start go back until there is room for all that it needs: %s", error)
         else:
             return
@@ -257,7 +258,7 @@ class Shelf:
         if overhead is not None:
             try:
                 memory.mem.set_overhead(overhead)
-            except LeaseError as error:
+            except (LeaseError, DeadlineError) as error:
                 logger.warning(
                     "The engine takes %d bytes beside its regions, and they are not leased yet: %s", overhead, error
                 )

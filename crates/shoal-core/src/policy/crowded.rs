@@ -3,6 +3,7 @@
 use super::tests::{MIB, evicted, model, reasons, shelf, wake};
 use super::*;
 use crate::ids::ModelId;
+use crate::protocol::LeaseKind;
 
 /// Who has come, and how much is left: 100 MiB in all, so much of it others'.
 fn crowded(taken: u64, models: Vec<ModelState>, requests: Vec<PendingRequest>) -> ShelfState {
@@ -76,6 +77,23 @@ fn a_request_that_only_others_stand_against_waits_and_holds_nobody_up() {
     let said = plan(&ShelfState { requests: vec![late], ..state.clone() }, 10_000);
     assert!(matches!(&said.actions[..], [Action::Deny { never: false, .. }]), "{}", reasons(&said));
     let said = plan(&ShelfState { requests: vec![wake(0, 120, 1)], ..state }, 10_000);
+    assert!(matches!(&said.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&said));
+}
+
+#[test]
+fn kv_of_one_that_starts_waits_for_what_others_take_and_of_one_that_serves_is_denied() {
+    let asks = |ready| {
+        let birch = ModelState { ready, ..model(0, "birch", 8, 8) };
+        let kv = PendingRequest { kind: LeaseKind::Kv, ..wake(0, 12, 1) };
+        plan(&ShelfState { taken: MIB(16), ..shelf(18, vec![birch], vec![kv]) }, 10_000)
+    };
+    let said = asks(false);
+    assert!(
+        matches!(&said.actions[..], [Action::Wait { reason, .. }] if reason.contains("while others have 16 MiB")),
+        "a worker that ended holds it, or another process: {}",
+        reasons(&said)
+    );
+    let said = asks(true);
     assert!(matches!(&said.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&said));
 }
 

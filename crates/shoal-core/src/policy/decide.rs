@@ -69,8 +69,8 @@ impl Decision<'_> {
             ByteCount::ZERO
         });
         // Others may leave the device again, and what the model's own requests use comes back as they end, or as its engine
-        // puts one of them off; KV is asked for anew before long.
-        let patience = if request.kind == LeaseKind::Kv {
+        // puts one of them off. KV is asked for anew before long by one that serves; one that still starts would start anew.
+        let patience = if request.kind == LeaseKind::Kv && model.ready {
             ByteCount::ZERO
         } else {
             self.field.state.taken + in_use(model, request)
