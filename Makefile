@@ -34,19 +34,23 @@ demo: preflight-demo setup models ## Set up, then run the main job: three models
 serve: preflight-serve setup models ## Set up and serve examples/shelf.toml (or SHELF=FILE) until Ctrl-C
 	@$(BIN)/shoal serve $(SHELF)
 
-# Tests of whole servers mostly wait. What has to be compiled is compiled beside them and yields to them; the rest follows it.
+# Python's tests mostly wait, those of whole servers and the others alike. What has to be compiled is compiled beside both
+# and yields to them.
 test: preflight-test setup ## Set up and run every test that needs no GPU
-	@echo "Beside the tests of whole servers run Rust's, the wheel's and Python's others, which print at the end (now: .shoal/beside.log)"
-	@setsid sh -c 'rust=0; nice $(MAKE) --no-print-directory test-rust test-wheel || rust=$$?; \
-	    others=0; $(MAKE) --no-print-directory test-others || others=$$?; [ $$rust$$others = 00 ]' \
-	    > .shoal/beside.log 2>&1 & beside=$$!; \
-	  trap 'kill -- -$$beside; exit 130' INT TERM; \
-	  servers=0; $(MAKE) --no-print-directory test-servers || servers=$$?; \
-	  besides=0; wait $$beside || besides=$$?; \
-	  cat .shoal/beside.log; \
-	  [ $$servers = 0 ] || echo "The tests of whole servers failed (see above, before those of Rust)"; \
-	  [ $$besides = 0 ] || echo "Tests beside those of whole servers failed: Rust's, the wheel's or Python's others"; \
-	  [ $$servers$$besides = 00 ]
+	@echo "Beside the tests of whole servers run Python's others, and Rust's and the wheel's, which print at the end"
+	@echo "(now: .shoal/others.log, .shoal/rust.log)"
+	@setsid $(MAKE) --no-print-directory test-others > .shoal/others.log 2>&1 & others=$$!; \
+	  setsid nice $(MAKE) --no-print-directory test-rust test-wheel > .shoal/rust.log 2>&1 & rust=$$!; \
+	  trap 'kill -- -$$others -$$rust; exit 130' INT TERM; \
+	  in_servers=0; $(MAKE) --no-print-directory test-servers || in_servers=$$?; \
+	  in_others=0; wait $$others || in_others=$$?; \
+	  cat .shoal/others.log; \
+	  in_rust=0; wait $$rust || in_rust=$$?; \
+	  cat .shoal/rust.log; \
+	  [ $$in_servers = 0 ] || echo "The tests of whole servers failed (see above, first)"; \
+	  [ $$in_others = 0 ] || echo "Python's other tests failed (see above, second)"; \
+	  [ $$in_rust = 0 ] || echo "The tests of Rust or of the wheel failed (see above, last)"; \
+	  [ $$in_servers$$in_others$$in_rust = 000 ]
 
 test-rust: setup ## Tests of the Rust crates
 	cargo test --locked --workspace --quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import socket
@@ -77,6 +78,9 @@ class Server:
 
     def close(self) -> None:
         if self.connection is not None:
+            # Closing alone does not wake the thread that reads, as long as the other side lives.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
             self.connection.close()
         self.listener.close()
         self.thread.join(10)
