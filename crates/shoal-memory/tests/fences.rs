@@ -143,11 +143,11 @@ fn memory_of_blocks_and_regions_that_are_gone_outlives_the_kernels_on_it() {
     let backing = KvBacking::new(&kv, ByteCount(PAGE), 8).expect("a layout");
     for kernel in Kernel::of(&world.device) {
         assert!(backing.back(&[0, 1, 2]).expect("asked"));
+        let start = Instant::now();
         step(&world, &engine, kernel, &kv, noise(PAGE, 2));
         backing.unback(&[0, 1, 2]).expect("backed");
-        let start = Instant::now();
         assert_eq!(backing.trim(ALL).expect("trimmed").freed, ByteCount(3 * PAGE));
-        assert!(start.elapsed() >= SLOW / 2, "it did not wait");
+        assert!(start.elapsed() >= SLOW, "it did not wait");
     }
 
     let dropped = world.region("dropped", 2, LeaseKind::Overhead);
