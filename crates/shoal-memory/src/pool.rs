@@ -84,6 +84,35 @@ struct State {
     is_watched: bool,
     /// Nothing comes in any more.
     is_closed: bool,
+    /// So many lots were taken out to be given back to the device, and hold their leases until they are.
+    leaving: u32,
+    /// So many lots have been given back.
+    left: u64,
+}
+
+/// Frames that leave the pool for the device. As long as this is there, who finds no memory knows that some is coming.
+#[derive(Debug)]
+struct Lot<'a> {
+    pool: &'a FramePool,
+    frames: Vec<Bare>,
+    is_empty: bool,
+}
+
+impl Lot<'_> {
+    /// Gives its frames to the device, and their leases back.
+    fn destroy(mut self, manager: &MemoryManager) -> Released {
+        manager.destroy(std::mem::take(&mut self.frames))
+    }
+}
+
+impl Drop for Lot<'_> {
+    fn drop(&mut self) {
+        let mut state = self.pool.state.lock();
+        state.leaving -= 1;
+        state.left += u64::from(!self.is_empty);
+        drop(state);
+        self.pool.changed.notify_all();
+    }
 }
 
 impl State {
@@ -170,8 +199,9 @@ impl FramePool {
     }
 
     /// Frames of at least `bytes` in all, or everything; long ones first.
-    pub(crate) fn drain(&self, bytes: ByteCount) -> Vec<Bare> {
+    fn drain(&self, bytes: ByteCount) -> Lot<'_> {
         let mut state = self.state.lock();
+        state.leaving += 1;
         let mut drained = Vec::new();
         let mut sum = ByteCount::ZERO;
         while sum < bytes {
@@ -181,14 +211,31 @@ impl FramePool {
             drained.push(bare);
         }
         state.usage.trimmed += drained.len() as u64;
-        drained
+        Lot { pool: self, is_empty: drained.is_empty(), frames: drained }
+    }
+
+    /// How many lots it has given back: to be asked before memory is, for [`MemoryManager::pool_gives_way`].
+    pub(crate) fn left(&self) -> u64 {
+        self.state.lock().left
+    }
+
+    /// Waits until something has come free that others took out of it; false where nothing has since there were `left`
+    /// and nothing will, or not in time.
+    fn wait_for_leaving(&self, left: u64, deadline: Instant) -> bool {
+        let mut state = self.state.lock();
+        while state.left == left {
+            if state.leaving == 0 || self.changed.wait_until(&mut state, deadline).timed_out() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Takes everything, and keeps nothing from now on.
     pub(crate) fn close(&self) -> Vec<Bare> {
         self.state.lock().is_closed = true;
         self.changed.notify_all();
-        self.drain(ByteCount(u64::MAX))
+        std::mem::take(&mut self.drain(ByteCount(u64::MAX)).frames)
     }
 
     /// Says what is wrong, if anything is.
@@ -249,12 +296,13 @@ impl FramePool {
             return Some(BUSY_PAUSE);
         }
         // What the device refuses is told, and kept.
-        let _ = manager.destroy(self.drain_due());
+        let _ = self.drain_due().destroy(&manager);
         Some(STEP_PAUSE)
     }
 
-    fn drain_due(&self) -> Vec<Bare> {
+    fn drain_due(&self) -> Lot<'_> {
         let mut state = self.state.lock();
+        state.leaving += 1;
         let mut drained = Vec::new();
         let mut sum = ByteCount::ZERO;
         while sum < STEP_BYTES
@@ -266,7 +314,7 @@ impl FramePool {
             drained.push(bare);
         }
         state.usage.trimmed += drained.len() as u64;
-        drained
+        Lot { pool: self, is_empty: drained.is_empty(), frames: drained }
     }
 }
 
@@ -287,6 +335,12 @@ impl MemoryManager {
     }
 
     pub(crate) fn empty_pool(&self, bytes: ByteCount) -> Released {
-        self.destroy(self.pool().drain(bytes))
+        self.pool().drain(bytes).destroy(self)
+    }
+
+    /// Empties the pool of at least `bytes`; or, where it holds nothing, waits for what leaves it already. False where
+    /// nothing has come free since it had given back `left` lots.
+    pub(crate) fn pool_gives_way(&self, bytes: ByteCount, left: u64, deadline: Instant) -> bool {
+        !self.empty_pool(bytes).freed.is_zero() || self.pool().wait_for_leaving(left, deadline)
     }
 }

@@ -165,12 +165,11 @@ impl Supply {
         }
         let device = &self.manager.device;
         let is_full = |error: &DeviceError| error.kind() == shoal_device::ErrorKind::OutOfMemory;
+        let seen = self.manager.pool().left();
+        let gives_way =
+            || self.manager.pool_gives_way(ByteCount(u64::MAX), seen, self.manager.operation_deadline());
         let created = match Frame::create(device, bytes) {
-            Err(error)
-                if is_full(&error) && !self.manager.empty_pool(ByteCount(u64::MAX)).freed.is_zero() =>
-            {
-                Frame::create(device, bytes)
-            }
+            Err(error) if is_full(&error) && gives_way() => Frame::create(device, bytes),
             created => created,
         };
         let frame = created.map_err(MemoryError::device("take device memory"))?;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -161,6 +161,30 @@ fn a_lease_that_is_denied_is_paid_for_by_it() {
         short.commit(pages(page), pages(1)).expect("the pool gives way");
     }
     assert!(is_zero(&short, 8));
+    scene.world.check();
+}
+
+/// Its lease is neither free nor the pool's as long as the device takes it back.
+#[test]
+fn what_leaves_the_pool_already_is_waited_for() {
+    let scene = scene(16, keeping(32));
+    soil(&scene.workspace("workspace", 8), 8);
+    let (began, has_begun) = mpsc::channel();
+    scene.faults.fail_when(move |call| {
+        if call.verb == Verb::DestroyFrame {
+            // Nobody listens for those that follow.
+            let _ = began.send(());
+            thread::sleep(Duration::from_millis(50));
+        }
+        None
+    });
+    thread::scope(|scope| {
+        let trimming = scope.spawn(|| scene.world.manager.trim_pool(ALL).expect("nothing refuses"));
+        has_begun.recv_timeout(WAIT).expect("it destroys");
+        let next = scene.workspace("next", 8);
+        next.commit(ByteCount::ZERO, pages(8)).expect("what leaves makes room");
+        assert_eq!(trimming.join().expect("no panic"), pages(8));
+    });
     scene.world.check();
 }
 

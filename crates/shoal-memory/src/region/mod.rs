@@ -448,8 +448,17 @@ impl Region {
         let (manager, deadline) = (self.manager(), Instant::now() + timeout);
         let left = || deadline.saturating_duration_since(Instant::now());
         let acquire = || Grant::acquire(manager.lease(), self.kind(), bytes, left(), reason);
-        let granted = acquire()
-            .or_else(|error| if manager.empty_pool(bytes).freed.is_zero() { Err(error) } else { acquire() })
+        let mut seen = manager.pool().left();
+        let mut granted = acquire();
+        // What comes free another may take, and give to the pool again: then that is asked once more.
+        while granted.is_err() && manager.pool_gives_way(bytes, seen, deadline) {
+            seen = manager.pool().left();
+            granted = acquire();
+            if left().is_zero() {
+                break;
+            }
+        }
+        let granted = granted
             .or_else(|error| {
                 // What torch gave back just now may be on its way still, and then lies in the pool.
                 if !manager.free_segments(left()) {
