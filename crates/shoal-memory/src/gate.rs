@@ -7,13 +7,16 @@
 //! Why this cannot lock up: who has the gate alone waits for no pass and no lease, only for the turn, so it leaves by
 //! itself. A thread that shares the gate already never waits for one who waits for it to leave. And who comes first
 //! ([`Gate::share_first`]) has its leases, and so needs nothing that somebody behind the gate would have to give up.
+//!
+//! Its locks come from [`crate::sync`], so that `tests/gate_model.rs` can put loom's in their place and try every order in
+//! which threads may meet here.
 
 use std::sync::Arc;
-use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use shoal_core::ids::RegionId;
+
+use crate::sync::{Condvar, Mutex, MutexGuard, ThreadId, this_thread};
 
 /// What a pass speaks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +147,7 @@ pub(crate) struct Pass {
 impl Gate {
     /// Whether a pass that this thread took is held.
     pub(crate) fn is_held_here(&self) -> bool {
-        let thread = thread::current().id();
+        let thread = this_thread();
         self.state.lock().sharing.iter().any(|sharing| sharing.thread == thread)
     }
 
@@ -160,7 +163,7 @@ impl Gate {
     }
 
     fn share_as(self: &Arc<Self>, scope: Scope, is_next: bool, deadline: Instant) -> Option<Pass> {
-        let thread = thread::current().id();
+        let thread = this_thread();
         let mut state = self.state.lock();
         let ticket = state.ticket();
         state.waiting.push(Waiting { ticket, scope, is_next });
@@ -178,6 +181,13 @@ impl Gate {
     /// Whether somebody shares it at this moment.
     pub(crate) fn is_shared(&self) -> bool {
         !self.state.lock().sharing.is_empty()
+    }
+
+    /// How many share it, wait to share it, and want it alone.
+    #[cfg(test)]
+    pub(crate) fn counts(&self) -> (usize, usize, usize) {
+        let state = self.state.lock();
+        (state.sharing.len(), state.waiting.len(), state.wanted.len())
     }
 
     /// Takes the gate alone; `None` if the deadline passes first.
@@ -248,136 +258,5 @@ impl Drop for Pass {
         }
         drop(state);
         self.gate.changed.notify_all();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    const A: Scope = Scope::Region(RegionId(1));
-    const B: Scope = Scope::Region(RegionId(2));
-
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_millis(30)
-    }
-
-    fn far() -> Instant {
-        Instant::now() + Duration::from_secs(10)
-    }
-
-    /// Runs `work` on a thread of its own; returns once `has_begun`.
-    fn aside<T: Send + 'static>(
-        gate: &Arc<Gate>,
-        has_begun: impl Fn(&State) -> bool,
-        work: impl FnOnce(Arc<Gate>) -> T + Send + 'static,
-    ) -> thread::JoinHandle<T> {
-        let own = Arc::clone(gate);
-        let worker = thread::spawn(move || work(own));
-        while !has_begun(&gate.state.lock()) {
-            thread::sleep(Duration::from_millis(1));
-        }
-        worker
-    }
-
-    fn elsewhere<T: Send + 'static>(
-        gate: &Arc<Gate>,
-        work: impl FnOnce(Arc<Gate>) -> T + Send + 'static,
-    ) -> T {
-        aside(gate, |_| true, work).join().expect("no panic")
-    }
-
-    #[test]
-    fn alone_means_alone_and_a_waiting_one_comes_before_newcomers() {
-        let gate = Arc::new(Gate::default());
-        let first = gate.share(Scope::All, soon()).expect("free");
-        let second = gate.share(Scope::All, soon()).expect("shared");
-        assert!(gate.alone(Scope::All, soon()).is_none());
-        drop(second);
-        let waiting =
-            aside(&gate, |state| !state.wanted.is_empty(), |gate| gate.alone(Scope::All, far()).is_some());
-        assert!(
-            elsewhere(&gate, |gate| gate.share(Scope::All, soon()).is_none()),
-            "who waits is not starved"
-        );
-        assert!(elsewhere(&gate, |gate| gate.share_first(Scope::All, soon()).is_some()));
-        drop(first);
-        assert!(waiting.join().expect("no panic"));
-        assert!(gate.share(Scope::All, soon()).is_some());
-        let alone = gate.alone(Scope::All, soon()).expect("free");
-        assert!(gate.share(Scope::All, soon()).is_none());
-        assert!(gate.share_first(Scope::All, soon()).is_none());
-        drop(alone);
-        let state = gate.state.lock();
-        assert!(state.sharing.is_empty() && state.waiting.is_empty() && state.wanted.is_empty());
-    }
-
-    #[test]
-    fn who_waits_to_share_comes_before_the_next_one_alone() {
-        let gate = Arc::new(Gate::default());
-        let alone = gate.alone(Scope::All, soon()).expect("free");
-        let sharer =
-            aside(&gate, |state| !state.waiting.is_empty(), |gate| gate.share(Scope::All, far()).map(Some));
-        let next =
-            aside(&gate, |state| !state.wanted.is_empty(), |gate| gate.alone(Scope::All, far()).is_some());
-        drop(alone);
-        let pass = sharer.join().expect("no panic").expect("it came in although another waited to be alone");
-        assert_eq!(gate.state.lock().wanted.len(), 1);
-        drop(pass);
-        assert!(next.join().expect("no panic"));
-    }
-
-    #[test]
-    fn a_pair_meets_its_two_regions_and_all() {
-        let gate = Arc::new(Gate::default());
-        let (pair, c) = (Scope::Pair(RegionId(1), RegionId(2)), Scope::Region(RegionId(3)));
-        for scope in [A, B, Scope::All] {
-            let shared = gate.share(scope, soon()).expect("free");
-            assert!(gate.alone(pair, soon()).is_none(), "{scope:?}");
-            drop(shared);
-        }
-        let beside = gate.share(c, soon()).expect("free");
-        let alone = gate.alone(pair, soon()).expect("a third region is no hindrance");
-        for scope in [A, B, Scope::All] {
-            assert!(elsewhere(&gate, move |gate| gate.share(scope, soon()).is_none()), "{scope:?}");
-        }
-        assert!(elsewhere(&gate, move |gate| gate.share(c, soon()).is_some()));
-        drop((alone, beside));
-        assert!(gate.share(Scope::All, soon()).is_some());
-    }
-
-    #[test]
-    fn one_thread_may_share_again_while_another_waits_for_it() {
-        let gate = Arc::new(Gate::default());
-        let outer = gate.share(A, soon()).expect("free");
-        assert!(gate.is_held_here() && !elsewhere(&gate, |gate| gate.is_held_here()));
-        let waiting = aside(&gate, |state| !state.wanted.is_empty(), |gate| gate.alone(A, far()).is_some());
-        for scope in [A, B, Scope::All] {
-            assert!(gate.share(scope, soon()).is_some(), "{scope:?}");
-        }
-        drop(outer);
-        assert!(waiting.join().expect("no panic"));
-    }
-
-    #[test]
-    fn regions_do_not_meet_and_a_sparing_one_waits_only_for_all() {
-        let gate = Arc::new(Gate::default());
-        let a = gate.share(A, soon()).expect("free");
-        assert!(gate.alone(A, soon()).is_none() && gate.alone(Scope::All, soon()).is_none());
-        drop(gate.alone(B, soon()).expect("another region"));
-        let (alone, spared) = gate.alone_sparing(soon()).expect("nobody shares all");
-        assert_eq!(spared, [RegionId(1)]);
-        assert!(elsewhere(&gate, |gate| {
-            gate.share(A, soon()).is_some()
-                && gate.share(B, soon()).is_none()
-                && gate.share(Scope::All, soon()).is_none()
-        }));
-        drop(alone);
-        drop(a);
-        let all = gate.share(Scope::All, soon()).expect("free");
-        assert!(gate.alone_sparing(soon()).is_none());
-        drop(all);
     }
 }

@@ -23,6 +23,8 @@
 
 mod arena;
 mod gate;
+#[cfg(test)]
+mod gate_tests;
 mod key_file;
 mod retire;
 mod slab_source;

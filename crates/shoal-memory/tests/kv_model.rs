@@ -17,6 +17,7 @@ mod meeting;
 #[path = "../src/kv_cache/signal.rs"]
 mod signal;
 #[path = "common/loom_sync.rs"]
+#[expect(unused, reason = "the gate uses more of it")]
 mod sync;
 
 use explore::{explore, far};

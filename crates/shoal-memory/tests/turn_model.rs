@@ -15,6 +15,7 @@ mod turn;
 #[path = "common/explore.rs"]
 mod explore;
 #[path = "common/loom_sync.rs"]
+#[expect(unused, reason = "the gate uses more of it")]
 mod sync;
 
 use explore::{explore, far};

@@ -4,12 +4,19 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
+pub(crate) use loom::thread::ThreadId;
+
+/// Which thread this is.
+pub(crate) fn this_thread() -> ThreadId {
+    loom::thread::current().id()
+}
+
 #[derive(Default)]
 pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
 
 impl<T> Mutex<T> {
-    pub(crate) fn lock(&self) -> Guard<'_, T> {
-        Guard { mutex: &self.0, held: Some(self.0.lock().expect("no panic")) }
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        MutexGuard { mutex: &self.0, held: Some(self.0.lock().expect("no panic")) }
     }
 }
 
@@ -19,12 +26,12 @@ impl<T> fmt::Debug for Mutex<T> {
     }
 }
 
-pub(crate) struct Guard<'a, T> {
+pub(crate) struct MutexGuard<'a, T> {
     mutex: &'a loom::sync::Mutex<T>,
     held: Option<loom::sync::MutexGuard<'a, T>>,
 }
 
-impl<T> Deref for Guard<'_, T> {
+impl<T> Deref for MutexGuard<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -32,7 +39,7 @@ impl<T> Deref for Guard<'_, T> {
     }
 }
 
-impl<T> DerefMut for Guard<'_, T> {
+impl<T> DerefMut for MutexGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         self.held.as_mut().expect("held but while it waits")
     }
@@ -57,7 +64,7 @@ impl Waited {
 
 impl Condvar {
     /// Waits without end for a deadline that lies ahead; one that has passed is heard of at some later moment.
-    pub(crate) fn wait_until<T>(&self, guard: &mut Guard<'_, T>, deadline: Instant) -> Waited {
+    pub(crate) fn wait_until<T>(&self, guard: &mut MutexGuard<'_, T>, deadline: Instant) -> Waited {
         let held = guard.held.take().expect("held");
         if deadline <= Instant::now() {
             drop(held);
