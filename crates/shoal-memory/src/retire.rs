@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
-use shoal_device::{DeviceError, Frame, Mapping};
+use shoal_device::{DeviceError, Frame, Mapping, Reservation};
 
 use crate::error::MemoryError;
 use crate::lease::Grant;
@@ -178,6 +178,25 @@ impl MemoryManager {
             .into_iter()
             .map(|resident| Retired { rest: Rest::Mapped(resident), why: Why::Unfenced });
         self.retired.lock().extend(retired);
+    }
+
+    /// Whether memory that could not be freed yet is mapped in this range of a reservation. Needs the turn: who has it may be
+    /// asking for that memory again.
+    pub(crate) fn is_retired_within(
+        &self,
+        reservation: &Arc<Reservation>,
+        offset: ByteCount,
+        bytes: ByteCount,
+    ) -> bool {
+        self.retired.lock().iter().any(|entry| match &entry.rest {
+            Rest::Mapped(Resident { mapping, .. }) => {
+                let (start, length) = (mapping.offset(), mapping.bytes());
+                Arc::ptr_eq(mapping.reservation(), reservation)
+                    && start < offset + bytes
+                    && offset < start + length
+            }
+            Rest::Bare(_) => false,
+        })
     }
 
     /// Keeps what could not be freed for a later operation.

@@ -87,7 +87,7 @@ impl Shared {
                 }
                 (is_quiet, state.clocks(), state.has_surplus())
             };
-            wait = if is_quiet { IDLE } else { MOMENT };
+            wait = if is_quiet && self.settle_leaving_soon() { IDLE } else { MOMENT };
             if !self.is_stopped() {
                 match self.map_spare() {
                     Ok(true) => pause = PAUSE,
@@ -101,7 +101,8 @@ impl Shared {
             }
             if has_surplus {
                 match self.release_surplus(&clocks) {
-                    Ok(true) => {}
+                    Ok(true) if self.settle_leaving_soon() => {}
+                    Ok(true) => wait = wait.min(MOMENT),
                     Ok(false) => wait = RETRY,
                     Err(error) => {
                         tracing::debug!(%error, "empty KV memory stays for now");

@@ -12,7 +12,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::extent::PageRun;
 use shoal_core::kv::ids::BlockId;
 use shoal_core::kv::moves::Repack;
-use shoal_core::kv::state::GranuleId;
+use shoal_core::kv::state::{GranuleId, KvState};
 
 use super::Shared;
 use crate::error::{ErrorKind, MemoryError};
@@ -100,7 +100,10 @@ impl Shared {
         }
         // Whoever unmaps has the turn until all of it is gone.
         match self.manager().take_turn_only(deadline) {
-            Ok(_turn) => Ok(true),
+            Ok(_turn) => {
+                self.settle_leaving()?;
+                Ok(true)
+            }
             Err(error) if is_not_now(&error) => Ok(false),
             Err(error) => Err(error),
         }
@@ -223,21 +226,36 @@ impl Shared {
             let runs = planned.iter().map(|granule| state.runs(*granule));
             runs.collect::<Result<Vec<_>, _>>()
         };
-        let done =
-            runs.map_err(MemoryError::from).and_then(|runs| self.map_runs(&runs.concat(), patience, purpose));
-        let mut state = self.state.lock();
+        let mut turn = None;
+        let done = runs
+            .map_err(MemoryError::from)
+            .and_then(|runs| self.map_runs(&runs.concat(), patience, purpose, &mut turn));
+        let (mut state, mut is_gone) = (self.state.lock(), true);
         for granule in planned {
-            if done.is_ok() {
-                state.mapped(*granule)?;
-            } else {
-                state.gone(*granule)?;
+            match (&done, &turn) {
+                (Ok(()), _) => state.mapped(*granule)?,
+                // It was begun, and what was mapped by then may not have gone.
+                (Err(_), Some(_)) => is_gone &= self.leave(&mut state, *granule)?,
+                (Err(_), None) => state.gone(*granule)?,
             }
         }
+        drop(state);
         // In turn until here: a reclaim that found memory which is no granule yet would copy it to the host.
-        done.map(drop)
+        drop(turn);
+        if !is_gone {
+            self.call();
+        }
+        done
     }
 
-    fn map_runs(&self, runs: &[PageRun], patience: Patience, purpose: Purpose) -> Result<Taken, MemoryError> {
+    /// Leaves the turn in `turn` from where memory is mapped on.
+    fn map_runs(
+        &self,
+        runs: &[PageRun],
+        patience: Patience,
+        purpose: Purpose,
+        turn: &mut Option<Taken>,
+    ) -> Result<(), MemoryError> {
         let (manager, deadline) = (self.manager(), patience.turns);
         // One at a time, or two would ask for the same missing bytes. Neither turn nor data lock is held while asking.
         let restoring = match self.region.missing_bytes() {
@@ -255,7 +273,7 @@ impl Shared {
             [self.region.wanted_extents(runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
         let mut supply = self.region.supply(extents, Content::Zeroed, patience.lease, "KV blocks")?;
-        let turn = take(deadline.max(Instant::now() + AHEAD_WAIT))?;
+        *turn = Some(take(deadline.max(Instant::now() + AHEAD_WAIT))?);
         let missing = self.region.missing_bytes();
         // Or the cache's own thread would take again what a reclaim took while it waited for the turn.
         let is_too_late = purpose == Purpose::Ahead && self.is_stopped();
@@ -270,8 +288,49 @@ impl Shared {
             let shared = TransferShared::default();
             self.region.restore_in_turn(&mut supply, manager.operation_deadline(), &shared)?;
         }
-        self.region.commit_in_turn(runs, &mut supply)?;
-        Ok(turn)
+        self.region.commit_in_turn(runs, &mut supply).map(drop)
+    }
+
+    /// A granule did not come, or has left. Where something still holds its memory, or the device does not give it up, its
+    /// addresses are not to be had yet: it goes when that is over ([`settle_leaving`](Self::settle_leaving)). True: it is gone.
+    /// Needs the turn.
+    fn leave(&self, state: &mut KvState, granule: GranuleId) -> Result<bool, MemoryError> {
+        let lingers = state.runs(granule)?.iter().any(|run| self.region.lingers(*run));
+        if lingers {
+            self.lingering.lock().push(granule);
+        } else {
+            state.gone(granule)?;
+        }
+        Ok(!lingers)
+    }
+
+    /// Looks again at what could not leave when it was to. True: nothing is left of it. Needs the turn, which asks the device
+    /// again when it is taken.
+    pub(super) fn settle_leaving(&self) -> Result<bool, MemoryError> {
+        let lingering = std::mem::take(&mut *self.lingering.lock());
+        if lingering.is_empty() {
+            return Ok(true);
+        }
+        let mut state = self.state.lock();
+        for granule in lingering {
+            self.leave(&mut state, granule)?;
+        }
+        Ok(self.lingering.lock().is_empty())
+    }
+
+    /// The same on the cache's own thread, which has no turn yet.
+    pub(super) fn settle_leaving_soon(&self) -> bool {
+        if self.lingering.lock().is_empty() {
+            return true;
+        }
+        let turn = self.manager().take_turn_only(Instant::now() + AHEAD_WAIT);
+        match turn.and_then(|_turn| self.settle_leaving()) {
+            Ok(is_over) => is_over,
+            Err(error) => {
+                tracing::debug!(%error, "memory that could not leave stays for now");
+                false
+            }
+        }
     }
 
     /// Gives back what was empty at `clocks` and nothing is expected for. False: a step runs, and which ones have ended is
@@ -395,8 +454,9 @@ impl Shared {
         }
     }
 
-    /// Unmaps granules that are leaving. What the device refuses is kept by the manager, with its lease, and asked for
-    /// again: the granule is gone all the same, and its place can be mapped anew once that is over.
+    /// Unmaps granules that are leaving. What the device refuses, or something still holds (as memory that is being zeroed
+    /// beside a long kernel), is kept by the manager, with its lease, and asked for again: until that is over the granule is
+    /// leaving.
     fn unmap(&self, planned: &[GranuleId], fate: Fate, report: &mut Report) {
         for granule in planned {
             self.unfill(*granule);
@@ -411,8 +471,11 @@ impl Shared {
                     Err(error) => report.fail(error),
                 }
             }
-            if let Err(error) = self.state.lock().gone(*granule) {
-                report.fail(error.into());
+            let gone = self.leave(&mut self.state.lock(), *granule);
+            match gone {
+                Ok(true) => {}
+                Ok(false) => self.call(),
+                Err(error) => report.fail(error),
             }
         }
     }

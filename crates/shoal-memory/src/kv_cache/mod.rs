@@ -32,7 +32,7 @@ use shoal_core::kv::blocks::{BlockState, Freed};
 use shoal_core::kv::ids::BlockId;
 use shoal_core::kv::layout::{CacheLayout, CacheSpec, GroupLayout};
 use shoal_core::kv::reuse::ReuseOptions;
-use shoal_core::kv::state::{KvError, KvState, KvUsage};
+use shoal_core::kv::state::{GranuleId, KvError, KvState, KvUsage};
 use shoal_core::page_table::Backing;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{Event, ForeignStream, ForeignWork};
@@ -104,6 +104,8 @@ pub enum Attempt {
 pub(crate) struct Shared {
     region: Region,
     state: Mutex<KvState>,
+    /// Granules that are on their way out, or did not come, whose memory could not be unmapped yet.
+    lingering: Mutex<Vec<GranuleId>>,
     /// One at a time maps, so that two who lack the same do not both bring it.
     growing: Arc<Turn>,
     /// The newest step of each stream that an engine told of.
@@ -147,6 +149,7 @@ impl MemoryManager {
         let shared = Arc::new(Shared {
             region,
             state: Mutex::new(state),
+            lingering: Mutex::default(),
             growing: Arc::default(),
             steps: Mutex::default(),
             step: Mutex::default(),
@@ -438,9 +441,12 @@ impl Shared {
         let deadline = self.manager().operation_deadline();
         let _growing = self.growing.take(deadline).ok_or("somebody maps and does not end")?;
         let _turn = self.manager().take_turn_only(deadline).map_err(|error| error.to_string())?;
+        self.settle_leaving().map_err(|error| error.to_string())?;
         let state = self.state.lock();
         state.check_invariants()?;
-        let (mapped, region) = (state.mapped_bytes(), self.region.usage());
+        // What could not be unmapped is out of the page table already.
+        let lingering: ByteCount = self.lingering.lock().iter().map(|granule| state.bytes_of(*granule)).sum();
+        let (mapped, region) = (state.mapped_bytes().saturating_sub(lingering), self.region.usage());
         drop(state);
         if mapped != region.total {
             return Err(format!("{mapped} counted as mapped, {} in the page table", region.total));

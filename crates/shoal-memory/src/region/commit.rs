@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use shoal_core::bytes::ByteCount;
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::extent::{Extent, PageRun};
 use shoal_core::ids::ExtentIndex;
 use shoal_core::page_table::PlannedMove;
@@ -159,6 +159,13 @@ impl Region {
         let residents = self.take_residents(run)?;
         let Released { freed, error } = self.manager().pool_unused(residents, is_zeroed);
         error.map_or(Ok(freed), Err)
+    }
+
+    /// Whether pages of this run are mapped although the region has given them up: something holds them still, or the device
+    /// does. Needs the turn.
+    pub(crate) fn lingers(&self, run: PageRun) -> bool {
+        let offset = ByteCount(run.first * PAGE_BYTES.0);
+        self.manager().is_retired_within(self.reservation(), offset, run.bytes())
     }
 
     fn take_residents(&self, run: PageRun) -> Result<Vec<Resident>, MemoryError> {
