@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import gc
 import os
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -470,6 +471,55 @@ def test_threads_share_a_cache(mem: shoal.MemoryManager) -> None:
     assert not wrong
     assert min(had[1:]) > 0, "each was given some"
     assert kv.usage()["live"] == 0
+
+
+def test_short_calls_keep_the_gil(mem: shoal.MemoryManager) -> None:
+    """Letting it go would let another thread in for a whole switch interval: here one that is as long as the test."""
+    kv = small(mem)
+    ids, buffer = kv.alloc(16), np.zeros(16, np.int64)
+    assert ids is not None
+    turns, over = 0, threading.Event()
+
+    def witness() -> None:
+        nonlocal turns
+        while not over.is_set():
+            turns += 1
+            time.sleep(0)
+
+    def through_a_buffer() -> None:
+        assert kv.alloc_into(buffer) == 16
+        kv.free_from(buffer)
+
+    def as_lists() -> None:
+        taken = kv.alloc(3)
+        assert taken is not None
+        kv.free(taken)
+
+    def shared() -> None:
+        kv.fork(ids)
+        kv.free(ids)
+
+    def came_in(act: Callable[[], object]) -> int:
+        before = turns
+        for _ in range(20_000):
+            act()
+        return turns - before
+
+    for act in (through_a_buffer, as_lists):
+        act()
+    interval = sys.getswitchinterval()
+    beside = threading.Thread(target=witness)
+    try:
+        sys.setswitchinterval(1000)
+        beside.start()
+        for act in (through_a_buffer, as_lists, shared, kv.available):
+            # The cache's own thread may hold its lock at a moment in which it looks at what is expected.
+            assert came_in(act) <= 5, act
+        until("what asks the driver lets it in", lambda: came_in(kv.record_step) > 0)
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+    beside.join()
 
 
 def test_bad_shapes_are_refused_in_words(mem: shoal.MemoryManager) -> None:

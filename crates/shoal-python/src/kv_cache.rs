@@ -1,9 +1,11 @@
 //! `KvCache` and its groups.
 //!
-//! The calls that engines make thousands of times a second (`alloc_into`, `free_from`, and the list forms beside them) keep
-//! the GIL while they take what has memory: letting it go for a hundred nanoseconds could cost a switch interval. They only
-//! try the cache's lock, which no thread of ours holds while it takes the GIL; where it is held, or memory has to be mapped
-//! first, they let the GIL go and wait, with a list of their own, as the caller's buffer is others' then.
+//! The calls that engines make thousands of times a second (`alloc_into`, `free_from`, the list forms beside them, `fork`,
+//! `available`, `hint`) keep the GIL while they take what has memory: letting it go for a hundred nanoseconds could cost a
+//! switch interval. They only try the cache's lock, which no thread of ours holds while it takes the GIL; where it is held,
+//! or memory has to be mapped first, they let the GIL go and wait, with a list of their own, as the caller's buffer is
+//! others' then. `record_step` asks the driver, which may block (I9), and what takes as long as a prompt is (`match`, `seal`)
+//! lets others run meanwhile.
 
 use std::sync::Arc;
 
@@ -252,16 +254,28 @@ impl PyKvGroup {
 
     /// One owner more for each of these blocks.
     fn fork(&self, py: Python<'_>, ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (cache, ids) = (self.cache.get()?, list_of_ids(ids)?);
+        let (cache, ids) = (self.cache.get_fast()?, list_of_ids(ids)?);
+        if cache.try_fork(self.group, &ids).map_err(errors::of_memory)? == Attempt::Done {
+            return Ok(());
+        }
+        let cache = self.cache.get()?;
         py.detach(|| cache.fork(self.group, &ids)).map_err(errors::of_memory)
     }
 
     fn available(&self, py: Python<'_>) -> PyResult<u32> {
+        let found = self.cache.get_fast()?.try_available(self.group).map_err(errors::of_memory)?;
+        if let Some(found) = found {
+            return Ok(found);
+        }
         let cache = self.cache.get()?;
         py.detach(|| cache.available(self.group)).map_err(errors::of_memory)
     }
 
     fn hint(&self, py: Python<'_>, blocks: u32) -> PyResult<()> {
+        let tried = self.cache.get_fast()?.try_hint(self.group, blocks).map_err(errors::of_memory)?;
+        if tried == Attempt::Done {
+            return Ok(());
+        }
         let cache = self.cache.get()?;
         py.detach(|| cache.hint(self.group, blocks)).map_err(errors::of_memory)
     }

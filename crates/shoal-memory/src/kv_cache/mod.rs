@@ -292,6 +292,16 @@ impl KvCache {
         Ok(self.shared.state.lock().fork(group, ids)?)
     }
 
+    /// [`fork`](Self::fork) if the lock can be had at once.
+    ///
+    /// # Errors
+    /// [`MemoryError::Kv`]; nothing is changed.
+    pub fn try_fork<T: BlockId>(&self, group: usize, ids: &[T]) -> Result<Attempt, MemoryError> {
+        let Some(mut state) = self.shared.state.try_lock() else { return Ok(Attempt::Busy) };
+        state.fork(group, ids)?;
+        Ok(Attempt::Done)
+    }
+
     /// What one block is.
     ///
     /// # Errors
@@ -308,6 +318,19 @@ impl KvCache {
     /// [`MemoryError::Kv`].
     pub fn available(&self, group: usize) -> Result<u32, MemoryError> {
         Ok(self.shared.state.lock().allocatable(group)?)
+    }
+
+    /// [`available`](Self::available) if the lock can be had at once and nothing has to be counted for it: with several groups
+    /// it is, as what others would give up is among it.
+    ///
+    /// # Errors
+    /// [`MemoryError::Kv`].
+    pub fn try_available(&self, group: usize) -> Result<Option<u32>, MemoryError> {
+        let Some(state) = self.shared.state.try_lock() else { return Ok(None) };
+        if state.layout().groups().len() > 1 {
+            return Ok(None);
+        }
+        Ok(Some(state.allocatable(group)?))
     }
 
     /// Sets the most memory that the cache may have, over all groups. Memory above it goes as blocks become free; raised
@@ -329,6 +352,18 @@ impl KvCache {
         self.shared.state.lock().hint(group, blocks, self.shared.started.elapsed())?;
         self.shared.call();
         Ok(())
+    }
+
+    /// [`hint`](Self::hint) if the lock can be had at once.
+    ///
+    /// # Errors
+    /// [`MemoryError::Kv`].
+    pub fn try_hint(&self, group: usize, blocks: u32) -> Result<Attempt, MemoryError> {
+        let Some(mut state) = self.shared.state.try_lock() else { return Ok(Attempt::Busy) };
+        state.hint(group, blocks, self.shared.started.elapsed())?;
+        drop(state);
+        self.shared.call();
+        Ok(Attempt::Done)
     }
 
     /// Marks what a stream of others has queued until now as a step. Say it after launching each step, on each stream that
