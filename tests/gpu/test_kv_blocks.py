@@ -142,6 +142,38 @@ def test_memory_of_freed_blocks_goes_only_after_the_step_that_writes_them(mem: M
     kv.check()
 
 
+def test_blocks_come_while_a_kernel_runs(mem: MemoryManager) -> None:
+    """New memory, what is mapped, and what is only cached: nothing waits for the GPU, and the GPU for nothing."""
+    kv = small(mem, max_bytes="512MiB", granule_max="64MiB", spare_max=0, patience_s=30)
+    fits = 512 * MIB // kv.groups[0].block_bytes
+    stream, begin, end = torch.cuda.Stream(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    length = torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1000)  # so that nothing is loaded for the first time below
+        length.record(stream)
+        torch.cuda._sleep(2_000_000_000)  # clocks: a second at 2 GHz
+        begin.record(stream)
+        torch.cuda._sleep(2_000_000_000)
+        end.record(stream)
+    kv.record_step(stream)
+    small_, large = kv.alloc(4), kv.alloc(fits - 4)
+    assert small_ is not None
+    assert large is not None
+    kv.free(small_)
+    again = kv.alloc(4)
+    kv.seal(range(16 * len(large)), large)
+    kv.free(large)
+    evicted = kv.alloc(fits - 4)
+    was_running = not begin.query()
+    torch.cuda.synchronize()
+    assert was_running, "an allocation waited for the kernel"
+    assert again is not None
+    assert evicted is not None
+    alone, beside = begin.elapsed_time(end), length.elapsed_time(begin)
+    assert beside < 1.1 * alone, f"beside allocations {beside:.0f} ms, alone {alone:.0f} ms"
+    kv.check()
+
+
 def test_a_limit_takes_what_is_cached_and_then_what_becomes_free(mem: MemoryManager) -> None:
     kv = small(mem, granule_max="2MiB")
     tokens = list(range(16 * 512))

@@ -1,16 +1,21 @@
-//! What a KV cache's own thread maps ahead of need: it keeps nobody from a block, and takes what there is.
+//! Where the memory of blocks comes from, and whom it keeps waiting: what a KV cache's own thread maps ahead of need keeps
+//! nobody from a block, and takes what there is; and no block waits for a step that runs.
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{WAIT, World, open, world, world_on};
+use common::{PAGE, WAIT, World, keeping, open, pooled_world_on, world, world_on};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::demand::MOMENT;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
-use shoal_device::FaultDevice;
+use shoal_core::kv::prefix::Start;
+use shoal_core::protocol::LeaseKind;
 use shoal_device::device::Verb;
+use shoal_device::{FaultDevice, Stream};
 use shoal_memory::kv_cache::Attempt;
 use shoal_memory::{KvCache, KvCacheSpec};
 
@@ -182,4 +187,49 @@ fn a_hint_maps_before_anybody_asks() {
     assert_eq!(cache.try_alloc(0, &mut more).expect("a group"), Attempt::Unmapped);
     assert_eq!(cache.try_free(0, &ids).expect("owned"), Attempt::Done);
     until("the step did not come", || world.device_used().is_zero());
+}
+
+/// New memory, memory of the pool that somebody has written to, what is mapped already, and what is only cached.
+#[test]
+fn blocks_come_while_a_step_runs() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let device = open(dir.path(), 64);
+    let world = pooled_world_on(dir, device, 16, 64, keeping(64));
+    let before = world.region("before", 1, LeaseKind::Kv);
+    before.commit(ByteCount::ZERO, ByteCount(PAGE)).expect("room");
+    before.write(ByteCount::ZERO, &[7; 4096]).expect("committed");
+    before.decommit(ByteCount::ZERO, ByteCount(PAGE)).expect("nothing runs");
+    assert_eq!(world.manager.usage().pooled, ByteCount(PAGE));
+
+    // Blocks of 512 KiB; nothing is mapped ahead.
+    let shape = BlockShape::Latent { tokens: 2, dim: 128 << 10 };
+    let group = GroupSpec { name: "full".to_owned(), layers: 2, shape, element_bytes: 1 };
+    let spec = KvCacheSpec::new("kv", CacheSpec { groups: vec![group], ..spec(16).cache });
+    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, patience: Duration::from_secs(5), ..spec };
+    let cache = world.manager.kv_cache(spec).expect("addresses");
+    let (engine, is_over) =
+        (Stream::create(&world.device).expect("a stream"), Arc::new(AtomicBool::new(false)));
+    let kernel = Arc::clone(&is_over);
+    let wait_for_it = move || {
+        while !kernel.load(Ordering::Acquire) {
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
+    engine.launch_host((), wait_for_it).expect("launched");
+    let step = engine.record().expect("marked");
+    cache.record_step_event(engine.record().expect("marked"));
+
+    let pooled = alloc(&cache, 4).expect("what the pool has");
+    assert_eq!(world.manager.usage().pooled, ByteCount::ZERO);
+    let rest = alloc(&cache, 28).expect("all the memory there is");
+    cache.free(0, &pooled).expect("owned");
+    let mapped = alloc(&cache, 4).expect("what is mapped");
+    cache.seal(Start::Salt(b""), &[1; 56], &[&rest]).expect("owned");
+    cache.free(0, &rest).expect("owned");
+    let evicted = alloc(&cache, 28).expect("what is only cached");
+    assert!(!step.wait(Duration::ZERO).expect("a device"), "the step has ended");
+    is_over.store(true, Ordering::Release);
+    assert!(step.wait(WAIT).expect("a device"));
+    cache.free(0, &[mapped, evicted].concat()).expect("owned");
+    check(&world, &cache);
 }
