@@ -99,7 +99,7 @@ conformance)
     ;;
 python | torch)
     status=0
-    files="tests/gpu/test_attention.py tests/gpu/test_python.py tests/gpu/test_kv_blocks.py tests/gpu/test_shared_windows.py"
+    files="tests/gpu/test_attention.py tests/gpu/test_python.py tests/gpu/test_kv_blocks.py tests/gpu/test_shared_prefixes.py"
     [ "$part" = python ] || files="tests/gpu/test_pools.py tests/gpu/test_attached.py"
     # shellcheck disable=SC2086
     python3 -X faulthandler -m pytest -v --capture=sys -W default -p no:cacheprovider $files >"$OUT/$part.log" 2>&1 || status=$?

@@ -1,8 +1,9 @@
-"""Prompts that share their beginnings, in models with sliding windows, on a GPU whose memory is short and taken away.
+"""Prompts that share their beginnings, with sliding windows and without, on a GPU whose memory is short and taken away.
 
-What `tests/worker/test_prefixes.py` shows on the simulated device, with real kernels and copies: each answer is, token
-by token, what plain `generate()` gives there, while the cache grows and shrinks, its limit moves, all of its memory
-goes to the host, and what is only cached is evicted. Run by `tests/gpu/run.sh python`; needs transformers.
+What `tests/worker/test_prefixes.py` and `test_compaction.py` show on the simulated device, with real kernels and
+copies: each answer is, token by token, what plain `generate()` gives there, while the cache grows and shrinks, its
+limit moves, all of its memory goes to the host, what is only cached is evicted, and blocks are moved together between
+steps. Run by `tests/gpu/run.sh python`; needs transformers.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ SIZES = {
     "pad_token_id": 0,
 }  # fmt: skip
 MIXED = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2}
-# Every second layer looks back 20 tokens; all of them look back 40.
+# All layers see everything; every second layer looks back 20 tokens; all of them look back 40.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", {}),
+    "Qwen3": ("Qwen3", {}),
     "Gemma3": ("Gemma3Text", MIXED),
     "Qwen2": ("Qwen2", MIXED | {"use_sliding_window": True}),
     "Mistral": ("Mistral", {"sliding_window": 40}),
@@ -83,8 +86,8 @@ def disturb(mem: MemoryManager, cache: Any, stop: threading.Event) -> set[int]:
     return mapped
 
 
-def check(family: str, mem_of: Any, device: str, wanted: list[list[int]]) -> None:
-    """Ask for all of it, several at a time, with memory going and coming."""
+def check(family: str, mem_of: Any, device: str, wanted: list[list[int]]) -> int:
+    """Ask for all of it, several at a time, with memory going and coming; give how many blocks were moved."""
     from shoal.worker.device import DeviceMemory
     from shoal.worker.engine_causal import CausalEngine
     from shoal.worker.kv import KvLayout
@@ -104,7 +107,15 @@ def check(family: str, mem_of: Any, device: str, wanted: list[list[int]]) -> Non
     engine = CausalEngine(model, memory, spec, CausalLimits.of(layout, 256, spec))
     kv = memory._kv
     assert kv is not None
-    cache = kv.cache
+    cache, compact, moved = kv.cache, kv.compact, 0
+
+    def counting() -> dict[int, int]:
+        nonlocal moved
+        moves = compact()
+        moved += len(moves)
+        return moves
+
+    kv.compact = counting  # type: ignore[method-assign]
     engine.start()
 
     async def ask(index: int) -> int:
@@ -151,16 +162,26 @@ def check(family: str, mem_of: Any, device: str, wanted: list[list[int]]) -> Non
     assert min(stats["stored"], stats["removed"]) > 0, stats
     cache.check()
     assert mem.usage()["evicted"] > 0
+    return moved
 
 
+@pytest.mark.parametrize("is_moving", [False, True], ids=["", "moving"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_that_share_are_answered_as_generate_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_share_are_answered_as_generate_does(
+    family: str, is_moving: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shoal
-    from shoal.worker import engine_causal
+    from shoal.worker import device, engine_causal
 
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setattr(engine_causal, "_GUARD_S", 1.0)
+    if is_moving:
+        # Whatever lies between blocks is worth moving them, before each step.
+        monkeypatch.setattr(engine_causal, "_COMPACT_S", 0.0)
+        monkeypatch.setattr(device, "_SCATTERED_BYTES_MIN", 1)
+        monkeypatch.setattr(device, "_SCATTERED_PART", 1 << 30)
     manager = functools.partial(shoal.MemoryManager, "cuda:0", host_budget="1GiB")
-    check(family, lambda nbytes: manager(device_budget=nbytes), "cuda:0", plain(family, "cuda:0"))
+    moved = check(family, lambda nbytes: manager(device_budget=nbytes), "cuda:0", plain(family, "cuda:0"))
+    assert moved > 0 or not is_moving
     torch.cuda.synchronize()
