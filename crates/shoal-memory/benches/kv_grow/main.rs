@@ -242,12 +242,47 @@ fn steps(manager: &Arc<MemoryManager>, spare: ByteCount) -> Vec<f64> {
     waits.collect()
 }
 
+/// What the first call of a growth pays that later ones do not: the bare calls of one step, first and second in addresses that
+/// are new, with as much memory given back a moment before as a round of [`ahead`] leaves, and with none.
+fn firsts(report: &mut Report, device: &Arc<dyn Device>) {
+    for (said, given_back) in [("", ByteCount::ZERO), (", as much given back before", growth())] {
+        // By call: first made, first mapped, second made, second mapped.
+        let mut times: [Vec<f64>; 4] = Default::default();
+        for round in 0..=ROUNDS {
+            if !given_back.is_zero() {
+                let before = Reservation::new(device, given_back).unwrap();
+                bare(device, &before, ByteCount::mib(256), false, Thread::Busy);
+            }
+            Thread::Busy.pass(SCRUB);
+            let reservation = Reservation::new(device, ByteCount(growth().0 + growth().0 / 2)).unwrap();
+            let mut mappings = Vec::new();
+            for call in 0..2 {
+                let start = Instant::now();
+                let frame = Frame::create(device, STEP_BYTES).unwrap();
+                let made = Instant::now();
+                mappings.push(Mapping::new(&reservation, ByteCount(call * STEP_BYTES.0), frame).unwrap());
+                let spans = [made - start, made.elapsed()];
+                for (at, span) in spans.into_iter().enumerate().filter(|_| round > 0) {
+                    times[2 * usize::try_from(call).unwrap() + at].push(span.as_secs_f64() * 1e6);
+                }
+            }
+        }
+        let calls =
+            ["first", "second"].into_iter().flat_map(|call| ["made", "mapped"].map(|what| (call, what)));
+        for ((call, what), times) in calls.zip(times) {
+            let case = format!("bare calls, {STEP_BYTES} {what}, the {call} in new addresses{said}");
+            report.add(&case, "us", times, Bounds::default());
+        }
+    }
+}
+
 /// What an engine waits that grows steadily and says nothing of it: mapped when it asks, and ahead of that, in turn.
 fn ahead(report: &mut Report, device: &Arc<dyn Device>) {
     let manager = manager(device, ByteCount::ZERO);
     let arms = [("nothing mapped ahead", ByteCount::ZERO), ("mapped ahead", ByteCount::gib(2))];
     let mut waits = [Vec::new(), Vec::new()];
     let mut rates = [Vec::new(), Vec::new()];
+    let mut firsts = [Vec::new(), Vec::new()];
     for round in 0..=ROUNDS {
         for (arm, (_, spare)) in arms.iter().enumerate() {
             // A cache of its own: what the round before has taken is no demand of this one.
@@ -256,6 +291,7 @@ fn ahead(report: &mut Report, device: &Arc<dyn Device>) {
             Thread::Busy.pass(SCRUB);
             if round > 0 {
                 rates[arm].push(gib_per_second(growth(), calls.iter().sum::<f64>() / 1e3));
+                firsts[arm].push(calls[0]);
                 waits[arm].extend(calls);
             }
         }
@@ -270,9 +306,19 @@ fn ahead(report: &mut Report, device: &Arc<dyn Device>) {
             target: is_ahead(arm).then_some(times * value),
             ceiling: None,
         };
-        let longest = waits.iter().copied().fold(0.0, f64::max);
+        let longest = |waits: &[f64]| waits.iter().copied().fold(0.0, f64::max);
+        let steps = usize::try_from(growth().0 / STEP_BYTES.0).unwrap();
+        let later: Vec<f64> = waits.chunks(steps).map(|calls| longest(&calls[1..])).collect();
+        let all = longest(&waits);
         report.add(&format!("{case}: a call"), "us", waits, against(alone.0, 1.0 / AHEAD_TIMES));
-        report.add(&format!("{case}: the longest call"), "us", vec![longest], Bounds::default());
+        report.add(&format!("{case}: the longest call"), "us", vec![all], Bounds::default());
+        report.add(
+            &format!("{case}: the first call"),
+            "us",
+            std::mem::take(&mut firsts[arm]),
+            Bounds::default(),
+        );
+        report.add(&format!("{case}: the longest call but the first"), "us", later, Bounds::default());
         let bounds = against(alone.1, AHEAD_TIMES);
         report.add(&format!("{case}: what calls wait together"), "GiB/s", rates, bounds);
     }
@@ -390,6 +436,7 @@ fn main() {
         measure(&mut report, &device, case);
     }
     longer(&mut report, &device);
+    firsts(&mut report, &device);
     ahead(&mut report, &device);
     footprint(&mut report, &device);
     assert_eq!(device.take_errors(), [], "errors without a caller");
