@@ -30,7 +30,7 @@ import numpy as np
 
 import shoal
 from benches import kvcached_peer
-from benches.results import ROOT, Row, save
+from benches.results import ROOT, Row, of_best, over, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,8 +48,7 @@ FRAGMENTS = 400
 THREADS = 8
 # 64 blocks of 32 KiB in each granule of 2 MiB.
 PER_GRANULE = 64
-# Of so many blocks that lie side by side one is free.
-SCATTERED = 3
+SCATTERED = kvcached_peer.SCATTERED
 
 
 def cache(mem: shoal.MemoryManager, granules: int, **words: object) -> KvCache:
@@ -101,11 +100,6 @@ def timed(act: Callable[[int], None], seconds: float, rounds: int = 200) -> list
     return samples
 
 
-def best(case: str, metric: str, samples: list[float]) -> Row:
-    """Make a row of the best sample."""
-    return Row(case, metric, min(samples), "s", "lower", samples=len(samples), spread=(min(samples), max(samples)))
-
-
 def buffers(kv: KvCache, count: int) -> Callable[[int], None]:
     """Alloc and free of `count` through a buffer."""
     ids = np.zeros(count, np.int64)
@@ -139,7 +133,7 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
     kvs = {state: cache(mem, 1000, spare_max="2GiB", name=state) for state in ("fresh", "part-filled", "scattered")}
     held = {state: fragment(kv, state) for state, kv in kvs.items()}
     rows: dict[str, list[Row]] = {state: [] for state in kvs}
-    over = []
+    ratios = []
     for kv in kvs.values():
         mapped(kv, 4096)
     nothing = {kind: in_turn(kvs, kind, 0, seconds) for kind in KINDS}
@@ -149,7 +143,7 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
         for kind, said in KINDS.items():
             samples = in_turn(kvs, kind, count, seconds)
             for state, taken in samples.items():
-                row = best(f"{state}: {count} {said}", "alloc and free", taken)
+                row = of_best(f"{state}: {count} {said}", "alloc and free", taken)
                 row.ceiling, row.peer_value = min(nothing[kind][state]), peer.get((state, count))
                 row.peer = PEER if row.peer_value else None
                 if kind is buffers and count >= 16:
@@ -158,15 +152,13 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
                 rows[state].append(row)
             if kind is buffers:
                 for state in ("part-filled", "scattered"):
-                    ratio = min(samples[state]) / min(samples["fresh"])
-                    least = words(state, count) / words("fresh", count)
-                    row = Row(f"{count} {said}", f"{state} over fresh", ratio, "", "lower", ceiling=least)
-                    row.target, row.met = TARGET_SAME, ratio <= TARGET_SAME
-                    over.append(row)
+                    row = over(f"{count} {said}", f"{state} over fresh", samples[state], samples["fresh"], TARGET_SAME)
+                    row.ceiling = words(state, count) / words("fresh", count)
+                    ratios.append(row)
     for state, kv in kvs.items():
         kv.free(held[state])
         kv.check()
-    return [*itertools.chain(*rows.values()), *over]
+    return [*itertools.chain(*rows.values()), *ratios]
 
 
 KINDS = {buffers: "through a buffer", lists: "as a list"}
@@ -188,11 +180,9 @@ def peer_seconds(folder: Path | None, seconds: float) -> tuple[dict[tuple[str, i
     manager = kvcached_peer.load(folder.resolve())
     rate = kvcached_peer.threads_rate(manager, 16, THREADS, seconds * 5)
     peer = kvcached_peer.measure(manager)
-    counts = {count: f"{count} blocks" for count, _ in kvcached_peer.BATCHES}
-    found = {("fresh", count): peer.get(case) for count, case in counts.items()}
-    part_filled = f", {kvcached_peer.PART_FILLED} part-filled pages"
-    found |= {("part-filled", count): peer.get(case + part_filled) for count, case in counts.items()}
-    return {case: us * 1e-6 for case, us in found.items() if us is not None}, rate
+    states = zip(("fresh", "part-filled", "scattered"), kvcached_peer.STATES, strict=True)
+    cases = itertools.product(states, (count for count, _ in kvcached_peer.BATCHES))
+    return {(state, count): min(peer[f"{count} blocks{said}"]) * 1e-6 for (state, said), count in cases}, rate
 
 
 def threads(seconds: float, peer: float | None, count: int = THREADS) -> list[Row]:
@@ -293,14 +283,14 @@ def prefixes(seconds: float, peers: dict[str, dict[str, float]]) -> list[Row]:
 
     # The ceiling: the same blocks taken and given back as a list, without looking for anything.
     plain = min(timed(lists(kv, 256), seconds))
-    rows["match"] = best("4096 tokens, 256 blocks", "match and free", timed(match, seconds))
-    rows["match by keys"] = best("256 keys of 32 bytes", "match and free", timed(match_keys, seconds))
+    rows["match"] = of_best("4096 tokens, 256 blocks", "match and free", timed(match, seconds))
+    rows["match by keys"] = of_best("256 keys of 32 bytes", "match and free", timed(match_keys, seconds))
 
     def seal_again(n: int) -> None:
         for _ in range(n):
             kv.seal(tokens, ids)
 
-    rows["seal"] = best("4096 tokens, 256 blocks that are sealed already", "seal", timed(seal_again, seconds))
+    rows["seal"] = of_best("4096 tokens, 256 blocks that are sealed already", "seal", timed(seal_again, seconds))
     kv.free(ids)
     kv.free(other)
     sequence, evicting, keeping = 0, 0.0, 0.0
@@ -341,10 +331,10 @@ def prefixes(seconds: float, peers: dict[str, dict[str, float]]) -> list[Row]:
     assert cached >= 100_000, cached
     case = f"{cached} blocks cached, each of 256 new ones evicts one"
     taking, whole = shares(by_keys=False)
-    rows["commit"] = best(f"4096 tokens, {case}", "alloc, seal and free", whole)
-    rows["alloc"] = best(f"4096 tokens, {case}", "alloc", taking)
+    rows["commit"] = of_best(f"4096 tokens, {case}", "alloc, seal and free", whole)
+    rows["alloc"] = of_best(f"4096 tokens, {case}", "alloc", taking)
     commit(GRANULES * PER_GRANULE // 256 + 1, by_keys=True)
-    rows["commit by keys"] = best(f"256 keys of 32 bytes, {case}", "alloc, seal and free", shares(by_keys=True)[1])
+    rows["commit by keys"] = of_best(f"256 keys of 32 bytes, {case}", "alloc, seal and free", shares(by_keys=True)[1])
     for name in ("match", "match by keys", "commit", "alloc", "commit by keys"):
         rows[name].ceiling = plain
     kv.check()

@@ -62,6 +62,21 @@ def of_samples(case: str, metric: str, values: list[float], unit: str, better: L
     )
 
 
+def of_best(case: str, metric: str, samples: list[float], unit: str = "s") -> Row:
+    """Make a row of the least of several rounds' means, with the spread of all of them."""
+    return Row(case, metric, min(samples), unit, "lower", samples=len(samples), spread=(min(samples), max(samples)))
+
+
+def over(case: str, metric: str, samples: list[float], base: list[float], target: float | None = None) -> Row:
+    """Make a row of how many times `base` it is, best over best; the spread is that of rounds made in turn."""
+    ratios = [one / other for one, other in zip(samples, base, strict=True)]
+    ratio = min(samples) / min(base)
+    row = Row(case, metric, ratio, "", "lower", samples=len(ratios), spread=(min(ratios), max(ratios)))
+    if target is not None:
+        row.target, row.met = target, ratio <= target
+    return row
+
+
 def percentile(values: list[float], share: float) -> float:
     """Give the value below which `share` of the sorted values lie (nearest rank)."""
     ordered = sorted(values)

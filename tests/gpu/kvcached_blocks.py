@@ -1,9 +1,10 @@
-"""What blocks cost on a GPU, kvcached beside ours: 1 to 4096 at once, fresh and part-filled, and eight threads.
+"""What blocks cost on a GPU, kvcached beside ours: 1 to 4096 at once, fresh, part-filled and scattered; eight threads.
 
 Part of `kvcached_peer.py` and apart from growth because blocks are small here, so that 400 part-filled pages fit: 2
-layers of 8 heads of 128 in bfloat16, 64 blocks on each page of kvcached and in each granule of ours. Each library is
-measured in a process of its own: ``python -m tests.gpu.kvcached_blocks --measure ours --device cpu`` tries it without
-a GPU.
+layers of 8 heads of 128 in bfloat16, 64 blocks on each page of kvcached and in each granule of ours. What is scattered
+has no free neighbours, and as many blocks lie in three times as many words of 64 (docs/decisions/0015). A figure is the
+best of some rounds' means, its spread that of all rounds. Each library is measured in a process of its own:
+``python -m tests.gpu.kvcached_blocks --measure ours --device cpu`` tries it without a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import functools
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,35 +22,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from benches import kvcached_peer as stubbed
-from benches.results import ROOT, Row
+from benches.results import ROOT, Row, of_best, over
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NAMES = {"kvcached": "kvcached", "face": "shoal.compat.kvcached", "ours": "mem.kv_cache"}
-THREADS = 8
+THREADS, THREAD_ROUNDS = 8, 5
 TARGET_16_S, TARGET_BLOCK_S, TARGET_SAME = 0.6e-6, 10e-9, 1.1
-PART_FILLED = f", {stubbed.PART_FILLED} part-filled pages"
-PER_PAGE = (2 << 20) // (stubbed.BLOCK_TOKENS * stubbed.TOKEN_BYTES)
+FRESH, PART_FILLED, SCATTERED = stubbed.STATES
+PER_PAGE = stubbed.PER_PAGE
 BLOCK_BYTES = 2 * stubbed.LAYERS * stubbed.BLOCK_TOKENS * stubbed.TOKEN_BYTES
 # So that what is free stays mapped in all of them: blocks are what is measured, not memory.
 KEPT_BYTES = (stubbed.PART_FILLED * PER_PAGE + 2 * 4096) * BLOCK_BYTES
 
 
-def seconds_of(made: Any) -> dict[str, float]:
-    """Seconds of alloc and free as lists, by case."""
+def seconds_of(made: Any) -> dict[str, list[float]]:
+    """Seconds of alloc and free as lists in each round, by case."""
     # The rate of all threads, as seconds of a pair.
     threads = threads_s(made, 16)
-    figures = {case: us * 1e-6 for case, us in stubbed.measure(made).items()}
+    figures = {case: [us * 1e-6 for us in rounds] for case, rounds in stubbed.measure(made).items()}
     return figures | {f"16 blocks, {THREADS} threads": threads}
 
 
-def threads_s(made: Any, blocks: int) -> float:
-    """Seconds of a pair of calls while so many threads make them, over all of these."""
-    return 1 / stubbed.threads_rate(made, blocks, THREADS, 1.0)
+def threads_s(made: Any, blocks: int) -> list[float]:
+    """Seconds of a pair of calls while so many threads make them, over all of these; a few times."""
+    return [1 / stubbed.threads_rate(made, blocks, THREADS, 0.4) for _ in range(THREAD_ROUNDS)]
 
 
-def of_kvcached(which: str, device: str) -> dict[str, float]:
+def of_kvcached(which: str, device: str) -> dict[str, list[float]]:
     """Measure kvcached, or what stands for it here."""
     os.environ["KVCACHED_MAX_RESERVED_PAGES"] = str(KEPT_BYTES // (PER_PAGE * BLOCK_BYTES))
     os.environ["KVCACHED_IPC_NAME"] = f"shoal_peer_{os.getpid()}"
@@ -65,12 +67,12 @@ def of_kvcached(which: str, device: str) -> dict[str, float]:
     return seconds_of(made)
 
 
-def of_ours(device: str) -> dict[str, float]:
+def of_ours(device: str) -> dict[str, list[float]]:
     """Measure `mem.kv_cache`, as lists and through buffers."""
     import shoal
 
     sizes: dict[str, Any] = {"device_capacity": "16GiB"} if device == "cpu" else {}
-    mem = shoal.MemoryManager("sim" if device == "cpu" else device, device_budget="12GiB", host_budget="1GiB", **sizes)
+    mem = shoal.MemoryManager("sim" if device == "cpu" else device, device_budget="16GiB", host_budget="1GiB", **sizes)
 
     def cache(name: str) -> Any:
         kv = mem.kv_cache(
@@ -85,12 +87,13 @@ def of_ours(device: str) -> dict[str, float]:
     # The same calls by as many threads, for no block: what Python and its lock cost alone.
     figures = {f"nothing, {THREADS} threads": threads_s(lists, 0)}
     figures |= seconds_of(lists)
-    kvs = {"": cache("buffers"), PART_FILLED: cache("part-filled")}
-    buffers = _Buffers(kvs[""])
+    kvs = {FRESH: cache("buffers"), PART_FILLED: cache("part-filled"), SCATTERED: cache("scattered")}
+    buffers = _Buffers(kvs[FRESH])
     figures[f"nothing, {THREADS} threads, through a buffer"] = threads_s(buffers, 0)
     threads = threads_s(buffers, 16)
     stubbed.fragment(kvs[PART_FILLED])
-    figures["nothing, through a buffer"] = min(_buffers(kvs, 0, 400).values())
+    stubbed.scatter(kvs[SCATTERED])
+    figures["nothing, through a buffer"] = _buffers(kvs, 0, 400)[FRESH]
     for count, rounds in stubbed.BATCHES:
         for state, seconds in _buffers(kvs, count, rounds).items():
             figures[f"{count} blocks{state}, through a buffer"] = seconds
@@ -114,10 +117,10 @@ class _Buffers:
         self._kv.free_from(ids)
 
 
-def _buffers(kvs: dict[str, Any], count: int, rounds: int) -> dict[str, float]:
+def _buffers(kvs: dict[str, Any], count: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of the two calls in each cache, in turn, with one buffer for all, as engines have it."""
     ids = np.zeros(count, np.int64)
-    best = dict.fromkeys(kvs, float("inf"))
+    taken: dict[str, list[float]] = {state: [] for state in kvs}
     for kv in kvs.values():
         kv.hint(count)
     for _ in range(stubbed.REPEATS):
@@ -127,11 +130,11 @@ def _buffers(kvs: dict[str, Any], count: int, rounds: int) -> dict[str, float]:
             for _ in range(rounds):
                 alloc(ids)
                 free(ids)
-            best[state] = min(best[state], (time.perf_counter() - start) / rounds)
-    return best
+            taken[state].append((time.perf_counter() - start) / rounds)
+    return taken
 
 
-def measured(which: str, built: Path, device: str) -> dict[str, float]:
+def measured(which: str, built: Path, device: str) -> dict[str, list[float]]:
     """Measure one library in a process of its own."""
     paths = [str(ROOT), str(ROOT / "python"), *([str(built)] if which == "kvcached" else [])]
     command = [sys.executable, "-m", "tests.gpu.kvcached_blocks", "--measure", which, "--device", device]
@@ -140,7 +143,7 @@ def measured(which: str, built: Path, device: str) -> dict[str, float]:
     if said.returncode != 0:
         print(f"FAILED  blocks of {NAMES[which]}\n{said.stdout[-2000:]}\n{said.stderr[-3000:]}", flush=True)
         return {}
-    figures: dict[str, float] = json.loads(said.stdout.splitlines()[-1])
+    figures: dict[str, list[float]] = json.loads(said.stdout.splitlines()[-1])
     return figures
 
 
@@ -150,19 +153,19 @@ def compared(built: Path, device: str) -> list[Row]:
     return rows_of(figures)
 
 
-def rows_of(figures: dict[str, dict[str, float]]) -> list[Row]:
+def rows_of(figures: dict[str, dict[str, list[float]]]) -> list[Row]:
     """Make the rows: ours beside the peer's lists, and the same calls for no block as the ceiling."""
     rows, peer = [], figures["kvcached"]
     for which in ("face", "ours"):
-        empties = {case: seconds for case, seconds in figures[which].items() if case.startswith("nothing")}
+        empties = {case: min(seconds) for case, seconds in figures[which].items() if case.startswith("nothing")}
         empty = empties.get("nothing, through a buffer")
         for case, seconds in figures[which].items():
             if case in empties:
                 continue
             plain, _, is_buffer = case.partition(", through")
-            row = Row(f"{case}: {NAMES[which]}", "alloc and free", seconds, "s", "lower")
+            row = of_best(f"{case}: {NAMES[which]}", "alloc and free", seconds)
             if plain in peer:
-                row.peer, row.peer_value = "kvcached, lists", peer[plain]
+                row.peer, row.peer_value = "kvcached, lists", min(peer[plain])
             if "threads" in case:
                 row.ceiling = empties.get(case.replace("16 blocks", "nothing"))
             elif is_buffer:
@@ -170,17 +173,23 @@ def rows_of(figures: dict[str, dict[str, float]]) -> list[Row]:
                 row.ceiling = empty
                 if count in (16, 256, 4096):
                     row.target = TARGET_16_S if count == 16 else TARGET_BLOCK_S * count
-                    row.met = seconds <= row.target
+                    row.met = row.value <= row.target
             rows.append(row)
     ours = figures["ours"]
-    for count in (16, 256, 4096):
-        fresh, part_filled = (ours.get(f"{count} blocks{state}, through a buffer") for state in ("", PART_FILLED))
-        if fresh and part_filled:
-            row = Row(f"{count} blocks{PART_FILLED}, through a buffer: {NAMES['ours']}", "over fresh", 0, "", "lower")
-            row.value, row.target = part_filled / fresh, TARGET_SAME
-            row.met = row.value <= TARGET_SAME
-            rows.append(row)
+    for state in (PART_FILLED, SCATTERED):
+        for count in (16, 256, 4096):
+            fresh, other = (ours.get(f"{count} blocks{one}, through a buffer") for one in (FRESH, state))
+            if fresh and other:
+                case = f"{count} blocks{state}, through a buffer: {NAMES['ours']}"
+                row = over(case, "over fresh", other, fresh, TARGET_SAME)
+                row.ceiling = words(state, count) / words(FRESH, count)
+                rows.append(row)
     return rows
+
+
+def words(state: str, count: int) -> int:
+    """Count the words of 64 blocks in which so many free ones lie."""
+    return math.ceil(count * (stubbed.SCATTERED if state == SCATTERED else 1) / PER_PAGE)
 
 
 def main() -> None:
