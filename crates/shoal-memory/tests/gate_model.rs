@@ -81,7 +81,9 @@ fn no_step_runs_beside_one_who_has_it_alone_and_nobody_waits_for_ever() {
         let pass = gate.alone(A, far()).expect("comes in");
         inside.alone();
         drop(pass);
-        steps.into_iter().for_each(|step| step.join().expect("no panic"));
+        for step in steps {
+            step.join().expect("no panic");
+        }
         check(&gate);
     });
 }
@@ -99,7 +101,9 @@ fn two_who_want_it_alone_and_a_step_come_in_one_after_another() {
         let pass = gate.share(A, far()).expect("comes in");
         inside.step();
         drop(pass);
-        others.into_iter().for_each(|other| other.join().expect("no panic"));
+        for other in others {
+            other.join().expect("no panic");
+        }
         check(&gate);
     });
 }
@@ -132,10 +136,10 @@ fn who_shares_it_may_share_it_again_whoever_waits() {
 fn who_gives_up_keeps_nobody_waiting() {
     explore(2, || {
         let (gate, inside) = scene();
-        let past = Instant::now();
+        let at_once = Instant::now();
         let pass = gate.share(A, far()).expect("comes in");
         // It keeps newcomers out for as long as it waits, and it cannot come in.
-        let hasty = aside(&gate, &inside, move |gate, _| assert!(gate.alone(A, past).is_none()));
+        let hasty = aside(&gate, &inside, move |gate, _| assert!(gate.alone(A, at_once).is_none()));
         let step = aside(&gate, &inside, |gate, inside| {
             let pass = gate.share(A, far()).expect("comes in");
             inside.step();
@@ -152,9 +156,9 @@ fn who_gives_up_keeps_nobody_waiting() {
 fn a_step_that_gives_up_keeps_nobody_waiting() {
     explore(2, || {
         let (gate, inside) = scene();
-        let past = Instant::now();
+        let at_once = Instant::now();
         let hasty = aside(&gate, &inside, move |gate, inside| {
-            if let Some(pass) = gate.share(A, past) {
+            if let Some(pass) = gate.share(A, at_once) {
                 inside.step();
                 drop(pass);
             }
