@@ -21,6 +21,7 @@ pub(super) fn plan_by(state: &ShelfState, now_ms: u64, choice: Choice) -> Plan {
         field: Field::new(state, now_ms, choice),
         plan: Plan::default(),
         spare: None,
+        in_line: Vec::new(),
         granted: BTreeMap::new(),
         granted_weights: BTreeMap::new(),
     };
@@ -41,6 +42,8 @@ struct Decision<'a> {
     plan: Plan,
     /// What younger requests may have, once an older one had to be let wait.
     spare: Option<ByteCount>,
+    /// Whose requests wait until they can be met.
+    in_line: Vec<ModelId>,
     /// What this plan granted already.
     granted: BTreeMap<ModelId, ByteCount>,
     /// And of that for weights.
@@ -93,12 +96,17 @@ impl Decision<'_> {
             Some(spare) if !self.field.in_turn(model) => spare,
             _ => ByteCount(u64::MAX),
         };
-        let is_to_be_had = request.bytes_min <= allowed.min(self.field.free) && !self.has_rivals(model);
+        let elder = self.elder_rival(model).filter(|_| stands_apart);
+        let is_to_be_had =
+            request.bytes_min <= allowed.min(self.field.free) && !self.has_rivals(model) && elder.is_none();
         if is_late && !is_to_be_had {
             return self.deny(request, false, reason::too_late(&self.field, model, request));
         }
+        if let Some(elder) = elder {
+            return self.wait_in_line(request, reason::behind_rival(model, elder));
+        }
         if request.bytes_min > allowed {
-            return self.wait(request, reason::behind(model, request, allowed));
+            return self.wait_in_line(request, reason::behind(model, request, allowed));
         }
         let wanted = wanted.min(allowed);
 
@@ -107,12 +115,12 @@ impl Decision<'_> {
             // What it will need is left to it by younger ones; whoever is in its turn may still grow.
             let left = self.field.eventual(request).saturating_sub(request.bytes_min);
             self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
-            return self.wait(request, reason);
+            return self.wait_in_line(request, reason);
         }
         if self.asks_for_what_leaves(request) {
             let left = self.field.eventual(request).saturating_sub(request.bytes_min);
             self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
-            return self.wait(request, reason::leaving(model));
+            return self.wait_in_line(request, reason::leaving(model));
         }
         let free = self.field.free;
         if free >= request.bytes_min {
@@ -134,7 +142,7 @@ impl Decision<'_> {
             let reason = reason::wait(&self.field, model, request, found);
             let left = self.field.eventual(request).saturating_sub(request.bytes_min);
             self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
-            return self.wait(request, reason);
+            return self.wait_in_line(request, reason);
         }
         let target = found.min(wanted);
         for (candidate, bytes) in picks {
@@ -150,7 +158,7 @@ impl Decision<'_> {
         self.spend(target);
         self.field.meet(request);
         let reason = format!("{} waits for {rest} that others were ordered to give back", model.name);
-        self.wait(request, reason);
+        self.wait_in_line(request, reason);
     }
 
     /// Answers a request for `short` bytes more than the model's `max` leaves. Its own KV may be what is in the way: what
@@ -289,6 +297,16 @@ impl Decision<'_> {
         standing.find(|rival| kept(rival) > rival.overhead_held)
     }
 
+    /// One that asked before `model`, still waits and may not stand beside it. Of two that it may not stand beside, one would
+    /// always be there, if they came back in turn while it waits for both to be gone; whoever is in its turn may still grow.
+    fn elder_rival(&self, model: &ModelState) -> Option<&ModelState> {
+        if self.field.state.is_manual || self.field.in_turn(model) {
+            return None;
+        }
+        let elder = model.apart.iter().find(|rival| self.in_line.contains(rival));
+        elder.and_then(|elder| self.field.model(*elder))
+    }
+
     /// Whether anybody has memory that `model` may not stand beside.
     fn has_rivals(&self, model: &ModelState) -> bool {
         let mut rivals = model.apart.iter().filter_map(|rival| self.field.model(*rival));
@@ -329,6 +347,14 @@ impl Decision<'_> {
 
     fn deny(&mut self, request: &PendingRequest, never: bool, reason: String) {
         self.act(Action::Deny { model: request.model, request: request.request, never, reason });
+    }
+
+    /// It waits until it can be met, and is met before those that came later.
+    fn wait_in_line(&mut self, request: &PendingRequest, reason: String) {
+        if request.kind != LeaseKind::Overhead {
+            self.in_line.push(request.model);
+        }
+        self.wait(request, reason);
     }
 
     fn wait(&mut self, request: &PendingRequest, reason: String) {

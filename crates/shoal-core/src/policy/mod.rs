@@ -34,7 +34,7 @@
 //! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
 //! taken below its minimum, of one that does not sleep only KV is taken. Two models that may not stand beside each other
 //! ([`ModelState::apart`]) never hold weights or KV at the same time: who asks second waits until the other, once it is
-//! idle or its turn is over, has given all of it up. Where nothing is to be evicted by itself ([`ShelfState::is_manual`])
+//! idle or its turn is over, has given all of it up, and does not come back before that. Where nothing is to be evicted by itself ([`ShelfState::is_manual`])
 //! only step 1 and 2 are taken, and requests wait for somebody to act.
 //!
 //! # When others take memory of the device
@@ -77,6 +77,8 @@ pub mod thrash;
 mod victims;
 pub mod worth;
 
+#[cfg(test)]
+mod apart;
 #[cfg(test)]
 mod crowded;
 #[cfg(test)]

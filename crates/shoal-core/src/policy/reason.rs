@@ -129,6 +129,10 @@ pub(super) fn apart(model: &ModelState, rival: &ModelState) -> String {
     format!("{} may not stand beside {}, which holds {}", model.name, rival.name, rival.stands())
 }
 
+pub(super) fn behind_rival(model: &ModelState, elder: &ModelState) -> String {
+    format!("{} may not stand beside {}, which asked before it and still waits", model.name, elder.name)
+}
+
 pub(super) fn apart_for_ever(model: &ModelState, rival: &ModelState) -> String {
     format!("{}; {} keeps {} ({})", apart(model, rival), rival.name, kept(rival), why_kept(rival))
 }
