@@ -2,8 +2,12 @@
 
 use shoal_core::protocol::FromWorker;
 
-use super::{MODELS, World};
+use super::{MODELS_MAX, World};
 use crate::broker::{Core, EVENTS_KEPT, REQUESTS_PER_MODEL_MAX};
+
+/// Places that there are at most: of each model that there may be, and of as many that were taken off and answer their last
+/// requests, of either kind.
+const PLACES_MAX: usize = 4 * MODELS_MAX;
 
 /// Everything in the core that could grow with what happens, by name, with the most that there may be of it.
 fn kept(core: &Core) -> Vec<(&'static str, usize, usize)> {
@@ -12,10 +16,10 @@ fn kept(core: &Core) -> Vec<(&'static str, usize, usize)> {
     vec![
         ("events", core.events.kept().count(), EVENTS_KEPT),
         ("bytes of an event's words", words, 5_000),
-        ("lease requests", core.asked.len(), MODELS * (REQUESTS_PER_MODEL_MAX + 1)),
-        ("workers of servers before", core.strangers.len(), MODELS),
+        ("lease requests", core.asked.len(), PLACES_MAX * (REQUESTS_PER_MODEL_MAX + 1)),
+        ("workers of servers before", core.strangers.len(), PLACES_MAX),
         ("processes that ended and have memory", core.book.departed().count(), 64),
-        ("models", models().count(), MODELS),
+        ("models", models().count(), PLACES_MAX),
         // One that never answers keeps its order until it ends; it is asked again at times.
         ("orders", models().map(|model| model.orders.len()).max().unwrap_or_default(), 256),
         ("requests that wait", models().map(|model| model.queue.len()).max().unwrap_or_default(), 4),

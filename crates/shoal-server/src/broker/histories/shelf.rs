@@ -5,10 +5,15 @@ use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
 
-use super::{BUDGET, MODELS};
-use crate::config::{DeviceChoice, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing, TierUse};
+use super::{DEVICE, MODELS};
+use crate::config::{
+    CommandConfig, DeviceChoice, Engine, HostTier, Limits, ModelConfig, Patience, ServerConfig, Sharing,
+    TierUse,
+};
 
 const SILENT_MAX: Duration = Duration::from_secs(10);
+/// What a program is charged with while it runs.
+pub(super) const PROGRAM_BYTES: ByteCount = ByteCount::mib(30);
 
 /// Every seventh history has workers of an earlier version, which are not asked whether they live.
 pub(super) fn answers(seed: u64) -> bool {
@@ -17,6 +22,51 @@ pub(super) fn answers(seed: u64) -> bool {
 
 pub(super) fn hides(seed: u64) -> bool {
     seed % 5 == 2
+}
+
+/// Every sixth history has a policy in a process of its own that will not answer, not even when all else is calm.
+pub(super) fn thinks_for_ever(seed: u64) -> bool {
+    seed % 12 == 6
+}
+
+/// A model that is any program.
+pub(super) fn program(name: &str) -> ModelConfig {
+    ModelConfig {
+        engine: Engine::Command,
+        command: Some(CommandConfig {
+            program: PathBuf::from("/none"),
+            port: None,
+            socket: true,
+            health: "/health".to_owned(),
+            ready_max: Duration::from_secs(5),
+            stop_max: Duration::from_secs(1),
+            device_bytes: PROGRAM_BYTES,
+        }),
+        ..ModelConfig::new(name, "/none")
+    }
+}
+
+/// [`config`] with what else a history may have: every third a program, every sixth a policy in a process of its own that
+/// decides and every twelfth one that watches, every other a headroom, every fifth a model that sleeps by itself.
+pub(super) fn whole_config(seed: u64) -> ServerConfig {
+    let mut config = config(seed);
+    if seed % 3 == 0 {
+        let parallel_max = config.models[2].parallel_max;
+        config.models[2] = ModelConfig { parallel_max, ..program("m2") };
+    }
+    if seed % 6 == 0 {
+        config.sharing.policy = "python:a:decides".to_owned();
+    } else if seed % 12 == 5 {
+        config.sharing.shadow = Some("python:a:watches".to_owned());
+    }
+    if seed % 2 == 1 {
+        config.headroom = ByteCount::mib(4);
+        config.device_budget = DEVICE - config.headroom;
+    }
+    if seed % 5 == 1 {
+        config.models[1].keep_alive_s = Some(seed % 4);
+    }
+    config
 }
 
 /// Every fourth history has two models that stand apart, every fourth preloads, every fourth has another policy and one
@@ -44,7 +94,7 @@ pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
         // Every fifth has a driver that hides who has what.
         device: if hides(seed) { DeviceChoice::Cuda(0) } else { DeviceChoice::Sim },
         device_uuid: None,
-        device_budget: BUDGET,
+        device_budget: DEVICE,
         headroom: ByteCount::ZERO,
         host_budget: ByteCount::gib(1),
         host_memory: None,

@@ -1,0 +1,280 @@
+//! A worker as numbers: what it holds, what it was told, and what it does of that.
+
+use std::collections::VecDeque;
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerHolds, WorkerUsage};
+use tokio::sync::mpsc;
+
+use super::shelf::{answers, hides};
+use super::world::World;
+use super::{DEVICE, WEIGHTS};
+
+/// Messages that a worker may have to read.
+const MESSAGES_MAX: usize = 64;
+
+/// A worker process: what it holds, and what it was told and has not done.
+#[expect(clippy::struct_excessive_bools, reason = "facts that do not exclude one another")]
+pub(super) struct Worker {
+    pub(super) name: String,
+    /// Of the configuration that it was started with.
+    pub(super) fingerprint: String,
+    pub(super) pid: u32,
+    pub(super) heard: Option<mpsc::Receiver<FromServer>>,
+    is_ready: bool,
+    pub(super) held: ByteCount,
+    /// What it has beside weights, and the most of that which it knows of.
+    pub(super) beside: ByteCount,
+    peak: ByteCount,
+    /// What it was granted for that, and its request for it that waits.
+    overhead: ByteCount,
+    pub(super) asks_overhead: Option<(u64, ByteCount)>,
+    pub(super) requests: u64,
+    /// The wake under way, and the lease request that it waits for.
+    pub(super) wake: Option<(u64, u64)>,
+    /// A wake whose bytes are coming: its order, how many, and what it will fail with.
+    pub(super) coming: Option<(u64, ByteCount, Option<String>)>,
+    /// It had another server before.
+    pub(super) had_server: bool,
+    /// It asked that one for so many bytes in this request.
+    pub(super) open: Option<(u64, LeaseKind, ByteCount)>,
+    /// It will not say what it holds.
+    pub(super) is_silent: bool,
+    /// Its process does not run.
+    pub(super) is_stopped: bool,
+    pub(super) orders: VecDeque<FromServer>,
+}
+
+impl Worker {
+    pub(super) fn new(name: String, fingerprint: String, pid: u32) -> Self {
+        Self {
+            name,
+            fingerprint,
+            pid,
+            heard: None,
+            is_ready: false,
+            held: ByteCount::ZERO,
+            beside: ByteCount::ZERO,
+            peak: ByteCount::ZERO,
+            overhead: ByteCount::ZERO,
+            asks_overhead: None,
+            requests: 0,
+            wake: None,
+            coming: None,
+            had_server: false,
+            open: None,
+            is_silent: false,
+            is_stopped: false,
+            orders: VecDeque::new(),
+        }
+    }
+
+    /// All that its process has of the device.
+    pub(super) fn has(&self) -> ByteCount {
+        self.held + self.beside
+    }
+
+    fn usage(&self) -> WorkerUsage {
+        WorkerUsage {
+            weights_device: self.held,
+            weights_total: WEIGHTS,
+            overhead_device: self.peak,
+            ..WorkerUsage::default()
+        }
+    }
+}
+
+impl World {
+    pub(super) fn say(&mut self, place: usize, message: FromWorker) {
+        let Some(pid) = self.workers.get(&place).map(|worker| worker.pid) else { return };
+        self.core.handle_message(place, pid, message, self.now_ms);
+    }
+
+    /// A worker takes what it was told, and shows that it lives where it is asked.
+    fn hear(&mut self, place: usize) {
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        let mut pings = Vec::new();
+        while let Some(message) = worker.heard.as_mut().and_then(|heard| heard.try_recv().ok()) {
+            match message {
+                FromServer::Ping { ping } => pings.push(ping),
+                other => worker.orders.push_back(other),
+            }
+        }
+        for ping in pings {
+            self.say(place, FromWorker::Pong { ping });
+        }
+    }
+
+    /// One worker does the next thing that it has to.
+    pub(super) fn work(&mut self, place: usize) {
+        let is_steady = self.is_steady();
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        if worker.is_stopped {
+            worker.is_stopped = is_steady || !self.dice.chance(2);
+            return;
+        }
+        if worker.heard.is_none() {
+            return self.greet(place);
+        }
+        self.hear(place);
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        if !worker.is_ready {
+            return self.begin(place);
+        }
+        if let Some(coming) = worker.coming.take() {
+            return self.end_coming(place, coming);
+        }
+        match worker.orders.pop_front() {
+            Some(FromServer::Wake { order, .. }) => {
+                let missing = WEIGHTS.saturating_sub(worker.held);
+                if missing.is_zero() {
+                    return self.done(place, order, ByteCount::ZERO, None);
+                }
+                worker.requests += 1;
+                let request = worker.requests;
+                worker.wake = Some((order, request));
+                self.request(place, request, LeaseKind::Weights, missing);
+            }
+            Some(FromServer::LeaseGrant { request, bytes, .. }) => self.granted(place, request, bytes),
+            Some(FromServer::LeaseDeny { request, reason }) => {
+                let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
+                self.done(place, order, ByteCount::ZERO, Some(reason));
+            }
+            Some(FromServer::Reclaim { order, bytes, .. }) => {
+                if !is_steady && self.dice.chance(10) {
+                    return; // it never answers
+                }
+                let some = if !is_steady && self.dice.chance(20) { ByteCount(bytes.0 / 2) } else { bytes };
+                let some = some.min(worker.held);
+                worker.held -= some;
+                if !some.is_zero() {
+                    self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: some });
+                }
+                self.usage(place);
+                self.done(place, order, some, None);
+            }
+            Some(FromServer::Shutdown { .. }) => self.exit(place),
+            _ => {}
+        }
+    }
+
+    /// It says hello, and what it holds where it had a server before.
+    fn greet(&mut self, place: usize) {
+        let now_ms = self.now_ms;
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        if worker.is_silent {
+            return;
+        }
+        let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
+        let (pid, name) = (worker.pid, worker.name.clone());
+        let can = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
+        let holds = worker.had_server.then(|| WorkerHolds {
+            weights: worker.held,
+            overhead: worker.overhead,
+            host_budget: ByteCount::mib(1),
+            capabilities: worker.is_ready.then_some(can),
+            usage: worker.usage(),
+            ..WorkerHolds::default()
+        });
+        let open = worker.open.take();
+        worker.heard = Some(receiver);
+        let Ok(greeting) = self.core.handle_greeted(&name, pid, sender, holds.as_ref(), now_ms) else {
+            return self.exit(place);
+        };
+        assert_eq!(greeting.place, place, "it was taken for another");
+        if answers(self.seed) {
+            self.core.handle_answers(place, now_ms);
+        }
+        if let Some((request, kind, bytes)) = open {
+            self.request(place, request, kind, bytes);
+        }
+    }
+
+    /// It declares what it will take beside weights and KV, takes it, and is ready.
+    fn begin(&mut self, place: usize) {
+        let is_steady = self.is_steady();
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        if let Some((asked, _)) = worker.asks_overhead {
+            let is_answer = |message: &FromServer| matches!(message, FromServer::LeaseGrant { request, .. } | FromServer::LeaseDeny { request, .. } if *request == asked);
+            let Some(index) = worker.orders.iter().position(is_answer) else {
+                // Told to end before it was ready.
+                if worker.orders.iter().any(|order| matches!(order, FromServer::Shutdown { .. })) {
+                    self.exit(place);
+                }
+                return;
+            };
+            if let Some(FromServer::LeaseGrant { bytes, .. }) = worker.orders.remove(index) {
+                worker.overhead += bytes;
+            }
+            worker.asks_overhead = None;
+        } else if worker.overhead.is_zero() && self.dice.chance(60) {
+            worker.requests += 1;
+            let (request, declared) = (worker.requests, ByteCount::mib(2 * (1 + self.dice.roll(3))));
+            worker.asks_overhead = Some((request, declared));
+            return self.request(place, request, LeaseKind::Overhead, declared);
+        }
+        let room = DEVICE.saturating_sub(self.used());
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        worker.is_ready = true;
+        // It takes what it declared, or less; another takes more.
+        let most = if worker.overhead.is_zero() { ByteCount::ZERO } else { worker.overhead };
+        worker.beside = ByteCount::mib(2 * self.dice.roll(most.0 / ByteCount::mib(2).0 + 1)).min(room);
+        worker.peak = worker.beside;
+        if !is_steady && self.dice.chance(4) {
+            let code = if self.dice.chance(50) { "internal" } else { "device" }.to_owned();
+            return self.say(place, FromWorker::Failed { code, message: "a test".to_owned() });
+        }
+        let capabilities = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
+        self.say(place, FromWorker::Ready { capabilities });
+        self.usage(place);
+    }
+
+    /// What it has beside weights is more or less than before. It says so, or does not know, and the driver shows it.
+    pub(super) fn take_beside(&mut self, place: usize) {
+        let room = DEVICE.saturating_sub(self.used());
+        let (beside, does_tell) = (ByteCount::mib(2 * self.dice.roll(5)), self.dice.chance(60));
+        let hides = hides(self.seed);
+        let Some(worker) = self.workers.get_mut(&place).filter(|worker| worker.is_ready) else { return };
+        if worker.heard.is_none() || worker.is_stopped {
+            return;
+        }
+        worker.beside = beside.min(worker.beside + room);
+        if !does_tell && !hides {
+            self.seen.drifts += u64::from(worker.beside > worker.peak);
+            return;
+        }
+        self.seen.overhead_up += u64::from(worker.beside > worker.peak.max(worker.overhead));
+        if worker.beside < worker.overhead {
+            // Declared too high: it gives back what it does not take.
+            let bytes = worker.overhead - worker.beside;
+            (worker.overhead, worker.peak) = (worker.beside, worker.beside);
+            self.seen.overhead_down += 1;
+            self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Overhead, bytes });
+        } else {
+            worker.peak = worker.peak.max(worker.beside);
+        }
+        self.usage(place);
+    }
+
+    pub(super) fn request(&mut self, place: usize, request: u64, kind: LeaseKind, bytes: ByteCount) {
+        let said = FromWorker::LeaseRequest {
+            request,
+            kind,
+            bytes,
+            bytes_min: bytes,
+            deadline_ms: 5_000,
+            reason: "what it needs".to_owned(),
+        };
+        self.say(place, said);
+    }
+
+    pub(super) fn done(&mut self, place: usize, order: u64, bytes: ByteCount, error: Option<String>) {
+        let said = FromWorker::OrderDone { order, bytes, copied: ByteCount::ZERO, duration_us: 1, error };
+        self.say(place, said);
+    }
+
+    pub(super) fn usage(&mut self, place: usize) {
+        let Some(usage) = self.workers.get(&place).map(Worker::usage) else { return };
+        self.say(place, FromWorker::Usage { usage });
+    }
+}
