@@ -5,10 +5,12 @@
 # XDG_CACHE_HOME=DIR          where the demo's models and torch's packages are kept (in DIR/shoal)
 # SHELF=FILE                  what `make serve` serves
 # MINUTES=60 SEED=N           how long `make soak` goes on, and with which dice
+# HISTORIES=10000             how many `make histories` plays
 
 PYTHON ?= python3
 SHELF ?= examples/shelf.toml
 MINUTES ?= 60
+HISTORIES ?= 10000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := .shoal/stamps
@@ -22,7 +24,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve test test-rust test-python test-servers test-others test-wheel test-gpu soak check bench ui setup environment models clean
+.PHONY: help demo serve test test-rust test-python test-servers test-others test-wheel test-gpu soak histories check bench ui setup environment models clean
 
 help: ## List these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|' 2>/dev/null \
@@ -72,6 +74,10 @@ test-gpu: ## Tests on a machine with an NVIDIA GPU (PART=name runs one part)
 
 soak: setup models ## Random traffic, orders and kills against the demo's server, every answer compared (MINUTES=60)
 	@$(BIN)/python -m tests.soak.serve --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --result .shoal/soak.json
+
+histories: setup ## Ten thousand seeded histories in virtual time of the policy and of the server's core (HISTORIES=10000)
+	SHOAL_HISTORIES=$(HISTORIES) cargo test --release --locked -p shoal-core --test policy_sim promise -- --nocapture
+	SHOAL_HISTORIES=$(HISTORIES) cargo test --release --locked -p shoal-server --lib broker::histories -- --nocapture
 
 check: setup ## Formatting, lints, types, licences and duplicates of dependencies
 	cargo fmt --all --check

@@ -38,7 +38,7 @@ impl World {
             }
             1 | 2 if count < MODELS_MAX => {
                 // A name that was never there, or one that may have been.
-                let number = if roll % 2 == 0 {
+                let number = if roll.is_multiple_of(2) {
                     self.names
                 } else {
                     usize::try_from(roll / 2).unwrap_or(0) % self.names
@@ -48,7 +48,7 @@ impl World {
                     return;
                 }
                 self.names = self.names.max(number + 1);
-                self.file.models.push(if roll % 3 == 0 {
+                self.file.models.push(if roll.is_multiple_of(3) {
                     program(&name)
                 } else {
                     ModelConfig::new(name, "/none")
@@ -64,14 +64,14 @@ impl World {
             // One in eight is less than it needs: it cannot be served until that is mended.
             5 => {
                 model.max = [Some(50), Some(60), None, None, None, None, Some(20), None][(roll % 8) as usize]
-                    .map(ByteCount::mib)
+                    .map(ByteCount::mib);
             }
-            6 => model.min = (roll % 3 > 0).then(|| ByteCount::mib(2 * (roll % 5))),
+            6 => model.min = (!roll.is_multiple_of(3)).then(|| ByteCount::mib(2 * (roll % 5))),
             7 => model.priority = i32::try_from(roll % 5).unwrap_or(0) - 2,
             8 => model.parallel_max = 1 + u32::try_from(roll % 3).unwrap_or(0),
-            9 => model.pin = roll % 3 == 0,
-            10 => model.keep_alive_s = (roll % 2 == 0).then_some(roll % 7),
-            11 => model.preload = roll % 2 == 0,
+            9 => model.pin = roll.is_multiple_of(3),
+            10 => model.keep_alive_s = roll.is_multiple_of(2).then_some(roll % 7),
+            11 => model.preload = roll.is_multiple_of(2),
             12 => {
                 let is_other = |other: &ModelConfig| other.sleep == SleepDepth::None;
                 let depth = [SleepDepth::None, SleepDepth::Host, SleepDepth::Source][(roll % 3) as usize];
@@ -81,7 +81,7 @@ impl World {
             }
             13 => {
                 let (one, other) = (index, (index + 1) % count);
-                let is_apart = roll % 2 == 0;
+                let is_apart = roll.is_multiple_of(2);
                 for (one, other) in [(one, other), (other, one)] {
                     let name = self.file.models[other].name.clone();
                     let apart = &mut self.file.models[one].apart;
@@ -98,7 +98,7 @@ impl World {
                     1 => sharing.policy = "value".to_owned(),
                     2 => sharing.policy = "lru".to_owned(),
                     3 => sharing.policy = "python:a:decides".to_owned(),
-                    _ => sharing.shadow = (roll % 2 == 0).then(|| "python:a:watches".to_owned()),
+                    _ => sharing.shadow = roll.is_multiple_of(2).then(|| "python:a:watches".to_owned()),
                 }
                 self.file.quantum = Duration::from_millis(100 + roll);
             }

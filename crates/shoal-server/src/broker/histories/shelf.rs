@@ -50,11 +50,11 @@ pub(super) fn program(name: &str) -> ModelConfig {
 /// decides and every twelfth one that watches, every other a headroom, every fifth a model that sleeps by itself.
 pub(super) fn whole_config(seed: u64) -> ServerConfig {
     let mut config = config(seed);
-    if seed % 3 == 0 {
+    if seed.is_multiple_of(3) {
         let parallel_max = config.models[2].parallel_max;
         config.models[2] = ModelConfig { parallel_max, ..program("m2") };
     }
-    if seed % 6 == 0 {
+    if seed.is_multiple_of(6) {
         config.sharing.policy = "python:a:decides".to_owned();
     } else if seed % 12 == 5 {
         config.sharing.shadow = Some("python:a:watches".to_owned());

@@ -25,7 +25,7 @@ pub(super) struct Worker {
     pub(super) held: ByteCount,
     /// What it has beside weights, and the most of that which it knows of.
     pub(super) beside: ByteCount,
-    peak: ByteCount,
+    pub(super) peak: ByteCount,
     /// What it was granted for that, and its request for it that waits.
     overhead: ByteCount,
     pub(super) asks_overhead: Option<(u64, ByteCount)>,
