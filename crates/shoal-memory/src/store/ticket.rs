@@ -81,6 +81,17 @@ impl<T> Ticket<T> {
         slot.answer.take().unwrap_or(Err(Miss::Closed))
     }
 
+    /// Waits until [`Ticket::wait`] would come back with an answer, until then at most. Whether it would.
+    pub(crate) fn is_done_by(&self, until: Instant) -> bool {
+        let mut slot = self.0.slot.lock();
+        while slot.answer.is_none() {
+            if self.0.arrived.wait_until(&mut slot, until).timed_out() {
+                break;
+            }
+        }
+        slot.answer.is_some()
+    }
+
     /// Instead of waiting: `then` is called with the answer, by whoever gives it, or now if it is there. It must be quick,
     /// because it may hold up a disk. The deadline is the tier's to keep.
     pub(crate) fn then(self, then: impl FnOnce(Result<T, Miss>) + Send + 'static) {

@@ -11,6 +11,7 @@
 mod bring;
 mod check;
 mod choice;
+mod hands;
 mod idle;
 mod landing;
 mod lift;
@@ -213,7 +214,7 @@ impl KvTier {
             up: Mutex::new(up),
         });
         let own = Arc::clone(&inner);
-        let thread = thread::Builder::new().name("shoal-kv-tier".to_owned()).spawn(move || own.run(&down));
+        let thread = thread::Builder::new().name("shoal-kv-tier".to_owned()).spawn(move || own.run(down));
         match &thread {
             Ok(_) => inner.are_copied(|cache| cache.copy_sealed(true)),
             Err(error) => tracing::warn!(%error, "no thread saves KV blocks to the tier below"),

@@ -1,10 +1,9 @@
 //! The way down: from sealed blocks to the tier.
 //!
 //! Apart because nobody waits for it. Its thread takes one sequence after another, copies what the tier lacks to host memory
-//! a few blocks at a time, and hands it on; bytes that the tier has not written yet are bounded. Until a block is copied the
-//! cache lets others go before it, for a few rounds; where nothing can be copied for now it waits a while, and then gives up.
+//! a few blocks at a time, and has others hand it on meanwhile ([`Hands`]). Until a block is copied the cache lets others go
+//! before it, for a few rounds; where nothing can be copied for now it waits a while, and then gives up.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,17 +12,13 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::kv::prefix::Found;
 use shoal_device::{DeviceError, HostBuffer};
 
+use super::hands::{Copied, Hands};
 use super::{Inner, Sequence};
 use crate::error::MemoryError;
-use crate::store::{Aligned, Buffer, Offer, StoreKey, Stored, Ticket};
+use crate::store::{Aligned, Buffer, Offer, StoreKey};
 
-/// Bytes that may be on their way to the tier.
-const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
 /// Bytes that are copied to where they stay with one turn.
 const ROOM_BYTES: usize = 64 << 20;
-/// How often the thread looks whether what it waits for is done.
-const LOOK: Duration = Duration::from_millis(1);
-
 /// How often it looks whether blocks can be copied again.
 const AGAIN: Duration = Duration::from_millis(5);
 /// How long it waits for its turn at a time.
@@ -48,8 +43,16 @@ impl Down {
     }
 }
 
-/// What was handed to the tier, oldest first.
-type UnderWay = VecDeque<(Instant, Ticket<Stored>)>;
+/// What the thread has and knows from one sequence to the next.
+struct Saver {
+    /// Host memory for blocks that the tier has no place of its own for.
+    stage: Arc<HostBuffer>,
+    hands: Hands,
+    /// The tier has given memory of its own.
+    has_rooms: bool,
+    /// Since when nothing can be copied, whatever the sequence.
+    stuck_since: Option<Instant>,
+}
 
 impl Inner {
     pub(super) fn push(&self, salt: &[u8], tokens: &[u32], first: usize) {
@@ -91,22 +94,22 @@ impl Inner {
         self.changed.notify_all();
     }
 
-    pub(super) fn run(&self, stage: &Arc<HostBuffer>) {
-        let (mut under_way, mut stuck_since) = (UnderWay::new(), None);
-        while let Some(sequence) = self.next(&mut under_way) {
+    pub(super) fn run(self: &Arc<Self>, stage: Arc<HostBuffer>) {
+        let mut saver = Saver { stage, hands: Hands::new(self), has_rooms: false, stuck_since: None };
+        while let Some(sequence) = self.next(&mut saver.hands) {
             self.is_in_use(&sequence);
-            self.save(&sequence, stage, &mut under_way, &mut stuck_since);
+            self.save(&sequence, &mut saver);
             let Sequence { salt, tokens, first, .. } = &sequence;
             self.are_copied(|cache| cache.copied_sequence(salt, tokens, *first));
             if self.queue.lock().waiting.is_empty() {
                 // What comes later has its own time.
-                stuck_since = None;
+                saver.stuck_since = None;
             }
         }
     }
 
     /// The next sequence; none when it is over. Nothing is under way any more when it waits for one.
-    fn next(&self, under_way: &mut UnderWay) -> Option<Sequence> {
+    fn next(&self, hands: &mut Hands) -> Option<Sequence> {
         loop {
             {
                 let mut queue = self.queue.lock();
@@ -118,7 +121,7 @@ impl Inner {
                     queue.is_busy = true;
                     return Some(sequence);
                 }
-                if under_way.is_empty() {
+                if hands.is_idle() {
                     queue.is_busy = false;
                     self.changed.notify_all();
                     if let Some(wait) = self.until_idle(Duration::from_mins(1)) {
@@ -127,22 +130,15 @@ impl Inner {
                     }
                 }
             }
-            if under_way.is_empty() {
+            if hands.is_idle() {
                 self.demote_idle();
             } else {
-                self.wait_for_one(under_way);
+                hands.wait_for_one();
             }
         }
     }
 
-    /// `stuck_since`: since when nothing can be copied, whatever the sequence.
-    fn save(
-        &self,
-        sequence: &Sequence,
-        stage: &Arc<HostBuffer>,
-        under_way: &mut UnderWay,
-        stuck_since: &mut Option<Instant>,
-    ) {
+    fn save(&self, sequence: &Sequence, saver: &mut Saver) {
         let keys = self.keys(&sequence.salt, &sequence.tokens);
         let offer = Offer { bytes: self.payload_bytes as u64, recompute_us: None };
         let lacking = (sequence.first..keys.len()).filter(|at| !self.store.is_kept(&keys[*at]));
@@ -153,12 +149,12 @@ impl Inner {
         let mut left = wanted.len();
         let mut rest = &wanted[..];
         while !rest.is_empty() {
-            let memory = self.memory_down(rest, &keys, stage);
+            let memory = self.memory_down(rest, &keys, saver);
             let (part, later) = rest.split_at(memory.len().min(rest.len()));
-            let copied = self.copy_down_in_time(sequence, part, &memory, stuck_since);
-            for (at, place) in part[..copied].iter().zip(memory) {
-                self.hand_on(sequence, *at, keys[*at], place, under_way);
-            }
+            let copied = self.copy_down_in_time(sequence, part, &memory, &mut saver.stuck_since);
+            let there = part[..copied].iter().zip(memory);
+            let there = there.filter_map(|(at, place)| self.copied(sequence, *at, keys[*at], place));
+            saver.hands.hand_on(there, sequence.discards);
             left -= copied;
             if copied < part.len() {
                 // What comes after it has gone as well.
@@ -171,16 +167,28 @@ impl Inner {
 
     /// Where the next blocks are copied to: where the fastest tier will keep them, as far as it lacks them and has such
     /// memory, or else a piece of host memory that they are taken out of again. At least one.
-    fn memory_down(&self, blocks: &[usize], keys: &[StoreKey], stage: &Arc<HostBuffer>) -> Vec<Down> {
-        let at_once = (ROOM_BYTES / self.payload_bytes).max(1);
-        let lacking = blocks.iter().take(at_once).take_while(|at| !self.store.contains(&keys[**at]));
-        let rooms: Vec<Down> = lacking.map_while(|_| self.room().map(Down::Room)).collect();
+    fn memory_down(&self, blocks: &[usize], keys: &[StoreKey], saver: &mut Saver) -> Vec<Down> {
+        let mut rooms = self.rooms_down(blocks, keys);
+        if rooms.is_empty() && saver.has_rooms {
+            // What has them all may be on its way there itself, and make room as soon as it has come.
+            saver.hands.wait_for_rooms();
+            rooms = self.rooms_down(blocks, keys);
+        }
         if !rooms.is_empty() {
+            saver.has_rooms = true;
             return rooms;
         }
+        let stage = &saver.stage;
         let staged =
             |place: usize| Down::Staged(Arc::clone(stage), ByteCount((place * self.block_bytes) as u64));
         (0..self.stage_blocks(stage)).map(staged).collect()
+    }
+
+    /// Memory of a tier for the first of these blocks.
+    fn rooms_down(&self, blocks: &[usize], keys: &[StoreKey]) -> Vec<Down> {
+        let at_once = (ROOM_BYTES / self.payload_bytes).max(1);
+        let lacking = blocks.iter().take(at_once).take_while(|at| !self.store.contains(&keys[**at]));
+        lacking.map_while(|_| self.room().map(Down::Room)).collect()
     }
 
     /// Copies as soon as that can be done, if it can be within [`KvTierOptions::save_wait`](super::KvTierOptions); how many
@@ -273,23 +281,17 @@ impl Inner {
         Err(MemoryError::Deadline { doing: "copying blocks to the host", waited: left })
     }
 
-    /// Gives a copied block to the tier.
-    fn hand_on(&self, sequence: &Sequence, at: usize, key: StoreKey, place: Down, under_way: &mut UnderWay) {
-        let trailer = self.trailer(&sequence.tokens, at);
-        let payload = match self.payload(place, &trailer) {
-            Ok(payload) => payload,
+    /// A copied block, to be handed on. What was copied to the stage is taken out of it now: the next ones come there.
+    fn copied(&self, sequence: &Sequence, at: usize, key: StoreKey, place: Down) -> Option<Copied> {
+        let is_room = matches!(place, Down::Room(_));
+        match self.payload(place, &self.trailer(&sequence.tokens, at)) {
+            Ok(payload) => Some(Copied { key, payload, is_room }),
             Err(error) => {
                 tracing::warn!(%error, "cannot read host memory");
                 self.count(|counts| counts.unsaved += 1);
-                return;
+                None
             }
-        };
-        while under_way.len() * self.payload_bytes >= UNDER_WAY_BYTES_MAX.max(self.payload_bytes) {
-            self.wait_for_one(under_way);
         }
-        let wait = self.options.put_wait;
-        let ticket = self.store.put(key, payload, self.payload_bytes, wait);
-        under_way.push_back((Instant::now() + wait, ticket));
     }
 
     /// What is put of a block that was copied: its bytes, its tokens, and zeroes.
@@ -311,29 +313,6 @@ impl Inner {
                 stage.read(offset, block)?;
                 finish(rest);
                 Ok(Buffer::Own(payload))
-            }
-        }
-    }
-
-    /// Waits for the oldest that is under way, unless it is over.
-    fn wait_for_one(&self, under_way: &mut UnderWay) {
-        let Some((deadline, ticket)) = under_way.pop_front() else { return };
-        while !ticket.is_done() && !self.is_over() && Instant::now() < deadline {
-            thread::sleep(LOOK);
-        }
-        if self.is_over() && !ticket.is_done() {
-            return;
-        }
-        let bytes = self.block_bytes as u64;
-        match ticket.wait() {
-            Ok(Stored::Written) => self.count(|counts| {
-                counts.saved += 1;
-                counts.saved_bytes += ByteCount(bytes);
-            }),
-            Ok(Stored::Already) => {}
-            Err(miss) => {
-                tracing::debug!(%miss, "a block is not saved");
-                self.count(|counts| counts.unsaved += 1);
             }
         }
     }
