@@ -3,8 +3,9 @@
 //! Apart because it is the one tier that is somebody else's. It is never believed (`envelope`), never waited for beyond a
 //! deadline (`wire`), and not asked at all while it fails (`breaker`): an outage costs misses and no waiting (I8, I10). What
 //! fails in passing is tried again after a random part of a time that doubles (full jitter; M. Brooker, "Exponential Backoff
-//! And Jitter", 2015), as long as the deadline allows. Threads do the work, each with a connection of its own, from one
-//! queue that has a bound in requests and in bytes.
+//! And Jitter", 2015), as long as the deadline allows. Threads do the work, each with a connection of its own, from two
+//! queues with bounds in requests and in bytes: what is to be written, which nobody waits for, comes after all else and
+//! leaves a connection to it.
 //!
 //! | module | subject |
 //! |---|---|
@@ -50,7 +51,7 @@ use self::redis::Redis;
 use self::s3::S3;
 use self::wire::Wire;
 use self::work::{Job, Worker};
-use crate::store::crew::Crew;
+use crate::store::crew::{Crew, Later};
 use crate::store::{Buffer, Fetched, Miss, Offer, Promise, Store, StoreKey, Stored, Ticket, Verdict};
 
 /// Names that are looked for in the background at a time, for each connection.
@@ -77,7 +78,7 @@ pub struct RemoteOptions {
     pub key: RemoteKey,
     /// Requests at a time.
     pub connections: usize,
-    /// Most requests that wait.
+    /// Most requests that wait, and as many puts.
     pub requests_max: usize,
     /// Most bytes of blocks that wait to be written.
     pub put_bytes_max: ByteCount,
@@ -292,7 +293,9 @@ impl RemoteTier {
         let breaker = Breaker::new(options.health, options.retry_max, 2 * options.try_deadline);
         let (connections, requests_max) = (options.connections.clamp(1, 256), options.requests_max.max(1));
         let shared = Arc::new(Shared { options, breaker, state: Mutex::new(state) });
-        let crew = Crew::start("shoal-remote", connections, requests_max, |_| {
+        // One that writes is at it for as long as its try may take: another one is there for who only asks.
+        let puts = Later { jobs_max: requests_max, threads_max: (connections - 1).max(1) };
+        let crew = Crew::start_with("shoal-remote", connections, requests_max, puts, |_| {
             let mut worker = Worker::new(Arc::clone(&shared), spec.wire(), random());
             move |job| worker.work(job)
         })?;
@@ -325,7 +328,9 @@ impl RemoteTier {
         if let Some(reason) = self.shared.breaker.aside(Instant::now()) {
             return job.refuse(Miss::Aside { reason }, &self.shared);
         }
-        if let Err((job, waiting)) = self.crew.desk().ask(job) {
+        let desk = self.crew.desk();
+        let asked = if matches!(job, Job::Put { .. }) { desk.ask_later(job) } else { desk.ask(job) };
+        if let Err((job, waiting)) = asked {
             self.shared.state.lock().counts.refused += 1;
             job.refuse(Miss::Busy { waiting }, &self.shared);
         }

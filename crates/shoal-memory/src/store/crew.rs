@@ -1,7 +1,8 @@
-//! A few threads with one bounded queue.
+//! A few threads with a bounded queue, and one more for what may wait.
 //!
 //! Apart because whatever has to wait or copy for a tier does it here, and never in a caller (I10). A job that is refused
-//! or left over is dropped, and the promises in it say so.
+//! or left over is dropped, and the promises in it say so. What may wait comes after all else, on some of the threads only:
+//! long jobs that nobody waits for keep no short ones waiting. Nor are they passed over for ever.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -12,8 +13,26 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+/// So many jobs may be done before one that may wait, if none of those is under way.
+const PASSED_OVER_MAX: usize = 64;
+
+/// Bounds of what may wait.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Later {
+    /// Most jobs of it that wait.
+    pub(crate) jobs_max: usize,
+    /// Most threads that are at it at a time.
+    pub(crate) threads_max: usize,
+}
+
 struct State<J> {
     jobs: VecDeque<J>,
+    /// What may wait.
+    later: VecDeque<J>,
+    /// Threads that are at what may wait.
+    at_later: usize,
+    /// Jobs that were taken before the oldest of those.
+    passed_over: usize,
     is_closed: bool,
     /// Threads that have not let go of their workers.
     threads: Vec<ThreadId>,
@@ -24,6 +43,17 @@ struct Shared<J> {
     work: Condvar,
     ended: Condvar,
     jobs_max: usize,
+    later: Later,
+}
+
+/// A job that a thread is at. Dropping it says that it is done, or that its thread panicked.
+struct AtLater<'a, J>(&'a Shared<J>);
+
+impl<J> Drop for AtLater<'_, J> {
+    fn drop(&mut self) {
+        self.0.state.lock().at_later -= 1;
+        self.0.work.notify_one();
+    }
 }
 
 /// The threads end when this is dropped, each after the job it is at.
@@ -34,7 +64,9 @@ pub(crate) struct Desk<J>(Arc<Shared<J>>);
 
 impl<J> fmt::Debug for Crew<J> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Crew").field("waiting", &self.0.state.lock().jobs.len()).finish_non_exhaustive()
+        let state = self.0.state.lock();
+        let (jobs, later) = (state.jobs.len(), state.later.len());
+        f.debug_struct("Crew").field("waiting", &jobs).field("later", &later).finish_non_exhaustive()
     }
 }
 
@@ -53,16 +85,38 @@ impl<J: Send + 'static> Crew<J> {
         name: &str,
         threads: usize,
         jobs_max: usize,
+        worker: impl FnMut(Desk<J>) -> W,
+    ) -> io::Result<Self> {
+        Self::start_with(name, threads, jobs_max, Later::default(), worker)
+    }
+
+    /// The same, with a queue for what may wait.
+    ///
+    /// # Errors
+    /// Not even one could be started.
+    pub(crate) fn start_with<W: FnMut(J) + Send + 'static>(
+        name: &str,
+        threads: usize,
+        jobs_max: usize,
+        later: Later,
         mut worker: impl FnMut(Desk<J>) -> W,
     ) -> io::Result<Self> {
-        let state = State { jobs: VecDeque::new(), is_closed: false, threads: Vec::new() };
+        let state = State {
+            jobs: VecDeque::new(),
+            later: VecDeque::new(),
+            at_later: 0,
+            passed_over: 0,
+            is_closed: false,
+            threads: Vec::new(),
+        };
         let (work, ended) = (Condvar::new(), Condvar::new());
-        let shared = Arc::new(Shared { state: Mutex::new(state), work, ended, jobs_max });
+        let shared = Arc::new(Shared { state: Mutex::new(state), work, ended, jobs_max, later });
         let crew = Self(shared);
         for number in 0..threads.max(1) {
             let (mut work, shared) = (worker(crew.desk()), Arc::clone(&crew.0));
             let serve = move || {
-                while let Some(job) = shared.next() {
+                while let Some((job, is_later)) = shared.next() {
+                    let _at = is_later.then(|| AtLater(&*shared));
                     work(job);
                 }
                 drop(work);
@@ -105,21 +159,32 @@ impl<J> Shared<J> {
     fn shut(&self) {
         let mut state = self.state.lock();
         state.is_closed = true;
-        let left = std::mem::take(&mut state.jobs);
+        let left = (std::mem::take(&mut state.jobs), std::mem::take(&mut state.later));
         drop(state);
         self.work.notify_all();
         // Not under the lock: what answers for them may ask again.
         drop(left);
     }
 
-    fn next(&self) -> Option<J> {
+    /// The next job, and whether it is one that may wait.
+    fn next(&self) -> Option<(J, bool)> {
         let mut state = self.state.lock();
         loop {
             if state.is_closed {
                 return None;
             }
+            let is_due =
+                state.jobs.is_empty() || (state.at_later == 0 && state.passed_over >= PASSED_OVER_MAX);
+            if is_due
+                && state.at_later < self.later.threads_max
+                && let Some(job) = state.later.pop_front()
+            {
+                (state.at_later, state.passed_over) = (state.at_later + 1, 0);
+                return Some((job, true));
+            }
             if let Some(job) = state.jobs.pop_front() {
-                return Some(job);
+                state.passed_over += usize::from(!state.later.is_empty());
+                return Some((job, false));
             }
             self.work.wait(&mut state);
         }
@@ -130,6 +195,19 @@ impl<J> Desk<J> {
     /// Queues a job, or gives it back with how many wait.
     pub(crate) fn ask(&self, job: J) -> Result<(), (J, usize)> {
         self.push(job, self.0.jobs_max)
+    }
+
+    /// Queues a job that may wait, or gives it back with how many of those wait.
+    pub(crate) fn ask_later(&self, job: J) -> Result<(), (J, usize)> {
+        let mut state = self.0.state.lock();
+        let waiting = state.later.len();
+        if state.is_closed || waiting >= self.0.later.jobs_max {
+            return Err((job, waiting));
+        }
+        state.later.push_back(job);
+        drop(state);
+        self.0.work.notify_one();
+        Ok(())
     }
 
     /// Queues what goes on with something that was queued before, whose number has a bound elsewhere.
@@ -194,6 +272,77 @@ mod tests {
         assert_eq!(Arc::strong_count(&jobs[3]), 1);
         drop(gate);
         assert!(desk.ask(Arc::clone(&jobs[1])).is_err(), "it is closed");
+    }
+
+    /// A crew of one thread that says what it does, once it was let go.
+    fn one_thread(
+        later: Later,
+    ) -> (Crew<u32>, std::sync::mpsc::Receiver<u32>, std::sync::mpsc::SyncSender<()>) {
+        let (done, dones) = channel();
+        let (gate, gates) = sync_channel::<()>(0);
+        let gates = Arc::new(Mutex::new(gates));
+        let crew = Crew::start_with("test", 1, 1000, later, |_| {
+            let (done, gates) = (done.clone(), Arc::clone(&gates));
+            move |job: u32| {
+                done.send(job).expect("somebody listens");
+                let _ = gates.lock().recv_timeout(WAIT);
+            }
+        });
+        (crew.expect("a thread"), dones, gate)
+    }
+
+    #[test]
+    fn what_may_wait_comes_last_but_comes() {
+        let (crew, dones, gate) = one_thread(Later { jobs_max: 2, threads_max: 1 });
+        let desk = crew.desk();
+        desk.ask(0).expect("room");
+        assert_eq!(dones.recv_timeout(WAIT), Ok(0));
+        for job in [1000, 1001] {
+            desk.ask_later(job).expect("room");
+        }
+        assert_eq!(desk.ask_later(1002).expect_err("two wait"), (1002, 2));
+        for job in 1..100 {
+            desk.ask(job).expect("what may wait takes no room");
+        }
+        // Its thread is let go on from job to job.
+        drop(gate);
+        let order: Vec<u32> = (0..101).map(|_| dones.recv_timeout(WAIT).expect("it goes on")).collect();
+        let at = |job| order.iter().position(|other| *other == job).expect("it was done");
+        assert_eq!((at(1000), at(1001)), (PASSED_OVER_MAX, 100));
+        assert!(order.iter().filter(|job| **job < 1000).is_sorted());
+    }
+
+    #[test]
+    fn what_may_wait_leaves_threads_to_others() {
+        let (done, dones) = channel();
+        let (gate, gates) = sync_channel::<()>(0);
+        let gates = Arc::new(Mutex::new(gates));
+        let later = Later { jobs_max: 9, threads_max: 2 };
+        let crew = Crew::start_with("test", 3, 9, later, |_| {
+            let (done, gates) = (done.clone(), Arc::clone(&gates));
+            move |job: u32| {
+                done.send(job).expect("somebody listens");
+                if job >= 1000 {
+                    let _ = gates.lock().recv_timeout(WAIT);
+                }
+            }
+        })
+        .expect("threads");
+        let desk = crew.desk();
+        for job in 1000..1005 {
+            desk.ask_later(job).expect("room");
+        }
+        let first = [dones.recv_timeout(WAIT), dones.recv_timeout(WAIT)];
+        assert!(first.iter().all(|job| job.is_ok_and(|job| job >= 1000)));
+        for job in 0..9 {
+            desk.ask(job).expect("room");
+            assert_eq!(dones.recv_timeout(WAIT), Ok(job), "a thread is left, and no third of those began");
+        }
+        drop(gate);
+        for _ in 0..3 {
+            assert!(dones.recv_timeout(WAIT).is_ok_and(|job| job >= 1000), "they come in the end");
+        }
+        assert!(crew.close(WAIT));
     }
 
     #[test]

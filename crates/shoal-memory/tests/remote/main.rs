@@ -353,18 +353,28 @@ fn what_waits_has_a_bound() {
     let waiting = tier.put(key(4), source(), bytes, WAIT);
     let too_much = tier.put(key(5), source(), bytes, WAIT);
     assert!(matches!(too_much.wait(), Err(Miss::Busy { .. })), "more bytes than may wait");
+    let small = || Buffer::Own(Aligned::copy_of(&content(0)));
+    let also_waiting = tier.put(key(6), small(), 1, WAIT);
+    assert_eq!(tier.put(key(7), small(), 1, WAIT).wait(), Err(Miss::Busy { waiting: 2 }), "two puts wait");
     let second = tier.get(key(2), Buffer::zeroed(ROOM), WAIT);
-    let third = tier.get(key(3), Buffer::zeroed(ROOM), WAIT).wait();
-    assert_eq!(third.unwrap_err(), Miss::Busy { waiting: 2 });
+    let third = tier.get(key(3), Buffer::zeroed(ROOM), WAIT);
+    let fourth = tier.get(key(8), Buffer::zeroed(ROOM), WAIT).wait();
+    assert_eq!(
+        fourth.unwrap_err(),
+        Miss::Busy { waiting: 2 },
+        "puts take no room of theirs, nor they of puts"
+    );
     let late = tier.flush(Duration::from_millis(1)).wait();
     assert_eq!(late, Err(Miss::Deadline), "a put is under way");
     drop(tier);
-    for ticket in [first, second] {
+    for ticket in [first, second, third] {
         // The one that hangs has its time; nobody waits for it here.
         ticket.cancel();
         drop(ticket);
     }
-    assert_eq!(waiting.wait(), Err(Miss::Closed));
+    for put in [waiting, also_waiting] {
+        assert_eq!(put.wait(), Err(Miss::Closed));
+    }
     fake.stop();
 }
 
@@ -393,6 +403,105 @@ fn what_nobody_waits_for_keeps_nobody_waiting() {
     let other = open(Protocol::Redis, &fake, patient());
     until("it is found in the end", || other.contains(&key(299)));
     fake.stop();
+}
+
+#[test]
+fn who_asks_does_not_wait_for_what_is_being_put() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let is_put = |verb: &str| matches!(verb, "PUT" | "SET" | "SETEX");
+        let (may_hang, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let gate = Arc::new(parking_lot::Mutex::new(()));
+        let (hangs, puts_begun, passes) = (Arc::clone(&may_hang), Arc::clone(&begun), Arc::clone(&gate));
+        let fake = Fake::start(protocol, move |verb| {
+            if !is_put(verb) {
+                return Fault::None;
+            }
+            puts_begun.fetch_add(1, Ordering::Relaxed);
+            drop(passes.lock());
+            if hangs.load(Ordering::Relaxed) { Fault::Hang } else { Fault::None }
+        });
+        let put_all = |tier: &RemoteTier, blocks: std::ops::Range<u64>| -> Vec<_> {
+            let put = |block| {
+                let bytes = content(block);
+                tier.put(key(block), Buffer::Own(Aligned::copy_of(&bytes)), bytes.len(), WAIT)
+            };
+            blocks.map(put).collect()
+        };
+        // By one connection: whoever asks comes before all puts but the one that is under way.
+        let alone = open(protocol, &fake, RemoteOptions { connections: 1, ..patient() });
+        put(&alone, 1).unwrap();
+        for waiting in [10, 200] {
+            let (before, closed) = (begun.load(Ordering::Relaxed), gate.lock());
+            let puts = put_all(&alone, 1000 * waiting..1000 * waiting + waiting);
+            until("a put is under way", || begun.load(Ordering::Relaxed) > before);
+            let given_before = fake.count(|_, _| true);
+            let looked = alone.look(key(2), WAIT);
+            let got = alone.get(key(1), Buffer::zeroed(ROOM), WAIT);
+            drop(closed);
+            assert_eq!(looked.wait(), Ok(false));
+            assert_eq!(got.wait().unwrap().as_slice(), content(1));
+            let given: Vec<bool> =
+                fake.given.lock()[given_before..].iter().map(|(verb, _)| is_put(verb)).collect();
+            assert_eq!(given[..3], [true, false, false], "however many wait");
+            for put in puts {
+                assert_eq!(put.wait(), Ok(Stored::Written), "they are written in the end");
+            }
+        }
+        // By two: not even for one that hangs.
+        may_hang.store(true, Ordering::Relaxed);
+        let tier = open(protocol, &fake, RemoteOptions { connections: 2, ..patient() });
+        let puts = put_all(&tier, 0..50);
+        until("one hangs", || fake.count(|_, fault| fault == Fault::Hang) > 0);
+        for _ in 0..20 {
+            assert_eq!(tier.look(key(2), WAIT).wait(), Ok(false));
+            assert_eq!(get(&tier, 1), Ok(content(1)));
+        }
+        assert!(puts.iter().all(|put| !put.is_done()));
+        assert_eq!(fake.count(|_, fault| fault == Fault::Hang), 1, "one connection is left to who asks");
+        fake.stop();
+    }
+}
+
+/// It does not even read: what is written to it stays in buffers until those are full.
+#[test]
+fn a_deadline_holds_when_the_remote_takes_connections_and_no_more() {
+    for protocol in [Protocol::S3, Protocol::Redis] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        std::thread::spawn(move || {
+            let mut taken = Vec::new();
+            for stream in listener.incoming().flatten() {
+                taken.push(stream);
+            }
+        });
+        let (deadline, long) = (Duration::from_millis(50), 16 << 20);
+        let options = RemoteOptions { connections: 3, try_deadline: deadline, tries_max: 2, ..patient() };
+        let tier = RemoteTier::open(&spec(protocol, &address), options).unwrap();
+        let begun = Instant::now();
+        let got = tier.get(key(1), Buffer::zeroed(ROOM), 4 * deadline);
+        let written = tier.put(key(2), Buffer::zeroed(long), long, 4 * deadline);
+        let looked = tier.look(key(3), 4 * deadline);
+        let removed = tier.remove(key(4), 4 * deadline);
+        let is_over = |miss: Miss| matches!(miss, Miss::Failed { .. } | Miss::Deadline);
+        assert!(got.wait().is_err_and(is_over));
+        assert!(written.wait().is_err_and(is_over));
+        assert!(looked.wait().is_err_and(is_over));
+        assert!(removed.wait().is_err_and(is_over));
+        // Not only who waits: the threads are free again, and nobody has the memory.
+        until("the put is given up", || tier.usage().put_bytes == 0);
+        println!("all was given up in {:?}", begun.elapsed());
+        let begun = Instant::now();
+        drop(tier);
+        assert!(begun.elapsed() < WAIT);
+        // Set aside after a while: then nobody waits at all.
+        let health = HealthRule { failures_max: 2, window_ms: 600_000, retry_ms: 3_600_000 };
+        let retry_max = Duration::from_hours(1);
+        let options = RemoteOptions { health, retry_max, try_deadline: deadline, tries_max: 2, ..patient() };
+        let tier = RemoteTier::open(&spec(protocol, &address), options).unwrap();
+        assert!(get(&tier, 1).is_err());
+        until("it is set aside", || tier.usage().aside.is_some());
+        assert!(matches!(get(&tier, 1), Err(Miss::Aside { .. })));
+    }
 }
 
 #[test]
