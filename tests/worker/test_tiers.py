@@ -9,14 +9,17 @@ import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 import shoal
 import shoal.testing
-from shoal.worker import tiers
+from shoal.worker import loading, stamps, tiers
 from shoal.worker.device import DeviceMemory
 from shoal.worker.engine_causal import CausalEngine
 from shoal.worker.kv import KvLayout
 from shoal.worker.limits import CausalLimits
 from shoal.worker.spec import DiskShare, RemoteShare, WorkerSpec
+from shoal.worker.stamps import Stamp
 
 from .conftest import llama
 from .test_engine_causal import GREEDY, alone
@@ -26,9 +29,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    import pytest
-
 FACTS = {"model": "a"}
+WEIGHED = ("config.json", "model.safetensors")
 
 
 def until(what: str, is_so: Callable[[], bool]) -> None:
@@ -193,6 +195,83 @@ def test_a_remote_that_cannot_be_had_is_told_and_the_others_go_on(tmp_path: Path
         below.close()
 
 
+def stamps_of(where: Path) -> dict[Path, Stamp]:
+    return {path: Stamp.of(path.stat()) for path in where.iterdir()}
+
+
+def replaced(path: Path) -> None:
+    """Another file of as many bytes and the same time takes the name."""
+    other, stat = path.with_suffix(".new"), path.stat()
+    other.write_bytes(b"x" * stat.st_size)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+
+
+def written(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"x")
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def appended(path: Path) -> None:
+    stat = path.stat()
+    with path.open("ab") as file:
+        file.write(b"x")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("by_content", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("change", [replaced, written, appended])
+def test_files_that_are_not_those_that_were_loaded_give_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], name: str, by_content: bool
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(64 << 10))
+    place = SimpleNamespace(path=weights, dtype="F32", shape=(1,), offset=8, bytes=60_000)
+    files: Any = SimpleNamespace(path=tmp_path, tensors={"a": place}, stamps=stamps_of(tmp_path))
+
+    def named() -> dict[str, str]:
+        return tiers.facts_of(files, "sim", "float32", by_content=by_content)
+
+    before = named()
+    # While it is read: between the look before it and the one after it.
+    at, checked, is_changed = tmp_path / name, stamps._check, []
+
+    def check(path: Path, file: Any, known: Any) -> None:
+        checked(path, file, known)
+        if path == at and not is_changed:
+            is_changed.append(path)
+            change(path)
+
+    monkeypatch.setattr(stamps, "_check", check)
+    with pytest.raises(stamps.FilesChangedError) as raised:
+        named()
+    assert raised.value.path == at
+    assert is_changed == [at]
+    monkeypatch.undo()
+    # After the model was loaded, before it is named.
+    with pytest.raises(stamps.FilesChangedError):
+        named()
+    # Loaded from those that are there now.
+    files.stamps = stamps_of(tmp_path)
+    assert named() != before
+
+
+def test_a_model_has_the_stamps_of_its_files(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    files = loading.inspect(tmp_path)
+    assert files.stamps == {path: Stamp.of(path.stat()) for path in map(tmp_path.joinpath, WEIGHED)}
+    named = tiers.facts_of(files, "sim", "float32", by_content=True)
+    replaced(tmp_path / "model.safetensors")
+    with pytest.raises(stamps.FilesChangedError, match="restart the model"):
+        tiers.facts_of(files, "sim", "float32", by_content=True)
+    assert named["weights"]
+
+
 def test_facts_by_content_do_not_depend_on_when_files_were_written(tmp_path: Path) -> None:
     told = []
     for name in ("one", "other", "changed"):
@@ -205,7 +284,7 @@ def test_facts_by_content_do_not_depend_on_when_files_were_written(tmp_path: Pat
         (where / "model.safetensors").write_bytes(content)
         os.utime(where / "model.safetensors", ns=(len(told), len(told)))
         place = SimpleNamespace(path=where / "model.safetensors", dtype="F32", shape=(1,), offset=8, bytes=60_000)
-        files: Any = SimpleNamespace(path=where, tensors={"a": place})
+        files: Any = SimpleNamespace(path=where, tensors={"a": place}, stamps=stamps_of(where))
         told.append([tiers.facts_of(files, "sim", "float32", by_content=by_content) for by_content in (False, True)])
     one, other, changed = told
     assert one[0] != other[0], "times count"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .engine_embedding import POOLINGS, Pooling
 from .errors import LoadError, described
+from .stamps import Stamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,8 @@ class ModelFiles:
     ----------
     kind
         ``"causal"`` or ``"embedding"``.
+    stamps
+        Of the configuration and of each file of weights, from before anything was read of them.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class ModelFiles:
     tensors: dict[str, TensorPlace]
     pooling: Pooling | None = None
     length_max: int | None = None
+    stamps: dict[Path, Stamp] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -118,7 +122,9 @@ def _inspect(path: Path) -> ModelFiles:
         raise LoadError("model_missing", f"{path} is a file; a directory with config.json and *.safetensors is needed")
     if not (path / "config.json").is_file() and (path / "modules.json").is_file():
         raise _unsupported(f"{path / 'config.json'} is missing: the transformer must lie in the directory itself")
-    config = read_object(path / "config.json", missing="model_missing")
+    at = path / "config.json"
+    stamps = {at: Stamp.of(at.stat())} if at.is_file() else {}
+    config = read_object(at, missing="model_missing")
     if (path / "modules.json").is_file():
         kind = "embedding"
         pooling, length_max = _sentence_transformers(path)
@@ -128,7 +134,7 @@ def _inspect(path: Path) -> ModelFiles:
             pooling = Pooling()
     if not (path / "tokenizer.json").is_file() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
         raise LoadError("model_missing", f"{path / 'tokenizer.json'} is missing; the model's tokenizer is needed")
-    return ModelFiles(path, kind, config, _tensors(path), pooling, length_max)
+    return ModelFiles(path, kind, config, _tensors(path, stamps), pooling, length_max, stamps)
 
 
 def read_json(path: Path, *, missing: str = "model_corrupt") -> Any:
@@ -219,7 +225,8 @@ def _sentence_transformers(path: Path) -> tuple[Pooling, int | None]:
     return Pooling(modes, normalize), length if isinstance(length, int) and length > 0 else None
 
 
-def _tensors(path: Path) -> dict[str, TensorPlace]:
+def _tensors(path: Path, stamps: dict[Path, Stamp]) -> dict[str, TensorPlace]:
+    """Find every tensor; `stamps` gets those of the files."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         mapping = read_object(index).get("weight_map")
@@ -242,6 +249,7 @@ def _tensors(path: Path) -> dict[str, TensorPlace]:
         raise LoadError("model_missing", f"{path / 'model.safetensors'} is missing")
     tensors: dict[str, TensorPlace] = {}
     for name in names:
+        stamps[path / name] = Stamp.of((path / name).stat())
         tensors |= safetensors_places(path / name)
     for name, file in (mapping or {}).items():
         if name not in tensors:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shoal import DiskTier, Error, HostTier, RemoteTier, TierError, TierStack
 
 from .errors import described
+from .stamps import unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -317,14 +318,22 @@ def facts_of(files: ModelFiles, device: str, dtype: str, *, by_content: bool = F
     by_content
         All bytes of the weights count, and no times: then copies of the files on other machines are the same. It reads
         the files through.
+
+    Raises
+    ------
+    FilesChangedError
+        A file is not the one that the model was loaded from any more, or was written to: its name would be another's.
     """
     import torch
     import transformers
 
     from . import attention, hooks
 
+    at = files.path / "config.json"
+    with unchanged(at, files.stamps) as file:
+        config = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "config": hashlib.sha256((files.path / "config.json").read_bytes()).hexdigest(),
+        "config": config,
         "weights": _content(files) if by_content else _weights(files),
         "dtype": dtype,
         "attention": f"{hooks.ATTENTION} {attention.REVISION}",
@@ -348,9 +357,9 @@ def _weights(files: ModelFiles) -> str:
     for name, place in sorted(files.tensors.items()):
         by_file.setdefault(place.path, []).append((name, place))
     for path, tensors in sorted(by_file.items()):
-        with path.open("rb") as file:
-            stat = path.stat()
-            digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
+        with unchanged(path, files.stamps) as file:
+            stamp = files.stamps[path]
+            digest.update(repr((path.name, stamp.bytes, stamp.mtime_ns)).encode())
             for name, place in tensors:
                 digest.update(repr((name, place.dtype, place.shape, place.offset)).encode())
                 file.seek(place.offset)
@@ -361,6 +370,6 @@ def _weights(files: ModelFiles) -> str:
 def _content(files: ModelFiles) -> str:
     digest = hashlib.sha256()
     for path in sorted({place.path for place in files.tensors.values()}):
-        with path.open("rb") as file:
+        with unchanged(path, files.stamps) as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
