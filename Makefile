@@ -36,23 +36,8 @@ demo: preflight-demo setup models ## Set up, then run the main job: three models
 serve: preflight-serve setup models ## Set up and serve examples/shelf.toml (or SHELF=FILE) until Ctrl-C
 	@$(BIN)/shoal serve $(SHELF)
 
-# Python's tests mostly wait, those of whole servers and the others alike. What has to be compiled is compiled beside both
-# and yields to them.
 test: preflight-test setup ## Set up and run every test that needs no GPU
-	@echo "Beside the tests of whole servers run Python's others, and Rust's and the wheel's, which print at the end"
-	@echo "(now: .shoal/others.log, .shoal/rust.log)"
-	@setsid $(MAKE) --no-print-directory test-others > .shoal/others.log 2>&1 & others=$$!; \
-	  setsid nice $(MAKE) --no-print-directory test-rust test-wheel > .shoal/rust.log 2>&1 & rust=$$!; \
-	  trap 'kill -- -$$others -$$rust; exit 130' INT TERM; \
-	  in_servers=0; $(MAKE) --no-print-directory test-servers || in_servers=$$?; \
-	  in_others=0; wait $$others || in_others=$$?; \
-	  cat .shoal/others.log; \
-	  in_rust=0; wait $$rust || in_rust=$$?; \
-	  cat .shoal/rust.log; \
-	  [ $$in_servers = 0 ] || echo "The tests of whole servers failed (see above, first)"; \
-	  [ $$in_others = 0 ] || echo "Python's other tests failed (see above, second)"; \
-	  [ $$in_rust = 0 ] || echo "The tests of Rust or of the wheel failed (see above, last)"; \
-	  [ $$in_servers$$in_others$$in_rust = 000 ]
+	@$(BIN)/python scripts/test_all.py $(MAKE)
 
 test-rust: setup ## Tests of the Rust crates
 	cargo test --locked --workspace --quiet

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,3 +245,73 @@ def test_readme_shows_headlines_and_every_loss(render: ModuleType, monkeypatch: 
 def test_documents_show_the_figures_there_are() -> None:
     command = [sys.executable, str(ROOT / "scripts/render_results.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0, "run scripts/render_results.py"
+
+
+FAKE_MAKE = """#!/bin/sh
+shift
+for target; do
+  echo "makes $target"
+  [ "$target" != bad ] || exit 3
+  [ "$target" != slow ] || { echo $$ > "$0.pid"; sleep 60; }
+done
+"""
+
+
+@pytest.fixture
+def fake_make(tmp_path: Path) -> Path:
+    made = tmp_path / "make"
+    made.write_text(FAKE_MAKE)
+    made.chmod(0o755)
+    return made
+
+
+def run_all(fake_make: Path, *parts: str) -> subprocess.Popen[str]:
+    """Run parts of :mod:`test_all`: of each its targets, the first one printed at once."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "scripts")!r})
+from pathlib import Path
+from test_all import Part, main
+names = {parts!r}
+parts = [Part(f"part {{n}}", tuple(name.split()), f"{{n}}.log" if n else None, nice=n) for n, name in enumerate(names)]
+sys.exit(main({str(fake_make)!r}, Path({str(fake_make.parent / "logs")!r}), tuple(parts)))
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "failed"),
+    [
+        (("one", "two three", "four"), 0, []),
+        (("bad", "two", "four"), 1, ["part 0"]),
+        (("one", "two", "four bad five"), 1, ["part 2"]),
+        (("bad", "bad", "four"), 1, ["part 0", "part 1"]),
+    ],
+)
+def test_all_parts_of_the_tests_are_run_and_each_failure_is_named(
+    fake_make: Path, parts: tuple[str, ...], status: int, failed: list[str]
+) -> None:
+    run = run_all(fake_make, *parts)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == status, said
+    assert [line for line in said.splitlines() if line.startswith("FAILED")] == [
+        f"FAILED: {name} (see above)" for name in failed
+    ]
+    assert ("makes five" in said) is False
+    for number, part in enumerate(parts):
+        made = part.split("bad")[0].split()
+        assert all(f"makes {target}" in said for target in made), (number, said)
+
+
+def test_parts_of_the_tests_end_with_who_runs_them(fake_make: Path) -> None:
+    run = run_all(fake_make, "one", "slow")
+    pid = fake_make.with_name("make.pid")
+    deadline = time.monotonic() + 30
+    while not (pid.is_file() and pid.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.terminate()
+    assert "Ended by SIGTERM" in run.communicate(timeout=30)[0]
+    assert run.returncode == 130
+    while Path(f"/proc/{pid.read_text().strip()}").exists():
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.01)
