@@ -31,20 +31,6 @@ def computes_beside_a_wake(server: Server, name: str) -> bool:
     return bool(model["status"] == "waking" and model["counts"]["requests_active"])
 
 
-def put_to_sleep(server: Server, name: str) -> None:
-    """Order it until it sleeps.
-
-    What it computed takes the same slow link to host memory: an order may run out of time, and its answer says so.
-    """
-
-    def sleeps() -> bool:
-        answer = server.order(name, "sleep")
-        assert answer.status_code == httpx.codes.OK, answer.text
-        return bool(server.model(name)["status"] == "asleep")
-
-    until(sleeps, 60, "it sleeps")
-
-
 def test_a_request_is_at_its_worker_while_the_bytes_come(
     tmp_path: Path, shelf_models: dict[str, Path], model_tables: list[dict[str, object]]
 ) -> None:
@@ -63,7 +49,7 @@ def test_a_request_is_at_its_worker_while_the_bytes_come(
                 assert answer.result() == expected
                 assert woken.result().status_code == httpx.codes.OK
             assert "waking" not in why or "requests go to its worker already" in why
-            put_to_sleep(server, name)
+            assert server.order(name, "sleep").status_code == httpx.codes.OK
         backed, done = server.told("wake_backed"), server.told("wake_done")
         assert len(backed) >= 2
         assert {event["model"] for event in backed} == {name}
@@ -92,7 +78,7 @@ def test_what_host_memory_has_of_a_prompt_comes_beside_the_bytes(
         assert server.complete(name, prompt, TOKENS) == expected
         for loads in (1, 2):
             until(lambda: tier()["saved"] * BLOCK >= whole, 60, "it is saved")
-            put_to_sleep(server, name)
+            assert server.order(name, "sleep").status_code == httpx.codes.OK
             with ThreadPoolExecutor(1) as clients:
                 answer = clients.submit(server.http.post, "/v1/completions", json=body)
                 until(lambda: computes_beside_a_wake(server, name), 60, "the request goes to the worker early")
@@ -120,7 +106,8 @@ def test_a_client_that_leaves_while_its_layers_wait_holds_nobody_up(
             until(lambda: computes_beside_a_wake(server, name), 60, "it is at the worker")
         until(lambda: not server.model(name)["counts"]["requests_active"], 60, "it is over")
         assert server.complete(name, PROMPTS[0], TOKENS) == expected
-        put_to_sleep(server, name)
+        assert server.order(name, "sleep").status_code == httpx.codes.OK
+        server.wait_for(name, "asleep")
 
 
 def test_random_sleeps_and_wakes_change_no_answer(

@@ -28,6 +28,9 @@ const SMALL_PAGE_BYTES: u64 = 4096;
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 /// Below this a second thread costs more than it saves.
 const BYTES_PER_THREAD_MIN: u64 = 32 << 20;
+/// So much is made with one call: the kernel holds the lock of the process's addresses for as long as that takes, and whoever
+/// maps memory, starts a thread or touches a new page waits for it.
+const FILL_BYTES: u64 = 4 << 20;
 /// More threads than this wait for one another in the kernel.
 const THREADS_MAX: u64 = 16;
 const CALL: &str = "allocating host memory";
@@ -279,9 +282,11 @@ fn fill(at: u64, bytes: u64) -> bool {
 }
 
 fn fill_part(at: u64, bytes: u64) -> bool {
-    if bytes == 0 {
-        return true;
-    }
+    let mut steps = (0..bytes).step_by(length(FILL_BYTES));
+    steps.all(|offset| fill_step(at + offset, FILL_BYTES.min(bytes - offset)))
+}
+
+fn fill_step(at: u64, bytes: u64) -> bool {
     loop {
         // SAFETY: inside a mapping that only the caller knows; zeroes stay zeroes.
         match unsafe { madvise(pointer(at), length(bytes), Advice::LinuxPopulateWrite) } {
@@ -303,6 +308,10 @@ fn fill_part(at: u64, bytes: u64) -> bool {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test")]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     const ID: DeviceId = DeviceId(0);
@@ -310,6 +319,47 @@ mod tests {
     fn free(memory: &HostMemory, host: RawHost) -> Result<(), DeviceError> {
         // SAFETY: a test that keeps no reference.
         unsafe { memory.free(ID, host, |_| Ok(())) }
+    }
+
+    /// How many of the steps that make this memory have begun: by the first page of each.
+    fn steps_begun(at: u64, bytes: u64) -> usize {
+        let pages = File::open("/proc/self/pagemap").unwrap();
+        let is_there = |at: &u64| {
+            let mut entry = [0; 8];
+            pages.read_exact_at(&mut entry, at / SMALL_PAGE_BYTES * 8).unwrap();
+            u64::from_ne_bytes(entry) >> 63 == 1
+        };
+        (at..at + bytes).step_by(length(FILL_BYTES)).filter(is_there).count()
+    }
+
+    /// Mapping needs the lock of the process's addresses, as a new thread does and a page that is touched first.
+    #[test]
+    fn others_map_memory_between_the_steps_in_which_memory_is_made() {
+        let bytes = 512 << 20;
+        let whole = usize::try_from(bytes / FILL_BYTES).unwrap();
+        let mut seen = BTreeSet::new();
+        // Where another thread hardly runs meanwhile, it sees nothing in between.
+        for _ in 0..20 {
+            let at = map(bytes, HUGE_PAGE_BYTES, Source::Private { is_huge: true }).unwrap();
+            seen = thread::scope(|scope| {
+                let made = scope.spawn(move || fill(at, bytes));
+                let mut seen = BTreeSet::new();
+                while !made.is_finished() {
+                    seen.insert(steps_begun(at, bytes));
+                    let own =
+                        map(SMALL_PAGE_BYTES, SMALL_PAGE_BYTES, Source::Private { is_huge: false }).unwrap();
+                    unmap(own, SMALL_PAGE_BYTES).unwrap();
+                }
+                assert!(made.join().unwrap());
+                seen
+            });
+            unmap(at, bytes).unwrap();
+            seen.retain(|steps| (1..whole).contains(steps));
+            if seen.len() >= 4 {
+                return;
+            }
+        }
+        panic!("whoever maps waits for all of it: {seen:?} of {whole} steps seen");
     }
 
     #[test]
