@@ -92,7 +92,7 @@ impl Seen {
     pub(super) fn is_enough(&mut self) {
         let all = *self;
         for count in self.counts_mut() {
-            assert!(*count >= 5, "something hardly happened: {all:?}");
+            assert!(*count >= 20, "something hardly happened: {all:?}");
         }
     }
 }
