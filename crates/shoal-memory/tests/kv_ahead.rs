@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, World, keeping, open, pooled_world_on, world, world_on};
+use common::{PAGE, WAIT, World, keeping, open, pooled_world_on, until, world, world_on};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::demand::MOMENT;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
@@ -31,14 +31,6 @@ fn spec(mib: u64) -> KvCacheSpec {
 fn alloc(cache: &KvCache, count: usize) -> Option<Vec<u32>> {
     let mut ids = vec![u32::MAX; count];
     cache.alloc(0, &mut ids).expect("the device works").then_some(ids)
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + WAIT;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 fn check(world: &World, cache: &KvCache) {

@@ -6,10 +6,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::passing::passes_on;
 use common::talks::{cache, options, serve, tier};
-use common::{WAIT, World, open, world, world_on};
+use common::{WAIT, World, open, until, world, world_on};
 use parking_lot::{Condvar, Mutex};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::PlaneOrder;
@@ -60,16 +61,10 @@ impl Watched {
 }
 
 impl Store for Watched {
+    passes_on!(contains, offer, get, lend, is_own, remove, flush);
+
     fn name(&self) -> &'static str {
         "watched"
-    }
-
-    fn contains(&self, key: &StoreKey) -> bool {
-        self.store.contains(key)
-    }
-
-    fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
-        self.store.offer(key, offer)
     }
 
     fn put(&self, key: StoreKey, source: Buffer, bytes: usize, deadline: Duration) -> Ticket<Stored> {
@@ -83,29 +78,9 @@ impl Store for Watched {
         self.store.put(key, source, bytes, deadline)
     }
 
-    fn get(&self, key: StoreKey, target: Buffer, deadline: Duration) -> Ticket<Fetched> {
-        self.store.get(key, target, deadline)
-    }
-
-    fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
-        self.store.lend(key)
-    }
-
     fn room(&self, bytes: usize) -> Option<Arc<HostBuffer>> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         self.store.room(bytes)
-    }
-
-    fn is_own(&self, memory: &HostBuffer) -> bool {
-        self.store.is_own(memory)
-    }
-
-    fn remove(&self, key: StoreKey, deadline: Duration) -> Ticket<bool> {
-        self.store.remove(key, deadline)
-    }
-
-    fn flush(&self, deadline: Duration) -> Ticket<()> {
-        self.store.flush(deadline)
     }
 }
 
@@ -134,14 +109,6 @@ impl Gate {
 
     fn wait_reached(&self) {
         until("somebody comes to the gate", || self.is_reached.load(Ordering::SeqCst));
-    }
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let by = Instant::now() + WAIT;
-    while !is_so() {
-        assert!(Instant::now() < by, "{what}");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 

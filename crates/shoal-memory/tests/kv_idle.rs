@@ -4,10 +4,10 @@ mod common;
 
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::talks::{TOKENS, cache};
-use common::{WAIT, world};
+use common::{WAIT, until, world};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::PlaneOrder;
 use shoal_core::kv::prefix::{Found, Start};
@@ -15,14 +15,6 @@ use shoal_memory::store::{HostOptions, HostTier, Store};
 use shoal_memory::{KvCache, KvTier, KvTierOptions};
 
 const IDLE: Duration = Duration::from_millis(50);
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + WAIT;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
 
 fn tier(cache: &Arc<KvCache>, host: &Arc<HostTier>, idle: Option<Duration>) -> KvTier {
     let facts = vec![("model".to_owned(), "a".to_owned())];

@@ -6,9 +6,9 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{WAIT, World, open, world, world_on};
+use common::{WAIT, World, open, until, world, world_on};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
 use shoal_device::device::Verb;
@@ -31,14 +31,6 @@ fn cache(world: &World, order: PlaneOrder) -> KvCache {
 fn alloc(cache: &KvCache, count: usize) -> Option<Vec<u32>> {
     let mut ids = vec![u32::MAX; count];
     cache.alloc(0, &mut ids).expect("not now is no error").then_some(ids)
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + WAIT;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// All of it can be had again, and nothing is left of what could not leave.

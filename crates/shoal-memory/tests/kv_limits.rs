@@ -2,10 +2,7 @@
 
 mod common;
 
-use std::thread;
-use std::time::{Duration, Instant};
-
-use common::{WAIT, world};
+use common::{until, world};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::blocks::{BlockError, BlockState};
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
@@ -26,14 +23,6 @@ fn spec() -> KvCacheSpec {
 fn alloc(cache: &KvCache, count: usize) -> Option<Vec<u32>> {
     let mut ids = vec![u32::MAX; count];
     cache.alloc(0, &mut ids).expect("the device works").then_some(ids)
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + WAIT;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::passing::passes_on;
 use common::talks::{Dice, cache, options, serve, tier};
 use common::{WAIT, World, open, world, world_on};
 use parking_lot::Mutex;
@@ -57,24 +58,10 @@ impl<S: Store> Spy<S> {
 }
 
 impl<S: Store> Store for Spy<S> {
+    passes_on!(contains, is_kept, would_rise, offer, hold, lend, room, is_own, remove, flush);
+
     fn name(&self) -> &str {
         self.store.name()
-    }
-
-    fn contains(&self, key: &StoreKey) -> bool {
-        self.store.contains(key)
-    }
-
-    fn is_kept(&self, key: &StoreKey) -> bool {
-        self.store.is_kept(key)
-    }
-
-    fn would_rise(&self, key: &StoreKey) -> bool {
-        self.store.would_rise(key)
-    }
-
-    fn offer(&self, key: &StoreKey, offer: &Offer) -> Verdict {
-        self.store.offer(key, offer)
     }
 
     fn put(&self, key: StoreKey, source: Buffer, bytes: usize, deadline: Duration) -> Ticket<Stored> {
@@ -88,30 +75,6 @@ impl<S: Store> Store for Spy<S> {
     fn get(&self, key: StoreKey, target: Buffer, deadline: Duration) -> Ticket<Fetched> {
         *self.gets.lock() += 1;
         self.store.get(key, target, deadline)
-    }
-
-    fn hold(&self, key: &StoreKey) -> Option<Held> {
-        self.store.hold(key)
-    }
-
-    fn lend(&self, key: &StoreKey) -> Option<Lent<'_>> {
-        self.store.lend(key)
-    }
-
-    fn room(&self, bytes: usize) -> Option<Arc<HostBuffer>> {
-        self.store.room(bytes)
-    }
-
-    fn is_own(&self, memory: &HostBuffer) -> bool {
-        self.store.is_own(memory)
-    }
-
-    fn remove(&self, key: StoreKey, deadline: Duration) -> Ticket<bool> {
-        self.store.remove(key, deadline)
-    }
-
-    fn flush(&self, deadline: Duration) -> Ticket<()> {
-        self.store.flush(deadline)
     }
 }
 

@@ -5,10 +5,10 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::talks::{TOKENS, cache};
-use common::{WAIT, world};
+use common::{WAIT, until, world};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::PlaneOrder;
@@ -81,14 +81,6 @@ impl Store for Gated {
 
     fn flush(&self, _: Duration) -> Ticket<()> {
         Ticket::ready(Ok(()))
-    }
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + WAIT;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -5,9 +5,9 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{PAGE, WAIT, World, noise, world};
+use common::{PAGE, WAIT, World, noise, until, world};
 use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
@@ -39,14 +39,6 @@ fn resume(segments: &Segments, retain: bool) {
     if !retain {
         segments.region().forget_copies().expect("all is on the device");
         assert_eq!(segments.region().usage().host, ByteCount::ZERO);
-    }
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < WAIT, "{what}");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, World, noise, world};
+use common::{PAGE, WAIT, World, noise, until, world};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{Stream, VirtAddr};
@@ -25,14 +25,6 @@ fn take(segments: &Segments, mib: u64) -> VirtAddr {
     let at = segments.allocate(ByteCount::mib(mib), None).expect("room");
     segments.check_invariants().expect("invariants");
     at
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < WAIT, "{what}");
-        thread::sleep(Duration::from_millis(1));
-    }
 }
 
 #[test]

@@ -2,11 +2,13 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
 pub(crate) mod history;
+pub(crate) mod passing;
 pub(crate) mod talks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::extent::ExtentRule;
@@ -19,6 +21,15 @@ use shoal_memory::{
 
 pub(crate) const WAIT: Duration = Duration::from_secs(30);
 pub(crate) const PAGE: u64 = PAGE_BYTES.0;
+
+/// Waits until something is so, and says what was not.
+pub(crate) fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + WAIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
 
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
