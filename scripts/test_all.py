@@ -58,7 +58,7 @@ def start(make: str, part: Part, logs: Path) -> subprocess.Popen[bytes]:
 
 def main(make: str, logs: Path = LOGS, parts: tuple[Part, ...] = PARTS) -> int:
     """Run all parts; the exit status is 1 if one failed, 130 if it was interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     logs.mkdir(parents=True, exist_ok=True)
     beside = ", ".join(f"{part.name} ({os.path.relpath(logs / part.log)})" for part in parts if part.log)

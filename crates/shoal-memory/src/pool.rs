@@ -7,7 +7,7 @@
 //!
 //! What is decommitted comes here; what is evicted does not, because whoever puts a region to sleep wants the device's
 //! memory for somebody else. The pool is bounded, it is the first thing that a reclaim takes, and it is emptied where a
-//! lease is denied, where the device has no memory, and by a sleep. What nobody took for [`PoolOptions::idle`] is given
+//! lease is denied, where the device has no memory (what leaves it already is waited for), and by a sleep. What nobody took for [`PoolOptions::idle`] is given
 //! back by a thread of the pool's own, in small steps, while nothing else changes memory; the thread ends when the pool
 //! is empty.
 
@@ -87,7 +87,7 @@ struct State {
     /// So many lots were taken out to be given back to the device, and hold their leases until they are.
     leaving: u32,
     /// So many lots have been given back.
-    left: u64,
+    departed: u64,
 }
 
 /// Frames that leave the pool for the device. As long as this is there, who finds no memory knows that some is coming.
@@ -109,7 +109,7 @@ impl Drop for Lot<'_> {
     fn drop(&mut self) {
         let mut state = self.pool.state.lock();
         state.leaving -= 1;
-        state.left += u64::from(!self.is_empty);
+        state.departed += u64::from(!self.is_empty);
         drop(state);
         self.pool.changed.notify_all();
     }
@@ -215,15 +215,15 @@ impl FramePool {
     }
 
     /// How many lots it has given back: to be asked before memory is, for [`MemoryManager::pool_gives_way`].
-    pub(crate) fn left(&self) -> u64 {
-        self.state.lock().left
+    pub(crate) fn departed(&self) -> u64 {
+        self.state.lock().departed
     }
 
-    /// Waits until something has come free that others took out of it; false where nothing has since there were `left`
+    /// Waits until something has come free that others took out of it; false where nothing has since there were `departed`
     /// and nothing will, or not in time.
-    fn wait_for_leaving(&self, left: u64, deadline: Instant) -> bool {
+    fn wait_for_leaving(&self, departed: u64, deadline: Instant) -> bool {
         let mut state = self.state.lock();
-        while state.left == left {
+        while state.departed == departed {
             if state.leaving == 0 || self.changed.wait_until(&mut state, deadline).timed_out() {
                 return false;
             }
@@ -339,8 +339,8 @@ impl MemoryManager {
     }
 
     /// Empties the pool of at least `bytes`; or, where it holds nothing, waits for what leaves it already. False where
-    /// nothing has come free since it had given back `left` lots.
-    pub(crate) fn pool_gives_way(&self, bytes: ByteCount, left: u64, deadline: Instant) -> bool {
-        !self.empty_pool(bytes).freed.is_zero() || self.pool().wait_for_leaving(left, deadline)
+    /// nothing has come free since it had given back `departed` lots.
+    pub(crate) fn pool_gives_way(&self, bytes: ByteCount, departed: u64, deadline: Instant) -> bool {
+        !self.empty_pool(bytes).freed.is_zero() || self.pool().wait_for_leaving(departed, deadline)
     }
 }

@@ -165,7 +165,7 @@ impl Supply {
         }
         let device = &self.manager.device;
         let is_full = |error: &DeviceError| error.kind() == shoal_device::ErrorKind::OutOfMemory;
-        let seen = self.manager.pool().left();
+        let seen = self.manager.pool().departed();
         let gives_way =
             || self.manager.pool_gives_way(ByteCount(u64::MAX), seen, self.manager.operation_deadline());
         let created = match Frame::create(device, bytes) {

@@ -448,11 +448,11 @@ impl Region {
         let (manager, deadline) = (self.manager(), Instant::now() + timeout);
         let left = || deadline.saturating_duration_since(Instant::now());
         let acquire = || Grant::acquire(manager.lease(), self.kind(), bytes, left(), reason);
-        let mut seen = manager.pool().left();
+        let mut seen = manager.pool().departed();
         let mut granted = acquire();
         // What comes free another may take, and give to the pool again: then that is asked once more.
         while granted.is_err() && manager.pool_gives_way(bytes, seen, deadline) {
-            seen = manager.pool().left();
+            seen = manager.pool().departed();
             granted = acquire();
             if left().is_zero() {
                 break;
