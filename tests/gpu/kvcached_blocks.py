@@ -1,10 +1,11 @@
 """What blocks cost on a GPU, kvcached beside ours: 1 to 4096 at once, fresh, part-filled and scattered; eight threads.
 
-Part of `kvcached_peer.py` and apart from growth because blocks are small here, so that 400 part-filled pages fit: 2
-layers of 8 heads of 128 in bfloat16, 64 blocks on each page of kvcached and in each granule of ours. What is scattered
-has no free neighbours, and as many blocks lie in three times as many words of 64 (docs/decisions/0015). A figure is the
-best of some rounds' means, its spread that of all rounds. Each library is measured in a process of its own:
-``python -m tests.gpu.kvcached_blocks --measure ours --device cpu`` tries it without a GPU.
+Run by `tests/gpu/run.sh kv_peer_blocks`, with a checkout of kvcached (see kvcached_build.py). Blocks are smaller than
+in kvcached_peer.py, so that 400 part-filled pages fit: 2 layers of 8 heads of 128 in bfloat16, 64 blocks on each page
+of kvcached and in each granule of ours. What is scattered has no free neighbours, and as many blocks lie in three times
+as many words of 64 (docs/decisions/0015). A figure is the best of some rounds' means, its spread that of all rounds.
+Each library is measured in a process of its own: ``python -m tests.gpu.kvcached_blocks --measure ours --device cpu``
+tries it without a GPU.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from benches import kvcached_peer as stubbed
-from benches.results import ROOT, Row, of_best, over
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from benches.results import ROOT, Row, of_best, over, save_gpu
+from tests.gpu import kvcached_build
 
 NAMES = {"kvcached": "kvcached", "face": "shoal.compat.kvcached", "ours": "mem.kv_cache"}
 THREADS, THREAD_ROUNDS = 8, 5
+# How long calls through buffers are timed, all numbers and caches together.
+BUFFERS_S = 8.0
 TARGET_16_S, TARGET_BLOCK_S, TARGET_SAME = 0.6e-6, 10e-9, 1.1
 FRESH, PART_FILLED, SCATTERED = stubbed.STATES
 PER_PAGE = stubbed.PER_PAGE
@@ -93,10 +96,11 @@ def of_ours(device: str) -> dict[str, list[float]]:
     threads = threads_s(buffers, 16)
     stubbed.fragment(kvs[PART_FILLED])
     stubbed.scatter(kvs[SCATTERED])
-    figures["nothing, through a buffer"] = _buffers(kvs, 0, 400)[FRESH]
-    for count, rounds in stubbed.BATCHES:
-        for state, seconds in _buffers(kvs, count, rounds).items():
+    for (count, state), seconds in _buffers(kvs).items():
+        if count:
             figures[f"{count} blocks{state}, through a buffer"] = seconds
+        elif state == FRESH:
+            figures["nothing, through a buffer"] = seconds
     figures[f"16 blocks, {THREADS} threads, through a buffer"] = threads
     return figures
 
@@ -117,20 +121,25 @@ class _Buffers:
         self._kv.free_from(ids)
 
 
-def _buffers(kvs: dict[str, Any], count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the two calls in each cache, in turn, with one buffer for all, as engines have it."""
-    ids = np.zeros(count, np.int64)
-    taken: dict[str, list[float]] = {state: [] for state in kvs}
+def _buffers(kvs: dict[str, Any]) -> dict[tuple[int, str], list[float]]:
+    """Seconds of the two calls by number of blocks and state, each through one buffer, as engines have it.
+
+    Numbers and caches take turns in short rounds, no block at all among them: what else the core does meets all alike.
+    """
+    batches = [(np.zeros(count, np.int64), rounds) for count, rounds in ((0, 400), *stubbed.BATCHES)]
+    taken: dict[tuple[int, str], list[float]] = {(len(ids), state): [] for ids, _ in batches for state in kvs}
     for kv in kvs.values():
-        kv.hint(count)
-    for _ in range(stubbed.REPEATS):
-        for state, kv in kvs.items():
-            alloc, free = kv.alloc_into, kv.free_from
-            start = time.perf_counter()
-            for _ in range(rounds):
-                alloc(ids)
-                free(ids)
-            taken[state].append((time.perf_counter() - start) / rounds)
+        kv.hint(max(len(ids) for ids, _ in batches))
+    over = time.monotonic() + BUFFERS_S
+    while time.monotonic() < over:
+        for ids, rounds in batches:
+            for state, kv in kvs.items():
+                alloc, free = kv.alloc_into, kv.free_from
+                start = time.perf_counter()
+                for _ in range(rounds):
+                    alloc(ids)
+                    free(ids)
+                taken[len(ids), state].append((time.perf_counter() - start) / rounds)
     return taken
 
 
@@ -193,11 +202,19 @@ def words(state: str, count: int) -> int:
 
 
 def main() -> None:
-    """Measure one library and print its figures."""
+    """Build, measure all of them and write the file; or measure one library and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--measure", choices=NAMES, required=True)
+    parser.add_argument("--measure", choices=NAMES)
     parser.add_argument("--device", default="cuda:0", help="or cpu: the simulated device")
     options = parser.parse_args()
+    if options.measure is None:
+        with tempfile.TemporaryDirectory(prefix="shoal-kvcached-") as folder:
+            kvcached_build.built(kvcached_build.checkout(), Path(folder))
+            rows = compared(Path(folder).resolve(), options.device)
+        save_gpu(Path(os.environ["SHOAL_RESULT"]), rows)
+        if not all(row.peer or row.metric == "over fresh" for row in rows):
+            sys.exit("something of it did not run")
+        return
     figures = of_ours(options.device) if options.measure == "ours" else of_kvcached(options.measure, options.device)
     print(json.dumps(figures), flush=True)
     if options.measure == "kvcached":

@@ -1,9 +1,7 @@
 """kvcached beside KV caches of ours on one GPU: growth, alloc and free; and its own tests on `shoal.compat.kvcached`.
 
-Run by `tests/gpu/run.sh kv_peer`. kvcached is not part of this repository: `$SHOAL_KVCACHED` names a checkout of
-https://github.com/ovg-project/kvcached (its folders `kvcached`, `csrc` and `tests`). It is built in a temporary folder
-as its own setup does, but for the line that it prints when a page allocator is made, which crashes beside torch 2.11.
-What it imports (posix_ipc, wrapt) has to be importable. Each library is measured in a process of its own.
+Run by `tests/gpu/run.sh kv_peer`, with a checkout of kvcached (see kvcached_build.py). Each library is measured in a
+process of its own. What blocks cost by number and fragmentation is another part: kvcached_blocks.py.
 """
 
 from __future__ import annotations
@@ -13,11 +11,8 @@ import functools
 import importlib
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +22,7 @@ from typing import Any
 import numpy as np
 from benches import kvcached_peer as stubbed
 from benches.results import ROOT, Row, of_best, of_samples, save_gpu
-from tests.gpu import kvcached_blocks
+from tests.gpu import kvcached_build
 
 GIB = 1 << 30
 # 32 layers of 8 heads of 128 in bfloat16, 16 tokens a block: 2 MiB a block over all layers, 32 KiB in each K and V.
@@ -37,52 +32,8 @@ ROUNDS = 5
 # How long calls through buffers are timed, in short rounds.
 BUFFERS_S = 4.0
 TARGET_16_S, TARGET_LAYERS = 0.6e-6, 5.0
-PRINTS = re.compile(r"^\s*std::cout << \"Init C\+\+ PageAllocator.*?;$", re.MULTILINE | re.DOTALL)
 NAMES = {"kvcached": "kvcached", "face": "shoal.compat.kvcached", "ours": "mem.kv_cache"}
 LAYOUTS = {"block": "layers side by side", "layer": "a plane a layer"}
-
-
-def build(checkout: Path, folder: Path) -> None:
-    """Build its extension as its setup does, all files at once, beside a copy of its Python files."""
-    import torch
-    from torch.utils import cpp_extension
-
-    shutil.copytree(checkout / "kvcached", folder / "kvcached")
-    shutil.copytree(checkout / "csrc", folder / "csrc")
-    allocator = folder / "csrc/page_allocator.cpp"
-    text, found = PRINTS.subn("", allocator.read_text("utf-8"))
-    if found != 1:
-        raise SystemExit("kvcached prints something else than at commit e8e6406 when a page allocator is made: look")
-    allocator.write_text(text, "utf-8")
-    headers = [
-        *cpp_extension.include_paths(device_type="cuda"),
-        str(folder / "csrc/inc"),
-        sysconfig.get_path("include"),
-    ]
-    flags = [
-        "-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-DKVCACHED_USE_CUDA",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "-DTORCH_EXTENSION_NAME=vmm_ops",
-        "-DTORCH_API_INCLUDE_EXTENSION_H", *(f"-I{path}" for path in headers),
-    ]  # fmt: skip
-    compiler = os.environ.get("CXX", "c++")
-
-    def compiled(source: Path) -> str:
-        made = str(source.with_suffix(".o"))
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", made], check=True)
-        return made
-
-    with ThreadPoolExecutor(16) as threads:
-        objects = list(threads.map(compiled, sorted((folder / "csrc").rglob("*.cpp"))))
-    libraries = cpp_extension.library_paths(device_type="cuda")
-    stubs = [f"{path}/stubs" for path in libraries if Path(path, "stubs").is_dir()]
-    subprocess.run(
-        [
-            compiler, "-shared", *objects, *(f"-L{path}" for path in [*libraries, *stubs]), "-lc10", "-ltorch",
-            "-ltorch_cpu", "-ltorch_python", "-lc10_cuda", "-lcudart", "-lcuda",
-            "-o", str(folder / "kvcached/vmm_ops.so"),
-        ],
-        check=True,
-    )  # fmt: skip
 
 
 def growth(made: Any, blocks: int) -> list[float]:
@@ -307,28 +258,18 @@ def main() -> None:
     if options.measure:
         print(json.dumps(of_kvcached(options.measure, options.layout, options.device, options.gib * GIB)))
         return
-    checkout = Path(os.environ.get("SHOAL_KVCACHED", "missing"))
-    if not (checkout / "csrc").is_dir():
-        sys.exit("SHOAL_KVCACHED must name a checkout of kvcached, with its folders kvcached, csrc and tests")
+    checkout = kvcached_build.checkout()
     with (
         tempfile.TemporaryDirectory(prefix="shoal-kvcached-") as folder,
         ThreadPoolExecutor(1, "kvcached's tests") as beside,
     ):
         # Compiling takes no GPU, and the tests take little; what is timed comes when both are done.
-        testing = beside.submit(own_tests, checkout.resolve(), options.device)
+        testing = beside.submit(own_tests, checkout, options.device)
         built = options.built or Path(folder)
         if options.built is None:
-            start = time.monotonic()
-            try:
-                build(checkout.resolve(), built)
-            except (OSError, subprocess.CalledProcessError) as error:
-                # Then ours is measured alone, and its tests count all the same.
-                print(f"FAILED  kvcached cannot be built: {error}", flush=True)
-            else:
-                print(f"kvcached built in {time.monotonic() - start:.0f} s", flush=True)
+            kvcached_build.built(checkout, built)
         tested = testing.result()
-        blocks = kvcached_blocks.compared(built.resolve(), options.device)
-        rows = [*compared(built.resolve(), options), *blocks, *tested]
+        rows = [*compared(built.resolve(), options), *tested]
     save_gpu(Path(os.environ["SHOAL_RESULT"]), rows)
     has_all = all(row.peer or row.metric == "passed" for row in rows) and any(row.metric == "passed" for row in rows)
     if not has_all or any(row.metric == "passed" and not row.met for row in rows):

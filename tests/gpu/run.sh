@@ -11,6 +11,7 @@
 #   tests/gpu/run.sh faults         every device call failing in turn: wakes, growths, swaps, the pool
 #   tests/gpu/run.sh kv_grow        how fast a KV cache grows by 16 GiB, in both layouts; what memory stays after bursts
 #   tests/gpu/run.sh kv_peer        kvcached ($SHOAL_KVCACHED, a checkout of it) beside ours, and its own tests on our face of it
+#   tests/gpu/run.sh kv_peer_blocks  what blocks cost in kvcached and ours: 1 to 4096 at once, fresh, part-filled, scattered
 #   tests/gpu/run.sh python         the Python package: regions, tensors, KV blocks, kills; needs pytest and torch
 #   tests/gpu/run.sh torch          torch's allocations in regions: pools, graphs, out of memory, neighbours
 #   tests/gpu/run.sh first_token    first token of a sleeping 8B, woken in order of use; needs transformers
@@ -135,6 +136,7 @@ kv_grow)
     "$(program cuda_kv_grow)"
     ;;
 kv_peer) python3 -X faulthandler -m tests.gpu.kvcached_peer ;;
+kv_peer_blocks) python3 -X faulthandler -m tests.gpu.kvcached_blocks ;;
 churn) "$(program cuda_churn)" ;;
 faults)
     status=0
@@ -147,7 +149,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac

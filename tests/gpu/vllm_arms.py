@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 DEVICE = os.environ.get("SHOAL_SHELF_DEVICE", "cuda:0")
 ON_GPU = DEVICE.startswith("cuda")
+CAUSE = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+$", re.MULTILINE)
 START_S = 240.0
 STOP_S = 40.0
 STOCK = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -215,6 +217,8 @@ def llama_swap(shelf: Shelf) -> Iterator[Arm]:
         config["models"][name] = {  # type: ignore[index]
             "cmd": " ".join([*serve_, "--", *engine]),
             "cmdStop": f"{wrapper} sleep --vllm-url {upstream} --stop-pid ${{PID}}",
+            # By default it answers 429 to an eleventh request at once; here all arms queue.
+            "concurrencyLimit": 1024,
         }
     # JSON is YAML.
     (home / "config.yaml").write_text(json.dumps(config))
@@ -304,8 +308,12 @@ def _until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, path: 
             if httpx.get(url + path, timeout=5).status_code == httpx.codes.OK:
                 return
         if process.poll() is not None or time.monotonic() > deadline:
-            tail = log.read_text(errors="replace")[-1500:]
-            raise NotRunError(f"{log.stem} did not come up (exit {process.poll()}): {tail}")
+            said = log.read_text(errors="replace")
+            # The engine says why in a process of its own, and the one in front of it only that the engine has ended.
+            causes = [line for line in CAUSE.findall(said) if "See root cause" not in line]
+            raise NotRunError(
+                f"{log.stem} did not come up (exit {process.poll()}): {causes[-1] if causes else said[-1500:]}"
+            )
         time.sleep(0.25)
 
 
