@@ -23,6 +23,7 @@ NOTES = {
     "cpu": "Two CPU cores, the device simulated in RAM. These figures show the cost of Shoal's own work; "
     "they say nothing about a GPU.",
     "h100": "One H100 80GB HBM3 (SXM, PCIe Gen5), 16 virtual cores; ceilings measured in the same run.",
+    "h200": "One H200 (141 GB, PCIe Gen5), 16 virtual cores; ceilings measured in the same run.",
 }
 # What README shows besides losses: device, bench, case, metric.
 HEADLINES = [
