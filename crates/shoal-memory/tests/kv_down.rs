@@ -298,18 +298,18 @@ fn a_device_that_fails_between_pieces_costs_what_was_not_copied() {
 
 #[test]
 fn no_more_is_on_its_way_than_may_be() {
-    let world = world(112, 64);
-    let (host, gate) = (ordinary(128), Arc::new(Gate::default()));
+    let world = world(176, 64);
+    let (host, gate) = (ordinary(192), Arc::new(Gate::default()));
     let before = Arc::clone(&gate);
     let store = Watched::new(&host, move |_| before.pass());
-    let cache = cache(&world, PlaneOrder::BlockMajor, 96, 4096);
+    let cache = cache(&world, PlaneOrder::BlockMajor, 160, 4096);
     let tier = tier(&cache, Arc::clone(&store) as _, "a");
-    assert_eq!(serve(&cache, &tier, b"", &tokens(24)), Some((0, 0)));
-    // Two blocks of 4 MiB make a piece. 15 of them may be under way: that is one of the eighth piece.
-    until("eight pieces are begun", || store.asked.load(Ordering::SeqCst) == 8);
+    assert_eq!(serve(&cache, &tier, b"", &tokens(40)), Some((0, 0)));
+    // Two blocks of 4 MiB make a piece. 31 of them may be under way: that is one of the sixteenth piece.
+    until("sixteen pieces are begun", || store.asked.load(Ordering::SeqCst) == 16);
     thread::sleep(Duration::from_millis(200));
-    assert_eq!(store.asked.load(Ordering::SeqCst), 8, "and no more");
+    assert_eq!(store.asked.load(Ordering::SeqCst), 16, "and no more");
     gate.open();
     assert!(tier.flush(WAIT));
-    assert_eq!(tier.counts().saved, 24);
+    assert_eq!(tier.counts().saved, 40);
 }

@@ -149,7 +149,7 @@ impl Inner {
         let memory: Vec<_> = run.iter().map(|lent| (lent.buffer(), ByteCount::ZERO)).collect();
         let mut row = Lift::new(&wanted.ids[from..from + run.len()], &memory);
         let mut end = End::Whole;
-        let mut copy = || {
+        let mut copy = |is_alone| {
             // What verifies may be ahead of what copies: all before a bad one comes, and the bad one is told.
             while row.copied < checks.right_of(run.len()) {
                 if Instant::now() >= wanted.deadline {
@@ -157,7 +157,7 @@ impl Inner {
                     end = End::Over { is_late: true };
                     break;
                 }
-                if !self.lift(wanted, &mut row, || checks.right_of(run.len()), || checks.step()) {
+                if !self.lift(wanted, &mut row, || checks.right_of(run.len()), || checks.step_between(is_alone)) {
                     end = End::Over { is_late: false };
                     break;
                 }

@@ -16,6 +16,9 @@ const BYTES_PER_THREAD: usize = 8 << 20;
 const THREADS_MAX: usize = 12;
 /// Small blocks are handed out so many bytes at a time.
 const BYTES_AT_ONCE: usize = 1 << 20;
+/// What a thread that also copies may verify between two looks at the link: longer blocks take longer than what is queued
+/// there, and the link would wait for it (8 MiB among twelve threads: longer than two jobs of 32).
+const BYTES_BETWEEN_MAX: usize = 2 << 20;
 
 #[derive(Debug)]
 struct State {
@@ -29,6 +32,7 @@ struct State {
 pub(super) struct Checks<F> {
     check: F,
     at_once: usize,
+    is_short: bool,
     state: Mutex<State>,
 }
 
@@ -36,7 +40,14 @@ impl<F: Fn(usize) -> Result<(), Miss> + Sync> Checks<F> {
     /// Of so many blocks, each of so many bytes; `check` says whether one is right.
     pub(super) fn new(blocks: usize, block_bytes: usize, check: F) -> Self {
         let state = Mutex::new(State { next: 0, end: blocks, bad: None });
-        Self { check, at_once: (BYTES_AT_ONCE / block_bytes.max(1)).max(1), state }
+        let at_once = (BYTES_AT_ONCE / block_bytes.max(1)).max(1);
+        Self { check, at_once, is_short: block_bytes <= BYTES_BETWEEN_MAX, state }
+    }
+
+    /// Verifies the next few between two looks at something else, if that is short or nobody else does it. False: there is
+    /// nothing to be done.
+    pub(super) fn step_between(&self, is_alone: bool) -> bool {
+        (self.is_short || is_alone) && self.step()
     }
 
     /// Verifies the next few. False: none is left that matters.
@@ -83,11 +94,13 @@ impl<F: Fn(usize) -> Result<(), Miss> + Sync> Checks<F> {
     }
 
     /// Runs `work` on this thread while others verify as many bytes; comes back when all that matters is verified.
-    pub(super) fn beside<R>(&self, bytes: usize, work: impl FnOnce() -> R) -> R
+    /// `work` is told whether no other thread does.
+    pub(super) fn beside<R>(&self, bytes: usize, work: impl FnOnce(bool) -> R) -> R
     where
         F: Send,
     {
         thread::scope(|scope| {
+            let mut is_alone = true;
             for _ in 1..threads(bytes) {
                 let verify = || while self.step() {};
                 let spawned =
@@ -97,8 +110,9 @@ impl<F: Fn(usize) -> Result<(), Miss> + Sync> Checks<F> {
                     tracing::debug!(%error, "no more threads to verify blocks");
                     break;
                 }
+                is_alone = false;
             }
-            let done = work();
+            let done = work(is_alone);
             while self.step() {}
             done
         })
@@ -131,7 +145,7 @@ mod tests {
                     if bad.is_some_and(|bad| block >= bad) { Err(Miss::Corrupt) } else { Ok(()) }
                 };
                 let checks = Checks::new(blocks, bytes, check);
-                checks.beside(1 << 30, || ());
+                checks.beside(1 << 30, |_| ());
                 assert!(!checks.step());
                 assert_eq!(checks.right_of(blocks), bad.unwrap_or(blocks));
                 assert_eq!(checks.bad(), bad.map(|bad| (bad, Miss::Corrupt)));
@@ -148,7 +162,7 @@ mod tests {
                 let check = |block| if Some(block) == bad { Err(Miss::Corrupt) } else { Ok(()) };
                 let checks = Checks::new(128, 2 << 20, check);
                 let mut copied = 0;
-                checks.beside(1 << 30, || {
+                checks.beside(1 << 30, |_| {
                     while waits && checks.step() {}
                     loop {
                         let right = checks.right_of(128);
@@ -166,11 +180,23 @@ mod tests {
     }
 
     #[test]
+    fn who_copies_verifies_long_blocks_only_alone() {
+        for (bytes, is_alone, steps) in
+            [(2 << 20, false, true), (8 << 20, false, false), (2 << 20, true, true), (8 << 20, true, true)]
+        {
+            let checks = Checks::new(1, bytes, |_| Ok(()));
+            assert_eq!(checks.step_between(is_alone), steps, "{bytes} bytes, alone: {is_alone}");
+        }
+        // Few bytes are no work for a second thread.
+        assert!(Checks::new(1, 4096, |_| Ok(())).beside(4096, |is_alone| is_alone));
+    }
+
+    #[test]
     fn what_does_not_matter_any_more_is_not_verified() {
         let check = |block| if block < 10 { Ok(()) } else { Err(Miss::Corrupt) };
         let checks = Checks::new(100, 1 << 20, check);
         checks.end_at(10);
-        checks.beside(0, || ());
+        checks.beside(0, |_| ());
         assert_eq!(checks.bad(), None);
     }
 }

@@ -16,8 +16,9 @@ use super::Inner;
 use crate::store::crew::Crew;
 use crate::store::{Buffer, Miss, Promise, StoreKey, Stored, Ticket};
 
-/// Bytes that may be on their way to the tier.
-const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
+/// Bytes that may be on their way to the tier: twice what is copied with one turn, so that the threads have the one half
+/// while the other is copied, however long the blocks are.
+const UNDER_WAY_BYTES_MAX: usize = 128 << 20;
 /// Nobody waits for this, so half of the cores is enough; each sums about 5 GiB/s beside copies.
 const THREADS_MAX: usize = 8;
 /// Short blocks are handed on so many bytes at a time.
