@@ -204,8 +204,11 @@ def test_a_limit_takes_what_is_cached_and_then_what_becomes_free(mem: MemoryMana
     kv.check()
 
 
-def test_a_reclaim_takes_what_is_cached_before_it_moves_what_is_owned(mem: MemoryManager) -> None:
-    kv = small(mem, granule_max="2MiB")
+def test_a_reclaim_takes_what_is_mapped_ahead_then_what_is_cached_before_it_moves_what_is_owned(
+    mem: MemoryManager,
+) -> None:
+    # Nothing is mapped ahead by itself, so that what lies empty is what is announced.
+    kv = small(mem, granule_max="2MiB", spare_max=0)
     tokens = list(range(16 * 256))
     cached, owned = kv.alloc(256), kv.alloc(256)
     assert cached is not None
@@ -216,13 +219,24 @@ def test_a_reclaim_takes_what_is_cached_before_it_moves_what_is_owned(mem: Memor
         kv.record_step(torch.cuda.current_stream())
     kv.seal(tokens, cached)
     kv.free(cached)
+    kv.hint(128)
+    until("what is announced is mapped", lambda: kv.usage()["empty"] == 32 * MIB)
+    report = mem.reclaim("32MiB")
+    assert (report.freed, report.copied) == (32 * MIB, 0)
+    found, ids = kv.match(tokens)
+    assert found == len(tokens), "memory in which nothing lies goes first"
+    kv.free(ids)
+    # What was just reclaimed is not mapped again for two seconds, and by then the step did not come.
     report = mem.reclaim("32MiB")
     assert report.freed >= 32 * MIB
     assert report.copied == 0, "cached blocks are dropped, not copied"
-    assert kv.match(tokens)[0] < len(tokens)
+    found, ids = kv.match(tokens)
+    assert 0 < found < len(tokens)
+    kv.free(ids)
     at = kv.tensors()[0].data_ptr()
     report = mem.reclaim("1GiB")
-    assert report.copied >= 64 * MIB
+    assert report.copied == 64 * MIB, "of owned blocks all, and no others"
+    assert kv.match(tokens)[0] == 0
     assert mem.device_memory()["used_by_this_process"] == 0
     with mem.guard():
         assert kv.tensors()[0].data_ptr() == at

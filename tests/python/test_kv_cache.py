@@ -170,6 +170,42 @@ def test_tensors_outlive_a_reclaim(mem: shoal.MemoryManager) -> None:
         assert (keys[ids] == 7).all()
 
 
+def test_a_reclaim_takes_what_is_mapped_ahead_then_what_is_cached_before_it_moves_what_is_owned(
+    mem: shoal.MemoryManager,
+) -> None:
+    pytest.importorskip("torch")
+    # Nothing is mapped ahead by itself, so that what lies empty is what is announced.
+    kv = small(mem, granule_max="2MiB", spare_max=0)
+    tokens = list(range(16 * 32))
+    cached, owned = kv.alloc(32), kv.alloc(32)
+    keys = kv.tensors()[1]
+    with mem.guard():
+        keys[owned] = 7
+    kv.seal(tokens, cached)
+    kv.free(cached)
+    kv.hint(16)
+    until("what is announced is mapped", lambda: kv.usage()["empty"] == 4 * MIB)
+    report = mem.reclaim("4MiB")
+    assert (report.freed, report.copied) == (4 * MIB, 0)
+    found, ids = kv.match(tokens)
+    assert found == len(tokens), "memory in which nothing lies goes first"
+    kv.free(ids)
+    # What was just reclaimed is not mapped again for two seconds, and by then the step did not come.
+    report = mem.reclaim("4MiB")
+    assert report.freed >= 4 * MIB
+    assert report.copied == 0, "cached blocks are dropped, not copied"
+    found, ids = kv.match(tokens)
+    assert 0 < found < len(tokens)
+    kv.free(ids)
+    report = mem.reclaim("64MiB")
+    assert report.copied == 8 * MIB, "of owned blocks all, and no others"
+    assert kv.match(tokens)[0] == 0
+    assert mem.device_memory()["used_by_this_process"] == 0
+    with mem.guard():
+        assert (keys[owned] == 7).all()
+    kv.check()
+
+
 def test_a_prefix_is_found_again_by_its_tenant(mem: shoal.MemoryManager) -> None:
     kv = small(mem)
     tokens = list(range(100, 170))
