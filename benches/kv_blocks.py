@@ -5,8 +5,9 @@ buffer protocol cost by themselves. Of finding again and evicting it is as many 
 The peer is kvcached with driver calls that do nothing (`benches/kvcached_peer.py`), in the same run where a folder
 with it is given. Of finding again and evicting there are two (`benches/prefix_peers.py`): vLLM's block pool, where it
 is said what vLLM can be imported from, and kvcached's in its place, where both are there. All are the best of several
-rounds' means: what others do on the machine meanwhile is not theirs. What is scattered has no neighbours, and as many
-blocks lie in three times as many words of 64, which is the ceiling of what it costs more (docs/decisions/0015).
+rounds' means: what others do on the machine meanwhile is not theirs. Part-filled are 400 granules with one block of 64
+in use, or (mixed) with 0 to 63, at places by chance; what is scattered has no neighbours. In how many words of 64 as
+many blocks lie is the ceiling of what they cost more (docs/decisions/0015).
 `python -m benches.kv_blocks [--quick] [--peer FOLDER] [--vllm PATHS]`.
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import random
 import subprocess
@@ -44,11 +44,10 @@ TARGET_BULK_S = 10e-9
 # A tenth is what one measures twice.
 TARGET_SAME = 1.1
 TURNS = 8
-FRAGMENTS = 400
 THREADS = 8
 # 64 blocks of 32 KiB in each granule of 2 MiB.
 PER_GRANULE = 64
-SCATTERED = kvcached_peer.SCATTERED
+STATES = ("fresh", "part-filled", "mixed", "scattered")
 
 
 def cache(mem: shoal.MemoryManager, granules: int, **words: object) -> KvCache:
@@ -67,18 +66,13 @@ def mapped(kv: KvCache, blocks: int) -> None:
 
 def words(state: str, count: int) -> int:
     """Count the words of 64 blocks in which so many free ones lie (docs/decisions/0015)."""
-    return math.ceil(count * (SCATTERED if state == "scattered" else 1) / PER_GRANULE)
+    return kvcached_peer.words(STATES.index(state), count)
 
 
 def fragment(kv: KvCache, state: str) -> list[int]:
-    """Leave 400 granules part-filled: one block of each is in use, or, scattered, two of three everywhere."""
-    ids = kv.alloc(FRAGMENTS * PER_GRANULE)
-    assert ids is not None
-    held = {"fresh": [], "part-filled": ids[::PER_GRANULE]}.get(state)
-    if held is None:
-        held = [block for place, block in enumerate(ids) if place % SCATTERED]
-    kv.free(sorted(set(ids).difference(held)))
-    return held
+    """Leave 400 granules as a state says; the blocks that are in use."""
+    ways = {"part-filled": kvcached_peer.fragment, "mixed": kvcached_peer.mix, "scattered": kvcached_peer.scatter}
+    return ways[state](kv) if state in ways else []
 
 
 def timed(act: Callable[[int], None], seconds: float, rounds: int = 200) -> list[float]:
@@ -130,7 +124,7 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
     """Time alloc and free, fresh and fragmented in turn, so that what else the machine does meets all."""
     mem = shoal.MemoryManager("sim", device_budget="8GiB", device_capacity="8GiB", host_budget="64MiB")
     # What is free stays mapped meanwhile: this is about blocks, not about mapping.
-    kvs = {state: cache(mem, 1000, spare_max="2GiB", name=state) for state in ("fresh", "part-filled", "scattered")}
+    kvs = {state: cache(mem, 1000, spare_max="2GiB", name=state) for state in STATES}
     held = {state: fragment(kv, state) for state, kv in kvs.items()}
     rows: dict[str, list[Row]] = {state: [] for state in kvs}
     ratios = []
@@ -151,7 +145,7 @@ def blocks(seconds: float, peer: dict[tuple[str, int], float]) -> list[Row]:
                     row.met = row.value <= row.target
                 rows[state].append(row)
             if kind is buffers:
-                for state in ("part-filled", "scattered"):
+                for state in STATES[1:]:
                     row = over(f"{count} {said}", f"{state} over fresh", samples[state], samples["fresh"], TARGET_SAME)
                     row.ceiling = words(state, count) / words("fresh", count)
                     ratios.append(row)
@@ -180,7 +174,7 @@ def peer_seconds(folder: Path | None, seconds: float) -> tuple[dict[tuple[str, i
     manager = kvcached_peer.load(folder.resolve())
     rate = kvcached_peer.threads_rate(manager, 16, THREADS, seconds * 5)
     peer = kvcached_peer.measure(manager)
-    states = zip(("fresh", "part-filled", "scattered"), kvcached_peer.STATES, strict=True)
+    states = zip(STATES, kvcached_peer.STATES, strict=True)
     cases = itertools.product(states, (count for count, _ in kvcached_peer.BATCHES))
     return {(state, count): min(peer[f"{count} blocks{said}"]) * 1e-6 for (state, said), count in cases}, rate
 

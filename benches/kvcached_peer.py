@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -33,7 +36,8 @@ PER_PAGE = (2 << 20) // (BLOCK_TOKENS * TOKEN_BYTES)
 # Of so many blocks that lie side by side one is free.
 SCATTERED = 3
 # How blocks lie, as it is said in a case.
-STATES = ("", f", {PART_FILLED} part-filled pages", ", scattered")
+STATES = ("", f", {PART_FILLED} part-filled pages", f", {PART_FILLED} pages with 0 to 63 in use", ", scattered")
+MIXED = 2
 REPEATS = 50
 
 # Declares what kvcached calls of the CUDA runtime; the real header needs a compiler's own headers.
@@ -179,6 +183,24 @@ def scatter(manager: Any) -> list[int]:
     return [block for place, block in enumerate(blocks) if place % SCATTERED]
 
 
+def mix(manager: Any) -> list[int]:
+    """Leave 400 pages as differently full as can be, with 0 to 63 of 64 blocks in use at places by chance; these."""
+    chance = random.Random(7)  # noqa: S311
+    blocks = sorted(int(block) for block in manager.alloc(PART_FILLED * PER_PAGE))
+    pages = [blocks[number * PER_PAGE :][:PER_PAGE] for number in range(PART_FILLED)]
+    held = {block for number, page in enumerate(pages) for block in chance.sample(page, number % PER_PAGE)}
+    manager.free([block for block in blocks if block not in held])
+    return sorted(held)
+
+
+def words(state: int, count: int) -> int:
+    """Count the words of 64 blocks in which so many free ones lie in a state, if in those that have the most."""
+    if state != MIXED:
+        return math.ceil(count * (SCATTERED if state == len(STATES) - 1 else 1) / PER_PAGE)
+    free = sorted((PER_PAGE - number % PER_PAGE for number in range(PART_FILLED)), reverse=True)
+    return 1 + sum(so_far < count for so_far in itertools.accumulate(free))
+
+
 def threads_rate(manager: Any, blocks: int, count: int, seconds: float) -> float:
     """Count the pairs of calls a second of so many threads at once, each with blocks of its own.
 
@@ -216,10 +238,11 @@ def threads_rate(manager: Any, blocks: int, count: int, seconds: float) -> float
 
 
 def measure(manager: Any) -> dict[str, list[float]]:
-    """Measure fresh, part-filled and scattered: microseconds of each round by case."""
+    """Measure fresh, part-filled in two ways and scattered: microseconds of each round by case."""
     manager.alloc(1)
     figures, held = {}, []
-    for state, make in zip(STATES, (list, lambda: fragment(manager), lambda: scatter(manager)), strict=True):
+    ways = (list, lambda: fragment(manager), lambda: mix(manager), lambda: scatter(manager))
+    for state, make in zip(STATES, ways, strict=True):
         if held:
             manager.free(held)
         held = make()

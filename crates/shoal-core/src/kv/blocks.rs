@@ -6,8 +6,9 @@
 //! shared by count; every refused call has changed nothing.
 //!
 //! A block belongs to the granule of its first byte. One that reaches into the next granule can be had only while both are
-//! mapped, and keeps both. Allocating takes from the fullest granule that has room, so that the others drain; what it costs
-//! depends neither on how many granules there are nor on how they are filled.
+//! mapped, and keeps both. Allocating takes from the fullest granule that has room, so that the others drain; a batch looks
+//! past those with less room than it wants, or than half a word, while there are others. So what it costs does not depend on
+//! how many granules there are, and on how they are filled as far as they have such room.
 
 use super::bits::Bits;
 use super::fill::{EMPTY, Fill, NONE, USELESS};
@@ -19,9 +20,11 @@ use crate::bytes::PAGE_BYTES;
 mod checks;
 mod granules;
 mod owners;
+mod pick;
 
 pub use granules::GranuleError;
 use owners::Owners;
+use pick::Pick;
 
 /// Why a call on blocks was refused. Nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -271,9 +274,10 @@ impl BlockPool {
             return false;
         }
         let mut filled = 0;
+        let mut pick = Pick::default();
         while filled < ids.len() {
             // There is one, or `available` would be less.
-            let Some(slot) = self.fill.fullest() else { break };
+            let Some(slot) = self.pick(ids.len() - filled, &mut pick) else { break };
             let granule = &mut self.granules[slot as usize];
             let open = &mut ids[filled..];
             let wanted = granule.free.min(u32::try_from(open.len()).unwrap_or(u32::MAX));

@@ -1,8 +1,9 @@
 //! Granules by how full they are: 64 lists, and a word that says which have any.
 //!
 //! Apart because it is what makes the pick O(1): the fullest granule that still has room is the head of the highest list
-//! in use. Filling the fullest first lets the others drain, so that memory can go back. Sources: the slab lists of an
-//! operating system's allocator, with a bitmap over the lists as in two-level segregated fit (Masmano et al., 2004).
+//! in use, and of the fullest that has room for some, only heads are looked at. Filling the fullest first lets the others
+//! drain, so that memory can go back. Sources: the slab lists of an operating system's allocator, with a bitmap over the
+//! lists as in two-level segregated fit (Masmano et al., 2004).
 
 /// No granule.
 pub(super) const NONE: u32 = u32::MAX;
@@ -46,6 +47,22 @@ impl Fill {
     pub(super) fn fullest(&self) -> Option<u32> {
         let used = self.used & !(1 << USELESS);
         (used != 0).then(|| self.heads[63 - used.leading_zeros() as usize])
+    }
+
+    /// The fullest granule of these lists, each a bit, that has enough by `has_enough`, as far as the head of each list says;
+    /// none in which nothing is. With it the lists among which the next one is, when no less is wanted.
+    #[inline]
+    pub(super) fn fullest_with(&self, lists: u64, has_enough: impl Fn(u32) -> bool) -> Option<(u32, u64)> {
+        let mut left = self.used & lists & !(1 << USELESS) & !(1 << EMPTY);
+        while left != 0 {
+            let list = 63 - left.leading_zeros();
+            let slot = self.heads[list as usize];
+            if has_enough(slot) {
+                return Some((slot, (2 << list) - 1));
+            }
+            left &= !(1 << list);
+        }
+        None
     }
 
     /// The granules of one list.
@@ -119,6 +136,17 @@ mod tests {
                     prop_assert!(fill.list(list).eq(wanted));
                 }
                 let fullest = plain.iter().rev().filter(|entry| entry.0 < USELESS).max_by_key(|entry| entry.0);
+                // As if a granule had as much room as its number says.
+                for least in 0..12 {
+                    let head = |list: u8| plain.iter().rev().find(|entry| entry.0 == list).map(|entry| entry.1);
+                    let wanted = (1..USELESS).rev().find_map(|list| {
+                        head(list).filter(|slot| *slot >= least).map(|slot| (slot, (2_u64 << list) - 1))
+                    });
+                    prop_assert_eq!(fill.fullest_with(u64::MAX, |slot| slot >= least), wanted);
+                    if let Some((_, lists)) = wanted {
+                        prop_assert_eq!(fill.fullest_with(lists, |slot| slot >= least), wanted);
+                    }
+                }
                 prop_assert_eq!(
                     fill.fullest().map(|slot| plain.iter().find(|entry| entry.1 == slot).map(|entry| entry.0)),
                     fullest.map(|entry| Some(entry.0))

@@ -157,7 +157,12 @@ impl Inner {
                     end = End::Over { is_late: true };
                     break;
                 }
-                if !self.lift(wanted, &mut row, || checks.right_of(run.len()), || checks.step_between(is_alone)) {
+                if !self.lift(
+                    wanted,
+                    &mut row,
+                    || checks.right_of(run.len()),
+                    || checks.step_between(is_alone),
+                ) {
                     end = End::Over { is_late: false };
                     break;
                 }
