@@ -39,6 +39,8 @@ impl Shared {
     pub(super) fn alloc_plainly<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
         let deadline = Instant::now() + self.patience;
         let mut has_grown = false;
+        // Held from mapping until the blocks are taken: or they would be surplus, which the cache's own thread gives back.
+        let mut growing = None;
         for _ in 0..ATTEMPTS_MAX {
             let was_leaving = {
                 let mut state = self.state.lock();
@@ -58,23 +60,29 @@ impl Shared {
                 }
                 state.is_leaving()
             };
+            drop(growing.take());
             let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX);
             // As long as something is only cached here, nobody else gives up memory for what this cache asks for: memory is
             // leased where some lies free, and else what is cached goes.
             let figures = self.state.lock().pool(group)?.figures();
             let patience =
                 if figures.cached > 0 { Patience::turns(deadline) } else { Patience::all(deadline) };
-            if self.grow_now(group, wanted, patience)? {
+            growing = self.grow_now(group, wanted, patience)?;
+            if growing.is_some() {
                 has_grown = true;
                 continue;
             }
             // What is cached makes up for a part, and there may be memory for the rest: before anything is evicted.
             let makes_up = figures.cached + figures.available;
             if figures.cached > 0 && makes_up < wanted {
-                has_grown |= self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
+                growing = self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
+                has_grown |= growing.is_some();
             }
-            if !self.state.lock().evict_for(group, wanted)?
-                && !self.make_room(group, wanted, deadline)?
+            if self.state.lock().evict_for(group, wanted)? {
+                continue;
+            }
+            drop(growing.take());
+            if !self.make_room(group, wanted, deadline)?
                 && !self.await_leaving(was_leaving, group, wanted, deadline)?
             {
                 return Ok(false);
@@ -137,25 +145,26 @@ impl Shared {
         Ok(!report.freed.is_zero())
     }
 
-    /// [`grow`](Self::grow), and false too where there is no memory for it now.
-    fn grow_now(&self, group: usize, blocks: u32, patience: Patience) -> Result<bool, MemoryError> {
+    /// [`grow`](Self::grow), and `None` too where there is no memory for it now.
+    fn grow_now(&self, group: usize, blocks: u32, patience: Patience) -> Result<Option<Taken>, MemoryError> {
         match self.grow(group, blocks, patience) {
             Err(error) if is_not_now(&error) => {
                 tracing::debug!(%error, blocks, "no memory for blocks now");
-                Ok(false)
+                Ok(None)
             }
             grown => grown,
         }
     }
 
-    /// Maps what `blocks` blocks lack. False: there is no room for it under the limit.
-    fn grow(&self, group: usize, blocks: u32, patience: Patience) -> Result<bool, MemoryError> {
+    /// Maps what `blocks` blocks lack. As long as what this gives is held, nothing of it is given back as surplus. `None`: there
+    /// is no room for it under the limit.
+    fn grow(&self, group: usize, blocks: u32, patience: Patience) -> Result<Option<Taken>, MemoryError> {
         let late =
             || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
-        let _growing = self.growing.take(patience.turns).ok_or_else(late)?;
-        let Some(planned) = self.state.lock().plan_growth(group, blocks)? else { return Ok(false) };
+        let growing = self.growing.take(patience.turns).ok_or_else(late)?;
+        let Some(planned) = self.state.lock().plan_growth(group, blocks)? else { return Ok(None) };
         self.map(&planned, patience, Purpose::Need)?;
-        Ok(true)
+        Ok(Some(growing))
     }
 
     /// Maps what is expected, a few granules at a time, so that whoever needs memory now has its turn in between. Where the
@@ -334,12 +343,14 @@ impl Shared {
     }
 
     /// Gives back what was empty at `clocks` and nothing is expected for. False: a step runs, and which ones have ended is
-    /// not known.
+    /// not known; or somebody maps.
     pub(super) fn release_surplus(&self, clocks: &[u64]) -> Result<bool, MemoryError> {
         let deadline = Instant::now() + AHEAD_WAIT;
         if !self.fence(deadline)? {
             return Ok(false);
         }
+        // What was just mapped is empty until it is taken.
+        let Some(_growing) = self.growing.take(deadline) else { return Ok(false) };
         let _turn = self.manager().take_turn_only(deadline)?;
         let planned = self.state.lock().plan_release(clocks)?;
         let mut report = Report::new(ByteCount::ZERO);
