@@ -59,7 +59,8 @@ class KvBacking:
         Returns
         -------
         bool
-            False if there is no room now: nothing has changed, and trying later may work.
+            False if there is no room now, or memory that was there before is not unmapped yet: nothing has changed, and
+            trying later may work.
 
         Raises
         ------

@@ -171,6 +171,17 @@ pub enum MemoryError {
         /// How long.
         waited: Duration,
     },
+    /// Memory that was given up at these addresses is mapped still: something holds it, or the device refuses. Nothing was
+    /// changed, and the next operation asks for that memory again.
+    #[error(
+        "region {region:?}: what was given up at these addresses could not be unmapped within {waited:?}, so nothing can be mapped there yet"
+    )]
+    StillMapped {
+        /// The region.
+        region: String,
+        /// How long was waited; not at all where the device refuses.
+        waited: Duration,
+    },
     /// The transfer was cancelled. What was brought back before stays.
     #[error("cancelled after {done} of {total}")]
     Cancelled {
@@ -219,12 +230,18 @@ impl MemoryError {
                 ErrorKind::Region
             }
             Self::SourceRead { .. } | Self::SourceMismatch { .. } => ErrorKind::Source,
-            Self::Deadline { .. } | Self::Cancelled { .. } | Self::TooManyTransfers { .. } => {
-                ErrorKind::Transfer
-            }
+            Self::Deadline { .. }
+            | Self::StillMapped { .. }
+            | Self::Cancelled { .. }
+            | Self::TooManyTransfers { .. } => ErrorKind::Transfer,
             Self::Blocks(_) | Self::Kv(_) | Self::KvLayout(_) => ErrorKind::Blocks,
             Self::Broker { .. } => ErrorKind::Broker,
         }
+    }
+
+    /// Whether it only came too late, so that the same may be had by and by.
+    pub(crate) const fn is_late(&self) -> bool {
+        matches!(self, Self::Deadline { .. } | Self::StillMapped { .. })
     }
 
     pub(crate) fn device(doing: &'static str) -> impl FnOnce(DeviceError) -> Self {

@@ -91,7 +91,7 @@ impl KvBacking {
                 Ok(false) => {}
                 Err(error)
                     if matches!(error.kind(), ErrorKind::Lease | ErrorKind::OutOfMemory)
-                        || matches!(error, MemoryError::Deadline { .. }) =>
+                        || error.is_late() =>
                 {
                     tracing::debug!(%error, blocks = ids.len(), "no memory for blocks now");
                     return Ok(false);
@@ -174,7 +174,8 @@ impl KvBacking {
         };
         let wanted = {
             // In turn: in the middle of a reclaim pages are gone whose lease is not given back yet.
-            let _turn = manager.take_turn(manager.operation_deadline())?;
+            let runs = self.blocks.lock().plan_back(ids)?;
+            let _turn = self.region.take_turn_to_map(&runs, deadline)?;
             self.drop_idle_copies();
             let runs = self.blocks.lock().plan_back(ids)?;
             let missing = self.region.missing_bytes();

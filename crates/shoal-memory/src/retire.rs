@@ -64,6 +64,15 @@ enum Why {
     Refused(DeviceError),
 }
 
+/// Why memory is mapped still that a region has given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Lingering {
+    /// Something holds it, which ends by itself.
+    Held,
+    /// The device refused to unmap it.
+    Refused,
+}
+
 /// Memory that cannot be freed yet.
 #[derive(Debug)]
 pub(crate) struct Retired {
@@ -180,15 +189,16 @@ impl MemoryManager {
         self.retired.lock().extend(retired);
     }
 
-    /// Whether memory that could not be freed yet is mapped in this range of a reservation. Needs the turn: who has it may be
-    /// asking for that memory again.
-    pub(crate) fn is_retired_within(
+    /// Why memory is mapped in this range of a reservation that could not be freed yet; `None`: none is. Needs the turn: who has
+    /// it may be asking for that memory again.
+    pub(crate) fn lingering_within(
         &self,
         reservation: &Arc<Reservation>,
         offset: ByteCount,
         bytes: ByteCount,
-    ) -> bool {
-        self.retired.lock().iter().any(|entry| match &entry.rest {
+    ) -> Option<Lingering> {
+        let retired = self.retired.lock();
+        let within = retired.iter().filter(|entry| match &entry.rest {
             Rest::Mapped(Resident { mapping, .. }) => {
                 let (start, length) = (mapping.offset(), mapping.bytes());
                 Arc::ptr_eq(mapping.reservation(), reservation)
@@ -196,7 +206,12 @@ impl MemoryManager {
                     && offset < start + length
             }
             Rest::Bare(_) => false,
-        })
+        });
+        let why = within.map(|entry| match entry.why {
+            Why::Unfenced | Why::Held => Lingering::Held,
+            Why::Refused(_) => Lingering::Refused,
+        });
+        why.max()
     }
 
     /// Keeps what could not be freed for a later operation.

@@ -164,6 +164,9 @@ pub(crate) fn of_memory(error: MemoryError) -> PyErr {
         MemoryError::Deadline { waited, .. } => {
             raise("DeadlineError", "deadline", &message, vec![("waited_s", (*waited).into())])
         }
+        MemoryError::StillMapped { waited, .. } => {
+            raise("DeadlineError", "still_mapped", &message, vec![("waited_s", (*waited).into())])
+        }
         MemoryError::Cancelled { .. } => raise("TransferError", "cancelled", &message, vec![]),
         MemoryError::TooManyTransfers { .. } => {
             raise("TransferError", "too_many_transfers", &message, vec![])

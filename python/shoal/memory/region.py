@@ -202,6 +202,8 @@ class Region:
             If it lies outside.
         LeaseError, OutOfMemoryError
             If there is no room for it. Nothing has changed then.
+        DeadlineError
+            If memory that was taken away there before could not be unmapped in time. Nothing has changed then.
         """
         self._native.commit(offset, nbytes)
 

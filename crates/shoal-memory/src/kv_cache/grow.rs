@@ -304,7 +304,7 @@ impl Shared {
     /// addresses are not to be had yet: it goes when that is over ([`settle_leaving`](Self::settle_leaving)). True: it is gone.
     /// Needs the turn.
     fn leave(&self, state: &mut KvState, granule: GranuleId) -> Result<bool, MemoryError> {
-        let lingers = state.runs(granule)?.iter().any(|run| self.region.lingers(*run));
+        let lingers = self.region.lingering(&state.runs(granule)?).is_some();
         if lingers {
             self.lingering.lock().push(granule);
         } else {
@@ -533,7 +533,7 @@ enum Fate {
 
 /// Whether it means that there is no memory now, and nothing worse.
 fn is_not_now(error: &MemoryError) -> bool {
-    is_shortage(error) || matches!(error, MemoryError::Deadline { .. })
+    is_shortage(error) || error.is_late()
 }
 
 /// Whether less might be had.

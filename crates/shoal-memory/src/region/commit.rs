@@ -1,6 +1,7 @@
 //! Device memory by range: zeroed now, or gone. For KV, for workspaces, and for weights that an engine writes itself.
 
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::extent::{Extent, PageRun};
@@ -11,38 +12,46 @@ use shoal_core::tier::Tier;
 
 use super::Region;
 use crate::error::MemoryError;
-use crate::retire::{Released, Resident};
+use crate::retire::{Lingering, Released, Resident};
 use crate::supply::{Content, Supply};
+use crate::turn::Taken;
+
+/// How soon it is looked again whether what was given up is unmapped, at first and at most.
+const NAP: Duration = Duration::from_millis(1);
+const NAP_MAX: Duration = Duration::from_millis(50);
 
 impl Region {
-    /// Gives the pages that the range touches zeroed device memory, where they have none. All or nothing.
+    /// Gives the pages that the range touches zeroed device memory, where they have none. All or nothing. What was given up
+    /// there and is held still, as by a copy or by being zeroed, is waited for as long as a lease would be.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`], [`MemoryError::State`] where a KV cache lies in it, [`MemoryError::Lease`],
-    /// [`MemoryError::Device`]; nothing is changed.
+    /// [`MemoryError::StillMapped`], [`MemoryError::Device`]; nothing is changed.
     pub fn commit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
         self.check_no_cache("commit")?;
-        let run = PageRun::covering(offset, bytes);
+        let (run, patience) = (PageRun::covering(offset, bytes), self.manager().options.lease_wait);
         let wanted = {
-            let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
+            let _turn = self.take_turn_to_map(&[run], Instant::now() + patience)?;
             self.wanted_extents(&[run])?
         };
-        let deadline = Instant::now() + self.manager().options.lease_wait;
+        let deadline = Instant::now() + patience;
         let mut supply = self.supply(wanted, Content::Zeroed, deadline, "memory for a range")?;
-        let _turn = self.manager().take_turn(self.manager().operation_deadline())?;
+        let _turn = self.take_turn_to_map(&[run], deadline)?;
         self.commit_in_turn(&[run], &mut supply)
     }
 
     /// [`commit`](Self::commit) of whole pages by a deadline, and only while nothing of the region is off the device. It
     /// fences nothing, since a graph may be captured, and zeroes nothing: torch, like the driver, promises nothing about
-    /// the bytes of new memory, and the frames of a pool are this process's own (I12).
+    /// the bytes of new memory, and the frames of a pool are this process's own (I12). What was given up there is not waited
+    /// for: torch may have other addresses.
     pub(crate) fn commit_by(&self, run: PageRun, deadline: Instant) -> Result<(), MemoryError> {
         let wanted = {
             let _turn = self.manager().take_turn_only(deadline)?;
             if !self.missing_bytes().is_zero() {
                 return Err(self.refuse("take memory for torch", "the region is asleep; wake it first"));
             }
+            self.check_unmapped(&[run])?;
             self.wanted_extents(&[run])?
         };
         if wanted.is_empty() {
@@ -110,6 +119,7 @@ impl Region {
         supply: &mut Supply,
         content: Content,
     ) -> Result<ByteCount, MemoryError> {
+        self.check_unmapped(runs)?;
         let (inserted, empty) = self.enter_extents(runs)?;
         let mut committed: Vec<ExtentIndex> = Vec::new();
         let mut bytes = ByteCount::ZERO;
@@ -161,11 +171,42 @@ impl Region {
         error.map_or(Ok(freed), Err)
     }
 
-    /// Whether pages of this run are mapped although the region has given them up: something holds them still, or the device
-    /// does. Needs the turn.
-    pub(crate) fn lingers(&self, run: PageRun) -> bool {
-        let offset = ByteCount(run.first * PAGE_BYTES.0);
-        self.manager().is_retired_within(self.reservation(), offset, run.bytes())
+    /// Takes the turn when nothing is mapped in these runs that the region has given up. It is waited for where something
+    /// holds it, without the turn; where the device refused to unmap it, waiting is no use.
+    ///
+    /// # Errors
+    /// [`MemoryError::StillMapped`], [`MemoryError::Deadline`].
+    pub(crate) fn take_turn_to_map(&self, runs: &[PageRun], deadline: Instant) -> Result<Taken, MemoryError> {
+        let (start, mut nap) = (Instant::now(), NAP);
+        loop {
+            let turn = self.manager().take_turn(self.manager().operation_deadline())?;
+            match self.lingering(runs) {
+                None => return Ok(turn),
+                Some(Lingering::Held) if Instant::now() < deadline => {}
+                Some(_) => return Err(self.still_mapped(start.elapsed())),
+            }
+            drop(turn);
+            thread::sleep(nap);
+            nap = (nap * 2).min(NAP_MAX);
+        }
+    }
+
+    fn check_unmapped(&self, runs: &[PageRun]) -> Result<(), MemoryError> {
+        self.lingering(runs).map_or(Ok(()), |_| Err(self.still_mapped(Duration::ZERO)))
+    }
+
+    fn still_mapped(&self, waited: Duration) -> MemoryError {
+        MemoryError::StillMapped { region: self.name().to_owned(), waited }
+    }
+
+    /// Why pages of these runs are mapped although the region has given them up: something holds them still, or the device
+    /// does. `None`: none are. Needs the turn.
+    pub(crate) fn lingering(&self, runs: &[PageRun]) -> Option<Lingering> {
+        let why = |run: &PageRun| {
+            let offset = ByteCount(run.first * PAGE_BYTES.0);
+            self.manager().lingering_within(self.reservation(), offset, run.bytes())
+        };
+        runs.iter().filter_map(why).max()
     }
 
     fn take_residents(&self, run: PageRun) -> Result<Vec<Resident>, MemoryError> {

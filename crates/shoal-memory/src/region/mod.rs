@@ -8,6 +8,8 @@ mod access;
 mod blocks;
 mod checks;
 mod commit;
+#[cfg(test)]
+mod commit_tests;
 mod evict;
 mod fill;
 mod flush;
