@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::history::{Ballast, arm, may_fail, settle};
+use common::history::{Ballast, arm, is_given, may_fail, settle};
 use common::{PAGE, WAIT, World, keeping, open, pooled_world_on};
 use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
@@ -164,7 +164,7 @@ impl Model {
         let mut ids = vec![u32::MAX; count];
         let owners = self.owners();
         let outcome = self.cache.alloc(0, &mut ids);
-        if !may_fail(outcome).unwrap_or(false) {
+        if !is_given(outcome) {
             return;
         }
         for id in &ids {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::history::{Ballast, arm, may_fail, settle};
+use common::history::{Ballast, arm, is_given, may_fail, settle};
 use common::{PAGE, WAIT, World, keeping, open, pooled_world_on};
 use proptest::prelude::*;
 use shoal_core::bytes::ByteCount;
@@ -193,7 +193,7 @@ impl Model {
         let mut taken = Holding::default();
         for (group, count) in [count, count, 1].into_iter().enumerate() {
             let mut ids = vec![u32::MAX; count];
-            if !may_fail(self.cache.alloc(group, &mut ids)).unwrap_or(false) {
+            if !is_given(self.cache.alloc(group, &mut ids)) {
                 // What the other groups gave is forgotten: somebody else's bytes may have been there.
                 self.free(&taken);
                 return;

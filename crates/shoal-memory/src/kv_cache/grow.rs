@@ -107,18 +107,22 @@ impl Shared {
             }
         }
         // Whoever unmaps has the turn until all of it is gone.
+        let Some(_turn) = self.turn_now(deadline)? else { return Ok(false) };
+        self.settle_leaving()?;
+        Ok(true)
+    }
+
+    /// The turn. `None`: another operation has it until `deadline`.
+    fn turn_now(&self, deadline: Instant) -> Result<Option<Taken>, MemoryError> {
         match self.manager().take_turn_only(deadline) {
-            Ok(_turn) => {
-                self.settle_leaving()?;
-                Ok(true)
-            }
-            Err(error) if is_not_now(&error) => Ok(false),
+            Ok(turn) => Ok(Some(turn)),
+            Err(error) if error.is_late() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     /// Takes memory from what is empty or only cached in other groups, so that this one can grow under the limit. False: no
-    /// such memory, or it is not known that no step uses it.
+    /// such memory, or it is not known that no step uses it, or another operation is under way for too long.
     fn make_room(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
         let (bytes, clocks) = {
             let mut state = self.state.lock();
@@ -138,7 +142,7 @@ impl Shared {
         if !self.fence(deadline)? {
             return Ok(false);
         }
-        let _turn = self.manager().take_turn_only(deadline)?;
+        let Some(_turn) = self.turn_now(deadline)? else { return Ok(false) };
         let planned = self.state.lock().plan_reclaim(bytes, &clocks)?;
         let mut report = Report::new(bytes);
         self.unmap(&planned, Fate::Pooled, &mut report);

@@ -26,13 +26,21 @@ pub(crate) fn arm(faults: &FaultDevice, device: DeviceId, fault: Option<(u64, bo
     });
 }
 
-/// An error that an operation may have: the one that was injected, or what is short or busy beside it.
-fn may_be(error: &MemoryError) -> bool {
+/// An error that was injected.
+fn is_injected(error: &MemoryError) -> bool {
     match error {
         MemoryError::Device { source: DeviceError::Injected { .. }, .. } => true,
         MemoryError::Device { source: DeviceError::OutOfMemory { free, capacity, .. }, .. } => {
             (*free, *capacity) == (ByteCount::ZERO, ByteCount(PAGE))
         }
+        _ => false,
+    }
+}
+
+/// An error that an operation may have: the one that was injected, or what is short or busy beside it.
+fn may_be(error: &MemoryError) -> bool {
+    match error {
+        _ if is_injected(error) => true,
         MemoryError::State { .. } => error.to_string().contains("on the host"),
         _ => matches!(error.kind(), ErrorKind::Lease | ErrorKind::HostBudget | ErrorKind::Transfer),
     }
@@ -41,6 +49,17 @@ fn may_be(error: &MemoryError) -> bool {
 /// What came of an operation; any other error than those that it may have ends the test.
 pub(crate) fn may_fail<T>(outcome: Result<T, MemoryError>) -> Option<T> {
     outcome.map_err(|error| assert!(may_be(&error), "{error} ({error:?})")).ok()
+}
+
+/// Whether an allocation gave anything. Where something is short or busy, *not now* is its answer and no error.
+pub(crate) fn is_given(outcome: Result<bool, MemoryError>) -> bool {
+    match outcome {
+        Ok(is_given) => is_given,
+        Err(error) => {
+            assert!(is_injected(&error), "{error} ({error:?})");
+            false
+        }
+    }
 }
 
 /// Somebody else's lease, which comes and goes.
