@@ -234,15 +234,30 @@ impl Region {
         deadline: Instant,
         reason: &str,
     ) -> Result<Supply, MemoryError> {
+        self.supply_beside(&mut None, wanted, content, deadline, reason)
+    }
+
+    /// The same, with what is `held` already: that goes with it, or stays there if the rest cannot be had.
+    pub(crate) fn supply_beside(
+        &self,
+        held: &mut Option<Supply>,
+        wanted: impl IntoIterator<Item = ByteCount>,
+        content: Content,
+        deadline: Instant,
+        reason: &str,
+    ) -> Result<Supply, MemoryError> {
         let wanted: Vec<_> = wanted.into_iter().collect();
         let total: ByteCount = wanted.iter().copied().sum();
         let mut supply = Supply::from_pool(Arc::clone(self.manager()), self.kind(), wanted, content);
-        let needed = total.saturating_sub(supply.bytes());
+        let there = supply.bytes() + held.as_ref().map_or(ByteCount::ZERO, Supply::bytes);
+        let needed = total.saturating_sub(there);
         if !needed.is_zero() {
             let more = self.ask(needed, deadline.saturating_duration_since(Instant::now()), reason)?;
             // Of the same kind, so it joins.
             let _ = supply.join(more);
         }
+        // The same.
+        let _ = held.take().map(|held| supply.join(held));
         Ok(supply)
     }
 }

@@ -10,6 +10,7 @@
 //! | [`compact`] | which blocks to move so that memory can go back |
 //! | [`moves`] | moves begun and ended, with others going on in between |
 //! | [`reuse`] | what sealed blocks hold, put together with who owns them |
+//! | [`room`] | what a group could have of the memory of the others |
 //! | [`prefix`] | which blocks hold the beginning of a sequence already |
 //! | [`eviction`] | which cached blocks, or whole extents of them, go first |
 //! | [`state`] | all of it together: [`KvState`](state::KvState) |
@@ -30,4 +31,5 @@ pub mod limit;
 pub mod moves;
 pub mod prefix;
 pub mod reuse;
+pub mod room;
 pub mod state;

@@ -76,7 +76,7 @@ pub type Clocks = Vec<u64>;
 pub(super) struct Group {
     pub(super) pool: BlockPool,
     pub(super) demand: Demand,
-    block_bytes: u64,
+    pub(super) block_bytes: u64,
     pub(super) unit_bytes: u64,
     /// Free and mapped blocks to have.
     spare: u32,
@@ -87,7 +87,7 @@ pub(super) struct Group {
 
 impl Group {
     /// Units of granules in which nothing is owned.
-    fn unowned_units(&self) -> u64 {
+    pub(super) fn unowned_units(&self) -> u64 {
         let figures = self.pool.figures();
         let cached = if figures.cached > 0 { self.pool.evictable() } else { Vec::new() };
         let cached = cached.iter().filter_map(|(slot, _)| self.pool.units_of(*slot));
@@ -335,9 +335,8 @@ impl KvState {
     /// [`KvError::UnknownGroup`].
     pub fn allocatable(&self, group: usize) -> Result<u32, KvError> {
         let figures = self.pool(group)?.figures();
-        let elsewhere = self.groups.iter().enumerate().filter(|(at, _)| *at != group);
-        let elsewhere: u64 = elsewhere.map(|(_, other)| other.unowned_units() * other.unit_bytes).sum();
-        let open = (self.limit.bytes().0 + elsewhere).saturating_sub(self.mapped_bytes().0);
+        let open =
+            (self.limit.bytes().0 + self.unowned_beside(group).0).saturating_sub(self.mapped_bytes().0);
         let owned = self.owned_bytes();
         let (units, group) = (self.layout.groups()[group].units(), &self.groups[group]);
         let units = (u64::from(figures.units) + open / group.unit_bytes).min(units);
@@ -534,21 +533,7 @@ impl KvState {
     /// # Errors
     /// None that a caller can cause.
     pub fn plan_reclaim(&mut self, bytes: ByteCount, clocks: &[u64]) -> Result<Vec<GranuleId>, KvError> {
-        let (mut planned, mut found) = (Vec::new(), 0);
-        for (at, clock) in (0..self.groups.len()).zip(clocks) {
-            let group = &mut self.groups[at];
-            let slots: Vec<u32> = group.pool.empty(*clock).collect();
-            for slot in slots {
-                if found >= bytes.0 {
-                    return Ok(planned);
-                }
-                let units = group.pool.units_of(slot).map_or(0, |(_, units)| u64::from(units));
-                group.pool.leaving(slot)?;
-                found += units * group.unit_bytes;
-                planned.push(GranuleId { group: at, slot });
-            }
-        }
-        Ok(planned)
+        self.plan_empty(bytes, clocks, |_| true)
     }
 
     /// Granules in which nothing lies and whose pages `is_had` takes. They are leaving from now on.

@@ -12,12 +12,13 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::extent::PageRun;
 use shoal_core::kv::ids::BlockId;
 use shoal_core::kv::moves::Repack;
+use shoal_core::kv::room::Growth;
 use shoal_core::kv::state::{GranuleId, KvState};
 
 use super::Shared;
 use crate::error::{ErrorKind, MemoryError};
 use crate::region::Report;
-use crate::supply::Content;
+use crate::supply::{Content, Supply};
 use crate::transfer::Shared as TransferShared;
 use crate::turn::Taken;
 
@@ -25,7 +26,7 @@ use crate::turn::Taken;
 const ATTEMPTS_MAX: u32 = 4;
 /// After how much the cache's own thread lets others have the turn.
 const SPARE_STEP: ByteCount = ByteCount::mib(32);
-/// How long the cache's own thread waits for what is in its way.
+/// How long the cache's own thread waits for what is in its way, and at the least whoever has begun what cannot be taken back.
 const AHEAD_WAIT: Duration = Duration::from_millis(100);
 
 impl Shared {
@@ -37,12 +38,14 @@ impl Shared {
     }
 
     pub(super) fn alloc_plainly<T: BlockId>(&self, group: usize, ids: &mut [T]) -> Result<bool, MemoryError> {
-        let deadline = Instant::now() + self.patience;
+        let mut deadline = Instant::now() + self.patience;
         let mut has_grown = false;
         // Held from mapping until the blocks are taken: or they would be surplus, which the cache's own thread gives back.
         let mut growing = None;
+        // Leased for what other groups have made room for, until it is mapped.
+        let mut held = None;
         for _ in 0..ATTEMPTS_MAX {
-            let was_leaving = {
+            let mut was_leaving = {
                 let mut state = self.state.lock();
                 if has_grown {
                     // The cache's own thread may have slept for long: what is taken now is the demand of this moment.
@@ -67,7 +70,7 @@ impl Shared {
             let figures = self.state.lock().pool(group)?.figures();
             let patience =
                 if figures.cached > 0 { Patience::turns(deadline) } else { Patience::all(deadline) };
-            growing = self.grow_now(group, wanted, patience)?;
+            growing = self.grow_now(group, wanted, patience, &mut held)?;
             if growing.is_some() {
                 has_grown = true;
                 continue;
@@ -75,16 +78,18 @@ impl Shared {
             // What is cached makes up for a part, and there may be memory for the rest: before anything is evicted.
             let makes_up = figures.cached + figures.available;
             if figures.cached > 0 && makes_up < wanted {
-                growing = self.grow_now(group, wanted - figures.cached, Patience::all(deadline))?;
+                let patience = Patience::all(deadline);
+                growing = self.grow_now(group, wanted - figures.cached, patience, &mut held)?;
                 has_grown |= growing.is_some();
             }
             if self.state.lock().evict_for(group, wanted)? {
                 continue;
             }
             drop(growing.take());
-            if !self.make_room(group, wanted, deadline)?
-                && !self.await_leaving(was_leaving, group, wanted, deadline)?
-            {
+            if self.make_room(group, wanted, deadline, &mut held, &mut was_leaving)? {
+                // What went for this shall not have gone in vain.
+                deadline = deadline.max(Instant::now() + AHEAD_WAIT);
+            } else if !self.await_leaving(was_leaving, group, wanted, deadline)? {
                 return Ok(false);
             }
         }
@@ -121,37 +126,67 @@ impl Shared {
         }
     }
 
-    /// Takes memory from what is empty or only cached in other groups, so that this one can grow under the limit. False: no
-    /// such memory, or it is not known that no step uses it, or another operation is under way for too long.
-    fn make_room(&self, group: usize, blocks: u32, deadline: Instant) -> Result<bool, MemoryError> {
-        let (bytes, clocks) = {
-            let mut state = self.state.lock();
-            if state.layout().groups().len() < 2 || !state.fits_limit(group, blocks)? {
-                return Ok(false);
-            }
-            let layout = &state.layout().groups()[group];
-            let bytes =
-                ByteCount(layout.block_bytes().0 * u64::from(blocks)).round_up_to(layout.unit_bytes());
-            let empty = state.usage().empty;
-            let evicted = state.evict_granules(bytes.saturating_sub(empty))?;
-            if (empty + evicted).is_zero() {
-                return Ok(false);
-            }
-            (bytes, state.clocks())
+    /// Takes memory from what is empty or only cached in other groups, so that this one can grow under the limit; what has to
+    /// be leased beside that is in `held` then. False: it cannot be had now. Nothing is evicted before all is known that
+    /// can be: that it would be enough, that no step uses it, and that no other operation is under way. Says in `is_over_soon`
+    /// whether something was in the way that need not be when the turn is there the next time.
+    fn make_room(
+        &self,
+        group: usize,
+        blocks: u32,
+        deadline: Instant,
+        held: &mut Option<Supply>,
+        is_over_soon: &mut bool,
+    ) -> Result<bool, MemoryError> {
+        let growth = Growth { group, blocks, also: self.region.missing_bytes() };
+        let beside = {
+            let state = self.state.lock();
+            // It may have left before anybody asks for it again, and with that it would be enough.
+            *is_over_soon |= state.is_leaving();
+            state.lease_beside(growth)?
         };
+        let Some(beside) = beside else { return Ok(false) };
+        *held = None;
+        if !beside.is_zero() {
+            match self.region.supply([beside], Content::Zeroed, deadline, "KV blocks") {
+                Ok(supply) => *held = Some(supply),
+                Err(error) if is_not_now(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
         if !self.fence(deadline)? {
             return Ok(false);
         }
         let Some(_turn) = self.turn_now(deadline)? else { return Ok(false) };
-        let planned = self.state.lock().plan_reclaim(bytes, &clocks)?;
-        let mut report = Report::new(bytes);
+        let clocks = {
+            let mut state = self.state.lock();
+            // Others have taken some of it meanwhile, or the cache's own thread has given it back: another look may say more.
+            if state.lease_beside(growth)?.is_none_or(|needed| needed > beside) {
+                *is_over_soon = true;
+                return Ok(false);
+            }
+            state.evict_beside(growth, beside)?;
+            state.clocks()
+        };
+        // Once more: what became cached since the first time may be of a step that was recorded since.
+        if !self.fence(deadline.max(Instant::now() + AHEAD_WAIT))? {
+            return Ok(false);
+        }
+        let planned = self.state.lock().plan_beside(growth, beside, &clocks)?;
+        let mut report = Report::new(ByteCount::ZERO);
         self.unmap(&planned, Fate::Pooled, &mut report);
-        Ok(!report.freed.is_zero())
+        Ok(planned.is_empty() || !report.freed.is_zero())
     }
 
     /// [`grow`](Self::grow), and `None` too where there is no memory for it now.
-    fn grow_now(&self, group: usize, blocks: u32, patience: Patience) -> Result<Option<Taken>, MemoryError> {
-        match self.grow(group, blocks, patience) {
+    fn grow_now(
+        &self,
+        group: usize,
+        blocks: u32,
+        patience: Patience,
+        held: &mut Option<Supply>,
+    ) -> Result<Option<Taken>, MemoryError> {
+        match self.grow(group, blocks, patience, held) {
             Err(error) if is_not_now(&error) => {
                 tracing::debug!(%error, blocks, "no memory for blocks now");
                 Ok(None)
@@ -162,12 +197,18 @@ impl Shared {
 
     /// Maps what `blocks` blocks lack. As long as what this gives is held, nothing of it is given back as surplus. `None`: there
     /// is no room for it under the limit.
-    fn grow(&self, group: usize, blocks: u32, patience: Patience) -> Result<Option<Taken>, MemoryError> {
+    fn grow(
+        &self,
+        group: usize,
+        blocks: u32,
+        patience: Patience,
+        held: &mut Option<Supply>,
+    ) -> Result<Option<Taken>, MemoryError> {
         let late =
             || MemoryError::Deadline { doing: "waiting for another thread that maps", waited: self.patience };
         let growing = self.growing.take(patience.turns).ok_or_else(late)?;
         let Some(planned) = self.state.lock().plan_growth(group, blocks)? else { return Ok(None) };
-        self.map(&planned, patience, Purpose::Need)?;
+        self.map(&planned, patience, Purpose::Need, held)?;
         Ok(Some(growing))
     }
 
@@ -196,7 +237,7 @@ impl Shared {
             if planned.is_empty() {
                 break;
             }
-            match self.map(&planned, Patience::turns(deadline), Purpose::Ahead) {
+            match self.map(&planned, Patience::turns(deadline), Purpose::Ahead, &mut None) {
                 Ok(()) => {
                     has_mapped = true;
                     if refused.is_none() {
@@ -225,7 +266,7 @@ impl Shared {
         let _growing = self.growing.take(deadline).ok_or_else(late)?;
         let Some(repack) = self.state.lock().plan_repack(group, moves_max)? else { return Ok(None) };
         // Nobody is to give memory up so that this cache may need less.
-        match self.map(&repack.planned, Patience::turns(deadline), Purpose::Repack) {
+        match self.map(&repack.planned, Patience::turns(deadline), Purpose::Repack, &mut None) {
             Ok(()) => Ok(Some(repack)),
             Err(error) if is_not_now(&error) => Ok(None),
             Err(error) => Err(error),
@@ -233,7 +274,13 @@ impl Shared {
     }
 
     /// Gives planned granules memory, all or none, and says so.
-    fn map(&self, planned: &[GranuleId], patience: Patience, purpose: Purpose) -> Result<(), MemoryError> {
+    fn map(
+        &self,
+        planned: &[GranuleId],
+        patience: Patience,
+        purpose: Purpose,
+        held: &mut Option<Supply>,
+    ) -> Result<(), MemoryError> {
         let runs = {
             let state = self.state.lock();
             let runs = planned.iter().map(|granule| state.runs(*granule));
@@ -242,7 +289,7 @@ impl Shared {
         let mut turn = None;
         let done = runs
             .map_err(MemoryError::from)
-            .and_then(|runs| self.map_runs(&runs.concat(), patience, purpose, &mut turn));
+            .and_then(|runs| self.map_runs(&runs.concat(), patience, purpose, held, &mut turn));
         let (mut state, mut is_gone) = (self.state.lock(), true);
         for granule in planned {
             match (&done, &turn) {
@@ -267,6 +314,7 @@ impl Shared {
         runs: &[PageRun],
         patience: Patience,
         purpose: Purpose,
+        held: &mut Option<Supply>,
         turn: &mut Option<Taken>,
     ) -> Result<(), MemoryError> {
         let (manager, deadline) = (self.manager(), patience.turns);
@@ -285,7 +333,8 @@ impl Shared {
             self.drop_idle_copies();
             [self.region.wanted_extents(runs)?, self.region.missing_extents(ByteCount(u64::MAX))].concat()
         };
-        let mut supply = self.region.supply(extents, Content::Zeroed, patience.lease, "KV blocks")?;
+        let mut supply =
+            self.region.supply_beside(held, extents, Content::Zeroed, patience.lease, "KV blocks")?;
         *turn = Some(take(deadline.max(Instant::now() + AHEAD_WAIT))?);
         let missing = self.region.missing_bytes();
         // Or the cache's own thread would take again what a reclaim took while it waited for the turn.

@@ -242,7 +242,9 @@ impl KvCache {
     }
 
     /// Fills `ids` with blocks of a group, and maps memory for them where it has to come first: new memory is zero, memory
-    /// that was used before is as it was left. False, and nothing is changed: so many cannot be had now.
+    /// that was used before is as it was left. False, and none is taken: so many cannot be had now. Nothing is evicted then either,
+    /// unless it could not be known beforehand that this is not enough: where blocks straddle granules, or where memory of other
+    /// groups that was evicted cannot leave or is taken by others.
     ///
     /// It may wait for a lease, for the cache's patience; so call it outside of guards, as whoever gives memory up may wait
     /// for them.
