@@ -210,7 +210,7 @@ fn a_step_that_runs_costs_nothing_that_is_cached() {
 #[test]
 fn an_allocation_takes_what_it_needs_or_nothing() {
     let (mut refused, mut evicted) = (0, 0);
-    for seed in 0..400_u64 {
+    for seed in 0..200_u64 {
         let mut random = Random(seed);
         let world = world(16 + 2 * random.below(9), 64);
         let cache = cache(&world, 3, 48, WAIT);
@@ -252,5 +252,5 @@ fn an_allocation_takes_what_it_needs_or_nothing() {
         }
         check(&world, &cache);
     }
-    assert!(refused > 40 && evicted > 40, "{refused} refused, {evicted} by evicting");
+    assert!(refused > 20 && evicted > 20, "{refused} refused, {evicted} by evicting");
 }
