@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use shoal_core::bytes::ByteCount;
+use shoal_core::drift::{ProcessReading, Reading};
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
 use super::turn_tests::{Bench, WEIGHTS, caller};
-use super::{Begun, Core, Life, OVERHEAD_REQUEST, Wanted};
+use super::{Begun, Core, Life, Looked, OVERHEAD_REQUEST, Wanted};
 use crate::config::{Patience, ServerConfig};
 use crate::supervisor::Exit;
 
@@ -266,4 +267,56 @@ fn what_a_request_waited_for_is_known_when_its_worker_gave_up_first() {
     assert!(!waits_for.is_empty());
     bench.say(0, FromWorker::LeaseCancel { request }, 99);
     assert_eq!(bench.core.handle_too_late(place, ticket, 100), waits_for);
+}
+
+/// The driver shows these processes, twice, so that it counts.
+fn look(core: &mut Core, shown: &[(u32, u64)], now_ms: u64) {
+    let used = ByteCount::mib(shown.iter().map(|(_, mib)| mib).sum());
+    let total = ByteCount::mib(100);
+    let of =
+        |(process, mib): &(u32, u64)| ProcessReading { process: *process, bytes: Some(ByteCount::mib(*mib)) };
+    for at_ms in [now_ms, now_ms + 1] {
+        let processes = shown.iter().map(of).collect();
+        let reading = Reading { total, free: total - used, processes };
+        let begun_ms = core.begin_look(at_ms);
+        core.handle_looked(Looked { reading, begun_ms, ..Looked::default() }, at_ms);
+    }
+}
+
+/// Others came, and what one was leased beyond what is left is owed by a process that does not obey. It is ended where it
+/// does not live, and its memory comes back with its end; one that shows that it lives is asked again and again, and keeps it.
+#[test]
+fn what_is_owed_comes_back_with_the_end_of_one_that_does_not_live() {
+    for lives in [false, true] {
+        let mut bench = bench();
+        let wake = bench.wanted(0, WEIGHTS, 10);
+        bench.usage(0, WEIGHTS, 20);
+        bench.done(0, wake, WEIGHTS, 20);
+        bench.core.handle_route_ended(0, &caller(), 30);
+        // It declared what it does not take, so that others find room.
+        bench.request(0, LeaseKind::Overhead, ByteCount::mib(30), 40);
+        bench.told(0);
+        look(&mut bench.core, &[(100, 60), (1, 30)], 50);
+        assert_eq!(bench.core.book.owed(), ByteCount::mib(20));
+        for from_ms in (100..120_100).step_by(5_000) {
+            if lives {
+                bench.usage(0, WEIGHTS, from_ms);
+            }
+            pass(&mut bench, from_ms, from_ms + 5_000, &[1]);
+        }
+        let told = bench.told(0);
+        let asked = told.iter().filter(|said| matches!(said, FromServer::Reclaim { .. })).count();
+        assert_eq!(is_ended(&bench.core, 0), !lives);
+        if lives {
+            assert!(asked >= 5, "it is asked again and again: {asked}");
+            assert_eq!(bench.core.book.owed(), ByteCount::mib(20));
+        } else {
+            exits(&mut bench.core, 0, 121_000);
+            look(&mut bench.core, &[(1, 30)], 121_100);
+            assert_eq!(
+                (bench.core.book.owed(), bench.core.book.leased()),
+                (ByteCount::ZERO, ByteCount::ZERO)
+            );
+        }
+    }
 }

@@ -38,6 +38,7 @@ impl World {
             let model = &core.models[*place];
             let held = core.book.held(model.id, LeaseKind::Weights);
             assert!(model.is_unaccounted || worker.held <= held, "{} held, {held} leased", worker.held);
+            assert!(worker.held <= WEIGHTS, "{} has weights twice: {}", worker.name, worker.held);
             assert_eq!(model.pid, Some(worker.pid), "two owners");
         }
         for (place, steward) in &self.stewards {
@@ -50,10 +51,17 @@ impl World {
         }
     }
 
-    /// Models that stand on the device side by side although they are configured apart.
+    /// Models that stand on the device side by side although they are configured apart. What the worker of a server before
+    /// has counts before it has said so.
     pub(super) fn standing_together(&self) -> BTreeSet<(String, String)> {
         let core = &self.core;
-        let stands = |place: &usize| !core.book.held(core.models[*place].id, LeaseKind::Weights).is_zero();
+        let unsaid = |place: &usize| {
+            let worker = self.workers.get(place).filter(|_| core.models[*place].is_unaccounted);
+            worker.map_or(ByteCount::ZERO, |worker| worker.held)
+        };
+        let stands = |place: &usize| {
+            !(core.book.held(core.models[*place].id, LeaseKind::Weights) + unsaid(place)).is_zero()
+        };
         let mut pairs = BTreeSet::new();
         for model in self.places().into_iter().filter(stands).map(|place| &core.models[place]) {
             let apart =
@@ -65,10 +73,9 @@ impl World {
         pairs
     }
 
-    /// Those of which one has left since they were set apart may not stand together again. What workers of a server before
-    /// hold is not known at first.
+    /// Those of which one has left since they were set apart may not stand together again.
     fn forget_together(&mut self) {
-        if !self.together.is_empty() && !self.core.models.iter().any(|model| model.is_unaccounted) {
+        if !self.together.is_empty() {
             let pairs = self.standing_together();
             self.together.retain(|pair| pairs.contains(pair));
         }

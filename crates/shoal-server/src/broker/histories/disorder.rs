@@ -50,9 +50,11 @@ impl World {
                 self.core.handle_driver_lost("a test".to_owned(), self.now_ms);
                 self.lingering.clear();
             }
-            86 if answers(self.seed) => {
+            86 => {
+                // Whose process stops is ended for its silence. Where nobody is asked, one hangs that goes on telling.
+                let is_stopped = answers(self.seed);
                 if let Some(worker) = self.workers.get_mut(&place) {
-                    worker.is_stopped = true;
+                    (worker.is_stopped, worker.is_hung) = (is_stopped, !is_stopped);
                 }
             }
             87..91 => self.take_beside(place),

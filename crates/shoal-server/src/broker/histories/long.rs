@@ -48,10 +48,11 @@ fn what_a_server_keeps_does_not_grow_with_its_life() {
 fn of_a_workers_words_only_the_beginning_is_kept() {
     let mut world = World::new(5);
     world.lives_on = true;
-    while !world.workers.values().any(|worker| worker.heard.is_some()) {
+    let hears = |worker: &super::worker::Worker| worker.heard.is_some() && !worker.is_stopped;
+    while !world.workers.values().any(hears) {
         world.play();
     }
-    let (place, _) = world.workers.iter().find(|(_, worker)| worker.heard.is_some()).expect("just seen");
+    let (place, _) = world.workers.iter().find(|(_, worker)| hears(worker)).expect("just seen");
     let message = "\u{e9}".repeat(500_000);
     world.say(*place, FromWorker::Failed { code: "internal".to_owned(), message });
     let words = world.core.events.kept().map(|event| event.text.len()).max().expect("some");

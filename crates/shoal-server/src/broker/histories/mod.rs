@@ -60,10 +60,14 @@ fn whatever_happens_leases_hold_and_all_models_serve_again() {
     let is_whole = seeds.end() - seeds.start() + 1 >= HISTORIES;
     let mut seen = world::Seen::default();
     for seed in seeds.clone() {
-        // A failure names its seed, wherever in the core it is.
+        // A failure names its seed, wherever in the core it is, and tells what happened last.
         eprintln!("SHOAL_SEED={seed}");
         let mut world = World::new(seed);
-        world.whole();
+        let over = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.whole()));
+        if let Err(over) = over {
+            world.tell_the_end();
+            std::panic::resume_unwind(over);
+        }
         seen.add(&world.seen);
     }
     eprintln!("{seeds:?}: {seen:?}");

@@ -126,7 +126,8 @@ impl World {
             worker.orders.clear();
             worker.coming = None;
             let missing = WEIGHTS.saturating_sub(worker.held);
-            let wake = worker.wake.take().map(|(_, request)| (request, LeaseKind::Weights, missing));
+            let waits = worker.wake.take().map(|(_, request)| request).or(worker.waits.take());
+            let wake = waits.map(|request| (request, LeaseKind::Weights, missing));
             let declared = worker.asks_overhead.map(|(request, bytes)| (request, LeaseKind::Overhead, bytes));
             worker.had_server = was_greeted;
             worker.open = worker.open.or(wake).or(declared);

@@ -13,6 +13,7 @@ impl World {
         let is_steady = self.is_steady();
         let Some(worker) = self.workers.get_mut(&place) else { return };
         worker.held += bytes;
+        worker.waits.take_if(|waits| *waits == request);
         let wake = worker.wake.take_if(|(_, waits)| *waits == request);
         // Others may come at any time, and processes take more than they leased; what was promised is there.
         let is_full = self.used() > DEVICE;

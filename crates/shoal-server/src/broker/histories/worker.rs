@@ -40,8 +40,12 @@ pub(super) struct Worker {
     pub(super) open: Option<(u64, LeaseKind, ByteCount)>,
     /// It will not say what it holds.
     pub(super) is_silent: bool,
+    /// Its request for weights that another server was asked again, for a wake of the one before.
+    pub(super) waits: Option<u64>,
     /// Its process does not run.
     pub(super) is_stopped: bool,
+    /// Its engine does nothing more; other threads of it tell what it has.
+    pub(super) is_hung: bool,
     pub(super) orders: VecDeque<FromServer>,
 }
 
@@ -64,7 +68,9 @@ impl Worker {
             had_server: false,
             open: None,
             is_silent: false,
+            waits: None,
             is_stopped: false,
+            is_hung: false,
             orders: VecDeque::new(),
         }
     }
@@ -72,6 +78,14 @@ impl Worker {
     /// All that its process has of the device.
     pub(super) fn has(&self) -> ByteCount {
         self.held + self.beside
+    }
+
+    /// What it does next: one wake after another, and all else at once.
+    fn next_order(&mut self) -> Option<FromServer> {
+        let is_waking = self.wake.is_some() || self.waits.is_some();
+        let may_be = |order: &FromServer| !is_waking || !matches!(order, FromServer::Wake { .. });
+        let next = self.orders.iter().position(may_be)?;
+        self.orders.remove(next)
     }
 
     fn usage(&self) -> WorkerUsage {
@@ -85,8 +99,10 @@ impl Worker {
 }
 
 impl World {
+    /// A worker says something; none of one whose process does not run is heard.
     pub(super) fn say(&mut self, place: usize, message: FromWorker) {
-        let Some(pid) = self.workers.get(&place).map(|worker| worker.pid) else { return };
+        let running = self.workers.get(&place).filter(|worker| !worker.is_stopped);
+        let Some(pid) = running.map(|worker| worker.pid) else { return };
         self.core.handle_message(place, pid, message, self.now_ms);
     }
 
@@ -113,6 +129,10 @@ impl World {
             worker.is_stopped = is_steady || !self.dice.chance(2);
             return;
         }
+        if worker.is_hung && worker.heard.is_some() {
+            worker.is_hung = is_steady || !self.dice.chance(2);
+            return self.hear(place);
+        }
         if worker.heard.is_none() {
             return self.greet(place);
         }
@@ -124,7 +144,7 @@ impl World {
         if let Some(coming) = worker.coming.take() {
             return self.end_coming(place, coming);
         }
-        match worker.orders.pop_front() {
+        match worker.next_order() {
             Some(FromServer::Wake { order, .. }) => {
                 let missing = WEIGHTS.saturating_sub(worker.held);
                 if missing.is_zero() {
@@ -137,6 +157,7 @@ impl World {
             }
             Some(FromServer::LeaseGrant { request, bytes, .. }) => self.granted(place, request, bytes),
             Some(FromServer::LeaseDeny { request, reason }) => {
+                worker.waits.take_if(|waits| *waits == request);
                 let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
                 self.done(place, order, ByteCount::ZERO, Some(reason));
             }
@@ -186,6 +207,9 @@ impl World {
             self.core.handle_answers(place, now_ms);
         }
         if let Some((request, kind, bytes)) = open {
+            if let Some(worker) = self.workers.get_mut(&place) {
+                worker.waits = (kind == LeaseKind::Weights).then_some(request);
+            }
             self.request(place, request, kind, bytes);
         }
     }
