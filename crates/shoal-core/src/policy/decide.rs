@@ -31,6 +31,7 @@ pub(super) fn plan_by(state: &ShelfState, now_ms: u64, choice: Choice) -> Plan {
     for request in requests {
         decision.answer(request);
     }
+    decision.part_those_together();
     decision.put_idle_to_sleep();
     decision.wake_the_wanted();
     decision.preload();
@@ -50,7 +51,7 @@ struct Decision<'a> {
     granted_weights: BTreeMap<ModelId, ByteCount>,
 }
 
-impl Decision<'_> {
+impl<'a> Decision<'a> {
     fn answer(&mut self, request: &PendingRequest) {
         let Some(model) = self.field.model(request.model) else {
             return self.deny(request, true, format!("there is no {}", request.model));
@@ -339,6 +340,44 @@ impl Decision<'_> {
             self.act(Action::Evict { model: rival.id, requester: Some(model.id), bytes, reason });
         }
         waits
+    }
+
+    /// Has one of two leave that stand beside each other and may not, because they were set apart while both were there. It
+    /// goes for the other's sake, so it comes back as it would after any request.
+    fn part_those_together(&mut self) {
+        let state = self.field.state;
+        if state.is_manual || !state.models.iter().any(|model| self.rival_beside(model).is_some()) {
+            return;
+        }
+        for candidate in self.field.candidates().to_vec() {
+            let model = &state.models[candidate.model];
+            let Some(rival) = self.rival_beside(model) else { continue };
+            let bytes = self.field.offer_to_part(candidate);
+            // With a part of it left nothing would be won.
+            if bytes.is_zero() || kept(model) > model.overhead_held {
+                continue;
+            }
+            let reason = reason::evict_apart(&self.field, rival, model);
+            self.field.take(candidate.model, bytes);
+            self.act(Action::Evict { model: model.id, requester: Some(rival.id), bytes, reason });
+        }
+        if self.field.next_change_ms < u64::MAX
+            && state.models.iter().any(|model| self.rival_beside(model).is_some())
+        {
+            self.again_at(self.field.next_change_ms);
+        }
+    }
+
+    /// One that `model` may not stand beside, where both are there and neither is about to have left.
+    fn rival_beside(&self, model: &ModelState) -> Option<&'a ModelState> {
+        let stays = |model: &ModelState| {
+            let place = self.field.place(model.id);
+            model.ready && place.is_some_and(|place| self.field.ordered_at(place) < model.stands())
+        };
+        if model.apart.is_empty() || !stays(model) {
+            return None;
+        }
+        model.apart.iter().filter_map(|rival| self.field.model(*rival)).find(|rival| stays(rival))
     }
 
     fn spend(&mut self, bytes: ByteCount) {

@@ -34,8 +34,10 @@
 //! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
 //! taken below its minimum, of one that does not sleep only KV is taken. Two models that may not stand beside each other
 //! ([`ModelState::apart`]) never hold weights or KV at the same time: who asks second waits until the other, once it is
-//! idle or its turn is over, has given all of it up, and does not come back before that. Where nothing is to be evicted by itself ([`ShelfState::is_manual`])
-//! only step 1 and 2 are taken, and requests wait for somebody to act.
+//! idle or its turn is over, has given all of it up, and does not come back before that. Where both are there when they are set
+//! apart, one of them goes though nobody asks: who would be asked first if it were for a request, and not within its turn.
+//! Where nothing is to be evicted by itself ([`ShelfState::is_manual`]) only step 1 and 2 are taken, and requests wait for
+//! somebody to act.
 //!
 //! # When others take memory of the device
 //! What they have comes off the budget ([`ShelfState::taken`]). Where more is leased by then, that comes back in the same

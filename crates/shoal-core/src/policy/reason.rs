@@ -147,7 +147,9 @@ fn why_kept(model: &ModelState) -> &'static str {
 }
 
 pub(super) fn evict_apart(field: &Field<'_>, model: &ModelState, rival: &ModelState) -> String {
-    let idle = if rival.is_busy() {
+    let idle = if rival.is_busy() && !rival.can_run() {
+        "it waits, and cannot run with the part that it holds".to_owned()
+    } else if rival.is_busy() {
         "its turn is over".to_owned()
     } else {
         format!("it has been idle for {}", seconds(field.now_ms.saturating_sub(rival.last_used_ms)))

@@ -204,8 +204,9 @@ pub enum Action {
     Evict {
         /// Who yields.
         model: ModelId,
-        /// For whose request; `model` itself where it gives up KV that it does not use, to have it as weights. None
-        /// where nobody asked (`keep_alive`), or others took memory of the device.
+        /// For whose request; `model` itself where it gives up KV that it does not use, to have it as weights. For whose
+        /// sake, where two were set apart that are both there. None where nobody asked (`keep_alive`), or others took
+        /// memory of the device.
         requester: Option<ModelId>,
         /// How much.
         bytes: ByteCount,

@@ -295,6 +295,13 @@ impl<'a> Field<'a> {
         }
     }
 
+    /// How much `candidate` may give now because one that it may not stand beside is there as well.
+    pub(super) fn offer_to_part(&self, candidate: Candidate) -> ByteCount {
+        let model = &self.state.models[candidate.model];
+        let runs = candidate.class == Class::TurnOver && self.protected_until(model).is_some();
+        if candidate.part != Part::All || runs { ByteCount::ZERO } else { self.left[candidate.model].all }
+    }
+
     /// All that it takes to run `model` fits into the budget as it is now.
     fn could_return(&self, model: &ModelState) -> bool {
         let kept = self.kept_by_all.saturating_sub(kept(model));

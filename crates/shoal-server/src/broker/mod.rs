@@ -10,6 +10,8 @@
 
 mod adoption;
 #[cfg(test)]
+mod apart_tests;
+#[cfg(test)]
 mod backed_tests;
 mod commands;
 #[cfg(test)]

@@ -10,7 +10,7 @@ use shoal_core::protocol::LeaseKind;
 
 use super::lifecycle::{Life, Transition};
 use super::pulse::is_watched;
-use super::{Core, millis};
+use super::{Core, Record, millis};
 use crate::config::SleepDepth;
 use crate::state::EventKind;
 
@@ -157,11 +157,22 @@ impl Core {
             && !self.is_settling()
             && (!self.asked.is_empty()
                 || !self.book.owed().is_zero()
+                || self.are_any_together()
                 || self.models.lively().any(|model| {
                     (!model.queue.is_empty() && !model.is_up())
                         || model.config.keep_alive_s.is_some()
                         || model.habits.preload
                 }))
+    }
+
+    /// Two that are configured apart have memory beside each other.
+    fn are_any_together(&self) -> bool {
+        let stands =
+            |model: &Record| self.book.total(model.id) > self.book.held(model.id, LeaseKind::Overhead);
+        let is_there =
+            |name: &String| self.by_name.get(name).is_some_and(|place| stands(&self.models[*place]));
+        self.config.sharing.evicts
+            && self.models.lively().any(|model| model.config.apart.iter().any(is_there) && stands(model))
     }
 
     /// Derives what follows for one model: whether it is up, wants to be, and since when.
