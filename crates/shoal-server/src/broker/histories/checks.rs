@@ -38,6 +38,8 @@ impl World {
             let model = &core.models[*place];
             let held = core.book.held(model.id, LeaseKind::Weights);
             assert!(model.is_unaccounted || worker.held <= held, "{} held, {held} leased", worker.held);
+            let kv = core.book.held(model.id, LeaseKind::Kv);
+            assert!(model.is_unaccounted || worker.kv <= kv, "{} of KV held, {kv} leased", worker.kv);
             assert!(worker.held <= WEIGHTS, "{} has weights twice: {}", worker.name, worker.held);
             assert_eq!(model.pid, Some(worker.pid), "two owners");
         }
@@ -57,10 +59,12 @@ impl World {
         let core = &self.core;
         let unsaid = |place: &usize| {
             let worker = self.workers.get(place).filter(|_| core.models[*place].is_unaccounted);
-            worker.map_or(ByteCount::ZERO, |worker| worker.held)
+            worker.map_or(ByteCount::ZERO, |worker| worker.held + worker.kv)
         };
+        let held = |place: &usize, kind| core.book.held(core.models[*place].id, kind);
         let stands = |place: &usize| {
-            !(core.book.held(core.models[*place].id, LeaseKind::Weights) + unsaid(place)).is_zero()
+            let leased = held(place, LeaseKind::Weights) + held(place, LeaseKind::Kv);
+            !(leased + unsaid(place)).is_zero()
         };
         let mut pairs = BTreeSet::new();
         for model in self.places().into_iter().filter(stands).map(|place| &core.models[place]) {

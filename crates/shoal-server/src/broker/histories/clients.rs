@@ -1,8 +1,11 @@
 //! Who wants something of models: they ask, wait, go away, are answered, and ask again.
 
+use std::collections::BTreeMap;
+
 use tokio::sync::oneshot;
 
 use super::STARVES_MS;
+use super::shelf::has_kv;
 use super::world::World;
 use crate::broker::{Begun, Reached, Wanted};
 use crate::shelf::{Caller, RouteError};
@@ -20,7 +23,8 @@ pub(super) struct Client {
 pub(super) struct Routed {
     pub(super) place: usize,
     pub(super) caller: Caller,
-    since_ms: u64,
+    /// Since when it has run; none while it waits for KV.
+    since_ms: Option<u64>,
 }
 
 impl World {
@@ -47,7 +51,7 @@ impl World {
             self.seen.waited_ms_max = self.seen.waited_ms_max.max(self.now_ms - since_ms);
         }
         if let Wanted::Route(caller) = wanted {
-            self.routed.push(Routed { place, caller: caller.clone(), since_ms: self.now_ms });
+            self.routed.push(Routed { place, caller: caller.clone(), since_ms: None });
         }
     }
 
@@ -92,12 +96,31 @@ impl World {
         }
     }
 
+    /// As many requests run as there is KV for; those that ran before go first.
+    fn wait_for_kv(&mut self) {
+        let mut left: BTreeMap<usize, u64> = BTreeMap::new();
+        let mut order: Vec<usize> = (0..self.routed.len()).collect();
+        order.sort_by_key(|index| self.routed[*index].since_ms.is_none());
+        for index in order {
+            let place = self.routed[index].place;
+            let running = self.running(place);
+            let left = left.entry(place).or_insert(running);
+            let routed = &mut self.routed[index];
+            routed.since_ms = (*left > 0).then(|| routed.since_ms.unwrap_or(self.now_ms));
+            *left = left.saturating_sub(1);
+        }
+    }
+
     /// Requests that were worked on for long enough are answered.
     pub(super) fn end_routes(&mut self) {
+        self.wait_for_kv();
         let over_ms = self.now_ms.saturating_sub(self.work_ms());
-        while let Some(index) = self.routed.iter().position(|routed| routed.since_ms <= over_ms) {
+        while let Some(index) =
+            self.routed.iter().position(|routed| routed.since_ms.is_some_and(|since_ms| since_ms <= over_ms))
+        {
             let place = self.routed[index].place;
             self.end_route(index);
+            self.seen.ran_with_kv += u64::from(has_kv(self.seed));
             if self.is_rush {
                 let caller = self.caller();
                 self.ask(place, Wanted::Route(caller), STARVES_MS);

@@ -28,7 +28,7 @@ impl World {
     /// What a worker has within its leases.
     pub(super) fn within(&self, place: usize, worker: &Worker) -> ByteCount {
         let overhead = self.core.book.held(self.core.models[place].id, LeaseKind::Overhead);
-        worker.held + worker.beside.min(overhead)
+        worker.held + worker.kv + worker.beside.min(overhead)
     }
 
     /// What processes have of what was promised to them, the dead among them.

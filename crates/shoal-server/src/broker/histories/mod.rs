@@ -2,7 +2,8 @@
 //! orders by hand, pins, kills of workers and of the server, failures, orders that are refused or ignored, workers that stop
 //! and answer nothing, programs that start, drain and end, overhead that was declared too low and too high, a configuration
 //! that is read again and again, a policy in a process that answers late, wrongly or not at all, others that come to the
-//! device and leave it, a driver that answers late, hides processes or is silent.
+//! device and leave it, a driver that answers late, hides processes or is silent; and engines whose KV grows with their requests
+//! and shrinks by order.
 //!
 //! After every step the rules of [`checks`] hold; when the disorder ends, every model serves again, and when all of them
 //! are busy at once, nobody waits longer than [`STARVES_MS`]. A seed replays exactly.
@@ -11,6 +12,7 @@ mod checks;
 mod clients;
 mod device;
 mod disorder;
+mod kv;
 mod long;
 mod policies;
 mod processes;
@@ -84,9 +86,9 @@ fn a_seed_replays_exactly() {
         world.whole();
         world.story.expect("it was kept")
     };
-    // With a program and a policy in a process that decides, and with one that watches.
+    // With a program and a policy in a process that decides, and with one that watches and engines with KV.
     let more = number("SHOAL_HISTORIES").unwrap_or_default() / REPLAYED_PART;
-    for seed in [6, 17].into_iter().chain(HISTORIES..HISTORIES + more) {
+    for seed in [6, 29].into_iter().chain(HISTORIES..HISTORIES + more) {
         let (one, other) = (story(seed), story(seed));
         assert!(one.len() > 500, "seed {seed} hardly tells anything: {} lines", one.len());
         let differs = one.iter().zip(&other).position(|(one, other)| one != other);

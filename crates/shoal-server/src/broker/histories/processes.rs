@@ -11,6 +11,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 
 use super::WEIGHTS;
+use super::kv::KV_OF_REQUEST;
 use super::worker::Worker;
 use super::world::World;
 use crate::broker::Greeting;
@@ -130,7 +131,10 @@ impl World {
             let wake = waits.map(|request| (request, LeaseKind::Weights, missing));
             let declared = worker.asks_overhead.map(|(request, bytes)| (request, LeaseKind::Overhead, bytes));
             worker.had_server = was_greeted;
-            worker.open = worker.open.or(wake).or(declared);
+            let kv = worker.asks_kv.map(|request| (request, LeaseKind::Kv, KV_OF_REQUEST));
+            worker.open = worker.open.or(wake).or(declared).or(kv);
+            let open = worker.open.map(|(request, ..)| request);
+            worker.asks_kv = worker.asks_kv.filter(|asked| open == Some(*asked));
             let entry = entry(&worker.name, worker.pid);
             let place = self.core.by_name.get(&worker.name).copied();
             let place = place.filter(|place| {

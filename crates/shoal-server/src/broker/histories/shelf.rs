@@ -24,6 +24,11 @@ pub(super) fn hides(seed: u64) -> bool {
     seed % 5 == 2
 }
 
+/// In four of ten histories engines have KV.
+pub(super) fn has_kv(seed: u64) -> bool {
+    matches!(seed % 10, 4 | 7..=9)
+}
+
 /// Every sixth history has a policy in a process of its own that will not answer, not even when all else is calm.
 pub(super) fn thinks_for_ever(seed: u64) -> bool {
     seed % 12 == 6

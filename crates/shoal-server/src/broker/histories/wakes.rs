@@ -17,9 +17,7 @@ impl World {
         let wake = worker.wake.take_if(|(_, waits)| *waits == request);
         // Others may come at any time, and processes take more than they leased; what was promised is there.
         let is_full = self.used() > DEVICE;
-        let promised = self.promised();
-        // What the dead hold is nobody's while the driver shows it.
-        assert!(hides(self.seed) || promised <= DEVICE, "I1: granted before it was back: {promised} in all");
+        self.check_promised();
         let fails = is_full || wake.is_some() && !is_steady && self.dice.chance(10);
         let error = fails.then(|| "the device has no memory".to_owned());
         let is_in_order = wake.is_some() && !is_full && self.dice.chance(50);
@@ -37,6 +35,13 @@ impl World {
         if let Some((order, _)) = wake {
             self.done(place, order, bytes, error);
         }
+    }
+
+    /// What was promised is there.
+    pub(super) fn check_promised(&self) {
+        let promised = self.promised();
+        // What the dead hold is nobody's while the driver shows it.
+        assert!(hides(self.seed) || promised <= DEVICE, "I1: granted before it was back: {promised} in all");
     }
 
     /// The bytes of a wake have come, or will not.

@@ -6,7 +6,8 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerHolds, WorkerUsage};
 use tokio::sync::mpsc;
 
-use super::shelf::{answers, hides};
+use super::kv::KV_OF_REQUEST;
+use super::shelf::{answers, has_kv, hides};
 use super::world::World;
 use super::{DEVICE, WEIGHTS};
 
@@ -23,7 +24,10 @@ pub(super) struct Worker {
     pub(super) heard: Option<mpsc::Receiver<FromServer>>,
     is_ready: bool,
     pub(super) held: ByteCount,
-    /// What it has beside weights, and the most of that which it knows of.
+    /// What it holds of KV, and its request for more that waits.
+    pub(super) kv: ByteCount,
+    pub(super) asks_kv: Option<u64>,
+    /// What it has beside weights and KV, and the most of that which it knows of.
     pub(super) beside: ByteCount,
     pub(super) peak: ByteCount,
     /// What it was granted for that, and its request for it that waits.
@@ -58,6 +62,8 @@ impl Worker {
             heard: None,
             is_ready: false,
             held: ByteCount::ZERO,
+            kv: ByteCount::ZERO,
+            asks_kv: None,
             beside: ByteCount::ZERO,
             peak: ByteCount::ZERO,
             overhead: ByteCount::ZERO,
@@ -77,7 +83,7 @@ impl Worker {
 
     /// All that its process has of the device.
     pub(super) fn has(&self) -> ByteCount {
-        self.held + self.beside
+        self.held + self.kv + self.beside
     }
 
     /// What it does next: one wake after another, and all else at once.
@@ -88,14 +94,22 @@ impl Worker {
         self.orders.remove(next)
     }
 
-    fn usage(&self) -> WorkerUsage {
+    fn usage(&self, kv_live: ByteCount) -> WorkerUsage {
         WorkerUsage {
             weights_device: self.held,
             weights_total: WEIGHTS,
+            kv_device: self.kv,
+            kv_live,
+            kv_cached: ByteCount((self.kv - kv_live).0 / 2),
             overhead_device: self.peak,
             ..WorkerUsage::default()
         }
     }
+}
+
+fn capabilities(seed: u64) -> WorkerCapabilities {
+    let kv_bytes_min = if has_kv(seed) { KV_OF_REQUEST } else { ByteCount::ZERO };
+    WorkerCapabilities { weights_bytes: WEIGHTS, kv_bytes_min, ..WorkerCapabilities::default() }
 }
 
 impl World {
@@ -144,6 +158,8 @@ impl World {
         if let Some(coming) = worker.coming.take() {
             return self.end_coming(place, coming);
         }
+        self.keep_kv(place);
+        let Some(worker) = self.workers.get_mut(&place) else { return };
         match worker.next_order() {
             Some(FromServer::Wake { order, .. }) => {
                 let missing = WEIGHTS.saturating_sub(worker.held);
@@ -155,24 +171,24 @@ impl World {
                 worker.wake = Some((order, request));
                 self.request(place, request, LeaseKind::Weights, missing);
             }
+            Some(FromServer::LeaseGrant { request, kind: LeaseKind::Kv, bytes }) => {
+                self.kv_granted(place, request, bytes);
+            }
             Some(FromServer::LeaseGrant { request, bytes, .. }) => self.granted(place, request, bytes),
             Some(FromServer::LeaseDeny { request, reason }) => {
                 worker.waits.take_if(|waits| *waits == request);
+                self.seen.kv_denied += u64::from(worker.asks_kv.take_if(|asked| *asked == request).is_some());
                 let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
                 self.done(place, order, ByteCount::ZERO, Some(reason));
             }
-            Some(FromServer::Reclaim { order, bytes, .. }) => {
+            Some(FromServer::Reclaim { order, bytes, is_own, .. }) => {
                 if !is_steady && self.dice.chance(10) {
                     return; // it never answers
                 }
                 let some = if !is_steady && self.dice.chance(20) { ByteCount(bytes.0 / 2) } else { bytes };
-                let some = some.min(worker.held);
-                worker.held -= some;
-                if !some.is_zero() {
-                    self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: some });
-                }
+                let given = self.give_up(place, some, is_own);
                 self.usage(place);
-                self.done(place, order, some, None);
+                self.done(place, order, given, None);
             }
             Some(FromServer::Shutdown { .. }) => self.exit(place),
             _ => {}
@@ -188,14 +204,15 @@ impl World {
         }
         let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
         let (pid, name) = (worker.pid, worker.name.clone());
-        let can = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
+        let can = capabilities(self.seed);
         let holds = worker.had_server.then(|| WorkerHolds {
             weights: worker.held,
+            kv: worker.kv,
             overhead: worker.overhead,
             host_budget: ByteCount::mib(1),
             capabilities: worker.is_ready.then_some(can),
-            usage: worker.usage(),
-            ..WorkerHolds::default()
+            // Its requests ended with their server.
+            usage: worker.usage(ByteCount::ZERO),
         });
         let open = worker.open.take();
         worker.heard = Some(receiver);
@@ -248,8 +265,7 @@ impl World {
             let code = if self.dice.chance(50) { "internal" } else { "device" }.to_owned();
             return self.say(place, FromWorker::Failed { code, message: "a test".to_owned() });
         }
-        let capabilities = WorkerCapabilities { weights_bytes: WEIGHTS, ..WorkerCapabilities::default() };
-        self.say(place, FromWorker::Ready { capabilities });
+        self.say(place, FromWorker::Ready { capabilities: capabilities(self.seed) });
         self.usage(place);
     }
 
@@ -281,11 +297,22 @@ impl World {
     }
 
     pub(super) fn request(&mut self, place: usize, request: u64, kind: LeaseKind, bytes: ByteCount) {
+        self.request_some(place, request, kind, bytes, bytes);
+    }
+
+    pub(super) fn request_some(
+        &mut self,
+        place: usize,
+        request: u64,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        bytes_min: ByteCount,
+    ) {
         let said = FromWorker::LeaseRequest {
             request,
             kind,
             bytes,
-            bytes_min: bytes,
+            bytes_min,
             deadline_ms: 5_000,
             reason: "what it needs".to_owned(),
         };
@@ -298,7 +325,8 @@ impl World {
     }
 
     pub(super) fn usage(&mut self, place: usize) {
-        let Some(usage) = self.workers.get(&place).map(Worker::usage) else { return };
+        let Some(worker) = self.workers.get(&place) else { return };
+        let usage = worker.usage(self.kv_live(place, worker));
         self.say(place, FromWorker::Usage { usage });
     }
 }

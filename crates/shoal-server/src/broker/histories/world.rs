@@ -54,6 +54,13 @@ pub(super) struct Seen {
     /// Questions to policies outside, and those that they left open.
     pub(super) questions: u64,
     pub(super) unanswered: u64,
+    /// Leases for KV: granted, turned down, given back by order, and by themselves.
+    pub(super) kv_granted: u64,
+    pub(super) kv_denied: u64,
+    pub(super) kv_ordered: u64,
+    pub(super) kv_returned: u64,
+    /// Requests that were answered by an engine with KV when nothing went wrong any more.
+    pub(super) ran_with_kv: u64,
     /// Requests that were begun while all models were busy, and the longest that one waited.
     pub(super) served: u64,
     pub(super) waited_ms_max: u64,
@@ -67,7 +74,7 @@ impl Seen {
         self.waited_ms_max = waited_ms_max;
     }
 
-    fn counts_mut(&mut self) -> [&mut u64; 18] {
+    fn counts_mut(&mut self) -> [&mut u64; 23] {
         [
             &mut self.looks,
             &mut self.decisions,
@@ -87,6 +94,11 @@ impl Seen {
             &mut self.questions,
             &mut self.unanswered,
             &mut self.served,
+            &mut self.kv_granted,
+            &mut self.kv_denied,
+            &mut self.kv_ordered,
+            &mut self.kv_returned,
+            &mut self.ran_with_kv,
         ]
     }
 
