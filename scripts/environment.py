@@ -4,6 +4,9 @@ torch comes first and by itself, because where it comes from is the one thing pe
 CUDA libraries is over 2 GiB, and a machine without a GPU can do with far less. `SHOAL_TORCH_INDEX` names another index
 (a URL) or a directory of wheels; without it pip decides, so find-links and indexes that the user configured count.
 Its big files are fetched ahead of pip, which starts an interrupted file anew: see python/shoal/sources/wheels.py.
+
+pip downloads and unpacks with one core at most, and the Rust half takes as long again with all there are: so maturin is
+installed before anything else, and builds while pip works. `make` then finds compiled what it installs.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".environment"
 REQUIREMENTS = ROOT / "requirements"
+EXTENSION = ROOT / ".shoal" / "stamps" / "extension"
+AHEAD = ROOT / ".shoal" / "ahead"
 
 
 def main() -> int:
@@ -39,11 +47,13 @@ def main() -> int:
         STAMP.unlink(missing_ok=True)
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--progress-bar", "on"]
         constraints = ["--constraint", str(REQUIREMENTS / "constraints.txt")]
-        print("Installing torch", flush=True)
         torch = [*torch_from(os.environ.get("SHOAL_TORCH_INDEX")), *constraints, "torch"]
-        run(*pip, *ahead(str(python), torch), *torch)
-        print("Installing what requirements/dev.txt names", flush=True)
-        run(*pip, "--requirement", str(REQUIREMENTS / "dev.txt"))
+        run(*pip, *constraints, "maturin")
+        with compiling():
+            print("Installing torch", flush=True)
+            run(*pip, *ahead(str(python), torch), *torch)
+            print("Installing what requirements/dev.txt names", flush=True)
+            run(*pip, "--requirement", str(REQUIREMENTS / "dev.txt"))
     except ValueError as error:
         print(f"Stopped: {error}", file=sys.stderr)
         return 1
@@ -52,6 +62,30 @@ def main() -> int:
         return 1
     STAMP.write_text(wanted, "utf-8")
     return 0
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Compile the Rust half beside what is done inside, where it has not been built yet, and wait for it.
+
+    With the command that `make` has it built by, so that all of it is used. Where it fails, nothing is said here: `make`
+    tries again, and prints why. It ends early where what is done inside fails.
+    """
+    if EXTENSION.exists():
+        yield
+        return
+    maturin = VENV / "bin" / "maturin"
+    command = [str(maturin), "build", "--release", "--locked", "--quiet", "--out", str(AHEAD)]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet, process_group=0) as build:
+        try:
+            yield
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(build.pid, signal.SIGTERM)
+            raise
+        if build.poll() is None:
+            print("Waiting for the Rust half, which has been compiled meanwhile", flush=True)
 
 
 def torch_from(place: str | None) -> list[str]:

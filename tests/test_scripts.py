@@ -131,6 +131,71 @@ def test_environment_takes_torch_from_where_it_is_told(tmp_path: Path) -> None:
         environment.torch_from(str(tmp_path / "nowhere"))
 
 
+FAKE_MATURIN = """#!/bin/sh
+echo "$@" > {0}/begun
+while [ ! -e {0}/go ]; do sleep 0.01; done
+echo $PWD > {0}/built
+exit {1}
+"""
+
+
+def environment_in(tree: Path, status: int = 0) -> ModuleType:
+    """The script, in a tree whose maturin builds when it is told to."""
+    environment = load("environment")
+    for name in ("ROOT", "VENV", "EXTENSION", "AHEAD"):
+        setattr(environment, name, tree / getattr(environment, name).relative_to(ROOT))
+    maturin = tree / ".venv/bin/maturin"
+    maturin.parent.mkdir(parents=True)
+    maturin.write_text(FAKE_MATURIN.format(tree, status))
+    maturin.chmod(0o755)
+    return environment
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (path.is_file() and path.read_text()):
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_rust_half_is_compiled_while_packages_are_installed(tmp_path: Path, status: int) -> None:
+    """Where that fails, `make` builds it afterwards and says why."""
+    with environment_in(tmp_path, status).compiling():
+        wait_for_file(tmp_path / "begun")
+        assert not (tmp_path / "built").exists()
+        (tmp_path / "go").touch()
+    assert (tmp_path / "built").read_text().strip() == str(tmp_path), "it was waited for"
+    ahead = ["build", "--release", "--locked", "--quiet", "--out", str(tmp_path / ".shoal/ahead")]
+    assert (tmp_path / "begun").read_text().split() == ahead
+
+
+def test_what_is_compiled_ahead_is_what_make_installs() -> None:
+    """With another profile or other features all of it would be compiled twice."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert "maturin develop --release --locked --quiet" in makefile
+    assert f"\nSTAMPS := {load('environment').EXTENSION.parent.relative_to(ROOT)}\n" in makefile
+
+
+def test_nothing_is_compiled_for_an_installation_that_failed(tmp_path: Path) -> None:
+    environment = environment_in(tmp_path)
+    with pytest.raises(ValueError, match="no torch"), environment.compiling():
+        wait_for_file(tmp_path / "begun")
+        raise ValueError("no torch")
+    (tmp_path / "go").touch()
+    time.sleep(0.2)
+    assert not (tmp_path / "built").exists()
+
+
+def test_nothing_is_compiled_ahead_where_it_is_built(tmp_path: Path) -> None:
+    environment = environment_in(tmp_path)
+    environment.EXTENSION.parent.mkdir(parents=True)
+    environment.EXTENSION.touch()
+    with environment.compiling():
+        time.sleep(0.2)
+    assert not (tmp_path / "begun").exists()
+
+
 @pytest.mark.parametrize(
     ("expression", "met"),
     [

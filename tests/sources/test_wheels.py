@@ -198,6 +198,7 @@ def test_setup_takes_torch_from_an_index_and_goes_on_after_an_interruption(index
     file = server.add("torch", "2.11.0", 20 * MIB, "Requires-Dist: sympy\n")
     server.add("sympy", "1.0", 100)
     server.add("shoaldevtool", "1.0", 100)
+    server.add("maturin", "1.16.0", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     monkeypatch.setenv("SHOAL_TORCH_INDEX", f"{server.url}/simple/")
@@ -210,6 +211,9 @@ def test_setup_takes_torch_from_an_index_and_goes_on_after_an_interruption(index
     (tree / "requirements/constraints.txt").write_text("torch==2.11.*\n")
     (tree / "requirements/dev.txt").write_text("shoaldevtool\n")
     venv.create(tree / ".venv", with_pip=True, symlinks=True)
+    maturin = tree / ".venv/bin/maturin"  # there is nothing to build here
+    maturin.write_text("#!/bin/sh\n")
+    maturin.chmod(0o755)
     command = [sys.executable, "-I", str(tree / "scripts/environment.py")]
     python = str(tree / ".venv/bin/python")
     if wheels.pip_is_old(python):  # the index here has no newer one; the usual one may
