@@ -14,6 +14,8 @@ HISTORIES ?= 10000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := .shoal/stamps
+# The tests of servers that keep KV below the device: about as long as what runs beside all others of servers.
+TIERS := $(addprefix tests/e2e/test_,disk_tier.py host_memory.py host_tier.py remote_tier.py)
 SOURCES := $(shell find crates -type f) Cargo.toml Cargo.lock pyproject.toml
 
 # The library's own tests link Python too; both halves then agree on which.
@@ -24,7 +26,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve test test-rust test-python test-servers test-others test-wheel test-gpu soak histories check bench ui setup environment models clean
+.PHONY: help demo serve test test-rust test-python test-servers test-tiers test-others test-wheel test-gpu soak histories check bench ui setup environment models clean
 
 help: ## List these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|' 2>/dev/null \
@@ -45,8 +47,11 @@ test-rust: setup ## Tests of the Rust crates
 test-python: setup ## Tests of the Python package, the server and the repository
 	$(BIN)/python -m pytest -q
 
-test-servers: setup ## Those of them that start servers, vLLM's apart
-	$(BIN)/python -m pytest -q tests/e2e
+test-servers: setup ## Those of them that start servers, vLLM's and those of tiers apart
+	$(BIN)/python -m pytest -q tests/e2e $(TIERS:%=--ignore=%)
+
+test-tiers: setup ## Those that start servers which keep KV in host memory, on disk or on a remote
+	$(BIN)/python -m pytest -q $(TIERS)
 
 test-others: setup ## All others
 	$(BIN)/python -m pytest -q --ignore=tests/e2e

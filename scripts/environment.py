@@ -68,8 +68,8 @@ def main() -> int:
 def compiling() -> Iterator[None]:
     """Compile the Rust half beside what is done inside, where it has not been built yet, and wait for it.
 
-    With the command that `make` has it built by, so that all of it is used. Where it fails, nothing is said here: `make`
-    tries again, and prints why. It ends early where what is done inside fails.
+    With the profile and features that `make` has it built with, so that all of it is used. Where it fails, nothing is
+    said here: `make` tries again, and prints why. It ends early where what is done inside fails.
     """
     if EXTENSION.exists():
         yield

@@ -1,8 +1,10 @@
 """Run all tests beside one another: those of whole servers, Python's others, and Rust's with the wheel's.
 
-Python's tests mostly wait, so what has to be compiled is compiled beside them and yields to them. All parts stay in one
-session, each in a process group of its own: Linux shares the processor among sessions first (sched_autogroup), and what
-is nice in a session of its own yields to nobody.
+Python's tests mostly wait, so what has to be compiled is compiled beside them and yields to them. Those of whole
+servers take twice as long as Python's others, so those of tiers come after the others: two of Python run at any time.
+
+All parts stay in one session, each in a process group of its own: Linux shares the processor among sessions first
+(sched_autogroup), and what is nice in a session of its own yields to nobody.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Part:
 
 PARTS = (
     Part("the tests of whole servers", ("test-servers",)),
-    Part("Python's other tests", ("test-others",), "others.log"),
+    Part("Python's other tests, and those of tiers", ("test-others", "test-tiers"), "others.log"),
     Part("the tests of Rust and of the wheel", ("test-rust", "test-wheel"), "rust.log", nice=10),
 )
 

@@ -367,6 +367,26 @@ def test_all_parts_of_the_tests_are_run_and_each_failure_is_named(
         assert all(f"makes {target}" in said for target in made), (number, said)
 
 
+def test_every_test_of_python_belongs_to_one_part() -> None:
+    targets = [target for part in load("test_all").PARTS for target in part.targets]
+    assert sorted(targets) == ["test-others", "test-rust", "test-servers", "test-tiers", "test-wheel"]
+    said = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", *targets], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    runs = [line.split("pytest -q", 1)[1].split() for line in said.splitlines() if "pytest -q" in line]
+    assert len(runs) == 3
+    tests = [str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")]
+
+    def is_run(test: str, arguments: list[str]) -> bool:
+        ignored = [argument.removeprefix("--ignore=") for argument in arguments if argument.startswith("--ignore=")]
+        named = [argument for argument in arguments if not argument.startswith("--")] or ["tests"]
+        within = [any(Path(test).is_relative_to(place) for place in places) for places in (named, ignored)]
+        return within == [True, False]
+
+    for test in tests:
+        assert sum(is_run(test, arguments) for arguments in runs) == 1, test
+
+
 def test_parts_of_the_tests_end_with_who_runs_them(fake_make: Path) -> None:
     run = run_all(fake_make, "one", "slow")
     pid = fake_make.with_name("make.pid")
