@@ -535,6 +535,9 @@ def test_short_calls_keep_the_gil(mem: shoal.MemoryManager) -> None:
         kv.fork(ids)
         kv.free(ids)
 
+    def announced() -> None:
+        kv.hint(4)
+
     def came_in(act: Callable[[], object]) -> int:
         before = turns
         for _ in range(20_000):
@@ -548,7 +551,7 @@ def test_short_calls_keep_the_gil(mem: shoal.MemoryManager) -> None:
     try:
         sys.setswitchinterval(1000)
         beside.start()
-        for act in (through_a_buffer, as_lists, shared, kv.available):
+        for act in (through_a_buffer, as_lists, shared, announced, kv.available):
             # The cache's own thread may hold its lock at a moment in which it looks at what is expected.
             assert came_in(act) <= 5, act
         until("what asks the driver lets it in", lambda: came_in(kv.record_step) > 0)
@@ -556,6 +559,52 @@ def test_short_calls_keep_the_gil(mem: shoal.MemoryManager) -> None:
         sys.setswitchinterval(interval)
         over.set()
     beside.join()
+
+
+@pytest.mark.parametrize("wrong", [-5, -(2**70), 2**31, 2**32 - 1, 2**32, 2**63, 2**70])
+def test_ids_that_are_no_blocks_are_refused_in_words(mem: shoal.MemoryManager, wrong: int) -> None:
+    kv = small(mem)
+    ids = kv.alloc(2)
+    assert ids is not None
+    was, group, tokens = kv.usage(), kv.groups[0], list(range(32))
+    calls: list[Callable[[], object]] = [
+        lambda: kv.free([wrong]),
+        lambda: kv.free((wrong,)),
+        lambda: kv.free([ids[0], wrong]),
+        lambda: kv.fork([wrong]),
+        lambda: group.owners(wrong),
+        lambda: group.forget(wrong),
+        lambda: group.moved([(wrong, 3)]),
+        lambda: group.moved([(ids[0], wrong)]),
+        lambda: kv.seal(tokens, [ids[0], wrong]),
+        lambda: kv.seal_keys([b"a", b"b"], [ids[0], wrong]),
+    ]
+    for number, call in enumerate(calls):
+        with pytest.raises(shoal.RegionError, match="does not exist") as caught:
+            call()
+        assert caught.value.kind == "blocks", number
+    assert kv.usage()["live"] == was["live"]
+    assert kv.match(tokens) == (0, [])
+
+
+@pytest.mark.parametrize("call", ["owners", "forget"])
+def test_no_block_is_the_last_one(mem: shoal.MemoryManager, call: str) -> None:
+    """In lists that are sealed, -1 stands for no block; elsewhere it is none."""
+    with pytest.raises(shoal.RegionError, match="block -1 does not exist"):
+        getattr(small(mem).groups[0], call)(-1)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32, 2**40, 2**70])
+def test_numbers_out_of_range_are_refused_in_words(mem: shoal.MemoryManager, wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"blocks must be between 0 and 4294967295, not {wrong}"):
+        small(mem).hint(wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1", None])
+def test_a_seed_is_a_number_of_64_bits(mem: shoal.MemoryManager, seed: object) -> None:
+    with pytest.raises(ValueError, match="seed must be an integer from 0 to"):
+        small(mem, seed=seed)
+    small(mem, name="most", seed=2**64 - 1)
 
 
 def test_bad_shapes_are_refused_in_words(mem: shoal.MemoryManager) -> None:

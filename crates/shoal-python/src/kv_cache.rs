@@ -14,14 +14,16 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 use serde::Deserialize;
 use shoal_core::bytes::ByteCount;
+use shoal_core::kv::blocks::{BlockError, BlockState};
 use shoal_core::kv::compact::BlockMove;
 use shoal_core::kv::eviction::{CostModel, EvictionKind};
 use shoal_core::kv::ids::BlockId;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
-use shoal_core::kv::prefix::{BlockKey, EventKind, Found, Sealed, Start};
+use shoal_core::kv::prefix::{BlockKey, EventKind, Found, NO_BLOCK, Sealed, Start};
 use shoal_core::kv::reuse::ReuseOptions;
+use shoal_core::kv::state::KvError;
 use shoal_memory::kv_cache::Attempt;
-use shoal_memory::{KvCache, KvCacheSpec};
+use shoal_memory::{KvCache, KvCacheSpec, MemoryError};
 
 use crate::buffer::{self, Integers, IntegersMut};
 use crate::convert::{self, ReportTuple};
@@ -150,6 +152,11 @@ enum Tried<T> {
 }
 
 impl PyKvGroup {
+    /// A block that there is.
+    fn known(&self, id: &Bound<'_, PyAny>) -> PyResult<u32> {
+        known(id_of(id)?, self.blocks)
+    }
+
     #[inline]
     fn try_fill<T: BlockId>(&self, ids: &mut [T]) -> PyResult<Tried<usize>> {
         let attempt = self.cache.get_fast()?.try_alloc(self.group, ids).map_err(errors::of_memory)?;
@@ -271,7 +278,8 @@ impl PyKvGroup {
         py.detach(|| cache.available(self.group)).map_err(errors::of_memory)
     }
 
-    fn hint(&self, py: Python<'_>, blocks: u32) -> PyResult<()> {
+    fn hint(&self, py: Python<'_>, blocks: &Bound<'_, PyAny>) -> PyResult<()> {
+        let blocks = count_of("blocks", blocks)?;
         let tried = self.cache.get_fast()?.try_hint(self.group, blocks).map_err(errors::of_memory)?;
         if tried == Attempt::Done {
             return Ok(());
@@ -281,9 +289,8 @@ impl PyKvGroup {
     }
 
     /// `None`: nobody's; else how many own it, 0 if it is only cached.
-    fn owners(&self, py: Python<'_>, block: u32) -> PyResult<Option<u32>> {
-        use shoal_core::kv::blocks::BlockState;
-        let cache = self.cache.get()?;
+    fn owners(&self, py: Python<'_>, block: &Bound<'_, PyAny>) -> PyResult<Option<u32>> {
+        let (cache, block) = (self.cache.get()?, self.known(block)?);
         let state = py.detach(|| cache.state_of(self.group, block)).map_err(errors::of_memory)?;
         Ok(match state {
             BlockState::Free => None,
@@ -292,8 +299,8 @@ impl PyKvGroup {
         })
     }
 
-    fn forget(&self, py: Python<'_>, block: u32) -> PyResult<bool> {
-        let cache = self.cache.get()?;
+    fn forget(&self, py: Python<'_>, block: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let (cache, block) = (self.cache.get()?, self.known(block)?);
         py.detach(|| cache.forget(self.group, block)).map_err(errors::of_memory)
     }
 
@@ -320,10 +327,12 @@ impl PyKvGroup {
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
-    fn moved(&self, py: Python<'_>, moves: Vec<(u32, u32)>) -> PyResult<()> {
+    fn moved(&self, py: Python<'_>, moves: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>) -> PyResult<()> {
         let cache = self.cache.get()?;
-        let moves: Vec<BlockMove> =
-            moves.iter().map(|(from, to)| BlockMove { from: *from, to: *to }).collect();
+        let planned = |(from, to): &(Bound<'_, PyAny>, Bound<'_, PyAny>)| -> PyResult<BlockMove> {
+            Ok(BlockMove { from: self.known(from)?, to: self.known(to)? })
+        };
+        let moves = moves.iter().map(planned).collect::<PyResult<Vec<_>>>()?;
         py.detach(|| cache.moved(self.group, &moves)).map_err(errors::of_memory)
     }
 
@@ -497,7 +506,7 @@ impl PyKvCache {
         blocks: Vec<Bound<'_, PyAny>>,
     ) -> PyResult<SealedTuple> {
         let (cache, salt, tokens) = (self.cache.get()?, bytes_of("salt", salt)?, list_of_tokens(tokens)?);
-        let blocks = lists_of_blocks(&blocks)?;
+        let blocks = lists_of_blocks(cache, &blocks)?;
         let seal = || {
             let blocks: Vec<&[u32]> = blocks.iter().map(Vec::as_slice).collect();
             cache.seal(Start::Salt(&salt), &tokens, &blocks)
@@ -514,7 +523,8 @@ impl PyKvCache {
         keys: Vec<Bound<'_, PyBytes>>,
         blocks: Vec<Bound<'_, PyAny>>,
     ) -> PyResult<SealedTuple> {
-        let (cache, salt, blocks) = (self.cache.get()?, bytes_of("salt", salt)?, lists_of_blocks(&blocks)?);
+        let (cache, salt) = (self.cache.get()?, bytes_of("salt", salt)?);
+        let blocks = lists_of_blocks(cache, &blocks)?;
         let after = after.map(|key| key.as_bytes().to_vec());
         let keys: Vec<Vec<u8>> = keys.iter().map(|key| key.as_bytes().to_vec()).collect();
         let seal = || {
@@ -611,20 +621,54 @@ pub(crate) fn bytes_of(what: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>
     }
 }
 
+/// An id as it is given; what 64 bits do not hold is the nearest number that they do, which is no block either.
+fn id_of(id: &Bound<'_, PyAny>) -> PyResult<i64> {
+    match id.extract::<i64>() {
+        Err(error) if error.is_instance_of::<PyOverflowError>(id.py()) => {
+            Ok(if id.lt(0)? { i64::MIN } else { i64::MAX })
+        }
+        extracted => extracted,
+    }
+}
+
+/// A block, of so many that there are.
+fn known(block: i64, blocks: u32) -> PyResult<u32> {
+    let unknown =
+        || errors::of_memory(MemoryError::Kv(KvError::Blocks(BlockError::Unknown { block, blocks })));
+    u32::try_from(block).ok().filter(|known| *known < blocks).ok_or_else(unknown)
+}
+
+/// A number of blocks.
+fn count_of(what: &str, count: &Bound<'_, PyAny>) -> PyResult<u32> {
+    count.extract().map_err(|error: PyErr| {
+        if !error.is_instance_of::<PyOverflowError>(count.py()) {
+            return error;
+        }
+        PyValueError::new_err(format!("{what} must be between 0 and {}, not {count}", u32::MAX))
+    })
+}
+
 /// Ids of a list, or of a buffer; what is no block stays what it is, for the message.
 fn list_of_ids(ids: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
     if ids.is_instance_of::<PyList>() {
-        return ids.extract();
+        match ids.extract::<Vec<i64>>() {
+            Err(error) if error.is_instance_of::<PyOverflowError>(ids.py()) => {}
+            extracted => return extracted,
+        }
+    } else {
+        let shown = buffer::with_integers(ids, |ids| {
+            Ok(match ids {
+                Integers::Int32(ids) => shown(ids),
+                Integers::Uint32(ids) => shown(ids),
+                Integers::Int64(ids) => shown(ids),
+                Integers::Uint64(ids) => shown(ids),
+            })
+        });
+        if shown.is_ok() {
+            return shown;
+        }
     }
-    let shown = buffer::with_integers(ids, |ids| {
-        Ok(match ids {
-            Integers::Int32(ids) => shown(ids),
-            Integers::Uint32(ids) => shown(ids),
-            Integers::Int64(ids) => shown(ids),
-            Integers::Uint64(ids) => shown(ids),
-        })
-    });
-    shown.or_else(|_| ids.try_iter()?.map(|id| id?.extract()).collect())
+    ids.try_iter()?.map(|id| id_of(&id?)).collect()
 }
 
 fn shown<T: BlockId>(ids: &[T]) -> Vec<i64> {
@@ -641,12 +685,12 @@ pub(crate) fn list_of_tokens(tokens: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
 }
 
 /// Lists of blocks, one a group; -1 where a group has none.
-fn lists_of_blocks(lists: &[Bound<'_, PyAny>]) -> PyResult<Vec<Vec<u32>>> {
-    let block = |id: i64| {
-        if id == -1 {
-            return Ok(shoal_core::kv::prefix::NO_BLOCK);
-        }
-        u32::try_from(id).map_err(|_| PyOverflowError::new_err(format!("block {id} does not exist")))
+fn lists_of_blocks(cache: &KvCache, lists: &[Bound<'_, PyAny>]) -> PyResult<Vec<Vec<u32>>> {
+    let list = |(group, list): (usize, &Bound<'_, PyAny>)| {
+        // That there are more lists than groups is refused where they are sealed.
+        let blocks = cache.layout(group).map_or(NO_BLOCK, |layout| layout.blocks());
+        let block = |id: i64| if id == -1 { Ok(NO_BLOCK) } else { known(id, blocks) };
+        list_of_ids(list)?.into_iter().map(block).collect()
     };
-    lists.iter().map(|list| list_of_ids(list)?.into_iter().map(block).collect()).collect()
+    lists.iter().enumerate().map(list).collect()
 }

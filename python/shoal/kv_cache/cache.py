@@ -166,8 +166,8 @@ class KvCache:
 
         Raises
         ------
-        ForkError
-            In a process other than the one that made the cache.
+        DeviceError, ForkError
+            As :meth:`KvGroup.alloc`.
         """
         return self.groups[0].alloc(n)
 
@@ -181,6 +181,8 @@ class KvCache:
 
         Raises
         ------
+        RegionError
+            For a block that does not exist or that nobody owns. Nothing has changed then.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -196,6 +198,8 @@ class KvCache:
 
         Raises
         ------
+        RegionError
+            For a block that does not exist or that nobody owns. Nothing has changed then.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -226,6 +230,8 @@ class KvCache:
 
         Raises
         ------
+        ValueError
+            If ``blocks`` is negative, or 2^32 or more.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -248,6 +254,8 @@ class KvCache:
 
         Raises
         ------
+        DeadlineError, DeviceError, RegionError
+            As :meth:`KvGroup.compact`. No block has moved then.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -298,6 +306,8 @@ class KvCache:
 
         Raises
         ------
+        RegionError
+            If a key is not of 1 to 64 bytes, or the cache was made with ``eviction=None``, or holds only states.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -326,7 +336,8 @@ class KvCache:
         Raises
         ------
         RegionError
-            For a block that nobody owns or that was sealed with other tokens. Nothing has changed then.
+            For a block that does not exist, that nobody owns or that was sealed with other tokens, or if the cache was
+            made with ``eviction=None``, or holds only states. Nothing has changed then.
         """
         return Sealed(*self._native.seal(_salt(salt), token_ids, self._of_all(ids)))
 
@@ -353,6 +364,10 @@ class KvCache:
 
         Raises
         ------
+        RegionError
+            For a block that does not exist, that nobody owns or that was sealed as something else, for a key that is
+            not of 1 to 64 bytes, or if the cache was made with ``eviction=None``, or holds only states. Nothing has
+            changed then. (Where ``after`` cannot be found, nothing is sealed, and that is what is said.)
         ForkError
             In a process other than the one that made the cache.
         """
@@ -435,6 +450,8 @@ class KvCache:
 
         Raises
         ------
+        RegionError
+            If the cache was made with ``eviction=None``, or holds only states.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -450,6 +467,8 @@ class KvCache:
 
         Raises
         ------
+        RegionError
+            If the cache was made with ``eviction=None``, or holds only states.
         ForkError
             In a process other than the one that made the cache.
         """

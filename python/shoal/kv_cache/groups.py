@@ -137,9 +137,11 @@ class KvGroup:
     alloc_into : callable
         ``alloc_into(buffer) -> int`` fills a contiguous, writable buffer of 32 or 64 bit integers (a numpy array, an
         ``array.array``, a memoryview; a CPU tensor of torch works too, a microsecond slower) with blocks, each owned
-        once, and returns how many: all that the buffer takes, or 0, which changes nothing. 0 means *not now*: neither
-        the limit nor the lease has room, and nothing that is cached could be evicted. Where memory has to be mapped
-        first it is, by this thread; it is zero where it is new. Call it outside of guards.
+        once, and returns how many: all that the buffer takes, or 0, which takes none. 0 means *not now*: the limit or
+        the lease has no room, or not in time, and what is cached would not make up for it; what is cached stays then.
+        (Only where it could not be known beforehand that evicting is not enough, some may be gone: blocks straddle
+        granules, or memory of other groups that was evicted cannot leave or is taken by others.) Where memory has to
+        be mapped first it is, by this thread; it is zero where it is new. Call it outside of guards.
     free_from : callable
         ``free_from(buffer)`` takes one owner from each block in such a buffer. Give the blocks of a sequence in its
         order. Raises :class:`RegionError` for a block that nobody owns, or that is named more often than it is owned;
@@ -187,12 +189,14 @@ class KvGroup:
         Returns
         -------
         list of int or None
-            The blocks; None if so many cannot be had now, which changes nothing.
+            The blocks; None if so many cannot be had now, as 0 of :attr:`alloc_into`.
 
         Raises
         ------
         DeviceError
-            If the device fails. Nothing has changed.
+            If the device fails. No block is taken.
+        ForkError
+            In a process other than the one that made the cache.
         """
         return self._native.alloc(n)
 
@@ -222,7 +226,7 @@ class KvGroup:
         Raises
         ------
         RegionError
-            For a block that nobody owns. Nothing has changed then.
+            For a block that does not exist or that nobody owns. Nothing has changed then.
         """
         self._native.fork(ids)
 
@@ -253,6 +257,8 @@ class KvGroup:
 
         Raises
         ------
+        ValueError
+            If ``blocks`` is negative, or 2^32 or more.
         ForkError
             In a process other than the one that made the cache.
         """
@@ -340,7 +346,7 @@ class KvGroup:
         Raises
         ------
         RegionError
-            If a first block holds nothing or a second one is not free. Nothing has changed then.
+            If a block does not exist, a first one holds nothing or a second one is not free. Nothing has changed then.
         """
         self._native.moved(list(moves))
 

@@ -203,8 +203,8 @@ class MemoryManager:
         Raises
         ------
         ValueError
-            If the sizes are no layout, or prefixes shall be found in groups whose blocks have different tokens; the
-            message says which.
+            If the sizes are no layout, ``seed`` is no integer from 0 to 2^64 - 1, or prefixes shall be found in groups
+            whose blocks have different tokens; the message says which.
         DeviceError
             If the range cannot be reserved.
         """
@@ -216,6 +216,8 @@ class MemoryManager:
             raise ValueError("give groups, or layers, kv_heads and head_dim, not both")
         elif wrong := [spec for spec in groups if not isinstance(spec, KvGroupSpec)]:
             raise TypeError(f"groups must be KvGroupSpecs, not {type(wrong[0]).__name__}")
+        if not (isinstance(seed, int) and 0 <= seed < 1 << 64):
+            raise ValueError(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r}")
         if granule_max is None:
             granule_max = "512MiB" if layout == "layer" else "256MiB"
         return KvCache(
