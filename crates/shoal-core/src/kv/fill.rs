@@ -55,7 +55,7 @@ impl Fill {
     pub(super) fn fullest_with(&self, lists: u64, has_enough: impl Fn(u32) -> bool) -> Option<(u32, u64)> {
         let mut left = self.used & lists & !(1 << USELESS) & !(1 << EMPTY);
         while left != 0 {
-            let list = 63 - left.leading_zeros();
+            let list = left.ilog2();
             let slot = self.heads[list as usize];
             if has_enough(slot) {
                 return Some((slot, (2 << list) - 1));
