@@ -1,4 +1,4 @@
-"""What KV blocks cost from Python: taking and giving back, finding again, and memory that stays after bursts.
+"""What KV blocks cost from Python: taking and giving back, and finding again.
 
 The ceiling of a pair of calls is the same pair on an empty buffer or list, in the same run: what Python and the
 buffer protocol cost by themselves. Of finding again and evicting it is as many blocks taken and given back as a list.
@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -335,72 +334,6 @@ def prefixes(seconds: float, peers: dict[str, dict[str, float]]) -> list[Row]:
     return beside(rows, peers)
 
 
-def settled(kv: KvCache) -> dict:
-    """Wait until nothing is expected any more and no memory is on its way; give the figures then."""
-    deadline = time.monotonic() + 30
-    before = -1
-    # Demand is forgotten after two seconds.
-    time.sleep(2.5)
-    while True:
-        usage = kv.usage()
-        # What is on its way out counts as mapped, and not as empty.
-        if (not usage["empty"] and usage["mapped"] == before) or time.monotonic() > deadline:
-            return usage
-        before = usage["mapped"]
-        time.sleep(0.4)
-
-
-def footprint(seed: int, live_mib: int) -> list[Row]:
-    """Memory over what is live after bursts, without and with compaction."""
-    rows = []
-    mem = shoal.MemoryManager("sim", device_budget="16GiB", device_capacity="16GiB", host_budget="64MiB")
-    shape = {"layers": 8, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "block_tokens": 16}
-    for trace in ("half of each request leaves", "nine of ten requests leave", "at random"):
-        rng = random.Random(seed)  # noqa: S311
-        kv = mem.kv_cache(max_bytes="12GiB", name=trace, patience_s=30, **shape)  # type: ignore[arg-type]
-        block_bytes = kv.groups[0].block_bytes
-        wanted = live_mib * MIB // block_bytes
-        requests: list[list[int]] = []
-        total = {"half of each request leaves": 2, "nine of ten requests leave": 6, "at random": 4}[trace] * wanted
-        while sum(map(len, requests)) < total:
-            ids = kv.alloc(rng.randint(8, 256))
-            assert ids is not None
-            requests.append(ids)
-        if trace == "half of each request leaves":
-            for ids in requests:
-                kv.free(ids[1::2])
-                del ids[1::2]
-        elif trace == "nine of ten requests leave":
-            rng.shuffle(requests)
-            while sum(map(len, requests)) > wanted:
-                kv.free(requests.pop())
-        else:
-            every = [block for ids in requests for block in ids]
-            rng.shuffle(every)
-            kv.free(every[wanted:])
-            requests = [every[:wanted]]
-        usage = settled(kv)
-        ratio = usage["mapped"] / usage["live"]
-        case = f"burst, then {trace}; {usage['live'] / (1 << 30):.2f} GiB live"
-        rows.append(Row(case, "mapped over live", ratio, "", "lower", ceiling=1.0))
-        moves = kv.compact(apply=True)
-        usage = settled(kv)
-        ratio = usage["mapped"] / usage["live"]
-        row = Row(
-            case,
-            f"the same, {len(moves)} blocks moved",
-            ratio,
-            "",
-            "lower",
-            ceiling=1.0,
-            target=1.05,
-            met=ratio <= 1.05,
-        )
-        rows.append(row)
-        del kv
-    return rows
-
-
 def main() -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -415,7 +348,6 @@ def main() -> None:
         *blocks(seconds, peer),
         *threads(seconds, peer_rate),
         *prefixes(seconds, prefix_peers(seconds, GRANULES * PER_GRANULE, options.vllm, options.peer)),
-        *footprint(7, 128 if options.quick else 1024),
     ]
     if options.quick:
         for row in rows:

@@ -129,7 +129,7 @@ def build(checkout: Path, folder: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, blocks: int = BLOCKS, layers: int = LAYERS) -> Any:
     """Import what :func:`build` built and give a ``KVCacheManager`` over its tensors, ready for calls."""
     # Freed pages stay mapped in both, so that neither asks its device for anything: ours would really map.
     os.environ.setdefault("KVCACHED_MAX_RESERVED_PAGES", "128")
@@ -138,7 +138,7 @@ def load(folder: Path) -> Any:
     sys.path.insert(0, str(folder))
     vmm_ops = importlib.import_module("kvcached.vmm_ops")
     manager = importlib.import_module("kvcached.kv_cache_manager")
-    return _manager(vmm_ops, manager)
+    return _manager(vmm_ops, manager, blocks, layers)
 
 
 def load_ours() -> Any:
@@ -149,10 +149,10 @@ def load_ours() -> Any:
     return _manager(vmm_ops, manager)
 
 
-def _manager(vmm_ops: Any, module: Any) -> Any:
+def _manager(vmm_ops: Any, module: Any, blocks: int = BLOCKS, layers: int = LAYERS) -> Any:
     vmm_ops.init_kvcached("cpu", 0, True)
-    vmm_ops.create_kv_tensors(2 * BLOCKS * BLOCK_TOKENS * TOKEN_BYTES, 2, "cpu", LAYERS)
-    made = module.KVCacheManager(BLOCKS, BLOCK_TOKENS, TOKEN_BYTES, LAYERS)
+    vmm_ops.create_kv_tensors(2 * blocks * BLOCK_TOKENS * TOKEN_BYTES, 2, "cpu", layers)
+    made = module.KVCacheManager(blocks, BLOCK_TOKENS, TOKEN_BYTES, layers)
     made._wait_post_init()
     return made
 
