@@ -33,6 +33,7 @@ AHEAD = ROOT / ".shoal" / "ahead"
 
 def main() -> int:
     """Bring the environment up to date; the exit status is pip's."""
+    end_by_signals()
     parser = argparse.ArgumentParser(description="Set up .venv.")
     parser.add_argument("--force", action="store_true", help="install again even if nothing has changed")
     options = parser.parse_args()
@@ -69,7 +70,8 @@ def compiling() -> Iterator[None]:
     """Compile the Rust half beside what is done inside, where it has not been built yet, and wait for it.
 
     With the profile and features that `make` has it built with, so that all of it is used. Where it fails, nothing is
-    said here: `make` tries again, and prints why. It ends early where what is done inside fails.
+    said here: `make` tries again, and prints why. It ends early where what is done inside, or the wait for it, does not
+    end well: it is no part of the terminal's own group, so nobody else would end it.
     """
     if EXTENSION.exists():
         yield
@@ -80,12 +82,20 @@ def compiling() -> Iterator[None]:
     with subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet, process_group=0) as build:
         try:
             yield
+            if build.poll() is None:
+                print("Waiting for the Rust half, which has been compiled meanwhile", flush=True)
+                build.wait()
         except BaseException:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(build.pid, signal.SIGTERM)
+                build.wait(10)
             raise
-        if build.poll() is None:
-            print("Waiting for the Rust half, which has been compiled meanwhile", flush=True)
+
+
+def end_by_signals() -> None:
+    """Have a signal that ends this end what it has started as well, as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def torch_from(place: str | None) -> list[str]:

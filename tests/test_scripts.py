@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +185,30 @@ def test_nothing_is_compiled_for_an_installation_that_failed(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no torch"), environment.compiling():
         wait_for_file(tmp_path / "begun")
         raise ValueError("no torch")
+    (tmp_path / "go").touch()
+    time.sleep(0.2)
+    assert not (tmp_path / "built").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_is_compiled_ahead_ends_with_who_waits_for_it(tmp_path: Path, number: signal.Signals) -> None:
+    environment = environment_in(tmp_path)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+
+    def end_it() -> None:
+        wait_for_file(tmp_path / "begun")
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
+    ends = threading.Thread(target=end_it)
+    try:
+        environment.end_by_signals()
+        with pytest.raises((KeyboardInterrupt, SystemExit)), environment.compiling():
+            ends.start()
+    finally:
+        ends.join()
+        for one, handler in before.items():
+            signal.signal(one, handler)
     (tmp_path / "go").touch()
     time.sleep(0.2)
     assert not (tmp_path / "built").exists()
