@@ -120,7 +120,7 @@ impl World {
         {
             let place = self.routed[index].place;
             self.end_route(index);
-            self.seen.ran_with_kv += u64::from(has_kv(self.seed));
+            self.seen.ran_with_kv += u64::from(has_kv(self.seed) && self.workers.contains_key(&place));
             if self.is_rush {
                 let caller = self.caller();
                 self.ask(place, Wanted::Route(caller), STARVES_MS);

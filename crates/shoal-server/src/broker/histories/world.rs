@@ -289,7 +289,8 @@ impl World {
     /// Somebody could give more of what it has. One that hangs and shows that it lives cannot, and is not ended for that.
     fn has_more(&self) -> bool {
         let least = |place: &usize| self.core.models[*place].config.min.unwrap_or_default();
-        let may = |(place, worker): (&usize, &Worker)| !worker.is_hung && worker.held > least(place);
+        let may =
+            |(place, worker): (&usize, &Worker)| !worker.is_hung && worker.held + worker.kv > least(place);
         let is_any_hung = self.workers.values().any(|worker| worker.is_hung);
         !is_any_hung
             || self.workers.iter().any(may)
@@ -322,6 +323,7 @@ impl World {
             self.ask(place, Wanted::Route(caller), CALM_MS);
             self.run_until_served(CALM_MS);
             assert!(self.clients.is_empty(), "{:?}", self.core.models[place].life());
+            assert!(self.routed.is_empty(), "{} requests have no KV", self.routed.len());
         }
         let lives: Vec<_> = self.places().into_iter().map(|place| self.core.models[place].life()).collect();
         assert!(lives.iter().all(|life| **life == Life::Ready), "{lives:?}");
@@ -343,6 +345,7 @@ impl World {
         self.is_rush = false;
         self.run_until_served(STARVES_MS);
         assert!(self.clients.is_empty(), "{} are still waiting", self.clients.len());
+        assert!(self.routed.is_empty(), "{} requests have no KV", self.routed.len());
     }
 
     /// How long a request takes.
