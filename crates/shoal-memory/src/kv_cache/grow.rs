@@ -44,7 +44,7 @@ impl Shared {
         let mut growing = None;
         // Leased for what other groups have made room for, until it is mapped.
         let mut held = None;
-        for _ in 0..ATTEMPTS_MAX {
+        for round in 0..=ATTEMPTS_MAX {
             let mut was_leaving = {
                 let mut state = self.state.lock();
                 if has_grown {
@@ -64,6 +64,10 @@ impl Shared {
                 state.is_leaving()
             };
             drop(growing.take());
+            if round == ATTEMPTS_MAX {
+                // What the last round mapped or evicted was looked at above.
+                break;
+            }
             let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX);
             // As long as something is only cached here, nobody else gives up memory for what this cache asks for: memory is
             // leased where some lies free, and else what is cached goes.
@@ -402,9 +406,10 @@ impl Shared {
         if !self.fence(deadline)? {
             return Ok(false);
         }
-        // What was just mapped is empty until it is taken.
-        let Some(_growing) = self.growing.take(deadline) else { return Ok(false) };
         let _turn = self.manager().take_turn_only(deadline)?;
+        // What was just mapped is empty until it is taken. Not waited for: whoever maps may want the turn, and, where somebody
+        // lends it, must not wait behind this for what it could borrow.
+        let Some(_growing) = self.growing.take(Instant::now()) else { return Ok(false) };
         let planned = self.state.lock().plan_release(clocks)?;
         let mut report = Report::new(ByteCount::ZERO);
         self.unmap(&planned, Fate::Pooled, &mut report);

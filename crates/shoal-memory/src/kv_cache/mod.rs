@@ -13,6 +13,8 @@
 mod ahead;
 mod debug;
 mod grow;
+#[cfg(test)]
+mod grow_tests;
 mod keeper;
 mod meeting;
 mod moves;
