@@ -50,8 +50,8 @@ def interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def start(make: str, part: Part, logs: Path) -> subprocess.Popen[bytes]:
-    """Start a part in a process group of its own."""
-    command = ["nice", "-n", str(part.nice), make, "--no-print-directory", *part.targets]
+    """Start a part in a process group of its own; all its targets are made, also after one that failed."""
+    command = ["nice", "-n", str(part.nice), make, "--no-print-directory", "--keep-going", *part.targets]
     if part.log is None:
         return subprocess.Popen(command, process_group=0)
     with (logs / part.log).open("wb") as log:
