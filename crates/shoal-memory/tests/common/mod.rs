@@ -122,8 +122,11 @@ impl World {
 
     pub(crate) fn check(&self) {
         self.manager.check_invariants().expect("invariants");
-        let leased: ByteCount = LeaseKind::ALL.into_iter().map(|kind| lease_held(self, kind)).sum();
-        assert_eq!(self.device_used(), leased, "mapped and leased differ (I1)");
+        assert_eq!(self.device_used(), self.leased(), "mapped and leased differ (I1)");
+    }
+
+    pub(crate) fn leased(&self) -> ByteCount {
+        LeaseKind::ALL.into_iter().map(|kind| lease_held(self, kind)).sum()
     }
 }
 
