@@ -25,13 +25,15 @@ impl Segments {
     /// Carves a segment and commits what it needs. Addresses at which memory of earlier ones is mapped, because something holds
     /// it or the device did not unmap it, are passed over.
     pub(super) fn carve_backed(&self, bytes: ByteCount) -> Result<u64, MemoryError> {
+        // For all places together.
+        let deadline = Instant::now() + ALLOCATE_WAIT;
         let mut given_up = Vec::new();
         let outcome = loop {
             let offset = match self.carve(bytes) {
                 Ok(offset) => offset,
                 Err(error) => break Err(error),
             };
-            match self.back(offset, bytes) {
+            match self.back(offset, bytes, deadline) {
                 Ok(()) => break Ok(offset),
                 Err(error) => {
                     given_up.push(offset);
@@ -63,8 +65,7 @@ impl Segments {
     }
 
     /// Commits what a new segment needs, by ever harder means.
-    fn back(&self, offset: u64, bytes: ByteCount) -> Result<(), MemoryError> {
-        let deadline = Instant::now() + ALLOCATE_WAIT;
+    fn back(&self, offset: u64, bytes: ByteCount, deadline: Instant) -> Result<(), MemoryError> {
         let wanted = PageRun::covering(ByteCount(offset), bytes);
         let has_margin = !self.region.manager().margin().is_zero();
         let ahead = if has_margin { wanted } else { self.ahead_of(wanted)? };
