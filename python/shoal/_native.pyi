@@ -70,7 +70,8 @@ class BrokerClient:
         requests_waiting: int,
         tokens_out: int,
         tokens_embedded: int = 0,
-        overhead_peak: int | None = None,
+        overhead: int | None = None,
+        overhead_peak: int = 0,
         tiers: list[dict[str, Any]] | None = None,
     ) -> None: ...
     def set_steps_in_order(self) -> None: ...

@@ -202,6 +202,7 @@ class Ahead:
 class PlainMemory:
     """What the tests turn.
 
+    `beside_wakes`: the bytes of weights are still coming when a guard is entered;
     `blocks_max`: KV blocks that may have memory; `closed`: no guard can be entered; `close_at`: numbers of guards
     before which it closes by itself, so that the moment is the same in every run; `moves`: where blocks go
     when they may be moved.
@@ -214,6 +215,8 @@ class PlainMemory:
         self.moves = moves
         self.ahead: list[Ahead] = []
         self.computed: list[int] = []
+        self.beside_wakes = False
+        self.sizes: list[int] = []
         self.closed = False
         self.close_at: set[int] = set()
         self.guards = 0
@@ -221,7 +224,7 @@ class PlainMemory:
         self.space: PlainKv | None = None
 
     @contextlib.contextmanager
-    def guard(self, timeout_s, is_wanted=None):
+    def guard(self, timeout_s, is_wanted=None, *, tokens=0):
         if self.guards in self.close_at:
             self.close_at.discard(self.guards)
             self.closed = True
@@ -229,7 +232,8 @@ class PlainMemory:
             raise ShortageError("the test holds the memory")
         with self.held:
             self.guards += 1
-            yield
+            self.sizes.append(tokens)
+            yield self.beside_wakes
 
     def kv(self, layout, blocks, *, is_caching):
         self.space = PlainKv(self, layout, blocks, is_caching=is_caching)
@@ -240,6 +244,9 @@ class PlainMemory:
             self.space._evict()
 
     def overhead_peak(self):
+        return None
+
+    def overhead(self):
         return None
 
     def tiers(self):

@@ -325,6 +325,23 @@ def test_a_guard_that_never_comes_fails_a_prepared_batch_and_not_the_next():
         asyncio.run(run())
 
 
+def test_a_step_that_waits_for_its_weights_does_not_say_what_computing_takes():
+    memory = PlainMemory()
+    memory.beside_wakes = True
+    with engine_of(llama(), memory) as engine:
+
+        async def run():
+            await tokens_of(engine, [1] * 50, 3)
+            assert memory.computed == []
+            memory.beside_wakes = False
+            await tokens_of(engine, [2] * 50, 3)
+            assert memory.computed == [50]
+            assert memory.sizes[0] == 50
+            assert memory.sizes[-1] == 1
+
+        asyncio.run(run())
+
+
 def test_cancelling_frees_the_blocks():
     model = llama()
     memory = PlainMemory()

@@ -73,14 +73,14 @@ class WitnessedMemory(DeviceMemory):
         return self._kv
 
     @contextlib.contextmanager
-    def guard(self, timeout_s, is_wanted=None):
+    def guard(self, timeout_s, is_wanted=None, *, tokens=0):
         self.evict()
-        with super().guard(timeout_s, is_wanted):
+        with super().guard(timeout_s, is_wanted, tokens=tokens) as is_beside_wake:
             for block, digest in self._kv.hashes(self._kv.left).items():
                 if digest != self._kv.left[block]:
                     self.wrong.append(f"KV block {block}")
                 self.compared["kv"] += 1
-            yield
+            yield is_beside_wake
             # The step may have begun before its weights were there, and has used each of them.
             for name, value in self.tensors.items():
                 if hashlib.blake2b(as_bytes(value).numpy(), digest_size=16).digest() != self.first[name]:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from shoal import LeaseError
 from shoal.worker import device, loading
+from shoal.worker import overhead as overheads
 from shoal.worker.loading import ModelFiles, TensorPlace
+from shoal.worker.memory import ShortageError
 from shoal.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -25,13 +28,28 @@ class Gpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.reserved, self.reserved_max = free, 0, 0
+        self.leased: list[int] = []
+        self.is_short = False
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: self.reserved)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: self.reserved_max)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
         monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
         monkeypatch.setattr(torch.cuda, "init", lambda: None)
 
     def device_memory(self) -> dict[str, int]:
         return {"free": self.free}
+
+    def reset(self, _device: object) -> None:
+        self.reserved_max = self.reserved
+
+    def take(self, most: int, kept: int = 0) -> None:
+        """torch's pool grows for a moment, and keeps some of that."""
+        self.reserved, self.reserved_max = kept, max(self.reserved_max, most)
+
+    def set_overhead(self, nbytes: int, *, timeout_s: float = 1.0) -> None:
+        if self.is_short and nbytes > (self.leased or [0])[-1]:
+            raise LeaseError(f"not within {timeout_s} s")
+        self.leased.append(nbytes)
 
 
 @pytest.mark.parametrize(
@@ -47,25 +65,92 @@ class Gpu:
 def test_the_context_is_what_is_gone_where_that_can_be(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: int | None, counted: int
 ) -> None:
-    monkeypatch.setattr(device, "_free_by_nvidia_smi", lambda _ordinal: before)
+    monkeypatch.setattr(overheads, "_free_by_nvidia_smi", lambda _ordinal: before)
     gpu = Gpu(monkeypatch, 1000 * MIB)
-    overhead = device.Overhead("cuda:0", tmp_path)
+    overhead = overheads.Overhead("cuda:0", tmp_path)
     assert overhead.open(lambda: gpu) is gpu
     assert overhead.peak() == counted
 
 
 def test_the_peak_holds_torchs_pool_and_never_falls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(device, "_free_by_nvidia_smi", lambda _ordinal: 1600 * MIB)
+    monkeypatch.setattr(overheads, "_free_by_nvidia_smi", lambda _ordinal: 1600 * MIB)
     gpu = Gpu(monkeypatch, 1000 * MIB)
-    overhead = device.Overhead("cuda:1", tmp_path)
+    overhead = overheads.Overhead("cuda:1", tmp_path)
     overhead.open(lambda: gpu)
     gpu.reserved_max = 100 * MIB
     assert overhead.peak() == 700 * MIB
-    gpu.reserved_max = 50 * MIB
     assert overhead.peak() == 700 * MIB
     memory = device.DeviceMemory(gpu, overhead)
     assert memory.overhead_peak() == 700 * MIB
     assert device.DeviceMemory(gpu).overhead_peak() is None
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Busy:
+    return Busy(monkeypatch, tmp_path)
+
+
+class Busy:
+    """One that has 600 MiB of context and has leased 832, at a clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        monkeypatch.setattr(overheads, "_free_by_nvidia_smi", lambda _ordinal: 1600 * MIB)
+        self.gpu, self.now = Gpu(monkeypatch, 1000 * MIB), 0.0
+        self.overhead = overheads.Overhead("cuda:0", home, 832 * MIB, lambda: self.now)
+        self.overhead.open(lambda: self.gpu)
+
+    def step(self, tokens: int, most: int) -> None:
+        self.overhead.begin_step(tokens, 1.0)
+        self.gpu.take(most)
+        self.overhead.end_step(tokens)
+
+    def pass_by(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            self.overhead.measured()
+
+
+def test_what_was_not_taken_for_a_while_is_given_back_and_leased_again_before_it_is_taken(busy: Busy) -> None:
+    busy.step(2000, 900 * MIB)
+    assert busy.overhead.measured() == 1500 * MIB
+    assert busy.overhead.measured() == 600 * MIB, "that was said before"
+    busy.step(2000, 900 * MIB)
+    assert busy.gpu.leased == [1500 * MIB], "the second one is known to take it, and asks before"
+    busy.pass_by(29)
+    assert busy.gpu.leased == [1500 * MIB], "it may come again any moment"
+    busy.pass_by(3)
+    assert busy.gpu.leased[-1] == 600 * MIB
+    # Steps of another size are what they are.
+    busy.step(40, 10 * MIB)
+    busy.step(40, 10 * MIB)
+    assert busy.gpu.leased[-1] == 610 * MIB
+    busy.step(1900, 0)
+    assert busy.gpu.leased[-1] == 1500 * MIB
+    assert busy.overhead.peak() == 1500 * MIB
+
+
+def test_a_step_that_cannot_have_its_lease_does_not_begin(busy: Busy) -> None:
+    busy.step(2000, 900 * MIB)
+    busy.pass_by(40)
+    busy.gpu.is_short = True
+    with pytest.raises(ShortageError, match="a step of 2000 tokens takes 1572864000 bytes"):
+        busy.overhead.begin_step(2000, 1.0)
+    busy.step(8, 0)
+    busy.gpu.is_short = False
+    busy.overhead.begin_step(2000, 1.0)
+    # While it runs, nothing of it goes, although it has taken nothing yet.
+    busy.pass_by(20)
+    assert busy.gpu.leased[-1] == 1500 * MIB
+
+
+def test_a_figure_that_goes_up_and_down_gives_nothing_back(busy: Busy) -> None:
+    for _ in range(20):
+        busy.gpu.take(200 * MIB)
+        busy.pass_by(20)
+    assert busy.gpu.leased == [800 * MIB]
+    busy.gpu.take(180 * MIB, kept=180 * MIB)
+    busy.pass_by(100)
+    assert busy.gpu.leased == [800 * MIB], "that little is not worth it"
 
 
 def test_workers_measure_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,7 +158,7 @@ def test_workers_measure_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_
     inside: list[int] = []
 
     def enter(number: int) -> None:
-        with device._alone(path):
+        with overheads._alone(path):
             inside.append(number)
             time.sleep(0.05)
             assert inside[-1] == number, "another one was inside"
@@ -81,22 +166,22 @@ def test_workers_measure_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(enter, range(4)))
     assert sorted(inside) == [0, 1, 2, 3]
-    monkeypatch.setattr(device, "_ALONE_S", 0.05)
-    with device._alone(path), device._alone(path):
+    monkeypatch.setattr(overheads, "_ALONE_S", 0.05)
+    with overheads._alone(path), overheads._alone(path):
         pass  # waiting has an end
 
 
 def test_nvidia_smi_is_asked_for_the_gpu_the_process_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert device._free_by_nvidia_smi(0) is None
+    assert overheads._free_by_nvidia_smi(0) is None
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\ncase $1 in --id=0) echo 10;; --id=GPU-b) echo 20;; *) exit 6;; esac\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert device._free_by_nvidia_smi(0) == 10 * MIB
-    assert device._free_by_nvidia_smi(3) is None
+    assert overheads._free_by_nvidia_smi(0) == 10 * MIB
+    assert overheads._free_by_nvidia_smi(3) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, GPU-b")
-    assert [device._free_by_nvidia_smi(ordinal) for ordinal in (0, 1, 2)] == [10 * MIB, 20 * MIB, None]
+    assert [overheads._free_by_nvidia_smi(ordinal) for ordinal in (0, 1, 2)] == [10 * MIB, 20 * MIB, None]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 //! they are checked against a plain model.
 //!
 //! **Overhead** is what a process takes outside our regions. It is declared by asking for a lease of that kind, and then
-//! measured: [`LeaseBook::measure_overhead`] raises the lease to the measured peak. The correction may use the
-//! *headroom*, the part of the budget that is never leased otherwise, because those bytes are taken already.
+//! measured: [`LeaseBook::measure_overhead`] makes the lease what was measured, and no less than was granted. The correction
+//! may use the *headroom*, the part of the budget that is never leased otherwise, because those bytes are taken already.
 //!
 //! What the driver shows to be taken by others ([`crate::drift`]) is *charged*: it cannot be leased. It may come when more
 //! is leased already; then nothing is granted, and what is leased beyond is [owed](LeaseBook::owed) until holders have
@@ -188,6 +188,12 @@ impl LeaseBook {
         })
     }
 
+    /// What of its overhead was measured beyond what was granted.
+    #[must_use]
+    pub fn corrected(&self, model: ModelId) -> ByteCount {
+        self.accounts.get(&model).map_or(ByteCount::ZERO, |account| account.correction)
+    }
+
     /// Whose account was opened, closed or changed since this was last called.
     pub fn take_changed(&mut self) -> BTreeSet<ModelId> {
         std::mem::take(&mut self.changed)
@@ -292,15 +298,20 @@ impl LeaseBook {
         Ok(())
     }
 
-    /// Raises the lease for overhead to the measured `peak`, out of free bytes and headroom, as far as they go. Gives
-    /// what could not be covered: bytes that are taken and that nobody has leased, for which somebody must yield.
+    /// Makes the lease for overhead the `measured` bytes, or what was granted where that is more: what is missing comes out of
+    /// free bytes and headroom, as far as they go. Gives what could not be covered: bytes that are taken and that nobody
+    /// has leased, for which somebody must yield.
     ///
     /// # Errors
     /// [`LeaseBookError::NoAccount`].
-    pub fn measure_overhead(&mut self, model: ModelId, peak: ByteCount) -> Result<ByteCount, LeaseBookError> {
+    pub fn measure_overhead(
+        &mut self,
+        model: ModelId,
+        measured: ByteCount,
+    ) -> Result<ByteCount, LeaseBookError> {
         let left = self.budget - self.leased;
         let account = self.accounts.get_mut(&model).ok_or(LeaseBookError::NoAccount { model })?;
-        let wanted = peak.saturating_sub(account.granted[place(LeaseKind::Overhead)]);
+        let wanted = measured.saturating_sub(account.granted[place(LeaseKind::Overhead)]);
         let correction = wanted.min(account.correction + left);
         self.leased = self.leased - account.correction + correction;
         account.correction = correction;
@@ -404,6 +415,11 @@ mod tests {
         book.give_back(B, LeaseKind::Weights, MIB(6)).expect("held");
         assert_eq!(book.measure_overhead(A, MIB(20)), Ok(MIB(0)));
         assert_eq!(book.held(A, LeaseKind::Overhead), MIB(20));
+        // Less was measured lately: what is beyond the grant is free again, and no more.
+        assert_eq!((book.corrected(A), book.measure_overhead(A, MIB(16))), (MIB(6), Ok(MIB(0))));
+        assert_eq!((book.held(A, LeaseKind::Overhead), book.corrected(A)), (MIB(16), MIB(2)));
+        assert_eq!(book.measure_overhead(A, MIB(1)), Ok(MIB(0)));
+        assert_eq!((book.held(A, LeaseKind::Overhead), book.corrected(A)), (MIB(14), MIB(0)));
     }
 
     #[test]

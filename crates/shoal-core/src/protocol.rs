@@ -177,8 +177,11 @@ pub struct WorkerUsage {
     /// What bringing a MiB of such a prefix back takes, or computing it again (microseconds); 0 where that is not known.
     #[serde(default)]
     pub kv_back_us_per_mib: u64,
-    /// Measured bytes outside our regions, at their peak.
+    /// Measured bytes outside our regions: the most since this was last said.
     pub overhead_device: ByteCount,
+    /// What of them a step may take again without asking for it first, as long as there are weights on the device.
+    #[serde(default)]
+    pub overhead_peak: ByteCount,
     /// Leased device bytes that wait in the frame pool for the next growth: the first that a reclaim takes.
     #[serde(default)]
     pub pooled: ByteCount,

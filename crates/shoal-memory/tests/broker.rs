@@ -667,7 +667,7 @@ fn figures_are_said_when_they_change() {
     let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
     client.serve(&manager).expect("threads");
     client.set_requests(2, 1, 40, 50);
-    client.set_overhead(ByteCount::mib(9));
+    client.set_overhead(ByteCount::mib(7), ByteCount::mib(9));
     let mut line = String::new();
     loop {
         line.clear();
@@ -676,7 +676,8 @@ fn figures_are_said_when_they_change() {
         if let FromWorker::Usage { usage } = said
             && usage.tokens_out == 40
         {
-            assert_eq!((usage.requests_running, usage.overhead_device), (2, ByteCount::mib(9)));
+            let overhead = (usage.overhead_device, usage.overhead_peak);
+            assert_eq!((usage.requests_running, overhead), (2, (ByteCount::mib(7), ByteCount::mib(9))));
             assert_eq!((usage.requests_waiting, usage.tokens_embedded), (1, 50));
             break;
         }

@@ -168,6 +168,8 @@ class Shelf:
     taken
         Bytes that other processes have of the device; not in the budget. What is leased beyond the budget because of
         them has to come back.
+    falling
+        Bytes leased for overhead of which less was measured lately: they come back before long.
     extent
         The unit in which bytes are ordered back.
     quantum_ms
@@ -186,6 +188,7 @@ class Shelf:
     quantum_ms: int
     is_manual: bool = False
     taken: int = 0
+    falling: int = 0
     models: tuple[Model, ...] = ()
     requests: tuple[Request, ...] = ()
 

@@ -311,6 +311,19 @@ class EngineMemory:
         regions = sum(region.usage()["total"] for region in self._regions.values())
         return max(torch.cuda.max_memory_reserved() - regions, 0)
 
+    def beside_regions_now(self) -> int:
+        """Give what torch keeps outside of regions at the moment.
+
+        Returns
+        -------
+        int
+            Bytes; 0 on a simulated device.
+        """
+        if self._is_simulated:
+            return 0
+        regions = sum(region.usage()["total"] for region in self._regions.values())
+        return max(torch.cuda.memory_reserved() - regions, 0)
+
     def forget_peak(self) -> None:
         """Begin to look for a new peak."""
         if not self._is_simulated:

@@ -51,6 +51,7 @@ SHED_WAIT_S = 0.9
 CONTEXT_BYTES = 640 << 20
 LOOK_S = 0.25
 WATCH_S = 1.0
+HAND_OVER_LOOKS = 4
 
 
 class Shelf:
@@ -171,7 +172,7 @@ class Shelf:
             deadline = time.monotonic() + START_WAIT_S
 
             if on_gpu:
-                from shoal.worker.device import Overhead
+                from shoal.worker.overhead import Overhead
 
                 overhead = Overhead(device, directory)
                 mem = overhead.open(lambda: MemoryManager(device, broker=self.client, overhead=CONTEXT_BYTES))
@@ -275,6 +276,16 @@ class Shelf:
         taken = 0 if self.memory is None else self.memory.beside_regions()
         return self._fixed + max(self._profiled, taken)
 
+    def overhead(self) -> int | None:
+        """Give the device bytes beside the regions that the process has now; None on a simulated device.
+
+        A step may take as much as :meth:`overhead_peak` without a question, so the server keeps that for it as long as
+        there are weights on the device; while the engine sleeps it keeps this.
+        """
+        if not self._fixed:
+            return None
+        return self._fixed + (0 if self.memory is None else self.memory.beside_regions_now())
+
     def _begin(self, engine: Any) -> None:
         """Serve an engine that waits for its first request."""
         scheduler = engine.scheduler
@@ -320,7 +331,7 @@ class Shelf:
             }  # fmt: skip
         if not self._is_ready:
             self._is_ready = True
-            Reporter(self._counts, self._report, LOOK_S).start()
+            Reporter(self._figures, self._report, LOOK_S).start()
             threading.Thread(target=self._watch, name="shoal-watch", daemon=True).start()
         self.client.ready(said)
         return {"outlives": self.client.server_wait_s > 0, **said}
@@ -385,15 +396,28 @@ class Shelf:
         running, waiting = engine.scheduler.get_request_counts()
         return Counts(running=running, waiting=waiting, tokens_out=self._tokens)
 
-    def _report(self, counts: Counts) -> None:
+    def _figures(self) -> tuple[Counts, int | None, int]:
+        return self._counts(), self.overhead(), self.overhead_peak() or 0
+
+    def _report(self, figures: tuple[Counts, int | None, int]) -> None:
+        counts, overhead, peak = figures
         self.client.usage(
             requests_running=counts.running, requests_waiting=counts.waiting, tokens_out=counts.tokens_out,
-            overhead_peak=self.overhead_peak(),
+            overhead=overhead, overhead_peak=peak,
         )  # fmt: skip
+
+    def _hand_over(self) -> None:
+        """Leave what steps take to the server, which has heard of it by now: it is others' while the engine sleeps."""
+        if self.memory is not None and self._fixed:
+            self.memory.mem.set_overhead(self._fixed)
 
     def _watch(self) -> None:
         """End both processes in order when the server says so. A thread's whole work."""
+        looks = 0
         while self.client.connected:
+            looks += 1
+            if looks == HAND_OVER_LOOKS:
+                self._hand_over()
             order = self.client.wait_shutdown(WATCH_S)
             if order is not None:
                 logger.info("The server says shutdown: %s", order.get("reason") or "it gives no reason")

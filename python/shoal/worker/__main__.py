@@ -162,12 +162,13 @@ def _open(client: BrokerClient, spec: WorkerSpec, host_budget: int) -> DeviceMem
     """
     from shoal import DeviceError, Error, MemoryManager
 
-    from .device import DeviceMemory, Overhead
+    from .device import DeviceMemory
     from .errors import LoadError
+    from .overhead import Overhead
 
     if not spec.on_gpu:
         return DeviceMemory(MemoryManager(broker=client, host_budget=host_budget))
-    overhead = Overhead(spec.device, Path(client.path).parent)
+    overhead = Overhead(spec.device, Path(client.path).parent, spec.overhead_bytes)
     try:
         mem = overhead.open(lambda: MemoryManager(broker=client, host_budget=host_budget, overhead=spec.overhead_bytes))
     except DeviceError as error:
@@ -213,17 +214,17 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     from .http import make_app, serve
     from .usage import Counts, Reporter
 
-    def read() -> tuple[Counts, list[dict[str, Any]]]:
-        return assembled.engine.counts(), assembled.memory.tiers()
+    def read() -> tuple[Counts, list[dict[str, Any]], int | None]:
+        return assembled.engine.counts(), assembled.memory.tiers(), assembled.memory.overhead()
 
-    def report(figures: tuple[Counts, list[dict[str, Any]]]) -> None:
-        counts, tiers = figures
+    def report(figures: tuple[Counts, list[dict[str, Any]], int | None]) -> None:
+        counts, tiers, overhead = figures
         client.usage(
             requests_running=counts.running,
             requests_waiting=counts.waiting,
             tokens_out=counts.tokens_out,
             tokens_embedded=counts.tokens_embedded,
-            overhead_peak=assembled.memory.overhead_peak(),
+            overhead=overhead,
             tiers=tiers,
         )
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 import shoal.torch
 from shoal import (
@@ -33,17 +27,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
+
     from shoal import Prefetch, Region
     from shoal.kv_cache import Sealed
 
     from .kv import KvLayout
+    from .overhead import Overhead
     from .spec import DiskShare, RemoteShare
 
 
 logger = logging.getLogger(__name__)
 
-_CONTEXT_BYTES = 530 << 20  # an H100's, with our kernels and torch's; where it cannot be measured
-_PLAUSIBLE_BYTES_MAX = 1 << 30
 _KV_PATIENCE_S = 2.0  # how long one attempt to get KV memory may wait for what others give up
 _SCATTERED_BYTES_MIN = 32 << 20  # less memory than this between blocks is not worth moving any
 _SCATTERED_PART = 4  # nor what is less than this part of it
@@ -51,7 +46,6 @@ _MOVED_BYTES_MAX = 256 << 20  # what is copied at a time, so that the next step 
 _COMPACT_S = 1.0  # how long a compaction may wait
 _BYTES_S = 60.0  # how long a layer may wait for its own bytes
 _WHOLE = "SHOAL_WAIT_FOR_WHOLE_WAKES"  # set to 1: no step begins before all bytes are there, as a comparison
-_ALONE_S = 20.0  # how long a worker waits for others to have measured
 
 
 class DeviceKv:
@@ -193,122 +187,6 @@ class DeviceKv:
         return self.cache.usage()["live"]
 
 
-class Overhead:
-    """What a process takes of a GPU beside its regions: context, libraries, torch's own pool.
-
-    torch counts its pool exactly. For the rest there is only the GPU's free memory before and after, and other
-    processes move that too; so a difference that is not plausible is not believed, and the declared figure stands.
-
-    Parameters
-    ----------
-    device
-        ``"cuda:N"``.
-    directory
-        Of the server: its workers measure one after another.
-    """
-
-    def __init__(self, device: str, directory: Path) -> None:
-        self._device = torch.device(device)
-        self._lock = directory / "overhead.lock"
-        self._fixed = 0
-        self._peak = 0
-
-    def open(self, make: Callable[[], MemoryManager]) -> MemoryManager:
-        """Open the device by `make` and make torch use it; count the context."""
-        with _alone(self._lock):
-            before = _free_by_nvidia_smi(self._device.index or 0)
-            self._mem = make()
-            torch.cuda.set_device(self._device)
-            torch.cuda.init()
-            self._count_since(before, "context", _CONTEXT_BYTES)
-        return self._mem
-
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Make the libraries load, on small tensors; count what they keep."""
-        # On a thread that ends: torch keeps a cuBLAS handle, some 100 MiB, for each thread that needed one, and gives
-        # those of threads that ended to the next. Else this one's would lie idle beside the engine's.
-        with _alone(self._lock), ThreadPoolExecutor(max_workers=1, thread_name_prefix="warm-up") as executor:
-            executor.submit(self._warm_up, dtype).result()
-
-    def _warm_up(self, dtype: torch.dtype) -> None:
-        before = self._free()
-        start = time.monotonic()
-        with torch.inference_mode():
-            for kind in dict.fromkeys((dtype, torch.float32)):
-                square = torch.ones((256, 256), dtype=kind, device=self._device)
-                torch.nn.functional.linear(square, square, square[0])
-                heads = square.view(1, 4, 256, 64)
-                mask = torch.ones((256, 256), dtype=torch.bool, device=self._device)
-                torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-                torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
-                torch.nn.functional.rms_norm(square, (256,))
-                torch.nn.functional.silu(square).float().softmax(-1).cumsum(-1).argmax(-1)
-            index = torch.arange(8, device=self._device)
-            square.index_copy_(0, index, square.index_select(0, index))
-            torch.sort(square[0], descending=True)
-            torch.topk(square[0], 8)
-        torch.cuda.synchronize(self._device)
-        del square, heads, mask, index
-        self._count_since(before, "libraries", None)
-        self.release_cached()
-        logger.info("libraries loaded in %.2f s; %d bytes beside the regions", time.monotonic() - start, self.peak())
-
-    def peak(self) -> int:
-        """Give the most that there was, in bytes."""
-        self._peak = max(self._peak, self._fixed + torch.cuda.max_memory_reserved(self._device))
-        return self._peak
-
-    def release_cached(self) -> None:
-        """Give back what torch keeps of its pool without using it, cuBLAS's workspaces included."""
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-
-    def _free(self) -> int:
-        return self._mem.device_memory()["free"] + torch.cuda.memory_reserved(self._device)
-
-    def _count_since(self, before: int | None, what: str, otherwise: int | None) -> None:
-        """Add what is gone of the free memory, where that can have been us."""
-        taken = None if before is None else before - self._free()
-        if taken is None or not 0 <= taken <= _PLAUSIBLE_BYTES_MAX or (otherwise and taken < otherwise // 2):
-            difference = (
-                "no difference could be measured" if taken is None else f"a difference of {taken} bytes is not believed"
-            )
-            logger.info("%s: %s; %d are counted", what, difference, otherwise or 0)
-            taken = otherwise or 0
-        self._fixed += taken
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep out the other workers of this server, so that what they take is not counted as ours; not for ever."""
-    deadline = time.monotonic() + _ALONE_S
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    logger.info("another worker measures for long; both measure now")
-                    break
-                time.sleep(0.02)
-            else:
-                break
-        yield
-
-
-def _free_by_nvidia_smi(ordinal: int) -> int | None:
-    """Ask for the free memory of a GPU without making a context on it; None where that cannot be asked."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    which = str(ordinal) if visible is None else [*visible.split(","), *[""] * ordinal, ""][ordinal].strip()
-    command = ["nvidia-smi", f"--id={which}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
-        return int(said.stdout.strip()) << 20
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        logger.info("nvidia-smi cannot be asked (%s)", error)
-        return None
-
-
 class DeviceMemory:
     """One worker's share of a device.
 
@@ -336,13 +214,19 @@ class DeviceMemory:
         """Device bytes that the process has taken at most beside its regions."""
         return None if self._overhead is None else self._overhead.peak()
 
+    def overhead(self) -> int | None:
+        """Device bytes that it has taken at most since this was last called."""
+        return None if self._overhead is None else self._overhead.measured()
+
     @property
     def steps_in_order(self) -> bool:
         """Whether a step may begin while the bytes of its weights are still coming."""
         return self._weights is not None
 
     @contextmanager
-    def guard(self, timeout_s: float, is_wanted: Callable[[], bool] | None = None) -> Iterator[None]:
+    def guard(
+        self, timeout_s: float, is_wanted: Callable[[], bool] | None = None, *, tokens: int = 0
+    ) -> Iterator[bool]:
         """Keep everything resident while inside; the weights' bytes may still be coming, and layers wait for theirs.
 
         Raises
@@ -350,6 +234,9 @@ class DeviceMemory:
         ShortageError
             What is missing could not be brought back in time, also while inside: then the step may be run again.
         """
+        if self._overhead is not None:
+            # Outside: whoever has to give memory up for it may wait for this guard.
+            self._overhead.begin_step(tokens, timeout_s)
         guard = self._mem.guard(timeout_s=timeout_s, in_order=self._weights)
         try:
             guard.__enter__()
@@ -358,7 +245,7 @@ class DeviceMemory:
         is_beside = guard.wake is not None
         self._is_wanted = is_wanted
         try:
-            yield
+            yield is_beside
         except Error as error:
             if not is_beside:
                 raise
@@ -366,6 +253,8 @@ class DeviceMemory:
         finally:
             self._is_wanted = None
             guard.__exit__(None, None, None)
+            if self._overhead is not None:
+                self._overhead.end_step(tokens)
 
     def _is_cancelled(self) -> bool:
         return self._is_wanted is not None and not self._is_wanted()

@@ -194,6 +194,7 @@ class CausalEngine:
         self._shortage = ""  # why a step did not run, or did not end
         self._resting = True
         self._prepared = False  # a batch is scheduled and not computed yet: its requests must not change
+        self._is_beside_wake = False  # the step at hand waits for the bytes of its weights, layer by layer
         self._compacted = time.monotonic()
         self._sampler = RowSampler()
         self._manager, self._processor, self._cache = self._build()
@@ -375,7 +376,8 @@ class CausalEngine:
                 self._prepared = True
                 if not self._preempted:  # else the clock runs on: being scheduled again is no progress
                     self._stalled_since = time.monotonic()  # from here on the batch waits as one, its first guard too
-            with self._memory.guard(_GUARD_S, self._is_wanted):
+            tokens = self._processor.inputs_and_outputs.num_q_tokens
+            with self._memory.guard(_GUARD_S, self._is_wanted, tokens=tokens) as self._is_beside_wake:
                 self._compute()
             self._prepared = False
         except ShortageError as shortage:
@@ -420,8 +422,10 @@ class CausalEngine:
         finally:
             self._cache.kv.record_step(self._stream())
         batch = self._processor.inputs_and_outputs
-        # A step that gives each request one token costs about the same for one request and for many.
-        if batch.num_q_tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * batch.num_request_in_batch):
+        # A step that gives each request one token costs about the same for one request and for many; in one that waited
+        # for its weights it is not known what computing took.
+        tells = batch.num_q_tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * batch.num_request_in_batch)
+        if tells and not self._is_beside_wake:
             self._cache.kv.computed(batch.num_q_tokens, time.monotonic() - begun)
         self._processor.update_batch()
 

@@ -6,6 +6,7 @@ One at a time, so that a text's numbers are those of plain transformers, whateve
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -171,6 +172,9 @@ class EmbeddingEngine:
                 self._tokens += len(text)
         return vectors
 
+    def _is_wanted(self, cancelled: threading.Event) -> bool:
+        return not (cancelled.is_set() or self._stop.is_set())
+
     def _embed_one(self, text: Sequence[int], cancelled: threading.Event) -> torch.Tensor:
         limit = self._spec.stall_timeout_s
         deadline = time.monotonic() + limit
@@ -178,7 +182,8 @@ class EmbeddingEngine:
             if self._stop.is_set():
                 raise ApiError("the model is shutting down", status=503, code="shutting_down")
             try:
-                with self._memory.guard(min(_GUARD_S, limit), lambda: not (cancelled.is_set() or self._stop.is_set())):
+                wanted = functools.partial(self._is_wanted, cancelled)
+                with self._memory.guard(min(_GUARD_S, limit), wanted, tokens=len(text)):
                     ids = torch.tensor([list(text)], device=self._model.device)
                     states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
                     return self._pooling(states.float()).cpu()

@@ -96,10 +96,13 @@ class KvBlocks(Protocol):
 class Memory(Protocol):
     """Device memory of one worker."""
 
-    def guard(self, timeout_s: float, is_wanted: Callable[[], bool] | None = None) -> AbstractContextManager[Any]:
+    def guard(
+        self, timeout_s: float, is_wanted: Callable[[], bool] | None = None, *, tokens: int = 0
+    ) -> AbstractContextManager[bool]:
         """Keep everything resident while inside; entering brings back what is missing.
 
-        The bytes of weights may still be coming when it is entered: each layer's call waits for its own.
+        The bytes of weights may still be coming when it is entered: then each layer's call waits for its own, and what
+        entering gives is true.
 
         Parameters
         ----------
@@ -107,6 +110,8 @@ class Memory(Protocol):
             How long entering may take.
         is_wanted
             Asked while a layer waits for its bytes; where it says no, the step ends with a `ShortageError`.
+        tokens
+            How many the step computes: what steps of that size take beside the regions is leased before.
 
         Raises
         ------
@@ -123,6 +128,9 @@ class Memory(Protocol):
 
     def overhead_peak(self) -> int | None:
         """Device bytes that the process has taken at most beside its regions; None where there is nothing to count."""
+
+    def overhead(self) -> int | None:
+        """Device bytes that it has taken at most since this was last called; None where there is nothing to count."""
 
     def trim(self, *, cached: bool = False) -> None:
         """Give back device memory that nothing uses now; with `cached`, also that of blocks that nobody owns."""

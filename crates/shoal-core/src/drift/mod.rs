@@ -20,11 +20,15 @@
 //! Reading and ledger are not of one moment, so a wake in between looks like a stranger. [`Charge`] changes only by what
 //! several readings in a row agree on, and by no less than a tolerance.
 
+mod recent;
+
 use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
 use crate::bytes::{ByteCount, PAGE_BYTES};
+
+pub use recent::Recent;
 
 /// Readings in a row that must agree before more comes off the budget.
 const RISE: usize = 2;

@@ -80,6 +80,38 @@ fn a_request_that_only_others_stand_against_waits_and_holds_nobody_up() {
     assert!(matches!(&said.actions[..], [Action::Deny { never: true, .. }]), "{}", reasons(&said));
 }
 
+/// A lease for overhead of which less is measured by now is no reason to turn anybody away for good.
+#[test]
+fn a_request_that_falling_overhead_stands_against_waits_and_holds_nobody_up() {
+    let state = |falling| ShelfState {
+        falling: MIB(falling),
+        ..shelf(
+            100,
+            vec![
+                ModelState { overhead_held: MIB(60), ..model(0, "chat", 20, 0) },
+                model(1, "code", 60, 0),
+                model(2, "mail", 30, 0),
+            ],
+            vec![wake(1, 60, 1), wake(2, 30, 2)],
+        )
+    };
+    let said = plan(&state(50), 10_000);
+    assert!(
+        matches!(
+            &said.actions[..],
+            [Action::Wait { model: ModelId(1), .. }, Action::Grant { model: ModelId(2), .. }]
+        ),
+        "{}",
+        reasons(&said)
+    );
+    let said = plan(&state(18), 10_000);
+    assert!(
+        matches!(&said.actions[..], [Action::Deny { never: true, .. }, Action::Grant { .. }]),
+        "{}",
+        reasons(&said)
+    );
+}
+
 #[test]
 fn kv_of_one_that_starts_waits_for_what_others_take_and_of_one_that_serves_is_denied() {
     let asks = |ready| {

@@ -72,12 +72,13 @@ impl<'a> Decision<'a> {
         } else {
             ByteCount::ZERO
         });
-        // Others may leave the device again, and what the model's own requests use comes back as they end, or as its engine
-        // puts one of them off. KV is asked for anew before long by one that serves; one that still starts would start anew.
+        // Others may leave the device again, overhead may fall, and what the model's own requests use comes back as they end,
+        // or as its engine puts one of them off. KV is asked for anew before long by one that serves; one that still starts
+        // would start anew.
         let patience = if request.kind == LeaseKind::Kv && model.ready {
             ByteCount::ZERO
         } else {
-            self.field.state.taken + in_use(model, request)
+            self.field.state.taken + self.field.state.falling + in_use(model, request)
         };
         if request.bytes_min > most + patience {
             return self.deny(request, true, reason::never(&self.field, model, request, most));
@@ -121,7 +122,7 @@ impl<'a> Decision<'a> {
         if self.asks_for_what_leaves(request) {
             let left = self.field.eventual(request).saturating_sub(request.bytes_min);
             self.spare = Some(self.spare.map_or(left, |spare| spare.min(left)));
-            return self.wait_in_line(request, reason::leaving(model));
+            return self.wait_in_line(request, reason::leaving(model, request));
         }
         let free = self.field.free;
         if free >= request.bytes_min {
@@ -214,11 +215,12 @@ impl<'a> Decision<'a> {
         }
     }
 
-    /// Weights for a model that still gives some up: what it asks for does not make it whole any more, and would be one
-    /// more part that nobody can use. It asks for all that it lacks once they are gone.
+    /// Weights or KV for a model that still gives weights up, in this plan or since one before: what it asks for does not
+    /// make it whole any more, and would be one more part that nobody can use. It asks for all that it lacks once they are
+    /// gone. For KV it would else take from who comes next what that has been left.
     fn asks_for_what_leaves(&self, request: &PendingRequest) -> bool {
         let place = self.field.place(request.model);
-        request.kind == LeaseKind::Weights
+        request.kind != LeaseKind::Overhead
             && place.is_some_and(|place| !self.field.leaving_at(place).is_zero())
     }
 

@@ -29,7 +29,8 @@
 //! not run again. Such a request is denied, as one that comes while the weights are there.
 //!
 //! A model that gave weights up while it waited for others is granted all that it lacks by then, and nothing while it still
-//! gives some up: with a part it could not run.
+//! gives some up, KV included: with a part it could not run. So a model whose turn just ended takes nothing from the one
+//! that comes next.
 //!
 //! Only what is needed is taken, in whole extents; of a rigid model all or nothing. Pinned models give nothing, no model is
 //! taken below its minimum, of one that does not sleep only KV is taken. Two models that may not stand beside each other
@@ -43,7 +44,8 @@
 //! What they have comes off the budget ([`ShelfState::taken`]). Where more is leased by then, that comes back in the same
 //! order, before any request is met; nobody asked for it, so nobody's age counts. A model in its turn keeps what it runs
 //! with, and so does one that could not run with what is left. A request that cannot be met only because of it waits, for
-//! others may leave, and holds nobody up.
+//! others may leave, and holds nobody up. So does one for which leases for overhead are in the way that may fall
+//! ([`ShelfState::falling`]).
 //!
 //! # Against thrashing
 //! What is brought back runs for a turn, is asked last for a while when it is idle, and is not taken for the sake of what

@@ -312,6 +312,10 @@ fn holders(field: &Field<'_>, model: &ModelState, say: impl Fn(&ModelState) -> O
 }
 
 /// Why a model waits for what it has still to give up.
-pub(super) fn leaving(model: &ModelState) -> String {
-    format!("{} is still giving weights up and asks for all that it lacks once they are gone", model.name)
+pub(super) fn leaving(model: &ModelState, request: &PendingRequest) -> String {
+    let name = &model.name;
+    if request.kind == LeaseKind::Kv {
+        return format!("{name} is still giving weights up, and cannot use KV until it has them back");
+    }
+    format!("{name} is still giving weights up and asks for all that it lacks once they are gone")
 }

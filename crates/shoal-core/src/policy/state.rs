@@ -15,6 +15,9 @@ pub struct ShelfState {
     /// to come back.
     #[serde(default)]
     pub taken: ByteCount,
+    /// Leases for overhead of which less was measured lately: so much of them comes back before long, if nobody takes it again.
+    #[serde(default)]
+    pub falling: ByteCount,
     /// The unit in which bytes are ordered back.
     pub extent: ByteCount,
     /// How long a model may run before it can be made to yield to a waiting one.

@@ -164,6 +164,7 @@ prop_compose! {
         mut requests in prop::collection::vec(any_request(), 0..10),
         spare in bytes(60),
         taken in prop_oneof![3 => Just(ByteCount::ZERO), 1 => bytes(120)],
+        falling in prop_oneof![3 => Just(ByteCount::ZERO), 1 => bytes(20)],
         quantum_ms in 0..5_000u64,
         is_manual in prop::bool::weighted(0.1),
         pairs in prop::collection::vec((0..8usize, 0..8usize), 0..3),
@@ -191,7 +192,7 @@ prop_compose! {
         let held: ByteCount = models.iter().map(ModelState::held).sum();
         // Others may have what was leased before they came.
         let budget = (held + spare).saturating_sub(taken);
-        ShelfState { budget, taken, extent: ByteCount::mib(2), quantum_ms, models, requests, is_manual }
+        ShelfState { budget, taken, falling, extent: ByteCount::mib(2), quantum_ms, models, requests, is_manual }
     }
 }
 

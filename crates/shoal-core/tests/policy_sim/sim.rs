@@ -451,6 +451,7 @@ impl<'a> Sim<'a> {
             quantum_ms: self.quantum_ms,
             is_manual: false,
             taken: self.budget.saturating_sub(self.budget_now),
+            falling: ByteCount::ZERO,
             models: self.workers.iter().map(|worker| worker.state.clone()).collect(),
             requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
         }
@@ -537,7 +538,12 @@ impl<'a> Sim<'a> {
 
     fn obey(&mut self, action: Action) -> Result<(), String> {
         match action {
-            Action::Evict { model, bytes, reason, .. } => {
+            Action::Evict { model, bytes, reason, requester } => {
+                let asking = requester.filter(|asking| *asking != model);
+                if let Some(asking) = asking.filter(|asking| self.gives_weights_up(*asking)) {
+                    // Most of all not from the one that comes next: it would have to bring that back.
+                    return Err(format!("{asking} gives weights up and takes from {model}: {reason}"));
+                }
                 let due_ms = self.now_ms + 1 + self.random.below(ANSWER_MS_MAX);
                 let worker = &mut self.workers[model.0 as usize];
                 let state = &worker.state;
@@ -618,6 +624,16 @@ impl<'a> Sim<'a> {
             Action::Wait { .. } => {}
         }
         Ok(())
+    }
+
+    /// It was ordered to give weights up and has not yet: it cannot run with what it is given. That somebody may not stand
+    /// beside it is another matter.
+    fn gives_weights_up(&self, model: ModelId) -> bool {
+        let Worker { state, orders, .. } = &self.workers[model.0 as usize];
+        let ordered: ByteCount = orders.iter().map(|order| order.left).sum();
+        state.apart.is_empty()
+            && ordered > state.kv_held.saturating_sub(state.kv_live)
+            && !state.weights_held.is_zero()
     }
 
     /// One that has something on the device although it may not beside `model`, which has.

@@ -95,7 +95,8 @@ struct EngineFigures {
     requests_waiting: u32,
     tokens_out: u64,
     tokens_embedded: u64,
-    overhead_peak: Option<ByteCount>,
+    overhead: Option<ByteCount>,
+    overhead_peak: ByteCount,
     tiers: Vec<TierUsage>,
 }
 
@@ -307,9 +308,11 @@ impl BrokerClient {
         self.state.lock().figures.tiers = tiers;
     }
 
-    /// Sets the measured peak of device bytes outside our regions.
-    pub fn set_overhead(&self, peak: ByteCount) {
-        self.state.lock().figures.overhead_peak = Some(peak);
+    /// Sets what was measured of device bytes outside our regions: the most since this was last set, and what of it steps
+    /// may take again without a lease for it (`peak`; zero where they ask first).
+    pub fn set_overhead(&self, measured: ByteCount, peak: ByteCount) {
+        let figures = &mut self.state.lock().figures;
+        (figures.overhead, figures.overhead_peak) = (Some(measured), peak);
     }
 
     /// Says that the engine's steps run beside a wake ([`MemoryManager::guard_in_order`]): from now on the server is told

@@ -167,7 +167,8 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
             usage.tokens_out = figures.tokens_out;
             usage.tokens_embedded = figures.tokens_embedded;
             usage.tiers = figures.tiers;
-            usage.overhead_device = figures.overhead_peak.unwrap_or(usage.overhead_device);
+            usage.overhead_device = figures.overhead.unwrap_or(usage.overhead_device);
+            usage.overhead_peak = figures.overhead_peak;
             if said.as_ref().is_none_or(|(to, before)| *to != epoch || *before != usage) {
                 client.state.lock().usage = usage.clone();
                 client.say(epoch, &FromWorker::Usage { usage: usage.clone() });

@@ -84,6 +84,7 @@ impl Core {
         model.is_unaccounted = false;
         model.host_share = holds.host_budget;
         model.usage = holds.usage.clone();
+        model.overhead_said.note(holds.usage.overhead_device, now_ms);
         model.cycle.note("its worker goes on from the server before");
         if let Some(capabilities) = &holds.capabilities {
             model.weights_total = capabilities.weights_bytes;
@@ -118,13 +119,7 @@ impl Core {
             return;
         }
         for place in 0..self.models.len() {
-            let model = &self.models[place];
-            let (id, peak) = (model.id, model.overhead_peak());
-            if peak > self.book.held(id, LeaseKind::Overhead)
-                && let Ok(uncovered) = self.book.measure_overhead(id, peak)
-            {
-                self.cover_overhead(place, uncovered, now_ms);
-            }
+            self.follow_overhead(place, now_ms);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use shoal_core::bytes::ByteCount;
 
-use super::{Core, OVERHEAD_REQUEST};
+use super::Core;
 use crate::shelf::Target;
 use crate::state::EventKind;
 
@@ -33,12 +33,12 @@ impl Core {
         let id = model.id;
         let pid = model.child.take().unwrap_or_default();
         model.usage.overhead_device = ByteCount::ZERO;
-        model.forget_seen();
+        model.forget_overhead();
         // Where it was ended because it hung, that says more than that it was told to end.
         model.error = trouble.or_else(|| model.hung.clone());
         let asked = model.error.is_none();
         let returned = self.book.total(id);
-        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
+        self.forget_overhead_request(place);
         if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {
             tracing::debug!(%error, "a program without an account ended");
         }

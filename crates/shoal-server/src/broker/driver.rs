@@ -233,16 +233,18 @@ impl Core {
             let leased = self.book.total(model.id).max(model.leased_then);
             let beyond = model.drift.note(seen.saturating_sub(leased));
             let peak = self.book.held(model.id, LeaseKind::Overhead) + beyond;
-            if beyond < tolerance || peak.saturating_sub(model.overhead_seen) < tolerance {
+            if beyond < tolerance || peak.saturating_sub(model.overhead_seen.now()) < tolerance {
+                let before = model.overhead_seen.now();
+                model.see_less_overhead(seen, now_ms);
+                if model.overhead_seen.now() != before {
+                    self.follow_overhead(place, now_ms);
+                }
                 continue;
             }
-            model.overhead_seen = peak;
+            model.overhead_seen.note(peak, now_ms);
             model.drift.clear();
-            let (id, peak) = (model.id, model.overhead_peak());
             self.tell(now_ms, Some(place), EventKind::Drifted { seen, leased });
-            if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
-                self.cover_overhead(place, uncovered, now_ms);
-            }
+            self.follow_overhead(place, now_ms);
             any = true;
         }
         any

@@ -12,8 +12,6 @@ use crate::state::EventKind;
 
 /// How long KV that was granted counts as used, until the worker's figures show it.
 const FRESH_KV_MS: u64 = 1_500;
-/// How long measured overhead may stay uncovered before it is asked for anew.
-const OVERHEAD_WAIT_MS: u64 = 60_000;
 
 /// Characters that are kept of what a worker says in words: thousands of such sentences are.
 const WORDS_MAX: usize = 1_000;
@@ -113,6 +111,9 @@ impl Core {
             self.models[place].say(FromServer::LeaseDeny { request: pending.request, reason });
             return;
         }
+        if pending.kind == LeaseKind::Weights {
+            self.foresee_overhead(place, now_ms);
+        }
         self.asked.push(Asked { pending, reason, waits_for: String::new() });
     }
 
@@ -135,6 +136,9 @@ impl Core {
         let model = &mut self.models[place];
         if kind == LeaseKind::Kv {
             model.fresh_kv.0 = model.fresh_kv.0.saturating_sub(bytes);
+        } else {
+            // What it declared and has all the same stays leased; without weights its steps take nothing.
+            self.follow_overhead(place, now_ms);
         }
         let leased = self.book.leased();
         self.tell(now_ms, Some(place), EventKind::LeaseReturned { lease: kind, bytes, leased });
@@ -164,6 +168,7 @@ impl Core {
             model.last_used_ms = Some(now_ms);
         }
         model.waiting_inside = u64::from(usage.requests_waiting);
+        model.overhead_said.note(usage.overhead_device, now_ms);
         model.usage = usage;
         let held = self.book.held(model.id, LeaseKind::Weights);
         let total = model.weights_total;
@@ -176,42 +181,7 @@ impl Core {
             // It came back by itself: a request inside it needed it.
             self.advance(place, LifeEvent::AllThere);
         }
-        let model = &self.models[place];
-        if self.is_settling() {
-            // Covered once all is known.
-            return;
-        }
-        let (id, peak) = (model.id, model.overhead_peak());
-        if peak <= self.book.held(id, LeaseKind::Overhead) {
-            return;
-        }
-        if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
-            self.cover_overhead(place, uncovered, now_ms);
-        }
-    }
-
-    /// Tells of corrected overhead and asks in the model's name for what is not covered.
-    pub(super) fn cover_overhead(&mut self, place: usize, uncovered: ByteCount, now_ms: u64) {
-        let id = self.models[place].id;
-        let overhead = self.book.held(id, LeaseKind::Overhead);
-        self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
-        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
-        if uncovered.is_zero() {
-            return;
-        }
-        self.asked.push(Asked {
-            pending: PendingRequest {
-                model: id,
-                request: OVERHEAD_REQUEST,
-                kind: LeaseKind::Overhead,
-                bytes: uncovered,
-                bytes_min: ByteCount(1),
-                asked_ms: now_ms,
-                deadline_ms: now_ms + OVERHEAD_WAIT_MS,
-            },
-            reason: "its process was measured to take more than it declared".to_owned(),
-            waits_for: String::new(),
-        });
+        self.follow_overhead(place, now_ms);
     }
 
     /// Carries a grant of the policy out.
@@ -228,8 +198,8 @@ impl Core {
         let Some(asked) = self.take_asked(place, request) else { return };
         let kind = asked.pending.kind;
         if request == OVERHEAD_REQUEST {
-            let peak = self.models[place].overhead_peak();
-            if let Ok(uncovered) = self.book.measure_overhead(id, peak) {
+            let due = self.overhead_due(place, now_ms);
+            if let Ok(uncovered) = self.book.measure_overhead(id, due) {
                 self.cover_overhead(place, uncovered, now_ms);
             }
             return;

@@ -25,6 +25,9 @@ mod lifecycle;
 mod lives;
 mod orders;
 pub(crate) mod outside;
+mod overhead;
+#[cfg(test)]
+mod overhead_tests;
 mod pulse;
 #[cfg(test)]
 mod pulse_tests;
@@ -149,6 +152,8 @@ pub(crate) struct Core {
     decisions: u64,
     decision_log: Option<mpsc::Sender<Decision>>,
     next_number: u64,
+    /// When leases for overhead may fall, by place.
+    overhead_falls: BTreeMap<usize, u64>,
     /// When workers are next looked after that say nothing.
     pulse_at_ms: u64,
     /// When [`Core::handle_timer`] wants to be called.
@@ -197,6 +202,7 @@ impl Core {
             decisions: 0,
             decision_log,
             next_number: 0,
+            overhead_falls: BTreeMap::new(),
             pulse_at_ms: 0,
             timer_ms: None,
             timer_moved: Arc::new(Notify::new()),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
-use shoal_core::drift::Agreed;
+use shoal_core::drift::{Agreed, Recent};
 use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -99,8 +99,9 @@ pub(crate) struct Record {
     pub(crate) leased_then: ByteCount,
     /// What it was seen to have beyond its lease, lately.
     pub(crate) drift: Agreed,
-    /// What it was seen to take beside weights and KV, at its peak.
-    pub(crate) overhead_seen: ByteCount,
+    /// What it takes beside weights and KV: by its own word, and by the driver's where that was more than was leased.
+    pub(crate) overhead_said: Recent,
+    pub(crate) overhead_seen: Recent,
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
     pub(crate) host_need: Option<ByteCount>,
     /// Host bytes that its present process may use.
@@ -193,7 +194,8 @@ impl Record {
             seen: None,
             leased_then: ByteCount::ZERO,
             drift: Agreed::default(),
-            overhead_seen: ByteCount::ZERO,
+            overhead_said: Recent::default(),
+            overhead_seen: Recent::default(),
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
             host_need: if model.engine == Engine::Command {
@@ -379,17 +381,13 @@ impl Record {
         self.connection.as_ref().is_some_and(|connection| connection.try_send(message).is_ok())
     }
 
-    /// What its process takes beside weights and KV at its peak, by its own word and by the driver's.
-    pub(crate) fn overhead_peak(&self) -> ByteCount {
-        self.usage.overhead_device.max(self.overhead_seen)
-    }
-
-    /// Forgets what the driver showed of one process.
-    pub(crate) fn forget_seen(&mut self) {
+    /// Forgets what was measured of one process beside weights and KV, and what the driver showed of it.
+    pub(crate) fn forget_overhead(&mut self) {
         self.seen = None;
         self.leased_then = ByteCount::ZERO;
         self.drift.clear();
-        self.overhead_seen = ByteCount::ZERO;
+        self.overhead_said = Recent::default();
+        self.overhead_seen = Recent::default();
     }
 
     /// Forgets what belonged to one process.
@@ -397,7 +395,7 @@ impl Record {
         self.connection = None;
         self.pulse = Pulse::default();
         self.host_share = ByteCount::ZERO;
-        self.forget_seen();
+        self.forget_overhead();
         self.counts.tokens_before += self.usage.tokens_out;
         self.usage = WorkerUsage { weights_total: self.usage.weights_total, ..WorkerUsage::default() };
         self.turn_since_ms = None;

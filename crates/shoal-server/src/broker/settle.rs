@@ -41,6 +41,7 @@ impl Core {
         self.expire_orders(now_ms);
         self.expire_lives(now_ms);
         self.take_pulses(now_ms);
+        self.lower_overheads(now_ms);
         self.settle(now_ms);
     }
 
@@ -91,6 +92,7 @@ impl Core {
             self.next_life_deadline(now_ms),
             self.next_retiring(),
             self.next_pulse(),
+            self.next_overhead_fall(),
         ];
         // A moment later than planned: a timer that rings early would find nothing due.
         let timer = timer.into_iter().flatten().min().map(|at| at.max(now_ms + 1));
@@ -252,6 +254,7 @@ impl Core {
         ShelfState {
             budget: self.book.leasable().saturating_sub(departed),
             taken: self.book.charged() + departed,
+            falling: self.overhead_falling(),
             extent: PAGE_BYTES,
             quantum_ms: self.timing.quantum_ms,
             is_manual: !self.config.sharing.evicts,

@@ -59,11 +59,27 @@ impl Bench {
     }
 
     pub(super) fn request(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
+        self.request_for(place, kind, bytes, 5_000, now_ms);
+    }
+
+    /// A request that may wait for so long.
+    pub(super) fn request_for(
+        &mut self,
+        place: usize,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        deadline_ms: u64,
+        now_ms: u64,
+    ) {
         self.requests += 1;
         let (request, reason) = (self.requests, "a test".to_owned());
-        let said =
-            FromWorker::LeaseRequest { request, kind, bytes, bytes_min: bytes, deadline_ms: 5_000, reason };
+        let said = FromWorker::LeaseRequest { request, kind, bytes, bytes_min: bytes, deadline_ms, reason };
         self.say(place, said, now_ms);
+    }
+
+    /// The request that was routed to a model is over.
+    pub(super) fn end_route(&mut self, place: usize, now_ms: u64) {
+        self.core.handle_route_ended(place, &caller(), now_ms);
     }
 
     pub(super) fn done(&mut self, place: usize, order: u64, bytes: ByteCount, now_ms: u64) {

@@ -124,7 +124,8 @@ struct Steward<'a> {
     /// What it is charged with: as declared, or measured.
     bytes: ByteCount,
     held: ByteCount,
-    /// The most that was measured of the present program.
+    /// What was measured of the present program last, and at most.
+    newest: ByteCount,
     peak: ByteCount,
     /// A measurement under way, and of which process: it may take long, and orders must not wait for it.
     measuring: Option<(u32, JoinHandle<Option<ByteCount>>)>,
@@ -154,6 +155,7 @@ impl<'a> Steward<'a> {
             requests: 0,
             bytes,
             held: ByteCount::ZERO,
+            newest: ByteCount::ZERO,
             peak: ByteCount::ZERO,
             measuring: None,
             failures: 0,
@@ -175,7 +177,7 @@ impl<'a> Steward<'a> {
     fn tell_usage(&self) {
         let is_there = matches!(self.doing, Doing::Running { .. } | Doing::Draining { .. });
         let weights_device = if is_there { self.held } else { ByteCount::ZERO };
-        let overhead_device = self.peak.saturating_sub(self.held);
+        let overhead_device = self.newest.saturating_sub(self.held);
         let usage = WorkerUsage {
             weights_device,
             weights_total: self.bytes,
@@ -275,7 +277,7 @@ impl<'a> Steward<'a> {
         match self.spawn() {
             Ok(program) => {
                 let (pid, target) = (program.process.pid(), program.target.clone());
-                self.peak = ByteCount::ZERO;
+                (self.newest, self.peak) = (ByteCount::ZERO, ByteCount::ZERO);
                 self.doing = Doing::Starting {
                     wake,
                     program,
@@ -503,7 +505,7 @@ impl<'a> Steward<'a> {
     fn gone(&mut self, status: String, trouble: Option<String>) {
         let place = self.place;
         self.bytes = self.bytes.max(self.peak.round_up_to(PAGE_BYTES));
-        self.peak = ByteCount::ZERO;
+        (self.newest, self.peak) = (ByteCount::ZERO, ByteCount::ZERO);
         self.shared.with(|core, now_ms| core.handle_command_ended(place, status, trouble, now_ms));
     }
 
@@ -537,10 +539,12 @@ impl<'a> Steward<'a> {
         };
         if let (pid, Some(bytes)) = found
             && pid == program.process.pid()
-            && bytes > self.peak
         {
-            self.peak = bytes;
-            self.tell_usage();
+            self.peak = self.peak.max(bytes);
+            let bytes = bytes.round_up_to(PAGE_BYTES);
+            if std::mem::replace(&mut self.newest, bytes) != bytes {
+                self.tell_usage();
+            }
         }
     }
 

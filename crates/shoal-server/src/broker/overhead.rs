@@ -1,0 +1,169 @@
+//! What a process takes beside weights and KV: its lease follows what is measured of it, up at once and down late.
+//!
+//! A worker declares what it will take (a lease that it asks for and gives back itself), and what is measured beyond that is
+//! a *correction*, the server's own entry in the book. Measured is what the worker says that it has now, and what the driver
+//! shows of its process. The correction is the most of the last [`KEPT_MS`]: memory that a single long prompt took is
+//! others' half a minute after its process has given it back, and a figure that goes up and down moves no lease.
+//!
+//! **What may come back without a question.** An engine whose steps take memory that they did not ask for
+//! (`overhead_peak`: vLLM, which profiles that once and then relies on it) keeps it while any of its weights are on the
+//! device. Without them no step runs. Before it gets weights again, that memory is asked for in its name.
+
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::policy::PendingRequest;
+use shoal_core::protocol::LeaseKind;
+
+use super::{Asked, Core, OVERHEAD_REQUEST, Record};
+use crate::state::EventKind;
+
+/// How long what was measured counts after it was last so.
+pub(super) const KEPT_MS: u64 = 30_000;
+/// A correction is lowered by no less than this part of what is due: less is worth nobody's while.
+const SLACK_PART: u64 = 16;
+/// How long measured overhead may stay uncovered before it is asked for anew.
+const WAIT_MS: u64 = 60_000;
+
+impl Core {
+    /// What the lease for overhead of the model at `place` is to be: no less than what was measured lately.
+    pub(super) fn overhead_due(&mut self, place: usize, now_ms: u64) -> ByteCount {
+        let needs_peak = self.has_or_wants_weights(place);
+        let model = self.models.quietly(place);
+        let kept = if needs_peak { model.usage.overhead_peak } else { ByteCount::ZERO };
+        let seen = model.overhead_seen.most(now_ms, KEPT_MS);
+        model.overhead_said.most(now_ms, KEPT_MS).max(seen).max(kept)
+    }
+
+    fn has_or_wants_weights(&self, place: usize) -> bool {
+        let model = &self.models[place];
+        let asks =
+            |asked: &Asked| (asked.pending.model, asked.pending.kind) == (model.id, LeaseKind::Weights);
+        !self.book.held(model.id, LeaseKind::Weights).is_zero()
+            || model.wake_ordered()
+            || self.asked.iter().any(asks)
+    }
+
+    /// Brings the lease for overhead in line with what was measured.
+    pub(super) fn follow_overhead(&mut self, place: usize, now_ms: u64) {
+        if self.is_settling() {
+            // Covered once all is known.
+            return;
+        }
+        let (id, due) = (self.models[place].id, self.overhead_due(place, now_ms));
+        let (held, corrected) = (self.book.held(id, LeaseKind::Overhead), self.book.corrected(id));
+        let slack = ByteCount(due.0 / SLACK_PART).max(PAGE_BYTES);
+        let lower = held.saturating_sub(due).min(corrected);
+        if (due > held || lower >= slack)
+            && let Ok(uncovered) = self.book.measure_overhead(id, due)
+        {
+            self.cover_overhead(place, uncovered, now_ms);
+        }
+        self.note_fall(place);
+    }
+
+    /// When the correction of the model at `place` may fall by time alone.
+    fn note_fall(&mut self, place: usize) {
+        let model = &self.models[place];
+        let falls = [&model.overhead_said, &model.overhead_seen].map(|recent| recent.falls_at_ms(KEPT_MS));
+        match falls.into_iter().flatten().min() {
+            Some(at_ms) if !self.book.corrected(model.id).is_zero() => {
+                self.overhead_falls.insert(place, at_ms);
+            }
+            _ => {
+                self.overhead_falls.remove(&place);
+            }
+        }
+    }
+
+    /// Lowers what is due to fall by now.
+    pub(super) fn lower_overheads(&mut self, now_ms: u64) {
+        let due = self.overhead_falls.iter().filter(|(_, at_ms)| **at_ms <= now_ms);
+        let due: Vec<usize> = due.map(|(place, _)| *place).collect();
+        for place in due {
+            self.overhead_falls.remove(&place);
+            self.follow_overhead(place, now_ms);
+        }
+    }
+
+    /// What is leased for overhead of which less is measured by now.
+    pub(super) fn overhead_falling(&self) -> ByteCount {
+        let of = |place: &usize| {
+            let model = &self.models[*place];
+            let kept =
+                if self.has_or_wants_weights(*place) { model.usage.overhead_peak } else { ByteCount::ZERO };
+            let now = model.overhead_said.now().max(model.overhead_seen.now()).max(kept);
+            let held = self.book.held(model.id, LeaseKind::Overhead);
+            held.saturating_sub(now).min(self.book.corrected(model.id))
+        };
+        self.overhead_falls.keys().map(of).sum()
+    }
+
+    pub(super) fn next_overhead_fall(&self) -> Option<u64> {
+        self.overhead_falls.values().min().copied()
+    }
+
+    /// Tells of corrected overhead and asks in the model's name for what is not covered.
+    pub(super) fn cover_overhead(&mut self, place: usize, uncovered: ByteCount, now_ms: u64) {
+        let overhead = self.book.held(self.models[place].id, LeaseKind::Overhead);
+        self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
+        let reason = "its process was measured to take more than it declared";
+        self.ask_for_overhead(place, uncovered, ByteCount(1), reason, now_ms);
+    }
+
+    /// Who asks for weights will take as much again as its steps took at most: that is asked for in its name, and before.
+    pub(super) fn foresee_overhead(&mut self, place: usize, now_ms: u64) {
+        let model = &self.models[place];
+        let lacking = model.usage.overhead_peak.saturating_sub(self.book.held(model.id, LeaseKind::Overhead));
+        if !lacking.is_zero() && !self.is_settling() {
+            let reason = "its steps will take as much again as they did before it slept";
+            // Older than the request that is to wait for it.
+            self.ask_for_overhead(place, lacking, lacking, reason, now_ms.saturating_sub(1));
+        }
+    }
+
+    fn ask_for_overhead(
+        &mut self,
+        place: usize,
+        bytes: ByteCount,
+        bytes_min: ByteCount,
+        reason: &str,
+        asked_ms: u64,
+    ) {
+        let id = self.models[place].id;
+        self.forget_overhead_request(place);
+        if bytes.is_zero() {
+            return;
+        }
+        self.asked.push(Asked {
+            pending: PendingRequest {
+                model: id,
+                request: OVERHEAD_REQUEST,
+                kind: LeaseKind::Overhead,
+                bytes,
+                bytes_min,
+                asked_ms,
+                deadline_ms: asked_ms + WAIT_MS,
+            },
+            reason: reason.to_owned(),
+            waits_for: String::new(),
+        });
+    }
+
+    /// Nothing is asked for in its name any more.
+    pub(super) fn forget_overhead_request(&mut self, place: usize) {
+        let id = self.models[place].id;
+        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
+    }
+}
+
+impl Record {
+    /// The driver shows `seen` of its process, which may be less beside weights and KV than it was. More is drift, which is
+    /// believed only when it stays.
+    pub(super) fn see_less_overhead(&mut self, seen: ByteCount, now_ms: u64) {
+        let usage = &self.usage;
+        let mapped: ByteCount = [usage.weights_device, usage.kv_device, usage.pooled].into_iter().sum();
+        let beside = seen.saturating_sub(mapped);
+        if beside < self.overhead_seen.now() {
+            self.overhead_seen.note(beside, now_ms);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Leases for overhead in virtual time: they rise at once and fall late, and what a sleeping engine gave up is asked for
+//! before its weights come back.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
+
+use super::overhead::KEPT_MS;
+use super::turn_tests::{Bench, WEIGHTS};
+
+const MIB: fn(u64) -> ByteCount = ByteCount::mib;
+
+/// What a worker says of its memory: weights, and beside them what it has now and what its steps may take.
+fn usage(weights: ByteCount, now: u64, peak: u64) -> FromWorker {
+    let usage = WorkerUsage {
+        weights_device: weights,
+        weights_total: WEIGHTS,
+        overhead_device: MIB(now),
+        overhead_peak: MIB(peak),
+        ..WorkerUsage::default()
+    };
+    FromWorker::Usage { usage }
+}
+
+fn overhead(bench: &Bench, place: usize) -> u64 {
+    bench.core.book.held(bench.core.models[place].id, LeaseKind::Overhead).0 >> 20
+}
+
+/// Time goes by, and the core's timers ring.
+fn pass(bench: &mut Bench, from_ms: u64, to_ms: u64) {
+    let mut now_ms = from_ms;
+    while let Some(at_ms) = bench.core.timer_ms.filter(|at| *at <= to_ms) {
+        now_ms = now_ms.max(at_ms);
+        bench.core.handle_timer(now_ms);
+    }
+}
+
+#[test]
+fn what_a_process_has_given_back_is_others_after_a_while() {
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 60, 0), 1_000);
+    assert_eq!(overhead(&bench, 0), 60, "measured, so leased");
+    // It has 60 for a minute, and then 10.
+    bench.say(0, usage(ByteCount::ZERO, 10, 0), 60_000);
+    // The other's 60 do not fit beside it, and are waited for.
+    bench.wanted(1, WEIGHTS, 60_010);
+    assert!(!bench.told(1).iter().any(|said| matches!(said, FromServer::LeaseGrant { .. })));
+    pass(&mut bench, 60_010, 60_000 + KEPT_MS - 1);
+    assert_eq!(overhead(&bench, 0), 60, "it may take that again any moment");
+    pass(&mut bench, 60_010, 60_002 + KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 10);
+    bench.core.book.check_invariants();
+}
+
+#[test]
+fn a_neighbour_that_waits_gets_what_falls() {
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 60, 0), 1_000);
+    bench.say(0, usage(ByteCount::ZERO, 10, 0), 2_000);
+    bench.request_for(1, LeaseKind::Weights, WEIGHTS, 90_000, 2_010);
+    pass(&mut bench, 2_010, 2_000 + KEPT_MS - 1);
+    assert!(bench.told(1).iter().all(|said| !matches!(said, FromServer::LeaseGrant { .. })));
+    pass(&mut bench, 2_010, 2_002 + KEPT_MS);
+    let granted = bench.told(1).into_iter().any(|said| matches!(said, FromServer::LeaseGrant { .. }));
+    assert!(granted, "as soon as it is there");
+}
+
+#[test]
+fn a_figure_that_goes_up_and_down_moves_no_lease_and_one_that_rises_moves_it_at_once() {
+    let mut bench = Bench::new();
+    let mut now_ms = 1_000;
+    for _ in 0..20 {
+        for mib in [40, 12] {
+            bench.say(0, usage(ByteCount::ZERO, mib, 0), now_ms);
+            pass(&mut bench, now_ms, now_ms + KEPT_MS / 2);
+            now_ms += KEPT_MS / 2;
+            assert_eq!(overhead(&bench, 0), 40, "at {now_ms}");
+        }
+    }
+    let told = bench.core.events.kept().filter(|event| event.what.name() == "overhead_corrected").count();
+    assert_eq!(told, 1, "nothing of it is news");
+    bench.say(0, usage(ByteCount::ZERO, 44, 0), now_ms);
+    assert_eq!(overhead(&bench, 0), 44);
+    // A little less is not worth a word.
+    bench.say(0, usage(ByteCount::ZERO, 43, 0), now_ms + 1);
+    pass(&mut bench, now_ms + 1, now_ms + 3 * KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 44);
+}
+
+#[test]
+fn what_was_declared_is_its_workers_to_give_back_and_what_it_has_stays_leased() {
+    let mut bench = Bench::new();
+    bench.request(0, LeaseKind::Overhead, MIB(30), 10);
+    bench.say(0, usage(ByteCount::ZERO, 20, 0), 1_000);
+    pass(&mut bench, 1_000, 1_000 + 2 * KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 30, "nobody else may take it back");
+    let back = FromWorker::LeaseReturn { kind: LeaseKind::Overhead, bytes: MIB(25) };
+    bench.say(0, back, 1_000 + 2 * KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 20, "less is not there, whatever it says");
+}
+
+/// An engine that takes what it likes in a step keeps its peak while it can run. Asleep it cannot.
+#[test]
+fn an_engine_that_does_not_ask_keeps_its_peak_while_it_has_weights_and_gets_it_back_before_them() {
+    let mut bench = Bench::new();
+    let wake = bench.wanted(0, WEIGHTS, 10);
+    bench.say(0, usage(WEIGHTS, 8, 24), 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    pass(&mut bench, 20, 10 * KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 24, "a step may take it");
+    bench.end_route(0, 10 * KEPT_MS);
+    let now_ms = 10 * KEPT_MS;
+    bench.core.handle_sleep("m0", 0.0, now_ms).expect("it is idle");
+    let Some(FromServer::Reclaim { order, .. }) = bench.told(0).pop() else { panic!("it is to sleep") };
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: WEIGHTS }, now_ms + 5);
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), now_ms + 5);
+    bench.done(0, order, WEIGHTS, now_ms + 5);
+    assert_eq!(overhead(&bench, 0), 8, "no step runs without weights");
+    // The other comes, and takes all that is left but 32 MiB.
+    let other = bench.wanted(1, WEIGHTS, now_ms + 10);
+    bench.say(1, usage(WEIGHTS, 0, 0), now_ms + 20);
+    bench.done(1, other, WEIGHTS, now_ms + 20);
+    bench.end_route(1, now_ms + 30);
+    // It is asked for again: what its steps need comes first, so that the weights are not granted into it.
+    bench.told(1);
+    bench.wanted(0, WEIGHTS, now_ms + 4_000);
+    let orders = bench.told(1);
+    let Some(FromServer::Reclaim { order, bytes, .. }) = orders.first() else { panic!("{orders:?}") };
+    let (order, bytes) = (*order, *bytes);
+    assert_eq!(bytes, WEIGHTS + MIB(24) + WEIGHTS - MIB(100), "both together");
+    assert_eq!(overhead(&bench, 0), 24);
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, now_ms + 4_010);
+    bench.done(1, order, bytes, now_ms + 4_010);
+    let granted = bench.told(0).into_iter().any(|said| matches!(said, FromServer::LeaseGrant { .. }));
+    assert!(granted);
+    assert_eq!(bench.core.book.leased(), MIB(100));
+}
