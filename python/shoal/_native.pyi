@@ -70,8 +70,7 @@ class BrokerClient:
         requests_waiting: int,
         tokens_out: int,
         tokens_embedded: int = 0,
-        overhead: int | None = None,
-        overhead_peak: int = 0,
+        overhead: tuple[int, int] | None = None,
         tiers: list[dict[str, Any]] | None = None,
     ) -> None: ...
     def set_steps_in_order(self) -> None: ...

@@ -150,21 +150,20 @@ impl PyBrokerClient {
         Ok(())
     }
 
-    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, overhead = None, overhead_peak = 0, tiers = None))]
+    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, overhead = None, tiers = None))]
     fn usage(
         &self,
         requests_running: u32,
         requests_waiting: u32,
         tokens_out: u64,
         tokens_embedded: u64,
-        overhead: Option<u64>,
-        overhead_peak: u64,
+        overhead: Option<(u64, u64)>,
         tiers: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let client = self.client.get()?;
         client.set_requests(requests_running, requests_waiting, tokens_out, tokens_embedded);
-        if let Some(measured) = overhead {
-            client.set_overhead(ByteCount(measured), ByteCount(overhead_peak));
+        if let Some((measured, peak)) = overhead {
+            client.set_overhead(ByteCount(measured), ByteCount(peak));
         }
         if let Some(tiers) = tiers {
             client.set_tiers(convert::from_plain("tiers", tiers)?);

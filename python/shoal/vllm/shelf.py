@@ -396,14 +396,15 @@ class Shelf:
         running, waiting = engine.scheduler.get_request_counts()
         return Counts(running=running, waiting=waiting, tokens_out=self._tokens)
 
-    def _figures(self) -> tuple[Counts, int | None, int]:
-        return self._counts(), self.overhead(), self.overhead_peak() or 0
+    def _figures(self) -> tuple[Counts, tuple[int, int] | None]:
+        now, peak = self.overhead(), self.overhead_peak()
+        return self._counts(), None if now is None or peak is None else (now, peak)
 
-    def _report(self, figures: tuple[Counts, int | None, int]) -> None:
-        counts, overhead, peak = figures
+    def _report(self, figures: tuple[Counts, tuple[int, int] | None]) -> None:
+        counts, overhead = figures
         self.client.usage(
             requests_running=counts.running, requests_waiting=counts.waiting, tokens_out=counts.tokens_out,
-            overhead=overhead, overhead_peak=peak,
+            overhead=overhead,
         )  # fmt: skip
 
     def _hand_over(self) -> None:

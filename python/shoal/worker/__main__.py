@@ -224,7 +224,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
             requests_waiting=counts.waiting,
             tokens_out=counts.tokens_out,
             tokens_embedded=counts.tokens_embedded,
-            overhead=overhead,
+            overhead=None if overhead is None else (overhead, 0),  # what steps take again they lease before
             tiers=tiers,
         )
 

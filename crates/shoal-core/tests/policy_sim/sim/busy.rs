@@ -36,4 +36,14 @@ impl<'a> Sim<'a> {
         sim.closed_ms = Some(300);
         sim
     }
+
+    /// It was ordered to give weights up and has not yet: it cannot run with what it is given. That somebody may not stand
+    /// beside it is another matter.
+    pub(super) fn gives_weights_up(&self, model: ModelId) -> bool {
+        let Worker { state, orders, .. } = &self.workers[model.0 as usize];
+        let ordered: ByteCount = orders.iter().map(|order| order.left).sum();
+        state.apart.is_empty()
+            && ordered > state.kv_held.saturating_sub(state.kv_live)
+            && !state.weights_held.is_zero()
+    }
 }
