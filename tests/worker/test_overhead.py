@@ -27,11 +27,11 @@ class Gpu:
     """Free memory and torch's pool, as figures."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-        self.free, self.reserved, self.reserved_max = free, 0, 0
+        self.free, self.reserved, self.reserved_max, self.used_max = free, 0, 0, 0
         self.leased: list[int] = []
         self.is_short = False
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: self.reserved)
-        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: self.reserved_max)
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", self.figures)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
         monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
         monkeypatch.setattr(torch.cuda, "init", lambda: None)
@@ -39,12 +39,19 @@ class Gpu:
     def device_memory(self) -> dict[str, int]:
         return {"free": self.free}
 
+    def figures(self, _device: object) -> dict[str, dict[str, dict[str, int]]]:
+        return {
+            "reserved_bytes": {"all": {"current": self.reserved, "peak": self.reserved_max}},
+            "allocated_bytes": {"all": {"current": 0, "peak": self.used_max}},
+        }
+
     def reset(self, _device: object) -> None:
-        self.reserved_max = self.reserved
+        self.reserved_max, self.used_max = self.reserved, 0
 
     def take(self, most: int, kept: int = 0) -> None:
-        """torch's pool grows for a moment, and keeps some of that."""
-        self.reserved, self.reserved_max = kept, max(self.reserved_max, most)
+        """So much is used for a moment, for which torch's pool grows where it has less; it keeps some of that."""
+        self.used_max = max(self.used_max, most)
+        self.reserved, self.reserved_max = kept, max(self.reserved_max, self.reserved, most)
 
     def set_overhead(self, nbytes: int, *, timeout_s: float = 1.0) -> None:
         if self.is_short and nbytes > (self.leased or [0])[-1]:
@@ -99,9 +106,9 @@ class Busy:
         self.overhead = overheads.Overhead("cuda:0", home, 832 * MIB, lambda: self.now)
         self.overhead.open(lambda: self.gpu)
 
-    def step(self, tokens: int, most: int) -> None:
+    def step(self, tokens: int, most: int, kept: int = 0) -> None:
         self.overhead.begin_step(tokens, 1.0)
-        self.gpu.take(most)
+        self.gpu.take(most, kept)
         self.overhead.end_step(tokens)
 
     def pass_by(self, seconds: int) -> None:
@@ -121,9 +128,9 @@ def test_what_was_not_taken_for_a_while_is_given_back_and_leased_again_before_it
     busy.pass_by(3)
     assert busy.gpu.leased[-1] == 600 * MIB
     # Steps of another size are what they are.
-    busy.step(40, 10 * MIB)
-    busy.step(40, 10 * MIB)
-    assert busy.gpu.leased[-1] == 610 * MIB
+    busy.step(40, 50 * MIB)
+    busy.step(40, 50 * MIB)
+    assert busy.gpu.leased[-1] == 650 * MIB
     busy.step(1900, 0)
     assert busy.gpu.leased[-1] == 1500 * MIB
     assert busy.overhead.peak() == 1500 * MIB
@@ -141,6 +148,34 @@ def test_a_step_that_cannot_have_its_lease_does_not_begin(busy: Busy) -> None:
     # While it runs, nothing of it goes, although it has taken nothing yet.
     busy.pass_by(20)
     assert busy.gpu.leased[-1] == 1500 * MIB
+
+
+def test_what_a_large_step_left_in_torchs_pool_is_not_what_a_small_one_takes(busy: Busy) -> None:
+    busy.step(2000, 900 * MIB, kept=900 * MIB)
+    busy.step(8, 40 * MIB, kept=900 * MIB)
+    # It grows by a little beside what lies there.
+    busy.overhead.begin_step(8, 1.0)
+    busy.gpu.reserved_max = 910 * MIB
+    busy.gpu.take(44 * MIB, kept=0)
+    busy.overhead.end_step(8)
+    busy.pass_by(40)
+    assert busy.gpu.leased[-1] == 600 * MIB, "the pool was emptied"
+    busy.step(8, 40 * MIB)
+    assert busy.gpu.leased[-1] == 654 * MIB, "it asks for what small ones take"
+    busy.step(2000, 900 * MIB)
+    assert busy.gpu.leased[-1] == 1500 * MIB, "and a large one for what large ones do"
+
+
+def test_a_step_does_not_wait_for_a_few_mib_more_than_are_leased(busy: Busy) -> None:
+    busy.step(40, 250 * MIB)
+    busy.gpu.is_short = True
+    # 850 of 832 MiB: the server sees it in the figures.
+    busy.step(40, 250 * MIB)
+    assert busy.gpu.leased == []
+    assert busy.overhead.measured() == 850 * MIB
+    busy.step(40, 270 * MIB)
+    with pytest.raises(ShortageError):
+        busy.overhead.begin_step(40, 1.0)
 
 
 def test_a_figure_that_goes_up_and_down_gives_nothing_back(busy: Busy) -> None:

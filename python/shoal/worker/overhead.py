@@ -38,7 +38,9 @@ _CONTEXT_BYTES = 530 << 20  # an H100's, with our kernels and torch's; where it 
 _PLAUSIBLE_BYTES_MAX = 1 << 30
 _ALONE_S = 20.0  # how long a worker waits for others to have measured
 _KEPT_S = 30.0  # how long what was taken stays leased after it was
-_SLACK_BYTES = 32 << 20  # less than this is not given back
+# Less than this is not given back, nor asked for before a step: the server sees it in the next figures and has its
+# headroom for it, and a step that stands still for a few MiB costs its model's turn more than they are worth.
+_SLACK_BYTES = 32 << 20
 
 
 class Overhead:
@@ -70,6 +72,9 @@ class Overhead:
         self._figures = threading.Lock()  # for the marks below, each the most since somebody last looked at it
         self._untold = 0
         self._of_step = 0
+        self._used_by_step = 0
+        self._reserved = 0  # what torch's pool had when somebody last looked, and when the step began
+        self._kept = 0
         self._by_size: dict[int, int] = {}  # steps' tokens in bits: the most that was taken when one ran
         self._lately: deque[tuple[float, int]] = deque()
         self._leasing = threading.Lock()
@@ -121,13 +126,18 @@ class Overhead:
             self._look()
             return self._peak
 
-    def _look(self) -> int:
+    def _look(self) -> None:
         """Note the most since the last look; inside `_figures`."""
-        most = self._fixed + torch.cuda.max_memory_reserved(self._device)
+        # As it is: `torch.cuda.max_memory_reserved` sorts all figures anew for each one, and this is done for each step.
+        figures = torch.cuda.memory_stats_as_nested_dict(self._device)
+        reserved, used = ((figures[of]["all"] if figures else {}) for of in ("reserved_bytes", "allocated_bytes"))
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._peak, self._untold = max(self._peak, most), max(self._untold, most)
+        self._reserved = int(reserved.get("current", 0))
+        most = int(reserved.get("peak", 0))
         self._of_step = max(self._of_step, most)
-        return most
+        self._used_by_step = max(self._used_by_step, int(used.get("peak", 0)))
+        most += self._fixed
+        self._peak, self._untold = max(self._peak, most), max(self._untold, most)
 
     def measured(self) -> int:
         """Give the most since this was last called, in bytes; what has not been taken for a while is given back."""
@@ -160,7 +170,7 @@ class Overhead:
         self._lately.append((now, nbytes))
 
     def begin_step(self, tokens: int, timeout_s: float) -> None:
-        """Lease what steps of so many tokens have taken before, where that is more than is leased.
+        """Lease what steps of so many tokens have taken before, where that is noticeably more than is leased.
 
         Raises
         ------
@@ -169,13 +179,14 @@ class Overhead:
         """
         with self._figures:
             self._look()
-            self._of_step = 0
+            self._of_step = self._used_by_step = 0
+            self._kept = self._reserved
             size = tokens.bit_length()
             needed = max((nbytes for bits, nbytes in self._by_size.items() if bits <= size), default=0)
         with self._leasing:
             if needed:
                 self._note(needed, self._clock())
-            if needed <= self._leased:
+            if needed - self._leased < _SLACK_BYTES:
                 return
             try:
                 self._mem.set_overhead(needed, timeout_s=timeout_s)
@@ -188,8 +199,12 @@ class Overhead:
         """Remember what was taken since `begin_step`."""
         with self._figures:
             self._look()
+            # What steps before this one left in the pool says nothing of what this one takes: that is what it used, and at
+            # most what the pool grew by beside that.
+            grown = max(0, self._of_step - self._kept)
+            taken = min(self._of_step, self._used_by_step + grown)
             size = tokens.bit_length()
-            self._by_size[size] = max(self._by_size.get(size, 0), self._of_step)
+            self._by_size[size] = max(self._by_size.get(size, 0), self._fixed + taken)
 
     def release_cached(self) -> None:
         """Give back what torch keeps of its pool without using it, cuBLAS's workspaces included."""
