@@ -128,7 +128,7 @@ class Overhead:
 
     def _look(self) -> None:
         """Note the most since the last look; inside `_figures`."""
-        # As it is: `torch.cuda.max_memory_reserved` sorts all figures anew for each one, and this is done for each step.
+        # As it is: `torch.cuda.max_memory_reserved` sorts all figures for each one, and this is done for each step.
         figures = torch.cuda.memory_stats_as_nested_dict(self._device)
         reserved, used = ((figures[of]["all"] if figures else {}) for of in ("reserved_bytes", "allocated_bytes"))
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -199,8 +199,8 @@ class Overhead:
         """Remember what was taken since `begin_step`."""
         with self._figures:
             self._look()
-            # What steps before this one left in the pool says nothing of what this one takes: that is what it used, and at
-            # most what the pool grew by beside that.
+            # What steps before left in the pool says nothing of what this one takes: that is what it used, and at most
+            # what the pool grew by beside that.
             grown = max(0, self._of_step - self._kept)
             taken = min(self._of_step, self._used_by_step + grown)
             size = tokens.bit_length()

@@ -6,7 +6,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
 use super::orders::Order;
 use super::pulse::is_work;
-use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
+use super::{Asked, Core, FORESEEN_REQUEST, LifeEvent, REQUESTS_PER_MODEL_MAX};
 use crate::bounded::bounded;
 use crate::state::EventKind;
 
@@ -99,7 +99,7 @@ impl Core {
             .asked
             .iter()
             .any(|asked| asked.pending.model == id && asked.pending.request == pending.request);
-        if twice || pending.request == OVERHEAD_REQUEST {
+        if twice || pending.request >= FORESEEN_REQUEST {
             return self.break_off(
                 place,
                 format!("lease request {} was made twice", pending.request),
@@ -111,10 +111,16 @@ impl Core {
             self.models[place].say(FromServer::LeaseDeny { request: pending.request, reason });
             return;
         }
-        if pending.kind == LeaseKind::Weights {
+        let (kind, request, bytes) = (pending.kind, pending.request, pending.bytes);
+        if kind == LeaseKind::Weights {
             self.foresee_overhead(place, now_ms);
         }
         self.asked.push(Asked { pending, reason, waits_for: String::new() });
+        if kind == LeaseKind::Overhead && bytes <= self.book.corrected(id) {
+            // All of it was measured, so it is leased already: nobody has to give anything up for it once more.
+            let reason = format!("{} asks for {bytes} that it was measured to take", self.models[place].name);
+            self.grant(place, request, bytes, reason, None, now_ms);
+        }
     }
 
     fn lease_returned(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
@@ -191,13 +197,17 @@ impl Core {
         request: u64,
         bytes: ByteCount,
         reason: String,
-        decision: u64,
+        decision: Option<u64>,
         now_ms: u64,
     ) {
         let id = self.models[place].id;
         let Some(asked) = self.take_asked(place, request) else { return };
         let kind = asked.pending.kind;
-        if request == OVERHEAD_REQUEST {
+        if request >= FORESEEN_REQUEST {
+            if request == FORESEEN_REQUEST {
+                let model = self.models.quietly(place);
+                model.overhead_foreseen = model.usage.overhead_peak;
+            }
             let due = self.overhead_due(place, now_ms);
             if let Ok(uncovered) = self.book.measure_overhead(id, due) {
                 self.cover_overhead(place, uncovered, now_ms);
@@ -223,14 +233,7 @@ impl Core {
         }
         let leased = self.book.leased();
         let waited_ms = now_ms.saturating_sub(asked.pending.asked_ms);
-        let what = EventKind::LeaseGranted {
-            lease: kind,
-            bytes,
-            leased,
-            reason,
-            waited_ms,
-            decision: Some(decision),
-        };
+        let what = EventKind::LeaseGranted { lease: kind, bytes, leased, reason, waited_ms, decision };
         self.tell(now_ms, Some(place), what);
     }
 
@@ -252,7 +255,7 @@ impl Core {
             model.habits.preload = false;
         }
         model.waits_for = Some(reason.clone());
-        if request != OVERHEAD_REQUEST {
+        if request < FORESEEN_REQUEST {
             model.say(FromServer::LeaseDeny { request, reason: reason.clone() });
         }
         let (lease, bytes) = (asked.pending.kind, asked.pending.bytes);

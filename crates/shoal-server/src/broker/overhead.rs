@@ -7,13 +7,14 @@
 //!
 //! **What may come back without a question.** An engine whose steps take memory that they did not ask for
 //! (`overhead_peak`: vLLM, which profiles that once and then relies on it) keeps it while any of its weights are on the
-//! device. Without them no step runs. Before it gets weights again, that memory is asked for in its name.
+//! device. Without them no step runs. Before it gets weights again, that memory is asked for in its name, in the queue like
+//! anybody's; if the weights are not wanted any more before they are there, so is what was foreseen for them.
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::LeaseKind;
 
-use super::{Asked, Core, OVERHEAD_REQUEST, Record};
+use super::{Asked, Core, FORESEEN_REQUEST, OVERHEAD_REQUEST, Record};
 use crate::state::EventKind;
 
 /// How long what was measured counts after it was last so.
@@ -26,20 +27,41 @@ const WAIT_MS: u64 = 60_000;
 impl Core {
     /// What the lease for overhead of the model at `place` is to be: no less than what was measured lately.
     pub(super) fn overhead_due(&mut self, place: usize, now_ms: u64) -> ByteCount {
-        let needs_peak = self.has_or_wants_weights(place);
+        let kept = self.peak_kept(place);
         let model = self.models.quietly(place);
-        let kept = if needs_peak { model.usage.overhead_peak } else { ByteCount::ZERO };
         let seen = model.overhead_seen.most(now_ms, KEPT_MS);
         model.overhead_said.most(now_ms, KEPT_MS).max(seen).max(kept)
     }
 
-    fn has_or_wants_weights(&self, place: usize) -> bool {
+    /// What its steps may take without a question. They may run while it has weights; before, it is what was granted for them.
+    fn peak_kept(&self, place: usize) -> ByteCount {
+        let model = &self.models[place];
+        if self.book.held(model.id, LeaseKind::Weights).is_zero() {
+            model.overhead_foreseen.min(model.usage.overhead_peak)
+        } else {
+            model.usage.overhead_peak
+        }
+    }
+
+    fn wants_weights(&self, place: usize) -> bool {
         let model = &self.models[place];
         let asks =
             |asked: &Asked| (asked.pending.model, asked.pending.kind) == (model.id, LeaseKind::Weights);
-        !self.book.held(model.id, LeaseKind::Weights).is_zero()
-            || model.wake_ordered()
-            || self.asked.iter().any(asks)
+        model.wake_ordered() || self.asked.iter().any(asks)
+    }
+
+    /// Gives up what was foreseen of a model that has its weights by now, or will not have them.
+    pub(super) fn drop_foresight(&mut self, place: usize, now_ms: u64) {
+        if self.wants_weights(place) {
+            return;
+        }
+        let id = self.models[place].id;
+        let is_it = |asked: &Asked| (asked.pending.model, asked.pending.request) == (id, FORESEEN_REQUEST);
+        self.asked.retain(|asked| !is_it(asked));
+        let model = self.models.quietly(place);
+        if !std::mem::take(&mut model.overhead_foreseen).is_zero() {
+            self.follow_overhead(place, now_ms);
+        }
     }
 
     /// Brings the lease for overhead in line with what was measured.
@@ -87,9 +109,7 @@ impl Core {
     /// What is leased for overhead of which less is measured by now.
     pub(super) fn overhead_falling(&self) -> ByteCount {
         let of = |place: &usize| {
-            let model = &self.models[*place];
-            let kept =
-                if self.has_or_wants_weights(*place) { model.usage.overhead_peak } else { ByteCount::ZERO };
+            let (model, kept) = (&self.models[*place], self.peak_kept(*place));
             let now = model.overhead_said.now().max(model.overhead_seen.now()).max(kept);
             let held = self.book.held(model.id, LeaseKind::Overhead);
             held.saturating_sub(now).min(self.book.corrected(model.id))
@@ -106,37 +126,45 @@ impl Core {
         let overhead = self.book.held(self.models[place].id, LeaseKind::Overhead);
         self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
         let reason = "its process was measured to take more than it declared";
-        self.ask_for_overhead(place, uncovered, ByteCount(1), reason, now_ms);
+        self.ask_for_overhead(place, OVERHEAD_REQUEST, (uncovered, ByteCount(1)), reason, now_ms);
     }
 
     /// Who asks for weights will take as much again as its steps took at most: that is asked for in its name, and before.
     pub(super) fn foresee_overhead(&mut self, place: usize, now_ms: u64) {
         let model = &self.models[place];
-        let lacking = model.usage.overhead_peak.saturating_sub(self.book.held(model.id, LeaseKind::Overhead));
-        if !lacking.is_zero() && !self.is_settling() {
-            let reason = "its steps will take as much again as they did before it slept";
-            // Older than the request that is to wait for it.
-            self.ask_for_overhead(place, lacking, lacking, reason, now_ms.saturating_sub(1));
+        let held = self.book.held(model.id, LeaseKind::Overhead);
+        let (peak, has_weights) =
+            (model.usage.overhead_peak, !self.book.held(model.id, LeaseKind::Weights).is_zero());
+        if peak.is_zero() || has_weights || self.is_settling() {
+            return;
         }
+        let lacking = peak.saturating_sub(held);
+        if lacking.is_zero() {
+            // It has not fallen yet, and is not to.
+            self.models.quietly(place).overhead_foreseen = peak;
+        }
+        let reason = "its steps will take as much again as they did before it slept";
+        // Older than the request that is to wait for it.
+        self.ask_for_overhead(place, FORESEEN_REQUEST, (lacking, lacking), reason, now_ms.saturating_sub(1));
     }
 
     fn ask_for_overhead(
         &mut self,
         place: usize,
-        bytes: ByteCount,
-        bytes_min: ByteCount,
+        request: u64,
+        (bytes, bytes_min): (ByteCount, ByteCount),
         reason: &str,
         asked_ms: u64,
     ) {
         let id = self.models[place].id;
-        self.forget_overhead_request(place);
+        self.asked.retain(|asked| (asked.pending.model, asked.pending.request) != (id, request));
         if bytes.is_zero() {
             return;
         }
         self.asked.push(Asked {
             pending: PendingRequest {
                 model: id,
-                request: OVERHEAD_REQUEST,
+                request,
                 kind: LeaseKind::Overhead,
                 bytes,
                 bytes_min,
@@ -151,7 +179,7 @@ impl Core {
     /// Nothing is asked for in its name any more.
     pub(super) fn forget_overhead_request(&mut self, place: usize) {
         let id = self.models[place].id;
-        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
+        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request < FORESEEN_REQUEST);
     }
 }
 

@@ -134,3 +134,74 @@ fn an_engine_that_does_not_ask_keeps_its_peak_while_it_has_weights_and_gets_it_b
     assert!(granted);
     assert_eq!(bench.core.book.leased(), MIB(100));
 }
+
+fn granted(bench: &mut Bench, place: usize) -> Vec<ByteCount> {
+    let of = |said| if let FromServer::LeaseGrant { bytes, .. } = said { Some(bytes) } else { None };
+    bench.told(place).into_iter().filter_map(of).collect()
+}
+
+/// A step took more than was leased, and that was leased as measured. Before the next of its size its worker asks for the
+/// same bytes: others have given them up already.
+#[test]
+fn what_was_measured_is_not_asked_of_others_once_more() {
+    let mut bench = Bench::new();
+    bench.request(0, LeaseKind::Overhead, MIB(10), 10);
+    bench.wanted(1, WEIGHTS, 20);
+    bench.say(0, usage(ByteCount::ZERO, 40, 0), 30);
+    (bench.told(0), bench.told(1));
+    let leased = bench.core.book.leased();
+    bench.request(0, LeaseKind::Overhead, MIB(30), 40);
+    assert_eq!(granted(&mut bench, 0), [MIB(30)], "at once");
+    assert!(bench.told(1).is_empty(), "nobody gives anything up for it");
+    assert_eq!((overhead(&bench, 0), bench.core.book.leased()), (40, leased));
+    let id = bench.core.models[0].id;
+    assert_eq!(bench.core.book.corrected(id), ByteCount::ZERO, "it is its worker's to give back now");
+    bench.core.book.check_invariants();
+}
+
+/// An engine of 60 MiB that keeps 8 asleep and takes 24 in steps, asleep, beside a busy one that leaves 10 MiB.
+fn asleep_beside_a_busy_one() -> Bench {
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 10);
+    let other = bench.wanted(1, WEIGHTS, 20);
+    bench.say(1, usage(WEIGHTS, 22, 0), 30);
+    bench.done(1, other, WEIGHTS, 30);
+    assert_eq!((overhead(&bench, 0), overhead(&bench, 1)), (8, 22));
+    (bench.told(0), bench.told(1));
+    bench
+}
+
+#[test]
+fn what_is_foreseen_is_leased_when_its_turn_has_come_and_not_before() {
+    let mut bench = asleep_beside_a_busy_one();
+    bench.wanted(0, WEIGHTS, 100);
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 110);
+    assert_eq!(overhead(&bench, 0), 8, "others have what it lacks, and their turn is not over");
+    // The other's answer is there, so it gives way: for both, in this order.
+    bench.end_route(1, 4_000);
+    let Some(FromServer::Reclaim { order, bytes, .. }) = bench.told(1).pop() else { panic!("it is idle") };
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 4_010);
+    bench.done(1, order, bytes, 4_010);
+    assert_eq!(overhead(&bench, 0), 24);
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 4_020);
+    assert_eq!(overhead(&bench, 0), 24, "until its weights are there");
+}
+
+#[test]
+fn what_was_foreseen_goes_with_the_wish_for_weights() {
+    for is_granted in [true, false] {
+        let mut bench = if is_granted { Bench::new() } else { asleep_beside_a_busy_one() };
+        bench.say(0, usage(ByteCount::ZERO, 8, 24), 10);
+        let wake = bench.wanted(0, ByteCount::mib(if is_granted { 90 } else { 60 }), 100);
+        assert_eq!(overhead(&bench, 0), if is_granted { 24 } else { 8 });
+        let request = bench.core.asked.iter().map(|asked| asked.pending.request).min();
+        if let Some(request) = request {
+            bench.say(0, FromWorker::LeaseCancel { request }, 110);
+        }
+        let error = Some("nobody gave it its memory".to_owned());
+        let (bytes, copied) = (ByteCount::ZERO, ByteCount::ZERO);
+        bench.say(0, FromWorker::OrderDone { order: wake, bytes, copied, duration_us: 1, error }, 120);
+        let left: Vec<_> = bench.core.asked.iter().map(|asked| asked.pending.kind).collect();
+        assert_eq!((overhead(&bench, 0), left), (8, vec![]), "granted: {is_granted}");
+    }
+}

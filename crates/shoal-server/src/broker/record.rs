@@ -102,6 +102,8 @@ pub(crate) struct Record {
     /// What it takes beside weights and KV: by its own word, and by the driver's where that was more than was leased.
     pub(crate) overhead_said: Recent,
     pub(crate) overhead_seen: Recent,
+    /// What it was granted of that for steps that will run once its weights are back.
+    pub(crate) overhead_foreseen: ByteCount,
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
     pub(crate) host_need: Option<ByteCount>,
     /// Host bytes that its present process may use.
@@ -196,6 +198,7 @@ impl Record {
             drift: Agreed::default(),
             overhead_said: Recent::default(),
             overhead_seen: Recent::default(),
+            overhead_foreseen: ByteCount::ZERO,
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
             host_need: if model.engine == Engine::Command {
@@ -388,6 +391,7 @@ impl Record {
         self.drift.clear();
         self.overhead_said = Recent::default();
         self.overhead_seen = Recent::default();
+        self.overhead_foreseen = ByteCount::ZERO;
     }
 
     /// Forgets what belonged to one process.

@@ -179,6 +179,7 @@ impl Core {
 
     /// Derives what follows for one model: whether it is up, wants to be, and since when.
     fn refresh(&mut self, place: usize, now_ms: u64) {
+        self.drop_foresight(place, now_ms);
         let asks = self.asks(self.models[place].id);
         let held = self.book.held(self.models[place].id, LeaseKind::Weights);
         let kv_held = self.book.held(self.models[place].id, LeaseKind::Kv);
@@ -350,7 +351,7 @@ impl Core {
                     changed = true;
                 }
                 Action::Grant { model, request, bytes, reason } => {
-                    self.grant(model.0 as usize, request, bytes, reason, decision, now_ms);
+                    self.grant(model.0 as usize, request, bytes, reason, Some(decision), now_ms);
                     changed = true;
                 }
                 Action::Deny { model, request, never, reason } => {
