@@ -148,7 +148,9 @@ fn what_was_measured_is_not_asked_of_others_once_more() {
     bench.request(0, LeaseKind::Overhead, MIB(10), 10);
     bench.wanted(1, WEIGHTS, 20);
     bench.say(0, usage(ByteCount::ZERO, 40, 0), 30);
-    (bench.told(0), bench.told(1));
+    for place in 0..2 {
+        bench.told(place);
+    }
     let leased = bench.core.book.leased();
     bench.request(0, LeaseKind::Overhead, MIB(30), 40);
     assert_eq!(granted(&mut bench, 0), [MIB(30)], "at once");
@@ -167,7 +169,9 @@ fn asleep_beside_a_busy_one() -> Bench {
     bench.say(1, usage(WEIGHTS, 22, 0), 30);
     bench.done(1, other, WEIGHTS, 30);
     assert_eq!((overhead(&bench, 0), overhead(&bench, 1)), (8, 22));
-    (bench.told(0), bench.told(1));
+    for place in 0..2 {
+        bench.told(place);
+    }
     bench
 }
 
