@@ -133,3 +133,28 @@ def test_what_a_start_had_not_foreseen_is_waited_for_with_empty_hands_whoever_en
     shelf = Shelf(types.SimpleNamespace(path=str(tmp_path / "control.sock")), 1)  # type: ignore[arg-type]
     shelf.lease_kv(Memory(), needs, 12 * MIB)  # type: ignore[arg-type]
     assert done == [("kv", 4 * MIB), "back", "given up", ("weights", 8 * MIB), ("kv", 12 * MIB), "wake"]
+
+
+def test_an_engine_hears_of_its_servers_end_whatever_becomes_of_the_lease_for_its_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leased: list[int] = []
+    ended: list[int] = []
+
+    class Memory:
+        def __init__(self) -> None:
+            self.mem = self
+
+        def set_overhead(self, nbytes: int) -> None:
+            leased.append(nbytes)
+            raise LeaseError("the manager is closed")
+
+    def wait_shutdown(_timeout_s: float) -> dict[str, str] | None:
+        return {"reason": "the test ends it"} if leased else None
+
+    client = types.SimpleNamespace(path=str(tmp_path / "control.sock"), connected=True, wait_shutdown=wait_shutdown)
+    shelf = Shelf(client, 7)  # type: ignore[arg-type]
+    shelf.memory, shelf._fixed = Memory(), 5 * MIB  # type: ignore[assignment]
+    monkeypatch.setattr("shoal.vllm.shelf.os.kill", lambda process, _signal: ended.append(process))
+    shelf._watch()
+    assert (leased, ended) == ([5 * MIB], [7])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -186,6 +188,36 @@ def test_a_figure_that_goes_up_and_down_gives_nothing_back(busy: Busy) -> None:
     busy.gpu.take(180 * MIB, kept=180 * MIB)
     busy.pass_by(100)
     assert busy.gpu.leased == [800 * MIB], "that little is not worth it"
+
+
+def test_a_step_waits_for_its_lease_and_for_its_bytes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    allowed: list[float] = []
+
+    class Slow:
+        def begin_step(self, tokens: int, timeout_s: float) -> None:
+            nonlocal now
+            assert (tokens, timeout_s) == (8, 5.0)
+            now += 3.5
+
+        def end_step(self, tokens: int) -> None:
+            assert tokens == 8
+
+    class Guard(contextlib.nullcontext[None]):
+        wake = None
+
+    class Mem:
+        def guard(self, *, timeout_s: float, in_order: object) -> Guard:
+            assert in_order is None
+            allowed.append(timeout_s)
+            return Guard()
+
+    monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: now))
+    memory = device.DeviceMemory(Mem(), Slow())  # type: ignore[arg-type]
+    for _ in range(2):
+        with memory.guard(5.0, tokens=8):
+            pass
+    assert allowed == [1.5, 1.5]
 
 
 def test_workers_measure_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal import BrokerClient, MemoryManager
-from shoal.errors import DeadlineError, LeaseError, RegionError
+from shoal.errors import DeadlineError, Error, LeaseError, RegionError
 from shoal.vllm.control import CHECK
 from shoal.vllm.errands import Errands, listen
 from shoal.worker import parent
@@ -409,8 +409,13 @@ class Shelf:
 
     def _hand_over(self) -> None:
         """Leave what steps take to the server, which has heard of it by now: it is others' while the engine sleeps."""
-        if self.memory is not None and self._fixed:
+        if self.memory is None or not self._fixed:
+            return
+        try:
             self.memory.mem.set_overhead(self._fixed)
+        except Error as error:
+            # Whoever calls has to hear of the server's end all the same.
+            logger.warning("What steps take stays leased also while the engine sleeps: %s", error)
 
     def _watch(self) -> None:
         """End both processes in order when the server says so. A thread's whole work."""

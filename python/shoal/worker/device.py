@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -235,8 +236,10 @@ class DeviceMemory:
             What is missing could not be brought back in time, also while inside: then the step may be run again.
         """
         if self._overhead is not None:
-            # Outside: whoever has to give memory up for it may wait for this guard.
+            # Outside: whoever has to give memory up for it may wait for this guard. Both share one deadline.
+            deadline = time.monotonic() + timeout_s
             self._overhead.begin_step(tokens, timeout_s)
+            timeout_s = max(deadline - time.monotonic(), 0.0)
         guard = self._mem.guard(timeout_s=timeout_s, in_order=self._weights)
         try:
             guard.__enter__()

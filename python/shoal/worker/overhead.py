@@ -162,7 +162,11 @@ class Overhead:
             self._leasing.release()
 
     def _note(self, nbytes: int, now: float) -> None:
-        """Let nobody give back what was taken, or is about to be; inside `_leasing`."""
+        """Let nobody give back what was taken, or is about to be; inside `_leasing`.
+
+        What is kept falls from one figure to the next. So it is at most one for each report of that time, and one for
+        each size of a step.
+        """
         while self._lately and self._lately[0][0] <= now - _KEPT_S:
             self._lately.popleft()
         while self._lately and self._lately[-1][1] <= nbytes:

@@ -162,6 +162,12 @@ impl Agreed {
         if self.newest.len() < FALL { ByteCount::ZERO } else { self.least(FALL) }
     }
 
+    /// What none of the newest few exceeded; none before there are so many.
+    #[must_use]
+    pub fn at_most(&self) -> Option<ByteCount> {
+        (self.newest.len() == FALL).then(|| self.most())
+    }
+
     fn least(&self, count: usize) -> ByteCount {
         self.newest.iter().rev().take(count).min().copied().unwrap_or_default()
     }

@@ -221,13 +221,15 @@ impl Core {
         holders
     }
 
-    /// What a worker has beyond its lease time and again is overhead of it.
+    /// What a worker has beyond its lease time and again is overhead of it, and what it has less by now is not. True where
+    /// anything came of that.
     fn see_drift(&mut self, tolerance: ByteCount, now_ms: u64) -> bool {
         let mut any = false;
         for place in 0..self.models.len() {
             let model = &mut self.models[place];
             let Some(seen) = model.seen.filter(|_| !model.is_rigid() && model.connection.is_some()) else {
                 model.drift.clear();
+                model.beside.clear();
                 continue;
             };
             let leased = self.book.total(model.id).max(model.leased_then);
@@ -237,12 +239,15 @@ impl Core {
                 let before = model.overhead_seen.now();
                 model.see_less_overhead(seen, now_ms);
                 if model.overhead_seen.now() != before {
+                    // It may fall at once, or by time alone: somebody may wait for it, and the timer is to ring.
                     self.follow_overhead(place, now_ms);
+                    any = true;
                 }
                 continue;
             }
             model.overhead_seen.note(peak, now_ms);
             model.drift.clear();
+            model.beside.clear();
             self.tell(now_ms, Some(place), EventKind::Drifted { seen, leased });
             self.follow_overhead(place, now_ms);
             any = true;

@@ -184,13 +184,15 @@ impl Core {
 }
 
 impl Record {
-    /// The driver shows `seen` of its process, which may be less beside weights and KV than it was. More is drift, which is
-    /// believed only when it stays.
+    /// The driver shows `seen` of its process, which may be less beside weights and KV than it was. That is believed only when
+    /// it stays, as drift is: a reading and the worker's word are not of one moment.
     pub(super) fn see_less_overhead(&mut self, seen: ByteCount, now_ms: u64) {
         let usage = &self.usage;
         let mapped: ByteCount = [usage.weights_device, usage.kv_device, usage.pooled].into_iter().sum();
-        let beside = seen.saturating_sub(mapped);
-        if beside < self.overhead_seen.now() {
+        self.beside.note(seen.saturating_sub(mapped));
+        if let Some(beside) = self.beside.at_most()
+            && beside < self.overhead_seen.now()
+        {
             self.overhead_seen.note(beside, now_ms);
         }
     }

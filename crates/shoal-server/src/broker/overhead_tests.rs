@@ -2,8 +2,10 @@
 //! before its weights come back.
 
 use shoal_core::bytes::ByteCount;
+use shoal_core::drift::{ProcessReading, Reading};
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
+use super::driver::Looked;
 use super::overhead::KEPT_MS;
 use super::turn_tests::{Bench, WEIGHTS};
 
@@ -96,6 +98,35 @@ fn what_was_declared_is_its_workers_to_give_back_and_what_it_has_stays_leased() 
     let back = FromWorker::LeaseReturn { kind: LeaseKind::Overhead, bytes: MIB(25) };
     bench.say(0, back, 1_000 + 2 * KEPT_MS);
     assert_eq!(overhead(&bench, 0), 20, "less is not there, whatever it says");
+}
+
+/// A reading is of another moment than what the worker says of its weights. So a single one that shows less is none.
+#[test]
+fn what_the_driver_shows_less_of_is_given_back_once_readings_agree() {
+    let mut bench = Bench::new();
+    let pid = bench.core.models[0].pid.expect("it runs");
+    let look = |bench: &mut Bench, mib: u64, now_ms: u64| {
+        let processes = vec![ProcessReading { process: pid, bytes: Some(MIB(mib)) }];
+        let reading = Reading { total: MIB(1_024), free: MIB(1_024 - mib), processes };
+        bench.core.handle_looked(Looked { reading, ..Looked::default() }, now_ms);
+    };
+    for now_ms in [1_000, 2_000, 3_000] {
+        look(&mut bench, 50, now_ms);
+    }
+    assert_eq!(overhead(&bench, 0), 50, "it has them, leased or not");
+    for (place, mib) in [10, 50, 10, 10, 50].into_iter().enumerate() {
+        look(&mut bench, mib, 4_000 + 1_000 * place as u64);
+    }
+    pass(&mut bench, 8_000, 9_000 + 2 * KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 50);
+    let now_ms = 10_000 + 2 * KEPT_MS;
+    for later in [0, 1_000, 2_000] {
+        look(&mut bench, 10, now_ms + later);
+    }
+    pass(&mut bench, now_ms + 2_000, now_ms + 1_999 + KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 50, "it may take that again any moment");
+    pass(&mut bench, now_ms + 2_000, now_ms + 2_002 + KEPT_MS);
+    assert_eq!(overhead(&bench, 0), 10);
 }
 
 /// An engine that takes what it likes in a step keeps its peak while it can run. Asleep it cannot.

@@ -99,6 +99,8 @@ pub(crate) struct Record {
     pub(crate) leased_then: ByteCount,
     /// What it was seen to have beyond its lease, lately.
     pub(crate) drift: Agreed,
+    /// What it was seen to have beside weights and KV, lately.
+    pub(crate) beside: Agreed,
     /// What it takes beside weights and KV: by its own word, and by the driver's where that was more than was leased.
     pub(crate) overhead_said: Recent,
     pub(crate) overhead_seen: Recent,
@@ -196,6 +198,7 @@ impl Record {
             seen: None,
             leased_then: ByteCount::ZERO,
             drift: Agreed::default(),
+            beside: Agreed::default(),
             overhead_said: Recent::default(),
             overhead_seen: Recent::default(),
             overhead_foreseen: ByteCount::ZERO,
@@ -389,6 +392,7 @@ impl Record {
         self.seen = None;
         self.leased_then = ByteCount::ZERO;
         self.drift.clear();
+        self.beside.clear();
         self.overhead_said = Recent::default();
         self.overhead_seen = Recent::default();
         self.overhead_foreseen = ByteCount::ZERO;
