@@ -111,6 +111,29 @@ fn of_two_that_are_set_apart_while_both_run_one_leaves_when_its_turn_is_over() {
     assert!(reasons(&said).contains("it waits, and cannot run with the part that it holds"));
 }
 
+/// What it has is taken for the other's sake, and it is wanted: its wake is for all that will be missing then.
+#[test]
+fn one_that_leaves_in_this_plan_is_woken_for_what_it_gives_up_as_well() {
+    let waits = |ordered| ModelState {
+        weights_held: MIB(10),
+        kv_held: MIB(4),
+        ordered: MIB(ordered),
+        parked: 1,
+        wanting_since_ms: Some(9_000),
+        up: false,
+        ..model(1, "other", 40, 10)
+    };
+    for ordered in [0, 4, 6] {
+        let said = plan(&together(runs(0, "one", 9_000), waits(ordered)), 10_000);
+        assert_eq!(evicted(&said), [(1, 14 - ordered)], "{ordered}: {}", reasons(&said));
+        let restored = said.actions.iter().find_map(|action| match action {
+            Action::Restore { model, bytes, .. } => Some((model.0, *bytes)),
+            _ => None,
+        });
+        assert_eq!(restored, Some((1, MIB(40))), "{ordered}: {}", reasons(&said));
+    }
+}
+
 #[test]
 fn of_two_that_are_set_apart_the_other_leaves_where_one_cannot_or_does_not_answer() {
     let leaves = |change: fn(&mut ModelState)| {

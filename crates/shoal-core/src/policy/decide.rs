@@ -445,8 +445,9 @@ impl<'a> Decision<'a> {
             .collect();
         wanted.sort_by_key(|model| (model.wanting_since_ms, model.id));
         for model in wanted {
-            // What was ordered away and is not gone yet will be missing too. An order takes unused KV first.
-            let leaving = model.ordered.saturating_sub(model.kv_held.saturating_sub(model.kv_live));
+            // What was ordered away, by this plan too, and is not gone yet will be missing too.
+            let leaving =
+                self.field.place(model.id).map_or(ByteCount::ZERO, |place| self.field.leaving_at(place));
             let bytes = model.weights_total.saturating_sub(model.weights_held.saturating_sub(leaving));
             let reason = reason::restore(model, bytes);
             self.act(Action::Restore { model: model.id, bytes, reason });
