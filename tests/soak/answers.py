@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shoal.demo.jobs import CHAT_REFERENCE, CODE_REFERENCE, PASSAGES, QUESTIONS, STORY
+from tests.soak.disturbances import REMOVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,7 @@ MARGIN_MIN = 1e-3
 """Nearer to each other than this (in logarithms of probabilities), a batch may choose between two tokens."""
 SAME_COSINE = 0.99999
 OK = 200
+NO_SUCH_MODEL = (404, "model_not_found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,9 @@ class Verdict:
     outcome: str
     fault: str | None = None
     """Why it may not be so."""
+    is_owed: bool = True
+    """Whether a right answer was to be had. It was not where the client went away, the server was killed under it, or a
+    refusal was the right answer at that moment."""
 
 
 def cases() -> list[Case]:
@@ -141,7 +146,7 @@ def cases() -> list[Case]:
 def bad_cases() -> list[Case]:
     """Requests that are wrong, and what they hear, whatever the state of the shelf."""
     return [
-        Case("no such model", "nobody", TEXT, {"prompt": "x"}, refusal=(404, "model_not_found")),
+        Case("no such model", "nobody", TEXT, {"prompt": "x"}, refusal=NO_SUCH_MODEL),
         Case("no messages", "chat", CHAT, {"max_tokens": 3}, refusal=(400, "missing_required_parameter")),
         Case(
             "too long", "code", TEXT, {"prompt": "x" * 600, "max_tokens": 4}, refusal=(400, "context_length_exceeded")
@@ -226,14 +231,15 @@ def judge(case: Case, right: Right | None, answer: Answer, during: Disturbances)
     if wrong := _differs(right, answer):
         return Verdict("wrong", wrong)
     if answer.left:
-        return Verdict("client left")
+        return Verdict("client left", is_owed=False)
     if answer.torn:
         # A stream says how it ends; a body whose length was announced can only break off.
         if of_server or (of_model and not answer.stream):
-            return Verdict("connection broken by a kill")
+            return Verdict("connection broken by a kill", is_owed=False)
         return Verdict("torn", f"the connection broke with nobody killed: {answer.torn}")
     if answer.error is not None:
-        return _judge_refusal(case, answer, is_excused=bool(of_model or of_server))
+        is_removed = any(one.what == REMOVED for one in of_model)
+        return _judge_refusal(case, answer, is_excused=bool(of_model or of_server), is_removed=is_removed)
     if answer.status != OK or not answer.is_whole:
         return Verdict("cut", f"status {answer.status}, and the end is missing")
     if case.refusal:
@@ -257,7 +263,7 @@ def _differs(right: Right | None, answer: Answer) -> str | None:
     return None
 
 
-def _judge_refusal(case: Case, answer: Answer, *, is_excused: bool) -> Verdict:
+def _judge_refusal(case: Case, answer: Answer, *, is_excused: bool, is_removed: bool) -> Verdict:
     error = answer.error or {}
     code = str(error.get("code"))
     outcome = f"refused, {answer.status} {code}" if answer.status != OK else f"refused in the stream, {code}"
@@ -268,7 +274,11 @@ def _judge_refusal(case: Case, answer: Answer, *, is_excused: bool) -> Verdict:
         # Its worker is who finds some faults, and may be away, or waited for in vain.
         away = {"model_not_found", "model_unavailable", "shutting_down", "worker_lost", "model_wait_timeout"}
         is_away = is_excused and code in away
-        return Verdict(outcome, None if is_right or is_away else f"should have been {case.refusal}: {error}")
+        fault = None if is_right or is_away else f"should have been {case.refusal}: {error}"
+        return Verdict(outcome, fault, is_owed=not is_right)
+    if is_removed and (answer.status, code) == NO_SUCH_MODEL:
+        # Taken off the file by the soak itself: this is the answer.
+        return Verdict(outcome, is_owed=False)
     if code == "too_many_waiting":
         said = answer.status != 429 or answer.retry_after
         return Verdict(outcome, None if said else "429 without Retry-After")

@@ -114,6 +114,8 @@ class Tally:
     """What came of all requests."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
+    owed: int = 0
+    """To how many a right answer was to be had."""
     of_model: Counter[str] = field(default_factory=Counter)
     faults: list[dict[str, Any]] = field(default_factory=list)
     longest_s: float = 0.0
@@ -124,12 +126,18 @@ class Tally:
         """Count one."""
         with self.lock:
             self.outcomes[verdict.outcome] += 1
+            self.owed += verdict.is_owed
             if verdict.outcome == "right":
                 self.of_model[case.model] += 1
                 if answer.seconds > self.longest_s:
                     self.longest_s, self.longest = answer.seconds, case.name
             if verdict.fault:
                 self.fault(f"{case.name}: {verdict.fault}", answer=vars(answer) | {"manner": vars(how)})
+
+    def too_few(self, share_min: float) -> str | None:
+        """Say how many were answered, where that is a smaller share of those that were owed a right answer."""
+        right = self.outcomes["right"]
+        return f"only {right} of {self.owed} were answered" if right < share_min * self.owed else None
 
     def fault(self, what: str, **more: Any) -> None:
         """Note something that may not be; printed at once, since who watches wants to know."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from tests.soak.clients import ANSWER_S_MAX
+from tests.soak.disturbances import REMOVED
 from tests.soak.shelf_file import EXTRA, ORPHAN_S_MAX
 from tests.support.server import Server, environment
 from tests.support.streams import alive
@@ -167,7 +168,7 @@ class Deeds:
 
     def _mark_extra(self) -> None:
         if not self.file.has_extra and self._extra_gone is None:
-            self._extra_gone = self.during.begin(EXTRA, "removed")
+            self._extra_gone = self.during.begin(EXTRA, REMOVED)
 
     def _extra_is_back(self) -> None:
         if self.file.has_extra and self._extra_gone is not None:

@@ -6,6 +6,9 @@ import threading
 import time
 from dataclasses import dataclass
 
+REMOVED = "removed"
+"""The model is not in the file; until it is served again after it came back to it."""
+
 
 @dataclass
 class Disturbance:

@@ -53,7 +53,7 @@ PROGRESS_S = 30.0
 SERVER_KILLS_SHARE = 0.55
 """The server is killed in the first part of the time only: one of its lives has to be long enough to grow in."""
 RIGHT_SHARE_MIN = 0.75
-"""Of the answers that were waited for. Fewer would be a server that refuses in place of serving."""
+"""Of those that were owed a right answer. Fewer would be a server that refuses in place of serving."""
 
 
 def main() -> int:
@@ -207,15 +207,15 @@ class Soak:
             for fault in growth.faults(*slack):
                 self.tally.fault(fault)
         outcomes = self.tally.outcomes
-        waited_for = sum(outcomes.values()) - outcomes["client left"] - outcomes["connection broken by a kill"]
-        if not self.interrupted and outcomes["right"] < RIGHT_SHARE_MIN * waited_for:
-            self.tally.fault(f"only {outcomes['right']} of {waited_for} were answered")
+        if not self.interrupted and (too_few := self.tally.too_few(RIGHT_SHARE_MIN)):
+            self.tally.fault(too_few)
         deeds = self.deeds
         report = {
             "seed": self.seed,
             "minutes": round((time.monotonic() - self._began) / 60, 1),
             "interrupted": self.interrupted,
             "requests": sum(outcomes.values()),
+            "owed": self.tally.owed,
             "outcomes": dict(outcomes.most_common()),
             "right_by_model": dict(self.tally.of_model),
             "deeds": dict(Counter(deeds.done).most_common()) if deeds else {},

@@ -18,8 +18,8 @@ import pytest
 
 from tests.soak import watch
 from tests.soak.answers import CHAT, EMBED, TEXT, Answer, Case, cases, choose, judge, learn
-from tests.soak.clients import Manner, ask, manner
-from tests.soak.disturbances import Disturbances
+from tests.soak.clients import Manner, Tally, ask, manner
+from tests.soak.disturbances import REMOVED, Disturbances
 from tests.soak.shelf_file import EXTRA, ShelfFile
 
 CODE = Case("code", "code", TEXT, {"prompt": "x"})
@@ -93,6 +93,47 @@ def test_wrong_requests_must_be_refused_as_they_should_be() -> None:
     assert judge(bad, None, Answer(0, 1, 400, error=gone), quiet).fault
     assert judge(bad, None, replace(WHOLE, texts={}), quiet).fault
     assert judge(CODE, RIGHT, Answer(0, 1, 404, error=gone), quiet).fault, "a model that is there"
+
+
+def test_the_floor_is_taken_of_those_to_whom_a_right_answer_was_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    during, now = Disturbances(), 11.0
+    monkeypatch.setattr("tests.soak.disturbances.time.monotonic", lambda: now)
+    code = {"message": "no such model", "type": "invalid_request_error", "code": "model_not_found"}
+    gone = replace(WHOLE, status=404, error=code, texts={}, is_whole=False)
+    away = replace(gone, status=503, error=LOST | {"code": "model_unavailable"})
+    full = replace(gone, status=429, error=LOST | {"code": "too_many_waiting"}, retry_after="2")
+    late = replace(gone, status=504, error=LOST | {"code": "model_wait_timeout"})
+    extra, bad = replace(CODE, model=EXTRA), next(case for case in cases() if case.name == "no such model")
+    during.begin(EXTRA, "worker killed")
+    during.begin("server", "server killed")
+    tally = Tally()
+
+    def add(case: Case, answer: Answer) -> int:
+        before = tally.owed
+        verdict = judge(case, RIGHT, answer, during)
+        assert verdict.fault is None, verdict
+        tally.add(case, Manner(), answer, verdict)
+        return tally.owed - before
+
+    # A model that is in the file is owed, whatever was killed; so is who was let wait for too long, or had no place.
+    for answer in (WHOLE, gone, away, full, late):
+        assert add(extra, answer) == 1
+    assert (tally.outcomes["right"], tally.owed) == (1, 5)
+    assert tally.too_few(0.2) is None
+    assert tally.too_few(0.21) == "only 1 of 5 were answered"
+    # Once the soak has taken it off, that there is none is the right answer, and no other refusal is.
+    removed = during.begin(EXTRA, REMOVED)
+    assert [add(extra, answer) for answer in (gone, away, full, late)] == [0, 1, 1, 1]
+    assert add(CODE, gone) == 1, "another model was taken off"
+    now = 20.0
+    during.end(removed)
+    assert add(extra, replace(gone, began=21, ended=22)) == 1, "it is there again"
+    # What has to be refused, and those who went away.
+    assert [add(bad, gone), add(bad, away)] == [0, 1]
+    assert add(CODE, replace(WHOLE, left=True)) == 0
+    assert add(CODE, replace(WHOLE, torn="reset", is_whole=False)) == 0
+    assert tally.owed == 11
+    assert sum(tally.outcomes.values()) == 15
 
 
 def test_what_a_batch_may_decide_is_left_out() -> None:
