@@ -24,6 +24,8 @@ mod leases;
 mod lifecycle;
 mod lives;
 mod orders;
+#[cfg(test)]
+mod orders_tests;
 pub(crate) mod outside;
 mod overhead;
 #[cfg(test)]

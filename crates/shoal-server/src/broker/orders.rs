@@ -5,7 +5,7 @@ use shoal_core::protocol::{FromServer, LeaseKind};
 use tokio::sync::oneshot;
 
 use super::requests::Told;
-use super::{Core, DRAIN_MS_MAX, LifeEvent, millis};
+use super::{Core, DRAIN_MS_MAX, LifeEvent, Record, millis};
 use crate::state::EventKind;
 
 /// Bytes that a worker is expected to give up in a millisecond, at the least (256 MiB/s).
@@ -17,6 +17,9 @@ const WAKE_RETRY_MS_MAX: u64 = 3_000;
 const WAKE_AGAIN_MS: u64 = 10;
 /// How long a model that could not give all is passed over.
 const SHORT_SKIP_MS: u64 = 1_000;
+
+/// Orders of a worker that are kept after their time. What it gives up late counts for the oldest of them.
+pub(super) const OVERDUE_MAX: usize = 16;
 
 /// What a worker was told to do.
 #[derive(Debug)]
@@ -307,6 +310,7 @@ impl Core {
                 model.skip_until_ms = now_ms + skip_ms;
                 model.wakes_after_leaving = false;
             }
+            model.let_go_of_overdue(now_ms);
             for what in timed_out {
                 self.tell(now_ms, Some(place), what);
             }
@@ -321,5 +325,26 @@ impl Core {
     pub(super) fn next_order_deadline(&self) -> Option<u64> {
         let orders = self.models.lively().filter(|model| model.is_ready()).flat_map(|m| m.orders.values());
         orders.filter(|order| !order.overdue).map(|order| order.deadline_ms).min()
+    }
+}
+
+impl Record {
+    /// Gives up the oldest orders that it did not carry out in time, where there are many: it is asked again and again, and may
+    /// never answer. What still comes of them counts for those after them.
+    fn let_go_of_overdue(&mut self, now_ms: u64) {
+        let overdue = self.orders.iter().filter(|(_, order)| order.overdue).map(|(number, _)| *number);
+        let overdue: Vec<u64> = overdue.collect();
+        for number in &overdue[..overdue.len().saturating_sub(OVERDUE_MAX)] {
+            let Some(Order {
+                doing: Doing::Reclaim { left, waiter: Some(waiter), .. }, bytes, sent_ms, ..
+            }) = self.orders.remove(number)
+            else {
+                continue;
+            };
+            let (duration_ms, copied) = (now_ms.saturating_sub(sent_ms), ByteCount::ZERO);
+            let error = Some(format!("its worker never said that it gave up all of {bytes}"));
+            // Whoever asked may have gone.
+            let _ = waiter.send(Told { bytes: bytes - left, copied, duration_ms, error });
+        }
     }
 }

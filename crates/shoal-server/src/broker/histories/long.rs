@@ -3,6 +3,7 @@
 use shoal_core::protocol::FromWorker;
 
 use super::{MODELS_MAX, World};
+use crate::broker::orders::OVERDUE_MAX;
 use crate::broker::{Core, EVENTS_KEPT, REQUESTS_PER_MODEL_MAX};
 
 /// Places that there are at most: of each model that there may be, and of as many that were taken off and answer their last
@@ -20,8 +21,8 @@ fn kept(core: &Core) -> Vec<(&'static str, usize, usize)> {
         ("workers of servers before", core.strangers.len(), PLACES_MAX),
         ("processes that ended and have memory", core.book.departed().count(), 64),
         ("models", models().count(), PLACES_MAX),
-        // One that never answers keeps its order until it ends; it is asked again at times.
-        ("orders", models().map(|model| model.orders.len()).max().unwrap_or_default(), 256),
+        // One that never answers is asked again at times. What was ordered and is not overdue is no more than it holds.
+        ("orders", models().map(|model| model.orders.len()).max().unwrap_or_default(), 2 * OVERDUE_MAX),
         ("requests that wait", models().map(|model| model.queue.len()).max().unwrap_or_default(), 4),
         (
             "keys at a model",

@@ -1,0 +1,46 @@
+//! Orders that nothing comes of, on the core alone.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind};
+
+use super::orders::OVERDUE_MAX;
+use super::turn_tests::{Bench, WEIGHTS, caller};
+
+/// A worker that reads its orders and does nothing is asked again and again. What is kept of that has a bound, whoever waits
+/// for an order that is given up hears of it, and a late answer is no breach.
+#[test]
+fn of_a_worker_that_ignores_its_orders_few_are_kept() {
+    let mut bench = Bench::new();
+    let wake = bench.wanted(0, WEIGHTS, 10);
+    bench.usage(0, WEIGHTS, 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    bench.core.handle_route_ended(0, &caller(), 30);
+    bench.told(0);
+    let (mut orders, mut waiters, mut now_ms) = (Vec::new(), Vec::new(), 40);
+    for _ in 0..3 * OVERDUE_MAX {
+        let (_, waiter) = bench.core.handle_sleep("m0", 0.0, now_ms).expect("it is idle");
+        waiters.push(waiter.expect("it has all its weights"));
+        let told = bench.told(0);
+        let [FromServer::Reclaim { order, .. }] = told.as_slice() else { panic!("{told:?}") };
+        orders.push(*order);
+        now_ms += 20_000;
+        bench.core.handle_timer(now_ms);
+        let kept = bench.core.models[0].orders.len();
+        assert!(kept <= OVERDUE_MAX, "{kept} orders after {}", orders.len());
+    }
+    let told = waiters[0].try_recv().expect("it was given up");
+    assert_eq!((told.bytes, told.error.is_some()), (ByteCount::ZERO, true));
+    assert!(waiters.last_mut().expect("some").try_recv().is_err(), "the newest may still be answered");
+
+    // At last it obeys, and answers all of them.
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: WEIGHTS }, now_ms);
+    bench.usage(0, ByteCount::ZERO, now_ms);
+    for (place, order) in orders.iter().enumerate() {
+        let bytes = if place == 0 { WEIGHTS } else { ByteCount::ZERO };
+        bench.done(0, *order, bytes, now_ms);
+    }
+    let model = &bench.core.models[0];
+    assert!(model.connection.is_some() && model.orders.is_empty(), "all are answered");
+    assert_eq!(waiters.last_mut().expect("some").try_recv().expect("answered").error, None);
+    assert_eq!(bench.core.book.held(model.id, LeaseKind::Weights), ByteCount::ZERO);
+}
