@@ -153,6 +153,44 @@ fn what_another_operation_is_in_the_way_of_is_not_now() {
     check(&world, &cache);
 }
 
+/// It has evicted what it needs, and a step that was recorded while it waited for the turn may use that: others have their
+/// turn while that step runs.
+#[test]
+fn nobody_waits_for_the_turn_of_one_that_waits_for_a_long_step() {
+    let (world, lease) = slow_world(20);
+    let other = world.region("weights", 2, LeaseKind::Weights);
+    other.commit(ByteCount::ZERO, ByteCount(2 * PAGE)).expect("room");
+    let cache = cache(&world, 2, 16, WAIT);
+    let engine = Stream::create(&world.device).expect("a stream");
+    cache.record_step_event(engine.record().expect("marked"));
+    remember(&cache, 2, 16);
+    let was = kept(&cache);
+    let is_over = Arc::new(AtomicBool::new(false));
+    thread::scope(|scope| {
+        let leaves = scope.spawn(|| other.decommit(ByteCount::ZERO, ByteCount(2 * PAGE)));
+        until("the other operation has the turn", || lease.is_waiting.load(Ordering::Acquire));
+        let grows = scope.spawn(|| alloc(&cache, 1, 20));
+        // Whether it has looked at the steps by then or looks again, the long one is there before anything goes.
+        thread::sleep(SHORT);
+        let go = Arc::clone(&is_over);
+        let step = move || {
+            while !go.load(Ordering::Acquire) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        engine.launch_host((), step).expect("launched");
+        cache.record_step_event(engine.record().expect("marked"));
+        lease.is_open.store(true, Ordering::Release);
+        leaves.join().expect("no panic").expect("it is gone");
+        until("what is cached goes", || cache.usage().cached < was.1);
+        other.commit(ByteCount::ZERO, ByteCount(PAGE)).expect("its turn, while the step runs");
+        is_over.store(true, Ordering::Release);
+        let ids = grows.join().expect("no panic").expect("what it evicted for");
+        cache.free(1, &ids).expect("owned");
+    });
+    check(&world, &cache);
+}
+
 /// What a refused allocation leaves as it was.
 fn kept(cache: &KvCache) -> (ByteCount, ByteCount, PrefixStats, u64) {
     let (usage, stats) = (cache.usage(), cache.prefix_stats().expect("an index"));

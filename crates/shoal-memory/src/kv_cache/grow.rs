@@ -161,7 +161,7 @@ impl Shared {
         if !self.fence(deadline)? {
             return Ok(false);
         }
-        let Some(_turn) = self.turn_now(deadline)? else { return Ok(false) };
+        let Some(turn) = self.turn_now(deadline)? else { return Ok(false) };
         let clocks = {
             let mut state = self.state.lock();
             // Others have taken some of it meanwhile, or the cache's own thread has given it back: another look may say more.
@@ -173,13 +173,25 @@ impl Shared {
             state.clocks()
         };
         // Once more: what became cached since the first time may be of a step that was recorded since.
-        if !self.fence(deadline.max(Instant::now() + AHEAD_WAIT))? {
-            return Ok(false);
-        }
+        let Some(_turn) = self.fence_in_turn(turn, deadline)? else { return Ok(false) };
         let planned = self.state.lock().plan_beside(growth, beside, &clocks)?;
         let mut report = Report::new(ByteCount::ZERO);
         self.unmap(&planned, Fate::Pooled, &mut report);
         Ok(planned.is_empty() || !report.freed.is_zero())
+    }
+
+    /// [`fence`](Self::fence) for one that has the `turn` and has begun what cannot be taken back. Others have their turn
+    /// while a step takes long. `None`: not now.
+    fn fence_in_turn(&self, turn: Taken, deadline: Instant) -> Result<Option<Taken>, MemoryError> {
+        let soon = Instant::now() + AHEAD_WAIT;
+        if self.fence(soon)? {
+            return Ok(Some(turn));
+        }
+        drop(turn);
+        if Instant::now() < soon || !self.fence(deadline)? {
+            return Ok(None);
+        }
+        self.turn_now(deadline.max(Instant::now() + AHEAD_WAIT))
     }
 
     /// [`grow`](Self::grow), and `None` too where there is no memory for it now.

@@ -22,7 +22,8 @@ const NAP_MAX: Duration = Duration::from_millis(50);
 
 impl Region {
     /// Gives the pages that the range touches zeroed device memory, where they have none. All or nothing. What was given up
-    /// there and is held still, as by a copy or by being zeroed, is waited for as long as a lease would be.
+    /// there and is held still, as by a copy or by being zeroed, is waited for as a lease is: as long as that may take, both
+    /// together.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`], [`MemoryError::State`] where a KV cache lies in it, [`MemoryError::Lease`],
@@ -30,12 +31,12 @@ impl Region {
     pub fn commit(&self, offset: ByteCount, bytes: ByteCount) -> Result<ByteCount, MemoryError> {
         self.check_range(offset, bytes)?;
         self.check_no_cache("commit")?;
-        let (run, patience) = (PageRun::covering(offset, bytes), self.manager().options.lease_wait);
+        let run = PageRun::covering(offset, bytes);
+        let deadline = Instant::now() + self.manager().options.lease_wait;
         let wanted = {
-            let _turn = self.take_turn_to_map(&[run], Instant::now() + patience)?;
+            let _turn = self.take_turn_to_map(&[run], deadline)?;
             self.wanted_extents(&[run])?
         };
-        let deadline = Instant::now() + patience;
         let mut supply = self.supply(wanted, Content::Zeroed, deadline, "memory for a range")?;
         let _turn = self.take_turn_to_map(&[run], deadline)?;
         self.commit_in_turn(&[run], &mut supply)

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::extent::ExtentRule;
 use shoal_core::page_table::Backing;
@@ -11,7 +12,10 @@ use shoal_core::protocol::LeaseKind;
 use shoal_device::{SimDevice, SimOptions, Span};
 
 use crate::error::MemoryError;
-use crate::{KvBacking, LocalBudget, ManagerOptions, MemoryManager, PoolOptions, Region, RegionSpec};
+use crate::{
+    KvBacking, LeaseError, LeaseSource, LocalBudget, ManagerOptions, MemoryManager, PoolOptions, Region,
+    RegionSpec,
+};
 
 const PAGES: u64 = 4;
 const HELD: Duration = Duration::from_millis(60);
@@ -21,12 +25,44 @@ struct World {
     manager: Arc<MemoryManager>,
 }
 
+/// A budget that notes how long it may let the newest request wait.
+#[derive(Debug)]
+struct Noting {
+    budget: Arc<LocalBudget>,
+    allowed: Mutex<Duration>,
+}
+
+impl LeaseSource for Noting {
+    fn acquire(
+        &self,
+        kind: LeaseKind,
+        bytes: ByteCount,
+        bytes_min: ByteCount,
+        deadline: Duration,
+        reason: &str,
+    ) -> Result<ByteCount, LeaseError> {
+        *self.allowed.lock() = deadline;
+        self.budget.acquire(kind, bytes, bytes_min, deadline, reason)
+    }
+
+    fn give_back(&self, kind: LeaseKind, bytes: ByteCount) {
+        self.budget.give_back(kind, bytes);
+    }
+
+    fn held(&self, kind: LeaseKind) -> ByteCount {
+        self.budget.held(kind)
+    }
+}
+
 impl World {
     fn new(lease_wait: Duration) -> Self {
+        Self::on(LocalBudget::new(ByteCount::mib(64)), lease_wait)
+    }
+
+    fn on(budget: Arc<dyn LeaseSource>, lease_wait: Duration) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let options = SimOptions::new(ByteCount::mib(64), dir.path().to_owned());
         let device = SimDevice::open_dyn(options).expect("a device");
-        let budget = LocalBudget::new(ByteCount::mib(64));
         let options = ManagerOptions {
             lease_wait,
             pool: Some(PoolOptions::off()),
@@ -94,6 +130,23 @@ fn a_commit_waits_for_what_is_held_no_longer_than_for_a_lease() {
     drop(held);
     region.commit(ByteCount::ZERO, all()).expect("unmapped");
     world.manager.check_invariants().expect("invariants");
+}
+
+/// As long as a lease may take, both together: it was twice that.
+#[test]
+fn a_commit_waits_for_what_is_held_and_for_its_lease_by_one_deadline() {
+    let patience = Duration::from_secs(20);
+    let lease = Arc::new(Noting { budget: LocalBudget::new(ByteCount::mib(64)), allowed: Mutex::default() });
+    let world = World::on(Arc::clone(&lease) as _, patience);
+    let region = world.region(LeaseKind::Overhead);
+    region.commit(ByteCount::ZERO, all()).expect("room");
+    let held = hold(&region);
+    region.decommit(ByteCount::ZERO, all()).expect("it goes later");
+    let release = release_soon(held);
+    assert_eq!(region.commit(ByteCount::ZERO, all()).expect("unmapped in time"), all());
+    release.join().expect("no panic");
+    let allowed = *lease.allowed.lock();
+    assert!(allowed + HELD / 2 <= patience, "{allowed:?} after it had waited");
 }
 
 #[test]
