@@ -87,10 +87,13 @@ fn a_seed_replays_exactly() {
         world.story.expect("it was kept")
     };
     // With a program and a policy in a process that decides, and with one that watches and engines with KV.
+    let chosen = [6, 29];
     let more = number("SHOAL_HISTORIES").unwrap_or_default() / REPLAYED_PART;
-    for seed in [6, 29].into_iter().chain(HISTORIES..HISTORIES + more) {
+    for seed in chosen.into_iter().chain(HISTORIES..HISTORIES + more) {
         let (one, other) = (story(seed), story(seed));
-        assert!(one.len() > 500, "seed {seed} hardly tells anything: {} lines", one.len());
+        // Among many there are quiet ones: models that fit beside each other, and a server that is killed again and again.
+        let least = if chosen.contains(&seed) { 500 } else { STEPS };
+        assert!(one.len() > least, "seed {seed} hardly tells anything: {} lines", one.len());
         let differs = one.iter().zip(&other).position(|(one, other)| one != other);
         assert_eq!(
             differs.map(|line| (&one[line], &other[line])),
