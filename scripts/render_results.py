@@ -129,7 +129,9 @@ def figures() -> list[Figure]:
     found = []
     for file in sorted(RESULTS.glob("*/*.json")):
         result = json.loads(file.read_text("utf-8"))
-        origin = f"{result['date'][:10]}, commit {result['shoal_commit'][:9]}"
+        commit = result["shoal_commit"]
+        # A plus: measured with changes that were not committed.
+        origin = f"{result['date'][:10]}, commit {commit[:9]}{'+' if commit[9:].endswith('+') else ''}"
         found += [Figure(file.parent.name, file.stem, origin, row) for row in result["rows"]]
     return found
 

@@ -147,9 +147,13 @@ def test_a_step_that_cannot_have_its_lease_does_not_begin(busy: Busy) -> None:
     busy.step(8, 0)
     busy.gpu.is_short = False
     busy.overhead.begin_step(2000, 1.0)
-    # While it runs, nothing of it goes, although it has taken nothing yet.
-    busy.pass_by(20)
+    # While it runs, nothing of it goes, however long it takes nothing yet.
+    busy.pass_by(50)
     assert busy.gpu.leased[-1] == 1500 * MIB
+    # It did not run in the end.
+    busy.overhead.leave_step()
+    busy.pass_by(40)
+    assert busy.gpu.leased[-1] == 600 * MIB
 
 
 def test_what_a_large_step_left_in_torchs_pool_is_not_what_a_small_one_takes(busy: Busy) -> None:
@@ -166,6 +170,32 @@ def test_what_a_large_step_left_in_torchs_pool_is_not_what_a_small_one_takes(bus
     assert busy.gpu.leased[-1] == 654 * MIB, "it asks for what small ones take"
     busy.step(2000, 900 * MIB)
     assert busy.gpu.leased[-1] == 1500 * MIB, "and a large one for what large ones do"
+
+
+def test_what_one_step_took_is_not_leased_for_each_one_after_it_for_ever(busy: Busy) -> None:
+    busy.step(1, 900 * MIB)
+    for _ in range(overheads._STEPS_KEPT - 1):
+        busy.step(1, 20 * MIB)
+    busy.pass_by(40)
+    busy.step(1, 20 * MIB)
+    assert busy.gpu.leased[-1] == 1500 * MIB, "it was one of the newest"
+    busy.pass_by(40)
+    busy.step(1, 20 * MIB)
+    busy.pass_by(40)
+    assert busy.gpu.leased[-1] == 620 * MIB, "it is none of them"
+
+
+def test_a_server_that_is_gone_does_not_end_what_reports_to_it(busy: Busy) -> None:
+    busy.step(2000, 900 * MIB)
+    busy.step(2000, 900 * MIB)
+
+    def gone(*_arguments: object, **_named: object) -> None:
+        raise LeaseError("the server is gone")
+
+    busy.gpu.set_overhead = gone  # type: ignore[method-assign]
+    busy.pass_by(40)
+    assert busy.overhead.measured() == 600 * MIB
+    assert busy.gpu.leased[-1] == 1500 * MIB
 
 
 def test_a_step_does_not_wait_for_a_few_mib_more_than_are_leased(busy: Busy) -> None:
@@ -202,6 +232,9 @@ def test_a_step_waits_for_its_lease_and_for_its_bytes_no_longer_than_it_may(monk
 
         def end_step(self, tokens: int) -> None:
             assert tokens == 8
+
+        def leave_step(self) -> None:
+            raise AssertionError("it began")
 
     class Guard(contextlib.nullcontext[None]):
         wake = None

@@ -244,6 +244,8 @@ class DeviceMemory:
         try:
             guard.__enter__()
         except (OutOfMemoryError, LeaseError, DeadlineError, TransferError) as error:
+            if self._overhead is not None:
+                self._overhead.leave_step()
             raise ShortageError(str(error)) from error
         is_beside = guard.wake is not None
         self._is_wanted = is_wanted

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shoal import DeadlineError, LeaseError
+from shoal import DeadlineError, Error, LeaseError
 
 from .memory import ShortageError
 
@@ -41,6 +41,8 @@ _KEPT_S = 30.0  # how long what was taken stays leased after it was
 # Less than this is not given back, nor asked for before a step: the server sees it in the next figures and has its
 # headroom for it, and a step that stands still for a few MiB costs its model's turn more than they are worth.
 _SLACK_BYTES = 32 << 20
+# Steps of a size that are remembered: one whose context was long is no reason to lease as much for every step after it.
+_STEPS_KEPT = 64
 
 
 class Overhead:
@@ -75,7 +77,8 @@ class Overhead:
         self._used_by_step = 0
         self._reserved = 0  # what torch's pool had when somebody last looked, and when the step began
         self._kept = 0
-        self._by_size: dict[int, int] = {}  # steps' tokens in bits: the most that was taken when one ran
+        self._by_size: dict[int, deque[int]] = {}  # steps' tokens in bits: what was taken when they ran lately
+        self._now_needed = 0  # by the step that runs
         self._lately: deque[tuple[float, int]] = deque()
         self._leasing = threading.Lock()
         self._leased = leased
@@ -152,12 +155,16 @@ class Overhead:
         if not self._leasing.acquire(blocking=False):
             return  # a step gets its own just now
         try:
-            self._note(measured, now)
+            # A step may wait for its bytes longer than what was taken is remembered.
+            self._note(max(measured, self._now_needed), now)
             most = max(nbytes for _, nbytes in self._lately)
             if self._leased - most >= _SLACK_BYTES:
                 self._mem.set_overhead(most)
                 logger.debug("%d bytes beside the regions stay leased, %d go back", most, self._leased - most)
                 self._leased = most
+        except Error as error:
+            # Whoever reports figures has others to report.
+            logger.warning("What was taken beside the regions stays leased: %s", error)
         finally:
             self._leasing.release()
 
@@ -186,8 +193,9 @@ class Overhead:
             self._of_step = self._used_by_step = 0
             self._kept = self._reserved
             size = tokens.bit_length()
-            needed = max((nbytes for bits, nbytes in self._by_size.items() if bits <= size), default=0)
+            needed = max((max(taken) for bits, taken in self._by_size.items() if bits <= size), default=0)
         with self._leasing:
+            self._now_needed = needed
             if needed:
                 self._note(needed, self._clock())
             if needed - self._leased < _SLACK_BYTES:
@@ -195,12 +203,18 @@ class Overhead:
             try:
                 self._mem.set_overhead(needed, timeout_s=timeout_s)
             except (LeaseError, DeadlineError) as error:
+                self._now_needed = 0
                 message = f"a step of {tokens} tokens takes {needed} bytes beside the regions: {error}"
                 raise ShortageError(message) from error
             self._leased = needed
 
+    def leave_step(self) -> None:
+        """Let go of what `begin_step` leased: the step ended, or did not begin after all."""
+        self._now_needed = 0
+
     def end_step(self, tokens: int) -> None:
         """Remember what was taken since `begin_step`."""
+        self.leave_step()
         with self._figures:
             self._look()
             # What steps before left in the pool says nothing of what this one takes: that is what it used, and at most
@@ -208,7 +222,7 @@ class Overhead:
             grown = max(0, self._of_step - self._kept)
             taken = min(self._of_step, self._used_by_step + grown)
             size = tokens.bit_length()
-            self._by_size[size] = max(self._by_size.get(size, 0), self._fixed + taken)
+            self._by_size.setdefault(size, deque(maxlen=_STEPS_KEPT)).append(self._fixed + taken)
 
     def release_cached(self) -> None:
         """Give back what torch keeps of its pool without using it, cuBLAS's workspaces included."""
