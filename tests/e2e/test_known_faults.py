@@ -200,6 +200,8 @@ def test_out_of_memory_in_a_wake_loses_nothing(shelf: Server, right: dict[str, s
         model = shelf.model("ash")
         assert model["status"] != "awake", model
         assert wake.json()["error"]["message"]
+        # It had its lease: the server learns of who else is on the device once a second, and the device refused.
+        assert any("out of memory" in event["reason"] for event in shelf.told("wake_failed")), shelf.told("wake_failed")
     finally:
         held.decommit(0, taken)
     assert shelf.complete("ash", "abc", TOKENS) == right["ash"]

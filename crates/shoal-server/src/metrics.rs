@@ -364,6 +364,15 @@ fn sharing(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::R
         "shadow_decisions",
         "Decisions that took memory from a model, by whether the policy that watches would have decided otherwise",
         [of("true", shadow.differing), of("false", shadow.decisions - shadow.differing)],
+    )?;
+    let taken = |by: &str, bytes: ByteCount| -> (Labels, ConstCounter<u64>) {
+        (vec![("policy", by.to_owned())], ConstCounter::new(bytes.0))
+    };
+    family(
+        encoder,
+        "shadow_taken_bytes",
+        "Bytes that these decisions took from models, by the policy that decides and by the one that watches",
+        [taken(&shelf.sharing.policy, shadow.evicted_live), taken(&shadow.policy, shadow.evicted_shadow)],
     )
 }
 

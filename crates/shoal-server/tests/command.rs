@@ -314,6 +314,29 @@ async fn it_is_charged_what_it_takes_where_that_is_more_than_declared() {
     scene.shelf.shutdown(soon()).await;
 }
 
+/// A program asks nobody before it takes memory again, so what it gave back is nobody else's while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_it_took_at_most_is_kept_for_it_until_it_ends() {
+    let dir = directory();
+    let file = dir.path().join("let go");
+    let line = ["--port", "{port}", "--mib", "64", "--lets-go", &file.to_string_lossy()];
+    let scene = start_with(dir, 200, &command("llama", 4, &line, ""), |_| ());
+    let route = scene.route("llama").await;
+    scene.until("it is measured", |scene| scene.model("llama").lease.total >= ByteCount(64 * MIB)).await;
+    std::fs::write(&file, "").expect("written");
+    scene
+        .until("it has given most of it back", |scene| {
+            scene.model("llama").bytes.overhead_device < ByteCount(48 * MIB)
+        })
+        .await;
+    let bytes = scene.model("llama").bytes;
+    assert!(bytes.overhead_peak >= ByteCount(60 * MIB), "{bytes:?}");
+    drop(route);
+    scene.shelf.sleep("llama", 0.0, soon()).await.expect("it sleeps");
+    scene.until("all of it came back", |scene| scene.shelf.snapshot().device.leased == ByteCount::ZERO).await;
+    scene.shelf.shutdown(soon()).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_program_of_which_nothing_comes_is_ended_and_the_next_one_answers() {
     let dir = directory();

@@ -25,6 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start-ms", type=int, default=0, help="how long until it is ready")
     parser.add_argument("--gate", type=Path, help="answer only once this file is there")
     parser.add_argument("--mib", type=int, default=0, help="MiB of memory that it takes")
+    parser.add_argument("--lets-go", type=Path, help="give that memory back once this file is there")
     parser.add_argument("--exit", type=int, help="say why and exit with this status at once")
     parser.add_argument("--ignore-term", action="store_true")
     parser.add_argument("--child", help="start a process that ignores SIGTERM, and write its number to this file")
@@ -85,7 +86,7 @@ def main() -> int:
     if OPTIONS.exit is not None:
         print(f"no weights at {OPTIONS.port or OPTIONS.socket}", file=sys.stderr, flush=True)
         return int(OPTIONS.exit)
-    taken = b"x" * (OPTIONS.mib << 20)
+    taken = [b"x" * (OPTIONS.mib << 20)]
     if OPTIONS.child:
         script = "trap '' TERM; while :; do sleep 0.1; done"
         child = subprocess.Popen(["/bin/sh", "-c", script])
@@ -97,7 +98,15 @@ def main() -> int:
             threading.Thread(target=server.shutdown).start()
 
     signal.signal(signal.SIGTERM, end)
-    print(f"{os.environ.get('GREETING', 'listening')} with {len(taken)} bytes", flush=True)
+    print(f"{os.environ.get('GREETING', 'listening')} with {len(taken[0])} bytes", flush=True)
+
+    def let_go(file: Path) -> None:
+        while not file.exists():
+            time.sleep(0.01)
+        taken.clear()
+
+    if OPTIONS.lets_go:
+        threading.Thread(target=let_go, args=(OPTIONS.lets_go,), daemon=True).start()
     server.serve_forever()
     return 0
 

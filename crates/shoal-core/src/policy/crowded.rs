@@ -104,6 +104,11 @@ fn a_request_that_falling_overhead_stands_against_waits_and_holds_nobody_up() {
         "{}",
         reasons(&said)
     );
+    assert!(
+        reasons(&said).contains("50 MiB that processes took beside weights and KV come back"),
+        "{}",
+        reasons(&said)
+    );
     let said = plan(&state(18), 10_000);
     assert!(
         matches!(&said.actions[..], [Action::Deny { never: true, .. }, Action::Grant { .. }]),

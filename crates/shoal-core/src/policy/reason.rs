@@ -220,10 +220,11 @@ pub(super) fn never(
     most: ByteCount,
 ) -> String {
     format!(
-        "{}, and there are {most} at most: the budget is {}{}, {} holds {} itself{}{}{}",
+        "{}, and there are {most} at most: the budget is {}{}{}, {} holds {} itself{}{}{}",
         needs(model, request),
         field.state.budget,
         taken(field),
+        falling(field),
         model.name,
         model.held(),
         own_use(model, request),
@@ -241,6 +242,14 @@ fn taken(field: &Field<'_>) -> String {
     match field.state.taken {
         ByteCount::ZERO => String::new(),
         taken => format!(" while others have {taken} of the device"),
+    }
+}
+
+/// What is leased for overhead and not taken any more, where there is some.
+fn falling(field: &Field<'_>) -> String {
+    match field.state.falling {
+        ByteCount::ZERO => String::new(),
+        falling => format!(", {falling} that processes took beside weights and KV come back"),
     }
 }
 

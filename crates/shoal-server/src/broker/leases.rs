@@ -214,6 +214,7 @@ impl Core {
             }
             return;
         }
+        let bytes = self.with_covered(&asked.pending, bytes);
         if let Err(error) = self.book.grant(id, kind, bytes) {
             // The policy counts as the book does; if it ever does not, the book is right.
             tracing::error!(model = self.models[place].name, %error, "a grant was refused by the book");

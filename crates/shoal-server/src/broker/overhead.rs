@@ -6,8 +6,8 @@
 //! others' half a minute after its process has given it back, and a figure that goes up and down moves no lease.
 //!
 //! **What may come back without a question.** An engine whose steps take memory that they did not ask for
-//! (`overhead_peak`: vLLM, which profiles that once and then relies on it) keeps it while any of its weights are on the
-//! device. Without them no step runs. Before it gets weights again, that memory is asked for in its name, in the queue like
+//! (`overhead_peak`: vLLM, which profiles that once and then relies on it, and any program that is run by a command) keeps it
+//! while any of its weights are on the device. Without them no step runs. Before it gets weights again, that memory is asked for in its name, in the queue like
 //! anybody's; if the weights are not wanted any more before they are there, so is what was foreseen for them.
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
@@ -124,7 +124,11 @@ impl Core {
     /// Tells of corrected overhead and asks in the model's name for what is not covered.
     pub(super) fn cover_overhead(&mut self, place: usize, uncovered: ByteCount, now_ms: u64) {
         let overhead = self.book.held(self.models[place].id, LeaseKind::Overhead);
-        self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
+        // Figures come several times a second, and say the same until somebody has yielded.
+        let told = std::mem::replace(&mut self.models.quietly(place).overhead_told, (overhead, uncovered));
+        if told != (overhead, uncovered) {
+            self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
+        }
         let reason = "its process was measured to take more than it declared";
         self.ask_for_overhead(place, OVERHEAD_REQUEST, (uncovered, ByteCount(1)), reason, now_ms);
     }
@@ -157,8 +161,14 @@ impl Core {
         asked_ms: u64,
     ) {
         let id = self.models[place].id;
-        self.asked.retain(|asked| (asked.pending.model, asked.pending.request) != (id, request));
+        let is_it = |asked: &Asked| (asked.pending.model, asked.pending.request) == (id, request);
         if bytes.is_zero() {
+            self.asked.retain(|asked| !is_it(asked));
+            return;
+        }
+        if let Some(open) = self.asked.iter_mut().find(|asked| is_it(asked)) {
+            // It has waited for as long as it has.
+            (open.pending.bytes, open.pending.bytes_min) = (bytes, bytes_min);
             return;
         }
         self.asked.push(Asked {
@@ -174,6 +184,36 @@ impl Core {
             reason: reason.to_owned(),
             waits_for: String::new(),
         });
+    }
+
+    /// What the policy is to see of the requests. Of overhead that a worker asks for, what was measured of it is leased
+    /// already: nobody has to give anything up for that once more.
+    pub(super) fn requests_to_meet(&self) -> Vec<PendingRequest> {
+        let mut requests: Vec<PendingRequest> =
+            self.asked.iter().map(|asked| asked.pending.clone()).collect();
+        for pending in &mut requests {
+            let covered = self.covered_already(pending);
+            pending.bytes = pending.bytes.saturating_sub(covered).max(ByteCount(1));
+            pending.bytes_min = pending.bytes_min.saturating_sub(covered).max(ByteCount(1));
+        }
+        requests
+    }
+
+    /// How much of a request is leased as measured overhead.
+    fn covered_already(&self, pending: &PendingRequest) -> ByteCount {
+        if pending.kind == LeaseKind::Overhead && pending.request < FORESEEN_REQUEST {
+            self.book.corrected(pending.model)
+        } else {
+            ByteCount::ZERO
+        }
+    }
+
+    /// What its worker is granted where the policy granted `bytes` of [what was to be met](Self::requests_to_meet).
+    pub(super) fn with_covered(&self, pending: &PendingRequest, bytes: ByteCount) -> ByteCount {
+        match self.covered_already(pending) {
+            ByteCount::ZERO => bytes,
+            covered => (bytes + covered).min(pending.bytes).max(pending.bytes_min),
+        }
     }
 
     /// Nothing is asked for in its name any more.

@@ -240,3 +240,45 @@ fn what_was_foreseen_goes_with_the_wish_for_weights() {
         assert_eq!((overhead(&bench, 0), left), (8, vec![]), "granted: {is_granted}");
     }
 }
+
+/// Figures come several times a second: that they say the same again is no news, and makes nobody younger.
+#[test]
+fn what_could_not_be_covered_keeps_its_age_and_is_told_once() {
+    let mut bench = Bench::new();
+    let wake = bench.wanted(1, WEIGHTS, 10);
+    bench.usage(1, WEIGHTS, 20);
+    bench.done(1, wake, WEIGHTS, 20);
+    let mut asked = Vec::new();
+    for now_ms in (100..2_100).step_by(200) {
+        bench.say(0, usage(ByteCount::ZERO, 90, 0), now_ms);
+        let open = bench.core.asked.iter().find(|asked| asked.pending.kind == LeaseKind::Overhead);
+        asked.extend(open.map(|open| (open.pending.asked_ms, open.pending.bytes)));
+    }
+    assert!(asked.len() > 3, "{asked:?}");
+    assert!(asked.iter().all(|open| open.0 == 100), "{asked:?}");
+    let told = bench.core.events.kept().filter(|event| event.what.name() == "overhead_corrected").count();
+    assert!(told <= 2, "{told} events of one thing");
+}
+
+#[test]
+fn nobody_gives_up_anything_for_overhead_that_is_leased_already() {
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 30, 0), 1_000);
+    let wake = bench.wanted(1, WEIGHTS, 1_010);
+    bench.usage(1, WEIGHTS, 1_020);
+    bench.done(1, wake, WEIGHTS, 1_020);
+    bench.end_route(1, 1_030);
+    bench.told(1);
+    let free = bench.core.book.free();
+    assert!(free > ByteCount::ZERO && free < MIB(30), "{free}");
+    // So much beyond what was measured: there is room for that, and not for all of it once more.
+    bench.request(0, LeaseKind::Overhead, MIB(30) + free, 1_040);
+    let said = bench.told(0);
+    let is_whole =
+        |said: &FromServer| matches!(said, FromServer::LeaseGrant { bytes, .. } if *bytes == MIB(30) + free);
+    assert!(said.iter().any(is_whole), "{said:?}");
+    assert_eq!(bench.core.book.held(bench.core.models[0].id, LeaseKind::Overhead), MIB(30) + free);
+    let yields = bench.told(1).into_iter().any(|said| matches!(said, FromServer::Reclaim { .. }));
+    assert!(!yields, "nobody was in the way");
+    bench.core.book.check_invariants();
+}

@@ -106,6 +106,8 @@ pub(crate) struct Record {
     pub(crate) overhead_seen: Recent,
     /// What it was granted of that for steps that will run once its weights are back.
     pub(crate) overhead_foreseen: ByteCount,
+    /// What was told last: what is leased of it, and what could not be covered.
+    pub(crate) overhead_told: (ByteCount, ByteCount),
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
     pub(crate) host_need: Option<ByteCount>,
     /// Host bytes that its present process may use.
@@ -202,6 +204,7 @@ impl Record {
             overhead_said: Recent::default(),
             overhead_seen: Recent::default(),
             overhead_foreseen: ByteCount::ZERO,
+            overhead_told: (ByteCount::ZERO, ByteCount::ZERO),
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
             host_need: if model.engine == Engine::Command {
@@ -396,6 +399,7 @@ impl Record {
         self.overhead_said = Recent::default();
         self.overhead_seen = Recent::default();
         self.overhead_foreseen = ByteCount::ZERO;
+        self.overhead_told = (ByteCount::ZERO, ByteCount::ZERO);
     }
 
     /// Forgets what belonged to one process.

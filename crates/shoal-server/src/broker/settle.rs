@@ -267,7 +267,7 @@ impl Core {
                 .map(|place| self.policy_model(place, now_ms))
                 .filter(|model| model.matters(now_ms) || self.asks(model.id))
                 .collect(),
-            requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
+            requests: self.requests_to_meet(),
         }
     }
 

@@ -127,6 +127,7 @@ impl Core {
                 kv_device: usage.kv_device.min(held(LeaseKind::Kv)),
                 kv_live: usage.kv_live.min(held(LeaseKind::Kv)),
                 overhead_device: usage.overhead_device,
+                overhead_peak: usage.overhead_peak,
                 host: usage.host,
                 source_only: usage.source_only,
             },

@@ -177,11 +177,12 @@ impl<'a> Steward<'a> {
     fn tell_usage(&self) {
         let is_there = matches!(self.doing, Doing::Running { .. } | Doing::Draining { .. });
         let weights_device = if is_there { self.held } else { ByteCount::ZERO };
-        let overhead_device = self.newest.saturating_sub(self.held);
         let usage = WorkerUsage {
             weights_device,
             weights_total: self.bytes,
-            overhead_device,
+            overhead_device: self.newest.saturating_sub(self.held),
+            // It asks nobody before it takes that again.
+            overhead_peak: self.peak.round_up_to(PAGE_BYTES).saturating_sub(self.held),
             ..WorkerUsage::default()
         };
         self.say(FromWorker::Usage { usage });

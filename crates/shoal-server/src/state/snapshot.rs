@@ -357,6 +357,10 @@ pub struct ModelBytes {
     /// Device bytes outside regions, at their peak.
     #[schema(value_type = u64)]
     pub overhead_device: ByteCount,
+    /// What of that it may take again without asking: leased while it has weights on the device.
+    #[schema(value_type = u64)]
+    #[serde(default)]
+    pub overhead_peak: ByteCount,
     /// Copies in host memory.
     #[schema(value_type = u64)]
     pub host: ByteCount,
