@@ -20,6 +20,7 @@
 //! | [`drift`] | what the ledger says beside what the device's driver shows |
 //! | [`shares`] | how a budget that nobody gives back is divided |
 //! | [`policy`] | who gives bytes up for whom, each with its reason |
+//! | [`simulate`] | requests in virtual time against a policy |
 //! | [`protocol`] | what a worker and the server say to each other on the control socket |
 
 #![forbid(unsafe_code)]
@@ -37,6 +38,7 @@ pub mod policy;
 pub mod protocol;
 pub mod residency;
 pub mod shares;
+pub mod simulate;
 pub mod slabs;
 pub mod source;
 pub mod store;

@@ -6,57 +6,40 @@
 
 #![expect(clippy::print_stdout, reason = "a bench prints")]
 
-mod world;
-
 use shoal_core::bytes::ByteCount;
+use shoal_core::policy::thrash::ThrashFigures;
 use shoal_core::policy::{Lru, Policy, Value};
-use world::{Arrival, Kind, Outcome, World};
+use shoal_core::simulate::seeded::Random;
+use shoal_core::simulate::{Arrival, Kind, Settings, World};
 
 const BUDGET: ByteCount = ByteCount::gib(72);
-const QUANTUM_MS: u64 = 3_000;
+/// The extent in which memory is taken.
+const EXTENT: ByteCount = ByteCount::mib(64);
 const HOUR_MS: u64 = 3_600_000;
 const SEEDS: u64 = 5;
 const HOST_US_PER_MIB: u64 = 19;
 const SOURCE_US_PER_MIB: u64 = 170;
 
-/// Splitmix64.
-struct Random(u64);
+fn runs_ms(random: &mut Random) -> u64 {
+    300 + random.after(1_500.0)
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    /// In (0, 1].
-    fn part(&mut self) -> f64 {
-        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Exponential with this mean, in whole milliseconds.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few hours at most")]
-    fn after(&mut self, mean_ms: f64) -> u64 {
-        (-self.part().ln() * mean_ms) as u64
-    }
-
-    fn runs_ms(&mut self) -> u64 {
-        300 + self.after(1_500.0)
-    }
+/// What is measured is the wait for a model, so its first token comes at once.
+fn asked(random: &mut Random, at_ms: u64, model: usize) -> Arrival {
+    Arrival { at_ms, model, first_ms: 0, runs_ms: runs_ms(random) }
 }
 
 type Trace = (Vec<Kind>, Vec<Arrival>);
 
+fn of(place: u64, gib: u64, restore_us_per_mib: u64) -> Kind {
+    Kind::new(format!("model-{place}"), ByteCount::gib(gib), restore_us_per_mib)
+}
+
 /// Sixteen models of 4 to 24 GiB, twice what fits; a quarter of them too large for host memory, so read from files.
 fn kinds(random: &mut Random) -> Vec<Kind> {
-    let kind = |place: u64| Kind {
-        weights: ByteCount::gib([4, 6, 8, 14, 16, 24][usize::try_from(random.below(6)).unwrap_or(0)]),
-        restore_us_per_mib: if place % 4 == 3 { SOURCE_US_PER_MIB } else { HOST_US_PER_MIB },
+    let kind = |place: u64| {
+        let weights = [4, 6, 8, 14, 16, 24][usize::try_from(random.below(6)).unwrap_or(0)];
+        of(place, weights, if place % 4 == 3 { SOURCE_US_PER_MIB } else { HOST_US_PER_MIB })
     };
     (0..16).map(kind).collect()
 }
@@ -77,7 +60,7 @@ fn popular(random: &mut Random) -> Trace {
         let model = (rank * 7 + shift) % kinds.len();
         let mut at_ms = random.after(mean_ms);
         while at_ms < HOUR_MS {
-            arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+            arrivals.push(asked(random, at_ms, model));
             at_ms += 1 + random.after(mean_ms);
         }
     }
@@ -93,7 +76,7 @@ fn conversations(random: &mut Random) -> Trace {
         while at_ms < HOUR_MS {
             let ends_ms = at_ms + random.after(90_000.0);
             while at_ms < ends_ms.min(HOUR_MS) {
-                arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+                arrivals.push(asked(random, at_ms, model));
                 at_ms += 1 + random.after(8_000.0);
             }
             at_ms += random.after(600_000.0);
@@ -109,14 +92,14 @@ fn rounds(random: &mut Random) -> Trace {
     let mut arrivals = Vec::new();
     let (mut at_ms, mut model) = (0, 2);
     while at_ms < HOUR_MS {
-        arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+        arrivals.push(asked(random, at_ms, model));
         at_ms += 3_000 + random.below(3_000);
         model = if model + 1 == kinds.len() { 2 } else { model + 1 };
     }
     for model in 0..2 {
         let mut at_ms = 0;
         while at_ms < HOUR_MS {
-            arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+            arrivals.push(asked(random, at_ms, model));
             at_ms += 1 + random.after(15_000.0);
         }
     }
@@ -125,12 +108,12 @@ fn rounds(random: &mut Random) -> Trace {
 
 /// Three large models, all busy all the time, of which two fit.
 fn all_busy(random: &mut Random) -> Trace {
-    let kinds = vec![Kind { weights: ByteCount::gib(30), restore_us_per_mib: HOST_US_PER_MIB }; 3];
+    let kinds = [0, 1, 2].map(|place| of(place, 30, HOST_US_PER_MIB)).to_vec();
     let mut arrivals = Vec::new();
     for model in 0..kinds.len() {
         let mut at_ms = 0;
         while at_ms < HOUR_MS / 6 {
-            arrivals.push(Arrival { at_ms, model, runs_ms: random.runs_ms() });
+            arrivals.push(asked(random, at_ms, model));
             at_ms += 1 + random.after(900.0);
         }
     }
@@ -139,42 +122,49 @@ fn all_busy(random: &mut Random) -> Trace {
 
 /// Three models of which not two fit, used one after the other by somebody who hands work on.
 fn in_turn(random: &mut Random) -> Trace {
-    let kinds = vec![Kind { weights: ByteCount::gib(44), restore_us_per_mib: HOST_US_PER_MIB }; 3];
+    let kinds = [0, 1, 2].map(|place| of(place, 44, HOST_US_PER_MIB)).to_vec();
     let mut arrivals = Vec::new();
     let (mut at_ms, mut model) = (0, 0);
     while at_ms < HOUR_MS {
-        let runs_ms = random.runs_ms();
-        arrivals.push(Arrival { at_ms, model, runs_ms });
+        let arrival = asked(random, at_ms, model);
+        arrivals.push(arrival);
         // It has come back by then, and has answered.
-        at_ms += 1_200 + runs_ms + random.below(1_000);
+        at_ms += 1_200 + arrival.runs_ms + random.below(1_000);
         model = (model + 1) % kinds.len();
     }
     sorted(kinds, arrivals)
 }
 
 fn figures(name: &str, policy: &dyn Policy, make: fn(&mut Random) -> Trace) {
-    let mut all = Outcome::default();
+    let (mut waits_ms, mut moved, mut evictions) = (Vec::new(), ByteCount::ZERO, 0);
+    let mut thrash = ThrashFigures::default();
+    let settings = Settings { extent: EXTENT, ..Settings::new(BUDGET) };
+    let mut all = 0;
     for seed in 0..SEEDS {
         let (kinds, trace) = make(&mut Random(seed));
-        let outcome = World::new(policy, BUDGET, QUANTUM_MS, &kinds).play(&trace);
-        all.waits_ms.extend(outcome.waits_ms);
-        all.moved += outcome.moved;
-        all.evictions += outcome.evictions;
-        all.plans += outcome.plans;
-        all.thrash = [all.thrash, outcome.thrash].into_iter().sum();
+        all += trace.len() as u64;
+        let outcome = World::new(policy, settings.clone(), &kinds).play(&trace, &mut |_, _| {});
+        assert!(outcome.held_max <= BUDGET && outcome.plans_refused == 0, "what the policy says can be done");
+        for model in outcome.models {
+            waits_ms.extend(model.first_ms);
+            moved += model.moved;
+            evictions += model.evictions;
+            thrash = [thrash, model.thrash].into_iter().sum();
+        }
+        assert_eq!(waits_ms.len() as u64, all, "every request is served");
     }
-    all.waits_ms.sort_unstable();
-    let count = all.waits_ms.len();
-    let at = |percent: usize| all.waits_ms[(count * percent / 100).min(count - 1)] as f64 / 1e3;
-    let mean = all.waits_ms.iter().sum::<u64>() as f64 / count as f64 / 1e3;
+    waits_ms.sort_unstable();
+    let count = waits_ms.len();
+    let at = |percent: usize| waits_ms[(count * percent / 100).min(count - 1)] as f64 / 1e3;
+    let mean = waits_ms.iter().sum::<u64>() as f64 / count as f64 / 1e3;
     let rows = [
         ("requests", count as f64),
         ("wait p50", at(50)),
         ("wait p99", at(99)),
         ("wait mean", mean),
-        ("moved", all.moved.0 as f64 / (1u64 << 30) as f64),
-        ("evictions", all.evictions as f64),
-        ("thrash index", all.thrash.index()),
+        ("moved", moved.0 as f64 / (1u64 << 30) as f64),
+        ("evictions", evictions as f64),
+        ("thrash index", thrash.index()),
     ];
     for (metric, value) in rows {
         println!("{name}\t{}\t{metric}\t{value}", policy.name());
