@@ -12,16 +12,18 @@
 //! | [`report`] | what came of it |
 //!
 //! **Taken as it is:** every decision, the age and the turns of models, what their weights cost to bring back, limits,
-//! priorities, pins, `keep_alive`, places (`parallel_max`), deadlines, one link over which one model comes after another.
+//! priorities, pins, `keep_alive`, places (`parallel_max`), deadlines, one link over which one model comes after another. A
+//! request whose model is taken while it runs stands still until the weights are back.
 //!
 //! **Not modelled:** memory for KV and what it takes from weights; that requests which run together slow each other down,
 //! in one model or in several on one device; starts and deaths of workers; memory that others take of the device; requests
-//! that overlap with the copies of their own wake. A request whose model is taken while it runs ends when it would have
-//! ended.
+//! that overlap with the copies of their own wake.
 
 pub mod kind;
 pub mod report;
 pub mod seeded;
+#[cfg(test)]
+mod tests;
 pub mod trace;
 pub mod world;
 
@@ -29,4 +31,18 @@ pub use kind::{Arrival, Kind, Settings};
 pub use report::{Figures, Outcome, Report, Spread};
 pub use seeded::{Pattern, seeded};
 pub use trace::{Asked, Service, TraceError};
-pub use world::World;
+pub use world::{Told, World};
+
+use crate::policy::Policy;
+
+/// Plays a trace, which is in order of time, and gives its figures; `told` hears of every action.
+#[must_use]
+pub fn play(
+    policy: &dyn Policy,
+    settings: &Settings,
+    kinds: &[Kind],
+    trace: &[Arrival],
+    told: Told<'_>,
+) -> Report {
+    World::new(policy, settings.clone(), kinds).play(trace, told).report(policy.name(), kinds)
+}

@@ -27,6 +27,8 @@ struct Model {
     idle_since_ms: Option<u64>,
     parked: Vec<Arrival>,
     ends_ms: Vec<u64>,
+    /// What is left of requests that stand still until the weights are back (milliseconds).
+    stopped_ms: Vec<u64>,
     arrives_ms: Option<u64>,
     /// Orders: when they are carried out, and bytes.
     orders: Vec<(u64, ByteCount)>,
@@ -89,13 +91,15 @@ impl<'a> World<'a> {
 
     /// Somebody waits, or something comes to an end by itself.
     fn is_under_way(&self) -> bool {
-        self.models.iter().any(|model| !model.parked.is_empty() || model.next_ms(None).is_some())
+        let is_busy = |model: &Model| !model.parked.is_empty() || model.running() > 0;
+        self.models.iter().any(|model| is_busy(model) || model.next_ms(None).is_some())
     }
 
     fn end(mut self) -> Outcome {
         for model in &mut self.models {
             // Only where they would have waited for ever.
             model.tally.refused += model.parked.len() as u64;
+            model.tally.broken_off += model.stopped_ms.len() as u64;
             model.tally.thrash = ThrashFigures { thrashed: model.thrash.total(), served: model.served };
             model.tally.first_ms.sort_unstable();
         }
@@ -150,17 +154,19 @@ impl<'a> World<'a> {
             model.state.weights_held = model.state.weights_held.saturating_sub(due);
             model.thrash.left(due, now_ms);
             (model.state.up, model.arrives_ms) = (false, None);
+            model.stopped_ms.extend(model.ends_ms.drain(..).map(|at| at.saturating_sub(now_ms)));
         }
         if model.arrives_ms.is_some_and(|at| at <= now_ms) {
             model.arrives_ms = None;
             (model.state.up, model.state.wake_ordered) = (true, false);
             (model.state.restored_ms, model.state.preload) = (Some(now_ms), false);
+            model.ends_ms.extend(model.stopped_ms.drain(..).map(|left| now_ms + left));
         }
         let before = model.ends_ms.len();
         model.ends_ms.retain(|at| *at > now_ms);
         if model.ends_ms.len() < before {
             model.state.last_used_ms = now_ms;
-            if model.ends_ms.is_empty() {
+            if model.running() == 0 {
                 model.idle_since_ms = Some(now_ms);
             }
         }
@@ -172,7 +178,7 @@ impl<'a> World<'a> {
         let model = &mut self.models[place];
         model.state.ordered = model.orders.iter().map(|(_, bytes)| *bytes).sum();
         if model.state.up && model.state.ordered.is_zero() {
-            let places = model.kind.parallel_max.saturating_sub(model.ends_ms.len());
+            let places = model.kind.parallel_max.saturating_sub(model.running());
             for arrival in model.parked.drain(..places.min(model.parked.len())) {
                 let was_idle = model.ends_ms.is_empty();
                 let waited = now_ms - arrival.at_ms;
@@ -197,8 +203,9 @@ impl<'a> World<'a> {
                 model.tally.first_ms.push(waited + arrival.first_ms);
             }
         }
+        let running = model.running();
         let state = &mut model.state;
-        state.active = u32::try_from(model.ends_ms.len()).unwrap_or(u32::MAX);
+        state.active = u32::try_from(running).unwrap_or(u32::MAX);
         state.parked = u32::try_from(model.parked.len()).unwrap_or(u32::MAX);
         if !state.is_whole() {
             state.turn_since_ms = None;
@@ -309,8 +316,9 @@ impl<'a> World<'a> {
                 model.tally.refused_why.get_or_insert(reason);
                 model.parked.clear();
                 // It will not be there again for those who had begun.
-                model.tally.broken_off += model.ends_ms.len() as u64;
+                model.tally.broken_off += model.running() as u64;
                 model.ends_ms.clear();
+                model.stopped_ms.clear();
             }
             Action::Wait { .. } => {}
         }
@@ -346,12 +354,18 @@ impl Model {
             idle_since_ms: None,
             parked: Vec::new(),
             ends_ms: Vec::new(),
+            stopped_ms: Vec::new(),
             arrives_ms: None,
             orders: Vec::new(),
             thrash: Thrash::default(),
             served: ByteCount::ZERO,
             tally: Tally::default(),
         }
+    }
+
+    /// Requests that were begun and have not ended.
+    fn running(&self) -> usize {
+        self.ends_ms.len() + self.stopped_ms.len()
     }
 
     /// When something of it comes to an end by itself.
