@@ -166,6 +166,34 @@ fn a_plan_that_must_not_be_obeyed_is_not() {
     assert!(report.plan_refused_why.is_some_and(|why| why.contains("chat cannot give up")));
 }
 
+/// Lets everybody wait, and wants to be asked again.
+#[derive(Debug)]
+struct Idler;
+
+impl Policy for Idler {
+    fn name(&self) -> &'static str {
+        "idler"
+    }
+
+    fn plan(&self, state: &ShelfState, now_ms: u64) -> Plan {
+        let restore = |model: &crate::policy::ModelState| Action::Restore {
+            model: model.id,
+            bytes: ByteCount::ZERO,
+            reason: "it is wanted".to_owned(),
+        };
+        let wanted = state.models.iter().filter(|model| model.parked > 0 && !model.wake_ordered);
+        Plan { actions: wanted.map(restore).collect(), again_at_ms: Some(now_ms + 1_000) }
+    }
+}
+
+#[test]
+fn a_policy_that_does_nothing_for_ever_is_given_up() {
+    let kinds = [kind("chat", 10)];
+    let report = play(&Idler, &Settings::new(GIB(10)), &kinds, &[at(0, 0)], &mut |_, _| {});
+    assert_eq!((report.total.refused, report.total.served), (1, 0));
+    assert!((3_600.0..3_700.0).contains(&report.played_s), "{report:?}");
+}
+
 fn kinds() -> impl Strategy<Value = Vec<Kind>> {
     let one = (
         1u64..30,

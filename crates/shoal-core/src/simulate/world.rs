@@ -16,6 +16,9 @@ use crate::policy::{
 };
 use crate::protocol::LeaseKind;
 
+/// A policy that lets requests stand still for so long, while nothing else happens, will do so for ever.
+const GIVE_UP_MS: u64 = 3_600_000;
+
 /// Who is told of every action, with the time.
 pub type Told<'a> = &'a mut dyn FnMut(u64, &Action);
 
@@ -75,6 +78,7 @@ impl<'a> World<'a> {
     /// An arrival names a model that there is not.
     pub fn play(mut self, trace: &[Arrival], told: Told<'_>) -> Outcome {
         let mut coming = trace.iter().copied().peekable();
+        let mut quiet_since_ms = 0;
         loop {
             while let Some(arrival) = coming.next_if(|arrival| arrival.at_ms <= self.now_ms) {
                 self.come(arrival);
@@ -82,17 +86,21 @@ impl<'a> World<'a> {
             (0..self.models.len()).for_each(|place| self.happen(place));
             self.settle(told);
             let next = self.next_ms().into_iter().chain(coming.peek().map(|arrival| arrival.at_ms)).min();
-            // Where nobody comes any more, time alone changes nothing for anybody.
-            let Some(next) = next.filter(|_| coming.peek().is_some() || self.is_under_way()) else { break };
+            if next.is_some() {
+                quiet_since_ms = self.now_ms;
+            } else if !self.is_under_way() || self.now_ms - quiet_since_ms > GIVE_UP_MS {
+                // Where nobody comes any more, time alone changes nothing for anybody.
+                break;
+            }
+            let Some(next) = next.into_iter().chain(self.again_at_ms).min() else { break };
             self.pass(next.max(self.now_ms + 1));
         }
         self.end()
     }
 
-    /// Somebody waits, or something comes to an end by itself.
+    /// Somebody waits, or stands still.
     fn is_under_way(&self) -> bool {
-        let is_busy = |model: &Model| !model.parked.is_empty() || model.running() > 0;
-        self.models.iter().any(|model| is_busy(model) || model.next_ms(None).is_some())
+        self.models.iter().any(|model| !model.parked.is_empty() || model.running() > 0)
     }
 
     fn end(mut self) -> Outcome {
@@ -120,9 +128,10 @@ impl<'a> World<'a> {
         }
     }
 
+    /// When something happens that is not only time.
     fn next_ms(&self) -> Option<u64> {
         let of = |model: &Model| model.next_ms(self.settings.wait_max_ms);
-        self.models.iter().filter_map(of).chain(self.again_at_ms).min()
+        self.models.iter().filter_map(of).min()
     }
 
     /// Time passes until `to_ms`.
@@ -199,7 +208,7 @@ impl<'a> World<'a> {
                 }
                 model.ends_ms.push(now_ms + arrival.runs_ms);
                 model.state.last_used_ms = now_ms;
-                model.served += model.kind.weights;
+                model.served = ByteCount(model.served.0.saturating_add(model.kind.weights.0));
                 model.tally.first_ms.push(waited + arrival.first_ms);
             }
         }

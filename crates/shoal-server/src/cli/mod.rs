@@ -10,6 +10,7 @@ mod doctor;
 mod log;
 mod orders;
 mod serve;
+mod simulate;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -92,6 +93,8 @@ enum Command {
         #[command(flatten)]
         at: At,
     },
+    /// Play requests in virtual time against a configuration: who would wait, and how much would move
+    Simulate(Box<simulate::SimulateArguments>),
     /// Check this machine, each thing with its remedy
     Doctor {
         /// The configuration to check too; looked for as `serve` does
@@ -188,6 +191,7 @@ pub fn run_to(args: Vec<String>, out: &mut (dyn Write + Send), errors: &mut (dyn
         Command::Sleep { model, keep, order } => orders::sleep(&model, keep, &order, out),
         Command::Pin { model, order } => orders::pin(&model, true, &order, out),
         Command::Unpin { model, order } => orders::pin(&model, false, &order, out),
+        Command::Simulate(asked) => simulate::simulate(&asked, out, errors),
         Command::Doctor { file, json } => doctor::doctor(file.as_deref(), json, out),
     };
     let flushed = out.flush().map_err(Failure::from);
@@ -219,7 +223,9 @@ mod tests {
         Arguments::command().debug_assert();
         let (code, out, _) = said(&["--help"]);
         assert_eq!(code, 0);
-        for command in ["serve", "ps", "wake", "sleep", "pin", "unpin", "why", "reload", "doctor", "state"] {
+        for command in
+            ["serve", "ps", "wake", "sleep", "pin", "unpin", "why", "reload", "doctor", "state", "simulate"]
+        {
             assert!(out.contains(&format!("\n  {command} ")), "{command} is not in\n{out}");
         }
         assert_eq!(said(&["--version"]).1.trim(), format!("shoal {}", env!("CARGO_PKG_VERSION")));

@@ -47,13 +47,16 @@ pub(super) fn serve(file: Option<&Path>, check: bool, out: Out<'_>, errors: Out<
 
 fn load(file: Option<&Path>, surroundings: &Surroundings, errors: Out<'_>) -> Result<ServerConfig, Failure> {
     let found = find_file(file, surroundings).and_then(|file| ServerConfig::load(&file, surroundings));
-    found.map_err(|error| {
-        if matches!(error, ConfigError::NotFound { .. }) {
-            let _ = writeln!(errors, "shoal: {error}.\nA file to begin with:\n\n{SAMPLE}");
-            return Failure { code: 2, message: String::new() };
-        }
-        Failure { code: 2, message: error.to_string() }
-    })
+    found.map_err(|error| told_of(&error, errors))
+}
+
+/// What is said where there is no configuration that can be used.
+pub(super) fn told_of(error: &ConfigError, errors: Out<'_>) -> Failure {
+    if matches!(error, ConfigError::NotFound { .. }) {
+        let _ = writeln!(errors, "shoal: {error}.\nA file to begin with:\n\n{SAMPLE}");
+        return Failure { code: 2, message: String::new() };
+    }
+    Failure { code: 2, message: error.to_string() }
 }
 
 /// Ctrl-C and a service manager's way of saying the same.

@@ -23,6 +23,7 @@ mod patience;
 mod remote;
 mod resolve;
 mod sharing;
+mod simulation;
 mod surroundings;
 #[cfg(test)]
 mod tests;
@@ -54,6 +55,7 @@ pub use patience::Patience;
 pub use remote::RemoteConfig;
 pub(crate) use sharing::OUTSIDE;
 pub use sharing::{Sharing, SharingSection, SleepDepth, is_outside};
+pub(crate) use simulation::SimulatedConfig;
 pub use surroundings::{Budgets, MachineMemory, Surroundings};
 pub use tier_use::TierUse;
 
