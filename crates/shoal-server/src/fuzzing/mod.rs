@@ -15,7 +15,9 @@ use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, Request, header};
 use serde_json::Value;
 use shoal_core::bytes::ByteCount;
+use shoal_core::policy;
 use shoal_core::protocol::{FromServer, FromWorker};
+use shoal_core::simulate;
 use shoal_core::store::format::{
     Entry, Footer, Secret, UNIT, UNIT_LEN, footer_bytes, padded, read_footer, read_record_header,
     read_segment_header, reseal,
@@ -30,7 +32,7 @@ use crate::state::ShelfSnapshot;
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their files in `fuzz/fuzz_targets` and of their folders in `fuzz/seeds`.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("config", config),
     ("control", control),
     ("disk", disk),
@@ -41,6 +43,7 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("orders", orders),
     ("safetensors", safetensors),
     ("sizes", sizes),
+    ("trace", trace),
 ];
 
 const KEY: &str = "a-key-of-24-characters-0";
@@ -250,4 +253,31 @@ pub fn sizes(data: &[u8]) {
     }
     let again: ByteCount = size.to_string().parse().expect("our own words");
     assert!(again.0.abs_diff(size.0) <= size.0 / 20, "{size} read as {again}");
+}
+
+/// A trace of requests: sorted, of models that there are, and played to its end. Every mistake has a line of the file.
+pub fn trace(data: &[u8]) {
+    const MODELS: [&str; 2] = ["chat", "code"];
+    const GIB: ByteCount = ByteCount::gib(1);
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match simulate::trace::parse(text, &MODELS) {
+        Err(error) => {
+            let said = error.to_string();
+            let line =
+                said.strip_prefix("line ").and_then(|rest| rest.split([' ', ':']).next()?.parse().ok());
+            assert!(line.is_none_or(|line: usize| (1..=text.lines().count()).contains(&line)), "{said}");
+            assert!(line.is_some() || said == simulate::TraceError::Empty.to_string(), "{said}");
+        }
+        Ok(asked) => {
+            assert!(!asked.is_empty() && asked.is_sorted_by_key(|one| one.at_ms));
+            assert!(asked.iter().all(|one| one.model < MODELS.len()));
+            let service = simulate::Service::default();
+            let arrivals: Vec<_> = asked.iter().map(|one| service.arrival(one)).collect();
+            let kinds = MODELS.map(|name| simulate::Kind::new(name, GIB, 100));
+            let settings = simulate::Settings { wait_max_ms: Some(1_000), ..simulate::Settings::new(GIB) };
+            let report = simulate::play(&policy::Value, &settings, &kinds, &arrivals, &mut |_, _| {});
+            let total = report.total;
+            assert_eq!(total.requests, total.served + total.refused + total.timed_out);
+        }
+    }
 }
