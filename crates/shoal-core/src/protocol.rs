@@ -177,7 +177,7 @@ pub struct WorkerUsage {
     /// What bringing a MiB of such a prefix back takes, or computing it again (microseconds); 0 where that is not known.
     #[serde(default)]
     pub kv_back_us_per_mib: u64,
-    /// Measured bytes outside our regions: the most since this was last said.
+    /// Measured bytes outside our regions: the most since this was last said, where the engine counts that; else what there is.
     pub overhead_device: ByteCount,
     /// What of them a step may take again without asking for it first, as long as there are weights on the device.
     #[serde(default)]

@@ -262,3 +262,39 @@ proptest! {
         }
     }
 }
+
+/// Wakes what it refuses, and refuses what it woke.
+#[derive(Debug)]
+struct Endless;
+
+impl Policy for Endless {
+    fn name(&self) -> &'static str {
+        "endless"
+    }
+
+    fn plan(&self, state: &ShelfState, now_ms: u64) -> Plan {
+        let mut plan = Value.plan(state, now_ms);
+        plan.actions.clear();
+        for request in &state.requests {
+            let (model, request, reason) = (request.model, request.request, "no".to_owned());
+            plan.actions.push(Action::Deny { model, request, reason, never: false });
+        }
+        for model in state.models.iter().filter(|model| !model.is_whole() && !model.wake_ordered) {
+            let (model, bytes) = (model.id, model.weights_total);
+            plan.actions.push(Action::Restore { model, bytes, reason: "yes".to_owned() });
+        }
+        plan
+    }
+}
+
+#[test]
+fn a_policy_that_goes_on_at_one_moment_for_ever_is_replaced_there() {
+    let kinds = [kind("chat", 10), kind("code", 10)];
+    let mut actions = 0u64;
+    let trace = [at(0, 0), at(5_000, 1)];
+    let report = play(&Endless, &Settings::new(GIB(20)), &kinds, &trace, &mut |_, _| actions += 1);
+    let why = report.plan_refused_why.expect("it was stopped");
+    assert_eq!(why, "it went on and on at 0 ms");
+    assert!(actions < 10_000, "{actions}");
+    assert_eq!(report.total.requests, 2);
+}

@@ -27,6 +27,14 @@ pub(super) struct Document {
     pub(super) ratio: Ratio,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) decisions: Option<Vec<Decision>>,
+    /// Later ones, of which there are too many for a document.
+    #[serde(skip_serializing_if = "is_none")]
+    pub(super) decisions_left_out: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+const fn is_none(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What no measurement of this machine says.

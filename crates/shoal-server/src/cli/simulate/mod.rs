@@ -105,7 +105,7 @@ pub(super) fn simulate(arguments: &SimulateArguments, out: Out<'_>, errors: Out<
     let inputs = Inputs::read(arguments, errors)?;
     let trace: Vec<Arrival> = inputs.asked.iter().map(|asked| inputs.service.arrival(asked)).collect();
 
-    let mut decisions = Decisions::new(arguments.why);
+    let mut decisions = Decisions::new(arguments.why, (!arguments.json).then_some(&mut *out));
     let mut told = |at_ms, action: &Action| decisions.hear(at_ms, action, &inputs);
     let result = if is_outside(&inputs.policy) {
         let directory = inputs.file.parent().unwrap_or(Path::new("."));
@@ -124,6 +124,8 @@ pub(super) fn simulate(arguments: &SimulateArguments, out: Out<'_>, errors: Out<
         play(policy.as_ref(), &inputs.settings, &inputs.kinds, &trace, &mut told)
     };
     let lru = play(&Lru, &inputs.settings, &inputs.kinds, &trace, &mut |_, _| {});
+    let Decisions { kept, left_out, printed, .. } = decisions;
+    printed?;
     let document = Document {
         configuration: inputs.file.display().to_string(),
         ratio: Ratio::of(&lru.total, &result.total),
@@ -132,22 +134,29 @@ pub(super) fn simulate(arguments: &SimulateArguments, out: Out<'_>, errors: Out<
         models: inputs.facts(),
         result,
         whole_model_lru: lru,
-        decisions: arguments.why.then_some(decisions.kept),
+        decisions: (arguments.why && arguments.json).then_some(kept),
+        decisions_left_out: left_out,
     };
     if arguments.json { print::json(&document, out) } else { print::text(&document, out) }
 }
 
-/// Decisions as they are made, for those who asked for them.
-struct Decisions {
+/// Decisions that a document has at most.
+const DECISIONS_MAX: usize = 100_000;
+
+/// Decisions as they are made, for those who asked for them: printed at once for people, kept for a document.
+struct Decisions<'a> {
     wanted: bool,
+    out: Option<Out<'a>>,
+    printed: Result<(), Failure>,
     kept: Vec<Decision>,
+    left_out: u64,
     /// The newest request of each model that was told to wait: it is told so with every plan.
     waits: BTreeMap<u32, u64>,
 }
 
-impl Decisions {
-    const fn new(wanted: bool) -> Self {
-        Self { wanted, kept: Vec::new(), waits: BTreeMap::new() }
+impl<'a> Decisions<'a> {
+    fn new(wanted: bool, out: Option<Out<'a>>) -> Self {
+        Self { wanted, out, printed: Ok(()), kept: Vec::new(), left_out: 0, waits: BTreeMap::new() }
     }
 
     fn hear(&mut self, at_ms: u64, action: &Action, inputs: &Inputs) {
@@ -159,7 +168,16 @@ impl Decisions {
         {
             return;
         }
-        self.kept.push(Decision::of(at_ms, action, &inputs.kinds));
+        let decision = Decision::of(at_ms, action, &inputs.kinds);
+        if let Some(out) = &mut self.out {
+            if self.printed.is_ok() {
+                self.printed = print::decision(&decision, *out);
+            }
+        } else if self.kept.len() < DECISIONS_MAX {
+            self.kept.push(decision);
+        } else {
+            self.left_out += 1;
+        }
     }
 }
 

@@ -17,17 +17,16 @@ pub(super) fn json(document: &Document, out: Out<'_>) -> Result<(), Failure> {
 }
 
 pub(super) fn text(document: &Document, out: Out<'_>) -> Result<(), Failure> {
-    for decision in document.decisions.iter().flatten() {
-        writeln!(out, "{}", told(decision))?;
-    }
-    if document.decisions.as_ref().is_some_and(|decisions| !decisions.is_empty()) {
-        writeln!(out)?;
-    }
     write!(out, "{}", summary(document))?;
     Ok(())
 }
 
 /// A decision, the time in front.
+pub(super) fn decision(decision: &Decision, out: Out<'_>) -> Result<(), Failure> {
+    writeln!(out, "{}", told(decision))?;
+    Ok(())
+}
+
 fn told(decision: &Decision) -> String {
     let Decision { at_s, act, model, bytes, reason } = decision;
     let what = match (*act, bytes) {

@@ -110,6 +110,21 @@ fn a_trace_is_played_as_it_is_written() {
 }
 
 #[test]
+fn a_trace_begins_with_its_first_request() {
+    let shelf = Shelf::new(SHELF);
+    let from = |at_s: u64| {
+        let lines = format!(
+            "{{\"at_s\": {at_s}, \"model\": \"chat\"}}\n{{\"at_s\": {}, \"model\": \"code\"}}\n",
+            at_s + 30
+        );
+        let mut said = shelf.json(&sized(&["--trace", &shelf.trace(&lines), "--why"]));
+        said.as_object_mut().expect("a document").remove("trace");
+        said
+    };
+    assert_eq!(from(0), from(1_000_000), "whatever the log counts from");
+}
+
+#[test]
 fn a_wrong_trace_is_refused_with_its_line() {
     let shelf = Shelf::new(SHELF);
     for (text, expected) in [
