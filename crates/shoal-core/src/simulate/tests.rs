@@ -69,6 +69,20 @@ fn a_request_stands_still_while_its_model_is_away() {
 }
 
 #[test]
+fn whoever_waits_for_turns_waits_for_no_more_than_the_policy_says() {
+    let mut kinds = [kind("chat", 15), kind("code", 8), kind("big", 14)];
+    kinds.iter_mut().for_each(|kind| kind.overhead = ByteCount::mib(832));
+    let asked = seeded(0, Pattern::Conversations, 3, 3_600_000, 30.0, 10_000);
+    let trace: Vec<Arrival> = asked.iter().map(|one| Service::default().arrival(one)).collect();
+    let outcome = played(24, unchanged, &kinds, &trace);
+    // Two before it and three that were there: six turns, each with the longest way back.
+    for (tally, kind) in outcome.models.iter().zip(&kinds) {
+        let longest_ms = tally.first_ms.last().copied().unwrap_or(0);
+        assert!(longest_ms < 6 * (3_000 + 15 * 101 + 10) + 2_000, "{} waited for {longest_ms} ms", kind.name);
+    }
+}
+
+#[test]
 fn who_cannot_be_there_is_refused_and_told_why() {
     let kinds = [kind("chat", 30), kind("code", 10)];
     let outcome = played(20, unchanged, &kinds, &[at(0, 0), at(1, 1), at(9_000, 0)]);

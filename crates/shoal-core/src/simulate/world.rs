@@ -168,8 +168,18 @@ impl<'a> World<'a> {
             (model.state.up, model.arrives_ms) = (false, None);
             model.stopped_ms.extend(model.ends_ms.drain(..).map(|at| at.saturating_sub(now_ms)));
         }
-        if model.arrives_ms.is_some_and(|at| at <= now_ms) {
+        if !due.is_zero()
+            && let Some(asked) = self.asked.get_mut(&model.state.id)
+        {
+            // It asks for all that it lacks by now: with a part of it it could not run.
+            asked.bytes = model.state.weights_total.saturating_sub(model.state.weights_held);
+            asked.bytes_min = asked.bytes;
+        }
+        let is_there = model.arrives_ms.is_some_and(|at| at <= now_ms);
+        if is_there {
             model.arrives_ms = None;
+        }
+        if is_there && model.state.is_whole() {
             (model.state.up, model.state.wake_ordered) = (true, false);
             (model.state.restored_ms, model.state.preload) = (Some(now_ms), false);
             model.ends_ms.extend(model.stopped_ms.drain(..).map(|left| now_ms + left));
