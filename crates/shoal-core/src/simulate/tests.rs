@@ -71,7 +71,9 @@ fn a_request_stands_still_while_its_model_is_away() {
 #[test]
 fn whoever_waits_for_turns_waits_for_no_more_than_the_policy_says() {
     let mut kinds = [kind("chat", 15), kind("code", 8), kind("big", 14)];
-    kinds.iter_mut().for_each(|kind| kind.overhead = ByteCount::mib(832));
+    for kind in &mut kinds {
+        kind.overhead = ByteCount::mib(832);
+    }
     let asked = seeded(0, Pattern::Conversations, 3, 3_600_000, 30.0, 10_000);
     let trace: Vec<Arrival> = asked.iter().map(|one| Service::default().arrival(one)).collect();
     let outcome = played(24, unchanged, &kinds, &trace);
