@@ -243,7 +243,9 @@ fn requests(
             trace::parse(&text, &names(config)).map_err(|error| wrong(format!("{shown}: {error}")))?;
         // Logs count from a beginning of their own. What was before the first request is no part of what is played.
         let first_ms = asked.iter().map(|one| one.at_ms).min().unwrap_or(0);
-        asked.iter_mut().for_each(|one| one.at_ms -= first_ms);
+        for one in &mut asked {
+            one.at_ms -= first_ms;
+        }
         let facts = TraceFacts { from: format!("from {shown}"), requests: asked.len(), seed: None };
         return Ok((asked, facts));
     }
