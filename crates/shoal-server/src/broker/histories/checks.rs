@@ -24,6 +24,7 @@ impl World {
         self.forget_together();
         self.check_ledger();
         self.check_models();
+        self.check_beside();
         self.check_decisions();
         self.tell_story();
     }

@@ -49,11 +49,14 @@ impl World {
         workers.chain(programs).sum()
     }
 
-    /// What workers say that they have beside weights and do not have any more: they tell the most that it was. Where the
-    /// driver hides them, so much too little comes off the budget.
+    /// What workers say that they have beside weights and do not have any more, where they tell the most that it was; and what
+    /// programs do not have of their charge. Where the driver hides them, so much too little comes off the budget.
     fn overstated(&self) -> ByteCount {
-        let hidden = self.workers.values().filter(|_| hides(self.seed));
-        hidden.map(|worker| worker.peak.saturating_sub(worker.beside)).sum()
+        if !hides(self.seed) {
+            return ByteCount::ZERO;
+        }
+        let workers = self.workers.values().map(|worker| worker.said.saturating_sub(worker.beside));
+        workers.chain(self.stewards.values().map(super::programs::Steward::spare)).sum()
     }
 
     /// What comes off the budget is what others have, and what goes beyond leases and the headroom.

@@ -17,7 +17,7 @@ pub(super) const KV_OF_REQUEST: ByteCount = ByteCount::mib(4);
 const KV_STEP: ByteCount = ByteCount::mib(2);
 
 impl World {
-    fn requests_at(&self, place: usize) -> u64 {
+    pub(super) fn requests_at(&self, place: usize) -> u64 {
         self.routed.iter().filter(|routed| routed.place == place).count() as u64
     }
 
@@ -87,6 +87,7 @@ impl World {
         };
         if let Some(worker) = self.workers.get_mut(&place).filter(|_| !weights.is_zero()) {
             worker.held -= weights;
+            worker.leave_steps();
             self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: weights });
         }
         self.seen.kv_ordered += u64::from(!(spare + used).is_zero());

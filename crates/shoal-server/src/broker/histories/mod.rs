@@ -14,6 +14,7 @@ mod device;
 mod disorder;
 mod kv;
 mod long;
+mod overhead;
 mod policies;
 mod processes;
 mod programs;

@@ -111,6 +111,7 @@ impl World {
         self.clients.clear();
         self.routed.clear();
         self.narrowed.clear();
+        self.foresights.clear();
         self.policies.clear();
         // A program ends with the server that started it.
         self.stewards.clear();
@@ -135,6 +136,7 @@ impl World {
             worker.open = worker.open.or(wake).or(declared).or(kv);
             let open = worker.open.map(|(request, ..)| request);
             worker.asks_kv = worker.asks_kv.filter(|asked| open == Some(*asked));
+            worker.asks_overhead = worker.asks_overhead.filter(|(asked, _)| open == Some(*asked));
             let entry = entry(&worker.name, worker.pid);
             let place = self.core.by_name.get(&worker.name).copied();
             let place = place.filter(|place| {

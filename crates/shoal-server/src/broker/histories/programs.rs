@@ -6,7 +6,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::mpsc;
 
 use super::DEVICE;
-use super::shelf::PROGRAM_BYTES;
+use super::shelf::{Beside, PROGRAM_BYTES, beside};
 use super::world::World;
 use crate::shelf::Target;
 use crate::supervisor::Exit;
@@ -41,7 +41,10 @@ pub(super) struct Steward {
     /// What it asks for: as declared, or measured.
     bytes: ByteCount,
     pub(super) held: ByteCount,
+    /// What was measured of the present program last, and at most; and whether that was leased since it was.
+    newest: ByteCount,
     peak: ByteCount,
+    is_covered: bool,
     failures: u32,
 }
 
@@ -63,6 +66,11 @@ impl Steward {
     /// What the driver shows of it.
     pub(super) fn shown(&self) -> Option<(u32, ByteCount)> {
         self.program().map(|program| (program.pid, program.has))
+    }
+
+    /// What it is charged with and its program does not have.
+    pub(super) fn spare(&self) -> ByteCount {
+        self.held.max(self.newest).saturating_sub(self.has())
     }
 
     /// Requests are answered.
@@ -95,7 +103,9 @@ impl World {
             requests: 0,
             bytes: PROGRAM_BYTES,
             held: ByteCount::ZERO,
+            newest: ByteCount::ZERO,
             peak: ByteCount::ZERO,
+            is_covered: false,
             failures: 0,
         };
         self.stewards.insert(place, steward);
@@ -127,7 +137,9 @@ impl World {
         let usage = WorkerUsage {
             weights_device: if is_there { steward.held } else { ByteCount::ZERO },
             weights_total: steward.bytes,
-            overhead_device: steward.peak.saturating_sub(steward.held),
+            overhead_device: steward.newest.saturating_sub(steward.held),
+            // It asks nobody before it takes that again.
+            overhead_peak: steward.peak.saturating_sub(steward.held),
             ..WorkerUsage::default()
         };
         self.steward_says(place, FromWorker::Usage { usage });
@@ -232,20 +244,53 @@ impl World {
         let ready_ms = now_ms + 1 + self.dice.roll(if self.is_steady() { 60 } else { 3_000 });
         let Some(steward) = self.stewards.get_mut(&place) else { return };
         let has = (PROGRAM_BYTES + more).min(room);
-        steward.peak = ByteCount::ZERO;
+        (steward.newest, steward.peak, steward.is_covered) = (ByteCount::ZERO, ByteCount::ZERO, false);
         steward.doing = Doing::Starting { wake, program: Program { pid, has }, ready_ms };
         let target = Target::Unix("/none/command.sock".into());
         self.core.handle_command_started(place, pid, target, now_ms);
     }
 
+    /// A program that runs takes more, or less, and asks nobody.
+    fn breathe(&mut self, place: usize) {
+        if beside(self.seed) == Beside::Most || !self.dice.chance(10) {
+            return;
+        }
+        let more = ByteCount::mib(2 * self.dice.roll(4));
+        let room = DEVICE.saturating_sub(self.used());
+        let Some(steward) = self.stewards.get_mut(&place) else { return };
+        let Doing::Running { program } = &mut steward.doing else { return };
+        let before = program.has;
+        program.has = (PROGRAM_BYTES + more).min(before + room);
+        self.seen.programs_grew += u64::from(program.has > before && program.has <= steward.peak);
+    }
+
+    /// What a program took it may take again, so it stays leased while it runs.
+    pub(super) fn check_programs(&mut self) {
+        let core = &self.core;
+        for (place, steward) in &mut self.stewards {
+            let runs = steward.program().is_some() && !steward.held.is_zero();
+            let leased = core.book.total(core.models[*place].id);
+            let is_whole = runs && leased >= steward.peak;
+            assert!(
+                !runs || !steward.is_covered || is_whole,
+                "a program has taken {}, and {leased} are leased",
+                steward.peak
+            );
+            steward.is_covered = runs && (steward.is_covered || is_whole);
+        }
+    }
+
     fn steward_looks(&mut self, place: usize) {
+        self.breathe(place);
         let now_ms = self.now_ms;
         let is_steady = self.is_steady();
         let Some(steward) = self.stewards.get_mut(&place) else { return };
         if let Some(program) = steward.program() {
             let has = program.has;
-            if has > steward.peak {
-                steward.peak = has;
+            if has != steward.newest {
+                steward.is_covered &= has <= steward.peak;
+                steward.peak = steward.peak.max(has);
+                steward.newest = has;
                 self.steward_measures(place);
             }
         }
@@ -341,7 +386,7 @@ impl World {
         }
         self.seen.overhead_down += u64::from(steward.peak > steward.bytes);
         steward.bytes = steward.bytes.max(steward.peak);
-        steward.peak = ByteCount::ZERO;
+        (steward.newest, steward.peak) = (ByteCount::ZERO, ByteCount::ZERO);
         self.core.handle_command_ended(place, "ended".to_owned(), trouble, self.now_ms);
     }
 

@@ -29,6 +29,29 @@ pub(super) fn has_kv(seed: u64) -> bool {
     matches!(seed % 10, 4 | 7..=9)
 }
 
+/// What workers say and ask of what they take beside weights and KV.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Beside {
+    /// They say the most that it was, and ask for it once, before they are ready.
+    Most,
+    /// They say what it is now.
+    Now,
+    /// They say that too, and what their steps may take without a question.
+    Peak,
+    /// They say that too, and steps ask before they take more than is leased.
+    Asks,
+}
+
+/// In half of all histories that falls by itself, and in each sixth of all it is taken in one of these ways.
+pub(super) fn beside(seed: u64) -> Beside {
+    match seed / 3 % 6 {
+        3 => Beside::Now,
+        4 => Beside::Peak,
+        5 => Beside::Asks,
+        _ => Beside::Most,
+    }
+}
+
 /// Every sixth history has a policy in a process of its own that will not answer, not even when all else is calm.
 pub(super) fn thinks_for_ever(seed: u64) -> bool {
     seed % 12 == 6

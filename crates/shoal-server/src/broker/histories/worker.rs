@@ -7,7 +7,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::mpsc;
 
 use super::kv::KV_OF_REQUEST;
-use super::shelf::{answers, has_kv, hides};
+use super::shelf::{Beside, answers, beside, has_kv};
 use super::world::World;
 use super::{DEVICE, WEIGHTS};
 
@@ -22,16 +22,20 @@ pub(super) struct Worker {
     pub(super) fingerprint: String,
     pub(super) pid: u32,
     pub(super) heard: Option<mpsc::Receiver<FromServer>>,
-    is_ready: bool,
+    pub(super) is_ready: bool,
     pub(super) held: ByteCount,
     /// What it holds of KV, and its request for more that waits.
     pub(super) kv: ByteCount,
     pub(super) asks_kv: Option<u64>,
-    /// What it has beside weights and KV, and the most of that which it knows of.
+    /// What it has beside weights and KV, and what it says of that: the most that it knows of, or what it knows of now.
     pub(super) beside: ByteCount,
-    pub(super) peak: ByteCount,
+    pub(super) said: ByteCount,
+    /// What of it stays without weights, what steps may take without a question, and whether that was leased since it could.
+    pub(super) base: ByteCount,
+    pub(super) may_take: ByteCount,
+    pub(super) is_covered: bool,
     /// What it was granted for that, and its request for it that waits.
-    overhead: ByteCount,
+    pub(super) overhead: ByteCount,
     pub(super) asks_overhead: Option<(u64, ByteCount)>,
     pub(super) requests: u64,
     /// The wake under way, and the lease request that it waits for.
@@ -65,7 +69,10 @@ impl Worker {
             kv: ByteCount::ZERO,
             asks_kv: None,
             beside: ByteCount::ZERO,
-            peak: ByteCount::ZERO,
+            said: ByteCount::ZERO,
+            base: ByteCount::ZERO,
+            may_take: ByteCount::ZERO,
+            is_covered: true,
             overhead: ByteCount::ZERO,
             asks_overhead: None,
             requests: 0,
@@ -86,6 +93,21 @@ impl Worker {
         self.held + self.kv + self.beside
     }
 
+    /// A step has so much beside weights and KV, and may have it again.
+    pub(super) fn take_unasked(&mut self, taken: ByteCount) {
+        (self.beside, self.said) = (taken, taken);
+        if taken > self.may_take {
+            (self.may_take, self.is_covered) = (taken, false);
+        }
+    }
+
+    /// Without all of its weights it runs no step, and has what it always has.
+    pub(super) fn leave_steps(&mut self) {
+        if !self.may_take.is_zero() {
+            (self.beside, self.said) = (self.beside.min(self.base), self.base);
+        }
+    }
+
     /// What it does next: one wake after another, and all else at once.
     fn next_order(&mut self) -> Option<FromServer> {
         let is_waking = self.wake.is_some() || self.waits.is_some();
@@ -101,7 +123,8 @@ impl Worker {
             kv_device: self.kv,
             kv_live,
             kv_cached: ByteCount((self.kv - kv_live).0 / 2),
-            overhead_device: self.peak,
+            overhead_device: self.said,
+            overhead_peak: self.may_take,
             ..WorkerUsage::default()
         }
     }
@@ -159,6 +182,7 @@ impl World {
             return self.end_coming(place, coming);
         }
         self.keep_kv(place);
+        self.step_beside(place);
         let Some(worker) = self.workers.get_mut(&place) else { return };
         match worker.next_order() {
             Some(FromServer::Wake { order, .. }) => {
@@ -174,9 +198,13 @@ impl World {
             Some(FromServer::LeaseGrant { request, kind: LeaseKind::Kv, bytes }) => {
                 self.kv_granted(place, request, bytes);
             }
+            Some(FromServer::LeaseGrant { request, kind: LeaseKind::Overhead, bytes }) => {
+                self.overhead_granted(place, request, bytes);
+            }
             Some(FromServer::LeaseGrant { request, bytes, .. }) => self.granted(place, request, bytes),
             Some(FromServer::LeaseDeny { request, reason }) => {
                 worker.waits.take_if(|waits| *waits == request);
+                worker.asks_overhead.take_if(|(asked, _)| *asked == request);
                 self.seen.kv_denied += u64::from(worker.asks_kv.take_if(|asked| *asked == request).is_some());
                 let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
                 self.done(place, order, ByteCount::ZERO, Some(reason));
@@ -260,38 +288,14 @@ impl World {
         // It takes what it declared, or less; another takes more.
         let most = if worker.overhead.is_zero() { ByteCount::ZERO } else { worker.overhead };
         worker.beside = ByteCount::mib(2 * self.dice.roll(most.0 / ByteCount::mib(2).0 + 1)).min(room);
-        worker.peak = worker.beside;
+        worker.said = worker.beside;
         if !is_steady && self.dice.chance(4) {
             let code = if self.dice.chance(50) { "internal" } else { "device" }.to_owned();
             return self.say(place, FromWorker::Failed { code, message: "a test".to_owned() });
         }
         self.say(place, FromWorker::Ready { capabilities: capabilities(self.seed) });
-        self.usage(place);
-    }
-
-    /// What it has beside weights is more or less than before. It says so, or does not know, and the driver shows it.
-    pub(super) fn take_beside(&mut self, place: usize) {
-        let room = DEVICE.saturating_sub(self.used());
-        let (beside, does_tell) = (ByteCount::mib(2 * self.dice.roll(5)), self.dice.chance(60));
-        let hides = hides(self.seed);
-        let Some(worker) = self.workers.get_mut(&place).filter(|worker| worker.is_ready) else { return };
-        if worker.heard.is_none() || worker.is_stopped {
-            return;
-        }
-        worker.beside = beside.min(worker.beside + room);
-        if !does_tell && !hides {
-            self.seen.drifts += u64::from(worker.beside > worker.peak);
-            return;
-        }
-        self.seen.overhead_up += u64::from(worker.beside > worker.peak.max(worker.overhead));
-        if worker.beside < worker.overhead {
-            // Declared too high: it gives back what it does not take.
-            let bytes = worker.overhead - worker.beside;
-            (worker.overhead, worker.peak) = (worker.beside, worker.beside);
-            self.seen.overhead_down += 1;
-            self.say(place, FromWorker::LeaseReturn { kind: LeaseKind::Overhead, bytes });
-        } else {
-            worker.peak = worker.peak.max(worker.beside);
+        if beside(self.seed) == Beside::Peak {
+            return self.profile(place);
         }
         self.usage(place);
     }

@@ -7,6 +7,7 @@ use shoal_core::bytes::ByteCount;
 use tokio::sync::mpsc;
 
 use super::clients::{Client, Routed};
+use super::overhead::Foresight;
 use super::policies::PolicyProcess;
 use super::processes::{Lingering, Stranger};
 use super::programs::Steward;
@@ -48,9 +49,20 @@ pub(super) struct Seen {
     pub(super) overhead_up: u64,
     pub(super) overhead_down: u64,
     pub(super) drifts: u64,
+    /// Leases for overhead that fell by time; those for steps that were foreseen, and requests for such that went with the
+    /// wish for weights; steps that took more without a question; steps that asked, and those that asked for what had been
+    /// measured.
+    pub(super) overhead_fell: u64,
+    pub(super) foreseen: u64,
+    pub(super) foreseen_dropped: u64,
+    pub(super) steps_unasked: u64,
+    pub(super) overhead_asked: u64,
+    pub(super) overhead_known: u64,
     /// Programs that were ready, and that ended by themselves.
     pub(super) programs: u64,
     pub(super) program_ends: u64,
+    /// Programs that took again what they had given back.
+    pub(super) programs_grew: u64,
     /// Questions to policies outside, and those that they left open.
     pub(super) questions: u64,
     pub(super) unanswered: u64,
@@ -74,7 +86,7 @@ impl Seen {
         self.waited_ms_max = waited_ms_max;
     }
 
-    fn counts_mut(&mut self) -> [&mut u64; 23] {
+    fn counts_mut(&mut self) -> [&mut u64; 30] {
         [
             &mut self.looks,
             &mut self.decisions,
@@ -89,8 +101,15 @@ impl Seen {
             &mut self.overhead_up,
             &mut self.overhead_down,
             &mut self.drifts,
+            &mut self.overhead_fell,
+            &mut self.foreseen,
+            &mut self.foreseen_dropped,
+            &mut self.steps_unasked,
+            &mut self.overhead_asked,
+            &mut self.overhead_known,
             &mut self.programs,
             &mut self.program_ends,
+            &mut self.programs_grew,
             &mut self.questions,
             &mut self.unanswered,
             &mut self.served,
@@ -142,6 +161,8 @@ pub(super) struct World {
     pub(super) is_rush: bool,
     /// What others have of the device.
     pub(super) others: ByteCount,
+    /// What was leased for steps, by place, when that was last looked at.
+    pub(super) foresights: BTreeMap<usize, Foresight>,
     /// What the device still has of processes that are gone.
     pub(super) lingering: Vec<Lingering>,
     /// A reading on its way.
@@ -178,6 +199,7 @@ impl World {
             is_rush: false,
             lives_on: false,
             others: ByteCount::ZERO,
+            foresights: BTreeMap::new(),
             lingering: Vec::new(),
             looked: None,
             decisions,
@@ -232,7 +254,7 @@ impl World {
             let Some(at) = timer.into_iter().chain(late).chain(policy).min() else { break };
             self.now_ms = self.now_ms.max(at);
             if timer == Some(at) {
-                self.core.handle_timer(self.now_ms);
+                self.ring();
             }
             self.keep_policies();
             self.expire();
