@@ -137,6 +137,10 @@ impl Core {
         if kind == LeaseKind::Weights && !bytes.is_zero() {
             self.advance(place, LifeEvent::SomeLeft);
             self.ask_for_what_left(place, bytes);
+            if let Some(asked_ms) = self.weights_asked_ms(place) {
+                // It asked while it had some, and what its steps take was kept: so it is, until they are back.
+                self.foresee_overhead(place, asked_ms);
+            }
             self.models[place].orders.values_mut().for_each(Order::lost_some);
         }
         let model = &mut self.models[place];

@@ -50,6 +50,13 @@ impl Core {
         model.wake_ordered() || self.asked.iter().any(asks)
     }
 
+    /// Since when it asks for weights.
+    pub(super) fn weights_asked_ms(&self, place: usize) -> Option<u64> {
+        let id = self.models[place].id;
+        let is_it = |asked: &&Asked| (asked.pending.model, asked.pending.kind) == (id, LeaseKind::Weights);
+        self.asked.iter().filter(is_it).map(|asked| asked.pending.asked_ms).min()
+    }
+
     /// Gives up what was foreseen of a model that has its weights by now, or will not have them.
     pub(super) fn drop_foresight(&mut self, place: usize, now_ms: u64) {
         if self.wants_weights(place) {
@@ -133,8 +140,9 @@ impl Core {
         self.ask_for_overhead(place, OVERHEAD_REQUEST, (uncovered, ByteCount(1)), reason, now_ms);
     }
 
-    /// Who asks for weights will take as much again as its steps took at most: that is asked for in its name, and before.
-    pub(super) fn foresee_overhead(&mut self, place: usize, now_ms: u64) {
+    /// Who asks for weights, since `asked_ms`, will take as much again as its steps took at most: that is asked for in its
+    /// name, and before.
+    pub(super) fn foresee_overhead(&mut self, place: usize, asked_ms: u64) {
         let model = &self.models[place];
         let held = self.book.held(model.id, LeaseKind::Overhead);
         let (peak, has_weights) =
@@ -149,7 +157,13 @@ impl Core {
         }
         let reason = "its steps will take as much again as they did before it slept";
         // Older than the request that is to wait for it.
-        self.ask_for_overhead(place, FORESEEN_REQUEST, (lacking, lacking), reason, now_ms.saturating_sub(1));
+        self.ask_for_overhead(
+            place,
+            FORESEEN_REQUEST,
+            (lacking, lacking),
+            reason,
+            asked_ms.saturating_sub(1),
+        );
     }
 
     fn ask_for_overhead(

@@ -282,3 +282,41 @@ fn nobody_gives_up_anything_for_overhead_that_is_leased_already() {
     assert!(!yields, "nobody was in the way");
     bench.core.book.check_invariants();
 }
+
+/// Whoever asked a server that was killed asks the next one again, before that knows all that is held.
+#[test]
+fn what_was_asked_for_before_all_was_known_is_foreseen_as_well() {
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 10);
+    bench.say(1, usage(ByteCount::ZERO, 16, 0), 10);
+    bench.core.models[1].is_unaccounted = true;
+    bench.request(0, LeaseKind::Weights, WEIGHTS, 20);
+    assert_eq!(overhead(&bench, 0), 8, "nothing is leased before all is known");
+    bench.core.models[1].is_unaccounted = false;
+    bench.core.settled(30);
+    bench.say(1, usage(ByteCount::ZERO, 16, 0), 40);
+    assert_eq!(granted(&mut bench, 0), [WEIGHTS]);
+    assert_eq!(overhead(&bench, 0), 24, "and before them what its steps will take");
+}
+
+#[test]
+fn what_steps_may_take_stays_leased_where_weights_leave_that_are_asked_for_already() {
+    let mut bench = Bench::new();
+    let wake = bench.wanted(0, WEIGHTS, 10);
+    bench.say(0, usage(WEIGHTS, 8, 24), 20);
+    bench.done(0, wake, WEIGHTS, 20);
+    bench.end_route(0, 30);
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: MIB(52) }, 40);
+    bench.say(0, usage(MIB(8), 8, 24), 40);
+    // The other has what it lacks.
+    let wake = bench.wanted(1, WEIGHTS, 50);
+    bench.usage(1, WEIGHTS, 55);
+    bench.done(1, wake, WEIGHTS, 55);
+    bench.request(0, LeaseKind::Weights, MIB(52), 60);
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: MIB(8) }, 70);
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 70);
+    assert!(bench.core.asked.iter().any(|asked| asked.pending.kind == LeaseKind::Weights));
+    pass(&mut bench, 70, 4_000);
+    assert_eq!(overhead(&bench, 0), 24, "it is to come back with its weights");
+    bench.core.book.check_invariants();
+}

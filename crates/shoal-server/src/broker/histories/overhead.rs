@@ -15,6 +15,8 @@ use crate::broker::FORESEEN_REQUEST;
 
 /// Figures go up and down by so many pages, from none on.
 const SIZES: u64 = 5;
+/// The most that steps take by what an engine was profiled to.
+const PROFILED_MAX: ByteCount = ByteCount::mib(16);
 
 /// What was leased for the steps of one process, when that was last looked at.
 #[derive(Clone, Copy)]
@@ -71,7 +73,7 @@ impl World {
     /// It was profiled: steps may take so much. What it declared beyond what it has now is the server's to lease from now on.
     pub(super) fn profile(&mut self, place: usize) {
         let Some(base) = self.workers.get(&place).map(|worker| worker.beside) else { return };
-        let more = up_to(self, ByteCount(PAGE_BYTES.0 * (SIZES - 1)).saturating_sub(base));
+        let more = up_to(self, PROFILED_MAX.saturating_sub(base));
         let Some(worker) = self.workers.get_mut(&place) else { return };
         (worker.base, worker.may_take) = (base, base + more);
         self.usage(place);
@@ -86,9 +88,42 @@ impl World {
     /// An engine's steps take memory beside weights and KV while requests are at it, and leave it.
     pub(super) fn step_beside(&mut self, place: usize) {
         match beside(self.seed) {
-            Beside::Most | Beside::Now => {}
-            Beside::Peak => self.step_unasked(place),
+            Beside::Most => {}
+            Beside::Now => self.step_told(place),
+            Beside::Peak => {
+                self.cancel_wake(place);
+                self.step_unasked(place);
+            }
             Beside::Asks => self.step_asked(place),
+        }
+    }
+
+    /// What it has now it says now; while nobody may go beyond leases it is less each time.
+    fn step_told(&mut self, place: usize) {
+        if self.is_calm || self.dice.roll(150) != 0 {
+            return;
+        }
+        let taken = ByteCount(PAGE_BYTES.0 * self.dice.roll(SIZES));
+        let room = if self.is_still { ByteCount::ZERO } else { DEVICE.saturating_sub(self.used()) };
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        worker.beside = taken.min(worker.beside + room);
+        worker.said = worker.beside;
+        self.usage(place);
+    }
+
+    /// A wake whose memory does not come in its time is given up, with the request for it.
+    fn cancel_wake(&mut self, place: usize) {
+        if self.is_steady() || !self.dice.chance(15) {
+            return;
+        }
+        let Some(worker) = self.workers.get_mut(&place) else { return };
+        // One that was answered already takes what it was given.
+        if let Some((order, request)) = worker.wake
+            && !worker.has_heard_of(request)
+        {
+            worker.wake = None;
+            self.say(place, FromWorker::LeaseCancel { request });
+            self.done(place, order, ByteCount::ZERO, Some("its memory did not come in time".to_owned()));
         }
     }
 
@@ -122,7 +157,8 @@ impl World {
         let needed = ByteCount(PAGE_BYTES.0 * self.dice.roll(SIZES));
         let room = DEVICE.saturating_sub(self.used());
         let id = self.core.models[place].id;
-        let Some(worker) = self.workers.get_mut(&place).filter(|worker| worker.asks_overhead.is_none()) else {
+        let Some(worker) = self.workers.get_mut(&place).filter(|worker| worker.asks_overhead.is_none())
+        else {
             return;
         };
         if runs && worker.held >= WEIGHTS {
@@ -148,7 +184,7 @@ impl World {
         }
         if !runs && !worker.overhead.is_zero() && self.dice.chance(30) {
             let Some(worker) = self.workers.get_mut(&place) else { return };
-            worker.beside = worker.beside.min(worker.overhead / 2);
+            worker.beside = worker.beside.min(PAGE_BYTES).min(worker.overhead);
             worker.said = worker.beside;
             let bytes = worker.overhead - worker.beside;
             worker.overhead = worker.beside;
@@ -175,11 +211,11 @@ impl World {
     /// What an engine's steps, or a program, may take without a question stays leased while they can run.
     pub(super) fn check_beside(&mut self) {
         self.watch_foresight();
-        self.check_programs();
-        let core = &self.core;
-        if core.is_settling() {
+        if self.core.is_settling() {
             return;
         }
+        self.check_programs();
+        let core = &self.core;
         for (place, worker) in &mut self.workers {
             let model = &core.models[*place];
             if model.connection.is_none() || worker.held.is_zero() {
@@ -219,8 +255,10 @@ impl World {
             if let Some(before) = self.foresights.get(place).filter(|before| before.pid == worker.pid) {
                 let came = before.foreseen.is_zero() && !foresight.foreseen.is_zero();
                 self.seen.foreseen += u64::from(came && foresight.leased > before.leased);
-                let went = before.is_asked && !foresight.is_asked && foresight.foreseen.is_zero();
-                self.seen.foreseen_dropped += u64::from(went && !has_weights);
+                let is_none = foresight.foreseen.is_zero() && !has_weights;
+                let went = before.is_asked && !foresight.is_asked;
+                self.seen.foreseen_dropped += u64::from(went && is_none);
+                self.seen.foreseen_returned += u64::from(!before.foreseen.is_zero() && is_none);
             }
             now.insert(*place, foresight);
         }

@@ -108,6 +108,13 @@ impl Worker {
         }
     }
 
+    /// Its request was answered.
+    pub(super) fn has_heard_of(&self, asked: u64) -> bool {
+        self.orders.iter().any(|message| {
+            matches!(message, FromServer::LeaseGrant { request, .. } | FromServer::LeaseDeny { request, .. } if *request == asked)
+        })
+    }
+
     /// What it does next: one wake after another, and all else at once.
     fn next_order(&mut self) -> Option<FromServer> {
         let is_waking = self.wake.is_some() || self.waits.is_some();
