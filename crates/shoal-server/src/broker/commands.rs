@@ -32,7 +32,7 @@ impl Core {
         let model = &mut self.models[place];
         let id = model.id;
         let pid = model.child.take().unwrap_or_default();
-        model.usage.overhead_device = ByteCount::ZERO;
+        (model.usage.overhead_device, model.usage.overhead_peak) = (ByteCount::ZERO, ByteCount::ZERO);
         model.forget_overhead();
         // Where it was ended because it hung, that says more than that it was told to end.
         model.error = trouble.or_else(|| model.hung.clone());
