@@ -306,10 +306,7 @@ class EngineMemory:
         int
             Bytes; 0 on a simulated device.
         """
-        if self._is_simulated:
-            return 0
-        regions = sum(region.usage()["total"] for region in self._regions.values())
-        return max(torch.cuda.max_memory_reserved() - regions, 0)
+        return self._beside(torch.cuda.max_memory_reserved)
 
     def beside_regions_now(self) -> int:
         """Give what torch keeps outside of regions at the moment.
@@ -319,10 +316,14 @@ class EngineMemory:
         int
             Bytes; 0 on a simulated device.
         """
+        return self._beside(torch.cuda.memory_reserved)
+
+    def _beside(self, reserved: Callable[[], int]) -> int:
+        """Give what of torch's bytes is not in regions, which torch counts whole, asleep too."""
         if self._is_simulated:
             return 0
         regions = sum(region.usage()["total"] for region in self._regions.values())
-        return max(torch.cuda.memory_reserved() - regions, 0)
+        return max(reserved() - regions, 0)
 
     def forget_peak(self) -> None:
         """Begin to look for a new peak."""

@@ -99,12 +99,16 @@ impl Core {
             .asked
             .iter()
             .any(|asked| asked.pending.model == id && asked.pending.request == pending.request);
-        if twice || pending.request >= FORESEEN_REQUEST {
-            return self.break_off(
-                place,
-                format!("lease request {} was made twice", pending.request),
-                now_ms,
+        let number = pending.request;
+        if number >= FORESEEN_REQUEST {
+            let why = format!(
+                "lease request {number} has a number of the server's own: the highest is {}",
+                FORESEEN_REQUEST - 1
             );
+            return self.break_off(place, why, now_ms);
+        }
+        if twice {
+            return self.break_off(place, format!("lease request {number} was made twice"), now_ms);
         }
         if open >= REQUESTS_PER_MODEL_MAX {
             let reason = format!("{open} lease requests of this worker are open already");

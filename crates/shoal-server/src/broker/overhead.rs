@@ -7,8 +7,9 @@
 //!
 //! **What may come back without a question.** An engine whose steps take memory that they did not ask for
 //! (`overhead_peak`: vLLM, which profiles that once and then relies on it, and any program that is run by a command) keeps it
-//! while any of its weights are on the device. Without them no step runs. Before it gets weights again, that memory is asked for in its name, in the queue like
-//! anybody's; if the weights are not wanted any more before they are there, so is what was foreseen for them.
+//! while any of its weights are on the device. Without them no step runs. Before it gets weights again, that memory is asked
+//! for in its name, in the queue like anybody's; if the weights are not wanted any more before they are there, neither is
+//! what was foreseen for them.
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::policy::PendingRequest;

@@ -320,3 +320,21 @@ fn what_steps_may_take_stays_leased_where_weights_leave_that_are_asked_for_alrea
     assert_eq!(overhead(&bench, 0), 24, "it is to come back with its weights");
     bench.core.book.check_invariants();
 }
+
+#[test]
+fn a_worker_that_takes_a_number_of_the_servers_own_hears_which_it_may_take() {
+    for number in [u64::MAX - 1, u64::MAX] {
+        let mut bench = Bench::new();
+        let (kind, bytes) = (LeaseKind::Overhead, MIB(4));
+        let (deadline_ms, reason) = (5_000, "a test".to_owned());
+        let said =
+            FromWorker::LeaseRequest { request: number, kind, bytes, bytes_min: bytes, deadline_ms, reason };
+        bench.say(0, said, 10);
+        let told: Vec<String> = bench.core.events.kept().map(|event| event.what.to_string()).collect();
+        let expected = format!(
+            "lease request {number} has a number of the server's own: the highest is {}",
+            u64::MAX - 2
+        );
+        assert!(told.iter().any(|words| words.contains(&expected)), "{told:?}");
+    }
+}
