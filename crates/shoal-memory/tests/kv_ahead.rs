@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PAGE, WAIT, World, keeping, open, pooled_world_on, until, world, world_on};
+use common::{PAGE, WAIT, World, keeping, open, pooled_world_on, unless_busy, until, world, world_on};
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::demand::MOMENT;
 use shoal_core::kv::layout::{BlockShape, CacheSpec, GroupSpec, PlaneOrder};
@@ -72,11 +72,7 @@ fn grow_steadily(cache: &KvCache, steps: usize) -> Vec<u32> {
     for step in 0..steps {
         until("the next step's blocks are mapped", || cache.usage().groups[0].blocks.available >= 8);
         let mut ids = [u32::MAX; 8];
-        let mut done = Attempt::Busy;
-        while done == Attempt::Busy {
-            done = cache.try_alloc(0, &mut ids).expect("a group");
-        }
-        assert_eq!(done, Attempt::Done, "step {step}");
+        assert_eq!(unless_busy(|| cache.try_alloc(0, &mut ids)), Attempt::Done, "step {step}");
         held.extend(ids);
     }
     held
@@ -174,10 +170,10 @@ fn a_hint_maps_before_anybody_asks() {
     cache.hint(0, 16).expect("a group");
     until("it is mapped", || cache.usage().groups[0].blocks.available >= 16);
     let mut ids = [0_i32; 16];
-    assert_eq!(cache.try_alloc(0, &mut ids).expect("a group"), Attempt::Done);
+    assert_eq!(unless_busy(|| cache.try_alloc(0, &mut ids)), Attempt::Done);
     let mut more = [0_i32; 60];
-    assert_eq!(cache.try_alloc(0, &mut more).expect("a group"), Attempt::Unmapped);
-    assert_eq!(cache.try_free(0, &ids).expect("owned"), Attempt::Done);
+    assert_eq!(unless_busy(|| cache.try_alloc(0, &mut more)), Attempt::Unmapped);
+    assert_eq!(unless_busy(|| cache.try_free(0, &ids)), Attempt::Done);
     until("the step did not come", || world.device_used().is_zero());
 }
 

@@ -14,9 +14,10 @@ use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{Device, SimDevice, SimOptions};
+use shoal_memory::kv_cache::Attempt;
 use shoal_memory::{
-    Backing, Conversion, LocalBudget, ManagerOptions, MemoryManager, PoolOptions, Region, RegionSpec,
-    SourcePiece,
+    Backing, Conversion, LocalBudget, ManagerOptions, MemoryError, MemoryManager, PoolOptions, Region,
+    RegionSpec, SourcePiece,
 };
 
 pub(crate) const WAIT: Duration = Duration::from_secs(30);
@@ -28,6 +29,18 @@ pub(crate) fn until(what: &str, is_so: impl Fn() -> bool) {
     while !is_so() {
         assert!(Instant::now() < deadline, "never: {what}");
         thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What an attempt comes to once nobody has the lock for a moment: the cache's own thread takes it now and then.
+pub(crate) fn unless_busy(mut attempt: impl FnMut() -> Result<Attempt, MemoryError>) -> Attempt {
+    let deadline = Instant::now() + WAIT;
+    loop {
+        match attempt().expect("owned, of a group") {
+            Attempt::Busy => assert!(Instant::now() < deadline, "somebody has the lock for ever"),
+            outcome => return outcome,
+        }
+        thread::yield_now();
     }
 }
 
