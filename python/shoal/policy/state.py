@@ -23,6 +23,8 @@ class Model:
         Bytes of all its weights.
     weights_held, kv_held, overhead_held
         Its leases in bytes, by kind; overhead cannot be ordered back.
+    overhead_lacking
+        Bytes that its steps will take besides once it has weights, and that are not leased: a request for weights has them in it.
     kv_live
         Bytes of KV that some request uses.
     kv_cached
@@ -87,6 +89,7 @@ class Model:
     kv_cached: int = 0
     kv_min: int = 0
     overhead_held: int = 0
+    overhead_lacking: int = 0
     ordered: int = 0
     pinned: bool = False
     is_rigid: bool = False

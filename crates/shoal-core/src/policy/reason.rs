@@ -23,7 +23,13 @@ fn needs(model: &ModelState, request: &PendingRequest) -> String {
     } else {
         format!(" (at least {})", request.bytes_min)
     };
-    format!("{} needs {}{least} for {}", model.name, request.bytes, purpose(request))
+    let beside = match request.kind {
+        LeaseKind::Weights if !model.overhead_lacking.is_zero() => {
+            format!(" and what its steps take besides ({})", model.overhead_lacking)
+        }
+        _ => String::new(),
+    };
+    format!("{} needs {}{least} for {}{beside}", model.name, request.bytes, purpose(request))
 }
 
 fn seconds(ms: u64) -> String {

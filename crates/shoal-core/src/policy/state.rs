@@ -56,6 +56,9 @@ pub struct ModelState {
     pub kv_min: ByteCount,
     /// Its lease for what its process takes besides; cannot be ordered back.
     pub overhead_held: ByteCount,
+    /// What its steps will take besides once it has weights, and is not leased yet: asked for with them, as one request.
+    #[serde(default)]
+    pub overhead_lacking: ByteCount,
     /// Bytes it was ordered to give back and has not yet.
     pub ordered: ByteCount,
     /// Never evicted.

@@ -305,7 +305,8 @@ impl<'a> Field<'a> {
     /// All that it takes to run `model` fits into the budget as it is now.
     fn could_return(&self, model: &ModelState) -> bool {
         let kept = self.kept_by_all.saturating_sub(kept(model));
-        let needed = model.weights_total + model.kv_min.max(model.kv_live) + model.overhead_held;
+        let overhead = model.overhead_held + model.overhead_lacking;
+        let needed = model.weights_total + model.kv_min.max(model.kv_live) + overhead;
         kept + needed <= self.state.budget
     }
 

@@ -120,10 +120,6 @@ impl Core {
         }
         for place in 0..self.models.len() {
             self.follow_overhead(place, now_ms);
-            if let Some(asked_ms) = self.weights_asked_ms(place) {
-                // Nothing was foreseen for it while not all was known.
-                self.foresee_overhead(place, asked_ms);
-            }
         }
     }
 

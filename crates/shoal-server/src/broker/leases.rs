@@ -6,7 +6,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
 use super::orders::Order;
 use super::pulse::is_work;
-use super::{Asked, Core, FORESEEN_REQUEST, LifeEvent, REQUESTS_PER_MODEL_MAX};
+use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
 use crate::bounded::bounded;
 use crate::state::EventKind;
 
@@ -100,10 +100,10 @@ impl Core {
             .iter()
             .any(|asked| asked.pending.model == id && asked.pending.request == pending.request);
         let number = pending.request;
-        if number >= FORESEEN_REQUEST {
+        if number == OVERHEAD_REQUEST {
             let why = format!(
                 "lease request {number} has a number of the server's own: the highest is {}",
-                FORESEEN_REQUEST - 1
+                OVERHEAD_REQUEST - 1
             );
             return self.break_off(place, why, now_ms);
         }
@@ -116,9 +116,6 @@ impl Core {
             return;
         }
         let (kind, request, bytes) = (pending.kind, pending.request, pending.bytes);
-        if kind == LeaseKind::Weights {
-            self.foresee_overhead(place, now_ms);
-        }
         self.asked.push(Asked { pending, reason, waits_for: String::new() });
         if kind == LeaseKind::Overhead && bytes <= self.book.corrected(id) {
             // All of it was measured, so it is leased already: nobody has to give anything up for it once more.
@@ -141,10 +138,6 @@ impl Core {
         if kind == LeaseKind::Weights && !bytes.is_zero() {
             self.advance(place, LifeEvent::SomeLeft);
             self.ask_for_what_left(place, bytes);
-            if let Some(asked_ms) = self.weights_asked_ms(place) {
-                // It asked while it had some, and what its steps take was kept: so it is, until they are back.
-                self.foresee_overhead(place, asked_ms);
-            }
             self.models[place].orders.values_mut().for_each(Order::lost_some);
         }
         let model = &mut self.models[place];
@@ -211,18 +204,14 @@ impl Core {
         let id = self.models[place].id;
         let Some(asked) = self.take_asked(place, request) else { return };
         let kind = asked.pending.kind;
-        if request >= FORESEEN_REQUEST {
-            if request == FORESEEN_REQUEST {
-                let model = self.models.quietly(place);
-                model.overhead_foreseen = model.usage.overhead_peak;
-            }
+        if request == OVERHEAD_REQUEST {
             let due = self.overhead_due(place, now_ms);
             if let Ok(uncovered) = self.book.measure_overhead(id, due) {
                 self.cover_overhead(place, uncovered, now_ms);
             }
             return;
         }
-        let bytes = self.with_covered(&asked.pending, bytes);
+        let bytes = self.of_what_was_met(&asked.pending, bytes);
         if let Err(error) = self.book.grant(id, kind, bytes) {
             // The policy counts as the book does; if it ever does not, the book is right.
             tracing::error!(model = self.models[place].name, %error, "a grant was refused by the book");
@@ -230,6 +219,10 @@ impl Core {
             return;
         }
         self.note_moved(place, kind, true, bytes, now_ms);
+        if kind == LeaseKind::Weights {
+            // What its steps may take came with them.
+            self.follow_overhead(place, now_ms);
+        }
         let model = &mut self.models[place];
         model.counts.granted += 1;
         model.waits_for = None;
@@ -264,7 +257,7 @@ impl Core {
             model.habits.preload = false;
         }
         model.waits_for = Some(reason.clone());
-        if request < FORESEEN_REQUEST {
+        if request != OVERHEAD_REQUEST {
             model.say(FromServer::LeaseDeny { request, reason: reason.clone() });
         }
         let (lease, bytes) = (asked.pending.kind, asked.pending.bytes);

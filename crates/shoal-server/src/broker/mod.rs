@@ -76,8 +76,6 @@ const EVENTS_KEPT: usize = 4_096;
 pub(crate) const DRAIN_MS_MAX: u64 = 30_000;
 /// Marks the server's own request for overhead that was measured and not leased.
 const OVERHEAD_REQUEST: u64 = u64::MAX;
-/// And that for overhead which a model will take once its weights are back.
-const FORESEEN_REQUEST: u64 = u64::MAX - 1;
 
 pub(crate) fn millis(duration: std::time::Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)

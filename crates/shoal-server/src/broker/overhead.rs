@@ -7,15 +7,14 @@
 //!
 //! **What may come back without a question.** An engine whose steps take memory that they did not ask for
 //! (`overhead_peak`: vLLM, which profiles that once and then relies on it, and any program that is run by a command) keeps it
-//! while any of its weights are on the device. Without them no step runs. Before it gets weights again, that memory is asked
-//! for in its name, in the queue like anybody's; if the weights are not wanted any more before they are there, neither is
-//! what was foreseen for them.
+//! while any of its weights are on the device. Without them no step runs. It is asked for again with its weights, as one
+//! request: were it granted before them, several engines could each have that and none its weights.
 
 use shoal_core::bytes::{ByteCount, PAGE_BYTES};
 use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::LeaseKind;
 
-use super::{Asked, Core, FORESEEN_REQUEST, OVERHEAD_REQUEST, Record};
+use super::{Asked, Core, OVERHEAD_REQUEST, Record};
 use crate::state::EventKind;
 
 /// How long what was measured counts after it was last so.
@@ -34,41 +33,20 @@ impl Core {
         model.overhead_said.most(now_ms, KEPT_MS).max(seen).max(kept)
     }
 
-    /// What its steps may take without a question. They may run while it has weights; before, it is what was granted for them.
+    /// What its steps may take without a question. They may run while it has weights.
     fn peak_kept(&self, place: usize) -> ByteCount {
         let model = &self.models[place];
-        if self.book.held(model.id, LeaseKind::Weights).is_zero() {
-            model.overhead_foreseen.min(model.usage.overhead_peak)
-        } else {
-            model.usage.overhead_peak
-        }
+        let has_weights = !self.book.held(model.id, LeaseKind::Weights).is_zero();
+        if has_weights { model.usage.overhead_peak } else { ByteCount::ZERO }
     }
 
-    fn wants_weights(&self, place: usize) -> bool {
+    /// What its steps may take once it has weights, beyond what is leased of it.
+    pub(super) fn overhead_lacking(&self, place: usize) -> ByteCount {
         let model = &self.models[place];
-        let asks =
-            |asked: &Asked| (asked.pending.model, asked.pending.kind) == (model.id, LeaseKind::Weights);
-        model.wake_ordered() || self.asked.iter().any(asks)
-    }
-
-    /// Since when it asks for weights.
-    pub(super) fn weights_asked_ms(&self, place: usize) -> Option<u64> {
-        let id = self.models[place].id;
-        let is_it = |asked: &&Asked| (asked.pending.model, asked.pending.kind) == (id, LeaseKind::Weights);
-        self.asked.iter().filter(is_it).map(|asked| asked.pending.asked_ms).min()
-    }
-
-    /// Gives up what was foreseen of a model that has its weights by now, or will not have them.
-    pub(super) fn drop_foresight(&mut self, place: usize, now_ms: u64) {
-        if self.wants_weights(place) {
-            return;
-        }
-        let id = self.models[place].id;
-        let is_it = |asked: &Asked| (asked.pending.model, asked.pending.request) == (id, FORESEEN_REQUEST);
-        self.asked.retain(|asked| !is_it(asked));
-        let model = self.models.quietly(place);
-        if !std::mem::take(&mut model.overhead_foreseen).is_zero() {
-            self.follow_overhead(place, now_ms);
+        if self.book.held(model.id, LeaseKind::Weights).is_zero() {
+            model.usage.overhead_peak.saturating_sub(self.book.held(model.id, LeaseKind::Overhead))
+        } else {
+            ByteCount::ZERO
         }
     }
 
@@ -137,104 +115,70 @@ impl Core {
         if told != (overhead, uncovered) {
             self.tell(now_ms, Some(place), EventKind::OverheadCorrected { overhead, uncovered });
         }
-        let reason = "its process was measured to take more than it declared";
-        self.ask_for_overhead(place, OVERHEAD_REQUEST, (uncovered, ByteCount(1)), reason, now_ms);
+        self.ask_for_overhead(place, uncovered, now_ms);
     }
 
-    /// Who asks for weights, since `asked_ms`, will take as much again as its steps took at most: that is asked for in its
-    /// name, and before.
-    pub(super) fn foresee_overhead(&mut self, place: usize, asked_ms: u64) {
-        let model = &self.models[place];
-        let held = self.book.held(model.id, LeaseKind::Overhead);
-        let (peak, has_weights) =
-            (model.usage.overhead_peak, !self.book.held(model.id, LeaseKind::Weights).is_zero());
-        if peak.is_zero() || has_weights || self.is_settling() {
-            return;
-        }
-        let lacking = peak.saturating_sub(held);
-        if lacking.is_zero() {
-            // It has not fallen yet, and is not to.
-            self.models.quietly(place).overhead_foreseen = peak;
-        }
-        let reason = "its steps will take as much again as they did before it slept";
-        // Older than the request that is to wait for it.
-        self.ask_for_overhead(
-            place,
-            FORESEEN_REQUEST,
-            (lacking, lacking),
-            reason,
-            asked_ms.saturating_sub(1),
-        );
-    }
-
-    fn ask_for_overhead(
-        &mut self,
-        place: usize,
-        request: u64,
-        (bytes, bytes_min): (ByteCount, ByteCount),
-        reason: &str,
-        asked_ms: u64,
-    ) {
+    fn ask_for_overhead(&mut self, place: usize, bytes: ByteCount, now_ms: u64) {
         let id = self.models[place].id;
-        let is_it = |asked: &Asked| (asked.pending.model, asked.pending.request) == (id, request);
+        let is_it = |asked: &Asked| (asked.pending.model, asked.pending.request) == (id, OVERHEAD_REQUEST);
         if bytes.is_zero() {
             self.asked.retain(|asked| !is_it(asked));
             return;
         }
         if let Some(open) = self.asked.iter_mut().find(|asked| is_it(asked)) {
             // It has waited for as long as it has.
-            (open.pending.bytes, open.pending.bytes_min) = (bytes, bytes_min);
+            open.pending.bytes = bytes;
             return;
         }
         self.asked.push(Asked {
             pending: PendingRequest {
                 model: id,
-                request,
+                request: OVERHEAD_REQUEST,
                 kind: LeaseKind::Overhead,
                 bytes,
-                bytes_min,
-                asked_ms,
-                deadline_ms: asked_ms + WAIT_MS,
+                bytes_min: ByteCount(1),
+                asked_ms: now_ms,
+                deadline_ms: now_ms + WAIT_MS,
             },
-            reason: reason.to_owned(),
+            reason: "its process was measured to take more than it declared".to_owned(),
             waits_for: String::new(),
         });
     }
 
     /// What the policy is to see of the requests. Of overhead that a worker asks for, what was measured of it is leased
-    /// already: nobody has to give anything up for that once more.
+    /// already: nobody has to give anything up for that once more. Whoever asks for weights asks for what its steps lack too.
     pub(super) fn requests_to_meet(&self) -> Vec<PendingRequest> {
         let mut requests: Vec<PendingRequest> =
             self.asked.iter().map(|asked| asked.pending.clone()).collect();
         for pending in &mut requests {
-            let covered = self.covered_already(pending);
-            pending.bytes = pending.bytes.saturating_sub(covered).max(ByteCount(1));
-            pending.bytes_min = pending.bytes_min.saturating_sub(covered).max(ByteCount(1));
+            let (covered, lacking) = self.covered_and_lacking(pending);
+            let to_meet = |bytes: ByteCount| bytes.saturating_sub(covered).max(ByteCount(1)) + lacking;
+            (pending.bytes, pending.bytes_min) = (to_meet(pending.bytes), to_meet(pending.bytes_min));
         }
         requests
     }
 
-    /// How much of a request is leased as measured overhead.
-    fn covered_already(&self, pending: &PendingRequest) -> ByteCount {
-        if pending.kind == LeaseKind::Overhead && pending.request < FORESEEN_REQUEST {
-            self.book.corrected(pending.model)
-        } else {
-            ByteCount::ZERO
+    /// How much of a request is leased as measured overhead, and what comes with it for steps.
+    fn covered_and_lacking(&self, pending: &PendingRequest) -> (ByteCount, ByteCount) {
+        match pending.kind {
+            LeaseKind::Overhead if pending.request != OVERHEAD_REQUEST => {
+                (self.book.corrected(pending.model), ByteCount::ZERO)
+            }
+            LeaseKind::Weights => (ByteCount::ZERO, self.overhead_lacking(pending.model.0 as usize)),
+            LeaseKind::Overhead | LeaseKind::Kv => (ByteCount::ZERO, ByteCount::ZERO),
         }
     }
 
     /// What its worker is granted where the policy granted `bytes` of [what was to be met](Self::requests_to_meet).
-    pub(super) fn with_covered(&self, pending: &PendingRequest, bytes: ByteCount) -> ByteCount {
-        match self.covered_already(pending) {
-            ByteCount::ZERO => bytes,
-            covered => (bytes + covered).min(pending.bytes).max(pending.bytes_min),
-        }
+    pub(super) fn of_what_was_met(&self, pending: &PendingRequest, bytes: ByteCount) -> ByteCount {
+        let (covered, lacking) = self.covered_and_lacking(pending);
+        (bytes + covered).saturating_sub(lacking).min(pending.bytes).max(pending.bytes_min)
     }
 
     /// Nothing is asked for in its name any more.
     pub(super) fn forget_overhead_request(&mut self, place: usize) {
         let id = self.models[place].id;
-        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request < FORESEEN_REQUEST);
+        self.asked.retain(|asked| asked.pending.model != id || asked.pending.request != OVERHEAD_REQUEST);
     }
 }
 

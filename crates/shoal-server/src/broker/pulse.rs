@@ -13,7 +13,7 @@
 use shoal_core::policy::PendingRequest;
 use shoal_core::protocol::{FromServer, FromWorker, WorkerUsage};
 
-use super::{Core, FORESEEN_REQUEST, Record, millis};
+use super::{Core, OVERHEAD_REQUEST, Record, millis};
 use crate::state::EventKind;
 
 /// How often a quiet worker is asked.
@@ -163,7 +163,7 @@ impl Core {
         let id = model.id;
         // Who waits for an answer of ours, or is at an order that it still has time for, is not stuck. What is asked for in its
         // name it does not wait for.
-        let asks = |pending: &PendingRequest| pending.model == id && pending.request < FORESEEN_REQUEST;
+        let asks = |pending: &PendingRequest| pending.model == id && pending.request != OVERHEAD_REQUEST;
         let waits = self.asked.iter().any(|asked| asks(&asked.pending))
             || model.orders.values().any(|order| !order.overdue);
         let quiet_ms = now_ms.saturating_sub(model.pulse.worked_ms).min(waited_ms);

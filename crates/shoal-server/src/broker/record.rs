@@ -104,8 +104,6 @@ pub(crate) struct Record {
     /// What it takes beside weights and KV: by its own word, and by the driver's where that was more than was leased.
     pub(crate) overhead_said: Recent,
     pub(crate) overhead_seen: Recent,
-    /// What it was granted of that for steps that will run once its weights are back.
-    pub(crate) overhead_foreseen: ByteCount,
     /// What was told last: what is leased of it, and what could not be covered.
     pub(crate) overhead_told: (ByteCount, ByteCount),
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
@@ -203,7 +201,6 @@ impl Record {
             beside: Agreed::default(),
             overhead_said: Recent::default(),
             overhead_seen: Recent::default(),
-            overhead_foreseen: ByteCount::ZERO,
             overhead_told: (ByteCount::ZERO, ByteCount::ZERO),
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
@@ -398,7 +395,6 @@ impl Record {
         self.beside.clear();
         self.overhead_said = Recent::default();
         self.overhead_seen = Recent::default();
-        self.overhead_foreseen = ByteCount::ZERO;
         self.overhead_told = (ByteCount::ZERO, ByteCount::ZERO);
     }
 

@@ -179,7 +179,6 @@ impl Core {
 
     /// Derives what follows for one model: whether it is up, wants to be, and since when.
     fn refresh(&mut self, place: usize, now_ms: u64) {
-        self.drop_foresight(place, now_ms);
         let asks = self.asks(self.models[place].id);
         let held = self.book.held(self.models[place].id, LeaseKind::Weights);
         let kv_held = self.book.held(self.models[place].id, LeaseKind::Kv);
@@ -288,6 +287,7 @@ impl Core {
             kv_cached: model.usage.kv_cached.min(held(LeaseKind::Kv)),
             kv_min: model.kv_min(),
             overhead_held: held(LeaseKind::Overhead),
+            overhead_lacking: self.overhead_lacking(place),
             ordered: model.ordered(),
             pinned: model.pinned,
             is_rigid: model.is_rigid(),

@@ -11,7 +11,6 @@ use shoal_core::protocol::{FromWorker, LeaseKind};
 use super::shelf::{Beside, beside, hides};
 use super::world::World;
 use super::{DEVICE, WEIGHTS};
-use crate::broker::FORESEEN_REQUEST;
 
 /// Figures go up and down by so many pages, from none on.
 const SIZES: u64 = 5;
@@ -23,8 +22,7 @@ const PROFILED_MAX: ByteCount = ByteCount::mib(16);
 pub(super) struct Foresight {
     pid: u32,
     leased: ByteCount,
-    foreseen: ByteCount,
-    is_asked: bool,
+    has_weights: bool,
 }
 
 /// So much or less, by chance, in whole pages.
@@ -233,7 +231,7 @@ impl World {
         }
     }
 
-    /// Counts what was foreseen of steps: leased before the weights were, or given up with the wish for them.
+    /// Counts what was leased for steps together with weights, and what went with them.
     fn watch_foresight(&mut self) {
         if beside(self.seed) != Beside::Peak {
             return;
@@ -241,24 +239,17 @@ impl World {
         let core = &self.core;
         let mut now = BTreeMap::new();
         for (place, worker) in &self.workers {
-            let model = &core.models[*place];
-            let is_it = |asked: &crate::broker::Asked| {
-                (asked.pending.model, asked.pending.request) == (model.id, FORESEEN_REQUEST)
-            };
-            let has_weights = !core.book.held(model.id, LeaseKind::Weights).is_zero();
+            let id = core.models[*place].id;
             let foresight = Foresight {
                 pid: worker.pid,
-                leased: core.book.held(model.id, LeaseKind::Overhead),
-                foreseen: model.overhead_foreseen,
-                is_asked: core.asked.iter().any(is_it),
+                leased: core.book.held(id, LeaseKind::Overhead),
+                has_weights: !core.book.held(id, LeaseKind::Weights).is_zero(),
             };
             if let Some(before) = self.foresights.get(place).filter(|before| before.pid == worker.pid) {
-                let came = before.foreseen.is_zero() && !foresight.foreseen.is_zero();
+                let came = foresight.has_weights && !before.has_weights;
                 self.seen.foreseen += u64::from(came && foresight.leased > before.leased);
-                let is_none = foresight.foreseen.is_zero() && !has_weights;
-                let went = before.is_asked && !foresight.is_asked;
-                self.seen.foreseen_dropped += u64::from(went && is_none);
-                self.seen.foreseen_returned += u64::from(!before.foreseen.is_zero() && is_none);
+                let went = before.has_weights && !foresight.has_weights;
+                self.seen.foreseen_returned += u64::from(went && foresight.leased < before.leased);
             }
             now.insert(*place, foresight);
         }
