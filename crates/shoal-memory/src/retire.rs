@@ -214,6 +214,11 @@ impl MemoryManager {
         why.max()
     }
 
+    /// Whether anything at all could not be freed yet.
+    pub(crate) fn has_retired(&self) -> bool {
+        !self.retired.lock().is_empty()
+    }
+
     /// Keeps what could not be freed for a later operation.
     pub(crate) fn retire(&self, retired: Retired) {
         self.retired.lock().push(retired);

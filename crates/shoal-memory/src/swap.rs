@@ -166,6 +166,7 @@ impl MemoryManager {
         trust_clean: bool,
         deadline: Instant,
     ) -> Result<Plan, MemoryError> {
+        into.check_missing_unmapped(ALL)?;
         // Copies of what may be written on the device go as it comes, and make room for those of what leaves.
         let recycled = into.writable_copies();
         let plan = |free| out.inner.state.lock().table.plan_evict(ALL, free);

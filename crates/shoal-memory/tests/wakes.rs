@@ -3,8 +3,8 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,9 +13,10 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::device::{DeviceKind, Verb};
-use shoal_device::{Device, DeviceError, FaultDevice, ForeignStream};
+use shoal_device::{Device, DeviceError, FaultDevice, ForeignStream, Stream};
 use shoal_memory::{
-    Backing, ErrorKind, LocalBudget, ManagerOptions, MemoryError, MemoryManager, Region, RegionSpec, Transfer,
+    Backing, ErrorKind, Guard, LocalBudget, ManagerOptions, MemoryError, MemoryManager, Region, RegionSpec,
+    Transfer,
 };
 
 const PAGES: u64 = 8;
@@ -253,35 +254,86 @@ fn a_guard_in_order_starts_the_wake_and_needs_none_when_all_is_there() {
     world.check();
 }
 
-#[test]
-fn a_copy_that_fails_under_a_step_leaves_what_came_and_says_so() {
-    let (world, faults) = faulty(32);
-    let bytes = noise(PAGES * PAGE, 5);
-    let region = world.weights(PAGES, &bytes);
+/// A region whose last copy failed while a step ran beside its wake: the outcome, and the step's guard.
+fn fail_the_last_copy(region: &Region, faults: &FaultDevice) -> (Transfer, MemoryError, Guard) {
     let count = {
         faults.clear_history();
         region.wake(WAIT).expect("a thread").wait(WAIT).expect("room");
         region.sleep(0.0, false, WAIT).expect("clean");
         faults.history().iter().filter(|call| call.verb == Verb::Copy).count() as u64
     };
-    let inside = Arc::new(Mutex::new(None::<Transfer>));
     // The last copy fails, once a step runs beside the wake.
-    let (release, stopped) = hold_copy(&faults, count);
+    let (release, stopped) = hold_copy(faults, count);
     faults.fail_nth_matching(count, |call| call.verb == Verb::Copy);
     let wake = region.wake(WAIT).expect("a thread");
     stopped.recv_timeout(WAIT).expect("the last copy");
-    let (guard, beside) = region.guard_in_order(WAIT).expect("room");
-    *inside.lock().expect("no panic") = beside;
+    let (guard, _) = region.guard_in_order(WAIT).expect("room");
     drop(release);
     let error = wake.wait(WAIT).expect_err("injected");
+    faults.heal();
+    (wake, error, guard)
+}
+
+#[test]
+fn a_copy_that_fails_under_a_step_leaves_what_came_and_says_so() {
+    let (world, faults) = faulty(32);
+    let bytes = noise(PAGES * PAGE, 5);
+    let region = world.weights(PAGES, &bytes);
+    let (wake, error, guard) = fail_the_last_copy(&region, &faults);
     assert_eq!(error.kind(), ErrorKind::Device, "{error}");
     wake.wait_host(at(0), ByteCount(PAGE), WAIT).expect("it came, and stays under the step");
     assert_eq!(read(&region, 0, 1), part(&bytes, 0, 1));
     let missed = wake.wait_host(at(PAGES - 1), ByteCount(PAGE), WAIT).expect_err("did not come");
     assert_eq!(missed.kind(), ErrorKind::Device, "{missed}");
-    faults.heal();
     drop(guard);
     drop(region.guard(WAIT).expect("again"));
+    assert_eq!(read(&region, 0, PAGES), bytes);
+    world.check();
+}
+
+#[test]
+fn a_wake_waits_for_what_steps_may_still_touch_of_one_that_failed() {
+    let (world, faults) = faulty(32);
+    let bytes = noise(PAGES * PAGE, 6);
+    let region = world.weights(PAGES, &bytes);
+    let (_, _, guard) = fail_the_last_copy(&region, &faults);
+    // What the step queued runs on when it has ended.
+    let engine = Stream::create(&world.device).expect("a stream");
+    let (end, ended) = mpsc::channel::<()>();
+    let kernel = move || {
+        let _ = ended.recv_timeout(WAIT);
+    };
+    engine.launch_host((), kernel).expect("launched");
+    drop(guard);
+    let wake = region.wake(WAIT).expect("a thread");
+    thread::sleep(Duration::from_millis(200));
+    assert!(!wake.progress().is_finished, "the kernel runs: {:?}", wake.wait(Duration::ZERO));
+    assert_eq!(wake.progress().done, ByteCount::ZERO);
+    // Whoever has something to do that needs none of it is not kept waiting.
+    let other = world.weights(1, &noise(PAGE, 7));
+    other.wake(WAIT).expect("a thread").wait(WAIT).expect("room");
+    drop(end);
+    wake.wait(WAIT).expect("the memory is free");
+    assert_eq!(read(&region, 0, PAGES), bytes);
+    world.check();
+}
+
+#[test]
+fn a_wake_does_not_wait_for_memory_that_the_device_refuses_to_unmap() {
+    let (world, faults) = faulty(32);
+    let bytes = noise(PAGES * PAGE, 8);
+    let region = world.weights(PAGES, &bytes);
+    region.wake(WAIT).expect("a thread").wait(WAIT).expect("room");
+    faults.fail_all(Verb::Unmap, DeviceError::Injected { call: 0, verb: Verb::Unmap });
+    let refused = region.sleep(0.0, false, WAIT).expect_err("refused");
+    assert_eq!(refused.kind(), ErrorKind::Device, "{refused}");
+    let start = Instant::now();
+    let error = region.wake(WAIT).expect("a thread").wait(WAIT).expect_err("mapped still");
+    assert!(matches!(error, MemoryError::StillMapped { .. }), "{error}");
+    assert!(start.elapsed() < WAIT / 2, "to wait is no use");
+    world.check();
+    faults.heal();
+    region.wake(WAIT).expect("a thread").wait(WAIT).expect("unmapped by now");
     assert_eq!(read(&region, 0, PAGES), bytes);
     world.check();
 }

@@ -17,8 +17,8 @@ use crate::supply::{Content, Supply};
 use crate::turn::Taken;
 
 /// How soon it is looked again whether what was given up is unmapped, at first and at most.
-const NAP: Duration = Duration::from_millis(1);
-const NAP_MAX: Duration = Duration::from_millis(50);
+pub(super) const NAP: Duration = Duration::from_millis(1);
+pub(super) const NAP_MAX: Duration = Duration::from_millis(50);
 
 impl Region {
     /// Gives the pages that the range touches zeroed device memory, where they have none. All or nothing. What was given up
@@ -196,7 +196,7 @@ impl Region {
         self.lingering(runs).map_or(Ok(()), |_| Err(self.still_mapped(Duration::ZERO)))
     }
 
-    fn still_mapped(&self, waited: Duration) -> MemoryError {
+    pub(super) fn still_mapped(&self, waited: Duration) -> MemoryError {
         MemoryError::StillMapped { region: self.name().to_owned(), waited }
     }
 

@@ -19,9 +19,11 @@ use shoal_core::page_table::{Backing, PlannedMove};
 use shoal_core::protocol::LeaseKind;
 use shoal_core::residency::Move;
 
+use super::commit::{NAP, NAP_MAX};
 use super::incoming::{Arrived, Incoming};
 use super::{Region, Report};
 use crate::error::MemoryError;
+use crate::retire::Lingering;
 use crate::supply::{Content, Supply};
 use crate::transfer::{Shared, Transfer};
 use crate::turn::Taken;
@@ -97,6 +99,8 @@ impl Region {
         Ok(transfer)
     }
 
+    /// Waits for what something still holds at the addresses of what is missing; where the device refused to unmap it, waiting
+    /// is no use.
     pub(crate) fn restore_now(
         &self,
         bytes: ByteCount,
@@ -104,12 +108,40 @@ impl Region {
         shared: &Shared,
         reason: &str,
     ) -> Result<Report, MemoryError> {
-        let start = Instant::now();
+        let (start, mut nap) = (Instant::now(), NAP);
+        loop {
+            let held_up = match self.restore_once(bytes, deadline, shared, reason) {
+                Err(error @ MemoryError::StillMapped { .. }) => error,
+                outcome => return outcome.map(|report| Report { duration: start.elapsed(), ..report }),
+            };
+            if self.missing_lingers(bytes) == Some(Lingering::Refused) {
+                return Err(held_up);
+            }
+            if shared.is_cancelled() {
+                return Err(shared.cancelled());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.still_mapped(start.elapsed()));
+            }
+            // Nothing is held meanwhile: what holds the memory may be a step that waits for what another restore brings.
+            thread::sleep(nap);
+            nap = (nap * 2).min(NAP_MAX);
+        }
+    }
+
+    fn restore_once(
+        &self,
+        bytes: ByteCount,
+        deadline: Instant,
+        shared: &Shared,
+        reason: &str,
+    ) -> Result<Report, MemoryError> {
         let restoring = self.manager().take_restore(deadline)?;
         let wanted = {
             // In turn: in the middle of an eviction bytes are missing whose lease is not given back yet.
             let _turn = self.take_turn_to_restore(deadline)?;
             self.manager().drop_idle_copies();
+            self.check_missing_unmapped(bytes)?;
             self.missing_extents(bytes)
         };
         let planned_bytes = wanted.iter().copied().sum();
@@ -129,8 +161,24 @@ impl Region {
             self.restore_lending(&mut supply, deadline, shared, Some(&turn), Some(restoring))?
         };
         (report.requested, report.copied) = (brought.requested, brought.copied);
-        report.duration = start.elapsed();
         Ok(report)
+    }
+
+    /// Why memory is mapped still where a restore of `bytes` would map: see [`lingering`](Self::lingering).
+    fn missing_lingers(&self, bytes: ByteCount) -> Option<Lingering> {
+        if self.manager().has_retired() { self.lingering(&self.missing_runs(bytes)) } else { None }
+    }
+
+    fn missing_runs(&self, bytes: ByteCount) -> Vec<PageRun> {
+        let state = self.inner.state.lock();
+        let moves = state.table.plan_restore(bytes).moves;
+        let run = |planned: &PlannedMove| state.table.extent(planned.extent).map(|(extent, _)| extent.run());
+        moves.iter().filter_map(|planned| run(planned).ok()).collect()
+    }
+
+    /// Needs the turn.
+    pub(crate) fn check_missing_unmapped(&self, bytes: ByteCount) -> Result<(), MemoryError> {
+        self.missing_lingers(bytes).map_or(Ok(()), |_| Err(self.still_mapped(Duration::ZERO)))
     }
 
     /// The sizes of what a restore of `bytes` would map.
@@ -176,6 +224,7 @@ impl Region {
         turn: Option<&Taken>,
         restoring: Option<Taken>,
     ) -> Result<Report, MemoryError> {
+        self.check_missing_unmapped(supply.bytes())?;
         // Since the lease was asked for, others may have brought back some of it, and some more may have been evicted, with
         // which a server grants the lease.
         let (plan, missing) = {
