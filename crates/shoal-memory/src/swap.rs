@@ -88,7 +88,7 @@ impl MemoryManager {
     ///
     /// # Errors
     /// [`MemoryError::State`] for regions that cannot be swapped, [`MemoryError::Lease`] if `into` needs more than `out`
-    /// has, [`MemoryError::HostBudget`], [`MemoryError::Deadline`], [`MemoryError::Device`]. What had left by then
+    /// has, [`MemoryError::HostBudget`], [`MemoryError::Deadline`], [`MemoryError::StillMapped`], [`MemoryError::Device`]. What had left by then
     /// is on the host, what had come is on the device; the same swap, again, goes on from there.
     pub fn swap(
         self: &Arc<Self>,

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::drift::{Charge, Comparison, Holder, Reading, compare, is_back, tolerance};
-use shoal_core::protocol::LeaseKind;
+use shoal_core::protocol::{LeaseKind, WorkerUsage};
 
 use super::Core;
 use crate::config::DeviceChoice;
@@ -85,7 +85,7 @@ impl Core {
     /// The driver is being asked: what is leased now may be what it shows.
     pub(crate) fn begin_look(&mut self, now_ms: u64) -> u64 {
         for model in self.models.all_quietly() {
-            model.leased_then = self.book.total(model.id);
+            (model.leased_then, model.said_then) = (self.book.total(model.id), said_on_device(&model.usage));
         }
         now_ms
     }
@@ -211,11 +211,10 @@ impl Core {
             if process.is_none() && leased.is_zero() {
                 continue;
             }
-            let usage = &model.usage;
-            let on_device = [usage.weights_device, usage.kv_device, usage.pooled, usage.overhead_device];
-            // A simulated device hides nobody.
-            let said = if is_simulated { ByteCount::ZERO } else { on_device.into_iter().sum() };
             // What was given back while the driver was asked may be in its answer.
+            let said = said_on_device(&model.usage).max(model.said_then);
+            // A simulated device hides nobody.
+            let said = if is_simulated { ByteCount::ZERO } else { said };
             holders.push(Holder { leased: leased.max(model.leased_then), said, seen: model.seen });
         }
         holders
@@ -350,6 +349,11 @@ impl Core {
         }
         said
     }
+}
+
+/// What a process has of the device by its own word.
+fn said_on_device(usage: &WorkerUsage) -> ByteCount {
+    [usage.weights_device, usage.kv_device, usage.pooled, usage.overhead_device].into_iter().sum()
 }
 
 fn in_words(process: &ProcessSnapshot) -> String {

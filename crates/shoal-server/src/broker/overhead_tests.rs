@@ -8,6 +8,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 use super::driver::Looked;
 use super::overhead::KEPT_MS;
 use super::turn_tests::{Bench, WEIGHTS};
+use crate::config::DeviceChoice;
 
 const MIB: fn(u64) -> ByteCount = ByteCount::mib;
 
@@ -189,6 +190,20 @@ fn what_was_measured_is_not_asked_of_others_once_more() {
     let id = bench.core.models[0].id;
     assert_eq!(bench.core.book.corrected(id), ByteCount::ZERO, "it is its worker's to give back now");
     bench.core.book.check_invariants();
+}
+
+#[test]
+fn what_a_hidden_process_gave_up_while_the_driver_was_asked_is_nobody_elses() {
+    let mut bench = Bench::new();
+    std::sync::Arc::make_mut(&mut bench.core.config).device = DeviceChoice::Cuda(0);
+    for now_ms in [1_000, 2_000, 3_000, 4_000] {
+        bench.say(0, usage(ByteCount::ZERO, 20, 0), now_ms);
+        let begun_ms = bench.core.begin_look(now_ms);
+        let reading = Reading { total: MIB(100), free: MIB(80), processes: Vec::new() };
+        bench.say(0, usage(ByteCount::ZERO, 10, 0), now_ms + 10);
+        bench.core.handle_looked(Looked { reading, begun_ms, ..Looked::default() }, now_ms + 20);
+        assert_eq!(bench.core.book.charged(), ByteCount::ZERO, "at {now_ms}");
+    }
 }
 
 /// An engine of 60 MiB that keeps 8 asleep and takes 24 in steps, asleep, beside a busy one that leaves 18 MiB.

@@ -97,6 +97,8 @@ pub(crate) struct Record {
     pub(crate) seen: Option<ByteCount>,
     /// Its lease when the driver was last asked.
     pub(crate) leased_then: ByteCount,
+    /// And what its process had said by then that it has.
+    pub(crate) said_then: ByteCount,
     /// What it was seen to have beyond its lease, lately.
     pub(crate) drift: Agreed,
     /// What it was seen to have beside weights and KV, lately.
@@ -197,6 +199,7 @@ impl Record {
             child: None,
             seen: None,
             leased_then: ByteCount::ZERO,
+            said_then: ByteCount::ZERO,
             drift: Agreed::default(),
             beside: Agreed::default(),
             overhead_said: Recent::default(),
@@ -390,7 +393,7 @@ impl Record {
     /// Forgets what was measured of one process beside weights and KV, and what the driver showed of it.
     pub(crate) fn forget_overhead(&mut self) {
         self.seen = None;
-        self.leased_then = ByteCount::ZERO;
+        (self.leased_then, self.said_then) = (ByteCount::ZERO, ByteCount::ZERO);
         self.drift.clear();
         self.beside.clear();
         self.overhead_said = Recent::default();
