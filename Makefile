@@ -42,7 +42,7 @@ test: preflight-test setup ## Set up and run every test that needs no GPU
 	@$(BIN)/python scripts/test_all.py $(MAKE)
 
 test-rust: setup ## Tests of the Rust crates
-	cargo test --locked --workspace --quiet
+	cargo test --locked --workspace --quiet --no-fail-fast
 
 test-python: setup ## Tests of the Python package, the server and the repository
 	$(BIN)/python -m pytest -q

@@ -125,6 +125,9 @@ impl Core {
     }
 
     fn lease_returned(&mut self, place: usize, kind: LeaseKind, bytes: ByteCount, now_ms: u64) {
+        if bytes.is_zero() {
+            return;
+        }
         let id = self.models[place].id;
         if let Err(error) = self.book.give_back(id, kind, bytes) {
             return self.break_off(place, error.to_string(), now_ms);
@@ -135,7 +138,7 @@ impl Core {
         for order in model.orders.values_mut() {
             order.returned(&mut left);
         }
-        if kind == LeaseKind::Weights && !bytes.is_zero() {
+        if kind == LeaseKind::Weights {
             self.advance(place, LifeEvent::SomeLeft);
             self.ask_for_what_left(place, bytes);
             self.models[place].orders.values_mut().for_each(Order::lost_some);

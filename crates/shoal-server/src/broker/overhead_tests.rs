@@ -101,6 +101,18 @@ fn what_was_declared_is_its_workers_to_give_back_and_what_it_has_stays_leased() 
     assert_eq!(overhead(&bench, 0), 20, "less is not there, whatever it says");
 }
 
+#[test]
+fn a_return_of_nothing_is_no_news() {
+    let mut bench = Bench::new();
+    bench.request(0, LeaseKind::Overhead, MIB(30), 10);
+    let told = |bench: &Bench| bench.core.events.kept().count();
+    let before = told(&bench);
+    for bytes in [ByteCount::ZERO, MIB(1)] {
+        bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Overhead, bytes }, 20);
+        assert_eq!(told(&bench) - before, usize::from(!bytes.is_zero()));
+    }
+}
+
 /// A reading is of another moment than what the worker says of its weights. So a single one that shows less is none.
 #[test]
 fn what_the_driver_shows_less_of_is_given_back_once_readings_agree() {
