@@ -77,7 +77,7 @@ def test_workers_go_on_under_the_next_server(tmp_path: Path, model_tables: list[
         server.order(partly, "wake")
         server.order(partly, "sleep", keep=0.5)
         server.order(awake, "wake")
-        until(lambda: all(said_all(server, name) for name in right), 10, "the workers' figures are new")
+        until(lambda: all(said_all(server, name) for name in right), 60, "the workers' figures are new")
         before = {name: server.model(name) for name in right}
         assert [before[name]["status"] for name in (awake, partly, asleep)] == ["awake", "partly_resident", "asleep"]
         pids = server.workers()
@@ -86,7 +86,7 @@ def test_workers_go_on_under_the_next_server(tmp_path: Path, model_tables: list[
             assert all(alive(pid) for pid in pids.values())
             server.start_again()
             for name in right:
-                server.wait_for(name, before[name]["status"], timeout_s=20)
+                server.wait_for(name, before[name]["status"], timeout_s=120)
             assert server.workers() == pids, "the same processes"
             assert len(adopted(server)) == 3
             for name in right:
@@ -233,7 +233,7 @@ def test_a_server_killed_again_and_again(tmp_path: Path, model_tables: list[dict
             server.start_again()
             time.sleep(moment)
         for name in names_of(tables):
-            server.wait_for(name, "asleep", "awake", "partly_resident", timeout_s=30)
+            server.wait_for(name, "asleep", "awake", "partly_resident", timeout_s=120)
         assert server.workers() == pids
         for name, text in right.items():
             assert server.complete(name, "abc", 20) == text

@@ -69,7 +69,7 @@ class Server:
         assert self.connection is not None
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def wait_for(self, say: str, timeout_s: float = 10) -> dict[str, Any]:
+    def wait_for(self, say: str, timeout_s: float = 60) -> dict[str, Any]:
         end = time.monotonic() + timeout_s
         while True:
             said = self.heard.get(timeout=max(end - time.monotonic(), 0.001))
@@ -246,11 +246,11 @@ def test_shutdown_is_waited_for_without_the_gil(server: Server) -> None:
     mem = shoal.MemoryManager(broker=client)
     server.wait_for("hello")
     assert client.wait_shutdown(0.05) is None
-    threading.Timer(0.1, lambda: server.say(say="shutdown", deadline_ms=1500, reason="the end")).start()
-    order = client.wait_shutdown(10)
+    threading.Timer(0.1, lambda: server.say(say="shutdown", deadline_ms=60_000, reason="the end")).start()
+    order = client.wait_shutdown(30)
     assert order is not None
     assert order["reason"] == "the end"
-    assert 1000 < order["deadline_ms"] <= 1500
+    assert 30_000 < order["deadline_ms"] <= 60_000
     assert client.shutdown_requested
     assert client.wait_shutdown(0) is not None
     del mem

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,18 @@ if TYPE_CHECKING:
 
 
 def free_port() -> int:
-    """Give a TCP port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Give a TCP port of the loopback address that nobody has now.
+
+    Below those that the system gives to outgoing connections: such a one may be another test's before a server has it.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    dice = random.SystemRandom()
+    for _ in range(100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := dice.randrange(first // 2, first)))
+            return port
+    msg = "no port is free"
+    raise RuntimeError(msg)
 
 
 def toml_value(value: object) -> str:
@@ -126,7 +135,7 @@ class Server:
     def kill(self) -> None:
         """End it with SIGKILL, as a machine short of memory would."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         self.http.close()
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
@@ -136,7 +145,7 @@ class Server:
         self.process = start(self.home, self.config)
         wait_until_up(self)
 
-    def stop(self, timeout_s: float = 30) -> int:
+    def stop(self, timeout_s: float = 60) -> int:
         """End it the way Ctrl-C does and give its exit status."""
         self.http.close()
         if self.process.poll() is None:
@@ -145,7 +154,7 @@ class Server:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait(10)
+            return self.process.wait(60)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -192,7 +201,7 @@ def serve(home: Path, *, models: list[dict[str, object]], **server: object) -> I
         running.stop()
 
 
-def wait_until_up(server: Server, timeout_s: float = 30) -> None:
+def wait_until_up(server: Server, timeout_s: float = 120) -> None:
     """Wait until `/healthz` answers; raises with the log when the server ends instead."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -421,4 +421,4 @@ def test_embeddings_wait_for_memory_and_then_say_so(bert_dir, tmp_path):
         assert (status, answer["error"]["code"]) == (503, "out_of_memory")
         await settled(lambda: worker.engine.counts().running == 0)
 
-    with_worker(bert_dir, tmp_path, act, stall_timeout_s=0.6)
+    with_worker(bert_dir, tmp_path, act, stall_timeout_s=5)

@@ -33,7 +33,7 @@ def longest(model, kv_mib, *, block_tokens, named="device_bytes"):
     total = weights + kv_mib * MIB
     model = type(model)(model.config).eval()
     spec = WorkerSpec(
-        source="x", threads=1, block_tokens=block_tokens, stall_timeout_s=3.0, kv_max_bytes=256 * MIB, **{named: total}
+        source="x", threads=1, block_tokens=block_tokens, stall_timeout_s=60.0, kv_max_bytes=256 * MIB, **{named: total}
     )
     with simulated_memory(total) as mem:
         memory = DeviceMemory(mem)
@@ -47,7 +47,7 @@ def longest(model, kv_mib, *, block_tokens, named="device_bytes"):
             started = time.monotonic()
             with pytest.raises(ApiError) as caught:
                 engine.submit([7] * (context - 3), GREEDY, 4)
-            assert time.monotonic() - started < 0.5
+            assert time.monotonic() - started < 30, "at once, and not when it stalls"
             assert len(await asyncio.wait_for(tokens_of(engine, [7] * (context - 3), 3), 60)) == 3
             return context, str(caught.value)
 

@@ -55,7 +55,7 @@ class Process:
     def close(self):
         self.broker.close()
         try:
-            self.process.wait(10)
+            self.process.wait(60)
         finally:
             self.process.kill()
 
@@ -103,13 +103,13 @@ def test_it_takes_no_device_memory_before_a_request_and_owns_no_kv_after(llama_d
     assert text_of(worker.post("completions", ASK)) == expected
     assert worker.broker.leased["weights"] >= capabilities["weights_bytes"]
     assert worker.broker.leased["kv"] in (0, 2 * MIB)
-    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["tokens_out"] == 24, 10)
-    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_live"] == 0, 10)
+    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["tokens_out"] == 24, 60)
+    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_live"] == 0, 60)
     if is_caching:
         assert worker.broker.leased["kv"] == worker.usage()["kv_device"] == worker.usage()["kv_cached"] == 2 * MIB
         assert worker.broker.order("reclaim", bytes=1)["copied"] == 0, "what a prefix holds goes before weights do"
-    worker.broker.wait(lambda b: b.leased["kv"] == 0, 10)
-    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_device"] == 0, 10)
+    worker.broker.wait(lambda b: b.leased["kv"] == 0, 60)
+    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_device"] == 0, 60)
     assert worker.broker.peak <= worker.broker.budget
 
 
@@ -121,7 +121,7 @@ def test_orders_between_requests_change_no_token(llama_dir, start, expected):
         done = worker.broker.order("reclaim", bytes=1 << 40)
         assert done["bytes"] > 0
         assert done["error"] is None
-        worker.broker.wait(lambda b: sum(b.leased.values()) - b.leased["overhead"] == 0, 10)
+        worker.broker.wait(lambda b: sum(b.leased.values()) - b.leased["overhead"] == 0, 60)
     assert worker.broker.order("wake")["bytes"] > 0
     assert text_of(worker.post("completions", ASK)) == expected
 
@@ -169,7 +169,7 @@ def test_a_model_that_cannot_be_served_says_why_and_ends(tmp_path, start):
     failed = worker.broker.wait(lambda b: b.said("failed"))[0]
     assert failed["code"] == "model_missing"
     assert "nowhere" in failed["message"]
-    assert worker.process.wait(10) == 1
+    assert worker.process.wait(60) == 1
 
 
 def test_a_specification_that_is_wrong_says_why(llama_dir, start):
@@ -198,14 +198,14 @@ def test_a_missing_package_is_named_with_its_remedy_and_no_restart(  # noqa: PLR
     assert failed["code"] == "engine", "only 'internal' is started again"
     assert re.search(said, failed["message"])
     assert "pip install 'shoal[serve]'" in failed["message"]
-    assert worker.process.wait(10) == 1
+    assert worker.process.wait(60) == 1
 
 
 def test_it_ends_when_the_server_is_gone(llama_dir, start):
     worker = start(llama_dir)
     worker.ready()
     worker.broker.close()
-    worker.process.wait(5)
+    worker.process.wait(60)
 
 
 @pytest.mark.parametrize("how", ["sigterm", "shutdown"])
@@ -221,12 +221,12 @@ def test_it_ends_gracefully(llama_dir, start, how):
                 if how == "sigterm":
                     worker.process.send_signal(signal.SIGTERM)
                 else:
-                    worker.broker.say({"say": "shutdown", "deadline_ms": 10_000, "reason": "a test"})
+                    worker.broker.say({"say": "shutdown", "deadline_ms": 60_000, "reason": "a test"})
                 return (await answer.text()).strip().split("\n\n")
 
     events = asyncio.run(run())
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
     started = time.monotonic()
-    assert worker.process.wait(10) == 0
-    assert time.monotonic() - started < 5
+    assert worker.process.wait(60) == 0
+    assert time.monotonic() - started < 30, "it waited for its deadline"

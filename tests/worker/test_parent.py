@@ -42,8 +42,8 @@ def test_a_worker_that_is_still_starting_ends_with_its_server(tmp_path):
         try:
             assert _alive(pid)
             server.kill()
-            server.wait(10)
-            deadline = time.monotonic() + 2
+            server.wait(60)
+            deadline = time.monotonic() + 60
             while _alive(pid):
                 assert time.monotonic() < deadline, "the worker lives on"
                 time.sleep(0.01)
@@ -57,6 +57,6 @@ def test_a_worker_that_is_still_starting_ends_with_its_server(tmp_path):
 def test_a_worker_whose_server_is_gone_already_does_not_begin(tmp_path):
     command = [sys.executable, "-m", "shoal.worker", "--control", str(tmp_path / "none.sock"), "--model", "tiny"]
     env = os.environ | {"SHOAL_SERVER_PID": "999999999"}
-    worker = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    worker = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert worker.returncode == 1
     assert worker.stderr == "shoal.worker: the server that started this worker is gone\n"

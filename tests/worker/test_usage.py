@@ -9,12 +9,20 @@ from shoal.worker.usage import Counts, Reporter
 
 def test_only_changes_are_told_and_the_last_value_always():
     now, told = [Counts(tokens_out=0)], []
+
+    def wait_for(value: int) -> None:
+        end = time.monotonic() + 60
+        while not told or told[-1].tokens_out != value:
+            assert time.monotonic() < end, f"{value} is not told"
+            time.sleep(0.005)
+        time.sleep(0.03)  # nothing has changed meanwhile
+
     reporter = Reporter(lambda: now[0], told.append, interval_s=0.01)
     reporter.start()
+    wait_for(0)
     for value in (1, 2):
-        time.sleep(0.05)
         now[0] = Counts(tokens_out=value)
-    time.sleep(0.05)
+        wait_for(value)
     now[0] = Counts(tokens_out=3)
     reporter.stop()
     assert [counts.tokens_out for counts in told] == [0, 1, 2, 3]
