@@ -313,6 +313,7 @@ def test_a_guard_that_never_comes_fails_a_prepared_batch_and_not_the_next():
         async def run():
             first = asyncio.create_task(tokens_of(engine, [5, 6, 7], 8))
             await settled(lambda: engine._prepared)
+            await asyncio.sleep(2)  # so that the other's time is not over with its own
             second = asyncio.create_task(tokens_of(engine, [8, 9], 8))
             with pytest.raises(ApiError, match="no device memory"):
                 await first

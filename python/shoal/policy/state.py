@@ -25,6 +25,8 @@ class Model:
         Its leases in bytes, by kind; overhead cannot be ordered back.
     overhead_lacking
         Bytes that its steps will take besides once it has weights, and that are not leased: a request for weights has them in it.
+    overhead_leaves
+        Bytes of its overhead that are free before long once it has no weights.
     kv_live
         Bytes of KV that some request uses.
     kv_cached
@@ -90,6 +92,7 @@ class Model:
     kv_min: int = 0
     overhead_held: int = 0
     overhead_lacking: int = 0
+    overhead_leaves: int = 0
     ordered: int = 0
     pinned: bool = False
     is_rigid: bool = False

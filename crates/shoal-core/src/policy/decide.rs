@@ -266,7 +266,7 @@ impl<'a> Decision<'a> {
         wanted: ByteCount,
     ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
         let age = self.field.seniority(request);
-        let mut found = self.field.free + self.field.incoming;
+        let mut found = self.field.free + self.field.incoming_for(request);
         let mut picks: Vec<(Candidate, ByteCount)> = Vec::new();
         for candidate in candidates {
             // Running models are disturbed only for the least that is of use.
@@ -286,7 +286,7 @@ impl<'a> Decision<'a> {
                     || self.field.state.models[candidate.model].is_rigid);
             let bytes = if is_whole { offer } else { part };
             if !bytes.is_zero() {
-                found += bytes;
+                found += bytes + self.field.leaves_with(candidate.model, taken + bytes);
                 picks.push((candidate, bytes));
             }
         }
@@ -463,6 +463,7 @@ impl<'a> Decision<'a> {
         // What is on its way up already will take its part.
         let missing = |model: &ModelState| {
             (model.weights_total + model.kv_min).saturating_sub(model.weights_held + model.kv_held)
+                + model.overhead_lacking
         };
         let promised: ByteCount =
             state.models.iter().filter(|model| model.wake_ordered && !model.up).map(missing).sum();

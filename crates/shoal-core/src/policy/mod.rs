@@ -47,6 +47,12 @@
 //! others may leave, and holds nobody up. So does one for which leases for overhead are in the way that may fall
 //! ([`ShelfState::falling`]).
 //!
+//! # What only steps take
+//! An engine may take memory in its steps that it asks nobody for. It is leased with its weights: a request for them has
+//! [`ModelState::overhead_lacking`] in it. With the last of its weights it is free again
+//! ([`ModelState::overhead_leaves`]), and counts as coming from whoever is asked for all of them. Where that was a guess and
+//! less came, the next plan knows.
+//!
 //! # Against thrashing
 //! What is brought back runs for a turn, is asked last for a while when it is idle, and is not taken for the sake of what
 //! nobody asked for: a model is preloaded only into what is free. How much moves for nothing all the same is the
@@ -83,6 +89,8 @@ pub mod worth;
 
 #[cfg(test)]
 mod apart;
+#[cfg(test)]
+mod beside;
 #[cfg(test)]
 mod crowded;
 #[cfg(test)]

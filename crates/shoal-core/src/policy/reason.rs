@@ -1,7 +1,9 @@
 //! Decisions in words, with the numbers they rest on.
 
 use super::state::{ModelState, PendingRequest};
-use super::victims::{Candidate, Choice, Class, Field, Part, floor, in_use, kept, owed, worth_of};
+use super::victims::{
+    Candidate, Choice, Class, Field, Part, floor, in_use, kept, kept_for_good, owed, worth_of,
+};
 use super::worth::{spread_ms, uses_milli};
 use crate::bytes::ByteCount;
 use crate::protocol::LeaseKind;
@@ -148,6 +150,7 @@ fn why_kept(model: &ModelState) -> &'static str {
     match () {
         () if model.pinned => "pinned",
         () if model.keeps_weights && floor(model) > model.min => "it does not sleep",
+        () if model.min < floor(model) => "beside weights and KV",
         () => "its minimum",
     }
 }
@@ -216,7 +219,11 @@ pub(super) fn over_max(model: &ModelState, request: &PendingRequest) -> String {
 /// What of its weights has to come before it can use the KV that it asks for.
 fn lacking(model: &ModelState, request: &PendingRequest) -> String {
     let owed = owed(model, request);
-    if owed.is_zero() { String::new() } else { format!(", lacks {owed} of its weights") }
+    match (owed.is_zero(), model.overhead_lacking.is_zero()) {
+        (true, _) => String::new(),
+        (false, true) => format!(", lacks {owed} of its weights"),
+        (false, false) => format!(", lacks {owed} of its weights and of what its steps take besides"),
+    }
 }
 
 pub(super) fn never(
@@ -236,7 +243,7 @@ pub(super) fn never(
         own_use(model, request),
         lacking(model, request),
         holders(field, model, |other| {
-            let kept = kept(other);
+            let kept = kept_for_good(other);
             (!kept.is_zero() && other.ready)
                 .then(|| format!("{} keeps {kept} ({})", other.name, why_kept(other)))
         })

@@ -59,6 +59,9 @@ pub struct ModelState {
     /// What its steps will take besides once it has weights, and is not leased yet: asked for with them, as one request.
     #[serde(default)]
     pub overhead_lacking: ByteCount,
+    /// What of its overhead is free again before long once it has no weights: what only steps take.
+    #[serde(default)]
+    pub overhead_leaves: ByteCount,
     /// Bytes it was ordered to give back and has not yet.
     pub ordered: ByteCount,
     /// Never evicted.

@@ -105,7 +105,10 @@ impl<'a> Field<'a> {
         let index: BTreeMap<_, _> =
             state.models.iter().enumerate().map(|(place, model)| (model.id, place)).collect();
         let held: ByteCount = state.models.iter().map(ModelState::held).sum();
+        // With the last of its weights goes what only its steps take.
+        let goes = |model: &&ModelState| model.ordered >= model.stands();
         let incoming: ByteCount = state.models.iter().map(|model| model.ordered.min(model.held())).sum();
+        let incoming = incoming + state.models.iter().filter(goes).map(leaves).sum::<ByteCount>();
         let owed = held.saturating_sub(state.budget).min(state.taken);
         let mut field = Self {
             state,
@@ -122,7 +125,7 @@ impl<'a> Field<'a> {
             incoming: incoming.saturating_sub(owed),
             owed: owed.saturating_sub(incoming),
             next_change_ms: u64::MAX,
-            kept_by_all: state.models.iter().map(kept).sum(),
+            kept_by_all: state.models.iter().map(kept_for_good).sum(),
             index,
         };
         let changes = state.models.iter().flat_map(|model| {
@@ -304,7 +307,7 @@ impl<'a> Field<'a> {
 
     /// All that it takes to run `model` fits into the budget as it is now.
     fn could_return(&self, model: &ModelState) -> bool {
-        let kept = self.kept_by_all.saturating_sub(kept(model));
+        let kept = self.kept_by_all.saturating_sub(kept_for_good(model));
         let overhead = model.overhead_held + model.overhead_lacking;
         let needed = model.weights_total + model.kv_min.max(model.kv_live) + overhead;
         kept + needed <= self.state.budget
@@ -358,7 +361,7 @@ impl<'a> Field<'a> {
     /// asking model holds itself, and beside KV the weights that it lacks.
     pub(super) fn most(&self, request: &PendingRequest) -> ByteCount {
         let own = self.model(request.model).map_or(ByteCount::ZERO, |model| {
-            let kept = self.kept_by_all.saturating_sub(kept(model)) + owed(model, request);
+            let kept = self.kept_by_all.saturating_sub(kept_for_good(model)) + owed(model, request);
             let surplus = model.kv_held.saturating_sub(model.kv_live);
             let yields = request.kind != LeaseKind::Kv && model.ready && !model.pinned;
             kept + if yields { model.held().saturating_sub(surplus) } else { model.held() }
@@ -371,7 +374,7 @@ impl<'a> Field<'a> {
     /// let in on the strength of one another, some turn would always be running, and `request` would wait for ever.
     pub(super) fn eventual(&self, request: &PendingRequest) -> ByteCount {
         let asked_ms = self.since(request);
-        let others = self.state.models.iter().zip(&self.left).map(|(model, left)| {
+        let others = self.state.models.iter().zip(&self.left).enumerate().map(|(place, (model, left))| {
             if !model.ready {
                 // Its process is ending: all it holds comes back.
                 model.held().saturating_sub(model.ordered)
@@ -380,10 +383,25 @@ impl<'a> Field<'a> {
             } else if self.in_turn(model) && model.turn_since_ms.is_none_or(|since| since >= asked_ms) {
                 left.spare
             } else {
-                left.all
+                left.all + self.leaves_with(place, left.all)
             }
         });
-        self.free + self.incoming + others.sum()
+        self.free + self.incoming_for(request) + others.sum()
+    }
+
+    /// What is on its way for `request`: not what the asking model's own steps took, which it will need again.
+    pub(super) fn incoming_for(&self, request: &PendingRequest) -> ByteCount {
+        let own = self.model(request.model).filter(|model| model.ordered >= model.stands());
+        self.incoming.saturating_sub(own.map_or(ByteCount::ZERO, leaves))
+    }
+
+    /// What else is free before long if the model at `place` is ordered to give up `bytes` more: what its steps take, if that is
+    /// the last of its weights.
+    pub(super) fn leaves_with(&self, place: usize, bytes: ByteCount) -> ByteCount {
+        let model = &self.state.models[place];
+        let before = self.ordered_at(place);
+        let is_last = before < model.stands() && before + bytes >= model.stands();
+        if is_last { leaves(model) } else { ByteCount::ZERO }
     }
 
     /// Marks `request` as met. Who has all its weights, or is about to, is not kept waiting by those who run.
@@ -440,11 +458,11 @@ impl<'a> Field<'a> {
     }
 }
 
-/// Weights that `model` still needs before it can use what `request` asks for. KV in the room of them would keep them out for
+/// Weights, and what steps take beside them, that `model` still needs before it can use what `request` asks for. KV in the room of them would keep them out for
 /// ever, since KV that is in use is not given up for one's own weights.
 pub(super) fn owed(model: &ModelState, request: &PendingRequest) -> ByteCount {
     match request.kind {
-        LeaseKind::Kv => model.weights_total.saturating_sub(model.weights_held),
+        LeaseKind::Kv => model.weights_total.saturating_sub(model.weights_held) + model.overhead_lacking,
         LeaseKind::Weights | LeaseKind::Overhead => ByteCount::ZERO,
     }
 }
@@ -480,6 +498,18 @@ pub(super) fn kept(model: &ModelState) -> ByteCount {
     } else {
         floor(model).min(model.held())
     }
+}
+
+/// [`kept`] once it has no weights any more, where it can be made to give up all of them.
+pub(super) fn kept_for_good(model: &ModelState) -> ByteCount {
+    let all_weights_may_go = !model.pinned && !keeps_all(model) && floor(model) <= model.overhead_held;
+    let rest = kept(model).saturating_sub(model.overhead_leaves).max(model.min);
+    if all_weights_may_go { rest.min(kept(model)) } else { kept(model) }
+}
+
+/// What of its overhead is free before long once it has no weights any more.
+fn leaves(model: &ModelState) -> ByteCount {
+    kept(model).saturating_sub(kept_for_good(model))
 }
 
 /// It has a minimum, and cannot give up what is above it alone.

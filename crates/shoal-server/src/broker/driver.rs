@@ -103,14 +103,16 @@ impl Core {
             return false;
         }
         let total = self.driver.looked.reading.total;
-        let mut holders = self.live_holders();
+        let (mut holders, said) = self.live_holders();
         // Only one that has something tells whether it would be shown; the last that did counts until another does.
         let mut telling = holders.iter().filter(|holder| !holder.said.is_zero()).peekable();
         if telling.peek().is_some() {
             self.driver.hides = telling.any(Holder::is_hidden);
         }
         let departed: Vec<(u32, ByteCount)> = self.book.departed().collect();
-        let mut gone = holders.clone();
+        // What was given up while the driver was asked may be what the dead seem to have given back: here only what is said now.
+        let said_now = |(holder, now): (&Holder, &ByteCount)| Holder { said: *now, ..*holder };
+        let mut gone: Vec<Holder> = holders.iter().zip(&said).map(said_now).collect();
         for (process, bytes) in &departed {
             let seen = self.driver.looked.of(*process);
             // Where nothing is shown, it counts as there until it is seen to be back.
@@ -200,9 +202,10 @@ impl Core {
     }
 
     /// Every model's process, with what was read of it.
-    fn live_holders(&mut self) -> Vec<Holder> {
+    /// Holders of leases, with what each said at most since the driver was asked; and what it says now.
+    fn live_holders(&mut self) -> (Vec<Holder>, Vec<ByteCount>) {
         let is_simulated = self.config.device == DeviceChoice::Sim;
-        let mut holders = Vec::with_capacity(self.models.len());
+        let (mut holders, mut now) = (Vec::with_capacity(self.models.len()), Vec::new());
         for model in self.models.all_quietly() {
             let is_rigid = model.is_rigid();
             let process = if is_rigid { model.child } else { model.pid };
@@ -212,12 +215,15 @@ impl Core {
                 continue;
             }
             // What was given back while the driver was asked may be in its answer.
-            let said = said_on_device(&model.usage).max(model.said_then);
+            let said = said_on_device(&model.usage);
             // A simulated device hides nobody.
-            let said = if is_simulated { ByteCount::ZERO } else { said };
-            holders.push(Holder { leased: leased.max(model.leased_then), said, seen: model.seen });
+            let of_hidden = |said| if is_simulated { ByteCount::ZERO } else { said };
+            let said_at_most = of_hidden(said.max(model.said_then));
+            let leased = leased.max(model.leased_then);
+            holders.push(Holder { leased, said: said_at_most, seen: model.seen });
+            now.push(of_hidden(said));
         }
-        holders
+        (holders, now)
     }
 
     /// What a worker has beyond its lease time and again is overhead of it, and what it has less by now is not. True where

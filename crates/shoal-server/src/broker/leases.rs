@@ -129,9 +129,11 @@ impl Core {
             return;
         }
         let id = self.models[place].id;
+        let before = self.book.held(id, LeaseKind::Weights);
         if let Err(error) = self.book.give_back(id, kind, bytes) {
             return self.break_off(place, error.to_string(), now_ms);
         }
+        self.note_weights(place, before, now_ms);
         self.note_moved(place, kind, false, bytes, now_ms);
         let model = &mut self.models[place];
         let mut left = bytes;
@@ -214,6 +216,8 @@ impl Core {
             }
             return;
         }
+        let before = self.book.held(id, LeaseKind::Weights);
+        let brings_more = kind == LeaseKind::Weights && !self.overhead_lacking(place).is_zero();
         let bytes = self.of_what_was_met(&asked.pending, bytes);
         if let Err(error) = self.book.grant(id, kind, bytes) {
             // The policy counts as the book does; if it ever does not, the book is right.
@@ -221,8 +225,9 @@ impl Core {
             self.models[place].say(FromServer::LeaseDeny { request, reason: error.to_string() });
             return;
         }
+        self.note_weights(place, before, now_ms);
         self.note_moved(place, kind, true, bytes, now_ms);
-        if kind == LeaseKind::Weights {
+        if brings_more {
             // What its steps may take came with them.
             self.follow_overhead(place, now_ms);
         }

@@ -19,6 +19,8 @@ use crate::state::EventKind;
 
 /// How long what was measured counts after it was last so.
 pub(super) const KEPT_MS: u64 = 30_000;
+/// How long after its last weights an engine has given up what its steps took.
+const LEAVES_MS: u64 = 5_000;
 /// A correction is lowered by no less than this part of what is due: less is worth nobody's while.
 const SLACK_PART: u64 = 16;
 /// How long measured overhead may stay uncovered before it is asked for anew.
@@ -27,10 +29,49 @@ const WAIT_MS: u64 = 60_000;
 impl Core {
     /// What the lease for overhead of the model at `place` is to be: no less than what was measured lately.
     pub(super) fn overhead_due(&mut self, place: usize, now_ms: u64) -> ByteCount {
-        let kept = self.peak_kept(place);
+        let (kept, kept_ms) = (self.peak_kept(place), self.kept_ms(place));
         let model = self.models.quietly(place);
-        let seen = model.overhead_seen.most(now_ms, KEPT_MS);
-        model.overhead_said.most(now_ms, KEPT_MS).max(seen).max(kept)
+        let seen = model.overhead_seen.most(now_ms, kept_ms);
+        model.overhead_said.most(now_ms, kept_ms).max(seen).max(kept)
+    }
+
+    /// How long what was measured counts. Of an engine that says what its steps take, none run without weights: what it has
+    /// given up then it does not take again before it has them.
+    fn kept_ms(&self, place: usize) -> u64 {
+        let model = &self.models[place];
+        let has_weights = !self.book.held(model.id, LeaseKind::Weights).is_zero();
+        if model.usage.overhead_peak.is_zero() || has_weights { KEPT_MS } else { 0 }
+    }
+
+    /// What of the lease for overhead is free again once it has no weights: what goes beyond what it had without them. As long as
+    /// that is not known all that was measured, so that somebody is sent away once in vain rather than never.
+    pub(super) fn overhead_leaves(&self, place: usize, now_ms: u64) -> ByteCount {
+        let model = &self.models[place];
+        if model.usage.overhead_peak.is_zero() {
+            return ByteCount::ZERO;
+        }
+        let (without, now) = (model.overhead_without_weights, model.overhead_now());
+        let has_weights = !self.book.held(model.id, LeaseKind::Weights).is_zero();
+        let rest = match model.weights_left_ms {
+            _ if has_weights => without.unwrap_or_default(),
+            // It is given back after them.
+            Some(left_ms) if now_ms < left_ms.saturating_add(LEAVES_MS) => without.unwrap_or(now).min(now),
+            _ => now,
+        };
+        let held = self.book.held(model.id, LeaseKind::Overhead);
+        held.saturating_sub(rest).min(self.book.corrected(model.id))
+    }
+
+    /// Notes what it has without weights when they come, and when they have left.
+    pub(super) fn note_weights(&mut self, place: usize, before: ByteCount, now_ms: u64) {
+        let after = self.book.held(self.models[place].id, LeaseKind::Weights);
+        let model = self.models.quietly(place);
+        if before.is_zero() && !after.is_zero() {
+            model.overhead_without_weights = Some(model.overhead_now());
+            model.weights_left_ms = None;
+        } else if after.is_zero() && !before.is_zero() {
+            model.weights_left_ms = Some(now_ms);
+        }
     }
 
     /// What its steps may take without a question. They may run while it has weights.
@@ -71,7 +112,8 @@ impl Core {
     /// When the correction of the model at `place` may fall by time alone.
     fn note_fall(&mut self, place: usize) {
         let model = &self.models[place];
-        let falls = [&model.overhead_said, &model.overhead_seen].map(|recent| recent.falls_at_ms(KEPT_MS));
+        let kept_ms = self.kept_ms(place);
+        let falls = [&model.overhead_said, &model.overhead_seen].map(|recent| recent.falls_at_ms(kept_ms));
         match falls.into_iter().flatten().min() {
             Some(at_ms) if !self.book.corrected(model.id).is_zero() => {
                 self.overhead_falls.insert(place, at_ms);
@@ -92,15 +134,16 @@ impl Core {
         }
     }
 
-    /// What is leased for overhead of which less is measured by now.
+    /// What is leased for overhead of which less is measured by now, but for what [leaves](Self::overhead_leaves) with weights.
     pub(super) fn overhead_falling(&self) -> ByteCount {
+        let by_time = |place: &&usize| self.models[**place].usage.overhead_peak.is_zero();
         let of = |place: &usize| {
-            let (model, kept) = (&self.models[*place], self.peak_kept(*place));
-            let now = model.overhead_said.now().max(model.overhead_seen.now()).max(kept);
+            let model = &self.models[*place];
+            let now = model.overhead_now();
             let held = self.book.held(model.id, LeaseKind::Overhead);
             held.saturating_sub(now).min(self.book.corrected(model.id))
         };
-        self.overhead_falls.keys().map(of).sum()
+        self.overhead_falls.keys().filter(by_time).map(of).sum()
     }
 
     pub(super) fn next_overhead_fall(&self) -> Option<u64> {
@@ -183,6 +226,11 @@ impl Core {
 }
 
 impl Record {
+    /// What it has beside weights and KV by now, by its own word or the driver's.
+    fn overhead_now(&self) -> ByteCount {
+        self.overhead_said.now().max(self.overhead_seen.now())
+    }
+
     /// The driver shows `seen` of its process, which may be less beside weights and KV than it was. That is believed only when
     /// it stays, as drift is: a reading and the worker's word are not of one moment.
     pub(super) fn see_less_overhead(&mut self, seen: ByteCount, now_ms: u64) {

@@ -102,6 +102,30 @@ fn what_was_declared_is_its_workers_to_give_back_and_what_it_has_stays_leased() 
 }
 
 #[test]
+fn two_engines_that_each_fit_beside_the_other_asleep_take_turns() {
+    let mut bench = Bench::new();
+    for place in 0..2 {
+        bench.say(place, usage(ByteCount::ZERO, 8, 24), 10);
+    }
+    let other = bench.wanted(1, WEIGHTS, 20);
+    bench.say(1, usage(WEIGHTS, 20, 24), 30);
+    bench.done(1, other, WEIGHTS, 30);
+    bench.end_route(1, 40);
+    assert_eq!((overhead(&bench, 0), overhead(&bench, 1)), (8, 24));
+    bench.told(1);
+    // 60 and 16 more, beside 8 of the other's: what its steps took comes back with its weights, which go whole.
+    bench.wanted(0, WEIGHTS, 9_000);
+    let Some(FromServer::Reclaim { order, bytes, .. }) = bench.told(1).pop() else { panic!("it is idle") };
+    assert_eq!(bytes, WEIGHTS);
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 9_010);
+    bench.done(1, order, bytes, 9_010);
+    assert_eq!((granted(&mut bench, 0), overhead(&bench, 1)), (vec![], 20), "it has that still");
+    bench.say(1, usage(ByteCount::ZERO, 8, 24), 9_020);
+    assert_eq!((granted(&mut bench, 0), overhead(&bench, 1)), (vec![WEIGHTS], 8));
+    assert_eq!((overhead(&bench, 0), bench.core.book.leased()), (24, MIB(92)));
+}
+
+#[test]
 fn a_return_of_nothing_is_no_news() {
     let mut bench = Bench::new();
     bench.request(0, LeaseKind::Overhead, MIB(30), 10);
@@ -216,6 +240,31 @@ fn what_a_hidden_process_gave_up_while_the_driver_was_asked_is_nobody_elses() {
         bench.core.handle_looked(Looked { reading, begun_ms, ..Looked::default() }, now_ms + 20);
         assert_eq!(bench.core.book.charged(), ByteCount::ZERO, "at {now_ms}");
     }
+}
+
+/// The dead are back when others seem to have no more than before: what a living one gave up meanwhile is not theirs.
+#[test]
+fn what_a_hidden_process_gave_up_is_not_taken_for_what_a_dead_one_had() {
+    let mut bench = Bench::new();
+    std::sync::Arc::make_mut(&mut bench.core.config).device = DeviceChoice::Cuda(0);
+    let look = |bench: &mut Bench, used: u64, then: u64, now_ms: u64| {
+        let begun_ms = bench.core.begin_look(now_ms);
+        bench.say(1, usage(ByteCount::ZERO, then, 0), now_ms + 10);
+        let reading = Reading { total: MIB(100), free: MIB(100 - used), processes: Vec::new() };
+        bench.core.handle_looked(Looked { reading, begun_ms, ..Looked::default() }, now_ms + 20);
+    };
+    bench.say(0, usage(ByteCount::ZERO, 30, 0), 10);
+    bench.say(1, usage(ByteCount::ZERO, 30, 0), 20);
+    look(&mut bench, 60, 30, 1_000);
+    let pid = bench.core.models[0].pid.expect("it runs");
+    bench.core.depart(0, pid, 1_500);
+    let departed = |bench: &Bench| bench.core.book.departed().next().is_some();
+    assert!(departed(&bench));
+    // The dead one's 30 MiB are there still; the other gave 30 back before the driver answered.
+    look(&mut bench, 30, 0, 2_000);
+    assert!(departed(&bench), "what it had is seen yet");
+    look(&mut bench, 0, 0, 3_000);
+    assert!(!departed(&bench), "all is free");
 }
 
 /// An engine of 60 MiB that keeps 8 asleep and takes 24 in steps, asleep, beside a busy one that leaves 18 MiB.

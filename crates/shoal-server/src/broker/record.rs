@@ -106,6 +106,9 @@ pub(crate) struct Record {
     /// What it takes beside weights and KV: by its own word, and by the driver's where that was more than was leased.
     pub(crate) overhead_said: Recent,
     pub(crate) overhead_seen: Recent,
+    /// What it had of that when it last had no weights, once that is known; and since when it has none, if it had some.
+    pub(crate) overhead_without_weights: Option<ByteCount>,
+    pub(crate) weights_left_ms: Option<u64>,
     /// What was told last: what is leased of it, and what could not be covered.
     pub(crate) overhead_told: (ByteCount, ByteCount),
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
@@ -204,6 +207,8 @@ impl Record {
             beside: Agreed::default(),
             overhead_said: Recent::default(),
             overhead_seen: Recent::default(),
+            overhead_without_weights: None,
+            weights_left_ms: None,
             overhead_told: (ByteCount::ZERO, ByteCount::ZERO),
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
@@ -398,6 +403,7 @@ impl Record {
         self.beside.clear();
         self.overhead_said = Recent::default();
         self.overhead_seen = Recent::default();
+        (self.overhead_without_weights, self.weights_left_ms) = (None, None);
         self.overhead_told = (ByteCount::ZERO, ByteCount::ZERO);
     }
 

@@ -288,6 +288,7 @@ impl Core {
             kv_min: model.kv_min(),
             overhead_held: held(LeaseKind::Overhead),
             overhead_lacking: self.overhead_lacking(place),
+            overhead_leaves: self.overhead_leaves(place, now_ms),
             ordered: model.ordered(),
             pinned: model.pinned,
             is_rigid: model.is_rigid(),
