@@ -22,6 +22,4 @@ def shelf_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def model_tables(shelf_models: dict[str, Path]) -> list[dict[str, object]]:
     """The same as `[[model]]` tables."""
-    return [
-        {"name": name, "source": str(path), "dtype": "float32", "context": 512} for name, path in shelf_models.items()
-    ]
+    return models.tables(shelf_models)

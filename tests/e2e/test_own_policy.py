@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support import models
 from tests.support.server import Server, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 MODES = """
 import os, time
@@ -109,6 +110,18 @@ def test_a_function_decides_and_another_watches(tmp_path: Path, model_tables: li
         assert (sharing(server)["policy"], sharing(server)["instead"]) == ("lru", None)
 
 
+@pytest.fixture(scope="module")
+def deciding(tmp_path_factory: pytest.TempPathFactory, shelf_models: dict[str, Path]) -> Iterator[Server]:
+    """A server that asks the function in each of its modes, one after the other."""
+    home = tmp_path_factory.mktemp("deciding")
+    modes(home, "good")
+    settings = {"policy": "python:modes:plan", "policy_wait": "300ms", "quantum": "50ms"}
+    with serve(home, models=models.tables(shelf_models)[:2], device_budget=ROOM, **settings) as server:
+        for name in list(shelf_models)[:2]:
+            server.wait_for(name, "asleep")
+        yield server
+
+
 @pytest.mark.parametrize(
     ("mode", "says"),
     [
@@ -120,26 +133,23 @@ def test_a_function_decides_and_another_watches(tmp_path: Path, model_tables: li
     ],
 )
 def test_value_decides_where_the_function_does_not(
-    tmp_path: Path, model_tables: list[dict[str, Any]], mode: str, says: str
+    deciding: Server, shelf_models: dict[str, Path], mode: str, says: str
 ) -> None:
-    modes(tmp_path, "good")
-    names = [str(table["name"]) for table in model_tables[:2]]
-    settings = {"policy": "python:modes:plan", "policy_wait": "300ms", "quantum": "50ms"}
-    with serve(tmp_path, models=model_tables[:2], device_budget=ROOM, **settings) as server:
-        for name in names:
-            server.wait_for(name, "asleep")
-        until_it_decides(server, names)
-        modes(tmp_path, mode)
-        log = tmp_path / "serve.log"
-        use_until(server, names, lambda: says in log.read_text())
-        not_now = "is to be decided by python:modes:plan, but "
-        use_until(server, names, lambda: any(not_now in sentence for sentence in why(server, names[0])))
-        use_until(server, names, lambda: not is_ours(server, names[0]))
-        (told,) = [sentence for sentence in why(server, names[0]) if "python:modes:plan" in sentence]
-        assert told.endswith("; value decides in its place."), told
-        # And when it comes round, it decides again: also where its process had to be ended and started anew.
-        modes(tmp_path, "good")
-        use_until(server, names, lambda: sharing(server)["instead"] is None and is_ours(server, names[0]))
+    server, names = deciding, list(shelf_models)[:2]
+    modes(server.home, "good")
+    log = server.home / "serve.log"
+    before = log.stat().st_size
+    until_it_decides(server, names)
+    modes(server.home, mode)
+    use_until(server, names, lambda: says in log.read_bytes()[before:].decode())
+    not_now = "is to be decided by python:modes:plan, but "
+    use_until(server, names, lambda: any(not_now in sentence for sentence in why(server, names[0])))
+    use_until(server, names, lambda: not is_ours(server, names[0]))
+    (told,) = [sentence for sentence in why(server, names[0]) if "python:modes:plan" in sentence]
+    assert told.endswith("; value decides in its place."), told
+    # And when it comes round, it decides again: also where its process had to be ended and started anew.
+    modes(server.home, "good")
+    use_until(server, names, lambda: sharing(server)["instead"] is None and is_ours(server, names[0]))
 
 
 def test_a_reload_reads_the_function_anew_where_its_file_has_changed(

@@ -65,6 +65,11 @@ def make_bert(path: Path, *, seed: int, layers: int = 6, hidden: int = 384, cont
     return path
 
 
+def tables(paths: dict[str, Path]) -> list[dict[str, object]]:
+    """Give models made here as `[[model]]` tables."""
+    return [{"name": name, "source": str(path), "dtype": "float32", "context": 512} for name, path in paths.items()]
+
+
 def plain_embedding(path: Path, text: str, device: str = "cpu") -> list[float]:
     """What plain transformers makes of a text: the normalised mean of its tokens' last states, in float32."""
     import torch
