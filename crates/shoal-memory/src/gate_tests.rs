@@ -16,7 +16,7 @@ fn soon() -> Instant {
 }
 
 fn far() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + Duration::from_mins(1)
 }
 
 /// Runs `work` on a thread of its own; returns once `has_begun`.

@@ -9,14 +9,14 @@ use crate::turn::Turn;
 #[test]
 fn those_who_wait_come_in_their_order_and_one_who_gives_up_blocks_nobody() {
     let turn = Arc::new(Turn::default());
-    let far = || Instant::now() + Duration::from_secs(10);
+    let far = || Instant::now() + Duration::from_mins(1);
     let held = turn.take(far()).expect("free");
     assert!(turn.take(Instant::now() + Duration::from_millis(5)).is_none());
     let (send, order) = mpsc::channel();
     let waiters: Vec<_> = (0..4)
         .map(|number| {
             let (waiting, send) = (Arc::clone(&turn), send.clone());
-            let patience = if number == 1 { Duration::from_millis(20) } else { Duration::from_secs(10) };
+            let patience = if number == 1 { Duration::from_millis(20) } else { Duration::from_mins(1) };
             let waiter = thread::spawn(move || {
                 let taken = waiting.take(Instant::now() + patience);
                 if taken.is_some() {

@@ -463,9 +463,10 @@ fn a_server_that_refuses_and_one_that_never_comes_end_the_wait() {
     let (client, fake, _) = patient(dir.path(), 300);
     let (hooked, heard) = mpsc::channel();
     client.on_disconnect(move |reason| hooked.send(reason.to_owned()).expect("waiting"));
+    let begun = Instant::now();
     drop(fake);
-    assert!(heard.recv_timeout(SHORT).is_err(), "it waits");
     let reason = heard.recv_timeout(WAIT).expect("the hook");
+    assert!(begun.elapsed() >= Duration::from_millis(300), "it waits");
     assert!(reason.contains("no other came"), "{reason}");
 
     // An order to finish is no reason to wait for anybody.
@@ -674,7 +675,7 @@ fn figures_are_said_when_they_change() {
         fake.reader.read_line(&mut line).expect("a line in time");
         let said: FromWorker = serde_json::from_str(&line).expect("the protocol");
         if let FromWorker::Usage { usage } = said
-            && usage.tokens_out == 40
+            && (usage.tokens_out, usage.overhead_peak) == (40, ByteCount::mib(9))
         {
             let overhead = (usage.overhead_device, usage.overhead_peak);
             assert_eq!((usage.requests_running, overhead), (2, (ByteCount::mib(7), ByteCount::mib(9))));

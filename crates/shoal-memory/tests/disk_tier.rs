@@ -285,16 +285,27 @@ fn a_disk_that_hangs_costs_misses_and_no_waiting() {
     let health = HealthRule { failures_max: 4, window_ms: 60_000, retry_ms: 50 };
     let io_deadline = Duration::from_millis(100);
     let (disks, tier) = simulated(1, DiskOptions { health, io_deadline, depth: 4, ..small() });
-    put(&tier, 1, 50_000).unwrap();
+    until("it is written, be it not at once", || put(&tier, 1, 50_000).is_ok());
     disks[0].set_rates(FaultRates { hang: 1000, ..FaultRates::default() });
+    let ask = |tier: &DiskTier| -> Vec<_> {
+        (0..8).map(|_| tier.get(key(1), Buffer::zeroed(50_000), WAIT)).collect()
+    };
     let begun = Instant::now();
-    let tickets: Vec<_> = (0..8).map(|_| tier.get(key(1), Buffer::zeroed(50_000), WAIT)).collect();
-    let short = tier.get(key(1), Buffer::zeroed(50_000), Duration::from_millis(20));
-    assert_eq!(short.wait().unwrap_err(), Miss::Deadline);
+    let tickets = ask(&tier);
     assert!(tickets.into_iter().all(|ticket| ticket.wait().is_err()));
     assert!(begun.elapsed() < WAIT / 2, "whoever waits hears of it long before its own deadline");
     disks[0].set_rates(FaultRates::default());
     until("it comes back", || get(&tier, 1, 50_000).is_ok());
+
+    // Whoever has less time than that hears of it at its own deadline: on a disk that is not set aside before.
+    let (disks, tier) = simulated(1, DiskOptions { io_deadline: WAIT, depth: 4, ..small() });
+    put(&tier, 1, 50_000).unwrap();
+    disks[0].set_rates(FaultRates { hang: 1000, ..FaultRates::default() });
+    let before = ask(&tier);
+    let short = tier.get(key(1), Buffer::zeroed(50_000), Duration::from_millis(20));
+    assert_eq!(short.wait().unwrap_err(), Miss::Deadline);
+    drop(before);
+    tier.close(Duration::from_millis(50));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::talks::{TOKENS, cache};
-use common::{WAIT, world};
+use common::{WAIT, until, world};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::kv::layout::PlaneOrder;
@@ -176,7 +176,7 @@ fn a_sequence_is_split_where_the_fast_tier_ends() {
     let stack: Arc<dyn Store> = Arc::new(Stack::new(tiers, StackOptions::default()).expect("threads"));
     let tier = tier(&cache, stack, true);
     assert_eq!(load(&cache, &tier, &tokens[..BLOCKS / 2 * TOKENS]), BLOCKS / 2);
-    assert_eq!(host.usage().blocks, BLOCKS as u64 / 2);
+    until("memory has it", || host.usage().blocks == BLOCKS as u64 / 2);
     // Two threads read, so a block of the slow one takes 50 ms at least, of which half is believed at first; the engine takes 6.
     computes_in(&tier, Duration::from_millis(6 * BLOCKS as u64));
     let read = *slow.reads.lock();

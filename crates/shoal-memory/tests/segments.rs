@@ -42,7 +42,8 @@ fn giving_back_waits_for_nothing_and_the_memory_comes_back_by_itself() {
     for at in taken {
         segments.free(at, None).expect("a segment");
     }
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    // An operation waits for its turn for 10 s, and the kernel is there for longer.
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert!(segments.is_empty(), "torch has none of them");
     assert_eq!(segments.usage().retired, ByteCount::mib(16));
     assert!(world.device_used() >= ByteCount::mib(16), "still used (I5)");

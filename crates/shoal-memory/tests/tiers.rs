@@ -62,17 +62,23 @@ impl Server {
     fn put(&self, source: Buffer, block: u128) {
         assert_eq!(self.stack.put(key(block), source, MIB, WAIT).wait(), Ok(Stored::Written));
         // The slower tiers go on after the first one has it.
-        let by = Instant::now() + WAIT;
-        while !self.disk.contains(&key(block)) || !self.remote.contains(&key(block)) {
-            assert!(Instant::now() < by, "every tier has it in the end");
-            thread::sleep(Duration::from_millis(1));
-        }
+        until("every tier has it in the end", || {
+            self.disk.contains(&key(block)) && self.remote.contains(&key(block))
+        });
         self.disk.flush(WAIT).wait().unwrap();
     }
 
     fn get(&self, block: u128) -> Result<bool, Miss> {
         let fetched = self.stack.get(key(block), Buffer::zeroed(MIB), WAIT).wait()?;
         Ok(fetched.as_slice() == content(block))
+    }
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let by = Instant::now() + WAIT;
+    while !is_so() {
+        assert!(Instant::now() < by, "{what}");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -105,7 +111,7 @@ fn a_block_is_found_wherever_it_is_left() {
     let mut found = vec![0; MIB];
     arena.read(ByteCount::mib(1), &mut found).unwrap();
     assert!(found == content(1));
-    assert!(again.host.contains(&key(1)), "it came up");
+    until("it came up", || again.host.contains(&key(1)) && again.stack.counts().tiers[0].promoted > 0);
     let counts = again.stack.counts();
     assert_eq!([counts.tiers[0].promoted, counts.tiers[1].hits, counts.tiers[2].hits], [1, 1, 0]);
 

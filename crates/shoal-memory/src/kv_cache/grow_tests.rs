@@ -11,8 +11,9 @@ use shoal_device::{SimDevice, SimOptions};
 use super::KvCacheSpec;
 use crate::{LocalBudget, ManagerOptions, MemoryManager};
 
-/// Less than what the cache's own thread waits for anything.
+/// Less than who gives surplus back waits for the turn.
 const SOON: Duration = Duration::from_millis(25);
+const WAIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn who_gives_surplus_back_keeps_nobody_from_mapping_with_a_lent_turn() {
@@ -34,19 +35,26 @@ fn who_gives_surplus_back_keeps_nobody_from_mapping_with_a_lent_turn() {
     let mut ids = [0_u32; 8];
     assert!(cache.alloc(0, &mut ids).expect("blocks"));
     cache.free(0, &ids).expect("owned");
+    // Without the cache's own thread, nobody but the one below waits for the turn.
+    let shared = Arc::clone(&cache.shared);
+    drop(cache);
     // As a wake that waits for its copies.
     let turn = manager.take_turn_only(Instant::now() + Duration::from_secs(10)).expect("nobody has it");
     let lent = turn.lend();
-    // In each round it waits for the turn in vain, and somebody maps meanwhile: the cache's own thread may, too, for a moment.
-    let is_had = (0..10).any(|_| {
-        let shared = Arc::clone(&cache.shared);
-        let clocks = shared.state.lock().clocks();
-        let beside = thread::spawn(move || shared.release_surplus(&clocks));
-        thread::sleep(SOON);
-        let is_had = !beside.is_finished() && cache.shared.growing.take(Instant::now() + SOON).is_some();
+    // In each round it waits for the turn in vain, and somebody maps meanwhile; it may give up before a busy machine gets to it.
+    let (mut is_had, deadline) = (false, Instant::now() + WAIT);
+    while !is_had && Instant::now() < deadline {
+        let (own, clocks) = (Arc::clone(&shared), shared.state.lock().clocks());
+        let beside = thread::spawn(move || own.release_surplus(&clocks));
+        while !turn.is_wanted() && !beside.is_finished() {
+            thread::yield_now();
+        }
+        let growing = shared.growing.take(Instant::now() + SOON);
+        // It waits still, so it has not given up what it kept from others.
+        is_had = growing.is_some() && turn.is_wanted();
+        drop(growing);
         let _ = beside.join().expect("no panic");
-        is_had
-    });
+    }
     assert!(is_had, "whoever maps waits for one that waits for the turn");
     drop(lent);
     drop(turn);

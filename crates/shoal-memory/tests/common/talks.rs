@@ -20,7 +20,9 @@ pub(crate) fn cache(world: &World, order: PlaneOrder, mib: u64, kib: u32) -> Arc
     let shape = BlockShape::Latent { tokens: 4, dim: kib << 7 };
     let groups = vec![GroupSpec { name: "kv".to_owned(), layers: 2, shape, element_bytes: 1 }];
     let cache = CacheSpec { groups, order, bytes: ByteCount::mib(mib), granule_bytes_max: ByteCount::mib(2) };
-    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..KvCacheSpec::new("kv", cache) };
+    // Long enough for a busy machine: what is refused then is refused for a reason.
+    let patience = Duration::from_secs(5);
+    let spec = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, patience, ..KvCacheSpec::new("kv", cache) };
     Arc::new(world.manager.kv_cache(spec).expect("addresses"))
 }
 
