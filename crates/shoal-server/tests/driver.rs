@@ -171,9 +171,12 @@ async fn what_a_worker_has_beyond_its_lease_becomes_overhead_of_it_out_of_the_he
     has(40, 40);
     until(&shelf, "they are seen", || of(&shelf, "chat").lease.seen == Some(MIB(40))).await;
     assert_eq!((of(&shelf, "chat").lease.drift, driver(&shelf).drift), (0, MIB(0)));
-    has(64, 36);
-    until(&shelf, "it is seen", || driver(&shelf).drift == MIB(24)).await;
+    // Too little to be charged: it stays, and is shown.
+    has(41, 36);
+    until(&shelf, "it is seen", || driver(&shelf).drift == MIB(1)).await;
+    assert_eq!(of(&shelf, "chat").lease.drift, 1 << 20);
     assert_eq!(of(&shelf, "code").lease.drift, -(4 << 20), "leased and not there");
+    has(64, 36);
     until(&shelf, "it is charged", || of(&shelf, "chat").lease.overhead == MIB(24)).await;
     let device = shelf.snapshot().device;
     assert_eq!((device.taken, device.leased), (MIB(0), MIB(104)), "the headroom covers it");

@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--overhead", type=int, default=0, help="MiB measured outside regions")
     parser.add_argument("--chunks", type=int, default=1, help="lease requests of one wake")
     parser.add_argument("--wake-ms", type=int, default=5, help="how long the bytes of a wake take")
-    parser.add_argument("--start-ms", type=int, default=0, help="how long loading takes")
+    parser.add_argument("--start-gate", type=Path, help="loading lasts until this file is there, a minute at most")
     parser.add_argument("--lease-wait-ms", type=int, default=20_000, help="deadline of lease requests")
     parser.add_argument("--short-wakes", type=int, default=0, help="so many wakes bring half, and are answered as done")
     parser.add_argument("--die-in-wake", help="kill itself in the middle of the first wake; a file marks it as done")
@@ -67,7 +67,10 @@ class Worker:
         assert welcome["say"] == "welcome", welcome
         print("welcome", json.dumps(welcome), flush=True)
         self.say(say="loading", phase="reading", done=0, total=self.total)
-        time.sleep(options.start_ms / 1_000)
+        deadline = time.monotonic() + 60
+        while options.start_gate and not options.start_gate.exists():
+            assert time.monotonic() < deadline, "nobody opened the gate"
+            time.sleep(0.01)
         if options.slab:
             self.borrow(welcome["lends_slabs"], Path(options.slab))
         if options.fail:

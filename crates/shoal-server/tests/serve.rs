@@ -165,11 +165,13 @@ async fn two_models_share_less_than_they_need() {
     assert_eq!(pids.len(), 2);
     let (code, took) = served.interrupt();
     assert_eq!(code, 0);
-    assert!(took < Duration::from_secs(10), "{took:?}");
+    // Shorter than the server lets answers linger.
+    assert!(took < Duration::from_secs(18), "{took:?}");
     assert!(!served.dir.path().join("run/server.json").exists());
     assert!(pids.iter().all(|pid| !lives(*pid)), "no worker is left");
     let mut log = String::new();
     served.child.stderr.take().expect("piped").read_to_string(&mut log).expect("text");
+    assert!(!log.contains("did not end in time"), "its workers end when told to: {log}");
     assert!(!log.contains('\x1b'), "no colours but on a terminal: {log}");
     assert!(log.contains(" INFO server started on sim with 160 MiB to share\n"), "said once: {log}");
     assert!(log.contains("one: awake: 100 MiB in "), "{log}");

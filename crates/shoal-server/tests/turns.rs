@@ -17,13 +17,13 @@ fn model(parallel_max: u32, args: &[&str]) -> ModelConfig {
 }
 
 fn start(directory: &Path, parked_max: u32, chat: ModelConfig) -> Shelf {
-    start_all(directory, parked_max, vec![chat])
+    start_all(directory, parked_max, Duration::from_millis(300), vec![chat])
 }
 
-fn start_all(directory: &Path, parked_max: u32, models: Vec<ModelConfig>) -> Shelf {
+fn start_all(directory: &Path, parked_max: u32, quantum: Duration, models: Vec<ModelConfig>) -> Shelf {
     let config = ServerConfig {
         limits: Limits { parked_max, ..Limits::default() },
-        quantum: Duration::from_millis(300),
+        quantum,
         ..shelves::config(directory, 120, models)
     };
     Shelf::start(Arc::new(config)).expect("the shelf starts")
@@ -92,10 +92,12 @@ impl Clients {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_request_waits_for_its_turn_and_not_for_another_keys_two_hundred() {
     let scratch = tempfile::tempdir().expect("scratch");
-    let shelf = start(scratch.path(), 1_000, model(2, &["--start-ms", "1000"]));
+    let gate = scratch.path().join("gate");
+    let shelf = start(scratch.path(), 1_000, model(2, &["--start-gate", &gate.to_string_lossy()]));
     let mut clients = Clients::new(&shelf);
     clients.ask("alice", 200).await;
     clients.ask("bob", 1).await;
+    std::fs::write(&gate, "").expect("opened");
     // One wake; then the first two places, of which bob has one.
     let mut at_work = vec![clients.next().await, clients.next().await];
     at_work.sort_by(|one, other| one.0.cmp(&other.0));
@@ -153,8 +155,8 @@ async fn one_key_does_not_fill_the_queue_for_others() {
     let error = shelf.route_for("chat", &key("dora"), soon()).await.expect_err("it is full");
     assert!(matches!(error, RouteError::Full { parked: 6, limit: 6, .. }), "{error:?}");
     assert_eq!(chat(&shelf).counts.requests_refused, 3);
-    // Time at the model is counted in milliseconds.
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    // Her time at the model must be longer than what the others have there below, however long they are not let run.
+    tokio::time::sleep(Duration::from_secs(4)).await;
     drop(place);
     let mut order = String::new();
     for _ in 0..6 {
@@ -235,7 +237,8 @@ async fn what_a_worker_cannot_begin_yet_waits_where_turns_are_taken() {
 async fn a_line_at_a_model_that_runs_does_not_make_it_older_than_those_that_cannot_run() {
     let scratch = tempfile::tempdir().expect("scratch");
     let models = ["chat", "code", "docs"].map(|name| ModelConfig { name: name.to_owned(), ..model(1, &[]) });
-    let shelf = start_all(scratch.path(), 10, models.to_vec());
+    // So long that no turn ends while the requests below come.
+    let shelf = start_all(scratch.path(), 10, Duration::from_secs(4), models.to_vec());
     let ask = |name: &'static str| {
         let shelf = shelf.clone();
         tokio::spawn(async move {

@@ -132,12 +132,15 @@ impl Drop for Survivor {
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
+
+    use tokio::io::{AsyncBufReadExt, BufReader};
 
     use super::*;
 
     fn sleeper(script: &str) -> (Child, u64) {
-        let child = Command::new("/bin/sh").args(["-c", script]).spawn().expect("a process");
+        let child = Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::piped()).spawn();
+        let child = child.expect("a process");
         let start = started(child.id()).expect("it runs");
         (child, start)
     }
@@ -160,9 +163,15 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_ignores_the_request_is_made_to_end() {
-        let (mut child, start) = sleeper("trap '' TERM; while :; do sleep 0.05; done");
+        let (mut child, start) = sleeper("trap '' TERM; echo up; while :; do sleep 0.05; done");
         let mut found = find(child.id(), start).expect("it runs");
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        // It says so once it ignores the request; before, it would obey it.
+        let said = child.stdout.take().expect("piped");
+        let mut said = BufReader::new(tokio::process::ChildStdout::from_std(said).expect("a pipe"));
+        let mut line = String::new();
+        let read = tokio::time::timeout(Duration::from_secs(30), said.read_line(&mut line));
+        read.await.expect("in time").expect("text");
+        assert_eq!(line, "up\n");
         found.end(Duration::from_millis(100)).await.expect("known");
         assert_eq!(child.wait().expect("known").signal(), Some(9));
     }

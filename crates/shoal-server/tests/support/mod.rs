@@ -23,17 +23,19 @@ use shoal_server::config::{MachineMemory, ServerConfig, Surroundings, parse};
 use shoal_server::gateway::{App, Keys, Models, Settings, bind, serve};
 use shoal_server::shelf::{Caller, Reloaded, Report, Route, RouteError, RouteSink, ShelfError, Target};
 use shoal_server::state::{Event, EventKind, EventLog, Missed, ModelStatus, ShelfSnapshot, Why};
-use tokio::sync::broadcast;
+use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 
 /// A shelf whose models behave by name:
-/// `chat` is awake; `slow` takes `wake_time`; `never` waits for its deadline; `late` fails after `wake_time`;
-/// `broken`, `full` and `closing` are refused; `flaky` leads to a socket of its own first, to the good one then;
+/// `chat` is awake; `slow` takes `wake_time`, or where there is a gate, until that is opened; `never` waits for its
+/// deadline; `late` fails when `slow` would be there; `broken`, `full` and `closing` are refused; `flaky` leads to a socket of its own first, to the good one then;
 /// `gone` always leads where nobody listens; `hung` has a worker that had to be ended.
 #[derive(Debug)]
 pub struct FakeModels {
     pub dir: tempfile::TempDir,
     pub wake_time: Duration,
+    /// Shut until it has a permit.
+    pub wake_gate: Option<Semaphore>,
     pub log: Mutex<EventLog>,
     pub orders: Mutex<Vec<String>>,
     /// Whose requests were routed, by the names of their keys.
@@ -73,9 +75,19 @@ pub const NAMES: [&str; 10] =
 
 impl FakeModels {
     pub fn new() -> Arc<Self> {
+        Self::with_gate(None)
+    }
+
+    /// Nothing wakes before [`FakeModels::open`].
+    pub fn gated() -> Arc<Self> {
+        Self::with_gate(Some(Semaphore::new(0)))
+    }
+
+    fn with_gate(wake_gate: Option<Semaphore>) -> Arc<Self> {
         Arc::new(Self {
             dir: tempfile::tempdir().expect("a directory"),
             wake_time: Duration::from_millis(400),
+            wake_gate,
             log: Mutex::new(EventLog::new(16)),
             orders: Mutex::default(),
             callers: Mutex::default(),
@@ -89,6 +101,18 @@ impl FakeModels {
         self.dir.path().join(name)
     }
 
+    pub fn open(&self) {
+        self.wake_gate.as_ref().expect("a gate").add_permits(1);
+    }
+
+    async fn wakes(&self) {
+        match &self.wake_gate {
+            // Given back at once: it stays open.
+            Some(gate) => drop(gate.acquire().await.expect("never closed")),
+            None => tokio::time::sleep(self.wake_time).await,
+        }
+    }
+
     pub fn event(&self, pinned: bool) {
         self.log.lock().push(0, Some("chat"), EventKind::Pinned { pinned });
     }
@@ -100,11 +124,11 @@ impl FakeModels {
         let name = model.to_owned();
         let socket = match model {
             "slow" => {
-                tokio::time::sleep(self.wake_time).await;
+                self.wakes().await;
                 "worker"
             }
             "late" => {
-                tokio::time::sleep(self.wake_time).await;
+                self.wakes().await;
                 return Err(RouteError::Failed {
                     model: name,
                     reason: "no memory".into(),
@@ -331,7 +355,8 @@ pub async fn start(models: Arc<FakeModels>, server: &str, with_keys: bool, setti
     let stop = CancellationToken::new();
     let task = {
         let (app, stop) = (Arc::clone(&app), stop.clone());
-        tokio::spawn(async move { serve(listener, &app, stop, Duration::from_secs(5)).await })
+        // Longer than any test waits for the end, so that none takes this for an end that it brought about.
+        tokio::spawn(async move { serve(listener, &app, stop, Duration::from_mins(1)).await })
     };
     Server { address, app, stop, task: Some(task) }
 }
@@ -414,9 +439,9 @@ pub async fn refusal(response: Response<Incoming>) -> (u16, String, Value) {
     (status.as_u16(), error["code"].as_str().unwrap_or_default().to_owned(), error)
 }
 
-/// Waits until `met`, or fails after five seconds.
+/// Waits until `met`, or fails after a minute.
 pub async fn until(what: &str, met: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while !met() {
         assert!(Instant::now() < deadline, "never came: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
