@@ -127,7 +127,7 @@ class Model:
 
     @property
     def missing(self) -> int:
-        """Bytes of its weights that it has no lease for."""
+        """Bytes of its weights that it has no lease for; a request for them asks for `overhead_lacking` more."""
         return max(0, self.weights_total - self.weights_held)
 
     @property
