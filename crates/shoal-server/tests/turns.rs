@@ -38,7 +38,8 @@ fn chat(shelf: &Shelf) -> ModelSnapshot {
 }
 
 async fn until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = soon();
+    // A worker's start alone can take half a minute of a machine that has much else to do.
+    let deadline = Instant::now() + Duration::from_mins(2);
     while !holds() {
         assert!(Instant::now() < deadline, "never came: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -247,6 +248,11 @@ async fn a_line_at_a_model_that_runs_does_not_make_it_older_than_those_that_cann
         })
     };
     let parked = |name: &str| shelf.snapshot().model(name).expect("configured").counts.requests_parked;
+    // One whose worker is still starting would not be waiting when it is its turn.
+    until("all are ready", || {
+        shelf.snapshot().models.iter().all(|model| model.status == ModelStatus::Asleep)
+    })
+    .await;
     let place = shelf.route("chat", soon()).await.expect("routed");
     let line = [ask("chat"), ask("chat")].map(|asked| tokio::spawn(async move { asked.await.map(drop) }));
     until("a line", || parked("chat") == 2).await;

@@ -24,7 +24,8 @@ class Model:
     weights_held, kv_held, overhead_held
         Its leases in bytes, by kind; overhead cannot be ordered back.
     overhead_lacking
-        Bytes that its steps will take besides once it has weights, and that are not leased: a request for weights has them in it.
+        Bytes that its steps will take besides once it has weights, and that are not leased: a request for weights has
+        them in it.
     overhead_leaves
         Bytes of its overhead that are free before long once it has no weights.
     kv_live
