@@ -256,8 +256,7 @@ fn what_a_hidden_process_gave_up_is_not_taken_for_what_a_dead_one_had() {
     bench.say(0, usage(ByteCount::ZERO, 30, 0), 10);
     bench.say(1, usage(ByteCount::ZERO, 30, 0), 20);
     look(&mut bench, 60, 30, 1_000);
-    let pid = bench.core.models[0].pid.expect("it runs");
-    bench.core.depart(0, pid, 1_500);
+    super::pulse_tests::exits(&mut bench.core, 0, 1_500);
     let departed = |bench: &Bench| bench.core.book.departed().next().is_some();
     assert!(departed(&bench));
     // The dead one's 30 MiB are there still; the other gave 30 back before the driver answered.

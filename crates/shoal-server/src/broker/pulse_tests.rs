@@ -60,7 +60,7 @@ fn is_ended(core: &Core, place: usize) -> bool {
     Arc::clone(&core.models[place].end).notified().now_or_never().is_some()
 }
 
-fn exits(core: &mut Core, place: usize, now_ms: u64) {
+pub(super) fn exits(core: &mut Core, place: usize, now_ms: u64) {
     let exit = Exit { status: Some(ExitStatus::from_raw(9)), lived: Duration::from_mins(2) };
     core.handle_exited(place, &exit, None, now_ms);
 }
