@@ -57,6 +57,20 @@ fn what_steps_take_is_counted_with_the_last_of_the_weights() {
 }
 
 #[test]
+fn it_comes_where_weights_have_left_and_kv_has_not_and_where_others_took_memory() {
+    let there = ModelState { kv_held: MIB(4), kv_cached: MIB(4), ..awake(0, "goes") };
+    let mut state = two(ModelState { weights_held: ByteCount::ZERO, ..there });
+    let said = plan(&state, 10_000);
+    // 100 less 24, 4 and 8 are free, and 16 are coming.
+    assert_eq!(evicted(&said), [], "{}", reasons(&said));
+    // Others took 76: what one gives with its weights is enough.
+    state.requests.clear();
+    state.models = vec![awake(0, "idle"), model(1, "other", 16, 16)];
+    (state.budget, state.taken) = (MIB(24), MIB(76));
+    assert_eq!(evicted(&plan(&state, 10_000)), [(0, 60)], "{}", reasons(&plan(&state, 10_000)));
+}
+
+#[test]
 fn what_steps_take_stays_with_weights_that_stay() {
     let kept = [
         ModelState { pinned: true, ..awake(0, "stays") },

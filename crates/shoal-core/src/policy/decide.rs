@@ -203,7 +203,8 @@ impl<'a> Decision<'a> {
                     || self.field.state.models[candidate.model].is_rigid);
             let bytes = if is_whole { offer } else { missing.round_up_to(extent).min(offer) };
             if !bytes.is_zero() {
-                missing = missing.saturating_sub(bytes);
+                let leaves = self.field.leaves_with(candidate.model, taken + bytes);
+                missing = missing.saturating_sub(bytes + leaves);
                 picks.push((candidate, bytes));
             }
         }
@@ -286,7 +287,11 @@ impl<'a> Decision<'a> {
                     || self.field.state.models[candidate.model].is_rigid);
             let bytes = if is_whole { offer } else { part };
             if !bytes.is_zero() {
-                found += bytes + self.field.leaves_with(candidate.model, taken + bytes);
+                found += bytes;
+                // What its own steps take it will need again.
+                if self.field.state.models[candidate.model].id != request.model {
+                    found += self.field.leaves_with(candidate.model, taken + bytes);
+                }
                 picks.push((candidate, bytes));
             }
         }
@@ -337,8 +342,8 @@ impl<'a> Decision<'a> {
                 continue;
             }
             let reason = reason::evict_apart(&self.field, model, rival);
+            self.field.incoming += bytes + self.field.leaves_with(place, bytes);
             self.field.take(place, bytes);
-            self.field.incoming += bytes;
             self.act(Action::Evict { model: rival.id, requester: Some(model.id), bytes, reason });
         }
         waits

@@ -106,7 +106,7 @@ impl<'a> Field<'a> {
             state.models.iter().enumerate().map(|(place, model)| (model.id, place)).collect();
         let held: ByteCount = state.models.iter().map(ModelState::held).sum();
         // With the last of its weights goes what only its steps take.
-        let goes = |model: &&ModelState| model.ordered >= model.stands();
+        let goes = |model: &&ModelState| loses_weights(model, model.ordered);
         let incoming: ByteCount = state.models.iter().map(|model| model.ordered.min(model.held())).sum();
         let incoming = incoming + state.models.iter().filter(goes).map(leaves).sum::<ByteCount>();
         let owed = held.saturating_sub(state.budget).min(state.taken);
@@ -391,7 +391,7 @@ impl<'a> Field<'a> {
 
     /// What is on its way for `request`: not what the asking model's own steps took, which it will need again.
     pub(super) fn incoming_for(&self, request: &PendingRequest) -> ByteCount {
-        let own = self.model(request.model).filter(|model| model.ordered >= model.stands());
+        let own = self.model(request.model).filter(|model| loses_weights(model, model.ordered));
         self.incoming.saturating_sub(own.map_or(ByteCount::ZERO, leaves))
     }
 
@@ -400,7 +400,7 @@ impl<'a> Field<'a> {
     pub(super) fn leaves_with(&self, place: usize, bytes: ByteCount) -> ByteCount {
         let model = &self.state.models[place];
         let before = self.ordered_at(place);
-        let is_last = before < model.stands() && before + bytes >= model.stands();
+        let is_last = !loses_weights(model, before) && loses_weights(model, before + bytes);
         if is_last { leaves(model) } else { ByteCount::ZERO }
     }
 
@@ -505,6 +505,11 @@ pub(super) fn kept_for_good(model: &ModelState) -> ByteCount {
     let all_weights_may_go = !model.pinned && !keeps_all(model) && floor(model) <= model.overhead_held;
     let rest = kept(model).saturating_sub(model.overhead_leaves).max(model.min);
     if all_weights_may_go { rest.min(kept(model)) } else { kept(model) }
+}
+
+/// It has no weights, or none any more once it has given up `ordered`.
+fn loses_weights(model: &ModelState, ordered: ByteCount) -> bool {
+    model.weights_held.is_zero() || ordered >= model.stands()
 }
 
 /// What of its overhead is free before long once it has no weights any more.

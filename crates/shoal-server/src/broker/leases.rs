@@ -183,6 +183,7 @@ impl Core {
         model.overhead_said.note(usage.overhead_device, now_ms);
         model.usage = usage;
         let held = self.book.held(model.id, LeaseKind::Weights);
+        model.is_said_without_weights = held.is_zero();
         let total = model.weights_total;
         if model.is_ready()
             && !total.is_zero()

@@ -20,7 +20,7 @@ use crate::state::EventKind;
 /// How long what was measured counts after it was last so.
 pub(super) const KEPT_MS: u64 = 30_000;
 /// How long after its last weights an engine has given up what its steps took.
-const LEAVES_MS: u64 = 5_000;
+pub(super) const LEAVES_MS: u64 = 5_000;
 /// A correction is lowered by no less than this part of what is due: less is worth nobody's while.
 const SLACK_PART: u64 = 16;
 /// How long measured overhead may stay uncovered before it is asked for anew.
@@ -36,11 +36,13 @@ impl Core {
     }
 
     /// How long what was measured counts. Of an engine that says what its steps take, none run without weights: what it has
-    /// given up then it does not take again before it has them.
+    /// given up by then, and said so since they left, it does not take again before it has them.
     fn kept_ms(&self, place: usize) -> u64 {
         let model = &self.models[place];
         let has_weights = !self.book.held(model.id, LeaseKind::Weights).is_zero();
-        if model.usage.overhead_peak.is_zero() || has_weights { KEPT_MS } else { 0 }
+        let falls_at_once =
+            !model.usage.overhead_peak.is_zero() && !has_weights && model.is_said_without_weights;
+        if falls_at_once { 0 } else { KEPT_MS }
     }
 
     /// What of the lease for overhead is free again once it has no weights: what goes beyond what it had without them. As long as
@@ -52,25 +54,41 @@ impl Core {
         }
         let (without, now) = (model.overhead_without_weights, model.overhead_now());
         let has_weights = !self.book.held(model.id, LeaseKind::Weights).is_zero();
-        let rest = match model.weights_left_ms {
-            _ if has_weights => without.unwrap_or_default(),
-            // It is given back after them.
-            Some(left_ms) if now_ms < left_ms.saturating_add(LEAVES_MS) => without.unwrap_or(now).min(now),
-            _ => now,
+        let rest = if has_weights {
+            without.unwrap_or_default()
+        } else if self.is_leaving(place, now_ms) {
+            without.unwrap_or_default().min(now)
+        } else {
+            // What it has by now it keeps.
+            return ByteCount::ZERO;
         };
         let held = self.book.held(model.id, LeaseKind::Overhead);
         held.saturating_sub(rest).min(self.book.corrected(model.id))
     }
 
+    /// Its last weights left so lately that it may not have given up yet what its steps took: that is done after them.
+    fn is_leaving(&self, place: usize, now_ms: u64) -> bool {
+        let left_ms = self.models[place].weights_left_ms;
+        left_ms.is_some_and(|left_ms| now_ms < left_ms.saturating_add(LEAVES_MS))
+    }
+
     /// Notes what it has without weights when they come, and when they have left.
     pub(super) fn note_weights(&mut self, place: usize, before: ByteCount, now_ms: u64) {
         let after = self.book.held(self.models[place].id, LeaseKind::Weights);
+        let is_leaving = self.is_leaving(place, now_ms);
         let model = self.models.quietly(place);
         if before.is_zero() && !after.is_zero() {
-            model.overhead_without_weights = Some(model.overhead_now());
+            let now = model.overhead_now();
+            model.overhead_without_weights = match model.overhead_without_weights {
+                // It has hardly been without.
+                known if is_leaving => known.map(|known| known.min(now)),
+                // Before it has said what its steps take, it says what it declared.
+                _ => Some(now).filter(|_| !model.usage.overhead_peak.is_zero()),
+            };
             model.weights_left_ms = None;
         } else if after.is_zero() && !before.is_zero() {
             model.weights_left_ms = Some(now_ms);
+            model.is_said_without_weights = false;
         }
     }
 
@@ -101,20 +119,25 @@ impl Core {
         let (held, corrected) = (self.book.held(id, LeaseKind::Overhead), self.book.corrected(id));
         let slack = ByteCount(due.0 / SLACK_PART).max(PAGE_BYTES);
         let lower = held.saturating_sub(due).min(corrected);
+        // Of what has left for good nothing stays: others count on it.
+        let slack = if self.kept_ms(place) == 0 { ByteCount(1) } else { slack };
         if (due > held || lower >= slack)
             && let Ok(uncovered) = self.book.measure_overhead(id, due)
         {
             self.cover_overhead(place, uncovered, now_ms);
         }
-        self.note_fall(place);
+        self.note_fall(place, now_ms);
     }
 
     /// When the correction of the model at `place` may fall by time alone.
-    fn note_fall(&mut self, place: usize) {
+    fn note_fall(&mut self, place: usize, now_ms: u64) {
         let model = &self.models[place];
+        // And when what is counted as leaving has to have left.
+        let leaving = self.is_leaving(place, now_ms) && !model.usage.overhead_peak.is_zero();
+        let leaves_ms = model.weights_left_ms.filter(|_| leaving).map(|left_ms| left_ms + LEAVES_MS);
         let kept_ms = self.kept_ms(place);
         let falls = [&model.overhead_said, &model.overhead_seen].map(|recent| recent.falls_at_ms(kept_ms));
-        match falls.into_iter().flatten().min() {
+        match falls.into_iter().chain([leaves_ms]).flatten().min() {
             Some(at_ms) if !self.book.corrected(model.id).is_zero() => {
                 self.overhead_falls.insert(place, at_ms);
             }
@@ -134,16 +157,15 @@ impl Core {
         }
     }
 
-    /// What is leased for overhead of which less is measured by now, but for what [leaves](Self::overhead_leaves) with weights.
+    /// What is leased for overhead of which less is measured by now.
     pub(super) fn overhead_falling(&self) -> ByteCount {
-        let by_time = |place: &&usize| self.models[**place].usage.overhead_peak.is_zero();
         let of = |place: &usize| {
-            let model = &self.models[*place];
-            let now = model.overhead_now();
+            let (model, kept) = (&self.models[*place], self.peak_kept(*place));
+            let now = model.overhead_now().max(kept);
             let held = self.book.held(model.id, LeaseKind::Overhead);
             held.saturating_sub(now).min(self.book.corrected(model.id))
         };
-        self.overhead_falls.keys().filter(by_time).map(of).sum()
+        self.overhead_falls.keys().map(of).sum()
     }
 
     pub(super) fn next_overhead_fall(&self) -> Option<u64> {

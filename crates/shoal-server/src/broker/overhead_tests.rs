@@ -6,7 +6,7 @@ use shoal_core::drift::{ProcessReading, Reading};
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
 use super::driver::Looked;
-use super::overhead::KEPT_MS;
+use super::overhead::{KEPT_MS, LEAVES_MS};
 use super::turn_tests::{Bench, WEIGHTS};
 use crate::config::DeviceChoice;
 
@@ -101,8 +101,8 @@ fn what_was_declared_is_its_workers_to_give_back_and_what_it_has_stays_leased() 
     assert_eq!(overhead(&bench, 0), 20, "less is not there, whatever it says");
 }
 
-#[test]
-fn two_engines_that_each_fit_beside_the_other_asleep_take_turns() {
+/// Two engines of 60 MiB that keep 8 MiB asleep and take 16 more in steps: the second awake and idle, the first asleep.
+fn two_engines() -> Bench {
     let mut bench = Bench::new();
     for place in 0..2 {
         bench.say(place, usage(ByteCount::ZERO, 8, 24), 10);
@@ -113,16 +113,92 @@ fn two_engines_that_each_fit_beside_the_other_asleep_take_turns() {
     bench.end_route(1, 40);
     assert_eq!((overhead(&bench, 0), overhead(&bench, 1)), (8, 24));
     bench.told(1);
-    // 60 and 16 more, beside 8 of the other's: what its steps took comes back with its weights, which go whole.
+    bench
+}
+
+#[test]
+fn two_engines_that_each_fit_beside_the_other_asleep_take_turns() {
+    // Of one that another server woke it is not known what it has asleep.
+    for is_known in [true, false] {
+        let mut bench = two_engines();
+        if !is_known {
+            bench.core.models[1].overhead_without_weights = None;
+        }
+        // 60 and 16 more, beside 8 of the other's: what its steps took comes back with its weights, which go whole.
+        bench.wanted(0, WEIGHTS, 9_000);
+        let Some(FromServer::Reclaim { order, bytes, .. }) = bench.told(1).pop() else {
+            panic!("it is idle")
+        };
+        assert_eq!(bytes, WEIGHTS);
+        bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 9_010);
+        bench.done(1, order, bytes, 9_010);
+        // It has that still, and is waited for.
+        assert_eq!((bench.told(0), overhead(&bench, 1)), (vec![], 20));
+        bench.say(1, usage(ByteCount::ZERO, 8, 24), 9_020);
+        assert_eq!((granted(&mut bench, 0), overhead(&bench, 1)), (vec![WEIGHTS], 8));
+        assert_eq!((overhead(&bench, 0), bench.core.book.leased()), (24, MIB(92)));
+    }
+}
+
+#[test]
+fn what_is_not_given_up_in_time_is_not_waited_for() {
+    let mut bench = two_engines();
     bench.wanted(0, WEIGHTS, 9_000);
+    bench.core.asked[0].pending.deadline_ms = 60_000;
     let Some(FromServer::Reclaim { order, bytes, .. }) = bench.told(1).pop() else { panic!("it is idle") };
-    assert_eq!(bytes, WEIGHTS);
     bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes }, 9_010);
     bench.done(1, order, bytes, 9_010);
-    assert_eq!((granted(&mut bench, 0), overhead(&bench, 1)), (vec![], 20), "it has that still");
-    bench.say(1, usage(ByteCount::ZERO, 8, 24), 9_020);
-    assert_eq!((granted(&mut bench, 0), overhead(&bench, 1)), (vec![WEIGHTS], 8));
-    assert_eq!((overhead(&bench, 0), bench.core.book.leased()), (24, MIB(92)));
+    // It keeps more than it did when it last slept.
+    bench.say(1, usage(ByteCount::ZERO, 20, 24), 9_020);
+    let denied = |told: &[FromServer]| told.iter().any(|said| matches!(said, FromServer::LeaseDeny { .. }));
+    pass(&mut bench, 9_020, 9_010 + LEAVES_MS - 1);
+    assert!(!denied(&bench.told(0)), "it may come yet");
+    pass(&mut bench, 9_020, 9_010 + LEAVES_MS);
+    assert!(denied(&bench.told(0)), "before its own time is over");
+}
+
+#[test]
+fn what_leaves_with_weights_leaves_nothing_behind() {
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 34, 40), 10);
+    let wake = bench.wanted(0, WEIGHTS, 20);
+    bench.say(0, usage(WEIGHTS, 38, 40), 30);
+    bench.done(0, wake, WEIGHTS, 30);
+    bench.end_route(0, 40);
+    bench.core.handle_sleep("m0", 0.0, 1_000).expect("it is idle");
+    let Some(FromServer::Reclaim { order, .. }) = bench.told(0).pop() else { panic!("it is to sleep") };
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: WEIGHTS }, 1_005);
+    // In two steps, of which the second is less than a correction is lowered by otherwise.
+    for mib in [36, 34] {
+        bench.say(0, usage(ByteCount::ZERO, mib, 40), 1_010);
+        assert_eq!(overhead(&bench, 0), mib);
+    }
+    bench.done(0, order, WEIGHTS, 1_010);
+    bench.say(1, usage(ByteCount::ZERO, 6, 0), 1_020);
+    bench.request(1, LeaseKind::Weights, WEIGHTS, 1_030);
+    assert_eq!(granted(&mut bench, 1), [WEIGHTS], "all of it is free");
+}
+
+#[test]
+fn what_an_engine_has_without_weights_is_learnt_when_it_is_true() {
+    let mut bench = Bench::new();
+    // It starts: what it says it has is what it declared.
+    bench.say(0, usage(ByteCount::ZERO, 30, 0), 10);
+    let wake = bench.wanted(0, WEIGHTS, 20);
+    bench.say(0, usage(WEIGHTS, 20, 24), 30);
+    bench.done(0, wake, WEIGHTS, 30);
+    bench.end_route(0, 40);
+    assert_eq!(bench.core.models[0].overhead_without_weights, None);
+    // Put to sleep, and woken before it has given its steps' memory up.
+    let mut bench = two_engines();
+    assert_eq!(bench.core.models[1].overhead_without_weights, Some(MIB(8)));
+    bench.core.handle_sleep("m1", 0.0, 1_000).expect("it is idle");
+    let Some(FromServer::Reclaim { order, .. }) = bench.told(1).pop() else { panic!("it is to sleep") };
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: WEIGHTS }, 1_005);
+    bench.done(1, order, WEIGHTS, 1_010);
+    bench.request(1, LeaseKind::Weights, WEIGHTS, 1_100);
+    assert_eq!(granted(&mut bench, 1), [WEIGHTS]);
+    assert_eq!(bench.core.models[1].overhead_without_weights, Some(MIB(8)));
 }
 
 #[test]

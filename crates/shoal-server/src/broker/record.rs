@@ -109,6 +109,8 @@ pub(crate) struct Record {
     /// What it had of that when it last had no weights, once that is known; and since when it has none, if it had some.
     pub(crate) overhead_without_weights: Option<ByteCount>,
     pub(crate) weights_left_ms: Option<u64>,
+    /// It has said its figures since.
+    pub(crate) is_said_without_weights: bool,
     /// What was told last: what is leased of it, and what could not be covered.
     pub(crate) overhead_told: (ByteCount, ByteCount),
     /// Host bytes that its worker would use: by its files' headers, then by its worker's word. None: not known yet.
@@ -209,6 +211,7 @@ impl Record {
             overhead_seen: Recent::default(),
             overhead_without_weights: None,
             weights_left_ms: None,
+            is_said_without_weights: false,
             overhead_told: (ByteCount::ZERO, ByteCount::ZERO),
             log: config.log_dir.join(format!("{}.log", model.name)),
             // A command's memory is its own business.
@@ -404,6 +407,7 @@ impl Record {
         self.overhead_said = Recent::default();
         self.overhead_seen = Recent::default();
         (self.overhead_without_weights, self.weights_left_ms) = (None, None);
+        self.is_said_without_weights = false;
         self.overhead_told = (ByteCount::ZERO, ByteCount::ZERO);
     }
 
