@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 def free_port() -> int:
     """Give a TCP port of the loopback address that nobody has now.
 
-    Below those that the system gives to outgoing connections: such a one may be another test's before a server has it.
+    Below those that the system gives to outgoing connections, where it leaves any: such a one may be another test's
+    before a server has it.
     """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    dice = random.SystemRandom()
-    for _ in range(100):
+    below = range(max(first // 2, 1024), first)
+    tries = random.SystemRandom().sample(below, min(len(below), 100))
+    for port in [*tries, 0]:
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port := dice.randrange(first // 2, first)))
-            return port
-    msg = "no port is free"
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    msg = f"no TCP port of 127.0.0.1 is free: {len(tries)} below {first} and any of the system's own choice were tried"
     raise RuntimeError(msg)
 
 

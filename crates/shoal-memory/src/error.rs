@@ -179,7 +179,7 @@ pub enum MemoryError {
     StillMapped {
         /// The region.
         region: String,
-        /// How long was waited; not at all where the device refuses.
+        /// How long was waited; hardly at all where the device refuses.
         waited: Duration,
     },
     /// The transfer was cancelled. What was brought back before stays.

@@ -88,8 +88,9 @@ impl MemoryManager {
     ///
     /// # Errors
     /// [`MemoryError::State`] for regions that cannot be swapped, [`MemoryError::Lease`] if `into` needs more than `out`
-    /// has, [`MemoryError::HostBudget`], [`MemoryError::Deadline`], [`MemoryError::StillMapped`], [`MemoryError::Device`]. What had left by then
-    /// is on the host, what had come is on the device; the same swap, again, goes on from there.
+    /// has, [`MemoryError::HostBudget`], [`MemoryError::Deadline`], [`MemoryError::Device`]. What had left by then is on the
+    /// host, what had come is on the device; the same swap, again, goes on from there. [`MemoryError::StillMapped`] at once
+    /// where `into` gave memory up that is mapped still; nothing is changed then.
     pub fn swap(
         self: &Arc<Self>,
         out: &Region,

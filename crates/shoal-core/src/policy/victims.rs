@@ -458,8 +458,8 @@ impl<'a> Field<'a> {
     }
 }
 
-/// Weights, and what steps take beside them, that `model` still needs before it can use what `request` asks for. KV in the room of them would keep them out for
-/// ever, since KV that is in use is not given up for one's own weights.
+/// Weights, and what steps take beside them, that `model` still needs before it can use what `request` asks for. KV in the
+/// room of them would keep them out for ever, since KV that is in use is not given up for one's own weights.
 pub(super) fn owed(model: &ModelState, request: &PendingRequest) -> ByteCount {
     match request.kind {
         LeaseKind::Kv => model.weights_total.saturating_sub(model.weights_held) + model.overhead_lacking,

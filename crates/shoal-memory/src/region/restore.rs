@@ -110,18 +110,16 @@ impl Region {
     ) -> Result<Report, MemoryError> {
         let (start, mut nap) = (Instant::now(), NAP);
         loop {
-            let held_up = match self.restore_once(bytes, deadline, shared, reason) {
-                Err(error @ MemoryError::StillMapped { .. }) => error,
-                outcome => return outcome.map(|report| Report { duration: start.elapsed(), ..report }),
-            };
-            if self.missing_lingers(bytes) == Some(Lingering::Refused) {
-                return Err(held_up);
+            let outcome = self.restore_once(bytes, deadline, shared, reason);
+            if !matches!(outcome, Err(MemoryError::StillMapped { .. })) {
+                return outcome.map(|report| Report { duration: start.elapsed(), ..report });
+            }
+            let is_refused = self.missing_lingers(bytes) == Some(Lingering::Refused);
+            if is_refused || Instant::now() >= deadline {
+                return Err(self.still_mapped(start.elapsed()));
             }
             if shared.is_cancelled() {
                 return Err(shared.cancelled());
-            }
-            if Instant::now() >= deadline {
-                return Err(self.still_mapped(start.elapsed()));
             }
             // Nothing is held meanwhile: what holds the memory may be a step that waits for what another restore brings.
             thread::sleep(nap);

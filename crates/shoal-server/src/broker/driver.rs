@@ -201,7 +201,8 @@ impl Core {
         any
     }
 
-    /// Every model's process, with what was read of it and what it said at most since the driver was asked; and what each says now.
+    /// Every model's process, with what was read of it and what it said at most since the driver was asked; and what each
+    /// says now.
     fn live_holders(&mut self) -> (Vec<Holder>, Vec<ByteCount>) {
         let is_simulated = self.config.device == DeviceChoice::Sim;
         let (mut holders, mut now) = (Vec::with_capacity(self.models.len()), Vec::new());

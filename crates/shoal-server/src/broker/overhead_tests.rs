@@ -244,7 +244,7 @@ fn what_the_driver_shows_less_of_is_given_back_once_readings_agree() {
 
 /// An engine that takes what it likes in a step keeps its peak while it can run. Asleep it cannot.
 #[test]
-fn an_engine_that_does_not_ask_keeps_its_peak_while_it_has_weights_and_gets_it_back_before_them() {
+fn an_engine_that_does_not_ask_keeps_its_peak_while_it_has_weights_and_gets_it_back_with_them() {
     let mut bench = Bench::new();
     let wake = bench.wanted(0, WEIGHTS, 10);
     bench.say(0, usage(WEIGHTS, 8, 24), 20);
@@ -357,7 +357,7 @@ fn asleep_beside_a_busy_one() -> Bench {
 }
 
 #[test]
-fn what_is_foreseen_is_leased_when_its_turn_has_come_and_not_before() {
+fn what_steps_take_is_leased_when_the_turn_of_its_weights_has_come() {
     let mut bench = asleep_beside_a_busy_one();
     bench.wanted(0, WEIGHTS, 100);
     bench.say(0, usage(ByteCount::ZERO, 8, 24), 110);
@@ -374,7 +374,7 @@ fn what_is_foreseen_is_leased_when_its_turn_has_come_and_not_before() {
 }
 
 #[test]
-fn what_was_foreseen_goes_with_the_wish_for_weights() {
+fn what_steps_take_goes_with_the_wish_for_weights() {
     let mut bench = asleep_beside_a_busy_one();
     let wake = bench.wanted(0, WEIGHTS, 100);
     let request = bench.core.asked.iter().map(|asked| asked.pending.request).min().expect("it waits");
@@ -384,6 +384,16 @@ fn what_was_foreseen_goes_with_the_wish_for_weights() {
     bench.say(0, FromWorker::OrderDone { order: wake, bytes, copied, duration_us: 1, error }, 120);
     let left: Vec<_> = bench.core.asked.iter().map(|asked| asked.pending.kind).collect();
     assert_eq!((overhead(&bench, 0), left), (8, vec![]));
+    // Granted, and given back because the wake failed.
+    let mut bench = Bench::new();
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 10);
+    let wake = bench.wanted(0, WEIGHTS, 100);
+    assert_eq!((granted(&mut bench, 0), overhead(&bench, 0)), (vec![WEIGHTS], 24));
+    bench.say(0, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: WEIGHTS }, 110);
+    let error = Some("the device failed".to_owned());
+    bench.say(0, FromWorker::OrderDone { order: wake, bytes, copied, duration_us: 1, error }, 110);
+    bench.say(0, usage(ByteCount::ZERO, 8, 24), 120);
+    assert_eq!(overhead(&bench, 0), 8);
 }
 
 /// What it is refused for is named: both.
@@ -447,7 +457,7 @@ fn nobody_gives_up_anything_for_overhead_that_is_leased_already() {
 
 /// Whoever asked a server that was killed asks the next one again, before that knows all that is held.
 #[test]
-fn what_was_asked_for_before_all_was_known_is_foreseen_as_well() {
+fn what_steps_take_comes_with_weights_that_were_asked_for_before_all_was_known() {
     let mut bench = Bench::new();
     bench.say(0, usage(ByteCount::ZERO, 8, 24), 10);
     bench.say(1, usage(ByteCount::ZERO, 16, 0), 10);
@@ -458,7 +468,7 @@ fn what_was_asked_for_before_all_was_known_is_foreseen_as_well() {
     bench.core.settled(30);
     bench.say(1, usage(ByteCount::ZERO, 16, 0), 40);
     assert_eq!(granted(&mut bench, 0), [WEIGHTS]);
-    assert_eq!(overhead(&bench, 0), 24, "and before them what its steps will take");
+    assert_eq!(overhead(&bench, 0), 24, "and with them what its steps will take");
 }
 
 #[test]

@@ -19,7 +19,7 @@ const PROFILED_MAX: ByteCount = ByteCount::mib(16);
 
 /// What was leased for the steps of one process, when that was last looked at.
 #[derive(Clone, Copy)]
-pub(super) struct Foresight {
+pub(super) struct BesideWeights {
     pid: u32,
     leased: ByteCount,
     has_weights: bool,
@@ -208,7 +208,7 @@ impl World {
 
     /// What an engine's steps, or a program, may take without a question stays leased while they can run.
     pub(super) fn check_beside(&mut self) {
-        self.watch_foresight();
+        self.watch_beside_weights();
         if self.core.is_settling() {
             return;
         }
@@ -232,7 +232,7 @@ impl World {
     }
 
     /// Counts what was leased for steps together with weights, and what went with them.
-    fn watch_foresight(&mut self) {
+    fn watch_beside_weights(&mut self) {
         if beside(self.seed) != Beside::Peak {
             return;
         }
@@ -240,20 +240,20 @@ impl World {
         let mut now = BTreeMap::new();
         for (place, worker) in &self.workers {
             let id = core.models[*place].id;
-            let foresight = Foresight {
+            let held = BesideWeights {
                 pid: worker.pid,
                 leased: core.book.held(id, LeaseKind::Overhead),
                 has_weights: !core.book.held(id, LeaseKind::Weights).is_zero(),
             };
-            if let Some(before) = self.foresights.get(place).filter(|before| before.pid == worker.pid) {
-                let came = foresight.has_weights && !before.has_weights;
-                self.seen.foreseen += u64::from(came && foresight.leased > before.leased);
-                let went = before.has_weights && !foresight.has_weights;
-                self.seen.foreseen_returned += u64::from(went && foresight.leased < before.leased);
+            if let Some(before) = self.beside_weights.get(place).filter(|before| before.pid == worker.pid) {
+                let came = held.has_weights && !before.has_weights;
+                self.seen.came_with_weights += u64::from(came && held.leased > before.leased);
+                let went = before.has_weights && !held.has_weights;
+                self.seen.went_with_weights += u64::from(went && held.leased < before.leased);
             }
-            now.insert(*place, foresight);
+            now.insert(*place, held);
         }
-        self.foresights = now;
+        self.beside_weights = now;
     }
 
     /// A timer rings; counts the leases for overhead that fell because it was their time.

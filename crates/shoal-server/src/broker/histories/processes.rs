@@ -111,7 +111,7 @@ impl World {
         self.clients.clear();
         self.routed.clear();
         self.narrowed.clear();
-        self.foresights.clear();
+        self.beside_weights.clear();
         self.policies.clear();
         // A program ends with the server that started it.
         self.stewards.clear();

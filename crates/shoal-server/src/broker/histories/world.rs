@@ -7,7 +7,7 @@ use shoal_core::bytes::ByteCount;
 use tokio::sync::mpsc;
 
 use super::clients::{Client, Routed};
-use super::overhead::Foresight;
+use super::overhead::BesideWeights;
 use super::policies::PolicyProcess;
 use super::processes::{Lingering, Stranger};
 use super::programs::Steward;
@@ -49,11 +49,11 @@ pub(super) struct Seen {
     pub(super) overhead_up: u64,
     pub(super) overhead_down: u64,
     pub(super) drifts: u64,
-    /// Leases for overhead that fell by time; those for steps that came with weights, and that went with them; steps that took more without a question; steps that asked, and those that asked for what had been
-    /// measured.
+    /// Leases for overhead that fell by time; those for steps that came with weights, and that went with them; steps that
+    /// took more without a question; steps that asked, and those that asked for what had been measured.
     pub(super) overhead_fell: u64,
-    pub(super) foreseen: u64,
-    pub(super) foreseen_returned: u64,
+    pub(super) came_with_weights: u64,
+    pub(super) went_with_weights: u64,
     pub(super) steps_unasked: u64,
     pub(super) overhead_asked: u64,
     pub(super) overhead_known: u64,
@@ -101,8 +101,8 @@ impl Seen {
             &mut self.overhead_down,
             &mut self.drifts,
             &mut self.overhead_fell,
-            &mut self.foreseen,
-            &mut self.foreseen_returned,
+            &mut self.came_with_weights,
+            &mut self.went_with_weights,
             &mut self.steps_unasked,
             &mut self.overhead_asked,
             &mut self.overhead_known,
@@ -161,7 +161,7 @@ pub(super) struct World {
     /// What others have of the device.
     pub(super) others: ByteCount,
     /// What was leased for steps, by place, when that was last looked at.
-    pub(super) foresights: BTreeMap<usize, Foresight>,
+    pub(super) beside_weights: BTreeMap<usize, BesideWeights>,
     /// What the device still has of processes that are gone.
     pub(super) lingering: Vec<Lingering>,
     /// A reading on its way.
@@ -198,7 +198,7 @@ impl World {
             is_rush: false,
             lives_on: false,
             others: ByteCount::ZERO,
-            foresights: BTreeMap::new(),
+            beside_weights: BTreeMap::new(),
             lingering: Vec::new(),
             looked: None,
             decisions,
