@@ -234,7 +234,8 @@ async fn one_that_ignores_orders_is_passed_over_and_then_the_requester_hears_why
     let scratch = tempfile::tempdir().expect("scratch");
     let models = vec![
         model("deaf", &["--ignore-reclaim", "--weights", "60"]),
-        ModelConfig { priority: 5, ..model("kind", &["--weights", "60"]) },
+        // Dear to bring back, so that deaf is asked first.
+        ModelConfig { priority: 5, ..model("kind", &["--weights", "60", "--wake-ms", "200"]) },
         model("chat", &["--weights", "50", "--lease-wait-ms", "8000"]),
         model("large", &["--weights", "100", "--lease-wait-ms", "1500"]),
     ];

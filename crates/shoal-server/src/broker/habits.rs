@@ -33,8 +33,8 @@ pub(crate) struct Habits {
     pub(crate) restored_ms: Option<u64>,
     /// It is to be brought back without anybody asking.
     pub(crate) preload: bool,
-    /// When the present wake got the lease that it waited for.
-    lease_ms: Option<u64>,
+    /// How long the leases of the present wake were waited for, all together.
+    lease_waited_ms: u64,
 }
 
 /// What is remembered of the shelf.
@@ -80,7 +80,6 @@ impl Core {
         if !came {
             return model.habits.thrash.left(bytes, now_ms);
         }
-        model.habits.lease_ms = Some(now_ms);
         model.habits.thrash.came_back(bytes, now_ms);
         let figures: ThrashFigures =
             self.models.iter().map(|model| model.habits.thrash.figures(now_ms)).sum();
@@ -94,17 +93,21 @@ impl Core {
         }
     }
 
-    /// A wake succeeded. `took_us` is what its worker says that it took, the wait for its lease included.
-    pub(super) fn note_woke(
-        &mut self,
-        place: usize,
-        bytes: ByteCount,
-        took_us: u64,
-        sent_ms: u64,
-        now_ms: u64,
-    ) {
+    /// A lease of the present wake was granted, which its worker had asked for so long before.
+    pub(super) fn note_lease_wait(&mut self, place: usize, waited_ms: u64) {
+        let habits = &mut self.models[place].habits;
+        habits.lease_waited_ms = habits.lease_waited_ms.saturating_add(waited_ms);
+    }
+
+    /// A wake is ordered.
+    pub(super) fn note_wake_ordered(&mut self, place: usize) {
+        self.models[place].habits.lease_waited_ms = 0;
+    }
+
+    /// A wake succeeded. `took_us` is what its worker says that it took, the waits for its leases included.
+    pub(super) fn note_woke(&mut self, place: usize, bytes: ByteCount, took_us: u64, now_ms: u64) {
         let model = &mut self.models[place];
-        let waited_ms = model.habits.lease_ms.take().map_or(0, |granted| granted.saturating_sub(sent_ms));
+        let waited_ms = std::mem::take(&mut model.habits.lease_waited_ms);
         model.habits.restored_ms = Some(now_ms);
         model.habits.preload = false;
         let took_us = took_us.saturating_sub(waited_ms.saturating_mul(1_000));

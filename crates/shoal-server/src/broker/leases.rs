@@ -228,6 +228,10 @@ impl Core {
         }
         self.note_weights(place, before, now_ms);
         self.note_moved(place, kind, true, bytes, now_ms);
+        let waited_ms = now_ms.saturating_sub(asked.pending.asked_ms);
+        if kind == LeaseKind::Weights {
+            self.note_lease_wait(place, waited_ms);
+        }
         if brings_more {
             // What its steps may take came with them.
             self.follow_overhead(place, now_ms);
@@ -243,7 +247,6 @@ impl Core {
             self.break_off(place, "it does not read its messages".to_owned(), now_ms);
         }
         let leased = self.book.leased();
-        let waited_ms = now_ms.saturating_sub(asked.pending.asked_ms);
         let what = EventKind::LeaseGranted { lease: kind, bytes, leased, reason, waited_ms, decision };
         self.tell(now_ms, Some(place), what);
     }

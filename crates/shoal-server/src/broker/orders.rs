@@ -148,6 +148,7 @@ impl Core {
         };
         model.cycle.note(reason.clone());
         model.orders.insert(number, order);
+        self.note_wake_ordered(place);
         self.tell(now_ms, Some(place), EventKind::WakeStarted { bytes, reason });
     }
 
@@ -190,7 +191,7 @@ impl Core {
                 model.brought.0 += bytes;
                 model.brought.1 += copied;
                 if error.is_none() {
-                    self.note_woke(place, bytes, took_us, order.sent_ms, now_ms);
+                    self.note_woke(place, bytes, took_us, now_ms);
                 }
                 self.wake_answered(place, bytes, duration_ms, error, now_ms);
             }

@@ -3,6 +3,7 @@
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind};
 
+use super::Wanted;
 use super::orders::OVERDUE_MAX;
 use super::turn_tests::{Bench, WEIGHTS, caller};
 
@@ -43,4 +44,44 @@ fn of_a_worker_that_ignores_its_orders_few_are_kept() {
     assert!(model.connection.is_some() && model.orders.is_empty(), "all are answered");
     assert_eq!(waiters.last_mut().expect("some").try_recv().expect("answered").error, None);
     assert_eq!(bench.core.book.held(model.id, LeaseKind::Weights), ByteCount::ZERO);
+}
+
+/// What a link costs is known from what a worker took, less what its leases were waited for. The way of an order and of a
+/// lease's question counted as waiting too, and so did the copies of all parts but the last.
+#[test]
+fn the_price_of_a_wake_leaves_out_the_waits_for_its_leases_and_nothing_else() {
+    let half = ByteCount::mib(30);
+    let mut bench = Bench::new();
+    let wake = bench.wanted(1, WEIGHTS, 10);
+    bench.usage(1, WEIGHTS, 20);
+    bench.done(1, wake, WEIGHTS, 20);
+    bench.end_route(1, 30);
+    bench.told(1);
+    // Ordered at 1,000 ms; its worker is slow to begin and asks at 1,040, and for the rest once the first half is there.
+    let begun = bench.core.handle_wanted("m0", Wanted::Route(caller()), 1_000, 60_000).expect("parked");
+    let wake = bench.told(0).into_iter().find_map(|said| match said {
+        FromServer::Wake { order, .. } => Some(order),
+        _ => None,
+    });
+    bench.request(0, LeaseKind::Weights, half, 1_040);
+    bench.request(0, LeaseKind::Weights, half, 1_070);
+    // The other gives way 50 ms later.
+    let left = ByteCount::mib(20);
+    let told = bench.told(1);
+    let [FromServer::Reclaim { order, bytes, .. }] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!(*bytes, left, "40 of 100 MiB were free");
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: left }, 1_120);
+    bench.done(1, *order, left, 1_120);
+    bench.usage(0, WEIGHTS, 1_150);
+    let done = FromWorker::OrderDone {
+        order: wake.expect("it is woken"),
+        bytes: WEIGHTS,
+        copied: WEIGHTS,
+        // From 1,040 to 1,150.
+        duration_us: 110_000,
+        error: None,
+    };
+    bench.say(0, done, 1_150);
+    drop(begun);
+    assert_eq!(bench.core.restore_cost(0), 1_000, "60 ms for 60 MiB");
 }
