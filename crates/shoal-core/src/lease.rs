@@ -353,6 +353,16 @@ impl LeaseBook {
         held
     }
 
+    /// What a process held that is gone was given back by whoever held it in its name, and is still to be seen free: it stays leased
+    /// until [`arrive`](Self::arrive).
+    pub fn hold(&mut self, process: u32, bytes: ByteCount) {
+        if !bytes.is_zero() {
+            *self.departed.entry(process).or_default() += bytes;
+            self.leased += bytes;
+        }
+        self.check_invariants();
+    }
+
     /// What a process held that is gone is free. Gives how much that was.
     pub fn arrive(&mut self, process: u32) -> ByteCount {
         let returned = self.departed.remove(&process).unwrap_or_default();

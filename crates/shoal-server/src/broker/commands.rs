@@ -14,14 +14,15 @@ impl Core {
     pub(crate) fn handle_command_started(&mut self, place: usize, pid: u32, target: Target, now_ms: u64) {
         let model = &mut self.models[place];
         model.child = Some(pid);
+        model.child_before = None;
         model.target = target;
         model.starts += 1;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());
         self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
     }
 
-    /// The program is gone, and its memory with it: what was measured of it goes too. `status` says how it ended;
-    /// `trouble`, where nobody told it to.
+    /// The program is gone: what was measured of it goes too, and what it had comes back once it is seen to be free. `status` says
+    /// how it ended; `trouble`, where nobody told it to. Its steward gives the lease back next.
     pub(crate) fn handle_command_ended(
         &mut self,
         place: usize,
@@ -37,16 +38,15 @@ impl Core {
         // Where it was ended because it hung, that says more than that it was told to end.
         model.error = trouble.or_else(|| model.hung.clone());
         let asked = model.error.is_none();
-        let returned = self.book.total(id);
+        model.child_before = Some(pid);
+        let (returned, beside) = (self.book.total(id), self.book.corrected(id));
         self.forget_overhead_request(place);
         if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {
             tracing::debug!(%error, "a program without an account ended");
         }
-        self.tell(
-            now_ms,
-            Some(place),
-            EventKind::WorkerExited { pid, status, returned, returning: ByteCount::ZERO, asked },
-        );
+        self.hold_returning(pid, beside, now_ms);
+        let returning = if self.sees_returns() { returned } else { ByteCount::ZERO };
+        self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned, returning, asked });
     }
 
     /// Requests that the program answers now.

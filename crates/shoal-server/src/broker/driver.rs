@@ -156,11 +156,16 @@ impl Core {
         }
     }
 
+    /// What a dead process had can be seen to be free, and matters.
+    pub(super) const fn sees_returns(&self) -> bool {
+        self.driver.is_read && !self.stopping
+    }
+
     /// The process of the model at `place` is gone. What it held is free at once where nobody can see otherwise. Gives
     /// what it held, and what of it is still to be seen free.
     pub(super) fn depart(&mut self, place: usize, process: u32, now_ms: u64) -> (ByteCount, ByteCount) {
         let id = self.models[place].id;
-        if !self.driver.is_read || self.stopping {
+        if !self.sees_returns() {
             return (self.book.close(id), ByteCount::ZERO);
         }
         let others = self.driver.found.others;
@@ -168,6 +173,19 @@ impl Core {
         let held = self.book.depart(id, process);
         self.look_soon.notify_one();
         (held, held)
+    }
+
+    /// A program that is gone had `bytes`, which its steward has just given back: they stay leased until they are seen to be free,
+    /// where anybody can see that. Gives what stays.
+    pub(super) fn hold_returning(&mut self, process: u32, bytes: ByteCount, now_ms: u64) -> ByteCount {
+        if bytes.is_zero() || !self.sees_returns() {
+            return ByteCount::ZERO;
+        }
+        let others = self.driver.found.others;
+        self.driver.departed.entry(process).or_insert(Departed { since_ms: now_ms, others });
+        self.book.hold(process, bytes);
+        self.look_soon.notify_one();
+        bytes
     }
 
     fn arrive(&mut self, process: u32, seen: bool, now_ms: u64) {

@@ -134,6 +134,9 @@ impl Core {
             return self.break_off(place, error.to_string(), now_ms);
         }
         self.note_weights(place, before, now_ms);
+        if let Some(child) = self.models[place].child_before.take() {
+            self.hold_returning(child, bytes, now_ms);
+        }
         self.note_moved(place, kind, false, bytes, now_ms);
         let model = &mut self.models[place];
         let mut left = bytes;

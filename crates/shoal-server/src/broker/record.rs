@@ -92,6 +92,8 @@ pub(crate) struct Record {
     pub(crate) target: Target,
     /// The program that runs for it now, where its engine is a command.
     pub(crate) child: Option<u32>,
+    /// The one that has just ended, until its lease was given back.
+    pub(crate) child_before: Option<u32>,
     pub(crate) log: PathBuf,
     /// What the driver shows of its process; none where it shows nothing.
     pub(crate) seen: Option<ByteCount>,
@@ -202,6 +204,7 @@ impl Record {
             target: Target::Unix(config.runtime_dir.join(format!("worker-{place}.sock"))),
             socket: config.runtime_dir.join(format!("worker-{place}.sock")),
             child: None,
+            child_before: None,
             seen: None,
             leased_then: ByteCount::ZERO,
             said_then: ByteCount::ZERO,

@@ -209,7 +209,7 @@ impl<'a> Steward<'a> {
                         return;
                     }
                 },
-                exit = ended(&mut self.doing) => self.ended_by_itself(exit),
+                exit = ended(&mut self.doing) => self.ended_by_itself(exit).await,
                 () = tokio::time::sleep(LOOK), if look => self.look().await,
                 _ = measured.tick() => self.measure(),
                 found = finished(&mut self.measuring) => self.measured(found),
@@ -478,7 +478,7 @@ impl<'a> Steward<'a> {
     }
 
     /// The program ended, and nobody had told it to.
-    fn ended_by_itself(&mut self, exit: std::io::Result<Exit>) {
+    async fn ended_by_itself(&mut self, exit: std::io::Result<Exit>) {
         let doing = std::mem::replace(&mut self.doing, Doing::Nothing);
         let (wake, reclaim, program) = match doing {
             Doing::Starting { wake, program, .. } => (Some(wake), None, program),
@@ -491,7 +491,8 @@ impl<'a> Steward<'a> {
         let words = program.process.last_line().map(|line| format!(": {line}")).unwrap_or_default();
         let log = self.shared.with(|core, _| core.models[self.place].log.display().to_string());
         let reason = format!("its command {status}{words} (its output is in {log})");
-        // What it started may still live, and goes with it.
+        // What it started may still live, and goes with it: its memory is not given back before.
+        program.process.clear_group().await;
         drop(program);
         self.gone(status, reclaim.is_none().then(|| reason.clone()));
         let bytes = self.give_back();

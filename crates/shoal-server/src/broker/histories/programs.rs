@@ -6,6 +6,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::mpsc;
 
 use super::DEVICE;
+use super::processes::Lingering;
 use super::shelf::{Beside, PROGRAM_BYTES, beside};
 use super::world::World;
 use crate::shelf::Target;
@@ -381,12 +382,21 @@ impl World {
 
     fn stop_program(&mut self, place: usize, trouble: Option<String>) {
         let Some(steward) = self.stewards.get_mut(&place) else { return };
+        let (has, pid) = (steward.has(), steward.program().map(|program| program.pid));
         if steward.take_program().is_none() {
             return;
         }
         self.seen.overhead_down += u64::from(steward.peak > steward.bytes);
         steward.bytes = steward.bytes.max(steward.peak);
         (steward.newest, steward.peak) = (ByteCount::ZERO, ByteCount::ZERO);
+        // The device may have it for a while after that.
+        let has = has.min(self.core.book.total(self.core.models[place].id));
+        if let Some(pid) = pid.filter(|_| self.core.driver.is_heard() && !self.is_calm && !has.is_zero())
+            && self.dice.chance(60)
+        {
+            let until_ms = self.now_ms + self.dice.roll(3_000);
+            self.lingering.push(Lingering { pid, has, until_ms });
+        }
         self.core.handle_command_ended(place, "ended".to_owned(), trouble, self.now_ms);
     }
 
