@@ -5,7 +5,7 @@ mod support;
 use std::time::Duration;
 
 use shoal_core::bytes::ByteCount;
-use shoal_server::config::{ModelConfig, ServerConfig};
+use shoal_server::config::{Limits, ModelConfig, ServerConfig};
 use shoal_server::shelf::{Reloaded, RouteError, ShelfError};
 use shoal_server::state::{EventKind, ModelStatus};
 use support::shelves::{config, model, pid, soon, start, until};
@@ -32,18 +32,21 @@ async fn only_what_changed_is_touched() {
     let quicker = ServerConfig {
         quantum: Duration::from_secs(1),
         device_budget: ByteCount::mib(999),
+        limits: Limits { wait_max: Duration::from_secs(7), ..Limits::default() },
         ..config(scratch.path(), 400, after.clone())
     };
-    let said = shelf.reload_with(quicker).expect("a good one");
+    let said = shelf.reload_with(quicker.clone()).expect("a good one");
     let expected = Reloaded {
         added: names(&["new"]),
         removed: names(&["gone"]),
         restarted: names(&["anew"]),
         changed: names(&["limits"]),
         policies: vec![],
-        needs_restart: names(&["device_budget"]),
+        needs_restart: names(&["device_budget", "wait_s_max"]),
     };
     assert_eq!(said, expected);
+    let again = shelf.reload_with(quicker).expect("the same");
+    assert_eq!(again.needs_restart, expected.needs_restart, "it counts from the next start on, until then");
     assert_eq!(shelf.snapshot().device.budget, ByteCount::mib(400), "as it was");
     assert_eq!(shelf.snapshot().model("limits").expect("there").priority, 5);
 

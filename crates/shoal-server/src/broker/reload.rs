@@ -10,7 +10,7 @@ use std::sync::Arc;
 use shoal_core::protocol::FromServer;
 
 use super::{Core, Life, LifeEvent, Record, millis};
-use crate::config::{ModelConfig, ServerConfig};
+use crate::config::{Limits, ModelConfig, ServerConfig};
 use crate::shelf::Reloaded;
 use crate::state::EventKind;
 
@@ -65,6 +65,7 @@ impl Core {
             state_dir: old.state_dir.clone(),
             cache_dir: old.cache_dir.clone(),
             log_dir: old.log_dir.clone(),
+            limits: Limits { parked_max: config.limits.parked_max, ..old.limits },
             ..config
         });
         self.config = Arc::clone(&config);
