@@ -353,14 +353,16 @@ impl LeaseBook {
         held
     }
 
-    /// What a process held that is gone was given back by whoever held it in its name, and is still to be seen free: it stays leased
-    /// until [`arrive`](Self::arrive).
-    pub fn hold(&mut self, process: u32, bytes: ByteCount) {
+    /// What a process held that is gone was given back just now by whoever held it in its name, and is still to be seen free:
+    /// it is leased again until [`arrive`](Self::arrive), as far as nobody else has it. Gives how much that is.
+    pub fn hold(&mut self, process: u32, bytes: ByteCount) -> ByteCount {
+        let bytes = bytes.min(self.budget.saturating_sub(self.leased));
         if !bytes.is_zero() {
             *self.departed.entry(process).or_default() += bytes;
             self.leased += bytes;
         }
         self.check_invariants();
+        bytes
     }
 
     /// What a process held that is gone is free. Gives how much that was.
@@ -495,6 +497,21 @@ mod tests {
         assert_eq!((book.arrive(7), book.arrive(7)), (MIB(50), MIB(0)));
         assert_eq!(book.grant(A, LeaseKind::Weights, MIB(50)), Ok(()));
         assert_eq!(book.returning(), MIB(0));
+    }
+
+    #[test]
+    fn what_was_held_in_the_name_of_a_dead_process_is_leased_until_it_is_seen_free() {
+        let mut book = book();
+        book.grant(A, LeaseKind::Weights, MIB(50)).expect("fits");
+        book.give_back(A, LeaseKind::Weights, MIB(50)).expect("held");
+        assert_eq!(book.hold(7, MIB(50)), MIB(50));
+        assert_eq!((book.leased(), book.total(A), book.returning()), (MIB(50), MIB(0), MIB(50)));
+        assert!(book.grant(A, LeaseKind::Weights, MIB(50)).is_err(), "nobody has it before it is there");
+        assert_eq!(book.hold(8, MIB(80)), book.budget() - MIB(50), "no more than there is");
+        assert_eq!((book.hold(8, MIB(1)), book.hold(9, MIB(0))), (MIB(0), MIB(0)));
+        assert_eq!(book.departed().count(), 2, "of nothing nothing is kept");
+        assert_eq!(book.arrive(7), MIB(50));
+        assert_eq!(book.leased(), book.budget() - MIB(50));
     }
 
     #[test]

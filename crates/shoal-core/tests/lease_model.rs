@@ -18,6 +18,7 @@ enum Op {
     Close(u32),
     Charge(u64),
     Depart(u32, u32),
+    Hold(u32, u64),
     Arrive(u32),
 }
 
@@ -33,6 +34,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => model.clone().prop_map(Op::Close),
         2 => (0..120u64).prop_map(Op::Charge),
         1 => (model, 0..3u32).prop_map(|(m, process)| Op::Depart(m, process)),
+        1 => (0..3u32, 0..60u64).prop_map(|(process, b)| Op::Hold(process, b)),
         1 => (0..3u32).prop_map(Op::Arrive),
     ]
 }
@@ -117,6 +119,13 @@ fn step(plain: &mut Plain, beside: &mut Beside, book: &mut LeaseBook, op: &Op) {
         Op::Depart(m, process) => {
             let held = plain.remove(&m).as_ref().map_or(0, total);
             assert_eq!(book.depart(ModelId(m), process), ByteCount(held));
+            if held > 0 {
+                *beside.departed.entry(process).or_default() += held;
+            }
+        }
+        Op::Hold(process, bytes) => {
+            let held = bytes.min(left);
+            assert_eq!(book.hold(process, ByteCount(bytes)), ByteCount(held));
             if held > 0 {
                 *beside.departed.entry(process).or_default() += held;
             }

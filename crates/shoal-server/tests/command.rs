@@ -298,6 +298,27 @@ async fn it_ends_with_all_that_it_started_also_where_it_does_not_want_to() {
     drop(scene.dir);
 }
 
+/// A script in front of a server is ended by the kernel, say, and the server that has the memory lives on.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_that_dies_had_started_is_gone_before_its_lease_comes_back() {
+    let dir = directory();
+    let file = dir.path().join("child");
+    let child = file.to_string_lossy().into_owned();
+    let args = ["--port", "{port}", "--child", &child];
+    let scene = start_in(dir, 100, &command("llama", 8, &args, ""));
+    for end in 1..=5 {
+        let route = scene.route("llama").await;
+        let child: u32 = std::fs::read_to_string(&file).expect("written").parse().expect("a number");
+        assert!(alive(child));
+        assert!(!post(&route, "/v1/die", "x").await.is_ok_and(|answer| answer.contains("200")));
+        drop(route);
+        scene.until("its end is seen", |scene| scene.ends("llama") == end).await;
+        assert!(!alive(child), "its end is told when all of it is gone: {}", scene.story());
+        scene.until("its lease is back", |scene| scene.model("llama").lease.total == ByteCount::ZERO).await;
+    }
+    scene.shelf.shutdown(soon()).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn it_is_charged_what_it_takes_where_that_is_more_than_declared() {
     let scene = start(200, &command("llama", 4, &["--port", "{port}", "--mib", "64"], ""));

@@ -177,6 +177,8 @@ class Shelf:
         them has to come back.
     falling
         Bytes leased for overhead of which less was measured lately: they come back before long.
+    returning
+        Bytes that processes had which are gone: they come back before long, and are granted to nobody until then.
     extent
         The unit in which bytes are ordered back.
     quantum_ms
@@ -196,13 +198,14 @@ class Shelf:
     is_manual: bool = False
     taken: int = 0
     falling: int = 0
+    returning: int = 0
     models: tuple[Model, ...] = ()
     requests: tuple[Request, ...] = ()
 
     @property
     def free(self) -> int:
         """Bytes that can be granted at once."""
-        return max(0, self.budget - sum(model.held for model in self.models))
+        return max(0, self.budget - self.returning - sum(model.held for model in self.models))
 
     def model(self, number: int) -> Model:
         """Give the model with this id.

@@ -214,6 +214,23 @@ impl Charge {
         Some(self.taken)
     }
 
+    /// One more reading, that cannot show all that is taken: less than now is no news. Gives what comes off from now on, where
+    /// that changed.
+    pub fn note_at_least(&mut self, found: ByteCount, tolerance: ByteCount) -> Option<ByteCount> {
+        self.note(found.max(self.taken), tolerance)
+    }
+
+    /// What is taken shows again, after readings that could not show it: what `found` has beyond what comes off now counts
+    /// at once. Gives what comes off from now on, where that changed.
+    pub fn reveal(&mut self, found: ByteCount, tolerance: ByteCount) -> Option<ByteCount> {
+        self.agreed.clear();
+        self.agreed.note(found);
+        (found.saturating_sub(self.taken) >= tolerance).then(|| {
+            self.taken = found;
+            found
+        })
+    }
+
     /// Whether the newest reading calls for another one soon: it is far from what comes off now.
     #[must_use]
     pub fn is_unsure(&self, tolerance: ByteCount) -> bool {

@@ -177,3 +177,23 @@ proptest! {
         prop_assert!(!charge.is_unsure(tolerance));
     }
 }
+
+/// While a dead process's memory may hide what others take, what is charged does not fall; once that shows, it counts at once.
+#[test]
+fn a_charge_does_not_fall_by_readings_that_cannot_show_it_and_rises_at_once_when_one_can() {
+    let (mut charge, tolerance) = (Charge::default(), MIB(3));
+    assert_eq!((charge.note(MIB(10), tolerance), charge.note(MIB(10), tolerance)), (None, Some(MIB(10))));
+    for _ in 0..5 {
+        assert_eq!(charge.note_at_least(MIB(0), tolerance), None);
+    }
+    assert!(!charge.is_unsure(tolerance));
+    assert_eq!(charge.note_at_least(MIB(20), tolerance), None, "as any reading, only with a second one");
+    assert_eq!(charge.note_at_least(MIB(20), tolerance), Some(MIB(20)));
+    assert_eq!((charge.reveal(MIB(35), tolerance), charge.taken()), (Some(MIB(35)), MIB(35)));
+    assert_eq!(
+        (charge.reveal(MIB(5), tolerance), charge.taken()),
+        (None, MIB(35)),
+        "less is for readings to agree on"
+    );
+    assert_eq!((charge.note(MIB(5), tolerance), charge.note(MIB(5), tolerance)), (None, Some(MIB(5))));
+}

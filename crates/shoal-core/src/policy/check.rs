@@ -75,8 +75,12 @@ pub fn check(state: &ShelfState, plan: &Plan) -> Result<(), String> {
     }
     let leased: u128 = held.values().map(|bytes| u128::from(bytes.0)).sum();
     let before: u128 = state.models.iter().map(|model| u128::from(model.held().0)).sum();
-    if leased > u128::from(state.budget.0) && leased > before {
-        return Err(format!("{leased} bytes would be leased, and the budget is {}", state.budget));
+    if leased + u128::from(state.returning.0) > u128::from(state.budget.0) && leased > before {
+        let returning = match state.returning {
+            ByteCount::ZERO => String::new(),
+            returning => format!(" while {returning} of processes that ended come back"),
+        };
+        return Err(format!("{leased} bytes would be leased, and the budget is {}{returning}", state.budget));
     }
     answered.sort_unstable();
     if let Some(twice) = answered.windows(2).find(|pair| pair[0] == pair[1]) {

@@ -144,3 +144,51 @@ fn what_is_owed_and_what_keep_alive_sends_away_are_not_ordered_twice() {
         assert_eq!(evicted(&said).iter().map(|(_, mib)| mib).sum::<u64>(), 22);
     }
 }
+
+/// What a process had that is gone comes back for whoever asked first: somebody who asked later and needs less than that is
+/// not let in before, or the first would never have its turn.
+#[test]
+fn what_comes_back_from_the_dead_is_for_who_asked_first_and_nobody_has_it_before() {
+    let away = |id, name, total| model(id, name, total, 0);
+    let state = |returning, second| ShelfState {
+        returning: MIB(returning),
+        ..shelf(
+            100,
+            vec![away(0, "chat", 40), away(1, "code", second), model(2, "mail", 26, 26)],
+            vec![wake(0, 40, 1), wake(1, second, 2)],
+        )
+    };
+    // 38 are free, and 36 come back: enough for the first, and then for 34.
+    let mut pinned = state(36, 36);
+    pinned.models[2].pinned = true;
+    let said = plan(&pinned, 10_000);
+    assert!(
+        matches!(
+            &said.actions[..],
+            [Action::Wait { model: ModelId(0), reason, .. }, Action::Wait { model: ModelId(1), .. }]
+                if reason.contains("waits for 2 MiB") && reason.contains("36 MiB of processes that ended come back")
+        ),
+        "{}",
+        reasons(&said)
+    );
+    // It is enough for the first: nobody is disturbed for it.
+    let mut alone = state(36, 36);
+    alone.requests.truncate(1);
+    assert!(evicted(&plan(&alone, 10_000)).is_empty(), "{}", reasons(&plan(&alone, 10_000)));
+    // Once it is there, both are met, or the first and whom it leaves enough.
+    pinned.returning = MIB(0);
+    let said = plan(&pinned, 10_000);
+    assert!(
+        matches!(
+            &said.actions[..],
+            [Action::Grant { model: ModelId(0), .. }, Action::Wait { model: ModelId(1), .. }]
+        ),
+        "{}",
+        reasons(&said)
+    );
+    // A plan that grants it before is not obeyed.
+    let reason = String::new();
+    let grant = Action::Grant { model: ModelId(0), request: 1, bytes: MIB(40), reason };
+    let early = check(&state(36, 36), &Plan { actions: vec![grant], ..Plan::default() });
+    assert!(early.as_ref().is_err_and(|why| why.contains("36 MiB of processes that ended")), "{early:?}");
+}

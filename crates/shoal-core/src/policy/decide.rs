@@ -159,7 +159,7 @@ impl<'a> Decision<'a> {
         self.field.incoming = self.field.incoming.saturating_sub(rest);
         self.spend(target);
         self.field.meet(request);
-        let reason = format!("{} waits for {rest} that others were ordered to give back", model.name);
+        let reason = reason::coming(&self.field, model, rest);
         self.wait_in_line(request, reason);
     }
 

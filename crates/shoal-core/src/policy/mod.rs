@@ -47,6 +47,10 @@
 //! others may leave, and holds nobody up. So does one for which leases for overhead are in the way that may fall
 //! ([`ShelfState::falling`]).
 //!
+//! What a process had that is gone is granted to nobody until the device is seen to have it back
+//! ([`ShelfState::returning`]). Until then it counts as coming, for whoever asked first, as if its holder had been ordered to
+//! give it up.
+//!
 //! # What only steps take
 //! An engine may take memory in its steps that it asks nobody for. It is leased with its weights: a request for them has
 //! [`ModelState::overhead_lacking`] in it. With the last of its weights it is free again

@@ -106,7 +106,7 @@ fn why_chosen(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> S
 
 /// Others took memory of the device.
 pub(super) fn make_room(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
-    let over = field.state.models.iter().map(ModelState::held).sum::<ByteCount>();
+    let over = field.state.models.iter().map(ModelState::held).sum::<ByteCount>() + field.state.returning;
     format!(
         "others have {} of the device that models share, {} is left and {over} is leased; {}",
         field.state.taken,
@@ -258,6 +258,14 @@ fn taken(field: &Field<'_>) -> String {
     }
 }
 
+/// What processes had that are gone, where it is still to be seen free.
+fn returning(field: &Field<'_>) -> String {
+    match field.state.returning {
+        ByteCount::ZERO => String::new(),
+        returning => format!(", {returning} of processes that ended come back"),
+    }
+}
+
 /// What is leased for overhead and not taken any more, where there is some.
 fn falling(field: &Field<'_>) -> String {
     match field.state.falling {
@@ -269,10 +277,11 @@ fn falling(field: &Field<'_>) -> String {
 pub(super) fn too_late(field: &Field<'_>, model: &ModelState, request: &PendingRequest) -> String {
     let waited = seconds(field.now_ms.saturating_sub(request.asked_ms));
     format!(
-        "{} and waited {waited} for it; {} are free{}{}",
+        "{} and waited {waited} for it; {} are free{}{}{}",
         needs(model, request),
         field.free,
         taken(field),
+        returning(field),
         busy_holders(field, model)
     )
 }
@@ -285,8 +294,17 @@ pub(super) fn wait(
 ) -> String {
     let manual =
         if field.state.is_manual { ", and nothing is evicted by itself (evict = \"never\")" } else { "" };
-    let taken = taken(field);
-    format!("{}; {found} can be had now{taken}{manual}{}", needs(model, request), busy_holders(field, model))
+    let (taken, returning) = (taken(field), returning(field));
+    format!(
+        "{}; {found} can be had now{taken}{returning}{manual}{}",
+        needs(model, request),
+        busy_holders(field, model)
+    )
+}
+
+/// What is free or on its way is enough, and not all of it is there: `rest` is missing.
+pub(super) fn coming(field: &Field<'_>, model: &ModelState, rest: ByteCount) -> String {
+    format!("{} waits for {rest} that others were ordered to give back{}", model.name, returning(field))
 }
 
 pub(super) fn behind(model: &ModelState, request: &PendingRequest, spare: ByteCount) -> String {

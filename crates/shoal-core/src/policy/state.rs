@@ -18,6 +18,10 @@ pub struct ShelfState {
     /// Leases for overhead of which less was measured lately: so much of them comes back before long, if nobody takes it again.
     #[serde(default)]
     pub falling: ByteCount,
+    /// Leased in the name of processes that are gone, and seen to be free before long: in `budget`, to be granted to nobody
+    /// until then.
+    #[serde(default)]
+    pub returning: ByteCount,
     /// The unit in which bytes are ordered back.
     pub extent: ByteCount,
     /// How long a model may run before it can be made to yield to a waiting one.

@@ -104,11 +104,12 @@ impl<'a> Field<'a> {
     pub(super) fn new(state: &'a ShelfState, now_ms: u64, choice: Choice) -> Self {
         let index: BTreeMap<_, _> =
             state.models.iter().enumerate().map(|(place, model)| (model.id, place)).collect();
-        let held: ByteCount = state.models.iter().map(ModelState::held).sum();
+        let held = state.models.iter().map(ModelState::held).sum::<ByteCount>() + state.returning;
         // With the last of its weights goes what only its steps take.
         let goes = |model: &&ModelState| loses_weights(model, model.ordered);
         let incoming: ByteCount = state.models.iter().map(|model| model.ordered.min(model.held())).sum();
         let incoming = incoming + state.models.iter().filter(goes).map(leaves).sum::<ByteCount>();
+        let incoming = incoming + state.returning;
         let owed = held.saturating_sub(state.budget).min(state.taken);
         let mut field = Self {
             state,

@@ -165,6 +165,7 @@ prop_compose! {
         spare in bytes(60),
         taken in prop_oneof![3 => Just(ByteCount::ZERO), 1 => bytes(120)],
         falling in prop_oneof![3 => Just(ByteCount::ZERO), 1 => bytes(20)],
+        returning in prop_oneof![3 => Just(ByteCount::ZERO), 1 => bytes(20)],
         quantum_ms in 0..5_000u64,
         is_manual in prop::bool::weighted(0.1),
         pairs in prop::collection::vec((0..8usize, 0..8usize), 0..3),
@@ -192,7 +193,7 @@ prop_compose! {
         let held: ByteCount = models.iter().map(ModelState::held).sum();
         // Others may have what was leased before they came.
         let budget = (held + spare).saturating_sub(taken);
-        ShelfState { budget, taken, falling, extent: ByteCount::mib(2), quantum_ms, models, requests, is_manual }
+        ShelfState { budget, taken, falling, returning, extent: ByteCount::mib(2), quantum_ms, models, requests, is_manual }
     }
 }
 
@@ -247,7 +248,8 @@ proptest! {
             }
         }
         let before: ByteCount = state.models.iter().map(ModelState::held).sum();
-        prop_assert!(held.iter().copied().sum::<ByteCount>() <= state.budget.max(before));
+        let returning = state.returning;
+        prop_assert!(held.iter().copied().sum::<ByteCount>() + returning <= state.budget.max(before + returning));
         prop_assert!(answers.iter().all(|count| *count == 1), "{:?}", answers);
     }
 }

@@ -452,6 +452,7 @@ impl<'a> Sim<'a> {
             is_manual: false,
             taken: self.budget.saturating_sub(self.budget_now),
             falling: ByteCount::ZERO,
+            returning: ByteCount::ZERO,
             models: self.workers.iter().map(|worker| worker.state.clone()).collect(),
             requests: self.asked.iter().map(|asked| asked.pending.clone()).collect(),
         }

@@ -32,13 +32,13 @@ impl Core {
     ) {
         let model = &mut self.models[place];
         let id = model.id;
-        let pid = model.child.take().unwrap_or_default();
+        model.child_before = model.child.take();
+        let pid = model.child_before.unwrap_or_default();
         (model.usage.overhead_device, model.usage.overhead_peak) = (ByteCount::ZERO, ByteCount::ZERO);
         model.forget_overhead();
         // Where it was ended because it hung, that says more than that it was told to end.
         model.error = trouble.or_else(|| model.hung.clone());
         let asked = model.error.is_none();
-        model.child_before = Some(pid);
         let (returned, beside) = (self.book.total(id), self.book.corrected(id));
         self.forget_overhead_request(place);
         if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {

@@ -17,7 +17,8 @@ use super::Core;
 use crate::config::DeviceChoice;
 use crate::state::{DriverSnapshot, EventKind, ProcessSnapshot};
 
-/// How long what a dead process held is waited for where the driver does not show processes.
+/// How long what a dead process held is waited for where the driver does not show processes; and how long it counts as
+/// coming back where it does.
 const RETURN_MS_MAX: u64 = 10_000;
 /// Other processes that are shown, and that a sentence names.
 const SHOWN_MAX: usize = 16;
@@ -55,6 +56,14 @@ struct Departed {
     since_ms: u64,
     /// What others had before it did.
     others: ByteCount,
+    /// It still has memory long after its end: nobody is to wait for that any more.
+    is_stuck: bool,
+}
+
+impl Departed {
+    const fn new(since_ms: u64, others: ByteCount) -> Self {
+        Self { since_ms, others, is_stuck: false }
+    }
 }
 
 /// What is known of the device.
@@ -110,6 +119,7 @@ impl Core {
             self.driver.hides = telling.any(Holder::is_hidden);
         }
         let departed: Vec<(u32, ByteCount)> = self.book.departed().collect();
+        let live = holders.len();
         // What was given up while the driver was asked may be what the dead seem to have given back: here only what is said now.
         let said_now = |(holder, now): (&Holder, &ByteCount)| Holder { said: *now, ..*holder };
         let mut gone: Vec<Holder> = holders.iter().zip(&said).map(said_now).collect();
@@ -122,12 +132,24 @@ impl Core {
         }
         let budget = self.config.device_budget;
         let reading = &self.driver.looked.reading;
-        let found = compare(reading, budget, self.config.headroom, holders);
+        let found = compare(reading, budget, self.config.headroom, holders.iter().copied());
         let without = compare(reading, budget, self.config.headroom, gone);
         self.driver.found = Comparison { is_by_process: !self.driver.hides, ..found };
-        let returned = self.see_returned(&departed, &without, now_ms);
+        let (returned, is_revealed) = self.see_returned(&departed, &without, now_ms);
         let drifted = self.see_drift(tolerance(total), now_ms);
-        let changed = self.driver.charge.note(found.taken, tolerance(total));
+        let waits = |process: u32| self.book.departed().any(|(other, _)| other == process);
+        let changed = if is_revealed {
+            // What others took meanwhile looked like the dead's: it counts before anybody is granted that.
+            let left = departed.iter().zip(&holders[live..]).filter(|((process, _), _)| waits(*process));
+            let left = holders[..live].iter().chain(left.map(|(_, holder)| holder)).copied();
+            let found = compare(&self.driver.looked.reading, budget, self.config.headroom, left);
+            self.driver.found = Comparison { is_by_process: false, ..found };
+            self.driver.charge.reveal(found.taken, tolerance(total))
+        } else if self.driver.hides && !departed.is_empty() {
+            self.driver.charge.note_at_least(found.taken, tolerance(total))
+        } else {
+            self.driver.charge.note(found.taken, tolerance(total))
+        };
         if let Some(taken) = changed {
             self.book.charge(taken);
             self.tell_taken(now_ms);
@@ -169,7 +191,7 @@ impl Core {
             return (self.book.close(id), ByteCount::ZERO);
         }
         let others = self.driver.found.others;
-        self.driver.departed.insert(process, Departed { since_ms: now_ms, others });
+        self.driver.departed.insert(process, Departed::new(now_ms, others));
         let held = self.book.depart(id, process);
         self.look_soon.notify_one();
         (held, held)
@@ -182,10 +204,20 @@ impl Core {
             return ByteCount::ZERO;
         }
         let others = self.driver.found.others;
-        self.driver.departed.entry(process).or_insert(Departed { since_ms: now_ms, others });
-        self.book.hold(process, bytes);
+        self.driver.departed.entry(process).or_insert(Departed::new(now_ms, others));
+        let held = self.book.hold(process, bytes);
         self.look_soon.notify_one();
-        bytes
+        held
+    }
+
+    /// What processes that are gone had and is not seen to be free: what comes back before long, and what has not for long.
+    pub(super) fn departed_bytes(&self) -> (ByteCount, ByteCount) {
+        let (mut returning, mut stuck) = (ByteCount::ZERO, ByteCount::ZERO);
+        for (process, bytes) in self.book.departed() {
+            let is_stuck = self.driver.departed.get(&process).is_some_and(|departed| departed.is_stuck);
+            *(if is_stuck { &mut stuck } else { &mut returning }) += bytes;
+        }
+        (returning, stuck)
     }
 
     fn arrive(&mut self, process: u32, seen: bool, now_ms: u64) {
@@ -195,12 +227,20 @@ impl Core {
         self.tell(now_ms, None, EventKind::MemoryReturned { pid: process, bytes, after_ms, seen });
     }
 
-    /// Those of the dead whose memory is free by now. `without` is the comparison as if all of it were.
-    fn see_returned(&mut self, departed: &[(u32, ByteCount)], without: &Comparison, now_ms: u64) -> bool {
+    /// Those of the dead whose memory is free by now. `without` is the comparison as if all of it were. Gives whether there
+    /// was any, and whether any was waited for long enough without being seen.
+    fn see_returned(
+        &mut self,
+        departed: &[(u32, ByteCount)],
+        without: &Comparison,
+        now_ms: u64,
+    ) -> (bool, bool) {
         let in_all: ByteCount = departed.iter().map(|(_, bytes)| *bytes).sum();
-        let mut any = false;
+        let (mut any, mut unseen) = (false, false);
         for (process, _) in departed {
-            let Some(&Departed { since_ms, others }) = self.driver.departed.get(process) else { continue };
+            let Some(&Departed { since_ms, others, .. }) = self.driver.departed.get(process) else {
+                continue;
+            };
             if self.driver.looked.begun_ms < since_ms {
                 // It may have lived then.
                 continue;
@@ -211,12 +251,17 @@ impl Core {
             if is_free || is_late && !is_there {
                 self.arrive(*process, is_free, now_ms);
                 any = true;
+                unseen |= !is_free;
+            } else if is_late && let Some(departed) = self.driver.departed.get_mut(process) {
+                // Who waits for it hears of that.
+                any |= !departed.is_stuck;
+                departed.is_stuck = true;
             }
         }
         // Those that held nothing.
         let held: Vec<u32> = self.book.departed().map(|(process, _)| process).collect();
         self.driver.departed.retain(|process, _| held.contains(process));
-        any
+        (any, unseen)
     }
 
     /// Every model's process, with what was read of it and what it said at most since the driver was asked; and what each

@@ -332,13 +332,16 @@ impl Core {
         let model = &mut self.models[place];
         let id = model.id;
         let pid = model.pid.take().unwrap_or_default();
+        // What a program had comes back as a worker's memory does, also where its steward ended with it.
+        let child = model.child_before.take().or(model.child.take());
         model.orders.clear();
         model.forget_process();
         self.asked.retain(|asked| asked.pending.model != id);
-        let (returned, returning) = if self.models[place].is_rigid() {
-            (self.book.close(id), ByteCount::ZERO)
-        } else {
-            self.depart(place, pid, now_ms)
+        let (returned, returning) = match child {
+            _ if !self.models[place].is_rigid() => self.depart(place, pid, now_ms),
+            Some(child) => self.depart(place, child, now_ms),
+            // It had a lease, and nothing was started yet.
+            None => (self.book.close(id), ByteCount::ZERO),
         };
         self.models[place].is_unaccounted = false;
         if !self.models[place].is_rigid() {

@@ -249,11 +249,12 @@ impl Core {
     }
 
     fn policy_state(&self, now_ms: u64) -> ShelfState {
-        // What the dead held is leased to nobody who could be asked, and will come back.
-        let departed = self.book.departed().map(|(_, bytes)| bytes).sum();
+        // What the dead held is leased to nobody who could be asked, and will come back; what has not for long is others'.
+        let (returning, stuck) = self.departed_bytes();
         ShelfState {
-            budget: self.book.leasable().saturating_sub(departed),
-            taken: self.book.charged() + departed,
+            budget: self.book.leasable().saturating_sub(stuck),
+            taken: self.book.charged() + stuck,
+            returning,
             falling: self.overhead_falling(),
             extent: PAGE_BYTES,
             quantum_ms: self.timing.quantum_ms,

@@ -45,7 +45,7 @@ const CALM_MS: u64 = 60_000;
 const STARVES_MS: u64 = 1_000 * (2 * MODELS_MAX as u64 + 1);
 
 /// Histories that are played unless `SHOAL_HISTORIES` says how many.
-const HISTORIES: u64 = 60;
+const HISTORIES: u64 = 80;
 /// Of so many histories one is played twice.
 const REPLAYED_PART: u64 = 100;
 
