@@ -232,7 +232,8 @@ async fn one_that_does_not_come_up_says_why_and_is_given_up() {
     assert!(error.contains("3 times in a row"), "{error}");
     let failed = scene.model("llama");
     assert_eq!((failed.status, failed.starts), (ModelStatus::Failed, 3), "{}", scene.story());
-    assert_eq!(scene.shelf.snapshot().device.leased, ByteCount::ZERO);
+    assert_eq!(failed.lease.total, ByteCount::ZERO);
+    scene.until("all of it came back", |scene| scene.shelf.snapshot().device.leased == ByteCount::ZERO).await;
     let error = scene.shelf.wake("llama", soon()).await.expect_err("another three").to_string();
     assert!(error.contains("status 3"), "{error}");
     assert_eq!(scene.model("llama").starts, 6, "asked for by hand, it is tried again");
@@ -304,9 +305,10 @@ async fn what_one_that_dies_had_started_is_gone_before_its_lease_comes_back() {
     let dir = directory();
     let file = dir.path().join("child");
     let child = file.to_string_lossy().into_owned();
-    let args = ["--port", "{port}", "--child", &child];
-    let scene = start_in(dir, 100, &command("llama", 8, &args, ""));
-    for end in 1..=5 {
+    // Of so much the kernel takes a while to get rid.
+    let args = ["--port", "{port}", "--child", &child, "--child-mib", "1024"];
+    let scene = start_in(dir, 2_000, &command("llama", 1_100, &args, ""));
+    for end in 1..=3 {
         let route = scene.route("llama").await;
         let child: u32 = std::fs::read_to_string(&file).expect("written").parse().expect("a number");
         assert!(alive(child));

@@ -29,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--exit", type=int, help="say why and exit with this status at once")
     parser.add_argument("--ignore-term", action="store_true")
     parser.add_argument("--child", help="start a process that ignores SIGTERM, and write its number to this file")
+    parser.add_argument("--child-mib", type=int, default=0, help="MiB that it takes, so that its end takes time")
     return parser.parse_args()
 
 
@@ -82,14 +83,24 @@ class Unix(Quiet, socketserver.UnixStreamServer):
     pass
 
 
+def start_child(mib: int) -> subprocess.Popen[bytes]:
+    if not mib:
+        script = "trap '' TERM; while :; do sleep 0.1; done"
+        return subprocess.Popen(["/bin/sh", "-c", script])
+    script = f"import time; held = b'x' * ({mib} << 20); print(flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child
+
+
 def main() -> int:
     if OPTIONS.exit is not None:
         print(f"no weights at {OPTIONS.port or OPTIONS.socket}", file=sys.stderr, flush=True)
         return int(OPTIONS.exit)
     taken = [b"x" * (OPTIONS.mib << 20)]
     if OPTIONS.child:
-        script = "trap '' TERM; while :; do sleep 0.1; done"
-        child = subprocess.Popen(["/bin/sh", "-c", script])
+        child = start_child(OPTIONS.child_mib)
         Path(OPTIONS.child).write_text(str(child.pid))
     server = Unix(OPTIONS.socket, Handler) if OPTIONS.socket else Tcp(("127.0.0.1", OPTIONS.port), Handler)
 
