@@ -470,7 +470,7 @@ async fn a_model_says_why_it_is_as_it_is() {
     for part in [
         "birch is waking: 100 MiB of its 100 MiB are missing on the device.",
         "1 request waits for it, the first for ",
-        "birch needs 100 MiB for weights; 60 MiB can be had now; ash holds 100 MiB (its turn ends in ",
+        "birch needs 100 MiB for weights; 60 MiB are free or on their way; ash holds 100 MiB (its turn ends in ",
     ] {
         assert!(text.contains(part), "{part:?} is not in {text}");
     }

@@ -220,14 +220,15 @@ impl Charge {
         self.note(found.max(self.taken), tolerance)
     }
 
-    /// What is taken shows again, after readings that could not show it: what `found` has beyond what comes off now counts
-    /// at once. Gives what comes off from now on, where that changed.
-    pub fn reveal(&mut self, found: ByteCount, tolerance: ByteCount) -> Option<ByteCount> {
+    /// What is taken shows again, after readings in which `hidden` bytes could not: what `found` has beyond what comes off now
+    /// counts at once, as far as they may have hidden it. Gives what comes off from now on, where that changed.
+    pub fn reveal(&mut self, found: ByteCount, hidden: ByteCount, tolerance: ByteCount) -> Option<ByteCount> {
         self.agreed.clear();
         self.agreed.note(found);
-        (found.saturating_sub(self.taken) >= tolerance).then(|| {
-            self.taken = found;
-            found
+        let more = found.saturating_sub(self.taken).min(hidden);
+        (more >= tolerance).then(|| {
+            self.taken += more;
+            self.taken
         })
     }
 

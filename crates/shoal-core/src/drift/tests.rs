@@ -189,9 +189,9 @@ fn a_charge_does_not_fall_by_readings_that_cannot_show_it_and_rises_at_once_when
     assert!(!charge.is_unsure(tolerance));
     assert_eq!(charge.note_at_least(MIB(20), tolerance), None, "as any reading, only with a second one");
     assert_eq!(charge.note_at_least(MIB(20), tolerance), Some(MIB(20)));
-    assert_eq!((charge.reveal(MIB(35), tolerance), charge.taken()), (Some(MIB(35)), MIB(35)));
+    assert_eq!((charge.reveal(MIB(90), MIB(15), tolerance), charge.taken()), (Some(MIB(35)), MIB(35)));
     assert_eq!(
-        (charge.reveal(MIB(5), tolerance), charge.taken()),
+        (charge.reveal(MIB(5), MIB(15), tolerance), charge.taken()),
         (None, MIB(35)),
         "less is for readings to agree on"
     );

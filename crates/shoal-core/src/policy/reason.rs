@@ -296,7 +296,7 @@ pub(super) fn wait(
         if field.state.is_manual { ", and nothing is evicted by itself (evict = \"never\")" } else { "" };
     let (taken, returning) = (taken(field), returning(field));
     format!(
-        "{}; {found} can be had now{taken}{returning}{manual}{}",
+        "{}; {found} are free or on their way{taken}{returning}{manual}{}",
         needs(model, request),
         busy_holders(field, model)
     )
@@ -304,7 +304,7 @@ pub(super) fn wait(
 
 /// What is free or on its way is enough, and not all of it is there: `rest` is missing.
 pub(super) fn coming(field: &Field<'_>, model: &ModelState, rest: ByteCount) -> String {
-    format!("{} waits for {rest} that others were ordered to give back{}", model.name, returning(field))
+    format!("{} waits for {rest} that is on its way back{}", model.name, returning(field))
 }
 
 pub(super) fn behind(model: &ModelState, request: &PendingRequest, spare: ByteCount) -> String {

@@ -110,7 +110,8 @@ impl<'a> Field<'a> {
         let incoming: ByteCount = state.models.iter().map(|model| model.ordered.min(model.held())).sum();
         let incoming = incoming + state.models.iter().filter(goes).map(leaves).sum::<ByteCount>();
         let incoming = incoming + state.returning;
-        let owed = held.saturating_sub(state.budget).min(state.taken);
+        let over = held.saturating_sub(state.budget);
+        let owed = over.min(state.taken);
         let mut field = Self {
             state,
             now_ms,
@@ -122,8 +123,8 @@ impl<'a> Field<'a> {
             senior: vec![None; state.models.len()],
             stuck: vec![false; state.models.len()],
             free: state.budget.saturating_sub(held),
-            // What was ordered already is owed first.
-            incoming: incoming.saturating_sub(owed),
+            // What was ordered already is owed first, or fills the headroom again.
+            incoming: incoming.saturating_sub(over),
             owed: owed.saturating_sub(incoming),
             next_change_ms: u64::MAX,
             kept_by_all: state.models.iter().map(kept_for_good).sum(),

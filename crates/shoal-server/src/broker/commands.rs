@@ -5,7 +5,7 @@
 
 use shoal_core::bytes::ByteCount;
 
-use super::Core;
+use super::{Core, LifeEvent};
 use crate::shelf::Target;
 use crate::state::EventKind;
 
@@ -19,6 +19,12 @@ impl Core {
         model.starts += 1;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());
         self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
+    }
+
+    /// The program ended by itself, and what it started may still live: nobody is sent to it any more.
+    pub(crate) fn handle_command_broke(&mut self, place: usize, now_ms: u64) {
+        self.advance(place, LifeEvent::SomeLeft);
+        self.settle(now_ms);
     }
 
     /// The program is gone: what was measured of it goes too, and what it had comes back once it is seen to be free. `status` says
@@ -44,7 +50,7 @@ impl Core {
         if let Err(error) = self.book.measure_overhead(id, ByteCount::ZERO) {
             tracing::debug!(%error, "a program without an account ended");
         }
-        self.hold_returning(pid, beside, now_ms);
+        self.hold_returning(place, pid, beside, now_ms);
         let returning = if self.sees_returns() { returned } else { ByteCount::ZERO };
         self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned, returning, asked });
     }

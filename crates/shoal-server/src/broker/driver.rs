@@ -10,16 +10,14 @@
 use std::collections::BTreeMap;
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::drift::{Charge, Comparison, Holder, Reading, compare, is_back, tolerance};
+use shoal_core::drift::{Charge, Comparison, Holder, Reading, compare, tolerance};
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
 
 use super::Core;
+use super::departed::Departed;
 use crate::config::DeviceChoice;
 use crate::state::{DriverSnapshot, EventKind, ProcessSnapshot};
 
-/// How long what a dead process held is waited for where the driver does not show processes; and how long it counts as
-/// coming back where it does.
-const RETURN_MS_MAX: u64 = 10_000;
 /// Other processes that are shown, and that a sentence names.
 const SHOWN_MAX: usize = 16;
 const NAMED_MAX: usize = 3;
@@ -40,7 +38,7 @@ pub(crate) struct Looked {
 
 impl Looked {
     /// What the process `leader` and its group have; none where nothing of them is shown.
-    fn of(&self, leader: u32) -> Option<ByteCount> {
+    pub(super) fn of(&self, leader: u32) -> Option<ByteCount> {
         let shown = self.reading.processes.iter().filter(|shown| self.is_of(shown.process, leader));
         shown.filter_map(|shown| shown.bytes).reduce(|sum, bytes| ByteCount(sum.0.saturating_add(bytes.0)))
     }
@@ -50,36 +48,20 @@ impl Looked {
     }
 }
 
-/// A process that ended with leases.
-#[derive(Clone, Copy, Debug)]
-struct Departed {
-    since_ms: u64,
-    /// What others had before it did.
-    others: ByteCount,
-    /// It still has memory long after its end: nobody is to wait for that any more.
-    is_stuck: bool,
-}
-
-impl Departed {
-    const fn new(since_ms: u64, others: ByteCount) -> Self {
-        Self { since_ms, others, is_stuck: false }
-    }
-}
-
 /// What is known of the device.
 #[derive(Debug, Default)]
 pub(crate) struct Driver {
     /// Who is asked.
     pub(crate) source: String,
     /// There are readings, and the newest one succeeded.
-    is_read: bool,
+    pub(super) is_read: bool,
     lost: Option<String>,
-    looked: Looked,
-    found: Comparison,
+    pub(super) looked: Looked,
+    pub(super) found: Comparison,
     charge: Charge,
     /// It did not show every model's process that had something when last asked.
-    hides: bool,
-    departed: BTreeMap<u32, Departed>,
+    pub(super) hides: bool,
+    pub(super) departed: BTreeMap<u32, Departed>,
 }
 
 impl Driver {
@@ -118,37 +100,38 @@ impl Core {
         if telling.peek().is_some() {
             self.driver.hides = telling.any(Holder::is_hidden);
         }
-        let departed: Vec<(u32, ByteCount)> = self.book.departed().collect();
         let live = holders.len();
         // What was given up while the driver was asked may be what the dead seem to have given back: here only what is said now.
         let said_now = |(holder, now): (&Holder, &ByteCount)| Holder { said: *now, ..*holder };
         let mut gone: Vec<Holder> = holders.iter().zip(&said).map(said_now).collect();
-        for (process, bytes) in &departed {
-            let seen = self.driver.looked.of(*process);
-            // Where nothing is shown, it counts as there until it is seen to be back.
-            let said = if self.driver.hides { *bytes } else { ByteCount::ZERO };
-            holders.push(Holder { leased: *bytes, said, seen });
-            gone.push(Holder { leased: *bytes, said: ByteCount::ZERO, seen: None });
+        let departed = self.departed_holders();
+        for (_, holder) in &departed {
+            holders.push(*holder);
+            gone.push(Holder { leased: holder.leased, ..Holder::default() });
         }
-        let budget = self.config.device_budget;
-        let reading = &self.driver.looked.reading;
-        let found = compare(reading, budget, self.config.headroom, holders.iter().copied());
-        let without = compare(reading, budget, self.config.headroom, gone);
+        let (budget, headroom) = (self.config.device_budget, self.config.headroom);
+        let found = compare(&self.driver.looked.reading, budget, headroom, holders.iter().copied());
+        let without = compare(&self.driver.looked.reading, budget, headroom, gone);
+        let is_masked = self.is_masked();
         self.driver.found = Comparison { is_by_process: !self.driver.hides, ..found };
-        let (returned, is_revealed) = self.see_returned(&departed, &without, now_ms);
+        let (returned, unseen) = self.see_returned(&without, now_ms);
+        if returned {
+            // What came back is nobody's any more, whoever dies next.
+            let waits = |process: u32| self.book.departed().any(|(other, _)| other == process);
+            let left = departed.iter().filter(|(process, _)| waits(*process)).map(|(_, holder)| holder);
+            let left = holders[..live].iter().chain(left).copied();
+            let found = compare(&self.driver.looked.reading, budget, headroom, left);
+            self.driver.found = Comparison { is_by_process: !self.driver.hides, ..found };
+        }
         let drifted = self.see_drift(tolerance(total), now_ms);
-        let waits = |process: u32| self.book.departed().any(|(other, _)| other == process);
-        let changed = if is_revealed {
+        let taken = self.driver.found.taken;
+        let changed = if !unseen.is_zero() {
             // What others took meanwhile looked like the dead's: it counts before anybody is granted that.
-            let left = departed.iter().zip(&holders[live..]).filter(|((process, _), _)| waits(*process));
-            let left = holders[..live].iter().chain(left.map(|(_, holder)| holder)).copied();
-            let found = compare(&self.driver.looked.reading, budget, self.config.headroom, left);
-            self.driver.found = Comparison { is_by_process: false, ..found };
-            self.driver.charge.reveal(found.taken, tolerance(total))
-        } else if self.driver.hides && !departed.is_empty() {
-            self.driver.charge.note_at_least(found.taken, tolerance(total))
+            self.driver.charge.reveal(taken, unseen, tolerance(total))
+        } else if is_masked {
+            self.driver.charge.note_at_least(taken, tolerance(total))
         } else {
-            self.driver.charge.note(found.taken, tolerance(total))
+            self.driver.charge.note(taken, tolerance(total))
         };
         if let Some(taken) = changed {
             self.book.charge(taken);
@@ -176,92 +159,6 @@ impl Core {
         if !departed.is_empty() {
             self.settle(now_ms);
         }
-    }
-
-    /// What a dead process had can be seen to be free, and matters.
-    pub(super) const fn sees_returns(&self) -> bool {
-        self.driver.is_read && !self.stopping
-    }
-
-    /// The process of the model at `place` is gone. What it held is free at once where nobody can see otherwise. Gives
-    /// what it held, and what of it is still to be seen free.
-    pub(super) fn depart(&mut self, place: usize, process: u32, now_ms: u64) -> (ByteCount, ByteCount) {
-        let id = self.models[place].id;
-        if !self.sees_returns() {
-            return (self.book.close(id), ByteCount::ZERO);
-        }
-        let others = self.driver.found.others;
-        self.driver.departed.insert(process, Departed::new(now_ms, others));
-        let held = self.book.depart(id, process);
-        self.look_soon.notify_one();
-        (held, held)
-    }
-
-    /// A program that is gone had `bytes`, which its steward has just given back: they stay leased until they are seen to be free,
-    /// where anybody can see that. Gives what stays.
-    pub(super) fn hold_returning(&mut self, process: u32, bytes: ByteCount, now_ms: u64) -> ByteCount {
-        if bytes.is_zero() || !self.sees_returns() {
-            return ByteCount::ZERO;
-        }
-        let others = self.driver.found.others;
-        self.driver.departed.entry(process).or_insert(Departed::new(now_ms, others));
-        let held = self.book.hold(process, bytes);
-        self.look_soon.notify_one();
-        held
-    }
-
-    /// What processes that are gone had and is not seen to be free: what comes back before long, and what has not for long.
-    pub(super) fn departed_bytes(&self) -> (ByteCount, ByteCount) {
-        let (mut returning, mut stuck) = (ByteCount::ZERO, ByteCount::ZERO);
-        for (process, bytes) in self.book.departed() {
-            let is_stuck = self.driver.departed.get(&process).is_some_and(|departed| departed.is_stuck);
-            *(if is_stuck { &mut stuck } else { &mut returning }) += bytes;
-        }
-        (returning, stuck)
-    }
-
-    fn arrive(&mut self, process: u32, seen: bool, now_ms: u64) {
-        let bytes = self.book.arrive(process);
-        let since_ms = self.driver.departed.remove(&process).map_or(now_ms, |departed| departed.since_ms);
-        let after_ms = now_ms.saturating_sub(since_ms);
-        self.tell(now_ms, None, EventKind::MemoryReturned { pid: process, bytes, after_ms, seen });
-    }
-
-    /// Those of the dead whose memory is free by now. `without` is the comparison as if all of it were. Gives whether there
-    /// was any, and whether any was waited for long enough without being seen.
-    fn see_returned(
-        &mut self,
-        departed: &[(u32, ByteCount)],
-        without: &Comparison,
-        now_ms: u64,
-    ) -> (bool, bool) {
-        let in_all: ByteCount = departed.iter().map(|(_, bytes)| *bytes).sum();
-        let (mut any, mut unseen) = (false, false);
-        for (process, _) in departed {
-            let Some(&Departed { since_ms, others, .. }) = self.driver.departed.get(process) else {
-                continue;
-            };
-            if self.driver.looked.begun_ms < since_ms {
-                // It may have lived then.
-                continue;
-            }
-            let is_late = now_ms.saturating_sub(since_ms) >= RETURN_MS_MAX;
-            let is_there = self.driver.looked.of(*process).is_some_and(|bytes| !bytes.is_zero());
-            let is_free = !is_there && (!self.driver.hides || is_back(without, others, in_all));
-            if is_free || is_late && !is_there {
-                self.arrive(*process, is_free, now_ms);
-                any = true;
-                unseen |= !is_free;
-            } else if is_late && let Some(departed) = self.driver.departed.get_mut(process) {
-                // Who waits for it hears of that.
-                any |= !departed.is_stuck;
-                departed.is_stuck = true;
-            }
-        }
-        // Those that held nothing.
-        let held: Vec<u32> = self.book.departed().map(|(process, _)| process).collect();
-        self.driver.departed.retain(|process, _| held.contains(process));
-        (any, unseen)
     }
 
     /// Every model's process, with what was read of it and what it said at most since the driver was asked; and what each

@@ -7,7 +7,8 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::policy::thrash::{Thrash, ThrashFigures};
 use shoal_core::policy::worth::of_weights;
 use shoal_core::policy::{
-    LinkSpeeds, Plan, Policy, Rhythm, Shadow, ShelfState, Turns, UseRate, Value, builtin, check,
+    LinkSpeeds, PendingRequest, Plan, Policy, Rhythm, Shadow, ShelfState, Turns, UseRate, Value, builtin,
+    check,
 };
 use shoal_core::protocol::LeaseKind;
 
@@ -93,10 +94,14 @@ impl Core {
         }
     }
 
-    /// A lease of the present wake was granted, which its worker had asked for so long before.
-    pub(super) fn note_lease_wait(&mut self, place: usize, waited_ms: u64) {
-        let habits = &mut self.models[place].habits;
-        habits.lease_waited_ms = habits.lease_waited_ms.saturating_add(waited_ms);
+    /// A worker does not wait any more for what it had asked for, whatever came of it. Gives how long it did.
+    pub(super) fn note_lease_wait(&mut self, place: usize, asked: &PendingRequest, now_ms: u64) -> u64 {
+        let waited_ms = now_ms.saturating_sub(asked.asked_ms);
+        if asked.kind == LeaseKind::Weights {
+            let habits = &mut self.models[place].habits;
+            habits.lease_waited_ms = habits.lease_waited_ms.saturating_add(waited_ms);
+        }
+        waited_ms
     }
 
     /// A wake is ordered.

@@ -68,7 +68,9 @@ impl Core {
                 {
                     model.waits_for = Some(asked.waits_for.clone());
                 }
-                self.asked.retain(|asked| !is_it(asked));
+                if let Some(asked) = self.take_asked(place, request) {
+                    self.note_lease_wait(place, &asked.pending, now_ms);
+                }
             }
             FromWorker::LeaseReturn { kind, bytes } => self.lease_returned(place, kind, bytes, now_ms),
             FromWorker::OrderDone { order, bytes, copied, duration_us, error } => {
@@ -135,7 +137,7 @@ impl Core {
         }
         self.note_weights(place, before, now_ms);
         if let Some(child) = self.models[place].child_before.take() {
-            self.hold_returning(child, bytes, now_ms);
+            self.hold_returning(place, child, bytes, now_ms);
         }
         self.note_moved(place, kind, false, bytes, now_ms);
         let model = &mut self.models[place];
@@ -231,10 +233,7 @@ impl Core {
         }
         self.note_weights(place, before, now_ms);
         self.note_moved(place, kind, true, bytes, now_ms);
-        let waited_ms = now_ms.saturating_sub(asked.pending.asked_ms);
-        if kind == LeaseKind::Weights {
-            self.note_lease_wait(place, waited_ms);
-        }
+        let waited_ms = self.note_lease_wait(place, &asked.pending, now_ms);
         if brings_more {
             // What its steps may take came with them.
             self.follow_overhead(place, now_ms);
@@ -265,6 +264,7 @@ impl Core {
         now_ms: u64,
     ) {
         let Some(asked) = self.take_asked(place, request) else { return };
+        self.note_lease_wait(place, &asked.pending, now_ms);
         let model = &mut self.models[place];
         model.counts.denied += 1;
         if never && asked.pending.kind == LeaseKind::Weights {

@@ -14,6 +14,7 @@ mod apart_tests;
 #[cfg(test)]
 mod backed_tests;
 mod commands;
+mod departed;
 #[cfg(test)]
 mod dice;
 mod driver;

@@ -1,0 +1,170 @@
+//! Processes that ended with leases: what they had stays leased until it is seen to be free.
+//!
+//! Apart from the [readings](super::driver) because it is about those whom nobody can ask any more, and because a program's
+//! lease comes back through its steward and a worker's with its process.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::drift::{Comparison, Holder, is_back};
+
+use super::Core;
+use crate::config::DeviceChoice;
+use crate::state::EventKind;
+
+/// How long what a dead process held is waited for where the driver does not show processes; and how long it counts as
+/// coming back where it does.
+const RETURN_MS_MAX: u64 = 10_000;
+
+/// How what a process has was known, before it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sight {
+    /// The driver showed it: once it does not any more, that is free.
+    Shown,
+    /// By its own word: it is free once others have hardly more than before, by the device's free memory.
+    Said,
+    /// A program's, that nobody measured: what was declared tells nothing of what comes free. It is as free as it will be
+    /// once all of the program is gone; what is missing then is others'.
+    Declared,
+}
+
+/// A process that ended with leases.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Departed {
+    since_ms: u64,
+    /// What others had before it did.
+    others: ByteCount,
+    sight: Sight,
+    /// It still has memory long after its end: nobody is to wait for that any more.
+    is_stuck: bool,
+}
+
+impl Core {
+    /// What a dead process had can be seen to be free, and matters.
+    pub(super) const fn sees_returns(&self) -> bool {
+        self.driver.is_read && !self.stopping
+    }
+
+    /// The process of the model at `place` is gone. What it held is free at once where nobody can see otherwise. Gives
+    /// what it held, and what of it is still to be seen free.
+    pub(super) fn depart(&mut self, place: usize, process: u32, now_ms: u64) -> (ByteCount, ByteCount) {
+        let id = self.models[place].id;
+        if !self.sees_returns() {
+            return (self.book.close(id), ByteCount::ZERO);
+        }
+        let departed = self.departed_now(place, now_ms);
+        self.driver.departed.insert(process, departed);
+        let held = self.book.depart(id, process);
+        self.look_soon.notify_one();
+        (held, held)
+    }
+
+    /// A program that is gone had `bytes`, which its steward has just given back: they stay leased until they are seen to be free,
+    /// where anybody can see that. Gives what stays.
+    pub(super) fn hold_returning(
+        &mut self,
+        place: usize,
+        process: u32,
+        bytes: ByteCount,
+        now_ms: u64,
+    ) -> ByteCount {
+        if bytes.is_zero() || !self.sees_returns() {
+            return ByteCount::ZERO;
+        }
+        let departed = self.departed_now(place, now_ms);
+        self.driver.departed.entry(process).or_insert(departed);
+        let held = self.book.hold(process, bytes);
+        self.look_soon.notify_one();
+        held
+    }
+
+    /// What processes that are gone had and is not seen to be free: what comes back before long, and what has not for long.
+    pub(super) fn departed_bytes(&self) -> (ByteCount, ByteCount) {
+        let (mut returning, mut stuck) = (ByteCount::ZERO, ByteCount::ZERO);
+        for (process, bytes) in self.book.departed() {
+            let is_stuck = self.driver.departed.get(&process).is_some_and(|departed| departed.is_stuck);
+            *(if is_stuck { &mut stuck } else { &mut returning }) += bytes;
+        }
+        (returning, stuck)
+    }
+
+    pub(super) fn arrive(&mut self, process: u32, seen: bool, now_ms: u64) {
+        let bytes = self.book.arrive(process);
+        let since_ms = self.driver.departed.remove(&process).map_or(now_ms, |departed| departed.since_ms);
+        let after_ms = now_ms.saturating_sub(since_ms);
+        self.tell(now_ms, None, EventKind::MemoryReturned { pid: process, bytes, after_ms, seen });
+    }
+
+    /// How a process of the model at `place` that is gone now was known.
+    fn departed_now(&self, place: usize, now_ms: u64) -> Departed {
+        let model = &self.models[place];
+        let is_shown = model.seen.is_some_and(|bytes| !bytes.is_zero())
+            || self.config.device == DeviceChoice::Sim
+            || !self.driver.hides && !model.is_rigid();
+        let sight = match () {
+            () if is_shown => Sight::Shown,
+            () if model.is_rigid() => Sight::Declared,
+            () => Sight::Said,
+        };
+        Departed { since_ms: now_ms, others: self.driver.found.others, sight, is_stuck: false }
+    }
+
+    /// The dead, as holders of what they had.
+    pub(super) fn departed_holders(&self) -> Vec<(u32, Holder)> {
+        let holder = |(process, leased): (u32, ByteCount)| {
+            let is_shown = self.sight(process) == Sight::Shown;
+            // Where nothing is shown, it counts as there until it is seen to be back.
+            let said = if is_shown { ByteCount::ZERO } else { leased };
+            (process, Holder { leased, said, seen: self.driver.looked.of(process) })
+        };
+        self.book.departed().map(holder).collect()
+    }
+
+    fn sight(&self, process: u32) -> Sight {
+        self.driver.departed.get(&process).map_or(Sight::Shown, |departed| departed.sight)
+    }
+
+    /// Somebody dead may have what others seem not to have.
+    pub(super) fn is_masked(&self) -> bool {
+        self.book.departed().any(|(process, _)| self.sight(process) != Sight::Shown)
+    }
+
+    /// Those of the dead whose memory is free by now. `without` is the comparison as if all of it were. Gives whether there
+    /// was any, and how much nobody could see to be free.
+    pub(super) fn see_returned(&mut self, without: &Comparison, now_ms: u64) -> (bool, ByteCount) {
+        let departed: Vec<(u32, ByteCount)> = self.book.departed().collect();
+        // Where only free memory tells, all that is back is back at once.
+        let in_all = departed.iter().filter(|(process, _)| self.sight(*process) != Sight::Shown);
+        let in_all: ByteCount = in_all.map(|(_, bytes)| *bytes).sum();
+        let (mut any, mut unseen) = (false, ByteCount::ZERO);
+        for (process, bytes) in departed {
+            let Some(&Departed { since_ms, others, sight, .. }) = self.driver.departed.get(&process) else {
+                continue;
+            };
+            if self.driver.looked.begun_ms < since_ms {
+                // It may have lived then.
+                continue;
+            }
+            let is_late = now_ms.saturating_sub(since_ms) >= RETURN_MS_MAX;
+            let is_there = self.driver.looked.of(process).is_some_and(|bytes| !bytes.is_zero());
+            let is_seen = match sight {
+                Sight::Shown => true,
+                Sight::Said => is_back(without, others, in_all),
+                Sight::Declared => false,
+            };
+            if !is_there && (is_seen || is_late || sight == Sight::Declared) {
+                self.arrive(process, is_seen, now_ms);
+                any = true;
+                if !is_seen {
+                    unseen += bytes;
+                }
+            } else if is_late && let Some(departed) = self.driver.departed.get_mut(&process) {
+                // Who waits for it hears of that.
+                any |= !departed.is_stuck;
+                departed.is_stuck = true;
+            }
+        }
+        // Those that held nothing.
+        let held: Vec<u32> = self.book.departed().map(|(process, _)| process).collect();
+        self.driver.departed.retain(|process, _| held.contains(process));
+        (any, unseen)
+    }
+}
