@@ -448,6 +448,21 @@ class KvTier:
         """
         self._native.learn_from(other._native)
 
+    def load_us_per_mib(self) -> float | None:
+        """Give what bringing one MiB more to the device takes, from the fastest tier of those that were read.
+
+        Returns
+        -------
+        float or None
+            Microseconds, as loads were measured; None before there was one.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.load_us_per_mib()
+
     def choice(self) -> str | None:
         """Say what was decided last of a sequence that the tier has something of, and why, with its numbers.
 

@@ -109,8 +109,9 @@ fn what_is_faster_computed_is_not_loaded() {
     let slow = Arc::new(Slow { takes: SLOW, ..Slow::default() });
     let tier = tier(&cache, Arc::clone(&slow) as _, true);
     let tokens = save(&cache, &tier);
-    assert_eq!(tier.last_choice(), None);
+    assert_eq!((tier.last_choice(), tier.load_us_per_mib()), (None, None));
     assert_eq!(load(&cache, &tier, &tokens), BLOCKS, "what computing costs is not known yet");
+    assert!(tier.load_us_per_mib().is_some_and(|us| us > 0.0), "it was read");
     assert!(tier.last_choice().is_some_and(|why| why.contains("nobody knows yet")));
 
     computes_in(&tier, Duration::from_nanos(1));

@@ -466,6 +466,11 @@ impl PyKvTier {
         Ok(())
     }
 
+    /// What bringing one MiB more to the device takes; none before something was loaded.
+    fn load_us_per_mib(&self) -> PyResult<Option<f64>> {
+        Ok(self.tier.get()?.load_us_per_mib())
+    }
+
     /// What was decided last, in words.
     fn choice(&self) -> PyResult<Option<String>> {
         Ok(self.tier.get()?.last_choice())

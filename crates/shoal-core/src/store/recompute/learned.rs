@@ -18,6 +18,7 @@ const PREFILL_GUESS: Cost = Cost { fixed_us: 1_000.0, unit_us: 50.0 };
 const SAVED_US_MIN: f64 = 5_000.0;
 /// And this part of the time that loading takes: an estimate may be off by that much.
 const SAVED_PART_MIN: f64 = 0.15;
+const MIB_BYTES: f64 = 1_048_576.0;
 /// A tier that was not read for so long is measured anew.
 const STALE_MS: u64 = 60_000;
 /// How much of it is read for that.
@@ -143,6 +144,14 @@ impl Learned {
             self.prefill.saw(tokens, us);
             self.step_tokens = self.step_tokens.max(tokens);
         }
+    }
+
+    /// What bringing one MiB more to the device takes (microseconds), from the fastest tier of those that were read; none before
+    /// one was.
+    #[must_use]
+    pub fn load_us_per_mib(&self) -> Option<f64> {
+        let read = self.tiers.iter().filter(|tier| tier.cost.seen() > 0);
+        read.map(|tier| tier.cost.cost().unit_us * MIB_BYTES).min_by(f64::total_cmp)
     }
 
     /// What computing so many tokens costs: one step, or as many full ones as they take.

@@ -39,6 +39,18 @@ fn nothing_is_computed_for_a_guess() {
 }
 
 #[test]
+fn a_mib_comes_from_the_fastest_tier_that_was_read() {
+    let mut learned = Learned::new(["host".to_owned(), "disk".to_owned()]);
+    learned.computed(512, 1e4);
+    assert_eq!(learned.load_us_per_mib(), None, "a guess is no measurement");
+    learned.loaded(1, 1 << 20, 1e6, 0);
+    assert!(learned.load_us_per_mib().is_some_and(|us| us > 1e5), "the disk's: nobody has read the other");
+    let learned = self::learned(20e9, 0.4e9, 10_000.0);
+    let us = learned.load_us_per_mib().expect("both were read");
+    assert!((52.0..53.0).contains(&us), "a MiB of 20 GB a second: {us}");
+}
+
+#[test]
 fn a_fast_tier_is_loaded_and_a_slow_one_is_not() {
     // A token is 128 KiB: 10,000 computed in a second are as good as 1.22 GiB.
     for (disk_per_s, load_end) in [(4e9, 16_384), (0.4e9, 0)] {

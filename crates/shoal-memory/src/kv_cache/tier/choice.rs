@@ -34,6 +34,10 @@ impl Choices {
         self.learned.lock().computed(tokens, took.as_secs_f64() * 1e6);
     }
 
+    pub(super) fn load_us_per_mib(&self) -> Option<f64> {
+        self.learned.lock().load_us_per_mib()
+    }
+
     pub(super) fn last(&self) -> Option<String> {
         self.last.lock().as_ref().map(ToString::to_string)
     }

@@ -277,6 +277,13 @@ impl KvTier {
         self.inner.choices.take_over(&other.inner.choices);
     }
 
+    /// What bringing one MiB more to the device takes (microseconds), as loads were measured, from the fastest tier of those
+    /// that were read; none before one was.
+    #[must_use]
+    pub fn load_us_per_mib(&self) -> Option<f64> {
+        self.inner.choices.load_us_per_mib()
+    }
+
     /// What was decided last of a sequence that the tier has something of, and why.
     #[must_use]
     pub fn last_choice(&self) -> Option<String> {
