@@ -95,6 +95,7 @@ struct EngineFigures {
     requests_waiting: u32,
     tokens_out: u64,
     tokens_embedded: u64,
+    kv_back_us_per_mib: u64,
     overhead: Option<ByteCount>,
     overhead_peak: ByteCount,
     tiers: Vec<TierUsage>,
@@ -301,6 +302,11 @@ impl BrokerClient {
         let figures = &mut self.state.lock().figures;
         (figures.requests_running, figures.requests_waiting) = (running, waiting);
         (figures.tokens_out, figures.tokens_embedded) = (tokens_out, tokens_embedded);
+    }
+
+    /// Sets what bringing a MiB of a cached prefix back takes, or computing it again (microseconds); 0 where that is not known.
+    pub fn set_kv_back(&self, us_per_mib: u64) {
+        self.state.lock().figures.kv_back_us_per_mib = us_per_mib;
     }
 
     /// Sets what the tiers below the device did for the engine's KV.
