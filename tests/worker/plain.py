@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class PlainKv:
     """A model of the KV cache: lists and dictionaries. Blocks that are neither owned nor cached are NaN."""
 
+    back_us_per_mib = 0
+
     def __init__(self, memory: PlainMemory, layout, blocks: int, *, is_caching: bool) -> None:
         self.memory = memory
         self.is_caching = is_caching

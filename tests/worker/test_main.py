@@ -113,6 +113,16 @@ def test_it_takes_no_device_memory_before_a_request_and_owns_no_kv_after(llama_d
     assert worker.broker.peak <= worker.broker.budget
 
 
+def test_it_says_what_prompts_cost_once_it_has_computed_some(llama_dir, start):
+    worker = start(llama_dir)
+    worker.ready()
+    worker.broker.wait(lambda b: b.said("usage"))
+    assert worker.usage()["kv_back_us_per_mib"] == 0
+    for letter in "ab":  # of the first the weights may still be coming
+        text_of(worker.post("completions", ASK | {"prompt": letter * 100, "max_tokens": 2}))
+    worker.broker.wait(lambda b: b.said("usage")[-1]["usage"]["kv_back_us_per_mib"] > 0, 60)
+
+
 def test_orders_between_requests_change_no_token(llama_dir, start, expected):
     worker = start(llama_dir)
     worker.ready()

@@ -133,8 +133,10 @@ def test_what_was_learned_stays_known_as_a_disk_joins(tmp_path: Path, monkeypatc
         assert below._tier.flush(60)
         kv.groups[0].free(ids)
         kv.forget_all()
+        assert below.load_us_per_mib() is None
         ids = below.load(tokens, [], "")
         assert len(ids) == 10, "nobody knows yet what computing takes"
+        assert (below.load_us_per_mib() or 0) > 0
         kv.groups[0].free(ids)
         kv.forget_all()
         below.computed(160, 1e-9)
@@ -144,6 +146,7 @@ def test_what_was_learned_stays_known_as_a_disk_joins(tmp_path: Path, monkeypatc
         may_open.set()
         until("the disk is in use", lambda: reasons(below) == [None, None])
         assert below._tier is not before
+        assert (below.load_us_per_mib() or 0) > 0, "the other one's load"
         # An engine that takes no time is faster by too little for so few blocks; that it was measured is said.
         ids = below.load(tokens, [], "")
         assert "nobody knows" not in str(below.figures()[0]["choice"])

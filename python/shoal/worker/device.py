@@ -22,6 +22,7 @@ from shoal import (
 
 from .errors import LoadError
 from .memory import ShortageError
+from .price import MIB, PromptCost, rounded
 from .tiers import KvBelow
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class DeviceKv:
         self._group = self.cache.groups[0]
         self._hinted = 0
         self._block_tokens = layout.block_tokens
+        self._tokens_per_mib = MIB * layout.block_tokens / (layout.groups * layout.block_bytes)
+        self._prompts = PromptCost()
         self.is_caching = is_caching
         self.is_uniform = layout.is_uniform
         self.below: KvBelow | None = None
@@ -134,8 +137,22 @@ class DeviceKv:
 
     def computed(self, tokens: int, seconds: float) -> None:
         """Say how long a step took that computed so many tokens of prompts."""
+        self._prompts.saw(tokens, seconds)
         if self.below is not None:
             self.below.computed(tokens, seconds)
+
+    @property
+    def back_us_per_mib(self) -> int:
+        """What a MiB of a prefix takes to come back (microseconds); 0 while nobody knows.
+
+        It is computed again, or comes from below where that was measured to be faster.
+        """
+        ways = []
+        if self._prompts.us_per_token is not None:
+            ways.append(self._prompts.us_per_token * self._tokens_per_mib)
+        if self.below is not None and (load_us := self.below.load_us_per_mib()) is not None:
+            ways.append(load_us)
+        return rounded(min(ways)) if ways else 0
 
     def forget_all(self) -> None:
         """Let nothing be found any more; what was saved before is what it was."""

@@ -265,7 +265,12 @@ class CausalEngine:
         with self._lock:
             live = len(self._live)
         running = min(live, len(self._processor.scheduler.active_requests))
-        return Counts(running=running, waiting=live - running, tokens_out=self._tokens_out)
+        return Counts(
+            running=running,
+            waiting=live - running,
+            tokens_out=self._tokens_out,
+            kv_back_us_per_mib=self._cache.kv.back_us_per_mib,
+        )
 
     def kv_bytes(self) -> tuple[int, int]:
         """Device bytes of the KV cache, and bytes of its blocks that requests have."""

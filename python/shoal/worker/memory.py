@@ -70,7 +70,10 @@ class KvBlocks(Protocol):
         """Let the last `new` full blocks of a sealed sequence be kept on a tier below the device too."""
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """Say how long a step took that computed so many tokens of prompts: what they have below is loaded, or not."""
+        """Say how long a step took that computed so many tokens of prompts.
+
+        By that it is decided whether what tiers below have of a prompt is loaded, and what cached blocks are worth.
+        """
 
     def forget_all(self) -> None:
         """Let nothing be found any more."""
@@ -83,6 +86,10 @@ class KvBlocks(Protocol):
 
     def record_step(self, stream: Any) -> None:
         """Say that a step was launched on this stream, before blocks that it uses are freed."""
+
+    @property
+    def back_us_per_mib(self) -> int:
+        """What bringing a MiB of cached blocks back takes, or computing it again (microseconds); 0: not known."""
 
     @property
     def mapped_bytes(self) -> int:

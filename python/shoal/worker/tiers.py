@@ -128,6 +128,11 @@ class KvBelow:
         if tier is not None:
             tier.computed(tokens, seconds)
 
+    def load_us_per_mib(self) -> float | None:
+        """Give what a MiB takes to come up, in microseconds, from the fastest tier of those that were read."""
+        tier = self._tier
+        return None if tier is None else tier.load_us_per_mib()
+
     def discard_queued(self) -> None:
         """Let nothing be saved that waits for it."""
         tier = self._tier

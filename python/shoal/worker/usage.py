@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counts:
-    """Requests at one moment; tokens that were generated and that became vectors since the start."""
+    """Requests at one moment; tokens that were generated and that became vectors since the start; what KV costs.
+
+    Attributes
+    ----------
+    kv_back_us_per_mib
+        What bringing a MiB of a cached prefix back takes, or computing it again (microseconds); 0 while nobody knows.
+    """
 
     running: int = 0
     waiting: int = 0
     tokens_out: int = 0
     tokens_embedded: int = 0
+    kv_back_us_per_mib: int = 0
 
     @property
     def is_idle(self) -> bool:
