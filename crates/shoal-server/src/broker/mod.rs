@@ -31,6 +31,8 @@ pub(crate) mod outside;
 mod overhead;
 #[cfg(test)]
 mod overhead_tests;
+#[cfg(test)]
+mod price_tests;
 mod pulse;
 #[cfg(test)]
 mod pulse_tests;

@@ -27,10 +27,15 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new() -> Self {
+        Self::of(&[WEIGHTS; 2])
+    }
+
+    /// With models of so many bytes of weights.
+    pub(super) fn of(weights: &[ByteCount]) -> Self {
         let mut core = Core::new(Arc::new(config(0)), Timing::default(), 1_000_000, None);
         core.handle_timer(0);
         let mut heard = Vec::new();
-        for (place, pid) in [100, 101].into_iter().enumerate() {
+        for (place, (pid, bytes)) in (100..).zip(weights).enumerate() {
             assert!(
                 Arc::clone(&core.models[place].start).notified().now_or_never().is_some(),
                 "it is to start"
@@ -40,7 +45,7 @@ impl Bench {
             core.handle_greeted(&format!("m{place}"), pid, sender, None, 0).expect("it is expected");
             heard.push(receiver);
             let capabilities = WorkerCapabilities {
-                weights_bytes: WEIGHTS,
+                weights_bytes: *bytes,
                 kv_bytes_min: KV,
                 ..WorkerCapabilities::default()
             };

@@ -1,0 +1,58 @@
+//! What a worker says that its cached prefixes cost, and who yields by that, on the core alone.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
+
+use super::turn_tests::{Bench, caller};
+
+const WEIGHTS: [ByteCount; 3] = [ByteCount::mib(40), ByteCount::mib(20), ByteCount::mib(40)];
+const KV: ByteCount = ByteCount::mib(20);
+
+/// The model is used, and is idle from then on. Its steps leave so much KV, of prompts that may come again.
+fn use_and_leave(bench: &mut Bench, place: usize, kv: ByteCount, kv_back_us_per_mib: u64, now_ms: u64) {
+    let wake = bench.wanted(place, WEIGHTS[place], now_ms);
+    let usage = WorkerUsage {
+        weights_device: WEIGHTS[place],
+        weights_total: WEIGHTS[place],
+        ..WorkerUsage::default()
+    };
+    bench.say(place, FromWorker::Usage { usage: usage.clone() }, now_ms + 20);
+    bench.done(place, wake, WEIGHTS[place], now_ms + 20);
+    if !kv.is_zero() {
+        bench.request(place, LeaseKind::Kv, kv, now_ms + 21);
+        let usage = WorkerUsage { kv_device: kv, kv_cached: kv, kv_back_us_per_mib, ..usage };
+        bench.say(place, FromWorker::Usage { usage }, now_ms + 30);
+    }
+    bench.core.handle_route_ended(place, &caller(), now_ms + 40);
+    bench.told(place);
+}
+
+/// What is taken of it, and why.
+fn taken(bench: &mut Bench, place: usize) -> Option<(ByteCount, String)> {
+    bench.told(place).into_iter().find_map(|said| match said {
+        FromServer::Reclaim { bytes, reason, .. } => Some((bytes, reason)),
+        _ => None,
+    })
+}
+
+/// The prefix was used long before the weights. It goes where nobody knows its price, or that is low; where it takes long to
+/// compute, weights that come back fast go for it.
+#[test]
+fn a_dear_prefix_outlives_cheap_weights() {
+    for (price, stays) in [(0, false), (3, false), (1_000_000, true)] {
+        let mut bench = Bench::of(&WEIGHTS);
+        use_and_leave(&mut bench, 1, KV, price, 10);
+        use_and_leave(&mut bench, 0, ByteCount::ZERO, 0, 30_000);
+        bench.wanted(2, WEIGHTS[2], 32_000);
+        let (of_weights, of_prefix) = (taken(&mut bench, 0), taken(&mut bench, 1));
+        assert_eq!((of_weights.is_some(), of_prefix.is_some()), (stays, !stays), "at {price} us a MiB");
+        let (bytes, why) = of_weights.or(of_prefix).expect("one of them");
+        assert_eq!(bytes, KV, "what is missing: {why}");
+        if !stays {
+            assert!(why.contains("m1 holds 20 MiB of KV for prompts that may come again"), "{why}");
+        }
+        if price == 3 {
+            assert!(why.contains("3 us to bring it back"), "{why}");
+        }
+    }
+}
