@@ -71,6 +71,7 @@ class BrokerClient:
         tokens_out: int,
         tokens_embedded: int = 0,
         kv_back_us_per_mib: int = 0,
+        kv_found_milli: int = 0,
         overhead: tuple[int, int] | None = None,
         tiers: list[dict[str, Any]] | None = None,
     ) -> None: ...

@@ -230,12 +230,19 @@ def test_what_a_worker_says(server: Server) -> None:
     assert server.wait_for("ready")["capabilities"] == capabilities
     with pytest.raises(ValueError, match="capabilities"):
         client.ready({"routes": "all of them"})
-    client.usage(requests_running=1, requests_waiting=2, tokens_out=3, tokens_embedded=4, kv_back_us_per_mib=340)
+    client.usage(
+        requests_running=1,
+        requests_waiting=2,
+        tokens_out=3,
+        tokens_embedded=4,
+        kv_back_us_per_mib=340,
+        kv_found_milli=70,
+    )
     # Figures are sent by themselves too, so these need not be the first.
     while (usage := server.wait_for("usage")["usage"])["requests_running"] == 0:
         pass
     assert (usage["requests_running"], usage["requests_waiting"], usage["tokens_out"]) == (1, 2, 3)
-    assert (usage["tokens_embedded"], usage["kv_back_us_per_mib"]) == (4, 340)
+    assert (usage["tokens_embedded"], usage["kv_back_us_per_mib"], usage["kv_found_milli"]) == (4, 340, 70)
     assert usage["weights_total"] == PAGE
     client.failed("internal", "a sentence")
     assert server.wait_for("failed")["code"] == "internal"

@@ -177,6 +177,9 @@ pub struct WorkerUsage {
     /// What bringing a MiB of such a prefix back takes, or computing it again (microseconds); 0 where that is not known.
     #[serde(default)]
     pub kv_back_us_per_mib: u64,
+    /// What part of such prefixes one use of the model finds again, in thousandths; 0 where that is not known.
+    #[serde(default)]
+    pub kv_found_milli: u64,
     /// Measured bytes outside our regions: the most since this was last said, where the engine counts that; else what there is.
     pub overhead_device: ByteCount,
     /// What of them a step may take again without asking for it first, as long as there are weights on the device.

@@ -668,7 +668,7 @@ fn figures_are_said_when_they_change() {
     let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
     client.serve(&manager).expect("threads");
     client.set_requests(2, 1, 40, 50);
-    client.set_kv_back(340);
+    client.set_kv_back(340, 70);
     client.set_overhead(ByteCount::mib(7), ByteCount::mib(9));
     let mut line = String::new();
     loop {
@@ -681,7 +681,7 @@ fn figures_are_said_when_they_change() {
             let overhead = (usage.overhead_device, usage.overhead_peak);
             assert_eq!((usage.requests_running, overhead), (2, (ByteCount::mib(7), ByteCount::mib(9))));
             assert_eq!((usage.requests_waiting, usage.tokens_embedded), (1, 50));
-            assert_eq!(usage.kv_back_us_per_mib, 340);
+            assert_eq!((usage.kv_back_us_per_mib, usage.kv_found_milli), (340, 70));
             break;
         }
     }

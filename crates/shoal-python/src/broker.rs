@@ -151,7 +151,7 @@ impl PyBrokerClient {
     }
 
     #[expect(clippy::too_many_arguments, reason = "Python's face names them")]
-    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, kv_back_us_per_mib = 0, overhead = None, tiers = None))]
+    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, kv_back_us_per_mib = 0, kv_found_milli = 0, overhead = None, tiers = None))]
     fn usage(
         &self,
         requests_running: u32,
@@ -159,12 +159,13 @@ impl PyBrokerClient {
         tokens_out: u64,
         tokens_embedded: u64,
         kv_back_us_per_mib: u64,
+        kv_found_milli: u64,
         overhead: Option<(u64, u64)>,
         tiers: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let client = self.client.get()?;
         client.set_requests(requests_running, requests_waiting, tokens_out, tokens_embedded);
-        client.set_kv_back(kv_back_us_per_mib);
+        client.set_kv_back(kv_back_us_per_mib, kv_found_milli);
         if let Some((measured, peak)) = overhead {
             client.set_overhead(ByteCount(measured), ByteCount(peak));
         }

@@ -70,6 +70,8 @@ class Model:
         What bringing a MiB of its weights back takes (microseconds), as measured.
     kv_back_us_per_mib
         The same for KV that holds prefixes; 0 where nobody knows.
+    kv_found_milli
+        What part of its prefixes one use finds again, in thousandths; 0 where nobody knows.
     uses_milli, uses_window_ms
         How often somebody came, in thousandths (older times count less), and the time those are spread over.
     expected_ms
@@ -114,6 +116,7 @@ class Model:
     skip_until_ms: int = 0
     restore_us_per_mib: int = 0
     kv_back_us_per_mib: int = 0
+    kv_found_milli: int = 0
     uses_milli: int = 0
     uses_window_ms: int = 0
     expected_ms: int | None = None

@@ -127,8 +127,14 @@ fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String
         let uses = uses_milli(victim) as f64 / 1_000.0;
         format!("{uses:.1} uses in {}", seconds(spread_ms(victim, field.now_ms)))
     };
+    let found = match candidate.part {
+        Part::Cached if victim.kv_found_milli > 0 => {
+            format!(", a use finds {:.1}% of it again", victim.kv_found_milli.min(1_000) as f64 / 10.0)
+        }
+        _ => String::new(),
+    };
     format!(
-        "{} a second for each MiB: {cost} us to bring it back, {how_soon}",
+        "{} a second for each MiB: {cost} us to bring it back{found}, {how_soon}",
         worth_of(candidate, victim, field.now_ms)
     )
 }

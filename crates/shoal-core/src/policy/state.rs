@@ -109,6 +109,9 @@ pub struct ModelState {
     /// What it takes to bring a MiB of a prefix back, or to compute it again; 0 where nobody knows.
     #[serde(default)]
     pub kv_back_us_per_mib: u64,
+    /// What part of its prefixes one use finds again, in thousandths; 0 where nobody knows.
+    #[serde(default)]
+    pub kv_found_milli: u64,
     /// How often somebody came, in thousandths, old times counting less ([`UseRate`](super::UseRate)).
     #[serde(default)]
     pub uses_milli: u64,

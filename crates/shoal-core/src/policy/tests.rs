@@ -354,6 +354,20 @@ fn a_prefix_competes_with_weights_in_one_currency() {
     );
     busy.kv_back_us_per_mib = 5_000;
     assert_eq!(pick(&busy, &dear).0, [(1, 4), (2, 6)], "and one that takes long to compute stays");
+    // 2,500 us a second, where the idle model's bytes are worth 100.
+    busy.kv_found_milli = 25;
+    let (said, why) = pick(&busy, &dear);
+    assert_eq!(
+        said,
+        [(1, 10)],
+        "but not where it is one of forty, and the others would not be missed: {why}"
+    );
+    assert!(
+        why.contains("(62 us a second for each MiB: 5000 us to bring it back, a use finds 2.5% of it again"),
+        "{why}"
+    );
+    busy.kv_found_milli = 500;
+    assert_eq!(pick(&busy, &dear).0, [(1, 4), (2, 6)], "half of it is found again: it stays");
 }
 
 #[test]

@@ -3,15 +3,17 @@
 //! A MiB is worth the **time to first token that it saves, per second that it is kept**:
 //!
 //! ```text
-//! worth = cost x use                   (us of somebody's waiting, per second and MiB)
+//! worth = cost x part x use            (us of somebody's waiting, per second and MiB)
 //! cost  = us to bring a MiB back       (its link: host copy, source file; a KV prefix: a link or computing it again)
+//! part  = what one use needs of it     (of weights: all; of KV prefixes: what is found again, as measured)
 //! use   = uses / (window + idle + 1 s) (how often somebody came, over the time that was watched)
 //! ```
 //!
 //! or, where it is known when somebody comes next ([`Rhythm`](super::Rhythm)), one use over the time until then,
 //! doubled with each step of the model's priority. All bytes of a model's weights are worth the same, because a first
 //! token needs the last of them; which of them go first (the last layer) is the page table's part. KV that nobody uses
-//! and that holds nothing is worth nothing. KV that holds a prefix is worth what bringing that back costs.
+//! and that holds nothing is worth nothing. KV that holds prefixes is worth what bringing back costs that part of them which a
+//! use finds again: of ten conversations one goes on, and the other nine would not be missed.
 //!
 //! **Source.** Dividing cost by size and weighting it with use is GreedyDual-Size with frequency (P. Cao, S. Irani,
 //! "Cost-Aware WWW Proxy Caching Algorithms", USITS 1997; L. Cherkasova, HPL-98-69, 1998), which for files that may be held
@@ -36,6 +38,8 @@ pub const USE_MEMORY_MS: u64 = 120_000;
 const IDLE_FLOOR_MS: u64 = 1_000;
 /// A cost above this is as good as this (18 minutes for a MiB).
 const COST_US_MAX: u64 = 1 << 30;
+/// A use needs all of it, in thousandths.
+const WHOLE_MILLI: u64 = 1_000;
 
 /// How often a model has been used, as far as it is remembered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,13 +78,15 @@ fn faded(value: u64, kept: f64) -> u64 {
 pub struct Worth(pub u64);
 
 impl Worth {
-    /// The worth of bytes of `model` that cost so many microseconds a MiB to bring back.
+    /// The worth of bytes of `model` that cost so many microseconds a MiB to bring back, and of which a use needs so many
+    /// thousandths.
     #[must_use]
-    pub fn of(model: &ModelState, cost_us_per_mib: u64, now_ms: u64) -> Self {
+    pub fn of(model: &ModelState, cost_us_per_mib: u64, part_milli: u64, now_ms: u64) -> Self {
         let steps = model.priority.clamp(-PRIORITY_STEPS_MAX, PRIORITY_STEPS_MAX) + PRIORITY_STEPS_MAX;
         let cost = u128::from(cost_us_per_mib.clamp(1, COST_US_MAX)) << steps.unsigned_abs();
-        let uses_milli = u128::from(uses_milli(model));
-        Self(u64::try_from(cost * uses_milli / u128::from(spread_ms(model, now_ms))).unwrap_or(u64::MAX))
+        let used = u128::from(uses_milli(model)) * u128::from(part_milli.min(WHOLE_MILLI));
+        let spread = u128::from(spread_ms(model, now_ms)) * u128::from(WHOLE_MILLI);
+        Self(u64::try_from(cost * used / spread).unwrap_or(u64::MAX))
     }
 }
 
@@ -108,16 +114,17 @@ pub(super) fn spread_ms(model: &ModelState, now_ms: u64) -> u64 {
 /// What the weights of `model` are worth.
 #[must_use]
 pub fn of_weights(model: &ModelState, now_ms: u64) -> Worth {
-    Worth::of(model, model.restore_us_per_mib, now_ms)
+    Worth::of(model, model.restore_us_per_mib, WHOLE_MILLI, now_ms)
 }
 
-/// What the KV of `model` that holds a prefix and that no request uses is worth. Where nobody knows what computing it
-/// again costs, it is taken to cost what weights do.
+/// What the KV of `model` that holds prefixes and that no request uses is worth. Where nobody knows what computing it
+/// again costs, it is taken to cost what weights do, and where nobody knows what is found again of it, that is all.
 #[must_use]
 pub fn of_cached_kv(model: &ModelState, now_ms: u64) -> Worth {
     let cost =
         if model.kv_back_us_per_mib == 0 { model.restore_us_per_mib } else { model.kv_back_us_per_mib };
-    Worth::of(model, cost, now_ms)
+    let part = if model.kv_found_milli == 0 { WHOLE_MILLI } else { model.kv_found_milli };
+    Worth::of(model, cost, part, now_ms)
 }
 
 #[cfg(test)]
@@ -159,6 +166,11 @@ mod tests {
         );
         cached.kv_back_us_per_mib = 3_000;
         assert_eq!(of_cached_kv(&cached, 10_000).0, 300 << 8);
+        cached.kv_found_milli = 20;
+        assert_eq!(of_cached_kv(&cached, 10_000).0, 6 << 8, "what a use finds again of it");
+        assert_eq!(of_weights(&cached, 10_000).0, 10 << 8, "of weights it needs all");
+        cached.kv_found_milli = 4_000;
+        assert_eq!(of_cached_kv(&cached, 10_000).0, 300 << 8, "more than all there is not");
     }
 
     #[test]

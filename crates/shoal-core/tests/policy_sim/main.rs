@@ -110,7 +110,8 @@ prop_compose! {
         (keep_alive_ms, skip_until_ms, restore_us_per_mib) in (prop::option::of(0..9_000u64), 0..12_000u64, 0..100_000u64),
         (kv_min, pause_ms, cached) in (bytes(10), prop::option::of(0..2_000u64), 0..40u64),
         (keeps_weights, preload, is_rigid) in (prop::bool::weighted(0.1), any::<bool>(), prop::bool::weighted(0.1)),
-        (kv_back_us_per_mib, uses_milli, uses_window_ms) in (0..100_000u64, 0..90_000u64, 0..90_000u64),
+        (kv_back_us_per_mib, kv_found_milli) in (0..100_000u64, 0..1_200u64),
+        (uses_milli, uses_window_ms) in (0..90_000u64, 0..90_000u64),
         restored_ms in prop::option::of(0..10_000u64),
         expected_ms in prop::option::of(8_000..30_000u64),
         is_away in prop::bool::weighted(0.2),
@@ -122,7 +123,8 @@ prop_compose! {
             };
         }
         ModelState {
-            keeps_weights, preload, is_rigid, kv_back_us_per_mib, uses_milli, uses_window_ms, restored_ms, expected_ms,
+            keeps_weights, preload, is_rigid, kv_back_us_per_mib, kv_found_milli, uses_milli, uses_window_ms, restored_ms,
+            expected_ms,
             kv_cached: ByteCount::mib(cached.min(kv - live.min(kv))),
             ready, pinned, up, wake_ordered, min, max, ordered, active, parked, priority,
             weights_total: ByteCount::mib(total),

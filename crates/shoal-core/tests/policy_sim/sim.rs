@@ -661,6 +661,7 @@ fn worker(random: &mut Random, number: u64, budget: ByteCount) -> Worker {
         keeps_weights,
         preload: preloads,
         kv_back_us_per_mib: random.below(20_000),
+        kv_found_milli: random.below(1_001),
         id: ModelId(u32::try_from(number).unwrap_or(0)),
         name: format!("model-{number}"),
         ready: true,

@@ -96,6 +96,7 @@ struct EngineFigures {
     tokens_out: u64,
     tokens_embedded: u64,
     kv_back_us_per_mib: u64,
+    kv_found_milli: u64,
     overhead: Option<ByteCount>,
     overhead_peak: ByteCount,
     tiers: Vec<TierUsage>,
@@ -304,9 +305,11 @@ impl BrokerClient {
         (figures.tokens_out, figures.tokens_embedded) = (tokens_out, tokens_embedded);
     }
 
-    /// Sets what bringing a MiB of a cached prefix back takes, or computing it again (microseconds); 0 where that is not known.
-    pub fn set_kv_back(&self, us_per_mib: u64) {
-        self.state.lock().figures.kv_back_us_per_mib = us_per_mib;
+    /// Sets what bringing a MiB of a cached prefix back takes, or computing it again (microseconds), and what part of all that
+    /// is cached a use finds again (thousandths); 0 for what is not known.
+    pub fn set_kv_back(&self, us_per_mib: u64, found_milli: u64) {
+        let figures = &mut self.state.lock().figures;
+        (figures.kv_back_us_per_mib, figures.kv_found_milli) = (us_per_mib, found_milli);
     }
 
     /// Sets what the tiers below the device did for the engine's KV.

@@ -167,6 +167,7 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
             usage.tokens_out = figures.tokens_out;
             usage.tokens_embedded = figures.tokens_embedded;
             usage.kv_back_us_per_mib = figures.kv_back_us_per_mib;
+            usage.kv_found_milli = figures.kv_found_milli;
             usage.tiers = figures.tiers;
             usage.overhead_device = figures.overhead.unwrap_or(usage.overhead_device);
             usage.overhead_peak = figures.overhead_peak;

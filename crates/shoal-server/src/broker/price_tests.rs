@@ -9,7 +9,7 @@ const WEIGHTS: [ByteCount; 3] = [ByteCount::mib(40), ByteCount::mib(20), ByteCou
 const KV: ByteCount = ByteCount::mib(20);
 
 /// The model is used, and is idle from then on. Its steps leave so much KV, of prompts that may come again.
-fn use_and_leave(bench: &mut Bench, place: usize, kv: ByteCount, kv_back_us_per_mib: u64, now_ms: u64) {
+fn use_and_leave(bench: &mut Bench, place: usize, kv: ByteCount, price: (u64, u64), now_ms: u64) {
     let wake = bench.wanted(place, WEIGHTS[place], now_ms);
     let usage = WorkerUsage {
         weights_device: WEIGHTS[place],
@@ -20,7 +20,8 @@ fn use_and_leave(bench: &mut Bench, place: usize, kv: ByteCount, kv_back_us_per_
     bench.done(place, wake, WEIGHTS[place], now_ms + 20);
     if !kv.is_zero() {
         bench.request(place, LeaseKind::Kv, kv, now_ms + 21);
-        let usage = WorkerUsage { kv_device: kv, kv_cached: kv, kv_back_us_per_mib, ..usage };
+        let (kv_back_us_per_mib, kv_found_milli) = price;
+        let usage = WorkerUsage { kv_device: kv, kv_cached: kv, kv_back_us_per_mib, kv_found_milli, ..usage };
         bench.say(place, FromWorker::Usage { usage }, now_ms + 30);
     }
     bench.core.handle_route_ended(place, &caller(), now_ms + 40);
@@ -35,24 +36,38 @@ fn taken(bench: &mut Bench, place: usize) -> Option<(ByteCount, String)> {
     })
 }
 
-/// The prefix was used long before the weights. It goes where nobody knows its price, or that is low; where it takes long to
-/// compute, weights that come back fast go for it.
+/// The prefix was used long before the weights. It goes where nobody knows its price, or that is low, or little of it is found
+/// again; where it takes long to compute, weights that come back fast go for it.
 #[test]
 fn a_dear_prefix_outlives_cheap_weights() {
-    for (price, stays) in [(0, false), (3, false), (1_000_000, true)] {
+    let cases = [
+        ((0, 0), false),
+        ((3, 0), false),
+        ((1_000_000, 0), true),
+        ((1_000_000, 500), true),
+        ((10_000, 1_000), true),
+        ((10_000, 1), false),
+    ];
+    for (price, stays) in cases {
         let mut bench = Bench::of(&WEIGHTS);
         use_and_leave(&mut bench, 1, KV, price, 10);
-        use_and_leave(&mut bench, 0, ByteCount::ZERO, 0, 30_000);
+        use_and_leave(&mut bench, 0, ByteCount::ZERO, (0, 0), 30_000);
         bench.wanted(2, WEIGHTS[2], 32_000);
         let (of_weights, of_prefix) = (taken(&mut bench, 0), taken(&mut bench, 1));
-        assert_eq!((of_weights.is_some(), of_prefix.is_some()), (stays, !stays), "at {price} us a MiB");
+        assert_eq!((of_weights.is_some(), of_prefix.is_some()), (stays, !stays), "at {price:?}");
         let (bytes, why) = of_weights.or(of_prefix).expect("one of them");
         assert_eq!(bytes, KV, "what is missing: {why}");
         if !stays {
             assert!(why.contains("m1 holds 20 MiB of KV for prompts that may come again"), "{why}");
         }
-        if price == 3 {
-            assert!(why.contains("3 us to bring it back"), "{why}");
+        if price == (3, 0) {
+            assert!(why.contains("3 us to bring it back, 1.0 uses in"), "{why}");
+        }
+        if price == (10_000, 1) {
+            assert!(
+                why.contains("10000 us to bring it back, a use finds 0.1% of it again, 1.0 uses in"),
+                "{why}"
+            );
         }
     }
 }

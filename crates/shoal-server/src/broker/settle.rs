@@ -310,6 +310,7 @@ impl Core {
             skip_until_ms: model.skip_until_ms,
             restore_us_per_mib: self.restore_cost(place),
             kv_back_us_per_mib: model.usage.kv_back_us_per_mib,
+            kv_found_milli: model.usage.kv_found_milli,
             uses_milli: model.habits.uses.uses_milli,
             uses_window_ms: model.habits.uses.window_ms,
             expected_ms: self.expected_ms(place, now_ms),

@@ -124,21 +124,23 @@ impl Worker {
         self.orders.remove(next)
     }
 
-    /// Of every third process nobody knows what its prefixes cost. By `seed` and not by the history's dice, so that it throws
-    /// as before.
-    fn kv_back_us_per_mib(&self, seed: u64) -> u64 {
+    /// What its prefixes cost, and what a use finds again of them: of every third process nobody knows. By `seed` and not by
+    /// the history's dice, so that it throws as before.
+    fn kv_back(&self, seed: u64) -> (u64, u64) {
         let mut dice = Dice((seed << 32) | u64::from(self.pid));
-        if dice.roll(3) == 0 { 0 } else { 1 << dice.roll(20) }
+        if dice.roll(3) == 0 { (0, 0) } else { (1 << dice.roll(20), 1 + dice.roll(1_000)) }
     }
 
     fn usage(&self, kv_live: ByteCount, seed: u64) -> WorkerUsage {
+        let (kv_back_us_per_mib, kv_found_milli) = self.kv_back(seed);
         WorkerUsage {
             weights_device: self.held,
             weights_total: WEIGHTS,
             kv_device: self.kv,
             kv_live,
             kv_cached: ByteCount((self.kv - kv_live).0 / 2),
-            kv_back_us_per_mib: self.kv_back_us_per_mib(seed),
+            kv_back_us_per_mib,
+            kv_found_milli,
             overhead_device: self.said,
             overhead_peak: self.may_take,
             ..WorkerUsage::default()
