@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class PlainKv:
     """A model of the KV cache: lists and dictionaries. Blocks that are neither owned nor cached are NaN."""
 
-    back_us_per_mib = 0
+    back_us_per_mib = found_milli = 0
 
     def __init__(self, memory: PlainMemory, layout, blocks: int, *, is_caching: bool) -> None:
         self.memory = memory
@@ -35,6 +35,7 @@ class PlainKv:
         self.digests: dict[int, bytes] = {}
         self.peak = self.refusals = self.evicted = self.found = self.moved = 0
         self.hints: list[int] = []
+        self.lookups: list[tuple[int, int]] = []  # of each request that came: what was cached, and what it found of it
 
     def tensor(self):
         return self.arena.view(self.dtype).view(self.shape)
@@ -95,8 +96,17 @@ class PlainKv:
 
     def match(self, tokens, salt):
         ends = range(self.tokens, len(tokens) + 1, self.tokens)
-        blocks = self.match_keys([tuple(tokens[:end]) for end in ends], salt)
-        return len(blocks) * self.tokens, blocks
+        return self.match_keys([tuple(tokens[:end]) for end in ends], salt)
+
+    def load(self, tokens, blocks, salt):
+        return []
+
+    def cached_blocks(self):
+        return len(self.cached)
+
+    def looked(self, cached, found):
+        assert 0 <= found <= cached
+        self.lookups.append((cached, found))
 
     def match_keys(self, keys, salt):
         assert self.is_caching

@@ -1,4 +1,4 @@
-"""What a cached prefix costs: measured by the steps that compute prompts, and not by what they waited for."""
+"""What a cached prefix is worth: what steps take that compute prompts, and how much of what is cached a use finds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 
 from shoal.testing import simulated_memory
 from shoal.worker.device import DeviceMemory
-from shoal.worker.kv import KvLayout
-from shoal.worker.price import PromptCost, rounded
+from shoal.worker.kv import PADDING_BLOCKS, KvLayout
+from shoal.worker.price import FoundShare, PromptCost, rounded
 
+from .conftest import llama
+from .plain import PlainMemory
 from .test_device_memory import engine_on
-from .test_engine_causal import tokens_of
+from .test_engine_causal import GREEDY, MIXED, engine_of, settled, small, tokens_of
 
 LAYOUT = KvLayout(layers=4, groups=1, kv_heads=2, head_dim=16, dtype=torch.float32, block_tokens=16)
 
@@ -43,6 +45,150 @@ def test_what_is_long_ago_is_forgotten():
 @pytest.mark.parametrize(("us", "said"), [(0.002, 1), (1.4, 1), (9.96, 10), (123.4, 120), (15_499.0, 15_000)])
 def test_two_digits_are_said(us, said):
     assert rounded(us) == said
+
+
+def test_before_anybody_has_looked_a_half_is_found():
+    finds = FoundShare()
+    finds.looked(0, 0, 0.0)
+    assert finds.share == 0.5, "there was nothing to find"
+
+
+@pytest.mark.parametrize(("cached", "found"), [(16, 1), (16, 16), (16, 0), (1, 1)])
+def test_the_share_becomes_what_uses_find(cached, found):
+    finds = FoundShare()
+    before = finds.share
+    for second in range(40):
+        finds.looked(cached, found, float(second))
+        part = found / cached
+        assert abs(finds.share - part) < abs(before - part), "nearer with each use"
+        before = finds.share
+    assert finds.share == pytest.approx(found / cached, abs=0.01)
+
+
+def test_the_newest_use_counts_for_an_eighth():
+    finds = FoundShare()
+    for second in range(100):
+        finds.looked(10, 0, float(second))
+    finds.looked(10, 8, 100.0)
+    assert finds.share == pytest.approx(0.1, abs=1e-4)
+    finds.looked(10, 0, 101.0)
+    assert finds.share == pytest.approx(0.1 * 7 / 8, abs=1e-4)
+
+
+def test_what_comes_at_once_is_one_use():
+    at_once, in_turn = FoundShare(), FoundShare()
+    for use in range(40):
+        for place in range(16):
+            # A conversation that goes on has its blocks: they are not cached for the next one to look.
+            at_once.looked(16 - place, 1, use * 60 + place / 20)
+            in_turn.looked(16, 1, use * 60 + place * 3.0)
+    assert at_once.share == pytest.approx(1.0, abs=0.01), "all of it was needed each time that somebody came"
+    assert in_turn.share == pytest.approx(1 / 16, abs=0.01)
+    at_once.looked(16, 16, 1e6)
+    at_once.looked(1, 16, 1e6)
+    assert at_once.share <= 1.0, "what was found twice was there once"
+
+
+def test_what_a_request_found_of_all_that_was_cached():
+    memory = PlainMemory()
+    one, other = [1] * 49, [2] * 97  # a token more than whole blocks
+    with engine_of(llama(), memory) as engine:
+
+        async def ask(prompt):
+            await tokens_of(engine, prompt, 1)
+            await settled(lambda: not memory.space.ids)
+            return memory.space.lookups[-1]
+
+        async def run():
+            assert await ask(one) == (0, 0)
+            assert await ask(other) == (3, 0), "nothing of it"
+            assert await ask(one) == (9, 3)
+            assert await ask([*other, 5]) == (9, 6)
+            assert await ask([*other[:32], 7]) == (9, 2), "the beginning, which two have"
+            assert len(memory.space.lookups) == 5, "of each request once"
+
+        asyncio.run(run())
+
+
+def test_of_layers_with_a_window_the_last_one_is_found():
+    memory = PlainMemory()
+    with engine_of(small("Gemma3", **MIXED), memory) as engine:
+
+        async def run():
+            for prompt in ([1] * 97, [1] * 97, [*[1] * 33, *[2] * 20]):
+                await tokens_of(engine, prompt, 1)
+                await settled(lambda: not memory.space.ids)
+
+        asyncio.run(run())
+    assert memory.space.lookups == [(0, 0), (12, 6 + 2), (12, 2 + 2)], "six blocks of each kind; two are a window"
+
+
+def test_what_somebody_has_would_not_have_gone():
+    memory = PlainMemory()
+    stem = [1] * 49
+    with engine_of(llama(), memory) as engine:
+
+        async def run():
+            await tokens_of(engine, stem, 1)
+            await settled(lambda: not memory.space.ids)
+            with memory.held:  # all in one batch
+                tasks = [asyncio.create_task(tokens_of(engine, [*stem, at], 1)) for at in range(4)]
+                await settled(lambda: engine.counts().running + engine.counts().waiting == 4)
+            await asyncio.gather(*tasks)
+            assert sorted(memory.space.lookups) == [(0, 0)] * 4 + [(3, 3)]
+
+        asyncio.run(run())
+
+
+def test_a_request_that_waits_or_is_computed_again_is_no_new_use():
+    memory = PlainMemory(blocks_max=PADDING_BLOCKS + 11)
+    prompts = [[at + 1] * 40 for at in range(4)]
+    with engine_of(llama(), memory, batch_tokens_max=256) as engine:
+        looks, find, waiting = [], engine._cache.search_prefix_match, engine._processor.scheduler.waiting_requests
+
+        def finding(name, prompt):
+            looks.append("again" if waiting[name]._true_initial_tokens else name)
+            return find(name, prompt)
+
+        engine._cache.search_prefix_match = finding
+
+        async def run():
+            await asyncio.gather(*(tokens_of(engine, prompt, 60) for prompt in prompts))
+
+        asyncio.run(run())
+        again = looks.count("again")
+        assert again > 0, "some had to give their blocks up"
+        assert len(looks) - again > len(prompts), "and some waited for theirs"
+        assert len(memory.space.lookups) == len(prompts)
+
+
+def test_what_is_loaded_from_below_was_not_found():
+    said = []
+    with simulated_memory("64MiB", host_budget="64MiB") as mem, engine_on(mem, kv_max_bytes=2 << 20) as engine:
+        memory, kv = engine._memory, engine._memory._kv
+        memory.keep_below(16 << 20, [], lambda: {"model": "one"}, 60.0)
+        looked = kv.looked
+        kv.looked = lambda cached, found: said.append((cached, found)) or looked(cached, found)
+
+        async def run():
+            await settled(lambda: memory.tiers()[0]["reason"] is None)
+            prompt = [5] * 49
+            await tokens_of(engine, prompt, 1)
+            assert kv.below._tier.flush(60)
+            await settled(lambda: kv.cached_blocks() == 3)
+            kv.free(kv.alloc(kv.available()))  # what is cached too: nothing of it is on the device any more
+            await tokens_of(engine, [6] * 49, 1)
+            await settled(lambda: kv.live_bytes == 0)
+            # There is room for the padding and one block more: what is loaded takes the place of what is cached.
+            held = kv.alloc(kv.available() - PADDING_BLOCKS - 4)
+            assert kv.cached_blocks() == 3
+            generation = engine.submit(prompt, GREEDY, 1)
+            assert [token async for tokens in generation for token in tokens]
+            assert generation.cached_tokens == 48, "it was loaded"
+            kv.free(held)
+
+        asyncio.run(run())
+    assert said == [(0, 0), (0, 0), (3, 0)]
 
 
 def test_a_mib_is_computed_again_or_loaded_whichever_is_faster():
@@ -79,5 +225,6 @@ def test_the_worker_says_it_once_a_prompt_was_computed():
             assert said > 0
             await tokens_of(engine, [7], 16)
             assert engine.counts().kv_back_us_per_mib == said, "nor do answers"
+            assert engine.counts().kv_found_milli <= 438, "of what the first two left the others found nothing"
 
         asyncio.run(run())

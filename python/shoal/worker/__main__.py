@@ -242,6 +242,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
             tokens_out=counts.tokens_out,
             tokens_embedded=counts.tokens_embedded,
             kv_back_us_per_mib=counts.kv_back_us_per_mib,
+            kv_found_milli=counts.kv_found_milli,
             overhead=None if overhead is None else (overhead, 0),  # what steps take again they lease before
             tiers=tiers,
         )

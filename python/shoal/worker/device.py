@@ -22,7 +22,7 @@ from shoal import (
 
 from .errors import LoadError
 from .memory import ShortageError
-from .price import MIB, PromptCost, rounded
+from .price import MIB, FoundShare, PromptCost, rounded
 from .tiers import KvBelow
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class DeviceKv:
         self._block_tokens = layout.block_tokens
         self._tokens_per_mib = MIB * layout.block_tokens / (layout.groups * layout.block_bytes)
         self._prompts = PromptCost()
+        self._finds = FoundShare()
         self.is_caching = is_caching
         self.is_uniform = layout.is_uniform
         self.below: KvBelow | None = None
@@ -94,15 +95,25 @@ class DeviceKv:
         (figures,) = self.cache.usage()["groups"]
         return figures["free_mapped_blocks"] + figures["cached_blocks"]
 
-    def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
-        """Find the longest sealed prefix, and own its blocks; what the device has forgotten comes back from below."""
-        found, blocks = self.cache.match(tokens, salt=salt)
-        if self.below is not None:
-            # What was refused before may be taken now.
-            self.below.save(tokens[:found], 0, salt)
-            blocks += self.below.load(tokens, blocks, salt)
-            found = len(blocks) * self._block_tokens
-        return found, blocks
+    def cached_blocks(self) -> int:
+        """How many blocks are nobody's and may be found."""
+        return self.cache.usage()["groups"][0]["cached_blocks"]
+
+    def match(self, tokens: Sequence[int], salt: str) -> list[int]:
+        """Find the longest sealed prefix, and own its blocks."""
+        return self.cache.match(tokens, salt=salt)[1]
+
+    def load(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> list[int]:
+        """Bring back what the device has forgotten, after the blocks that it has."""
+        if self.below is None:
+            return []
+        # What was refused before may be taken now.
+        self.below.save(tokens[: len(blocks) * self._block_tokens], 0, salt)
+        return self.below.load(tokens, blocks, salt)
+
+    def looked(self, cached: int, found: int) -> None:
+        """Say what a request found that came just now."""
+        self._finds.looked(cached, found, time.monotonic())
 
     def prefetch(self, tokens: Sequence[int], salt: str) -> Prefetch | None:
         """Begin to bring what only slow tiers have of a prompt to host memory, ahead of its `match`."""
@@ -153,6 +164,11 @@ class DeviceKv:
         if self.below is not None and (load_us := self.below.load_us_per_mib()) is not None:
             ways.append(load_us)
         return rounded(min(ways)) if ways else 0
+
+    @property
+    def found_milli(self) -> int:
+        """What part of what is cached one use finds again, in thousandths."""
+        return max(1, round(self._finds.share * 1_000))
 
     def forget_all(self) -> None:
         """Let nothing be found any more; what was saved before is what it was."""

@@ -92,6 +92,7 @@ class Generation:
         self.told = told
         self.salt = salt
         self.cached_tokens = 0
+        self.has_looked = False  # in the KV cache, for its prompt
         self.ahead: Ahead | None = None
         self.delivered = 0
         self.created = time.monotonic()
@@ -270,6 +271,7 @@ class CausalEngine:
             waiting=live - running,
             tokens_out=self._tokens_out,
             kv_back_us_per_mib=self._cache.kv.back_us_per_mib,
+            kv_found_milli=self._cache.kv.found_milli,
         )
 
     def kv_bytes(self) -> tuple[int, int]:
@@ -445,8 +447,14 @@ class CausalEngine:
             generation = self._live.get(name)
         return None if generation is None else generation.salt
 
-    def _found(self, name: str, tokens: int) -> None:
-        """Remember how much of a prompt was found; not of one that is computed again, which finds its own."""
+    def _found(self, name: str, tokens: int) -> bool:
+        """Remember how much of a prompt was found; not of one that is computed again, which finds its own.
+
+        Returns
+        -------
+        bool
+            Whether the request has looked for the first time; while it waits, it looks at every step.
+        """
         state = self._processor.scheduler.waiting_requests.get(name)
         with self._lock:
             generation = self._live.get(name)
@@ -455,6 +463,9 @@ class CausalEngine:
         if generation is not None and state is not None and not state._true_initial_tokens:
             self._tokens_cached += tokens - generation.cached_tokens
             generation.cached_tokens = tokens
+            is_new, generation.has_looked = not generation.has_looked, True
+            return is_new
+        return False
 
     def _abandon(self, error: Exception) -> None:
         """End all requests and begin anew, with every block free."""

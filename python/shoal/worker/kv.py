@@ -201,7 +201,8 @@ class ElasticCache(cache_module.PagedAttentionCache):
     salt_of
         The tenant of a request, by its name; None if that is not known any more, and then nothing is shared.
     found
-        Told the name of a request that begins, or begins again, and how many of its tokens were found.
+        Told the name of a request that begins, or begins again, and how many of its tokens were found; says whether it
+        has come just now.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class ElasticCache(cache_module.PagedAttentionCache):
         layout: KvLayout,
         is_caching: bool,
         salt_of: Callable[[str], str | None],
-        found: Callable[[str, int], None],
+        found: Callable[[str, int], bool],
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -360,15 +361,21 @@ class ElasticCache(cache_module.PagedAttentionCache):
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """Find the longest cached prefix and give its blocks to the request; all but the last token may be found."""
-        salt, tokens = self._salt_of(request_id), 0
+        salt, tokens, prompt = self._salt_of(request_id), 0, prompt_ids[:-1]
+        cached = left = self._kv.cached_blocks()
         if salt is not None and self._hybrid is not None:
-            tokens = self._hybrid.find(request_id, prompt_ids[:-1], salt)
+            tokens = self._hybrid.find(request_id, prompt, salt)
+            left = self._kv.cached_blocks()
         elif salt is not None:
-            tokens, blocks = self._kv.match(prompt_ids[:-1], salt)
-            if tokens:
+            blocks = self._kv.match(prompt, salt)
+            left = self._kv.cached_blocks()  # before a load, which may evict some
+            blocks += self._kv.load(prompt, blocks, salt)
+            tokens = len(blocks) * self.block_size
+            if blocks:
                 self.group_cache_managers[0].block_table[request_id] = blocks
         self._total_prefix_length += tokens
-        self._found(request_id, tokens)
+        if self._found(request_id, tokens):
+            self._kv.looked(cached, max(0, cached - left))
         return tokens
 
     def mark_shareable_blocks_as_complete(self, state: RequestState, num_complete_blocks: int) -> None:

@@ -51,8 +51,20 @@ class KvBlocks(Protocol):
     def ready(self) -> int:
         """How many blocks can be had without more memory: free ones that have it, and cached ones."""
 
-    def match(self, tokens: Sequence[int], salt: str) -> tuple[int, list[int]]:
-        """Find the longest prefix that is sealed under this salt, and own its blocks too; its length, and these."""
+    def cached_blocks(self) -> int:
+        """How many blocks are nobody's and may be found."""
+
+    def match(self, tokens: Sequence[int], salt: str) -> list[int]:
+        """Find the longest prefix that is sealed under this salt, and own its blocks too."""
+
+    def load(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> list[int]:
+        """Bring back from tiers below the blocks of a prompt that follow those that were found; own them."""
+
+    def looked(self, cached: int, found: int) -> None:
+        """Say that a request has come, once for each: of `cached` blocks it found so many, with `match` or its like.
+
+        What was somebody's already does not count, nor what `load` brought.
+        """
 
     def prefetch(self, tokens: Sequence[int], salt: str) -> Ahead | None:
         """Begin to bring what slow tiers have of a prompt nearer, ahead of its `match`; from any thread, at once."""
@@ -90,6 +102,10 @@ class KvBlocks(Protocol):
     @property
     def back_us_per_mib(self) -> int:
         """What bringing a MiB of cached blocks back takes, or computing it again (microseconds); 0: not known."""
+
+    @property
+    def found_milli(self) -> int:
+        """What part of all cached blocks one use of the model finds again, in thousandths; 0: not known."""
 
     @property
     def mapped_bytes(self) -> int:

@@ -1,7 +1,7 @@
-"""What computing a prompt takes, as it was measured: by that the server's policy prices a cached prefix.
+"""What computing a prompt takes, and how much of what is cached is found again: the two that price cached prefixes.
 
-Apart because engines say what steps took and the memory says what that makes a MiB of KV worth, and neither is to know
-how a figure is made steady.
+Apart because engines say what steps took and what requests found, the memory says what that makes a MiB of KV worth,
+and neither is to know how a figure is made steady.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections import deque
 
 MIB = 1 << 20
 _STEPS = 16  # that count; older ones are forgotten
+_USE_S = 1.0  # requests that come so soon after the first one are one use, as the policy counts at most one a second
+_SHARE_UNSEEN = 0.5  # before anybody has looked: what somebody began, they go on with or not
+_NEWEST = 1 / 8  # what the newest use counts for
 
 
 class PromptCost:
@@ -37,6 +40,48 @@ class PromptCost:
             if left <= 0:
                 self.us_per_token = us_per_token
                 break
+
+
+class FoundShare:
+    """What part of what is cached one use finds again: the price of a prefix counts for that part of it only.
+
+    Weights are needed by every use, and wholly; of the prefixes of many conversations the ones that go on are needed,
+    and the others would not be missed. A use is what comes within a second: conversations that go on at once find
+    their parts for one and the same use. The mean is over uses, whatever was cached at each, and the newest counts for
+    an eighth, so that it tells of the last dozen or two; before the first use that had anything to find it is a half.
+    """
+
+    def __init__(self) -> None:
+        self._mean = _SHARE_UNSEEN  # of the uses before the last
+        self._last: float | None = None
+        self._cached = 0
+        self._found = 0
+        self._since = 0.0
+
+    def looked(self, cached: int, found: int, now: float) -> None:
+        """Learn what a request has found; from one thread.
+
+        Parameters
+        ----------
+        cached
+            How many blocks nobody had when it came, and could have been found.
+        found
+            How many of them it found. What others had at that moment would not have gone, so it does not count.
+        now
+            Seconds, of a clock that goes forward.
+        """
+        if self._last is None or now - self._since >= _USE_S:
+            if not cached:
+                return  # there was nothing to find
+            self._mean, self._since, self._cached, self._found = self.share, now, cached, 0
+        self._found += found
+        self._last = min(self._found / self._cached, 1.0)
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1. For any thread."""
+        last = self._last
+        return self._mean if last is None else self._mean + (last - self._mean) * _NEWEST
 
 
 def rounded(us: float) -> int:

@@ -18,6 +18,8 @@ class Counts:
     ----------
     kv_back_us_per_mib
         What bringing a MiB of a cached prefix back takes, or computing it again (microseconds); 0 while nobody knows.
+    kv_found_milli
+        What part of all that is cached one use of the model finds again, in thousandths; 0 where nobody knows.
     """
 
     running: int = 0
@@ -25,6 +27,7 @@ class Counts:
     tokens_out: int = 0
     tokens_embedded: int = 0
     kv_back_us_per_mib: int = 0
+    kv_found_milli: int = 0
 
     @property
     def is_idle(self) -> bool:
