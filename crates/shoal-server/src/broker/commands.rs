@@ -14,7 +14,7 @@ impl Core {
     pub(crate) fn handle_command_started(&mut self, place: usize, pid: u32, target: Target, now_ms: u64) {
         let model = &mut self.models[place];
         model.child = Some(pid);
-        model.child_before = None;
+        (model.child_before, model.was_shown) = (None, false);
         model.target = target;
         model.starts += 1;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());

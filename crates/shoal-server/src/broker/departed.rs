@@ -96,7 +96,7 @@ impl Core {
     /// How a process of the model at `place` that is gone now was known.
     fn departed_now(&self, place: usize, now_ms: u64) -> Departed {
         let model = &self.models[place];
-        let is_shown = model.seen.is_some_and(|bytes| !bytes.is_zero())
+        let is_shown = model.was_shown
             || self.config.device == DeviceChoice::Sim
             || !self.driver.hides && !model.is_rigid();
         let sight = match () {

@@ -69,7 +69,7 @@ impl Core {
         model.pid = Some(pid);
         model.last_words = None;
         model.hung = None;
-        model.was_ready = false;
+        (model.was_ready, model.was_shown) = (false, false);
         let id = model.id;
         if let Err(error) = self.book.open(id) {
             tracing::error!(model = self.models[place].name, %error, "a worker began before the last one was gone");
@@ -318,7 +318,7 @@ impl Core {
         }
     }
 
-    /// The process is gone, and its memory with it. `last_line` is the last one that it wrote to its log.
+    /// The process is gone, and what it had comes back. `last_line` is the last one that it wrote to its log.
     pub(crate) fn handle_exited(
         &mut self,
         place: usize,

@@ -16,6 +16,8 @@ mod backed_tests;
 mod commands;
 mod departed;
 #[cfg(test)]
+mod departed_tests;
+#[cfg(test)]
 mod dice;
 mod driver;
 mod habits;

@@ -97,6 +97,8 @@ pub(crate) struct Record {
     pub(crate) log: PathBuf,
     /// What the driver shows of its process; none where it shows nothing.
     pub(crate) seen: Option<ByteCount>,
+    /// The driver has shown that its process, or its program, has something.
+    pub(crate) was_shown: bool,
     /// Its lease when the driver was last asked.
     pub(crate) leased_then: ByteCount,
     /// And what its process had said by then that it has.
@@ -206,6 +208,7 @@ impl Record {
             child: None,
             child_before: None,
             seen: None,
+            was_shown: false,
             leased_then: ByteCount::ZERO,
             said_then: ByteCount::ZERO,
             drift: Agreed::default(),

@@ -141,7 +141,8 @@ pub enum EventKind {
         pid: u32,
         /// `"exit code 1"`, `"signal 9 (SIGKILL)"`, ...
         status: String,
-        /// Device bytes that it had leased, which come back with it.
+        /// Device bytes that it had leased, which come back with it. A program's lease is told as returned by itself
+        /// (`lease_returned`) right after.
         #[schema(value_type = u64)]
         returned: ByteCount,
         /// Of those, leased until they are seen to be free (`memory_returned`).

@@ -26,7 +26,7 @@ mod world;
 
 use shoal_core::bytes::ByteCount;
 
-pub(super) use shelf::config;
+pub(super) use shelf::{config, program};
 use world::World;
 
 /// Models of a shelf before it is configured otherwise.

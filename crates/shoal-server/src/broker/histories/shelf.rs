@@ -58,7 +58,7 @@ pub(super) fn thinks_for_ever(seed: u64) -> bool {
 }
 
 /// A model that is any program.
-pub(super) fn program(name: &str) -> ModelConfig {
+pub(in crate::broker) fn program(name: &str) -> ModelConfig {
     ModelConfig {
         engine: Engine::Command,
         command: Some(CommandConfig {
