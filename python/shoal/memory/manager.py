@@ -392,9 +392,9 @@ class MemoryManager:
         -------
         dict
             ``weights_device``, ``weights_total``, ``kv_device``, ``kv_live``, ``kv_cached`` (prefixes that no request
-            uses), ``kv_back_us_per_mib`` and ``kv_found_milli`` (0: not known), ``overhead_device``, ``pooled`` (given
-            up by regions, and kept leased for a moment for the next growth), ``host``, ``source_only``, and since the
-            start ``onboarded`` and ``evicted``.
+            uses), ``kv_back_us_per_mib`` and ``kv_found_milli`` (always 0 here: a worker says them to its server),
+            ``overhead_device``, ``pooled`` (given up by regions, and kept leased for a moment for the next growth),
+            ``host``, ``source_only``, and since the start ``onboarded`` and ``evicted``.
 
         Raises
         ------
