@@ -58,22 +58,15 @@ impl Core {
     }
 
     /// A program that is gone had `bytes`, which its steward has just given back: they stay leased until they are seen to be free,
-    /// where anybody can see that. Gives what stays.
-    pub(super) fn hold_returning(
-        &mut self,
-        place: usize,
-        process: u32,
-        bytes: ByteCount,
-        now_ms: u64,
-    ) -> ByteCount {
+    /// where anybody can see that.
+    pub(super) fn hold_returning(&mut self, place: usize, process: u32, bytes: ByteCount, now_ms: u64) {
         if bytes.is_zero() || !self.sees_returns() {
-            return ByteCount::ZERO;
+            return;
         }
         let departed = self.departed_now(place, now_ms);
         self.driver.departed.entry(process).or_insert(departed);
-        let held = self.book.hold(process, bytes);
+        self.book.hold(process, bytes);
         self.look_soon.notify_one();
-        held
     }
 
     /// What processes that are gone had and is not seen to be free: what comes back before long, and what has not for long.

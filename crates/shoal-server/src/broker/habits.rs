@@ -34,7 +34,8 @@ pub(crate) struct Habits {
     pub(crate) restored_ms: Option<u64>,
     /// It is to be brought back without anybody asking.
     pub(crate) preload: bool,
-    /// How long the leases of the present wake were waited for, all together.
+    /// When the newest wake was ordered, and how long its leases were waited for since, all together.
+    wake_ordered_ms: u64,
     lease_waited_ms: u64,
 }
 
@@ -96,17 +97,19 @@ impl Core {
 
     /// A worker does not wait any more for what it had asked for, whatever came of it. Gives how long it did.
     pub(super) fn note_lease_wait(&mut self, place: usize, asked: &PendingRequest, now_ms: u64) -> u64 {
-        let waited_ms = now_ms.saturating_sub(asked.asked_ms);
         if asked.kind == LeaseKind::Weights {
             let habits = &mut self.models[place].habits;
-            habits.lease_waited_ms = habits.lease_waited_ms.saturating_add(waited_ms);
+            // What it may have waited before is not in what the wake takes.
+            let in_wake_ms = now_ms.saturating_sub(asked.asked_ms.max(habits.wake_ordered_ms));
+            habits.lease_waited_ms = habits.lease_waited_ms.saturating_add(in_wake_ms);
         }
-        waited_ms
+        now_ms.saturating_sub(asked.asked_ms)
     }
 
     /// A wake is ordered.
-    pub(super) fn note_wake_ordered(&mut self, place: usize) {
-        self.models[place].habits.lease_waited_ms = 0;
+    pub(super) fn note_wake_ordered(&mut self, place: usize, now_ms: u64) {
+        let habits = &mut self.models[place].habits;
+        (habits.wake_ordered_ms, habits.lease_waited_ms) = (now_ms, 0);
     }
 
     /// A wake succeeded. `took_us` is what its worker says that it took, the waits for its leases included.

@@ -148,7 +148,7 @@ impl Core {
         };
         model.cycle.note(reason.clone());
         model.orders.insert(number, order);
-        self.note_wake_ordered(place);
+        self.note_wake_ordered(place, now_ms);
         self.tell(now_ms, Some(place), EventKind::WakeStarted { bytes, reason });
     }
 

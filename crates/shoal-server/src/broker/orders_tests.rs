@@ -85,3 +85,36 @@ fn the_price_of_a_wake_leaves_out_the_waits_for_its_leases_and_nothing_else() {
     drop(begun);
     assert_eq!(bench.core.restore_cost(0), 1_000, "60 ms for 60 MiB");
 }
+
+/// An engine may have asked for its weights by itself, before it was ordered to bring them back.
+#[test]
+fn what_a_lease_was_waited_for_before_the_wake_is_not_taken_off_it() {
+    let mut bench = Bench::new();
+    let wake = bench.wanted(1, WEIGHTS, 10);
+    bench.usage(1, WEIGHTS, 20);
+    bench.done(1, wake, WEIGHTS, 20);
+    bench.end_route(1, 30);
+    bench.told(1);
+    bench.request(0, LeaseKind::Weights, WEIGHTS, 900);
+    let told = bench.told(1);
+    let [FromServer::Reclaim { order, bytes: left, .. }] = told.as_slice() else { panic!("{told:?}") };
+    let begun = bench.core.handle_wanted("m0", Wanted::Route(caller()), 1_000, 60_000).expect("parked");
+    let wake = bench.told(0).into_iter().find_map(|said| match said {
+        FromServer::Wake { order, .. } => Some(order),
+        _ => None,
+    });
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: *left }, 1_100);
+    bench.done(1, *order, *left, 1_100);
+    bench.usage(0, WEIGHTS, 1_160);
+    let done = FromWorker::OrderDone {
+        order: wake.expect("it is woken"),
+        bytes: WEIGHTS,
+        copied: WEIGHTS,
+        // From 1,000 to 1,160.
+        duration_us: 160_000,
+        error: None,
+    };
+    bench.say(0, done, 1_160);
+    drop(begun);
+    assert_eq!(bench.core.restore_cost(0), 1_000, "60 ms for 60 MiB");
+}
