@@ -26,6 +26,7 @@
 #   tests/gpu/run.sh vllm_offload   vLLM's own KV offloading on Shoal's host tier and disks: tokens, first tokens of restored prompts
 #   tests/gpu/run.sh vllm_serve     `SHOAL=1 vllm serve` as it is typed, against `vllm serve`: texts, /sleep, /wake_up
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
+#   tests/gpu/run.sh shelf_life     workers under the next server, a reload, programs of others, what prefixes cost: on the GPU
 #   tests/gpu/run.sh shelf_8b       the server with three models of 8B's layers: first tokens by residency, all busy
 #   tests/gpu/run.sh vllm_shelf     the server with four vLLM engines (importable) that share the GPU, and OpenAI's client
 #   tests/gpu/run.sh vllm_burst     three vLLM engines of $SHOAL_LAYERS (8) of 8B's layers in overlapping bursts, by $SHOAL_ARMS: shoal,
@@ -117,7 +118,7 @@ tms)
     ;;
 sleep_wake_torch | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
-shelf) python3 -X faulthandler -m tests.gpu.shelf ;;
+shelf | shelf_life) python3 -X faulthandler -m "tests.gpu.$part" ;;
 tiers_blocks | tiers_restore | tiers_concurrency) python3 -X faulthandler -m "tests.gpu.$part" ;;
 shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;

@@ -1,4 +1,4 @@
-"""A program that speaks OpenAI's API as far as a test needs, and misbehaves on request. The standard library only.
+"""A program that speaks OpenAI's API as far as a test needs, and misbehaves on request. Only `--torch` needs a library.
 
 `python3 fake_engine.py --port PORT | --socket PATH [--start-ms N] [--gate FILE] [--mib N] ...`; GET /health is 200 once
 it is ready, and a POST is answered with what came.
@@ -16,6 +16,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def arguments() -> argparse.Namespace:
@@ -25,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start-ms", type=int, default=0, help="how long until it is ready")
     parser.add_argument("--gate", type=Path, help="answer only once this file is there")
     parser.add_argument("--mib", type=int, default=0, help="MiB of memory that it takes")
+    parser.add_argument("--torch", help="the device of torch on which it takes them, such as cuda:0; without, RAM")
     parser.add_argument("--lets-go", type=Path, help="give that memory back once this file is there")
     parser.add_argument("--exit", type=int, help="say why and exit with this status at once")
     parser.add_argument("--ignore-term", action="store_true")
@@ -94,11 +99,19 @@ def start_child(mib: int) -> subprocess.Popen[bytes]:
     return child
 
 
+def take(size: int) -> bytes | Tensor:
+    if OPTIONS.torch is None:
+        return b"x" * size
+    import torch
+
+    return torch.ones(size, dtype=torch.uint8, device=OPTIONS.torch)
+
+
 def main() -> int:
     if OPTIONS.exit is not None:
         print(f"no weights at {OPTIONS.port or OPTIONS.socket}", file=sys.stderr, flush=True)
         return int(OPTIONS.exit)
-    taken = [b"x" * (OPTIONS.mib << 20)]
+    taken = [take(OPTIONS.mib << 20)]
     if OPTIONS.child:
         child = start_child(OPTIONS.child_mib)
         Path(OPTIONS.child).write_text(str(child.pid))
