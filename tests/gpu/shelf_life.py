@@ -38,7 +38,7 @@ OVERHEAD = 0 if not ON_GPU else 832 * MIB
 CONTEXT = 512
 KV_BYTES = 2 * SIZE["layers"] * 2 * (SIZE["hidden"] // 4) * 4  # a token, of models.make_llama in float32
 PRICED = re.compile(
-    r"(\w+) holds [^;]* of KV for prompts.*?(\d+) us to bring (?:it|that) back, a use finds ([0-9.]+)% of it again"
+    r"(\w+) holds [^;]* of KV for prompts.*?(\d+) us to bring it back, a use finds ([0-9.]+)% of it again"
 )
 
 

@@ -102,6 +102,8 @@ mod growth;
 #[cfg(test)]
 mod in_turn;
 #[cfg(test)]
+mod prefixes;
+#[cfg(test)]
 mod tests;
 
 pub use check::check;

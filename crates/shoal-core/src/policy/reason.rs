@@ -1,9 +1,7 @@
 //! Decisions in words, with the numbers they rest on.
 
 use super::state::{ModelState, PendingRequest};
-use super::victims::{
-    Candidate, Choice, Class, Field, Part, floor, in_use, kept, kept_for_good, owed, worth_of,
-};
+use super::victims::{Candidate, Choice, Class, Field, Part, floor, in_use, kept, kept_for_good, owed};
 use super::worth::{spread_ms, uses_milli};
 use crate::bytes::ByteCount;
 use crate::protocol::LeaseKind;
@@ -69,11 +67,17 @@ fn why_chosen(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> S
     let idle = seconds(field.now_ms.saturating_sub(victim.last_used_ms));
     let name = &victim.name;
     match candidate.class {
-        _ if candidate.part == Part::Cached => format!(
-            "{name} holds {} of KV for prompts that may come again, worth least ({})",
-            victim.kv_cached,
-            worth(field, candidate, victim)
-        ),
+        _ if candidate.part == Part::Cached
+            || (candidate.class == Class::Idle
+                && field.choice == Choice::Worth
+                && field.together(candidate).is_some()) =>
+        {
+            format!(
+                "{name} holds {} of KV for prompts that may come again, worth least ({})",
+                victim.kv_cached,
+                worth(field, candidate, victim)
+            )
+        }
         Class::Idle if field.choice == Choice::WholeLru => {
             format!("{name} has been idle for {idle}, the longest of all, and goes whole")
         }
@@ -117,26 +121,29 @@ pub(super) fn make_room(field: &Field<'_>, candidate: Candidate, victim: &ModelS
 
 /// The currency with the numbers that it was made from.
 fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
-    let cost = match candidate.part {
-        Part::Cached if victim.kv_back_us_per_mib > 0 => victim.kv_back_us_per_mib,
-        _ => victim.restore_us_per_mib,
-    };
+    let (now_ms, worth) = (field.now_ms, field.worth_of(candidate));
     let how_soon = if let Some(expected_ms) = victim.expected_ms {
-        format!("expected to be used in {}", seconds(expected_ms.saturating_sub(field.now_ms)))
+        format!("expected to be used in {}", seconds(expected_ms.saturating_sub(now_ms)))
     } else {
         let uses = uses_milli(victim) as f64 / 1_000.0;
-        format!("{uses:.1} uses in {}", seconds(spread_ms(victim, field.now_ms)))
+        format!("{uses:.1} uses in {}", seconds(spread_ms(victim, now_ms)))
     };
-    let found = match candidate.part {
-        Part::Cached if victim.kv_found_milli > 0 => {
-            format!(", a use finds {:.1}% of it again", victim.kv_found_milli.min(1_000) as f64 / 10.0)
+    let weights_us = victim.restore_us_per_mib;
+    let kv_us = if victim.kv_back_us_per_mib > 0 { victim.kv_back_us_per_mib } else { weights_us };
+    let found = match victim.kv_found_milli {
+        0 => String::new(),
+        milli => format!(", a use finds {:.1}% of it again", milli.min(1_000) as f64 / 10.0),
+    };
+    match candidate.part {
+        _ if field.together(candidate).is_some() => format!(
+            "{worth} a second for each MiB of that and of its weights, {weights_us} us to bring these back: {kv_us} us to bring it \
+             back{found}, {how_soon}"
+        ),
+        Part::Cached => {
+            format!("{worth} a second for each MiB: {kv_us} us to bring it back{found}, {how_soon}")
         }
-        _ => String::new(),
-    };
-    format!(
-        "{} a second for each MiB: {cost} us to bring it back{found}, {how_soon}",
-        worth_of(candidate, victim, field.now_ms)
-    )
+        _ => format!("{worth} a second for each MiB: {weights_us} us to bring it back, {how_soon}"),
+    }
 }
 
 pub(super) fn apart(model: &ModelState, rival: &ModelState) -> String {

@@ -182,10 +182,7 @@ impl<'a> Field<'a> {
             if self.state.is_manual {
                 continue;
             }
-            let demand = model.is_busy()
-                || self.senior[place].is_some()
-                || model.wake_ordered
-                || self.lingers_until(model).is_some();
+            let demand = self.is_wanted(place);
             let kept = kept_until(model).is_some_and(|until| until > self.now_ms);
             let cached_bytes = left.spare.saturating_sub(left.unused);
             // The cached goes before the weights, so it cannot be dearer than the two together.
@@ -218,6 +215,40 @@ impl<'a> Field<'a> {
         candidates
             .sort_by_key(|candidate| (candidate.class, candidate.rank, candidate.model, candidate.part));
         candidates
+    }
+
+    /// Somebody uses the model, waits for it, or is about to.
+    fn is_wanted(&self, place: usize) -> bool {
+        let model = &self.state.models[place];
+        model.is_busy()
+            || self.senior[place].is_some()
+            || model.wake_ordered
+            || self.lingers_until(model).is_some()
+    }
+
+    /// What the bytes that a candidate stands for are worth.
+    pub(super) fn worth_of(&self, candidate: Candidate) -> Worth {
+        let model = &self.state.models[candidate.model];
+        self.together(candidate).unwrap_or_else(|| match candidate.part {
+            Part::Unused => Worth::default(),
+            Part::Cached => of_cached_kv(model, self.now_ms),
+            Part::All => of_weights(model, self.now_ms),
+        })
+    }
+
+    /// What all that may be taken of an idle model is worth, where prefixes are cached that are dearer than its weights: they
+    /// go before them, so whoever is asked for more than is unused gives the two together. None where one alone says it.
+    pub(super) fn together(&self, candidate: Candidate) -> Option<Worth> {
+        let (model, left) =
+            (&self.state.models[candidate.model], takeable(&self.state.models[candidate.model]));
+        let cached_bytes = left.spare.saturating_sub(left.unused);
+        let (cached, weights) = (of_cached_kv(model, self.now_ms), of_weights(model, self.now_ms));
+        let is_one = candidate.part == Part::Unused
+            || (candidate.part == Part::Cached && self.is_wanted(candidate.model))
+            || cached_bytes.is_zero()
+            || cached <= weights;
+        let weight_bytes = left.all.saturating_sub(left.spare);
+        (!is_one).then(|| Worth(blended(cached.0, cached_bytes, weights.0, weight_bytes)))
     }
 
     fn by_choice(&self, rank: (u64, u64), model: &ModelState) -> (u64, u64) {
@@ -562,13 +593,4 @@ fn blended(one: u64, one_bytes: ByteCount, other: u64, other_bytes: ByteCount) -
     let sum = u128::from(one) * u128::from(one_bytes.0) + u128::from(other) * u128::from(other_bytes.0);
     let bytes = u128::from(one_bytes.0) + u128::from(other_bytes.0);
     sum.checked_div(bytes).map_or(one.max(other), |worth| u64::try_from(worth).unwrap_or(u64::MAX))
-}
-
-/// What the bytes that a candidate stands for are worth.
-pub(super) fn worth_of(candidate: Candidate, model: &ModelState, now_ms: u64) -> Worth {
-    match candidate.part {
-        Part::Unused => Worth::default(),
-        Part::Cached => of_cached_kv(model, now_ms),
-        Part::All => of_weights(model, now_ms),
-    }
 }
