@@ -36,6 +36,7 @@ MIB = 1 << 20
 DECLARED, TAKEN = (1024, 2048) if ON_GPU else (24, 48)
 OVERHEAD = 0 if not ON_GPU else 832 * MIB
 CONTEXT = 512
+PROMPTS = 40 if ON_GPU else 12  # whose KV fills what another model's weights leave
 KV_BYTES = 2 * SIZE["layers"] * 2 * (SIZE["hidden"] // 4) * 4  # a token, of models.make_llama in float32
 PRICED = re.compile(
     r"(\w+) holds [^;]* of KV for prompts.*?(\d+) us to bring it back, a use finds ([0-9.]+)% of it again"
@@ -214,16 +215,19 @@ def programs(report: Report, home: Path, tables: list[dict[str, object]], right:
             def accounted() -> bool:
                 lease = server.model("program")["lease"]["total"]
                 taken[:] = [lease, server.device()["taken"] - others]
-                return sum(taken) >= DECLARED * MIB + excess
+                took = used_bytes() - idle if ON_GPU else DECLARED * MIB + excess
+                # Not both of them: what is not seen to be its own at first is others' until it is.
+                return abs(sum(taken) - took) <= SLACK and sum(taken) >= DECLARED * MIB + excess
 
+            begun = time.monotonic()
             until(accounted, 20, f"what it takes is charged to it or to others: {taken}")
+            report.figure("a program of torch", "charged with all of it after", [time.monotonic() - begun], "s")
             lease, elsewhere = taken
             print("the program's lease", lease, "and taken by others", elsewhere, server.model("program")["lease"])
             if ON_GPU:
                 took = used_bytes() - idle
                 report.figure("a program of torch", "what the GPU has less", [took], "bytes")
                 report.figure("a program of torch", "its lease", [lease], "bytes")
-                expect(abs(took - lease - elsewhere), SLACK)
             assert server.complete(ash, PROMPT, TOKENS) == right[ash]
 
         report.check("all that a program takes is charged, to it where the driver shows whose it is", charged)
@@ -309,7 +313,7 @@ def prices(report: Report, home: Path, tables: list[dict[str, object]], right: d
             tokens = 0
             for turn in range(3):
                 fall_asleep(server, birch)
-                for number in range(12):
+                for number in range(PROMPTS):
                     # Written once, and asked again.
                     prompt = f"{turn} {number:02d} " + "def work(items):\n    return sorted(items)\n" * 9
                     tokens = len(prompt)
