@@ -365,9 +365,14 @@ impl LeaseBook {
         bytes
     }
 
-    /// What a process held that is gone is free. Gives how much that was.
-    pub fn arrive(&mut self, process: u32) -> ByteCount {
-        let returned = self.departed.remove(&process).unwrap_or_default();
+    /// What a process held that is gone is free, all but `kept`. Gives how much that was.
+    pub fn arrive(&mut self, process: u32, kept: ByteCount) -> ByteCount {
+        let held = self.departed.remove(&process).unwrap_or_default();
+        let kept = kept.min(held);
+        if !kept.is_zero() {
+            self.departed.insert(process, kept);
+        }
+        let returned = held - kept;
         self.leased -= returned;
         self.check_invariants();
         returned
@@ -494,7 +499,10 @@ mod tests {
         book.open(A).expect("its next process");
         assert!(book.grant(A, LeaseKind::Weights, MIB(50)).is_err());
         assert_eq!((book.returning(), book.leased(), book.total(A)), (MIB(50), MIB(50), MIB(0)));
-        assert_eq!((book.arrive(7), book.arrive(7)), (MIB(50), MIB(0)));
+        // A child of its has some of it still.
+        assert_eq!((book.arrive(7, MIB(8)), book.arrive(7, MIB(8))), (MIB(42), MIB(0)));
+        assert_eq!((book.returning(), book.leased()), (MIB(8), MIB(8)));
+        assert_eq!((book.arrive(7, MIB(0)), book.arrive(7, MIB(0))), (MIB(8), MIB(0)));
         assert_eq!(book.grant(A, LeaseKind::Weights, MIB(50)), Ok(()));
         assert_eq!(book.returning(), MIB(0));
     }
@@ -510,7 +518,7 @@ mod tests {
         assert_eq!(book.hold(8, MIB(80)), book.budget() - MIB(50), "no more than there is");
         assert_eq!((book.hold(8, MIB(1)), book.hold(9, MIB(0))), (MIB(0), MIB(0)));
         assert_eq!(book.departed().count(), 2, "of nothing nothing is kept");
-        assert_eq!(book.arrive(7), MIB(50));
+        assert_eq!(book.arrive(7, MIB(0)), MIB(50));
         assert_eq!(book.leased(), book.budget() - MIB(50));
     }
 

@@ -19,7 +19,7 @@ enum Op {
     Charge(u64),
     Depart(u32, u32),
     Hold(u32, u64),
-    Arrive(u32),
+    Arrive(u32, u64),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -35,7 +35,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0..120u64).prop_map(Op::Charge),
         1 => (model, 0..3u32).prop_map(|(m, process)| Op::Depart(m, process)),
         1 => (0..3u32, 0..60u64).prop_map(|(process, b)| Op::Hold(process, b)),
-        1 => (0..3u32).prop_map(Op::Arrive),
+        1 => (0..3u32, prop_oneof![Just(0), 0..60u64]).prop_map(|(process, kept)| Op::Arrive(process, kept)),
     ]
 }
 
@@ -130,9 +130,13 @@ fn step(plain: &mut Plain, beside: &mut Beside, book: &mut LeaseBook, op: &Op) {
                 *beside.departed.entry(process).or_default() += held;
             }
         }
-        Op::Arrive(process) => {
-            let back = beside.departed.remove(&process).unwrap_or(0);
-            assert_eq!(book.arrive(process), ByteCount(back));
+        Op::Arrive(process, kept) => {
+            let held = beside.departed.remove(&process).unwrap_or(0);
+            let left = kept.min(held);
+            if left > 0 {
+                beside.departed.insert(process, left);
+            }
+            assert_eq!(book.arrive(process, ByteCount(kept)), ByteCount(held - left));
         }
     }
 }

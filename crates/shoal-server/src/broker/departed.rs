@@ -3,16 +3,21 @@
 //! Apart from the [readings](super::driver) because it is about those whom nobody can ask any more, and because a program's
 //! lease comes back through its steward and a worker's with its process.
 
-use shoal_core::bytes::ByteCount;
-use shoal_core::drift::{Comparison, Holder, is_back};
+use shoal_core::bytes::{ByteCount, PAGE_BYTES};
+use shoal_core::drift::{Comparison, Holder, is_back, tolerance};
 
 use super::Core;
 use crate::config::DeviceChoice;
 use crate::state::EventKind;
 
-/// How long what a dead process held is waited for where the driver does not show processes; and how long it counts as
-/// coming back where it does.
+/// How long what a dead process held is waited for where the driver does not show processes.
 const RETURN_MS_MAX: u64 = 10_000;
+/// How long what the driver still shows of a dead process counts as coming back. A killed worker's memory was free 1 ms after
+/// its end, and releasing all 80 GiB of an H100 takes about 0.1 s (35 ms for 32 GiB, MEASURED.md); while the dead have some,
+/// the driver is asked four times a second. What it shows in ten answers in a row, and for 25 times as long as the whole device
+/// takes, something is holding: a child that lives, a kernel that cannot end. Nobody is to wait for that while an idle model
+/// could yield; requests have as little as a second.
+const STUCK_MS: u64 = 2_500;
 
 /// How what a process has was known, before it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +38,7 @@ pub(super) struct Departed {
     /// What others had before it did.
     others: ByteCount,
     sight: Sight,
-    /// It still has memory long after its end: nobody is to wait for that any more.
+    /// The driver showed what it still has for longer than [`STUCK_MS`]: nobody is to wait for that any more.
     is_stuck: bool,
 }
 
@@ -69,7 +74,7 @@ impl Core {
         self.look_soon.notify_one();
     }
 
-    /// What processes that are gone had and is not seen to be free: what comes back before long, and what has not for long.
+    /// What processes that are gone had and is not seen to be free: what comes back before long, and what seems not to.
     pub(super) fn departed_bytes(&self) -> (ByteCount, ByteCount) {
         let (mut returning, mut stuck) = (ByteCount::ZERO, ByteCount::ZERO);
         for (process, bytes) in self.book.departed() {
@@ -79,9 +84,12 @@ impl Core {
         (returning, stuck)
     }
 
-    pub(super) fn arrive(&mut self, process: u32, seen: bool, now_ms: u64) {
-        let bytes = self.book.arrive(process);
-        let since_ms = self.driver.departed.remove(&process).map_or(now_ms, |departed| departed.since_ms);
+    /// What a process had that is gone is free, all but `kept`.
+    pub(super) fn arrive(&mut self, process: u32, kept: ByteCount, seen: bool, now_ms: u64) {
+        let bytes = self.book.arrive(process, kept);
+        let departed = &mut self.driver.departed;
+        let known = if kept.is_zero() { departed.remove(&process) } else { departed.get(&process).copied() };
+        let since_ms = known.map_or(now_ms, |departed| departed.since_ms);
         let after_ms = now_ms.saturating_sub(since_ms);
         self.tell(now_ms, None, EventKind::MemoryReturned { pid: process, bytes, after_ms, seen });
     }
@@ -120,6 +128,20 @@ impl Core {
         self.book.departed().any(|(process, _)| self.sight(process) != Sight::Shown)
     }
 
+    /// The driver shows `left` of the `bytes` that a process had which is long gone: that is others', and the rest is free, where
+    /// all of it was shown. True where that is news.
+    fn stick(&mut self, process: u32, (bytes, left): (ByteCount, ByteCount), now_ms: u64) -> bool {
+        let Some(departed) = self.driver.departed.get_mut(&process) else { return false };
+        let is_news = !std::mem::replace(&mut departed.is_stuck, true);
+        let kept = left.round_up_to(PAGE_BYTES);
+        let is_less = bytes.saturating_sub(kept) >= tolerance(self.driver.looked.reading.total);
+        if departed.sight != Sight::Shown || !is_less {
+            return is_news;
+        }
+        self.arrive(process, kept, true, now_ms);
+        true
+    }
+
     /// Those of the dead whose memory is free by now. `without` is the comparison as if all of it were. Gives whether there
     /// was any, and how much nobody could see to be free.
     pub(super) fn see_returned(&mut self, without: &Comparison, now_ms: u64) -> (bool, ByteCount) {
@@ -136,23 +158,22 @@ impl Core {
                 // It may have lived then.
                 continue;
             }
-            let is_late = now_ms.saturating_sub(since_ms) >= RETURN_MS_MAX;
-            let is_there = self.driver.looked.of(process).is_some_and(|bytes| !bytes.is_zero());
+            let after_ms = now_ms.saturating_sub(since_ms);
+            let left = self.driver.looked.of(process).unwrap_or_default();
+            let is_there = !left.is_zero();
             let is_seen = match sight {
                 Sight::Shown => true,
                 Sight::Said => is_back(without, others, in_all),
                 Sight::Declared => false,
             };
-            if !is_there && (is_seen || is_late || sight == Sight::Declared) {
-                self.arrive(process, is_seen, now_ms);
+            if !is_there && (is_seen || after_ms >= RETURN_MS_MAX || sight == Sight::Declared) {
+                self.arrive(process, ByteCount::ZERO, is_seen, now_ms);
                 any = true;
                 if !is_seen {
                     unseen += bytes;
                 }
-            } else if is_late && let Some(departed) = self.driver.departed.get_mut(&process) {
-                // Who waits for it hears of that.
-                any |= !departed.is_stuck;
-                departed.is_stuck = true;
+            } else if is_there && after_ms >= STUCK_MS {
+                any |= self.stick(process, (bytes, left), now_ms);
             }
         }
         // Those that held nothing.

@@ -1,7 +1,10 @@
 //! What the dead had, by how they were seen while they lived, on the core alone.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use shoal_core::bytes::ByteCount;
@@ -10,11 +13,12 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::mpsc;
 
 use super::histories::{config, program};
-use super::turn_tests::caller;
+use super::turn_tests::{Bench, caller};
 use super::{Core, Looked, Timing, Wanted};
 use crate::config::{DeviceChoice, ModelConfig, ServerConfig};
 use crate::shelf::Target;
 use crate::state::EventKind;
+use crate::supervisor::Exit;
 
 const MIB: fn(u64) -> ByteCount = ByteCount::mib;
 const STEWARD: u32 = 1;
@@ -128,19 +132,78 @@ fn what_of_a_hidden_program_stays_behind_is_charged_by_the_first_reading() {
 /// One that the driver showed is free when it is shown no more, whatever others have. Is it shown for long, nobody is to wait
 /// for it.
 #[test]
-fn what_a_shown_program_had_comes_back_until_it_has_not_for_ten_seconds() {
+fn what_a_shown_program_had_comes_back_until_it_has_not_for_a_while() {
     let mut scene = scene();
     scene.look(40, Some(30), 1_000);
     scene.end(1_500);
-    for at_ms in [1_600, 5_000, 11_400] {
+    for at_ms in [1_600, 2_500, 3_900] {
         scene.look(40, Some(30), at_ms);
         assert_eq!(scene.core.departed_bytes(), (DECLARED, ByteCount::ZERO), "at {at_ms}");
     }
-    scene.look(40, Some(30), 11_600);
+    scene.look(40, Some(30), 4_000);
     assert_eq!(scene.core.departed_bytes(), (ByteCount::ZERO, DECLARED));
     assert_eq!(scene.core.book.leased(), DECLARED, "it is there");
     scene.look(35, None, 20_000);
     assert_eq!((scene.core.book.leased(), scene.returned()), (ByteCount::ZERO, vec![true]));
+}
+
+/// A child of it lives on, with less than it had itself: the rest is free, and nobody yields for that.
+#[test]
+fn of_what_a_shown_program_had_only_what_is_still_shown_is_others() {
+    let mut scene = scene();
+    scene.look(40, Some(30), 1_000);
+    scene.end(1_500);
+    for at_ms in [1_600, 3_900] {
+        scene.look(13, Some(3), at_ms);
+        assert_eq!(scene.core.departed_bytes(), (DECLARED, ByteCount::ZERO), "at {at_ms}");
+    }
+    for at_ms in [4_000, 4_250] {
+        scene.look(13, Some(3), at_ms);
+        assert_eq!(scene.core.departed_bytes(), (ByteCount::ZERO, MIB(4)), "whole pages, at {at_ms}");
+        assert_eq!((scene.core.book.leased(), scene.returned()), (MIB(4), vec![true]));
+    }
+    scene.look(10, None, 9_000);
+    assert_eq!((scene.core.book.leased(), scene.returned()), (ByteCount::ZERO, vec![true; 2]));
+}
+
+/// A request has five seconds, and what a child of a dead worker keeps has not come back for half of them: the idle model
+/// yields, in time. It was asked only after ten.
+#[test]
+fn who_has_little_time_waits_for_the_dead_only_for_a_while_before_an_idle_model_yields() {
+    let sizes = [MIB(30), MIB(50), MIB(40)];
+    let mut bench = Bench::of(&sizes);
+    for (place, at_ms) in [(0, 10), (1, 50)] {
+        let bytes = sizes[place];
+        let wake = bench.wanted(place, bytes, at_ms);
+        bench.usage(place, bytes, at_ms + 10);
+        bench.done(place, wake, bytes, at_ms + 10);
+        bench.end_route(place, at_ms + 20);
+        assert!(bench.core.models[place].is_up());
+    }
+    let look = |bench: &mut Bench, at_ms| {
+        let shown = |process, bytes| ProcessReading { process, bytes: Some(bytes) };
+        let processes = vec![shown(100, sizes[0]), shown(101, sizes[1])];
+        let reading = Reading { total: MIB(100), free: MIB(20), processes };
+        let begun_ms = bench.core.begin_look(at_ms);
+        bench.core.handle_looked(Looked { reading, begun_ms, ..Looked::default() }, at_ms);
+    };
+    look(&mut bench, 1_000);
+    let exit = Exit { status: Some(ExitStatus::from_raw(9)), lived: Duration::from_secs(1) };
+    bench.core.handle_exited(0, &exit, None, 1_500);
+    bench.told(1);
+    bench.wanted(2, sizes[2], 1_600);
+    for at_ms in [1_700, 3_900] {
+        look(&mut bench, at_ms);
+        assert!(bench.told(1).is_empty(), "it is on its way back, and enough, at {at_ms}");
+    }
+    look(&mut bench, 4_000);
+    let said = bench.told(1);
+    let [FromServer::Reclaim { order, bytes, .. }] = said.as_slice() else { panic!("it is idle: {said:?}") };
+    assert_eq!(*bytes, MIB(20), "what is free is enough for the rest");
+    bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: *bytes }, 4_100);
+    bench.done(1, *order, *bytes, 4_100);
+    let granted = |said: &FromServer| matches!(said, FromServer::LeaseGrant { bytes, .. } if *bytes == MIB(40));
+    assert!(bench.told(2).iter().any(granted), "long before its time is over");
 }
 
 /// A reading from before its end says nothing.

@@ -154,7 +154,7 @@ impl Core {
         // Nobody would ever see them back.
         let departed: Vec<u32> = self.book.departed().map(|(process, _)| process).collect();
         for process in &departed {
-            self.arrive(*process, false, now_ms);
+            self.arrive(*process, ByteCount::ZERO, false, now_ms);
         }
         if !departed.is_empty() {
             self.settle(now_ms);
@@ -299,9 +299,14 @@ impl Core {
         if !self.book.owed().is_zero() {
             said.push(format!("{} of what is leased are to come back because of that.", self.book.owed()));
         }
-        let returning: ByteCount = self.book.departed().map(|(_, bytes)| bytes).sum();
+        let (returning, stuck) = self.departed_bytes();
         if !returning.is_zero() {
             said.push(format!("{returning} of processes that ended were not seen to be free yet."));
+        }
+        if !stuck.is_zero() {
+            said.push(format!(
+                "{stuck} of processes that ended are still there by the driver's word, for so long that they count as others'."
+            ));
         }
         let drift = self.drift_of(place);
         if let (Some(seen), true) = (self.models[place].seen, drift > 0) {

@@ -93,6 +93,7 @@ impl World {
         if let Some(looked) = self.looked.take() {
             self.seen.looks += 1;
             self.core.handle_looked(looked, self.now_ms);
+            self.seen.stuck += u64::from(!self.core.departed_bytes().1.is_zero());
         }
     }
 }

@@ -23,6 +23,9 @@ pub(super) struct Stranger {
     pub(super) has: ByteCount,
 }
 
+/// The longest that the device has something of a process that is gone: for some it is given up waiting before.
+pub(super) const LINGERS_MS_MAX: u64 = 6_000;
+
 /// A process that is gone, and what the device still has of it until then.
 pub(super) struct Lingering {
     pub(super) pid: u32,
@@ -87,7 +90,7 @@ impl World {
         let is_known = !model.is_unaccounted && self.core.driver.is_heard();
         let has = self.within(place, &worker);
         if is_known && !self.is_calm && self.dice.chance(60) && !has.is_zero() {
-            let until_ms = self.now_ms + self.dice.roll(3_000);
+            let until_ms = self.now_ms + self.dice.roll(LINGERS_MS_MAX);
             self.lingering.push(Lingering { pid: worker.pid, has, until_ms });
         }
         if worker.heard.is_some() && self.dice.chance(50) {

@@ -6,7 +6,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::mpsc;
 
 use super::DEVICE;
-use super::processes::Lingering;
+use super::processes::{LINGERS_MS_MAX, Lingering};
 use super::shelf::{Beside, PROGRAM_BYTES, beside};
 use super::world::World;
 use crate::shelf::Target;
@@ -394,7 +394,7 @@ impl World {
         if let Some(pid) = pid.filter(|_| self.core.driver.is_heard() && !self.is_calm && !has.is_zero())
             && self.dice.chance(60)
         {
-            let until_ms = self.now_ms + self.dice.roll(3_000);
+            let until_ms = self.now_ms + self.dice.roll(LINGERS_MS_MAX);
             self.lingering.push(Lingering { pid, has, until_ms });
         }
         self.core.handle_command_ended(place, "ended".to_owned(), trouble, self.now_ms);

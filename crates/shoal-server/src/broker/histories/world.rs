@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::clients::{Client, Routed};
 use super::overhead::BesideWeights;
 use super::policies::PolicyProcess;
-use super::processes::{Lingering, Stranger};
+use super::processes::{LINGERS_MS_MAX, Lingering, Stranger};
 use super::programs::Steward;
 use super::shelf::whole_config;
 use super::worker::Worker;
@@ -39,6 +39,8 @@ pub(super) struct Seen {
     pub(super) replanned: u64,
     pub(super) restarts: u64,
     pub(super) kills: u64,
+    /// Readings at which nobody waited any more for what the dead still had.
+    pub(super) stuck: u64,
     /// Configurations, models added, taken off, and served by another worker.
     pub(super) reloads: u64,
     pub(super) added: u64,
@@ -85,13 +87,14 @@ impl Seen {
         self.waited_ms_max = waited_ms_max;
     }
 
-    fn counts_mut(&mut self) -> [&mut u64; 30] {
+    fn counts_mut(&mut self) -> [&mut u64; 31] {
         [
             &mut self.looks,
             &mut self.decisions,
             &mut self.replanned,
             &mut self.restarts,
             &mut self.kills,
+            &mut self.stuck,
             &mut self.reloads,
             &mut self.added,
             &mut self.removed,
@@ -331,7 +334,7 @@ impl World {
         // What is left of the disorder runs out first.
         self.run(40_000);
         self.is_calm = true;
-        self.run(4_000);
+        self.run(LINGERS_MS_MAX + 1_000);
         self.check_charge();
         assert!(self.core.book.departed().next().is_none(), "all the dead are gone");
         for client in std::mem::take(&mut self.clients) {
