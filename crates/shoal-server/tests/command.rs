@@ -270,6 +270,9 @@ async fn one_that_dies_is_started_again_for_the_next_request() {
     scene.until("its lease is back", |scene| scene.model("llama").lease.total == ByteCount::ZERO).await;
     let error = scene.model("llama").error.expect("what happened");
     assert!(error.contains("was ended by signal 9") && error.contains("asked to die"), "{error}");
+    let story = scene.story();
+    assert!(story.contains("its command was ended by signal 9, and what it started is ended as well"), "{story}");
+    assert!(!story.contains("others need its memory"), "nobody does: {story}");
     let route = scene.route("llama").await;
     assert!(post(&route, "/v1/x", "again").await.expect("an answer").ends_with("again"));
     assert_eq!(scene.model("llama").error, None);

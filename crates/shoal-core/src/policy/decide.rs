@@ -454,7 +454,7 @@ impl<'a> Decision<'a> {
             let leaving =
                 self.field.place(model.id).map_or(ByteCount::ZERO, |place| self.field.leaving_at(place));
             let bytes = model.weights_total.saturating_sub(model.weights_held.saturating_sub(leaving));
-            let reason = reason::restore(model, bytes);
+            let reason = reason::restore(model, bytes, leaving);
             self.act(Action::Restore { model: model.id, bytes, reason });
         }
     }

@@ -186,13 +186,18 @@ pub(super) fn preload(model: &ModelState, missing: ByteCount, free: ByteCount) -
     )
 }
 
-pub(super) fn restore(model: &ModelState, missing: ByteCount) -> String {
+/// Of what is `missing`, `leaving` are there still and on their way out.
+pub(super) fn restore(model: &ModelState, missing: ByteCount, leaving: ByteCount) -> String {
     let requests = if model.parked == 1 {
         "1 request waits".to_owned()
     } else {
         format!("{} requests wait", model.parked)
     };
-    format!("{requests} for {}; {missing} of its {} are missing", model.name, model.weights_total)
+    let leaving = match leaving {
+        ByteCount::ZERO => String::new(),
+        leaving => format!(", {leaving} of which are still on their way out"),
+    };
+    format!("{requests} for {}; {missing} of its {} are missing{leaving}", model.name, model.weights_total)
 }
 
 pub(super) fn keep_alive_over(model: &ModelState, now_ms: u64) -> String {

@@ -178,7 +178,9 @@ fn a_wake_counts_what_was_ordered_away_as_missing() {
     let plan = plan(&shelf(100, vec![asked_again], vec![]), 10);
     assert!(
         matches!(&plan.actions[..], [Action::Restore { bytes, reason, .. }]
-            if *bytes == MIB(20) && reason == "1 request waits for chat; 20 MiB of its 60 MiB are missing"),
+            if *bytes == MIB(20)
+                && reason == "1 request waits for chat; 20 MiB of its 60 MiB are missing, 20 MiB of which are still \
+                              on their way out"),
         "{}",
         reasons(&plan)
     );

@@ -5,6 +5,7 @@
 
 use shoal_core::bytes::ByteCount;
 
+use super::departed::STUCK_MS;
 use super::{Core, LifeEvent};
 use crate::shelf::Target;
 use crate::state::EventKind;
@@ -14,15 +15,19 @@ impl Core {
     pub(crate) fn handle_command_started(&mut self, place: usize, pid: u32, target: Target, now_ms: u64) {
         let model = &mut self.models[place];
         model.child = Some(pid);
-        (model.child_before, model.was_shown) = (None, false);
+        (model.child_before, model.was_shown, model.ends_since_ms) = (None, false, None);
         model.target = target;
         model.starts += 1;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());
         self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
     }
 
-    /// The program ended by itself, and what it started may still live: nobody is sent to it any more.
-    pub(crate) fn handle_command_broke(&mut self, place: usize, now_ms: u64) {
+    /// The program ended by itself, as `status` says, and what it started may still live: nobody is sent to it any more, and
+    /// what it had is on its way back without an order.
+    pub(crate) fn handle_command_broke(&mut self, place: usize, status: &str, now_ms: u64) {
+        let model = &mut self.models[place];
+        model.ends_since_ms = Some(now_ms);
+        model.cycle.note(format!("its command {status}, and what it started is ended as well"));
         self.advance(place, LifeEvent::SomeLeft);
         self.settle(now_ms);
     }
@@ -39,6 +44,7 @@ impl Core {
         let model = &mut self.models[place];
         let id = model.id;
         model.child_before = model.child.take();
+        model.ends_since_ms.get_or_insert(now_ms);
         let pid = model.child_before.unwrap_or_default();
         (model.usage.overhead_device, model.usage.overhead_peak) = (ByteCount::ZERO, ByteCount::ZERO);
         model.forget_overhead();
@@ -53,6 +59,30 @@ impl Core {
         self.hold_returning(place, pid, beside, now_ms);
         let returning = if self.sees_returns() { returned } else { ByteCount::ZERO };
         self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned, returning, asked });
+    }
+
+    /// What the policy is to know of a model of which `weights` are leased: whether it counts as one that serves, and what of it
+    /// is on its way back. What a program had that has ended comes back without an order, once what it started has ended too.
+    /// If that takes long, idle models are asked in its place, as while a worker ends.
+    pub(super) fn serving_and_leaving(
+        &self,
+        place: usize,
+        weights: ByteCount,
+        now_ms: u64,
+    ) -> (bool, ByteCount) {
+        let model = &self.models[place];
+        let is_serving = model.is_ready() && model.retiring.is_none();
+        match model.ends_since_ms.filter(|_| model.is_ending(weights)) {
+            None => (is_serving, model.ordered()),
+            Some(since_ms) if now_ms < since_ms + STUCK_MS => (is_serving, model.ordered().max(weights)),
+            Some(_) => (false, ByteCount::ZERO),
+        }
+    }
+
+    /// When a program that has ended is not waited for any more.
+    pub(super) fn next_long_end(&self, now_ms: u64) -> Option<u64> {
+        let ends = self.models.lively().filter_map(|model| model.ends_since_ms);
+        ends.map(|since_ms| since_ms + STUCK_MS).filter(|at_ms| *at_ms > now_ms).min()
     }
 
     /// Requests that the program answers now.

@@ -17,7 +17,7 @@ const RETURN_MS_MAX: u64 = 10_000;
 /// the driver is asked four times a second. What it shows in ten answers in a row, and for 25 times as long as the whole device
 /// takes, something is holding: a child that lives, a kernel that cannot end. Nobody is to wait for that while an idle model
 /// could yield; requests have as little as a second.
-const STUCK_MS: u64 = 2_500;
+pub(super) const STUCK_MS: u64 = 2_500;
 
 /// How what a process has was known, before it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

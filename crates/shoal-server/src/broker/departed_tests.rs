@@ -21,19 +21,19 @@ use crate::state::EventKind;
 use crate::supervisor::Exit;
 
 const MIB: fn(u64) -> ByteCount = ByteCount::mib;
-const STEWARD: u32 = 1;
+pub(super) const STEWARD: u32 = 1;
 const PROGRAM: u32 = 700;
 /// What it declares.
-const DECLARED: ByteCount = ByteCount::mib(30);
+pub(super) const DECLARED: ByteCount = ByteCount::mib(30);
 
 /// A program that runs and answers, on a GPU of 100 MiB.
-struct Scene {
-    core: Core,
-    /// Kept, or its steward would be gone.
-    _heard: mpsc::Receiver<FromServer>,
+pub(super) struct Scene {
+    pub(super) core: Core,
+    /// What its steward is told.
+    pub(super) heard: mpsc::Receiver<FromServer>,
 }
 
-fn scene() -> Scene {
+pub(super) fn scene() -> Scene {
     let device = DeviceChoice::Cuda(0);
     let models = vec![program("m0"), ModelConfig::new("m1", "/none")];
     let config = ServerConfig { device, models, ..config(0) };
@@ -68,12 +68,12 @@ fn scene() -> Scene {
     say(FromWorker::OrderDone { order, bytes: DECLARED, copied, duration_us: 1, error: None });
     core.handle_route_ended(0, &caller(), 40);
     assert_eq!(core.book.leased(), DECLARED);
-    Scene { core, _heard: heard }
+    Scene { core, heard }
 }
 
 impl Scene {
     /// The driver says that so much is used, and that the program has so much of it, where it shows that.
-    fn look(&mut self, used: u64, shown: Option<u64>, now_ms: u64) {
+    pub(super) fn look(&mut self, used: u64, shown: Option<u64>, now_ms: u64) {
         let shown = shown.map(|mib| ProcessReading { process: PROGRAM, bytes: Some(MIB(mib)) });
         let reading =
             Reading { total: MIB(100), free: MIB(100 - used), processes: shown.into_iter().collect() };
@@ -82,7 +82,7 @@ impl Scene {
     }
 
     /// The program ends, as its steward tells.
-    fn end(&mut self, now_ms: u64) {
+    pub(super) fn end(&mut self, now_ms: u64) {
         self.core.handle_command_ended(0, "exit code 0".to_owned(), None, now_ms);
         let back = FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: DECLARED };
         self.core.handle_message(0, STEWARD, back, now_ms);

@@ -137,6 +137,7 @@ impl Core {
         }
         self.note_weights(place, before, now_ms);
         if let Some(child) = self.models[place].child_before.take() {
+            self.models[place].ends_since_ms = None;
             self.hold_returning(place, child, bytes, now_ms);
         }
         self.note_moved(place, kind, false, bytes, now_ms);

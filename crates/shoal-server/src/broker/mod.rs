@@ -14,6 +14,8 @@ mod apart_tests;
 #[cfg(test)]
 mod backed_tests;
 mod commands;
+#[cfg(test)]
+mod commands_tests;
 mod departed;
 #[cfg(test)]
 mod departed_tests;

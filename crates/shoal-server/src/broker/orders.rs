@@ -172,6 +172,9 @@ impl Core {
         let duration_ms = now_ms.saturating_sub(order.sent_ms);
         match order.doing {
             Doing::Reclaim { left, waiter, .. } => {
+                // A program that ended meanwhile had given back all of it before its steward read the order.
+                let came = if model.is_rigid() { order.bytes.saturating_sub(left) } else { ByteCount::ZERO };
+                let bytes = bytes.max(came);
                 model.wakes_after_leaving = false;
                 model.counts.evictions += 1;
                 model.counts.evicted += bytes;

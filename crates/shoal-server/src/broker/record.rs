@@ -94,6 +94,8 @@ pub(crate) struct Record {
     pub(crate) child: Option<u32>,
     /// The one that has just ended, until its lease was given back.
     pub(crate) child_before: Option<u32>,
+    /// Since when its program has ended, while what it started may have its memory still and its lease is not back.
+    pub(crate) ends_since_ms: Option<u64>,
     pub(crate) log: PathBuf,
     /// What the driver shows of its process; none where it shows nothing.
     pub(crate) seen: Option<ByteCount>,
@@ -207,6 +209,7 @@ impl Record {
             socket: config.runtime_dir.join(format!("worker-{place}.sock")),
             child: None,
             child_before: None,
+            ends_since_ms: None,
             seen: None,
             was_shown: false,
             leased_then: ByteCount::ZERO,
@@ -315,6 +318,11 @@ impl Record {
         self.orders.values().filter(|order| !order.overdue).map(Order::reclaim_left).sum()
     }
 
+    /// Its program has ended, and the `weights` that are leased of it come back once what it started has ended too.
+    pub(crate) const fn is_ending(&self, weights: ByteCount) -> bool {
+        self.ends_since_ms.is_some() && !weights.is_zero()
+    }
+
     pub(crate) fn wake_ordered(&self) -> bool {
         self.orders.values().any(Order::is_wake)
     }
@@ -359,7 +367,7 @@ impl Record {
             weights,
             weights_ordered: self.orders.values().any(Order::takes_weights),
             wake_ordered: self.wake_ordered(),
-            reclaiming: !self.ordered().is_zero(),
+            reclaiming: !self.ordered().is_zero() || self.is_ending(weights),
             retiring: self.retiring.is_some(),
             is_rigid: self.is_rigid(),
             was_started: self.starts > 0,
@@ -420,6 +428,7 @@ impl Record {
     /// Forgets what belonged to one process.
     pub(crate) fn forget_process(&mut self) {
         self.connection = None;
+        self.ends_since_ms = None;
         self.pulse = Pulse::default();
         self.host_share = ByteCount::ZERO;
         self.forget_overhead();

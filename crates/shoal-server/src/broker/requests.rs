@@ -258,7 +258,7 @@ impl Core {
         }
     }
 
-    fn what_it_waits_for(&self, place: usize, now_ms: u64) -> String {
+    pub(super) fn what_it_waits_for(&self, place: usize, now_ms: u64) -> String {
         let model = &self.models[place];
         let asked = self.asked.iter().find(|asked| asked.pending.model == model.id);
         match (model.life(), asked) {
@@ -267,6 +267,9 @@ impl Core {
                 format!("it is there and answers {active} other requests ({most} at the same time at most)")
             }
             (Life::Ready, Some(asked)) => asked.waits_for.clone(),
+            (Life::Ready, None) if model.is_ending(self.book.held(model.id, LeaseKind::Weights)) => {
+                "its command has ended, and what it started has not: that is ended first".to_owned()
+            }
             (Life::Ready, None) => model
                 .waits_for
                 .clone()

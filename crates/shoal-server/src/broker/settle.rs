@@ -93,6 +93,7 @@ impl Core {
             self.next_retiring(),
             self.next_pulse(),
             self.next_overhead_fall(),
+            self.next_long_end(now_ms),
         ];
         // A moment later than planned: a timer that rings early would find nothing due.
         let timer = timer.into_iter().flatten().min().map(|at| at.max(now_ms + 1));
@@ -277,10 +278,11 @@ impl Core {
         let fresh = if model.fresh_kv.1 > now_ms { model.fresh_kv.0 } else { ByteCount::ZERO };
         let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         let inside = u64::from(model.usage.requests_running) + u64::from(model.usage.requests_waiting);
+        let (ready, ordered) = self.serving_and_leaving(place, held(LeaseKind::Weights), now_ms);
         ModelState {
             id: model.id,
             name: model.name.clone(),
-            ready: model.is_ready() && model.retiring.is_none(),
+            ready,
             weights_total: model.weights_total,
             weights_held: held(LeaseKind::Weights),
             kv_held: held(LeaseKind::Kv),
@@ -290,7 +292,7 @@ impl Core {
             overhead_held: held(LeaseKind::Overhead),
             overhead_lacking: self.overhead_lacking(place),
             overhead_leaves: self.overhead_leaves(place, now_ms),
-            ordered: model.ordered(),
+            ordered,
             pinned: model.pinned,
             is_rigid: model.is_rigid(),
             keeps_weights: model.config.sleep == SleepDepth::None,

@@ -133,6 +133,11 @@ impl Core {
             (ModelStatus::Asleep, _) => {
                 format!("{name} is asleep: nothing of its {total} is on the device{}.", elsewhere(model))
             }
+            (ModelStatus::Draining, _) if model.is_ending(weights) => {
+                format!(
+                    "{name} has a command that ended: what that started is ended as well, and {weights} come back with it."
+                )
+            }
             (ModelStatus::Draining, _) => {
                 let orders = model.ordered();
                 format!(

@@ -492,7 +492,7 @@ impl<'a> Steward<'a> {
         let log = self.shared.with(|core, _| core.models[self.place].log.display().to_string());
         let reason = format!("its command {status}{words} (its output is in {log})");
         // What it started may still live, and goes with it: its memory is not given back before.
-        self.shared.with(|core, now_ms| core.handle_command_broke(self.place, now_ms));
+        self.shared.with(|core, now_ms| core.handle_command_broke(self.place, &status, now_ms));
         program.process.clear_group().await;
         drop(program);
         self.gone(status, reclaim.is_none().then(|| reason.clone()));

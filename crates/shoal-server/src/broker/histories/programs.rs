@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::DEVICE;
 use super::processes::{LINGERS_MS_MAX, Lingering};
 use super::shelf::{Beside, PROGRAM_BYTES, beside};
-use super::world::World;
+use super::world::{STEP_MS, World};
 use crate::shelf::Target;
 use crate::supervisor::Exit;
 
@@ -31,6 +31,8 @@ enum Doing {
     Starting { wake: u64, program: Program, ready_ms: u64 },
     Running { program: Program },
     Draining { reclaim: u64, program: Program, until_ms: u64 },
+    /// It ended by itself, and what it started lives until then. No message is read meanwhile.
+    Ending { wake: Option<u64>, reclaim: Option<u64>, program: Program, until_ms: u64 },
 }
 
 /// It takes a worker's place.
@@ -54,7 +56,8 @@ impl Steward {
         match &self.doing {
             Doing::Starting { program, .. }
             | Doing::Running { program }
-            | Doing::Draining { program, .. } => Some(program),
+            | Doing::Draining { program, .. }
+            | Doing::Ending { program, .. } => Some(program),
             Doing::Nothing | Doing::Asking { .. } => None,
         }
     }
@@ -83,7 +86,8 @@ impl Steward {
         match std::mem::replace(&mut self.doing, Doing::Nothing) {
             Doing::Starting { program, .. }
             | Doing::Running { program }
-            | Doing::Draining { program, .. } => Some(program),
+            | Doing::Draining { program, .. }
+            | Doing::Ending { program, .. } => Some(program),
             Doing::Nothing | Doing::Asking { .. } => None,
         }
     }
@@ -149,6 +153,9 @@ impl World {
     /// One steward does the next thing that it has to.
     pub(super) fn tend(&mut self, place: usize) {
         let Some(steward) = self.stewards.get_mut(&place) else { return };
+        if let Doing::Ending { until_ms, .. } = steward.doing {
+            return if until_ms <= self.now_ms { self.program_is_gone(place) };
+        }
         match steward.heard.try_recv() {
             Err(mpsc::error::TryRecvError::Disconnected) | Ok(FromServer::Shutdown { .. }) => {
                 self.stop_program(place, None);
@@ -174,7 +181,7 @@ impl World {
                         self.steward_did(place, before, ByteCount::ZERO, Some("another wake was ordered"));
                     }
                 }
-                Doing::Asking { .. } | Doing::Starting { .. } => {
+                Doing::Asking { .. } | Doing::Starting { .. } | Doing::Ending { .. } => {
                     self.steward_did(place, order, ByteCount::ZERO, Some("it is starting already"));
                 }
             },
@@ -347,20 +354,41 @@ impl World {
         }
     }
 
-    /// The program ends, and nobody had told it to.
+    /// The program ends, and nobody had told it to. What it started may live for a while.
     pub(super) fn program_ends(&mut self, place: usize) {
-        let Some(steward) = self.stewards.get(&place).filter(|steward| steward.program().is_some()) else {
-            return;
-        };
-        let (wake, reclaim) = match &steward.doing {
-            Doing::Starting { wake, .. } => (Some(*wake), None),
-            Doing::Draining { reclaim, .. } => (None, Some(*reclaim)),
-            _ => (None, None),
+        let lasts_ms_max = if self.is_steady() { STEP_MS } else { LINGERS_MS_MAX };
+        let lasts_ms = if self.dice.chance(30) { self.dice.roll(lasts_ms_max) } else { 0 };
+        let until_ms = self.now_ms + lasts_ms;
+        let Some(steward) = self.stewards.get_mut(&place) else { return };
+        steward.doing = match std::mem::replace(&mut steward.doing, Doing::Nothing) {
+            Doing::Starting { wake, program, .. } => {
+                Doing::Ending { wake: Some(wake), reclaim: None, program, until_ms }
+            }
+            Doing::Running { program } => Doing::Ending { wake: None, reclaim: None, program, until_ms },
+            Doing::Draining { reclaim, program, .. } => {
+                Doing::Ending { wake: None, reclaim: Some(reclaim), program, until_ms }
+            }
+            other => {
+                steward.doing = other;
+                return;
+            }
         };
         self.seen.program_ends += 1;
+        self.core.handle_command_broke(place, "crashed", self.now_ms);
+        self.end_routes_of(place);
+        if lasts_ms == 0 {
+            self.program_is_gone(place);
+        } else {
+            self.seen.programs_ending += 1;
+        }
+    }
+
+    /// What a program had started is gone too.
+    fn program_is_gone(&mut self, place: usize) {
+        let Some(steward) = self.stewards.get(&place) else { return };
+        let Doing::Ending { wake, reclaim, .. } = steward.doing else { return };
         self.stop_program(place, reclaim.is_none().then(|| "its command crashed".to_owned()));
         let bytes = self.give_back(place);
-        self.end_routes_of(place);
         if let Some(order) = reclaim {
             self.steward_did(place, order, bytes, None);
             self.wake_next(place);

@@ -21,7 +21,7 @@ use crate::config::ServerConfig;
 /// Decisions of one moment.
 const DECISIONS_MAX: usize = 1_024;
 /// One look of the calm world, in which every worker does one thing.
-const STEP_MS: u64 = 20;
+pub(super) const STEP_MS: u64 = 20;
 /// Events that are told of a history that failed.
 const TOLD_MAX: usize = 60;
 /// How long all models are busy in the end, how long a request then takes, and how many clients each has.
@@ -62,6 +62,8 @@ pub(super) struct Seen {
     /// Programs that were ready, and that ended by themselves.
     pub(super) programs: u64,
     pub(super) program_ends: u64,
+    /// Of those, such that had started something which lived longer.
+    pub(super) programs_ending: u64,
     /// Programs that took again what they had given back.
     pub(super) programs_grew: u64,
     /// Questions to policies outside, and those that they left open.
@@ -87,7 +89,7 @@ impl Seen {
         self.waited_ms_max = waited_ms_max;
     }
 
-    fn counts_mut(&mut self) -> [&mut u64; 31] {
+    fn counts_mut(&mut self) -> [&mut u64; 32] {
         [
             &mut self.looks,
             &mut self.decisions,
@@ -111,6 +113,7 @@ impl Seen {
             &mut self.overhead_known,
             &mut self.programs,
             &mut self.program_ends,
+            &mut self.programs_ending,
             &mut self.programs_grew,
             &mut self.questions,
             &mut self.unanswered,

@@ -1,0 +1,92 @@
+//! A program that ended while what it started lives on, on the core alone: nobody is told that nothing is missing of it, or that
+//! nothing came back.
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::protocol::{FromServer, FromWorker};
+
+use super::Wanted;
+use super::departed::STUCK_MS;
+use super::departed_tests::{DECLARED, STEWARD, Scene, scene};
+use super::turn_tests::caller;
+use crate::state::{EventKind, ModelStatus};
+
+const BROKE_MS: u64 = 100;
+
+/// The program was seen, and has just crashed.
+fn crashed() -> Scene {
+    let mut scene = scene();
+    scene.look(30, Some(30), 50);
+    scene.core.handle_command_broke(0, "was ended by signal 9", BROKE_MS);
+    while scene.heard.try_recv().is_ok() {}
+    scene
+}
+
+impl Scene {
+    fn told(&self) -> Vec<EventKind> {
+        self.core.events.kept().map(|event| event.what.clone()).collect()
+    }
+}
+
+#[test]
+fn a_wake_of_one_whose_children_still_end_brings_all_of_it_back() {
+    let mut scene = crashed();
+    let (now_ms, wait_ms) = (BROKE_MS + 10, 60_000);
+    std::mem::forget(
+        scene.core.handle_wanted("m0", Wanted::Route(caller()), now_ms, wait_ms).expect("parked"),
+    );
+    assert!(matches!(scene.heard.try_recv(), Ok(FromServer::Wake { .. })), "it is to start again");
+    let wakes = scene.told().into_iter().filter_map(|what| match what {
+        EventKind::WakeStarted { bytes, reason } => Some((bytes, reason)),
+        _ => None,
+    });
+    let (bytes, reason) = wakes.last().expect("told");
+    assert_eq!(bytes, DECLARED, "{reason}");
+    assert!(reason.contains("30 MiB of its 30 MiB are missing, 30 MiB of which"), "{reason}");
+    // Until they have, it says why it is not there.
+    assert_eq!(scene.core.status_of(0), ModelStatus::Draining);
+    let said = scene.core.why(0, 5, now_ms).now.join(" ");
+    assert!(said.contains("a command that ended") && said.contains("30 MiB come back with it"), "{said}");
+    let changed = scene.told().into_iter().any(|what| {
+        matches!(what, EventKind::StatusChanged { to: ModelStatus::Draining, reason, .. }
+            if reason.contains("its command was ended by signal 9"))
+    });
+    assert!(changed, "{:?}", scene.told());
+    let waits_for = scene.core.what_it_waits_for(0, now_ms);
+    assert!(waits_for.contains("what it started has not"), "{waits_for}");
+    scene.end(BROKE_MS + 500);
+    assert_eq!(scene.core.status_of(0), ModelStatus::Waking);
+}
+
+#[test]
+fn an_order_to_give_up_what_came_back_by_itself_says_how_much_that_was() {
+    let mut scene = crashed();
+    let (_, told) = scene.core.handle_sleep("m0", 0.0, BROKE_MS + 10).expect("it is told to");
+    let Ok(FromServer::Reclaim { order, bytes, .. }) = scene.heard.try_recv() else { panic!("it is ordered") };
+    assert_eq!(bytes, DECLARED);
+    scene.end(BROKE_MS + 500);
+    // Its steward reads the order after that, and has nothing any more.
+    let (bytes, copied) = (ByteCount::ZERO, ByteCount::ZERO);
+    let said = FromWorker::OrderDone { order, bytes, copied, duration_us: 1, error: None };
+    scene.core.handle_message(0, STEWARD, said, BROKE_MS + 510);
+    let told = told.expect("somebody waits").try_recv().expect("answered");
+    assert_eq!((told.bytes, told.error), (DECLARED, None));
+    let gave = |what: &EventKind| matches!(what, EventKind::EvictDone { bytes, .. } if *bytes == DECLARED);
+    assert!(scene.told().iter().any(gave), "{:?}", scene.told());
+    assert_eq!(scene.core.models[0].counts.evicted, DECLARED);
+}
+
+/// What it had comes back without an order, so nobody else is asked for that. If it has not for a while, others are.
+#[test]
+fn what_a_crashed_program_had_is_on_its_way_back_and_is_not_waited_for_for_long() {
+    let mut scene = crashed();
+    let known = |scene: &Scene, now_ms| {
+        let model = scene.core.policy_model(0, now_ms);
+        (model.ready, model.ordered)
+    };
+    assert_eq!(known(&scene, BROKE_MS + 10), (true, DECLARED));
+    let over_ms = BROKE_MS + STUCK_MS;
+    assert_eq!(known(&scene, over_ms), (false, ByteCount::ZERO), "as while a worker ends");
+    assert!(scene.core.timer_ms.is_some_and(|at_ms| at_ms <= over_ms), "whoever waits for it hears of that");
+    scene.end(over_ms + 10);
+    assert_eq!(known(&scene, over_ms + 20), (true, ByteCount::ZERO));
+}
