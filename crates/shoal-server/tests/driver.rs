@@ -12,10 +12,10 @@ use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::drift::{ProcessReading, Reading};
 use shoal_device::gauge::{Gauge, GaugeError};
-use shoal_server::config::{DeviceChoice, Engine, ModelConfig, ServerConfig};
+use shoal_server::config::{CommandConfig, DeviceChoice, Engine, ModelConfig, ServerConfig};
 use shoal_server::shelf::Shelf;
 use shoal_server::state::{DriverSnapshot, EventKind, ModelSnapshot, ModelStatus};
-use support::shelves::{config, events, soon};
+use support::shelves::{config, events, script, soon};
 
 const MIB: fn(u64) -> ByteCount = ByteCount::mib;
 const BUDGET: ByteCount = ByteCount::mib(120);
@@ -218,5 +218,44 @@ async fn where_the_driver_hides_processes_free_memory_tells_what_others_have_and
     assert_eq!(told(&shelf, returned).len(), 1);
     awake(&shelf, "code").await;
     assert_eq!(shelf.snapshot().device.taken, MIB(20));
+    shelf.shutdown(soon()).await;
+}
+
+/// A program has no words for what it takes, and what it started may be what takes it: the driver shows both, and by that it
+/// is charged.
+#[tokio::test]
+async fn a_program_is_charged_what_the_driver_shows_of_it_and_of_what_it_started() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let child = scratch.path().join("child");
+    let args = ["--port", "{port}", "--child", &child.to_string_lossy()].map(str::to_owned);
+    let program = ModelConfig {
+        engine: Engine::Command,
+        args: std::iter::once(script("fake_engine.py")).chain(args).collect(),
+        command: Some(CommandConfig {
+            program: "python3".into(),
+            port: None,
+            socket: false,
+            health: "/health".to_owned(),
+            ready_max: Duration::from_mins(1),
+            stop_max: Duration::from_secs(5),
+            device_bytes: MIB(30),
+        }),
+        ..ModelConfig::new("llama", "/none")
+    };
+    let says = Script::new();
+    let shelf = start(scratch.path(), DeviceChoice::Cuda(0), vec![program], &says);
+    awake(&shelf, "llama").await;
+    let program = of(&shelf, "llama").pid.expect("it runs");
+    let child: u32 = std::fs::read_to_string(&child).expect("written").parse().expect("a number");
+    let has =
+        |one, other| says.say(Says::Has(152 - one - other, vec![(program, Some(one)), (child, Some(other))]));
+    has(8, 34);
+    until(&shelf, "it is charged", || of(&shelf, "llama").lease.total == MIB(42)).await;
+    assert_eq!(of(&shelf, "llama").lease.overhead, MIB(12));
+    assert_eq!(shelf.snapshot().device.taken, MIB(0), "all of it is its own");
+    // It asks nobody before it takes that again.
+    has(8, 20);
+    until(&shelf, "it is less", || of(&shelf, "llama").bytes.overhead_device.is_zero()).await;
+    assert_eq!(of(&shelf, "llama").lease.total, MIB(42));
     shelf.shutdown(soon()).await;
 }

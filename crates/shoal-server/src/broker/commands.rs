@@ -16,6 +16,7 @@ impl Core {
         let model = &mut self.models[place];
         model.child = Some(pid);
         (model.child_before, model.was_shown, model.ends_since_ms) = (None, false, None);
+        (model.seen, model.seen_most) = (None, ByteCount::ZERO);
         model.target = target;
         model.starts += 1;
         let (starts, reason) = (model.starts, "its command is needed".to_owned());
@@ -45,6 +46,7 @@ impl Core {
         let id = model.id;
         model.child_before = model.child.take();
         model.ends_since_ms.get_or_insert(now_ms);
+        model.seen = None;
         let pid = model.child_before.unwrap_or_default();
         (model.usage.overhead_device, model.usage.overhead_peak) = (ByteCount::ZERO, ByteCount::ZERO);
         model.forget_overhead();
@@ -59,6 +61,13 @@ impl Core {
         self.hold_returning(place, pid, beside, now_ms);
         let returning = if self.sees_returns() { returned } else { ByteCount::ZERO };
         self.tell(now_ms, Some(place), EventKind::WorkerExited { pid, status, returned, returning, asked });
+    }
+
+    /// What the driver shows of the program with all that it started: now, and at most since it was started. None where it
+    /// shows nothing of them, or is not heard.
+    pub(crate) fn program_seen(&self, place: usize) -> Option<(ByteCount, ByteCount)> {
+        let model = &self.models[place];
+        model.seen.filter(|_| self.driver.is_read).map(|now| (now, model.seen_most))
     }
 
     /// What the policy is to know of a model of which `weights` are leased: whether it counts as one that serves, and what of it

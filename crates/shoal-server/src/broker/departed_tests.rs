@@ -22,7 +22,7 @@ use crate::supervisor::Exit;
 
 const MIB: fn(u64) -> ByteCount = ByteCount::mib;
 pub(super) const STEWARD: u32 = 1;
-const PROGRAM: u32 = 700;
+pub(super) const PROGRAM: u32 = 700;
 /// What it declares.
 pub(super) const DECLARED: ByteCount = ByteCount::mib(30);
 
@@ -202,7 +202,8 @@ fn who_has_little_time_waits_for_the_dead_only_for_a_while_before_an_idle_model_
     assert_eq!(*bytes, MIB(20), "what is free is enough for the rest");
     bench.say(1, FromWorker::LeaseReturn { kind: LeaseKind::Weights, bytes: *bytes }, 4_100);
     bench.done(1, *order, *bytes, 4_100);
-    let granted = |said: &FromServer| matches!(said, FromServer::LeaseGrant { bytes, .. } if *bytes == MIB(40));
+    let granted =
+        |said: &FromServer| matches!(said, FromServer::LeaseGrant { bytes, .. } if *bytes == MIB(40));
     assert!(bench.told(2).iter().any(granted), "long before its time is over");
 }
 

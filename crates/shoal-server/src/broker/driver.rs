@@ -171,6 +171,7 @@ impl Core {
             let process = if is_rigid { model.child } else { model.pid };
             model.seen = process.and_then(|process| self.driver.looked.of(process));
             model.was_shown |= model.seen.is_some_and(|bytes| !bytes.is_zero());
+            model.seen_most = model.seen_most.max(model.seen.unwrap_or_default());
             let leased = self.book.total(model.id);
             if process.is_none() && leased.is_zero() {
                 continue;

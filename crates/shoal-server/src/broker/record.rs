@@ -99,6 +99,8 @@ pub(crate) struct Record {
     pub(crate) log: PathBuf,
     /// What the driver shows of its process; none where it shows nothing.
     pub(crate) seen: Option<ByteCount>,
+    /// And what it has shown of it at most.
+    pub(crate) seen_most: ByteCount,
     /// The driver has shown that its process, or its program, has something.
     pub(crate) was_shown: bool,
     /// Its lease when the driver was last asked.
@@ -211,6 +213,7 @@ impl Record {
             child_before: None,
             ends_since_ms: None,
             seen: None,
+            seen_most: ByteCount::ZERO,
             was_shown: false,
             leased_then: ByteCount::ZERO,
             said_then: ByteCount::ZERO,

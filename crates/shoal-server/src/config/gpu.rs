@@ -17,7 +17,6 @@ pub const DRIVER_MIN: u32 = 470;
 const WAIT_MAX: Duration = Duration::from_secs(20);
 const OUTPUT_BYTES_MAX: u64 = 1 << 16;
 const QUERY: &str = "--query-gpu=index,uuid,name,driver_version,memory.total,memory.free";
-const QUERY_PROCESSES: &str = "--query-compute-apps=pid,used_memory";
 
 /// One GPU at the moment of asking.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +57,7 @@ impl Gpus {
     /// Asks `nvidia-smi`.
     pub(super) fn ask(visible: Option<OsString>) -> Self {
         let visible = visible.map(|visible| visible.to_string_lossy().into_owned());
-        let listed = listing(Path::new("nvidia-smi"), QUERY).and_then(|text| read_listing(&text));
+        let listed = listing(Path::new("nvidia-smi")).and_then(|text| read_listing(&text));
         Self { listed, visible }
     }
 
@@ -82,24 +81,10 @@ impl Gpus {
     }
 }
 
-/// The processes that hold memory of a GPU, and how much.
-pub(crate) fn gpu_processes() -> Result<Vec<(u32, ByteCount)>, String> {
-    listing(Path::new("nvidia-smi"), QUERY_PROCESSES).map(|text| read_processes(&text))
-}
-
-/// Lines that say nothing (`[N/A]`, as some drivers have it) are left out.
-fn read_processes(text: &str) -> Vec<(u32, ByteCount)> {
-    let read = |line: &str| {
-        let (pid, mib) = line.split_once(',')?;
-        Some((pid.trim().parse().ok()?, ByteCount(mib.trim().parse::<u64>().ok()?.checked_mul(1 << 20)?)))
-    };
-    text.lines().filter_map(read).collect()
-}
-
-fn listing(program: &Path, query: &str) -> Result<String, String> {
+fn listing(program: &Path) -> Result<String, String> {
     let shown = program.display();
     let mut command = Command::new(program);
-    command.args([query, "--format=csv,noheader,nounits"]);
+    command.args([QUERY, "--format=csv,noheader,nounits"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(|error| format!("{shown} cannot be run ({error})"))?;
     let deadline = Instant::now() + WAIT_MAX;
@@ -174,12 +159,6 @@ mod tests {
     }
 
     #[test]
-    fn processes_are_read_where_the_driver_tells_of_them() {
-        let text = "4711, 1024\n  12 ,  3\n[N/A], [N/A]\n13, [N/A]\n\n";
-        assert_eq!(read_processes(text), [(4711, ByteCount::gib(1)), (12, ByteCount::mib(3))]);
-    }
-
-    #[test]
     fn the_gpu_is_the_one_that_workers_see() {
         let index = |visible, ordinal| gpus(visible).find(ordinal).map(|gpu| gpu.index);
         assert_eq!(index(None, 1), Ok(1));
@@ -194,9 +173,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_asked_says_why() {
-        assert!(
-            listing(Path::new("/nowhere/nvidia-smi"), QUERY).expect_err("none").contains("cannot be run")
-        );
-        assert!(listing(Path::new("/bin/false"), QUERY).expect_err("fails").contains("ended with"));
+        assert!(listing(Path::new("/nowhere/nvidia-smi")).expect_err("none").contains("cannot be run"));
+        assert!(listing(Path::new("/bin/false")).expect_err("fails").contains("ended with"));
     }
 }

@@ -41,7 +41,6 @@ use shoal_device::HostBacking;
 pub use command::{CommandConfig, CommandSection};
 pub use directories::make_private;
 pub use error::{ConfigError, Problem, ProblemKind};
-pub(crate) use gpu::gpu_processes;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use gpu::read_listing;
 pub use gpu::{DRIVER_MIN, Gpu, Gpus};

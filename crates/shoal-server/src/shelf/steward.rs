@@ -19,12 +19,12 @@ use super::{Shared, Target};
 use crate::broker::{DRAIN_MS_MAX, millis};
 use crate::config::{CommandConfig, DeviceChoice};
 use crate::gateway::probe;
-use crate::supervisor::{Exit, Launch, Watcher, WorkerProcess, measure_group};
+use crate::supervisor::{Exit, Launch, Watcher, WorkerProcess, ram_of_group};
 
 const MESSAGES_MAX: usize = 64;
 /// How often a program that starts is asked whether it is ready, and one that is to end whether requests are left.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often a running program is measured.
+/// How often a running program's RAM is measured, or what the driver showed of it is taken up.
 const MEASURE: Duration = Duration::from_secs(2);
 /// How long one question about its health may take.
 const PROBE_WAIT_MAX: Duration = Duration::from_secs(2);
@@ -124,7 +124,7 @@ struct Steward<'a> {
     /// What it is charged with: as declared, or measured.
     bytes: ByteCount,
     held: ByteCount,
-    /// What was measured of the present program last, and at most.
+    /// What was measured of the present program last, and at most, in whole pages.
     newest: ByteCount,
     peak: ByteCount,
     /// A measurement under way, and of which process: it may take long, and orders must not wait for it.
@@ -182,7 +182,7 @@ impl<'a> Steward<'a> {
             weights_total: self.bytes,
             overhead_device: self.newest.saturating_sub(self.held),
             // It asks nobody before it takes that again.
-            overhead_peak: self.peak.round_up_to(PAGE_BYTES).saturating_sub(self.held),
+            overhead_peak: self.peak.saturating_sub(self.held),
             ..WorkerUsage::default()
         };
         self.say(FromWorker::Usage { usage });
@@ -507,7 +507,7 @@ impl<'a> Steward<'a> {
 
     fn gone(&mut self, status: String, trouble: Option<String>) {
         let place = self.place;
-        self.bytes = self.bytes.max(self.peak.round_up_to(PAGE_BYTES));
+        self.bytes = self.bytes.max(self.peak);
         (self.newest, self.peak) = (ByteCount::ZERO, ByteCount::ZERO);
         self.shared.with(|core, now_ms| core.handle_command_ended(place, status, trouble, now_ms));
     }
@@ -527,9 +527,24 @@ impl<'a> Steward<'a> {
         else {
             return;
         };
-        if self.measuring.is_none() {
-            let (pid, device) = (program.process.pid(), self.device);
-            self.measuring = Some((pid, tokio::task::spawn_blocking(move || measure_group(pid, device))));
+        let pid = program.process.pid();
+        if let DeviceChoice::Cuda(_) = self.device {
+            // The driver is read anyway. Where it hides processes it shows none of ours, and what was declared stands.
+            if let Some((now, most)) = self.shared.with(|core, _| core.program_seen(self.place)) {
+                self.takes(now, most);
+            }
+        } else if self.measuring.is_none() {
+            self.measuring = Some((pid, tokio::task::spawn_blocking(move || ram_of_group(pid))));
+        }
+    }
+
+    /// The program takes `now`, and has taken `most`.
+    fn takes(&mut self, now: ByteCount, most: ByteCount) {
+        let before = (self.newest, self.peak);
+        self.newest = now.round_up_to(PAGE_BYTES);
+        self.peak = self.peak.max(most.round_up_to(PAGE_BYTES));
+        if (self.newest, self.peak) != before {
+            self.tell_usage();
         }
     }
 
@@ -543,11 +558,7 @@ impl<'a> Steward<'a> {
         if let (pid, Some(bytes)) = found
             && pid == program.process.pid()
         {
-            self.peak = self.peak.max(bytes);
-            let bytes = bytes.round_up_to(PAGE_BYTES);
-            if std::mem::replace(&mut self.newest, bytes) != bytes {
-                self.tell_usage();
-            }
+            self.takes(bytes, bytes);
         }
     }
 

@@ -1,32 +1,18 @@
-//! What a command takes, seen from outside: it has no words for it, unlike a worker of ours.
+//! What a command takes of the simulated device, seen from outside: it has no words for it, unlike a worker of ours.
 //!
-//! On a GPU that is what the driver says of the processes in its group, where the driver says anything (in some
-//! containers it does not). The simulated device is RAM, so there it is the RAM of the group: private pages whole, shared
-//! ones in part.
+//! That device is RAM, so it is the RAM of the group: private pages whole, shared ones in part. On a GPU it is what the
+//! driver shows of the group, which the core knows from its readings.
 
 use std::path::Path;
 
 use shoal_core::bytes::ByteCount;
 
-use crate::config::{DeviceChoice, gpu_processes};
-
-/// What the group that `leader` leads takes of the device now; none where that cannot be told. Reads files and may run
-/// `nvidia-smi`: not for a thread of the runtime.
+/// The RAM that the group that `leader` leads takes now; none where that cannot be told. Reads files of every process: not
+/// for a thread of the runtime.
 #[must_use]
-pub fn measure_group(leader: u32, device: DeviceChoice) -> Option<ByteCount> {
-    let group = processes_of(leader);
-    match device {
-        DeviceChoice::Cuda(_) => {
-            let all = gpu_processes().ok()?;
-            let own: Vec<_> = all.iter().filter(|(pid, _)| group.contains(pid)).collect();
-            // A driver that hides processes shows none of ours; zero bytes would be a claim.
-            (!own.is_empty()).then(|| own.iter().map(|(_, bytes)| *bytes).sum())
-        }
-        DeviceChoice::Auto | DeviceChoice::Sim => {
-            let sum: ByteCount = group.iter().filter_map(|pid| ram_of(*pid)).sum();
-            (!sum.is_zero()).then_some(sum)
-        }
-    }
+pub fn ram_of_group(leader: u32) -> Option<ByteCount> {
+    let sum: ByteCount = processes_of(leader).into_iter().filter_map(ram_of).sum();
+    (!sum.is_zero()).then_some(sum)
 }
 
 fn processes_of(leader: u32) -> Vec<u32> {
@@ -74,10 +60,10 @@ mod tests {
         let mut said = [0];
         std::io::Read::read_exact(program.stdout.as_mut().expect("a pipe"), &mut said).expect("it runs");
         assert_eq!(processes_of(program.id()).len(), 2);
-        let bytes = measure_group(program.id(), DeviceChoice::Sim).expect("it runs");
+        let bytes = ram_of_group(program.id()).expect("it runs");
         assert!(bytes > ByteCount(64 << 10) && bytes < ByteCount::gib(1), "{bytes}");
         drop(program.stdin.take());
         program.wait().expect("it ends");
-        assert_eq!(measure_group(program.id(), DeviceChoice::Sim), None);
+        assert_eq!(ram_of_group(program.id()), None);
     }
 }

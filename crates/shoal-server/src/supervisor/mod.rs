@@ -20,7 +20,7 @@ pub use backoff::Backoff;
 pub use journal::{Entry, Journal, Left};
 pub use log_file::{LOG_BYTES_MAX, bound_log, last_line, open_log, tail};
 pub(crate) use measure::group_of;
-pub use measure::measure_group;
+pub use measure::ram_of_group;
 pub use process::{Exit, Launch, SupervisorError, VLLM_REMEDY, WORKER_REMEDY, WorkerProcess};
 pub use survivor::Survivor;
 pub use watcher::Watcher;

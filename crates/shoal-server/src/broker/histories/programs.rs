@@ -27,12 +27,30 @@ struct Program {
 
 enum Doing {
     Nothing,
-    Asking { wake: u64, request: u64 },
-    Starting { wake: u64, program: Program, ready_ms: u64 },
-    Running { program: Program },
-    Draining { reclaim: u64, program: Program, until_ms: u64 },
+    Asking {
+        wake: u64,
+        request: u64,
+    },
+    Starting {
+        wake: u64,
+        program: Program,
+        ready_ms: u64,
+    },
+    Running {
+        program: Program,
+    },
+    Draining {
+        reclaim: u64,
+        program: Program,
+        until_ms: u64,
+    },
     /// It ended by itself, and what it started lives until then. No message is read meanwhile.
-    Ending { wake: Option<u64>, reclaim: Option<u64>, program: Program, until_ms: u64 },
+    Ending {
+        wake: Option<u64>,
+        reclaim: Option<u64>,
+        program: Program,
+        until_ms: u64,
+    },
 }
 
 /// It takes a worker's place.
@@ -154,7 +172,10 @@ impl World {
     pub(super) fn tend(&mut self, place: usize) {
         let Some(steward) = self.stewards.get_mut(&place) else { return };
         if let Doing::Ending { until_ms, .. } = steward.doing {
-            return if until_ms <= self.now_ms { self.program_is_gone(place) };
+            if until_ms <= self.now_ms {
+                self.program_is_gone(place);
+            }
+            return;
         }
         match steward.heard.try_recv() {
             Err(mpsc::error::TryRecvError::Disconnected) | Ok(FromServer::Shutdown { .. }) => {
