@@ -154,8 +154,8 @@ impl Core {
             let Some(&Departed { since_ms, others, sight, .. }) = self.driver.departed.get(&process) else {
                 continue;
             };
-            if self.driver.looked.begun_ms < since_ms {
-                // It may have lived then.
+            if self.driver.looked.begun_ms <= since_ms {
+                // It may have lived then, also in the same millisecond.
                 continue;
             }
             let after_ms = now_ms.saturating_sub(since_ms);

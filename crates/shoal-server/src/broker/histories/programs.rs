@@ -173,8 +173,9 @@ impl World {
         let Some(steward) = self.stewards.get_mut(&place) else { return };
         if let Doing::Ending { until_ms, .. } = steward.doing {
             if until_ms <= self.now_ms {
-                self.program_is_gone(place);
+                return self.program_is_gone(place);
             }
+            self.seen.programs_ending += 1;
             return;
         }
         match steward.heard.try_recv() {
@@ -399,8 +400,6 @@ impl World {
         self.end_routes_of(place);
         if lasts_ms == 0 {
             self.program_is_gone(place);
-        } else {
-            self.seen.programs_ending += 1;
         }
     }
 

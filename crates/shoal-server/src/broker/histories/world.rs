@@ -62,7 +62,7 @@ pub(super) struct Seen {
     /// Programs that were ready, and that ended by themselves.
     pub(super) programs: u64,
     pub(super) program_ends: u64,
-    /// Of those, such that had started something which lived longer.
+    /// Looks at such that had started something which lived longer.
     pub(super) programs_ending: u64,
     /// Programs that took again what they had given back.
     pub(super) programs_grew: u64,
