@@ -14,6 +14,7 @@
 //! | [`broker`] | [`BrokerClient`]: leases and orders over the control socket |
 //! | [`store`] | [`Store`](store::Store): blocks by name, on whatever tier |
 //! | [`disk`] | [`DiskTier`](disk::DiskTier): blocks that outlive the process |
+//! | [`weights`] | [`WeightStore`](weights::WeightStore): weights at rest, for all models of a machine |
 //! | [`remote`] | [`RemoteTier`](remote::RemoteTier): blocks that several servers share |
 //! | [`error`] | why something was not done |
 //!
@@ -50,6 +51,7 @@ pub mod remote;
 pub mod segments;
 pub mod store;
 pub mod transfer;
+pub mod weights;
 
 pub use arena::HostUsage;
 pub use broker::{BrokerClient, ShutdownOrder, Welcome};
@@ -60,7 +62,9 @@ pub use kv_cache::{KvCache, KvCacheSpec, KvTier, KvTierOptions, Prefetch};
 pub use lease::{LeaseAhead, LeaseSource, LocalBudget};
 pub use manager::{ManagerOptions, MemoryManager};
 pub use pool::{PoolOptions, PoolUsage};
-pub use region::{Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport};
+pub use region::{
+    Flush, FlushReport, Region, RegionSpec, RegionUsage, RegionUse, Report, SealReport, StoredTensor,
+};
 pub use segments::{Segments, SegmentsUsage};
 pub use shoal_core::page_table::Backing;
 pub use shoal_core::source::{Conversion, SourcePiece};

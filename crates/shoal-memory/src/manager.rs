@@ -107,7 +107,7 @@ pub struct MemoryManager {
     pub(crate) retired: Mutex<Vec<Retired>>,
     /// Streams of others that we were told of: a graph that is captured on one must not be ended by a fence.
     foreign: Mutex<BTreeSet<ForeignStream>>,
-    scratch: Mutex<Option<Arc<Scratch>>>,
+    pub(crate) scratch: Mutex<Option<Arc<Scratch>>>,
     scratch_bytes: ByteCount,
     next_id: AtomicU64,
     /// Device bytes that torch's allocations leave free.

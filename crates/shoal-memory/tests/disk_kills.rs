@@ -5,83 +5,25 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests, one of which is a process of its own")]
 
+mod common {
+    pub(crate) mod killer;
+}
+
 use std::collections::BTreeSet;
 use std::env;
-use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::process::{Signal, getpid, kill_process};
+use common::killer::Killer;
 use shoal_core::bytes::ByteCount;
-use shoal_memory::disk::{DiskOptions, DiskSpec, DiskTier, Done, Means, Medium, Op, Waker};
+use shoal_memory::disk::{DiskOptions, DiskSpec, DiskTier, Medium};
 use shoal_memory::store::{Aligned, Buffer, Fingerprint, Store, StoreKey};
 
 const WAIT: Duration = Duration::from_mins(1);
 const BLOCKS: u64 = 40;
-
-/// Counts steps, and ends the process at one of them.
-#[derive(Debug)]
-struct Killer {
-    inner: Box<dyn Medium>,
-    steps: Arc<AtomicU64>,
-    last: u64,
-}
-
-impl Killer {
-    fn step(&mut self) {
-        if self.steps.fetch_add(1, Ordering::Relaxed) == self.last {
-            // What was handed over is on its way by now.
-            self.inner.wait(Duration::ZERO);
-            kill_process(getpid(), Signal::KILL).unwrap();
-        }
-    }
-}
-
-impl Medium for Killer {
-    fn bytes(&mut self) -> io::Result<u64> {
-        self.inner.bytes()
-    }
-    fn grow(&mut self, bytes: u64) -> io::Result<()> {
-        self.step();
-        self.inner.grow(bytes)?;
-        self.step();
-        Ok(())
-    }
-    fn shrink(&mut self, bytes: u64) -> io::Result<()> {
-        self.inner.shrink(bytes)
-    }
-    fn submit(&mut self, op: Op) -> Result<(), Op> {
-        self.step();
-        self.inner.submit(op)?;
-        self.step();
-        Ok(())
-    }
-    fn wait(&mut self, timeout: Duration) {
-        self.inner.wait(timeout);
-    }
-    fn reap(&mut self, done: &mut Vec<Done>) {
-        let before = done.len();
-        self.inner.reap(done);
-        if done.len() > before {
-            self.step();
-        }
-    }
-    fn in_flight(&self) -> usize {
-        self.inner.in_flight()
-    }
-    fn depth(&self) -> usize {
-        self.inner.depth()
-    }
-    fn waker(&self) -> Waker {
-        self.inner.waker()
-    }
-    fn means(&self) -> Means {
-        self.inner.means()
-    }
-}
 
 fn key(block: u64) -> StoreKey {
     StoreKey { fingerprint: Fingerprint(3), tenant: 1, block: block.into() }

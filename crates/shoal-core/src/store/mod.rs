@@ -20,3 +20,4 @@ pub mod health;
 pub mod key;
 pub mod log;
 pub mod recompute;
+pub mod weights;

@@ -82,7 +82,7 @@ impl Marker {
     }
 }
 
-fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+pub(crate) fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
     let path = path.to_owned();
     move |error| DiskError::Io { doing, path, source: Arc::new(error) }
 }
@@ -144,13 +144,33 @@ impl Directory {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn medium(
+pub(crate) fn medium(
     path: &Path,
     engine: Engine,
     depth: usize,
     wants_direct: bool,
 ) -> io::Result<Box<dyn Medium>> {
-    let (file, reason) = LogFile::open(path, wants_direct)?;
+    medium_of(LogFile::open(path, wants_direct)?, engine, depth)
+}
+
+/// [`medium`] of a file that is there, to be read alone.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn medium_to_read(
+    path: &Path,
+    engine: Engine,
+    depth: usize,
+    wants_direct: bool,
+) -> io::Result<Box<dyn Medium>> {
+    medium_of(LogFile::open_to_read(path, wants_direct)?, engine, depth)
+}
+
+fn medium_of(
+    (file, reason): (LogFile, Option<String>),
+    engine: Engine,
+    depth: usize,
+) -> io::Result<Box<dyn Medium>> {
     let mut reasons: Vec<String> = reason.into_iter().collect();
     if engine == Engine::Auto {
         match Ring::new(file.clone(), depth, reasons.clone()) {
@@ -167,7 +187,7 @@ pub(super) fn medium(
 ///
 /// # Errors
 /// `Io`.
-pub(super) fn random() -> Result<u64, DiskError> {
+pub(crate) fn random() -> Result<u64, DiskError> {
     let mut bytes = [0; 8];
     getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|errno| {
         io_error("cannot get a random number from", Path::new("the system"))(errno.into())
@@ -175,7 +195,11 @@ pub(super) fn random() -> Result<u64, DiskError> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-fn lock(path: &Path) -> Result<File, DiskError> {
+/// Takes the lock of a directory, which is let go with the file.
+///
+/// # Errors
+/// `InUse`, `Io`.
+pub(crate) fn lock(path: &Path) -> Result<File, DiskError> {
     let lock_path = path.join(LOCK);
     let mut file = OpenOptions::new()
         .read(true)
@@ -287,21 +311,37 @@ fn write_marker(path: &Path, segment_bytes: u64, key: Option<&DiskKey>) -> Resul
         "encrypted": encrypted,
         "about": "the disk tier of shoal: KV cache that can be computed again",
     });
+    write_out(&new, &marker, format!("{value:#}\n").as_bytes())?;
+    Ok(Marker { secret, segment_bytes, check })
+}
+
+/// Writes a file under another name and gives it its own when all of it is on the disk: after a crash it is there, whole, or
+/// not at all.
+///
+/// # Errors
+/// `Io`.
+pub(crate) fn write_out(new: &Path, path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&new)
-        .map_err(io_error("cannot make", &new))?;
-    file.write_all(format!("{value:#}\n").as_bytes())
-        .and_then(|()| file.sync_all())
-        .map_err(io_error("cannot write", &new))?;
-    fs::rename(&new, &marker).map_err(io_error("cannot name", &marker))?;
-    File::open(path)
+        .open(new)
+        .map_err(io_error("cannot make", new))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io_error("cannot write", new))?;
+    give_name(new, path)
+}
+
+/// Gives a file that is on the disk its name, for good.
+///
+/// # Errors
+/// `Io`.
+pub(crate) fn give_name(new: &Path, path: &Path) -> Result<(), DiskError> {
+    fs::rename(new, path).map_err(io_error("cannot name", path))?;
+    let directory = path.parent().unwrap_or(path);
+    File::open(directory)
         .and_then(|directory| directory.sync_all())
-        .map_err(io_error("cannot write out", path))?;
-    Ok(Marker { secret, segment_bytes, check })
+        .map_err(io_error("cannot write out", directory))
 }
 
 #[cfg(test)]

@@ -27,7 +27,19 @@ impl LogFile {
     /// # Errors
     /// The system's.
     pub(super) fn open(path: &Path, wants_direct: bool) -> io::Result<(Self, Option<String>)> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        Self::open_as(path, OFlags::RDWR | OFlags::CREATE, wants_direct)
+    }
+
+    /// [`LogFile::open`] of a file that is there, to be read alone.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn open_to_read(path: &Path, wants_direct: bool) -> io::Result<(Self, Option<String>)> {
+        Self::open_as(path, OFlags::RDONLY, wants_direct)
+    }
+
+    fn open_as(path: &Path, access: OFlags, wants_direct: bool) -> io::Result<(Self, Option<String>)> {
+        let flags = access | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let mode = Mode::RUSR | Mode::WUSR;
         if wants_direct {
             match open(path, flags | OFlags::DIRECT, mode) {

@@ -17,7 +17,7 @@
 //! A disk has one thread, which alone touches its medium. Callers put requests in its queue and wait on tickets. A disk
 //! that fails too often, or cannot be opened, is set aside with its reason and tried again later; the others go on.
 
-mod directory;
+pub(crate) mod directory;
 mod error;
 mod file;
 mod medium;

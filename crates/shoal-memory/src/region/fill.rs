@@ -1,4 +1,5 @@
-//! Filling one extent's device memory: by a copy of what the host holds, or by reading its files.
+//! Filling one extent's device memory: by a copy of what the host holds, or by reading its files (or what is stored of them:
+//! [`super::stored`]).
 //!
 //! Apart because a copy is queued and goes on by itself, while a file is read here, piece by piece, and believed only
 //! when its checksum is the recorded one (I8).
@@ -25,11 +26,12 @@ impl Region {
         resident: &Resident,
     ) -> Result<Option<Event>, MemoryError> {
         let manager = self.manager();
-        let (extent, host, hash) = {
+        let (extent, host, hash, stored) = {
             let mut state = self.inner.state.lock();
             let extent = state.table.begin(planned).map_err(self.table_error())?;
+            let stored = state.stored.clone();
             let slot = state.slot(planned.extent);
-            (extent, slot.host.as_ref().map(HostCopy::buffer), slot.hash)
+            (extent, slot.host.as_ref().map(HostCopy::buffer), slot.hash, stored)
         };
         let started = match (planned.step, host) {
             (Move::Zero, _) => Ok(None),
@@ -44,7 +46,10 @@ impl Region {
                     .refuse("wake from a file", "it is not sealed, so what is read cannot be verified (I8)"))
             }
             (Move::Restore(Tier::Source), _) => {
-                self.read_from_source(extent, hash, &resident.mapping).map(Some)
+                let found = stored.zip(hash).and_then(|(stored, hash)| {
+                    self.read_from_store(&stored, extent, hash, &resident.mapping)
+                });
+                found.map_or_else(|| self.read_from_source(extent, hash, &resident.mapping), Ok).map(Some)
             }
             _ => Err(self.refuse("restore", "a copy is not where the page table has it")),
         };
@@ -108,8 +113,9 @@ impl Region {
         }
         manager.up.record().map_err(MemoryError::device("copy to the device"))
     }
+
     /// Waits for a copy to the device, as long as any copy may take.
-    fn await_copy(&self, event: &Event) -> Result<(), MemoryError> {
+    pub(super) fn await_copy(&self, event: &Event) -> Result<(), MemoryError> {
         let wait = self.manager().options.operation_wait;
         if event.wait(wait).map_err(MemoryError::device("copy to the device"))? {
             return Ok(());

@@ -2,7 +2,7 @@
 //!
 //! This file: what a region is and its figures. [`stage`] fills it without device memory, [`commit`] gives and takes
 //! device memory by range, [`evict`] and [`restore`] move it down and up, [`flush`] copies it down before anybody asks,
-//! [`blocks`] copies small ranges of it, [`owned`] is for an owner who says himself when it sleeps.
+//! [`blocks`] copies small ranges of it, [`stored`] reads it from a store of weights, [`owned`] is for an owner who says himself when it sleeps.
 
 mod access;
 mod blocks;
@@ -18,6 +18,7 @@ pub(crate) mod outgoing;
 mod owned;
 mod restore;
 mod stage;
+mod stored;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -41,9 +42,11 @@ use crate::manager::MemoryManager;
 use crate::retire::{Released, Resident};
 use crate::supply::Supply;
 use crate::transfer::Transfer;
+use crate::weights::Stored;
 pub use blocks::BlockCopy;
 pub use flush::{Flush, FlushReport};
 pub use stage::SealReport;
+pub use stored::StoredTensor;
 
 /// What a new region shall be.
 #[derive(Clone, Debug)]
@@ -142,6 +145,8 @@ pub(crate) struct State {
     pub(crate) table: RegionTable,
     pub(crate) slots: HashMap<ExtentIndex, Slot>,
     pub(crate) sources: SourceMap,
+    /// Where all of it can be read faster than from its files. What is read is verified all the same.
+    pub(crate) stored: Option<Arc<Stored>>,
     pub(crate) sealed: bool,
 }
 
@@ -221,7 +226,8 @@ impl RegionInner {
         let is_growing = is_growing || kind != LeaseKind::Weights;
         let make = if is_growing { RegionTable::empty } else { RegionTable::carved };
         let table = make(bytes.pages(), extent_rule, backing);
-        let state = State { table, slots: HashMap::new(), sources: SourceMap::default(), sealed: false };
+        let (slots, sources) = (HashMap::new(), SourceMap::default());
+        let state = State { table, slots, sources, stored: None, sealed: false };
         let (users, holds) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let (stays, is_cache) = (AtomicBool::new(false), AtomicBool::new(false));
         let (waking, state) = (Mutex::default(), Mutex::new(state));

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
 pub(crate) mod history;
+pub(crate) mod killer;
 pub(crate) mod passing;
 pub(crate) mod talks;
 

@@ -1,0 +1,364 @@
+//! Weights at rest on a disk: a model's region as it lies in memory, in its order of use, read at the disk's speed.
+//!
+//! Apart from [`crate::disk`] because a log has one owner, and weights are shared: the workers of all models, and of several
+//! servers, read and fill one directory. Files are written once, whole, and never changed, so readers take no lock; whoever
+//! fills or makes room takes the directory's. What requests go by is the disk tier's own ([`Medium`]).
+//!
+//! ```text
+//! DIRECTORY/          0700
+//!   weights.json      the format; written once
+//!   lock              locked by the process that fills
+//!   packs/ID          pieces, one after another; each piece lies in one pack, whoever's it is
+//!   models/NAME       a manifest (shoal_core::store::weights): extents with their hashes, and where each piece lies
+//! ```
+//!
+//! What is read is compared with the hash of its extent before it is used (I8). Whatever fails is a miss: the region's bytes
+//! come from the model's own files as if there were no store.
+//!
+//! | module | subject |
+//! |---|---|
+//! | `fill` | storing a region: what is new, room for it, a pack, and the manifest last |
+//! | `pack` | many requests at a time, answered in order |
+//! | `stored` | one model that is stored, to be read |
+
+mod fill;
+mod pack;
+mod stored;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use shoal_core::bytes::ByteCount;
+use shoal_core::store::weights::{MANIFEST_BYTES_MAX, Manifest, StoredModel, WEIGHTS_VERSION, is_name};
+
+use crate::disk::directory::{io_error, lock, write_out};
+use crate::disk::{DiskError, Engine, Medium};
+use crate::error::MemoryError;
+
+pub use self::fill::{FillReport, FillSpec};
+pub use self::stored::Stored;
+pub use shoal_core::store::weights::{StoredExtent, cut};
+
+const MARKER: &str = "weights.json";
+const MARKER_NEW: &str = "weights.json.new";
+const LOCK: &str = "lock";
+const PACKS: &str = "packs";
+const MODELS: &str = "models";
+/// What is not whole yet. Whoever has the lock removes what was left by one that was killed.
+const UNFINISHED: &str = "new";
+/// Longer is no marker.
+const MARKER_BYTES_MAX: u64 = 4096;
+
+/// Why weights were not stored, or not read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightsError {
+    /// The directory cannot be had, or its files cannot be written.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// It does not fit, whatever goes.
+    #[error("{needed} more do not fit into {bytes_max}, of which what stays takes the rest")]
+    NoRoom {
+        /// What would be added.
+        needed: ByteCount,
+        /// The cap.
+        bytes_max: ByteCount,
+    },
+    /// A request to a pack failed, or took too long.
+    #[error("{doing} {}: {reason}", path.display())]
+    Failed {
+        /// What was being done.
+        doing: &'static str,
+        /// The pack.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// What was read is not what was stored; it was dropped.
+    #[error("{bytes} at offset {offset} are damaged where they lay, and were dropped")]
+    Damaged {
+        /// Where in the region.
+        offset: u64,
+        /// How many.
+        bytes: ByteCount,
+    },
+    /// The region is cut another way than the one that was stored.
+    #[error("what is stored was laid out another way")]
+    OtherLayout,
+    /// What was to be stored is not what was recorded of it.
+    #[error("the bytes at offset {offset} are not those that were sealed, so they are not stored")]
+    Changed {
+        /// Where in the region.
+        offset: u64,
+    },
+    /// A name that is none.
+    #[error("{name:?} is no name of a model: 8 to 64 hexadecimal digits are")]
+    BadName {
+        /// What was given.
+        name: String,
+    },
+    /// It was stopped.
+    #[error("stopped")]
+    Stopped,
+    /// Memory to read to could not be had, or could not be read.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// How weights are kept. `new()` is what a server uses.
+#[derive(Clone, Debug)]
+pub struct WeightOptions {
+    /// Most bytes of packs.
+    pub bytes_max: ByteCount,
+    /// How requests reach the disk.
+    pub engine: Engine,
+    /// Whether to go past the page cache where that is possible.
+    pub wants_direct: bool,
+    /// Requests at a time.
+    pub depth: usize,
+    /// Most bytes written in a second, so that a fill leaves others their share of the disk.
+    pub write_bytes_per_s: ByteCount,
+    /// After how long a request counts as hung.
+    pub io_deadline: Duration,
+}
+
+impl WeightOptions {
+    /// The usual, with a cap.
+    #[must_use]
+    pub const fn new(bytes_max: ByteCount) -> Self {
+        Self {
+            bytes_max,
+            engine: Engine::Auto,
+            wants_direct: true,
+            depth: 32,
+            write_bytes_per_s: ByteCount::mib(512),
+            io_deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What a store holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WeightUsage {
+    /// Models that are stored.
+    pub models: usize,
+    /// Bytes of all packs.
+    pub bytes: ByteCount,
+    /// Bytes that the models would take if none shared any.
+    pub unshared: ByteCount,
+}
+
+type Wrap = dyn Fn(Box<dyn Medium>) -> Box<dyn Medium> + Send + Sync;
+
+/// A directory of weights. Any number of processes may have it open.
+#[derive(Clone)]
+pub struct WeightStore {
+    root: Arc<PathBuf>,
+    options: WeightOptions,
+    wrap: Arc<Wrap>,
+}
+
+impl fmt::Debug for WeightStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeightStore")
+            .field("root", &self.root)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What lies in a directory, read with its lock held.
+#[derive(Debug, Default)]
+struct Catalogue {
+    models: Vec<(StoredModel, Manifest)>,
+    packs: BTreeMap<String, u64>,
+}
+
+impl WeightStore {
+    /// Opens a directory, making it if it is not there.
+    ///
+    /// # Errors
+    /// [`DiskError`]: another version's, something else lies there, damaged; or the system's. Nothing is changed in it then.
+    pub fn open(path: &Path, options: WeightOptions) -> Result<Self, DiskError> {
+        Self::open_through(path, options, |medium| medium)
+    }
+
+    /// As [`WeightStore::open`], with something around each pack's file: what counts, delays or fails its requests.
+    ///
+    /// # Errors
+    /// As [`WeightStore::open`].
+    pub fn open_through(
+        path: &Path,
+        options: WeightOptions,
+        wrap: impl Fn(Box<dyn Medium>) -> Box<dyn Medium> + Send + Sync + 'static,
+    ) -> Result<Self, DiskError> {
+        make_directory(path)?;
+        if !has_marker(path)? {
+            check_empty(path)?;
+            let marker = serde_json::json!({
+                "format": WEIGHTS_VERSION,
+                "about": "weights of models, kept by shoal: their files can be read instead",
+            });
+            // Several may do this at a time: all write the same.
+            let new = path.join(format!("{MARKER_NEW}.{}", std::process::id()));
+            write_out(&new, &path.join(MARKER), format!("{marker:#}\n").as_bytes())?;
+        }
+        for folder in [PACKS, MODELS] {
+            make_directory(&path.join(folder))?;
+        }
+        Ok(Self { root: Arc::new(path.to_owned()), options, wrap: Arc::new(wrap) })
+    }
+
+    /// A model that is stored under this name, whole as far as its files' lengths tell. From now on it counts as used.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<Stored> {
+        if !is_name(name) {
+            return None;
+        }
+        let path = self.model(name);
+        let manifest = read_manifest(&path)?;
+        // The oldest goes first when room is short; nobody is the worse for it if this cannot be told.
+        let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        Stored::open(self, path, manifest)
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn usage(&self) -> WeightUsage {
+        let catalogue = self.read_all().unwrap_or_default();
+        WeightUsage {
+            models: catalogue.models.len(),
+            bytes: ByteCount(catalogue.packs.values().sum()),
+            unshared: ByteCount(catalogue.models.iter().map(|(_, manifest)| manifest.bytes()).sum()),
+        }
+    }
+
+    fn model(&self, name: &str) -> PathBuf {
+        self.root.join(MODELS).join(name)
+    }
+
+    fn pack(&self, name: &str) -> PathBuf {
+        self.root.join(PACKS).join(name)
+    }
+
+    /// Models whose manifests are right, and packs that are whole.
+    fn read_all(&self) -> Result<Catalogue, DiskError> {
+        let mut catalogue = Catalogue::default();
+        for (name, metadata) in list(&self.root.join(PACKS))? {
+            if is_name(&name) {
+                catalogue.packs.insert(name, metadata.len());
+            }
+        }
+        for (name, metadata) in list(&self.root.join(MODELS))? {
+            let Some(manifest) = is_name(&name).then(|| read_manifest(&self.model(&name))).flatten() else {
+                continue;
+            };
+            let is_there = |piece: &shoal_core::store::weights::Piece| {
+                catalogue.packs.get(&piece.pack).is_some_and(|bytes| piece.at + piece.bytes <= *bytes)
+            };
+            if !manifest.pieces.iter().all(is_there) {
+                continue;
+            }
+            let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            let used = since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX));
+            let packs = manifest.packs().into_iter().map(str::to_owned).collect();
+            catalogue.models.push((StoredModel { name, used, packs }, manifest));
+        }
+        Ok(catalogue)
+    }
+
+    /// Takes the lock, and removes what nobody can use: unfinished files, damaged manifests, packs of no model.
+    fn take(&self) -> Result<(File, Catalogue), DiskError> {
+        let lock = lock(&self.root)?;
+        let mut catalogue = self.read_all()?;
+        let used: BTreeSet<&String> = catalogue.models.iter().flat_map(|(model, _)| &model.packs).collect();
+        let known: BTreeSet<&String> = catalogue.models.iter().map(|(model, _)| &model.name).collect();
+        for (folder, stays) in [(PACKS, &used), (MODELS, &known)] {
+            for (name, _) in list(&self.root.join(folder))? {
+                let is_ours = is_name(name.strip_suffix(&format!(".{UNFINISHED}")).unwrap_or(&name));
+                if is_ours && !stays.contains(&name) {
+                    remove(&self.root.join(folder).join(&name))?;
+                }
+            }
+        }
+        let gone: Vec<String> = catalogue.packs.keys().filter(|name| !used.contains(name)).cloned().collect();
+        for name in gone {
+            catalogue.packs.remove(&name);
+        }
+        Ok((lock, catalogue))
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), DiskError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(io_error("cannot make the directory", path))
+}
+
+/// Whether a directory is ours already.
+fn has_marker(path: &Path) -> Result<bool, DiskError> {
+    let at = path.join(MARKER);
+    let file = match File::open(&at) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(io_error("cannot open", &at)(error)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MARKER_BYTES_MAX).read_to_end(&mut bytes).map_err(io_error("cannot read", &at))?;
+    let value: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+    match value.and_then(|value| value["format"].as_u64()) {
+        Some(found) if found == u64::from(WEIGHTS_VERSION) => Ok(true),
+        Some(found) => Err(DiskError::OtherVersion { path: path.to_owned(), found, ours: WEIGHTS_VERSION }),
+        None => Err(DiskError::Damaged { path: at, reason: "it names no format".to_owned() }),
+    }
+}
+
+fn check_empty(path: &Path) -> Result<(), DiskError> {
+    for entry in fs::read_dir(path).map_err(io_error("cannot list", path))? {
+        let name = entry.map_err(io_error("cannot list", path))?.file_name();
+        let name = name.to_string_lossy();
+        let is_ours =
+            [LOCK, PACKS, MODELS, MARKER, "lost+found"].contains(&&*name) || name.starts_with(MARKER_NEW);
+        if !is_ours {
+            return Err(DiskError::Foreign { path: path.to_owned(), entry: name.into_owned() });
+        }
+    }
+    Ok(())
+}
+
+fn list(folder: &Path) -> Result<Vec<(String, fs::Metadata)>, DiskError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io_error("cannot list", folder))? {
+        let entry = entry.map_err(io_error("cannot list", folder))?;
+        // What goes meanwhile is not there.
+        if let (Ok(name), Ok(metadata)) = (entry.file_name().into_string(), entry.metadata())
+            && metadata.is_file()
+        {
+            found.push((name, metadata));
+        }
+    }
+    Ok(found)
+}
+
+fn read_manifest(path: &Path) -> Option<Manifest> {
+    let mut bytes = Vec::new();
+    File::open(path).ok()?.take(MANIFEST_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+    Manifest::decode(&bytes)
+}
+
+fn remove(path: &Path) -> Result<(), DiskError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("cannot remove", path)(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,152 @@
+//! One model that is stored.
+//!
+//! Its packs stay open, so that it can be read to the end even when it makes room for others meanwhile.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shoal_core::bytes::ByteCount;
+use shoal_core::store::weights::{Manifest, StoredExtent};
+
+use super::pack::{Media, PART_BYTES, Part};
+use super::{WeightStore, WeightsError, remove};
+use crate::disk::directory::medium_to_read;
+use crate::store::Buffer;
+
+/// A region that can be read from a [`WeightStore`].
+pub struct Stored {
+    manifest: Manifest,
+    path: PathBuf,
+    /// Of each piece, the index of its pack.
+    packs: Vec<usize>,
+    media: Mutex<Media>,
+    depth: usize,
+    io_deadline: Duration,
+}
+
+impl fmt::Debug for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stored")
+            .field("path", &self.path)
+            .field("bytes", &self.bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stored {
+    pub(super) fn open(store: &WeightStore, path: PathBuf, manifest: Manifest) -> Option<Self> {
+        let mut media = Media::default();
+        let mut packs = Vec::with_capacity(manifest.pieces.len());
+        for piece in &manifest.pieces {
+            let at = store.pack(&piece.pack);
+            let known = media.packs.iter().position(|(path, _)| *path == at);
+            let index = if let Some(index) = known {
+                index
+            } else {
+                let options = &store.options;
+                let opened = medium_to_read(&at, options.engine, options.depth, options.wants_direct);
+                let medium = (store.wrap)(opened.ok()?);
+                media.packs.push((at, medium));
+                media.packs.len() - 1
+            };
+            if media.packs[index].1.bytes().ok()? < piece.at + piece.bytes {
+                return None;
+            }
+            packs.push(index);
+        }
+        let (media, depth, io_deadline) = (Mutex::new(media), store.options.depth, store.options.io_deadline);
+        Some(Self { manifest, path, packs, media, depth, io_deadline })
+    }
+
+    /// What was noted when it was stored.
+    #[must_use]
+    pub fn note(&self) -> &str {
+        &self.manifest.note
+    }
+
+    /// The region's length.
+    #[must_use]
+    pub fn bytes(&self) -> ByteCount {
+        ByteCount(self.manifest.bytes())
+    }
+
+    /// The region's extents, by address.
+    #[must_use]
+    pub fn extents(&self) -> &[StoredExtent] {
+        &self.manifest.extents
+    }
+
+    /// How many requests are worth having under way.
+    pub(crate) const fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Reads ranges of the region, in their order and cut into parts of a mebibyte at most, which begin and end at multiples of
+    /// 4 KiB if the ranges do. Nothing of it is verified yet.
+    ///
+    /// `target` gives the memory for a part of so many bytes at that offset of the region, `done` gets it back filled, in order.
+    ///
+    /// # Errors
+    /// The first failure, of the disk or of these two.
+    pub(crate) fn read(
+        &self,
+        ranges: &[(u64, u64)],
+        window: usize,
+        part_bytes: u64,
+        mut target: impl FnMut(u64, usize) -> Result<Buffer, WeightsError>,
+        mut done: impl FnMut(u64, usize, Buffer) -> Result<(), WeightsError>,
+    ) -> Result<(), WeightsError> {
+        let parts: Vec<Part> =
+            ranges.iter().flat_map(|&(offset, bytes)| self.parts(offset, bytes, part_bytes)).collect();
+        self.media.lock().read(
+            parts,
+            window,
+            self.io_deadline,
+            |part| target(part.offset, part.bytes),
+            |part, buffer| done(part.offset, part.bytes, buffer),
+        )
+    }
+
+    fn parts(&self, offset: u64, bytes: u64, part_bytes: u64) -> Vec<Part> {
+        let part_bytes = part_bytes.clamp(1, PART_BYTES);
+        let (mut parts, mut start) = (Vec::new(), 0);
+        let to = offset + bytes;
+        for (piece, pack) in self.manifest.pieces.iter().zip(&self.packs) {
+            let (mut from, end) = (start.max(offset), (start + piece.bytes).min(to));
+            while from < end {
+                let bytes = (end - from).min(part_bytes);
+                parts.push(Part {
+                    offset: from,
+                    bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
+                    pack: *pack,
+                    at: piece.at + (from - start),
+                });
+                from += bytes;
+            }
+            start += piece.bytes;
+        }
+        parts
+    }
+
+    /// Drops what was found damaged: the model, and the packs in which those bytes of its region lie. Whoever shares them finds
+    /// nothing either, and stores them anew.
+    pub(crate) fn drop_damaged(&self, offset: u64, bytes: u64) -> WeightsError {
+        let mut paths = vec![self.path.clone()];
+        {
+            let media = self.media.lock();
+            for part in self.parts(offset, bytes, PART_BYTES) {
+                paths.push(media.packs[part.pack].0.clone());
+            }
+        }
+        paths.dedup();
+        for path in &paths {
+            if let Err(error) = remove(path) {
+                tracing::warn!(%error, "damaged weights stay where they are");
+            }
+        }
+        tracing::error!(model = %self.path.display(), offset, bytes, "stored weights were damaged, and dropped");
+        WeightsError::Damaged { offset, bytes: ByteCount(bytes) }
+    }
+}
