@@ -40,6 +40,7 @@ from shoal.memory import (
     parse_size,
 )
 from shoal.tiers import DiskTier, HostTier, KvTier, Prefetch, RemoteTier, TierStack
+from shoal.weights import StoredWeights, WeightStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,10 +81,12 @@ __all__ = [
     "RemoteTier",
     "Report",
     "SourcePiece",
+    "StoredWeights",
     "TierError",
     "TierStack",
     "Transfer",
     "TransferError",
+    "WeightStore",
     "__version__",
     "main",
     "parse_size",

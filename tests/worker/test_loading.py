@@ -165,3 +165,30 @@ def test_no_room_for_kv_says_how_much_is_needed(llama_dir):
     loaded = loading.load(loading.inspect(llama_dir), spec)
     with pytest.raises(LoadError, match=r"kv_max_bytes is 1000; the least for this model is \d+"):
         assemble("tiny", loaded, PlainMemory(), spec, 1)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama_dir", "bert_dir"])
+def test_a_blank_model_differs_in_its_bytes_alone(request, kind, dtype):
+    path = request.getfixturevalue(kind)
+    files, spec = loading.inspect(path), WorkerSpec(source=str(path), dtype=dtype)
+    whole, blank = loading.load(files, spec), loading.load(files, spec, is_blank=True)
+    tensors = [
+        {
+            name: (value.shape, value.dtype, value.stride())
+            for name, value in one.model.state_dict(keep_vars=True).items()
+        }
+        for one in (whole, blank)
+    ]
+    assert tensors[0] == tensors[1]
+    stored = whole.model.state_dict().keys()
+    kept = {name: value for name, value in whole.model.named_buffers() if name not in stored}
+    for name, value in blank.model.named_buffers():
+        assert name in stored or torch.equal(value, kept[name]), name
+    ties = [{name for name, _ in one.model.named_parameters()} for one in (whole, blank)]
+    assert ties[0] == ties[1]
+    assert (whole.context_tokens, whole.eos, whole.generation_config) == (
+        blank.context_tokens, blank.eos, blank.generation_config,
+    )  # fmt: skip
+    assert whole.model.config._attn_implementation == blank.model.config._attn_implementation
+    assert not blank.model.training

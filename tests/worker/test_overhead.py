@@ -299,4 +299,4 @@ def test_a_causal_model_in_float32_runs_in_bfloat16_on_a_gpu(  # noqa: PLR0917 -
 ) -> None:
     tensors = {"w": TensorPlace(tmp_path, stored, (2,), 0, 8), "i": TensorPlace(tmp_path, "I64", (1,), 8, 8)}
     files = ModelFiles(tmp_path, kind, {}, tensors)
-    assert loading._dtype(files, WorkerSpec(source="x", device=at, dtype=wanted)) == expected
+    assert loading.dtype_of(files, WorkerSpec(source="x", device=at, dtype=wanted)) == expected

@@ -13,6 +13,7 @@ use shoal_core::kv::state::KvError;
 use shoal_core::protocol::LeaseKind;
 use shoal_device::{DeviceError, ErrorKind};
 use shoal_memory::disk::DiskError;
+use shoal_memory::weights::WeightsError;
 use shoal_memory::{LeaseError, MemoryError};
 
 /// The value of a field of an error.
@@ -115,6 +116,22 @@ pub(crate) fn of_disk(error: DiskError) -> PyErr {
     };
     let path = path.display().to_string();
     raise("TierError", kind, &error.to_string(), vec![("path", path.into())])
+}
+
+/// Why weights were not stored, or not read.
+pub(crate) fn of_weights(error: WeightsError) -> PyErr {
+    let kind = match error {
+        WeightsError::Disk(error) => return of_disk(error),
+        WeightsError::Memory(error) => return of_memory(error),
+        WeightsError::NoRoom { .. } => "no_room",
+        WeightsError::Damaged { .. } => "damaged",
+        WeightsError::OtherLayout => "other_layout",
+        WeightsError::Changed { .. } => "changed",
+        WeightsError::BadName { .. } => "bad_name",
+        WeightsError::Stopped => "stopped",
+        _ => "failed",
+    };
+    raise("TierError", kind, &error.to_string(), vec![])
 }
 
 /// What the memory manager said.

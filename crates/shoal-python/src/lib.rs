@@ -36,6 +36,7 @@ mod policy;
 mod region;
 mod tiers;
 mod torch_hooks;
+mod weights;
 
 /// The native half of the package; its documented face is `shoal`.
 #[pymodule]
@@ -64,6 +65,8 @@ mod _native {
         PyDiskTier, PyHostTier, PyKvTier, PyPrefetch, PyRemoteTier, PyStore, PyStoreKey, PyStoreNames,
         PyTierStack,
     };
+    #[pymodule_export]
+    use crate::weights::{PyStoredWeights, PyWeightStore};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -13,6 +13,7 @@ from shoal.torch.graphs import graph, pool
 from shoal.torch.placement import Placed, Placement, place
 from shoal.torch.pools import disable, stats, use_region
 from shoal.torch.safetensors import safetensors_sources
+from shoal.torch.stored import store_weights
 from shoal.torch.tensors import device_of, tensor
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "pool",
     "safetensors_sources",
     "stats",
+    "store_weights",
     "tensor",
     "use_region",
 ]

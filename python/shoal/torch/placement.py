@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import RegionError
+from shoal.errors import OutOfMemoryError, RegionError, TierError
 from shoal.torch.parts import Entry, collect, order_of_use
+from shoal.torch.stored import layout_of, source_of, sources_in
 from shoal.torch.tensors import device_of, tensor
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
     from shoal.memory import MemoryManager, Region, SourcePiece
+    from shoal.weights import StoredWeights
 
 __all__ = ["Placed", "Placement", "place"]
 
+logger = logging.getLogger(__name__)
+
+LAYOUT = "1"
+"""Stands for how tensors are placed and regions cut: what is stored of another one is not looked for."""
+
 # A tensor starts where a vector load and a copy engine like it: large ones on a coarser boundary, which costs little.
-_ALIGN_SMALL = 64
-_ALIGN_LARGE = 256
-_LARGE_BYTES = 64 << 10
+# The largest where direct I/O can begin, so that each is one piece in a store of weights.
+_ALIGNMENTS = ((1 << 20, 4096), (64 << 10, 256), (0, 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,20 @@ class Placement:
         Where each tensor lies, in order.
     left_out
         Names of buffers that were left in normal memory (the device's), because they are not persistent.
+    layout
+        Stands for where which tensor lies.
+    sources
+        Where tensors can be read again, by name.
+    from_store
+        Whether the bytes came from a store of weights.
     """
 
     region: Region
     tensors: tuple[Placed, ...]
     left_out: tuple[str, ...] = ()
+    layout: str = ""
+    sources: Mapping[str, SourcePiece] = field(default_factory=dict, repr=False)
+    from_store: bool = False
     _by_name: dict[str, Placed] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +117,10 @@ def place(
     mem: MemoryManager,
     name: str = "weights",
     *,
-    sources: Mapping[str, SourcePiece] | None = None,
+    sources: Mapping[str, SourcePiece] | Callable[[], Mapping[str, SourcePiece]] | None = None,
+    stored: StoredWeights | None = None,
+    directory: str | os.PathLike[str] = "",
+    is_blank: bool = False,
     example: Callable[[torch.nn.Module], Any] | None = None,
     release_early: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -121,7 +141,16 @@ def place(
     name
         The region's name.
     sources
-        For parameters by name: where their bytes can be read again. See :func:`safetensors_sources`.
+        For parameters by name: where their bytes can be read again. See :func:`safetensors_sources`. What gives them is
+        called only where `stored` cannot be used.
+    stored
+        What was stored of this very module, with these bytes: they are read from there, and not from the module's own
+        memory. Where it is of another layout, damaged or cannot be read, it is as if there were none.
+    directory
+        Where the files are from which what is stored can be read as well.
+    is_blank
+        The module's own memory holds anything, and what is stored is all there is: where it cannot be used, an error
+        says so.
     example
         Called with the module before anything moves; the order in which it uses its parts becomes the order of the
         region. Without it: the order of registration, embeddings first and the language model's head last.
@@ -144,10 +173,11 @@ def place(
         If the host budget is short and a tensor has no source.
     TransferError
         If a source does not hold a tensor's bytes.
+    TierError
+        If the module is blank and what is stored cannot be used: its ``kind`` is ``"not_stored"``.
     DeviceError
         If the range of addresses cannot be reserved.
     """
-    sources = sources or {}
     entries, left_out = collect(module, None if example is None else order_of_use(module, example))
     if not entries:
         raise ValueError("the module has no parameters")
@@ -158,17 +188,26 @@ def place(
             )
     end = 0
     for entry in entries:
-        align = _ALIGN_LARGE if entry.nbytes >= _LARGE_BYTES else _ALIGN_SMALL
+        align = next(align for least, align in _ALIGNMENTS if entry.nbytes >= least)
         entry.offset = -(-end // align) * align
         end = entry.offset + entry.nbytes
     region = mem.region(name, max(end, 1), kind="weights", backing="keep")
+    layout = layout_of(entries)
+    known = None if stored is None else _load(region, entries, stored, layout, directory)
+    if known is None and is_blank:
+        raise TierError("what is stored of this module cannot be used", kind="not_stored")
+    if known is not None:
+        sources = known
+    elif callable(sources):
+        sources = sources()
+    sources = sources or {}
     placed = []
     swaps: list[tuple[Entry, torch.Tensor]] = []
     done, total = 0, sum(entry.nbytes for entry in entries)
     for entry in entries:
-        source = next((sources[alias] for alias in entry.names if alias in sources), None)
+        source = source_of(entry.names[0], entry.names[1:], sources)
         stride = entry.one.stride() if _is_dense(entry.one) else None
-        if entry.nbytes:
+        if entry.nbytes and known is None:
             flat = _flat(entry.one)
             region.stage(entry.offset, _bytes_of(flat), source)
             del flat
@@ -186,11 +225,33 @@ def place(
             swaps.append((entry, target))
         if progress is not None:
             progress(done, total)
-    region.seal()
+    if known is None:
+        region.seal()
     for entry, target in swaps:
         _swap(entry, target)
     _move_buffers(module, device_of(region))
-    return Placement(region, tuple(placed), tuple(left_out))
+    return Placement(region, tuple(placed), tuple(left_out), layout, sources, known is not None)
+
+
+def _load(
+    region: Region, entries: list[Entry], stored: StoredWeights, layout: str, directory: str | os.PathLike[str]
+) -> dict[str, SourcePiece] | None:
+    """Fill the region from what is stored; gives where tensors can be read again, or None where that cannot be done."""
+    known = sources_in(stored.note, layout, directory)
+    if known is None:
+        logger.info("stored weights of another layout are not used")
+        return None
+    tensors = [
+        (entry.offset, entry.nbytes, source_of(entry.names[0], entry.names[1:], known))
+        for entry in entries
+        if entry.nbytes
+    ]
+    try:
+        stored.load(region, tensors)
+    except (TierError, RegionError, OutOfMemoryError) as error:
+        logger.warning("stored weights are not used, the model's files are read: %s", error)
+        return None
+    return known
 
 
 def _is_dense(value: torch.Tensor) -> bool:

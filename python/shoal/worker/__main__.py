@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from shoal import BrokerClient
 
     from .device import DeviceMemory
-    from .loading import Progress
+    from .loading import LoadedModel, ModelFiles, Progress
     from .serving import Assembled
     from .spec import WorkerSpec
+    from .weights import WeightsAtRest
 
 logger = logging.getLogger("shoal.worker")
 
@@ -108,6 +109,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
         from . import hooks, loading
         from .serving import assemble
         from .tiers import facts_of
+        from .weights import WeightsAtRest
 
     torch.set_num_threads(spec.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -121,10 +123,9 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     host_tier = spec.host_tier_bytes if files.kind == "causal" and spec.prefix_caching else 0
     memory = _open(client, spec, client.welcome["host_budget"] - host_tier)
     begun = time.monotonic()
-    loaded = loading.load(files, spec, tell)
-    read = time.monotonic()
-    weights = memory.place(loaded.model, path, lambda done, total: tell("placing", done, total))
-    logger.info("model made in %.1f s, its weights placed in %.1f s", read - begun, time.monotonic() - read)
+    at_rest = None if spec.weights is None else WeightsAtRest(spec.weights, files, str(loading.dtype_of(files, spec)))
+    loaded, weights = _placed(memory, files, spec, tell, at_rest)
+    logger.info("model made, its weights placed, in %.1f s", time.monotonic() - begun)
     memory.warm_up(loaded.model.dtype)
     assembled = assemble(name, loaded, memory, spec, weights)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
@@ -155,6 +156,28 @@ def _nothing_collected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _placed(
+    memory: DeviceMemory, files: ModelFiles, spec: WorkerSpec, tell: Progress, at_rest: WeightsAtRest | None
+) -> tuple[LoadedModel, int]:
+    """Make the model, and place its weights: those that are at rest if they can be used, else those of its files."""
+    from shoal import TierError
+
+    from . import loading
+    from .errors import LoadError
+
+    def place(loaded: LoadedModel) -> tuple[LoadedModel, int]:
+        return loaded, memory.place(loaded.model, files.path, lambda done, total: tell("placing", done, total), at_rest)
+
+    if at_rest is not None and at_rest.find():
+        try:
+            return place(loading.load(files, spec, tell, is_blank=True))
+        except (TierError, LoadError) as error:
+            # Whatever it is, the files decide whether the model can be served.
+            logger.warning("the weights at rest are not used: %s", error)
+            at_rest.forget()
+    return place(loading.load(files, spec, tell))
 
 
 class _Telling:
@@ -259,6 +282,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     if assembled.memory.steps_in_order:
         client.set_steps_in_order()
     client.ready(assembled.capabilities)
+    assembled.memory.store_weights()
     logger.info("ready: %s", _in_words(assembled.capabilities))
     heard = threading.Event()
     watch = asyncio.create_task(_watch(client, assembled, ending, heard, server))

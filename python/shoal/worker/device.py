@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .kv import KvLayout
     from .overhead import Overhead
     from .spec import DiskShare, RemoteShare
-
+    from .weights import WeightsAtRest
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +238,7 @@ class DeviceMemory:
         self._kv: DeviceKv | None = None
         self._weights: Region | None = None  # where steps run beside its wakes
         self._is_wanted: Callable[[], bool] | None = None
+        self._at_rest: WeightsAtRest | None = None
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Load what the first step would load: libraries, kernels, workspaces. Needs no weights."""
@@ -298,7 +299,11 @@ class DeviceMemory:
         return self._is_wanted is not None and not self._is_wanted()
 
     def place(
-        self, module: torch.nn.Module, files: Path | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        module: torch.nn.Module,
+        files: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        at_rest: WeightsAtRest | None = None,
     ) -> int:
         """Move the parameters of `module` into a region; returns its bytes. Needs no device memory.
 
@@ -310,19 +315,36 @@ class DeviceMemory:
             The directory it was loaded from: what is there need not be kept in host memory as well.
         progress
             Told bytes placed and bytes in all.
+        at_rest
+            Where the weights are stored, or will be. Where they are, `module` may be blank.
 
         Raises
         ------
         LoadError
             The host budget is too small, or the files changed while they were read.
+        TierError
+            What is stored cannot be used. It is found no more.
         """
-        sources: dict[str, Any] = {} if files is None else shoal.torch.safetensors_sources(files, module)
+        stored = None if at_rest is None else at_rest.stored
         try:
-            placement = shoal.torch.place(module, self._mem, sources=sources, release_early=True, progress=progress)
+            placement = shoal.torch.place(
+                module,
+                self._mem,
+                # Compared byte by byte: not where it is known already.
+                sources=None if files is None else lambda: shoal.torch.safetensors_sources(files, module),
+                stored=stored,
+                directory=files or "",
+                is_blank=stored is not None,
+                release_early=True,
+                progress=progress,
+            )
         except OutOfMemoryError as error:
             raise LoadError("host_budget", f"the weights do not fit into the host budget: {error}") from error
         except TransferError as error:
             raise LoadError("model_corrupt", f"{files}: the files changed while they were read: {error}") from error
+        if at_rest is not None:
+            self._at_rest = at_rest
+            at_rest.place(placement)
         for reason in self._mem.host_memory()["reasons"]:
             logger.info("memory for host copies: %s", reason)
         if os.environ.get(_WHOLE) != "1":
@@ -393,8 +415,15 @@ class DeviceMemory:
         """Give what the tiers below the device did for the KV cache."""
         return [] if self._kv is None or self._kv.below is None else self._kv.below.figures()
 
+    def store_weights(self) -> None:
+        """Begin to store the weights where they are kept at rest, if they are not there; once the model serves."""
+        if self._at_rest is not None:
+            self._at_rest.fill()
+
     def close(self) -> None:
         """Write out what is not on disk yet, within a few seconds."""
+        if self._at_rest is not None:
+            self._at_rest.close()
         if self._kv is not None and self._kv.below is not None:
             self._kv.below.close()
 

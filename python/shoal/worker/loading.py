@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 _HEADER_BYTES_MAX = 100 << 20
+_TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _ENCODERS = (
     "bert",
@@ -295,8 +307,21 @@ def safetensors_places(path: Path) -> dict[str, TensorPlace]:
     return places
 
 
-def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: None) -> LoadedModel:
+def load(
+    files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: None, *, is_blank: bool = False
+) -> LoadedModel:
     """Load a checked directory on the CPU.
+
+    Parameters
+    ----------
+    files
+        From :func:`inspect`.
+    spec
+        What the server says of the model.
+    progress
+        Told the phase, bytes done and bytes in all.
+    is_blank
+        Make the model without reading its weights: its parameters hold anything, for whoever has the bytes elsewhere.
 
     Raises
     ------
@@ -314,9 +339,12 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     auto = AutoModelForCausalLM if files.kind == "causal" else AutoModel
     if files.kind == "embedding":
         options["add_pooling_layer"] = False
-    dtype = _dtype(files, spec)
+    dtype = dtype_of(files, spec)
     try:
-        model, info = _from_pretrained(auto, files.path, dtype=dtype, use_safetensors=True, **options)
+        if is_blank:
+            model, info = _blank(auto, files, dtype, options)
+        else:
+            model, info = _from_pretrained(auto, files.path, dtype=dtype, use_safetensors=True, **options)
     except LoadError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -347,7 +375,7 @@ def load(files: ModelFiles, spec: WorkerSpec, progress: Progress = lambda *_: No
     )
 
 
-def _dtype(files: ModelFiles, spec: WorkerSpec) -> Any:
+def dtype_of(files: ModelFiles, spec: WorkerSpec) -> Any:
     """Give what the specification says; without a word, that of the files, but no causal model in float32 on a GPU.
 
     A GPU computes in bfloat16 several times as fast and in half the memory; the same choice as other engines make.
@@ -363,7 +391,7 @@ def _dtype(files: ModelFiles, spec: WorkerSpec) -> Any:
     return "auto"
 
 
-def _from_pretrained(auto: Any, path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(auto: Any, path: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     try:
         return auto.from_pretrained(path, output_loading_info=True, **options)
     except TypeError:
@@ -371,6 +399,29 @@ def _from_pretrained(auto: Any, path: Path, **options: Any) -> tuple[Any, dict[s
             raise
         options.pop("add_pooling_layer")
         return auto.from_pretrained(path, output_loading_info=True, **options)
+
+
+def _blank(auto: Any, files: ModelFiles, dtype: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Make the model of tensors that nobody has written to, so that they take neither time nor memory."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    config = AutoConfig.from_pretrained(files.path, **_only(options, "local_files_only", "trust_remote_code"))
+    kind = _get_model_class(config, auto._model_mapping)
+    tensors = {}
+    for name, place in files.tensors.items():
+        own = getattr(torch, _TORCH_DTYPES[place.dtype])
+        # In what it is served in at once: a conversion would write to it.
+        is_converted = isinstance(dtype, torch.dtype) and own.is_floating_point
+        tensors[name] = torch.empty(place.shape, dtype=dtype if is_converted else own)
+    pooling = _only(options, "add_pooling_layer")
+    return _from_pretrained(kind, None, config=config, state_dict=tensors, dtype=dtype, **pooling)
+
+
+def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Give those of the options that are named."""
+    return {name: options[name] for name in names if name in options}
 
 
 def _refuse_unserved(files: ModelFiles, model: PreTrainedModel) -> None:

@@ -161,5 +161,8 @@ class Memory(Protocol):
     def tiers(self) -> list[dict[str, Any]]:
         """Give what each tier below the device did for the KV cache, as the server is told."""
 
+    def store_weights(self) -> None:
+        """Begin to store the weights where they are kept at rest, once the model serves; from any thread, at once."""
+
     def close(self) -> None:
         """Write out what tiers below the device have not written yet, within a few seconds."""

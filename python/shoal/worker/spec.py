@@ -44,6 +44,22 @@ class DiskShare:
 
 
 @dataclass(frozen=True)
+class WeightShare:
+    """Where weights are kept at rest, those of all models together.
+
+    Attributes
+    ----------
+    path
+        A directory.
+    bytes
+        Most bytes in it.
+    """
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class RemoteShare:
     """What several servers keep KV in together.
 
@@ -104,6 +120,8 @@ class WorkerSpec:
         The key that what is on disk is encrypted with; None where it is not.
     disk_wait_s
         How long a prompt, and the step that it is in, waits for what is on disk of it.
+    weights
+        Where weights are kept at rest, so that the next start reads them from there; None where they are not.
     remote
         Where several servers keep such KV together; None where they do not.
     tier_load
@@ -139,6 +157,7 @@ class WorkerSpec:
     disk: tuple[DiskShare, ...] = ()
     disk_key_file: str | None = None
     disk_wait_s: float = 1.0
+    weights: WeightShare | None = None
     remote: RemoteShare | None = None
     tier_load: str = "fastest"
     tier_idle_s: float | None = None
@@ -211,6 +230,8 @@ def _checked(key: str, value: Any) -> Any:
         return value
     if key == "disk":
         return _disk(value)
+    if key == "weights":
+        return _weights(value)
     if key == "remote":
         return _remote(value)
     if key in ("stall_timeout_s", "disk_wait_s", "tier_idle_s"):
@@ -235,6 +256,12 @@ def _disk(value: Any) -> tuple[DiskShare, ...]:
         limit = None if writes is None else parse_bytes("disk.write_bytes_per_hour", writes)
         shares.append(DiskShare(path, parse_bytes("disk.bytes", size), limit))
     return tuple(shares)
+
+
+def _weights(value: Any) -> WeightShare:
+    if not isinstance(value, dict) or not isinstance(value.get("path"), str) or not value["path"]:
+        raise SpecError(f"weights: {value!r} names no directory")
+    return WeightShare(value["path"], parse_bytes("weights.bytes", value.get("bytes")))
 
 
 def _remote(value: Any) -> RemoteShare:

@@ -348,6 +348,26 @@ def facts_of(files: ModelFiles, device: str, dtype: str, *, by_content: bool = F
     }
 
 
+def weights_facts(files: ModelFiles, dtype: str) -> dict[str, str]:
+    """Name what the bytes of a model's weights in memory depend on.
+
+    Raises
+    ------
+    FilesChangedError
+        A file is not the one that the model was loaded from any more, or was written to.
+    """
+    import torch
+    import transformers
+
+    from shoal.torch.placement import LAYOUT
+
+    at = files.path / "config.json"
+    with unchanged(at, files.stamps) as file:
+        config = hashlib.file_digest(file, "sha256").hexdigest()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "layout": LAYOUT}
+    return {"config": config, "weights": _weights(files), "dtype": dtype, **versions}
+
+
 def _cpu() -> str:
     """Tell what decides how a processor rounds: its instructions, and how many threads share a sum."""
     import torch

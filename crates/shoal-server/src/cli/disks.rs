@@ -35,9 +35,10 @@ pub(super) fn disk_tier(config: &ServerConfig) -> Vec<Check> {
 }
 
 fn of_disk(disk: &DiskTier) -> Vec<Check> {
-    let DiskTier { path, bytes, .. } = disk;
+    let DiskTier { path, bytes, weights, .. } = disk;
     let name = format!("disk tier ({})", path.display());
-    let mut checks = vec![room(&name, path, *bytes)];
+    let most = ByteCount(bytes.0.saturating_add(weights.unwrap_or_default().0));
+    let mut checks = vec![room(&name, path, most)];
     if path.is_dir() {
         checks.push(means(&name, path));
     } else {
@@ -58,17 +59,21 @@ fn room(name: &str, path: &Path, bytes: ByteCount) -> Check {
             let free = ByteCount(stat.f_bavail.saturating_mul(stat.f_frsize));
             let held = held(path);
             let found = format!("{free} free and {held} in use, of at most {bytes}");
-            let remedy = "make room, or lower `bytes`; until then less is kept";
+            let remedy = "make room, or lower `bytes` or `weights`; until then less is kept";
             Check::of(free.0.saturating_add(held.0) >= bytes.0, Level::Warn, name, found, remedy)
         }
         Err(error) => Check::not_ok(Level::Warn, name, error.to_string(), "check the directory"),
     }
 }
 
-/// What the logs of models take there.
+/// What the logs of models take there, and weights.
 fn held(path: &Path) -> ByteCount {
-    let logs = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path().join("log"));
-    logs.filter_map(|log| Some(ByteCount(std::fs::metadata(log).ok()?.blocks().saturating_mul(512)))).sum()
+    let entries =
+        |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let logs = entries(path).map(|entry| entry.join("log"));
+    logs.chain(entries(&path.join("weights/packs")))
+        .filter_map(|log| Some(ByteCount(std::fs::metadata(log).ok()?.blocks().saturating_mul(512))))
+        .sum()
 }
 
 /// How a file there is read and written.
@@ -113,7 +118,8 @@ mod tests {
     #[test]
     fn directories_are_judged() {
         let folder = tempfile::tempdir().expect("a directory");
-        let disk = |path: PathBuf, bytes| DiskTier { path, bytes, write_bytes_per_hour: bytes };
+        let disk =
+            |path: PathBuf, bytes| DiskTier { path, bytes, write_bytes_per_hour: bytes, weights: None };
         let worst = |disk: &DiskTier| of_disk(disk).into_iter().map(|check| check.level).max();
         let here = folder.path().to_owned();
 

@@ -33,6 +33,15 @@ impl ServerConfig {
         self.disk.iter().map(entry).collect()
     }
 
+    /// Where `model`'s worker keeps weights at rest, with those of all others; null where it does not.
+    pub(super) fn weights_of(&self, model: &ModelConfig) -> serde_json::Value {
+        let disk = self.disk.iter().find_map(|disk| Some((disk, disk.weights?)));
+        disk.filter(|_| matches!(model.engine, Engine::Transformers)).map_or(
+            serde_json::Value::Null,
+            |(disk, bytes)| serde_json::json!({ "path": disk.path.join("weights"), "bytes": bytes }),
+        )
+    }
+
     /// What `model`'s worker is told of the remote tier; null where it has none. Names tell models apart there.
     pub(super) fn remote_of(&self, model: &ModelConfig) -> serde_json::Value {
         let remote = self.tiers.remote().filter(|_| keeps_kv(model.engine, model.prefix_caching));
@@ -64,6 +73,9 @@ pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], pro
                 String::new()
             };
             bad("bytes", format!("{bytes} is too little: at least {least}{each}"));
+        }
+        if let Some(weights) = disk.value.weights.filter(|weights| *weights < DISK_SHARE_MIN) {
+            bad("weights", format!("{weights} is too little: at least {DISK_SHARE_MIN}"));
         }
         let here = lies_at(path);
         let before = disks[..place].iter().map(|before| &before.value.path);
@@ -104,6 +116,7 @@ fn is_within(one: &Path, other: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::load_here;
     use super::*;
 
     #[test]
@@ -117,5 +130,25 @@ mod tests {
             assert_eq!((problem.line, problem.column), (2, 17));
             assert!(said.starts_with(&format!("`disk_key_file`: no key in {path}: {why}")), "{said}");
         }
+    }
+
+    #[test]
+    fn all_transformers_models_keep_weights_in_one_place() {
+        let models = "[[model]]\nname = 'a'\nsource = 'org/a'\nprefix_caching = false\n\
+                      [[model]]\nname = 'b'\nsource = 'org/b'\n[[model]]\nname = 'c'\nsource = 'org/c'\nengine = 'vllm'\n";
+        let told = |disk: &str| {
+            let config = load_here(&format!("[server]\n{disk}\n{models}")).expect("good");
+            ["a", "b", "c"]
+                .map(|name| config.spec_of(config.model(name).expect("it is there"))["weights"].clone())
+        };
+        let [a, b, c] = told(
+            "disk = [{ path = '/a', bytes = '1GiB' }, { path = '/b', bytes = '1GiB', weights = '2GiB' }]",
+        );
+        assert_eq!(a, serde_json::json!({"path": "/b/weights", "bytes": ByteCount::gib(2)}));
+        assert_eq!((a, c.is_null()), (b, true));
+        assert!(told("disk = [{ path = '/a', bytes = '1GiB' }]").iter().all(serde_json::Value::is_null));
+        let disk = "[server]\ndisk = [{ path = '/tmp', bytes = '1GiB', weights = '1MiB' }]";
+        let error = load_here(&format!("{disk}\n{models}")).expect_err("too little");
+        assert!(error.contains("`weights`: 1 MiB is too little: at least 64 MiB"), "{error}");
     }
 }

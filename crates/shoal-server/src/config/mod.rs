@@ -199,6 +199,7 @@ impl ServerConfig {
             "disk": self.disk_of(model),
             "disk_key_file": self.disk_key_file,
             "disk_wait_s": self.disk_wait.as_secs_f64(),
+            "weights": self.weights_of(model),
             "remote": self.remote_of(model),
             "tier_load": self.tiers.load(),
             "tier_idle_s": self.tiers.idle.map(|idle| idle.as_secs_f64()),
@@ -376,6 +377,8 @@ pub struct DiskTier {
     pub bytes: ByteCount,
     /// The most that is written to it in an hour, so that the disk lasts.
     pub write_bytes_per_hour: ByteCount,
+    /// The most that weights take there beside `bytes`, so that models start from it; none where they are not kept.
+    pub weights: Option<ByteCount>,
 }
 
 /// Bounds on what clients may ask; every one has a default.

@@ -102,7 +102,7 @@ pub struct ModelSection {
     pub sharing: SharingSection,
 }
 
-const DISK_KEYS: [&str; 3] = ["path", "bytes", "write_bytes_per_hour"];
+const DISK_KEYS: [&str; 4] = ["path", "bytes", "write_bytes_per_hour", "weights"];
 const DISK_KEYS_NEEDED: [&str; 2] = ["path", "bytes"];
 const DTYPES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
 
@@ -333,9 +333,11 @@ impl<'i> Reader<'i> {
                 }
             }
             let writes = self.size(table, "write_bytes_per_hour");
+            let weights = self.size(table, "weights");
             if let (Some(path), Some(bytes)) = (self.parsed(table, "path", path), self.size(table, "bytes")) {
                 let write_bytes_per_hour = writes.map_or(bytes.value, |writes| writes.value);
-                let tier = DiskTier { path: path.value, bytes: bytes.value, write_bytes_per_hour };
+                let weights = weights.map(|weights| weights.value);
+                let tier = DiskTier { path: path.value, bytes: bytes.value, write_bytes_per_hour, weights };
                 tiers.push(Sited { value: tier, line: path.line, column: path.column });
             }
         }

@@ -214,7 +214,8 @@ fn every_key_is_read() {
         [DiskTier {
             path: "/nowhere/home/disk".into(),
             bytes: ByteCount::gib(200),
-            write_bytes_per_hour: ByteCount::gib(200)
+            write_bytes_per_hour: ByteCount::gib(200),
+            weights: None,
         }]
     );
     assert_eq!((config.device_budget, config.host_budget), (ByteCount::mib(640), ByteCount::gib(1)));

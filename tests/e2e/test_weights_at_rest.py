@@ -1,0 +1,53 @@
+"""A model's weights at rest: the first start stores them, the next ones and wakes from the source read them there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from tests.support import models
+from tests.support.server import serve
+from tests.support.witness import until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENS = 12
+MIB = 1 << 20
+
+
+def stored(home: Path) -> list[Path]:
+    """Models in the store."""
+    folder = home / "disk/weights/models"
+    return [path for path in folder.iterdir() if not path.suffix] if folder.is_dir() else []
+
+
+@pytest.mark.parametrize("host_budget", ["256MiB", "64MiB"])
+def test_the_next_server_starts_models_from_the_store(tmp_path: Path, host_budget: str) -> None:
+    made = models.make_llama(tmp_path / "big", seed=0, hidden=512)
+    weights = made / "model.safetensors"
+    assert weights.stat().st_size > 64 * MIB, "not all of it fits into the smaller budget"
+    right = models.plain_greedy(made, "abc", TOKENS)
+    table: dict[str, object] = {"name": "big", "source": str(made), "dtype": "float32", "context": 512}
+    disk = [{"path": str(tmp_path / "disk"), "bytes": "256MiB", "weights": "1GiB"}]
+    with serve(tmp_path, models=[table], disk=disk, host_budget=host_budget, device_budget="256MiB") as server:
+        server.wait_for("big", "asleep")
+        assert server.complete("big", "abc", TOKENS) == right
+        until(lambda: len(stored(tmp_path)) == 1, 60, "the weights are stored")
+        until(lambda: "weights stored in" in server.logs(100_000), 30, "the worker says so")
+        assert "weights read from" not in server.logs(100_000)
+
+        assert server.stop() == 0
+        server.http = httpx.Client(base_url=server.url, timeout=120)
+        server.start_again()
+        server.wait_for("big", "asleep")
+        assert server.logs(100_000).count("weights read from") == 1
+        # Another file in the place of the model's own: whatever is read of it is not right.
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 8 :] = bytes(len(data) - len(data) // 8)
+        with weights.open("r+b") as file:
+            file.write(data)
+        for _ in range(2):
+            assert server.complete("big", "abc", TOKENS) == right, "woken from the store, or memory filled from it"
+            assert server.order("big", "sleep").status_code == httpx.codes.OK
