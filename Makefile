@@ -80,7 +80,7 @@ check: setup ## Formatting, lints, types, licences and duplicates of dependencie
 	$(BIN)/python scripts/check_dependencies.py
 
 bench: setup models ## Run the benchmarks into benches/results/ and render them
-	@for bench in criterion gateway_latency kv_blocks kv_footprint shelf_first_token shelf_in_order shelf_all_active shelf_sharing prefix_first_token tiers_disk tiers_restore tiers_hit_ratio tiers_concurrency; do \
+	@for bench in criterion gateway_latency kv_blocks kv_footprint shelf_first_token shelf_in_order shelf_all_active shelf_sharing prefix_first_token tiers_disk tiers_weights tiers_restore tiers_hit_ratio tiers_concurrency; do \
 	  echo "== $$bench"; $(BIN)/python -m benches.$$bench || exit 1; done
 	$(BIN)/python scripts/render_results.py
 

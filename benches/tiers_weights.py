@@ -1,0 +1,208 @@
+"""A model's weights from a store of weights against its safetensors files, and against plain direct I/O.
+
+Two cases: the next start (a module is made and a new region filled, with host memory for all of it) and a wake of a
+model that is asleep at its source (no host memory). The page cache forgets the files before each, since a model that
+is cold is not there. All in turn in one process, `ROUNDS` times; rates are bytes of the region over the time from
+nothing to the region filled, or from asleep to awake. The ceiling of a start is direct I/O, 32 requests of 1 MiB at a
+time (threads), of the same bytes; that of a wake is the slower of this and a wake from host memory, since a simulated
+device's memory is made as it is touched.
+
+`$SHOAL_DISK` names a directory on the disk to measure (the build folder by default), `$SHOAL_WEIGHTS_MIB` how much.
+Nothing else should use the disk.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benches.results import Row, of_samples, save  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal import StoredWeights
+    from shoal.torch import Placement
+
+MIB = 1 << 20
+ROUNDS = int(os.environ.get("SHOAL_ROUNDS", "5"))
+BYTES = int(os.environ.get("SHOAL_WEIGHTS_MIB", "1024")) * MIB
+DEPTH = 32
+NAME = "0badcafe"
+WAIT_S = 300.0
+
+
+def make_module(layers: int) -> torch.nn.Module:
+    """Layers of three matrices and a norm each, in bfloat16, as in a language model's; uninitialised."""
+    import torch
+
+    def layer() -> torch.nn.Module:
+        options = {"bias": False, "dtype": torch.bfloat16}
+        parts = [torch.nn.Linear(2048, 2048, **options), torch.nn.Linear(2048, 5632, **options)]
+        return torch.nn.Sequential(*parts, torch.nn.Linear(5632, 2048, **options), torch.nn.RMSNorm(2048))
+
+    with torch.device("meta"):
+        return torch.nn.Sequential(*(layer() for _ in range(layers)))
+
+
+def write_model(folder: Path) -> int:
+    """Write a safetensors file of about `BYTES`; gives how many layers it has."""
+    import torch
+    from safetensors.torch import save_file
+
+    layers = max(1, BYTES // (2 * (2048 * 2048 + 2 * 2048 * 5632)))
+    module = make_module(layers).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            bits = torch.randint(-(1 << 15), 1 << 15, parameter.shape, dtype=torch.int16, generator=generator)
+            parameter.copy_(bits.view(torch.bfloat16) if parameter.dtype == torch.bfloat16 else bits.float())
+    save_file(dict(module.state_dict()), folder / "model.safetensors")
+    return layers
+
+
+def open_model(folder: Path, layers: int) -> torch.nn.Module:
+    """Make the module of its file, as transformers does."""
+    from safetensors.torch import load_file
+
+    module = make_module(layers)
+    module.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    return module
+
+
+def forget(*folders: Path) -> None:
+    """Let the page cache have nothing of these files."""
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def direct_s(path: Path) -> float:
+    """Read a file past the page cache, `DEPTH` requests at a time."""
+    size = path.stat().st_size
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        rooms = [mmap.mmap(-1, MIB) for _ in range(DEPTH)]
+        for room in rooms:
+            room.write(b"\0" * MIB)
+
+        def read(worker: int) -> None:
+            for offset in range(worker * MIB, size - size % 4096, DEPTH * MIB):
+                os.preadv(descriptor, [rooms[worker]], offset)
+
+        with ThreadPoolExecutor(DEPTH) as pool:
+            begun = time.perf_counter()
+            list(pool.map(read, range(DEPTH)))
+            return time.perf_counter() - begun
+    finally:
+        os.close(descriptor)
+
+
+def place(folder: Path, layers: int, host_bytes: int, stored: StoredWeights | None) -> tuple[float, Placement]:
+    """Open the model and place it, in a manager of its own; how long that took, and the placement."""
+    import shoal
+    import shoal.torch
+
+    mem = shoal.MemoryManager(device="sim", device_capacity=2 * BYTES + (256 << 20), host_budget=host_bytes)
+    begun = time.perf_counter()
+    module = open_model(folder, layers) if stored is None else make_module(layers).to_empty(device="cpu")
+    placement = shoal.torch.place(
+        module,
+        mem,
+        sources=lambda: shoal.torch.safetensors_sources(folder, module),
+        stored=stored,
+        directory=folder,
+        is_blank=stored is not None,
+        release_early=True,
+    )
+    took = time.perf_counter() - begun
+    assert placement.from_store == (stored is not None)
+    return took, placement
+
+
+def wake_s(placement: Placement) -> float:
+    """Wake the region; how long that took."""
+    region = placement.region
+    region.sleep(timeout_s=WAIT_S)
+    begun = time.perf_counter()
+    region.wake(timeout_s=WAIT_S).wait(WAIT_S)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """Measure and save."""
+    import shoal
+    import shoal.torch
+
+    base = Path(os.environ.get("SHOAL_DISK", ROOT / "target"))
+    base.mkdir(exist_ok=True)
+    home = Path(tempfile.mkdtemp(dir=base, prefix="tiers-weights-"))
+    try:
+        folder, at = home / "model", home / "store"
+        folder.mkdir()
+        layers = write_model(folder)
+        store = shoal.WeightStore(at, 4 * BYTES)
+        _, placement = place(folder, layers, 2 * BYTES, None)
+        begun = time.perf_counter()
+        filled = shoal.torch.store_weights(placement, store, NAME)
+        fill_s = time.perf_counter() - begun
+        nbytes = placement.region.bytes
+        del placement
+        (pack,) = (at / "packs").iterdir()
+        names = ("direct", "start, files", "start, store", "wake, files", "wake, store", "wake, memory")
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(ROUNDS):
+            forget(home)
+            times["direct"].append(direct_s(pack))
+            for way in ("files", "store"):
+                forget(home)
+                stored = store.find(NAME) if way == "store" else None
+                took, placement = place(folder, layers, 2 * BYTES, stored)
+                times[f"start, {way}"].append(took)
+                if way == "store":
+                    times["wake, memory"].append(wake_s(placement))
+                del placement
+                # No host memory but for the buffers that files are read through: it is asleep at its source.
+                _, placement = place(folder, layers, 64 * MIB, stored)
+                forget(home)
+                times[f"wake, {way}"].append(wake_s(placement))
+                del placement, stored
+        save("tiers_weights", rows_of(times, nbytes, fill_s, filled["written"]))
+    finally:
+        shutil.rmtree(home)
+
+
+def rows_of(times: dict[str, list[float]], nbytes: int, fill_s: float, written: int) -> list[Row]:
+    """Make the figures: rates, against the disk's and against the files'."""
+    gib = nbytes / (1 << 30)
+    rates = {name: [gib / took for took in taken] for name, taken in times.items()}
+    best = of_samples("direct I/O, 32 at a time", "rate", rates["direct"], "GiB/s", "higher")
+    memory = of_samples("wake from host memory", "rate", rates["wake, memory"], "GiB/s", "higher")
+    rows = [best, memory]
+    for case, ceiling in (("start", best.value), ("wake", min(best.value, memory.value))):
+        files = of_samples(f"{case} from safetensors files", "rate", rates[f"{case}, files"], "GiB/s", "higher")
+        stored = of_samples(f"{case} from the store", "rate", rates[f"{case}, store"], "GiB/s", "higher")
+        files.ceiling = stored.ceiling = ceiling
+        stored.peer, stored.peer_value = "safetensors files", files.value
+        stored.target = 0.95 * ceiling
+        stored.met = stored.value >= stored.target
+        rows += [files, stored]
+    pace = Row("fill, at most 512 MiB a second", "rate", written / (1 << 30) / fill_s, "GiB/s", "higher")
+    return [*rows, pace]
+
+
+if __name__ == "__main__":
+    main()
