@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::store::weights::{Manifest, Piece, StoredExtent, is_name, make_room};
+use shoal_core::store::weights::{Manifest, Piece, StoredExtent, is_name};
 use shoal_device::Hasher;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -81,6 +81,7 @@ impl WeightStore {
         let kept: BTreeSet<String> = found
             .iter()
             .filter_map(|piece| places.get(&(piece.hash, piece.bytes)).map(|(pack, _)| pack.clone()))
+            .chain(catalogue.read.iter().cloned())
             .collect();
 
         let id = format!("{:016x}{:016x}", random()?, random()?);
@@ -112,27 +113,6 @@ impl WeightStore {
             was_there: false,
             evicted,
         })
-    }
-
-    fn make_room(
-        &self,
-        catalogue: &Catalogue,
-        kept: &BTreeSet<String>,
-        needed: ByteCount,
-    ) -> Result<Vec<String>, WeightsError> {
-        let models: Vec<_> = catalogue.models.iter().map(|(model, _)| model.clone()).collect();
-        let bytes_max = self.options.bytes_max;
-        let going = make_room(&models, &catalogue.packs, kept, needed.0, bytes_max.0)
-            .ok_or(WeightsError::NoRoom { needed, bytes_max })?;
-        for name in &going {
-            remove(&self.model(name))?;
-        }
-        let staying = models.iter().filter(|model| !going.contains(&model.name));
-        let used: BTreeSet<&String> = staying.flat_map(|model| &model.packs).chain(kept).collect();
-        for name in catalogue.packs.keys().filter(|name| !used.contains(name)) {
-            remove(&self.pack(name))?;
-        }
-        Ok(going)
     }
 
     fn write_pack(

@@ -2,7 +2,8 @@
 //!
 //! Apart from [`crate::disk`] because a log has one owner, and weights are shared: the workers of all models, and of several
 //! servers, read and fill one directory. Files are written once, whole, and never changed, so readers take no lock; whoever
-//! fills or makes room takes the directory's. What requests go by is the disk tier's own ([`Medium`]).
+//! fills or makes room takes the directory's, and leaves packs alone that somebody reads. What requests go by is the disk
+//! tier's own ([`Medium`]).
 //!
 //! ```text
 //! DIRECTORY/          0700
@@ -19,10 +20,12 @@
 //! |---|---|
 //! | `fill` | storing a region: what is new, room for it, a pack, and the manifest last |
 //! | `pack` | many requests at a time, answered in order |
+//! | `room` | who goes when room is short, and that nothing goes that somebody reads |
 //! | `stored` | one model that is stored, to be read |
 
 mod fill;
 mod pack;
+mod room;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -54,6 +57,8 @@ const PACKS: &str = "packs";
 const MODELS: &str = "models";
 /// What is not whole yet. Whoever has the lock removes what was left by one that was killed.
 const UNFINISHED: &str = "new";
+/// A pack in which something was not right: of no model, and on its way out.
+const DAMAGED: &str = "damaged";
 /// Longer is no marker.
 const MARKER_BYTES_MAX: u64 = 4096;
 
@@ -116,7 +121,7 @@ pub enum WeightsError {
 /// How weights are kept. `new()` is what a server uses.
 #[derive(Clone, Debug)]
 pub struct WeightOptions {
-    /// Most bytes of packs.
+    /// Most bytes that packs take on the disk, those included that somebody reads still.
     pub bytes_max: ByteCount,
     /// How requests reach the disk.
     pub engine: Engine,
@@ -180,6 +185,8 @@ impl fmt::Debug for WeightStore {
 struct Catalogue {
     models: Vec<(StoredModel, Manifest)>,
     packs: BTreeMap<String, u64>,
+    /// Of these, which no model needs, and somebody reads still.
+    read: BTreeSet<String>,
 }
 
 impl WeightStore {
@@ -253,7 +260,7 @@ impl WeightStore {
     fn read_all(&self) -> Result<Catalogue, DiskError> {
         let mut catalogue = Catalogue::default();
         for (name, metadata) in list(&self.root.join(PACKS))? {
-            if is_name(&name) {
+            if is_name(name.strip_suffix(&format!(".{DAMAGED}")).unwrap_or(&name)) {
                 catalogue.packs.insert(name, metadata.len());
             }
         }
@@ -275,23 +282,33 @@ impl WeightStore {
         Ok(catalogue)
     }
 
-    /// Takes the lock, and removes what nobody can use: unfinished files, damaged manifests, packs of no model.
+    /// Takes the lock, and removes what nobody can use: unfinished files, damaged manifests, packs of no model, unless somebody
+    /// reads them still.
     fn take(&self) -> Result<(File, Catalogue), DiskError> {
         let lock = lock(&self.root)?;
         let mut catalogue = self.read_all()?;
-        let used: BTreeSet<&String> = catalogue.models.iter().flat_map(|(model, _)| &model.packs).collect();
         let known: BTreeSet<&String> = catalogue.models.iter().map(|(model, _)| &model.name).collect();
-        for (folder, stays) in [(PACKS, &used), (MODELS, &known)] {
+        for folder in [PACKS, MODELS] {
             for (name, _) in list(&self.root.join(folder))? {
-                let is_ours = is_name(name.strip_suffix(&format!(".{UNFINISHED}")).unwrap_or(&name));
-                if is_ours && !stays.contains(&name) {
+                let whole = name.strip_suffix(&format!(".{UNFINISHED}"));
+                let is_useless = whole
+                    .map_or_else(|| folder == MODELS && is_name(&name) && !known.contains(&name), is_name);
+                if is_useless {
                     remove(&self.root.join(folder).join(&name))?;
                 }
             }
         }
-        let gone: Vec<String> = catalogue.packs.keys().filter(|name| !used.contains(name)).cloned().collect();
-        for name in gone {
-            catalogue.packs.remove(&name);
+        let used: BTreeSet<&String> = catalogue.models.iter().flat_map(|(model, _)| &model.packs).collect();
+        let useless: Vec<String> =
+            catalogue.packs.keys().filter(|name| !used.contains(name)).cloned().collect();
+        for name in useless {
+            let path = self.pack(&name);
+            if room::alone(&path)?.is_some() {
+                remove(&path)?;
+                catalogue.packs.remove(&name);
+            } else {
+                catalogue.read.insert(name);
+            }
         }
         Ok((lock, catalogue))
     }

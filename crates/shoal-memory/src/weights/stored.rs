@@ -1,8 +1,11 @@
 //! One model that is stored.
 //!
-//! Its packs stay open, so that it can be read to the end even when it makes room for others meanwhile.
+//! Its packs stay open and are locked with other readers', so that they stay while it lives: it can be read to the end.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::{self, File};
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,7 +14,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::store::weights::{Manifest, StoredExtent};
 
 use super::pack::{Media, PART_BYTES, Part};
-use super::{WeightStore, WeightsError, remove};
+use super::{DAMAGED, WeightStore, WeightsError, read_manifest, remove, room};
 use crate::disk::directory::medium_to_read;
 use crate::store::Buffer;
 
@@ -22,6 +25,8 @@ pub struct Stored {
     /// Of each piece, the index of its pack.
     packs: Vec<usize>,
     media: Mutex<Media>,
+    /// What keeps the packs where they are.
+    held: Vec<File>,
     depth: usize,
     io_deadline: Duration,
 }
@@ -31,13 +36,14 @@ impl fmt::Debug for Stored {
         f.debug_struct("Stored")
             .field("path", &self.path)
             .field("bytes", &self.bytes())
+            .field("packs", &self.held.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Stored {
     pub(super) fn open(store: &WeightStore, path: PathBuf, manifest: Manifest) -> Option<Self> {
-        let mut media = Media::default();
+        let (mut media, mut held) = (Media::default(), Vec::new());
         let mut packs = Vec::with_capacity(manifest.pieces.len());
         for piece in &manifest.pieces {
             let at = store.pack(&piece.pack);
@@ -45,6 +51,7 @@ impl Stored {
             let index = if let Some(index) = known {
                 index
             } else {
+                held.push(room::with_others(&at).ok()?);
                 let options = &store.options;
                 let opened = medium_to_read(&at, options.engine, options.depth, options.wants_direct);
                 let medium = (store.wrap)(opened.ok()?);
@@ -57,7 +64,7 @@ impl Stored {
             packs.push(index);
         }
         let (media, depth, io_deadline) = (Mutex::new(media), store.options.depth, store.options.io_deadline);
-        Some(Self { manifest, path, packs, media, depth, io_deadline })
+        Some(Self { manifest, path, packs, media, held, depth, io_deadline })
     }
 
     /// What was noted when it was stored.
@@ -76,6 +83,13 @@ impl Stored {
     #[must_use]
     pub fn extents(&self) -> &[StoredExtent] {
         &self.manifest.extents
+    }
+
+    /// Whether all that is open has a name still.
+    #[cfg(test)]
+    pub(super) fn has_names(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        self.held.iter().all(|file| file.metadata().is_ok_and(|metadata| metadata.nlink() > 0))
     }
 
     /// How many requests are worth having under way.
@@ -131,20 +145,24 @@ impl Stored {
     }
 
     /// Drops what was found damaged: the model, and the packs in which those bytes of its region lie. Whoever shares them finds
-    /// nothing either, and stores them anew.
+    /// nothing either, and stores them anew. The packs get names of no use, and go when nobody reads them any more.
     pub(crate) fn drop_damaged(&self, offset: u64, bytes: u64) -> WeightsError {
-        let mut paths = vec![self.path.clone()];
-        {
-            let media = self.media.lock();
-            for part in self.parts(offset, bytes, PART_BYTES) {
-                paths.push(media.packs[part.pack].0.clone());
+        let packs: BTreeSet<PathBuf> = {
+            let (media, parts) = (self.media.lock(), self.parts(offset, bytes, PART_BYTES));
+            parts.iter().map(|part| media.packs[part.pack].0.clone()).collect()
+        };
+        for path in packs {
+            if let Err(error) = fs::rename(&path, path.with_extension(DAMAGED))
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(%error, pack = %path.display(), "a damaged pack stays where it is");
             }
         }
-        paths.dedup();
-        for path in &paths {
-            if let Err(error) = remove(path) {
-                tracing::warn!(%error, "damaged weights stay where they are");
-            }
+        // Another may have been stored under its name since.
+        if read_manifest(&self.path).as_ref() == Some(&self.manifest)
+            && let Err(error) = remove(&self.path)
+        {
+            tracing::warn!(%error, "damaged weights stay where they are");
         }
         tracing::error!(model = %self.path.display(), offset, bytes, "stored weights were damaged, and dropped");
         WeightsError::Damaged { offset, bytes: ByteCount(bytes) }

@@ -18,6 +18,8 @@ use crate::store::Buffer;
 const TENSORS: u64 = 3;
 const BYTES: u64 = TENSORS * TENSOR_BYTES_MIN;
 const CAP: u64 = 8 * TENSOR_BYTES_MIN;
+/// What lies there of a fill that was killed.
+const LITTER: u64 = 4096;
 static GOING: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 /// What goes wrong with every so-manieth request of a kind; 0 for nothing.
@@ -181,6 +183,9 @@ fn load(stored: &Stored) -> Result<Vec<u8>, WeightsError> {
 enum Step {
     Fill([u8; 3]),
     Get([u8; 3]),
+    /// Somebody has it open from now on, until all let go.
+    Hold([u8; 3]),
+    LetGo,
     Fail(u8, u64),
     Mend,
     Open,
@@ -198,6 +203,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => kinds().prop_map(Step::Fill),
         6 => kinds().prop_map(Step::Get),
+        2 => kinds().prop_map(Step::Hold),
+        1 => Just(Step::LetGo),
         2 => (0..5_u8, 1..9_u64).prop_map(|(what, rate)| Step::Fail(what, rate)),
         2 => Just(Step::Mend),
         1 => Just(Step::Open),
@@ -214,8 +221,11 @@ struct World {
     folder: tempfile::TempDir,
     store: WeightStore,
     fate: Arc<Fate>,
+    held: Vec<Stored>,
     /// Whether bits may be wrong that nobody has read yet.
     is_tainted: bool,
+    /// Whether somebody else removed a pack.
+    is_robbed: bool,
 }
 
 impl World {
@@ -223,7 +233,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let fate = Arc::new(Fate::default());
         let store = Self::open(&folder, &fate);
-        Self { folder, store, fate, is_tainted: false }
+        Self { folder, store, fate, held: Vec::new(), is_tainted: false, is_robbed: false }
     }
 
     fn open(folder: &tempfile::TempDir, fate: &Arc<Fate>) -> WeightStore {
@@ -254,9 +264,11 @@ impl World {
     }
 
     fn check(&self) {
-        let catalogue = self.store.read_all().unwrap();
-        let bytes: u64 = catalogue.packs.values().sum();
-        assert!(bytes <= CAP, "{bytes} are more than the cap");
+        let files = self.files(PACKS);
+        let bytes: u64 = files.iter().map(|path| fs::metadata(path).unwrap().len()).sum();
+        assert!(bytes <= CAP + LITTER, "{bytes} are more than the cap");
+        // What is open takes room on the disk whether it has a name or not.
+        assert!(self.is_robbed || self.held.iter().all(Stored::has_names), "what somebody reads was removed");
     }
 
     fn run(&mut self, step: &Step) {
@@ -275,7 +287,9 @@ impl World {
                 let rates = *self.fate.rates.lock();
                 let filled = fill(&self.store, *kinds);
                 self.is_tainted |= rates.flip_write > 0;
-                if rates.error + rates.short + rates.full == 0 {
+                if let Err(WeightsError::NoRoom { .. }) = filled {
+                    assert!(!self.held.is_empty(), "there is room");
+                } else if rates.error + rates.short + rates.full == 0 {
                     filled.unwrap();
                     assert!(self.is_tainted || self.store.find(&name(*kinds)).is_some());
                 }
@@ -292,6 +306,8 @@ impl World {
                     }
                 }
             }
+            Step::Hold(kinds) => self.held.extend(self.store.find(&name(*kinds))),
+            Step::LetGo => self.held.clear(),
             Step::Fail(what, rate) => {
                 let mut rates = self.fate.rates.lock();
                 match what {
@@ -309,9 +325,16 @@ impl World {
             Step::CutPack(which) => self.change(PACKS, *which, |path| {
                 fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
             }),
-            Step::RemovePack(which) => self.change(PACKS, *which, |path| fs::remove_file(path).unwrap()),
+            Step::RemovePack(which) => {
+                self.change(PACKS, *which, |path| fs::remove_file(path).unwrap());
+                self.is_robbed = true;
+            }
             Step::Litter => {
-                fs::write(self.folder.path().join(PACKS).join("0badbadb.new"), vec![1; 4096]).unwrap();
+                fs::write(
+                    self.folder.path().join(PACKS).join("0badbadb.new"),
+                    vec![1; usize::try_from(LITTER).unwrap()],
+                )
+                .unwrap();
                 fs::write(self.folder.path().join(MODELS).join("0badbadb.new"), b"half").unwrap();
             }
         }
@@ -320,6 +343,7 @@ impl World {
     /// With disks that work again, every model can be stored and read; what nobody needs goes.
     fn ends_well(&mut self) {
         *self.fate.rates.lock() = Rates::default();
+        self.held.clear();
         for kinds in [[0, 1, 2], [3, 3, 3]] {
             // What is damaged is found out as it is read, and what shares it then as well.
             let is_right = (0..8).any(|_| {
@@ -358,6 +382,31 @@ proptest! {
 
 fn cases() -> u32 {
     std::env::var("SHOAL_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(12)
+}
+
+#[test]
+fn what_somebody_reads_takes_room_until_he_lets_go() {
+    let world = World::new();
+    let (read, other) = ([0, 1, 2], [3, 4, 5]);
+    fill(&world.store, read).unwrap();
+    let reader = world.store.find(&name(read)).unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    fill(&world.store, other).unwrap();
+    // The one that was used least lately is being read.
+    assert_eq!(fill(&world.store, [6, 7, 8]).unwrap().evicted, [name(other)]);
+    let second = world.store.find(&name([6, 7, 8])).unwrap();
+    let refused = fill(&world.store, other).unwrap_err();
+    assert!(matches!(refused, WeightsError::NoRoom { .. }), "{refused}");
+    world.check();
+    // Damaged or not.
+    reader.drop_damaged(0, BYTES);
+    fill(&world.store, other).unwrap_err();
+    assert_eq!(world.store.usage().bytes, ByteCount(2 * BYTES));
+    assert!(load(&reader).unwrap() == content(read), "it is read to the end");
+    drop(reader);
+    assert!(fill(&world.store, other).unwrap().evicted.is_empty());
+    assert!(load(&second).unwrap() == content([6, 7, 8]));
+    world.check();
 }
 
 #[test]
