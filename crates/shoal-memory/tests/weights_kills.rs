@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use common::killer::Killer;
 use common::{PAGE, WAIT, noise, world};
@@ -46,7 +47,7 @@ fn tensors() -> Vec<StoredTensor> {
 
 fn options() -> WeightOptions {
     // Room for two and the half of a third.
-    WeightOptions::new(ByteCount(8 * PAGE))
+    WeightOptions { keep: Duration::ZERO, ..WeightOptions::new(ByteCount(8 * PAGE)) }
 }
 
 /// The process that is killed; does nothing when it is run as a test.

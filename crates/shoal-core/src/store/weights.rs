@@ -126,6 +126,34 @@ pub fn cut(region_bytes: u64, tensors: &[(u64, u64)]) -> Vec<u64> {
     cuts.windows(2).map(|pair| pair[1] - pair[0]).collect()
 }
 
+/// What was written to a disk lately, as its directory remembers it: all bytes of packs, of which an hour makes good as many as
+/// may be written in one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wear {
+    /// Bytes not made good.
+    pub bytes: u64,
+    /// When that was so, in seconds of the system's clock.
+    pub at_s: u64,
+}
+
+impl Wear {
+    /// What it is when `needed` more bytes are written. They may be where that is no more than an hour's; what alone is more
+    /// than an hour's may be where all is made good.
+    ///
+    /// # Errors
+    /// After how many seconds they may be.
+    pub fn add(self, needed: u64, bytes_per_hour: u64, now_s: u64) -> Result<Self, u64> {
+        let made_good = u128::from(now_s.saturating_sub(self.at_s)) * u128::from(bytes_per_hour) / 3600;
+        let left = self.bytes.saturating_sub(u64::try_from(made_good).unwrap_or(u64::MAX));
+        let excess = left.saturating_sub(bytes_per_hour.saturating_sub(needed));
+        if needed == 0 || excess == 0 {
+            return Ok(Self { bytes: left.saturating_add(needed), at_s: now_s });
+        }
+        let wait_s = (u128::from(excess) * 3600).div_ceil(u128::from(bytes_per_hour.max(1)));
+        Err(u64::try_from(wait_s).unwrap_or(u64::MAX))
+    }
+}
+
 /// A model that is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredModel {
@@ -246,6 +274,28 @@ mod tests {
                 .collect();
             for (offset, bytes) in placed.into_iter().filter(|(_, bytes)| *bytes >= TENSOR_BYTES_MIN) {
                 prop_assert!(spans.contains(&(offset, bytes - bytes % UNIT)), "{} {}", offset, bytes);
+            }
+        }
+
+        #[test]
+        fn no_hour_sees_more_writes_than_two_hours_worth_and_who_waits_may(
+            per_hour in 1..1_000_u64,
+            fills in proptest::collection::vec((0..2_000_u64, 0..4_000_u64), 1..40),
+        ) {
+            let (mut wear, mut now_s) = (Wear::default(), 1_000_000);
+            let mut written: Vec<(u64, u64)> = Vec::new();
+            for (bytes, pause_s) in fills {
+                now_s += pause_s;
+                if let Err(wait_s) = wear.add(bytes, per_hour, now_s) {
+                    prop_assert!(wait_s > 0 && bytes > 0);
+                    now_s += wait_s;
+                }
+                wear = wear.add(bytes, per_hour, now_s).expect("it waited");
+                written.push((now_s, bytes));
+                // What alone is more than an hour's begins when all is made good.
+                let largest = written.iter().map(|(_, bytes)| *bytes).max().unwrap_or(0);
+                let lately = written.iter().filter(|(at_s, _)| at_s + 3600 > now_s);
+                prop_assert!(lately.map(|(_, bytes)| bytes).sum::<u64>() <= per_hour + per_hour.max(largest) + 1);
             }
         }
 

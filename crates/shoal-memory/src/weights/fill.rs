@@ -93,8 +93,10 @@ impl WeightStore {
                 (id.clone(), end - piece.bytes)
             });
         }
+        let wear = self.wear(ByteCount(end))?;
         let evicted = self.make_room(&catalogue, &kept, ByteCount(end))?;
         if end > 0 {
+            wear.map_or(Ok(()), |wear| self.remember(wear))?;
             self.write_pack(&id, &fresh, end, stop, &mut read)?;
         }
         let pieces = found.iter().map(|piece| {

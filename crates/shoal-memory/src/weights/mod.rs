@@ -9,6 +9,7 @@
 //! DIRECTORY/          0700
 //!   weights.json      the format; written once
 //!   lock              locked by the process that fills
+//!   wear.json         how much was written lately
 //!   packs/ID          pieces, one after another; each piece lies in one pack, whoever's it is
 //!   models/NAME       a manifest (shoal_core::store::weights): extents with their hashes, and where each piece lies
 //! ```
@@ -53,6 +54,8 @@ pub use shoal_core::store::weights::{StoredExtent, cut};
 const MARKER: &str = "weights.json";
 const MARKER_NEW: &str = "weights.json.new";
 const LOCK: &str = "lock";
+/// What was written lately: [`shoal_core::store::weights::Wear`].
+const WEAR: &str = "wear.json";
 const PACKS: &str = "packs";
 const MODELS: &str = "models";
 /// What is not whole yet. Whoever has the lock removes what was left by one that was killed.
@@ -76,6 +79,14 @@ pub enum WeightsError {
         needed: ByteCount,
         /// The cap.
         bytes_max: ByteCount,
+    },
+    /// It would be more than may be written to the disk in an hour.
+    #[error("{needed} more would be too much for the disk now; in {} s they may be written", wait.as_secs())]
+    TooSoon {
+        /// What would be written.
+        needed: ByteCount,
+        /// When it may be.
+        wait: Duration,
     },
     /// A request to a pack failed, or took too long.
     #[error("{doing} {}: {reason}", path.display())]
@@ -123,6 +134,10 @@ pub enum WeightsError {
 pub struct WeightOptions {
     /// Most bytes that packs take on the disk, those included that somebody reads still.
     pub bytes_max: ByteCount,
+    /// How long a model stays from its last use whatever else needs room: what goes is written again at its next start.
+    pub keep: Duration,
+    /// Most bytes written in an hour by all who fill, so that the disk lasts; none for no limit.
+    pub write_bytes_per_hour: Option<ByteCount>,
     /// How requests reach the disk.
     pub engine: Engine,
     /// Whether to go past the page cache where that is possible.
@@ -141,6 +156,8 @@ impl WeightOptions {
     pub const fn new(bytes_max: ByteCount) -> Self {
         Self {
             bytes_max,
+            keep: Duration::from_secs(24 * 3600),
+            write_bytes_per_hour: None,
             engine: Engine::Auto,
             wants_direct: true,
             depth: 32,
@@ -274,8 +291,7 @@ impl WeightStore {
             if !manifest.pieces.iter().all(is_there) {
                 continue;
             }
-            let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-            let used = since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX));
+            let used = metadata.modified().map_or(0, nanoseconds);
             let packs = manifest.packs().into_iter().map(str::to_owned).collect();
             catalogue.models.push((StoredModel { name, used, packs }, manifest));
         }
@@ -314,6 +330,12 @@ impl WeightStore {
     }
 }
 
+/// Since the epoch.
+fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
 fn make_directory(path: &Path) -> Result<(), DiskError> {
     DirBuilder::new()
         .recursive(true)
@@ -344,8 +366,8 @@ fn check_empty(path: &Path) -> Result<(), DiskError> {
     for entry in fs::read_dir(path).map_err(io_error("cannot list", path))? {
         let name = entry.map_err(io_error("cannot list", path))?.file_name();
         let name = name.to_string_lossy();
-        let is_ours =
-            [LOCK, PACKS, MODELS, MARKER, "lost+found"].contains(&&*name) || name.starts_with(MARKER_NEW);
+        let is_ours = [LOCK, PACKS, MODELS, MARKER, WEAR, "lost+found"].contains(&&*name)
+            || name.starts_with(MARKER_NEW);
         if !is_ours {
             return Err(DiskError::Foreign { path: path.to_owned(), entry: name.into_owned() });
         }

@@ -241,6 +241,7 @@ impl World {
             io_deadline: Duration::from_secs(5),
             engine: Engine::Threads,
             depth: 4,
+            keep: Duration::ZERO,
             ..WeightOptions::new(ByteCount(CAP))
         };
         let fate = Arc::clone(fate);
@@ -407,6 +408,46 @@ fn what_somebody_reads_takes_room_until_he_lets_go() {
     assert!(fill(&world.store, other).unwrap().evicted.is_empty());
     assert!(load(&second).unwrap() == content([6, 7, 8]));
     world.check();
+}
+
+#[test]
+fn what_was_used_lately_stays() {
+    let mut world = World::new();
+    world.store.options.keep = Duration::from_secs(3600);
+    fill(&world.store, [0, 1, 2]).unwrap();
+    fill(&world.store, [3, 4, 5]).unwrap();
+    for _ in 0..3 {
+        let refused = fill(&world.store, [6, 7, 8]).unwrap_err();
+        assert!(matches!(refused, WeightsError::NoRoom { .. }), "{refused}");
+    }
+    let ago = SystemTime::now() - Duration::from_secs(3601);
+    File::open(world.store.model(&name([3, 4, 5]))).unwrap().set_modified(ago).unwrap();
+    assert_eq!(fill(&world.store, [6, 7, 8]).unwrap().evicted, [name([3, 4, 5])]);
+}
+
+#[test]
+fn an_hour_has_its_allowance_whoever_fills() {
+    let mut world = World::new();
+    world.store.options.write_bytes_per_hour = Some(ByteCount(4 * TENSOR_BYTES_MIN));
+    fill(&world.store, [0, 1, 2]).unwrap();
+    let mut other = World::open(&world.folder, &world.fate);
+    other.options.write_bytes_per_hour = world.store.options.write_bytes_per_hour;
+    let refused = fill(&other, [3, 4, 5]).unwrap_err();
+    let WeightsError::TooSoon { needed, wait } = refused else { panic!("{refused}") };
+    assert_eq!(needed, ByteCount(BYTES));
+    assert!((1790..=1800).contains(&wait.as_secs()), "{wait:?}: two of four are to be made good");
+    assert!(world.store.find(&name([0, 1, 2])).is_some(), "nothing made room in vain");
+    // What is there is not written, and one more is within the hour's.
+    assert_eq!(fill(&other, [2, 1, 0]).unwrap().written, ByteCount::ZERO);
+    fill(&other, [0, 1, 3]).unwrap();
+    fill(&world.store, [0, 1, 4]).unwrap_err();
+    let ago = format!(
+        r#"{{"bytes": {}, "at_s": {}}}"#,
+        4 * TENSOR_BYTES_MIN,
+        nanoseconds(SystemTime::now()) / 1_000_000_000 - 3600
+    );
+    fs::write(world.folder.path().join(WEAR), ago).unwrap();
+    fill(&world.store, [0, 1, 4]).unwrap();
 }
 
 #[test]
