@@ -23,11 +23,13 @@ impl ServerConfig {
             return serde_json::Value::Null;
         }
         let part = |bytes: ByteCount| ByteCount(bytes.0 / sharing as u64);
+        // What weights may write comes off.
+        let writes = |disk: &DiskTier| ByteCount(disk.write_bytes_per_hour.0 - disk.weights_writes().0);
         let entry = |disk: &DiskTier| {
             serde_json::json!({
                 "path": disk.path.join(format!("kv-{}", model.name)),
                 "bytes": part(disk.bytes).max(DISK_SHARE_MIN),
-                "write_bytes_per_hour": part(disk.write_bytes_per_hour),
+                "write_bytes_per_hour": part(writes(disk)),
             })
         };
         self.disk.iter().map(entry).collect()
@@ -38,7 +40,13 @@ impl ServerConfig {
         let disk = self.disk.iter().find_map(|disk| Some((disk, disk.weights?)));
         disk.filter(|_| matches!(model.engine, Engine::Transformers)).map_or(
             serde_json::Value::Null,
-            |(disk, bytes)| serde_json::json!({ "path": disk.path.join("weights"), "bytes": bytes }),
+            |(disk, bytes)| {
+                serde_json::json!({
+                    "path": disk.path.join("weights"),
+                    "bytes": bytes,
+                    "write_bytes_per_hour": disk.weights_writes(),
+                })
+            },
         )
     }
 
@@ -49,13 +57,28 @@ impl ServerConfig {
     }
 }
 
+impl DiskTier {
+    /// What an hour's allowance has for weights: as large a part of it as they may have of the bytes.
+    fn weights_writes(&self) -> ByteCount {
+        let weights = u128::from(self.weights.unwrap_or_default().0);
+        let all = (weights + u128::from(self.bytes.0)).max(1);
+        let part = u128::from(self.write_bytes_per_hour.0) * weights / all;
+        ByteCount(u64::try_from(part).unwrap_or(u64::MAX))
+    }
+}
+
 /// Whether a model's worker keeps KV in tiers below the device.
 pub(super) const fn keeps_kv(engine: Engine, prefix_caching: bool) -> bool {
     matches!(engine, Engine::Transformers) && prefix_caching
 }
 
 /// Checks the entries, whose paths are absolute by now.
-pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], problems: &mut Vec<Problem>) {
+pub(super) fn check_disk(
+    disks: &[Sited<DiskTier>],
+    models: &[ModelSection],
+    is_encrypted: bool,
+    problems: &mut Vec<Problem>,
+) {
     let engine =
         |model: &ModelSection| model.engine.as_ref().map_or_else(Engine::default, |engine| engine.value);
     let sharing = models.iter().filter(|model| keeps_kv(engine(model), model.prefix_caching)).count();
@@ -76,6 +99,15 @@ pub(super) fn check_disk(disks: &[Sited<DiskTier>], models: &[ModelSection], pro
         }
         if let Some(weights) = disk.value.weights.filter(|weights| *weights < DISK_SHARE_MIN) {
             bad("weights", format!("{weights} is too little: at least {DISK_SHARE_MIN}"));
+        }
+        if disk.value.weights.is_some() {
+            if is_encrypted {
+                let why = "weights are not encrypted, and `disk_key_file` says that what is on disk shall be";
+                bad("weights", format!("{why}: leave one of the two out"));
+            }
+            if disks[..place].iter().any(|before| before.value.weights.is_some()) {
+                bad("weights", "they are kept in one place, and an entry before this one has it".to_owned());
+            }
         }
         let here = lies_at(path);
         let before = disks[..place].iter().map(|before| &before.value.path);
@@ -144,11 +176,50 @@ mod tests {
         let [a, b, c] = told(
             "disk = [{ path = '/a', bytes = '1GiB' }, { path = '/b', bytes = '1GiB', weights = '2GiB' }]",
         );
-        assert_eq!(a, serde_json::json!({"path": "/b/weights", "bytes": ByteCount::gib(2)}));
+        let gib = ByteCount::gib;
+        assert_eq!(
+            a,
+            serde_json::json!({"path": "/b/weights", "bytes": gib(2), "write_bytes_per_hour": gib(2)})
+        );
         assert_eq!((a, c.is_null()), (b, true));
         assert!(told("disk = [{ path = '/a', bytes = '1GiB' }]").iter().all(serde_json::Value::is_null));
-        let disk = "[server]\ndisk = [{ path = '/tmp', bytes = '1GiB', weights = '1MiB' }]";
-        let error = load_here(&format!("{disk}\n{models}")).expect_err("too little");
+        let refused =
+            |server: &str| load_here(&format!("[server]\n{server}\n{models}")).expect_err("refused");
+        let error = refused("disk = [{ path = '/tmp', bytes = '1GiB', weights = '1MiB' }]");
         assert!(error.contains("`weights`: 1 MiB is too little: at least 64 MiB"), "{error}");
+        let entry = |path| format!("{{ path = '{path}', bytes = '1GiB', weights = '1GiB' }}");
+        let error = refused(&format!("disk = [{}, {}]", entry("/a"), entry("/b")));
+        assert!(error.contains("`weights`: they are kept in one place"), "{error}");
+    }
+
+    #[test]
+    fn kv_and_weights_share_what_may_be_written_in_an_hour() {
+        let told = |entry: &str| {
+            let disk = format!("[server]\ndisk = [{{ path = '/a', bytes = '1GiB', {entry} }}]");
+            let config =
+                load_here(&format!("{disk}\n[[model]]\nname = 'a'\nsource = 'org/a'")).expect("good");
+            let spec = config.spec_of(config.model("a").expect("it is there"));
+            [&spec["disk"][0], &spec["weights"]].map(|share| share["write_bytes_per_hour"].clone())
+        };
+        let mib = |number| serde_json::json!(ByteCount::mib(number));
+        assert_eq!(told("weights = '3GiB'"), [mib(1024), mib(3072)]);
+        assert_eq!(told("weights = '3GiB', write_bytes_per_hour = '1GiB'"), [mib(256), mib(768)]);
+    }
+
+    #[test]
+    fn weights_are_not_kept_beside_what_is_encrypted() {
+        use std::os::unix::fs::OpenOptionsExt;
+        let folder = tempfile::tempdir().expect("a directory");
+        let key = folder.path().join("key");
+        let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&key);
+        std::io::Write::write_all(&mut file.expect("made"), &[7; 32]).expect("written");
+        let server = |weights: &str| {
+            let disk = format!("disk = [{{ path = '/a', bytes = '1GiB'{weights} }}]");
+            let model = "[[model]]\nname = 'a'\nsource = 'org/a'";
+            load_here(&format!("[server]\n{disk}\ndisk_key_file = '{}'\n{model}", key.display()))
+        };
+        server("").expect("KV is encrypted");
+        let error = server(", weights = '1GiB'").expect_err("they would not be");
+        assert!(error.contains("`weights`: weights are not encrypted"), "{error}");
     }
 }

@@ -335,8 +335,9 @@ impl<'i> Reader<'i> {
             let writes = self.size(table, "write_bytes_per_hour");
             let weights = self.size(table, "weights");
             if let (Some(path), Some(bytes)) = (self.parsed(table, "path", path), self.size(table, "bytes")) {
-                let write_bytes_per_hour = writes.map_or(bytes.value, |writes| writes.value);
                 let weights = weights.map(|weights| weights.value);
+                let all = ByteCount(bytes.value.0.saturating_add(weights.unwrap_or_default().0));
+                let write_bytes_per_hour = writes.map_or(all, |writes| writes.value);
                 let tier = DiskTier { path: path.value, bytes: bytes.value, write_bytes_per_hour, weights };
                 tiers.push(Sited { value: tier, line: path.line, column: path.column });
             }

@@ -80,7 +80,7 @@ impl ShoalFile {
             ));
         }
         let disk = with_absolute_paths(server.disk, directory, home);
-        check_disk(&disk, &self.models, &mut problems);
+        check_disk(&disk, &self.models, server.disk_key_file.is_some(), &mut problems);
         let disk_key = server.disk_key_file;
         let disk_key_file = key_files(disk_key, &mut server.tiers, directory, home, &mut problems);
         host_tier::check(server.host_tier.as_ref(), host_budget, &self.models, &mut problems);
