@@ -140,11 +140,14 @@ class TierError(Error):
     ----------
     path : str or None
         The directory.
+    wait_s : float or None
+        After how long it is worth another try, where that is known.
     """
 
-    _names: ClassVar[tuple[str, ...]] = ("kind", "path")
+    _names: ClassVar[tuple[str, ...]] = ("kind", "path", "wait_s")
 
     path: str | None
+    wait_s: float | None
 
 
 class TransferError(Error):

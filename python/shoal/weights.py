@@ -28,16 +28,21 @@ class WeightStore:
     """A directory of weights, made with mode 0700 if it is not there.
 
     Files in it are written once, whole, and named when they are on the disk, so a process that is killed leaves nothing
-    that counts. When room is short, the model that was used least lately goes.
+    that counts. When room is short, the model that was used least lately goes, unless somebody reads it.
 
     Parameters
     ----------
     path
         The directory, of this store alone.
     max_bytes
-        Most bytes in it.
+        Most bytes that it takes on the disk.
     write_bytes_per_s
         Most bytes that one fill writes in a second; 512 MiB by default.
+    write_bytes_per_hour
+        Most bytes that all fills together write in an hour, saved up for at most an hour, so that the disk lasts; a
+        model that is longer is written when all is made good. None for no limit.
+    keep_s
+        How long a model stays from its last use, whatever else needs room; a day by default.
 
     Raises
     ------
@@ -45,14 +50,23 @@ class WeightStore:
         If the directory has to be left alone: its ``kind`` is ``"other_version"``, ``"foreign"`` (it holds something
         else) or ``"damaged"``; or it cannot be made: ``"io"``.
     ValueError
-        If a size cannot be read.
+        If a size or a time cannot be read.
     """
 
     __slots__ = ("_native",)
 
-    def __init__(self, path: str | os.PathLike[str], max_bytes: Size, *, write_bytes_per_s: Size | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        max_bytes: Size,
+        *,
+        write_bytes_per_s: Size | None = None,
+        write_bytes_per_hour: Size | None = None,
+        keep_s: float = 86400.0,
+    ) -> None:
         pace = None if write_bytes_per_s is None else parse_size(write_bytes_per_s)
-        self._native = _native.WeightStore(path, parse_size(max_bytes), pace)
+        hourly = None if write_bytes_per_hour is None else parse_size(write_bytes_per_hour)
+        self._native = _native.WeightStore(path, parse_size(max_bytes), pace, hourly, keep_s)
 
     def find(self, name: str) -> StoredWeights | None:
         """Open a model that is stored; it counts as used from now on.
@@ -99,8 +113,9 @@ class WeightStore:
         Raises
         ------
         TierError
-            Nothing was stored: its ``kind`` is ``"in_use"`` while another process fills, ``"no_room"``, ``"changed"``
-            (the bytes are not those that were sealed), ``"stopped"``, ``"bad_name"``, ``"failed"`` or ``"io"``.
+            Nothing was stored: its ``kind`` is ``"in_use"`` while another process fills, ``"no_room"``, ``"too_soon"``
+            (the disk may not be written to so much before ``wait_s``), ``"changed"`` (the bytes are not those that were
+            sealed), ``"stopped"``, ``"bad_name"``, ``"failed"`` or ``"io"``.
         RegionError
             The region is not sealed as a whole, or bytes of it are on the device alone.
         """
@@ -128,7 +143,7 @@ class WeightStore:
 
 
 class StoredWeights:
-    """One model in a :class:`WeightStore`. It can be read to the end even when it makes room meanwhile."""
+    """One model in a :class:`WeightStore`. It stays there for as long as this lives."""
 
     __slots__ = ("_native",)
 

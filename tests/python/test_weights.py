@@ -166,6 +166,14 @@ def test_why_nothing_is_stored_is_told(store: shoal.WeightStore, folder: Path, t
     with testing.simulated_memory("64MiB") as mem:
         placement = place(mem, folder, make(), None)
         cases = [(store, "no name", "bad_name"), (shoal.WeightStore(tmp_path / "small", "1MiB"), NAME, "no_room")]
+        worn = shoal.WeightStore(tmp_path / "worn", "64MiB", write_bytes_per_hour="16MiB")
+        first_start(worn, folder)
+        with pytest.raises(shoal.TierError) as raised:
+            first_start(worn, folder, seed=3, name="00000003")
+        assert raised.value.kind == "too_soon"
+        assert 0 < raised.value.wait_s <= 3600
+        with pytest.raises(ValueError, match="keep_s"):
+            shoal.WeightStore(tmp_path / "worn", "64MiB", keep_s=-1)
         stopped = shoal.WeightStore(tmp_path / "stopped", "64MiB")
         stopped.stop()
         for where, name, kind in [*cases, (stopped, NAME, "stopped")]:
@@ -180,7 +188,7 @@ def test_why_nothing_is_stored_is_told(store: shoal.WeightStore, folder: Path, t
 
 
 def test_a_room_that_is_full_gives_up_what_was_used_least_lately(folder: Path, tmp_path: Path) -> None:
-    store = shoal.WeightStore(tmp_path / "store", "20MiB")
+    store = shoal.WeightStore(tmp_path / "store", "20MiB", keep_s=0)
     for seed, name in enumerate(["00000001", "00000002", "00000003"]):
         first_start(store, folder, seed, name)
         store.find("00000001")

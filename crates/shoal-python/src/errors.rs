@@ -120,10 +120,14 @@ pub(crate) fn of_disk(error: DiskError) -> PyErr {
 
 /// Why weights were not stored, or not read.
 pub(crate) fn of_weights(error: WeightsError) -> PyErr {
+    let text = error.to_string();
     let kind = match error {
         WeightsError::Disk(error) => return of_disk(error),
         WeightsError::Memory(error) => return of_memory(error),
         WeightsError::NoRoom { .. } => "no_room",
+        WeightsError::TooSoon { wait, .. } => {
+            return raise("TierError", "too_soon", &text, vec![("wait_s", wait.into())]);
+        }
         WeightsError::Damaged { .. } => "damaged",
         WeightsError::OtherLayout => "other_layout",
         WeightsError::Changed { .. } => "changed",
@@ -131,7 +135,7 @@ pub(crate) fn of_weights(error: WeightsError) -> PyErr {
         WeightsError::Stopped => "stopped",
         _ => "failed",
     };
-    raise("TierError", kind, &error.to_string(), vec![])
+    raise("TierError", kind, &text, vec![])
 }
 
 /// What the memory manager said.

@@ -5,7 +5,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shoal_core::bytes::ByteCount;
@@ -39,8 +41,18 @@ pub(crate) struct PyWeightStore {
 impl PyWeightStore {
     #[new]
     #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
-    fn new(py: Python<'_>, path: PathBuf, bytes_max: u64, write_bytes_per_s: Option<u64>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        bytes_max: u64,
+        write_bytes_per_s: Option<u64>,
+        write_bytes_per_hour: Option<u64>,
+        keep_s: f64,
+    ) -> PyResult<Self> {
         let mut options = WeightOptions::new(ByteCount(bytes_max));
+        options.keep = Duration::try_from_secs_f64(keep_s)
+            .map_err(|error| PyValueError::new_err(format!("keep_s: {error}")))?;
+        options.write_bytes_per_hour = write_bytes_per_hour.map(ByteCount);
         options.write_bytes_per_s = write_bytes_per_s.map_or(options.write_bytes_per_s, ByteCount);
         let store = py.detach(|| WeightStore::open(&path, options)).map_err(errors::of_disk)?;
         Ok(Self { store: Owned::new(store), stop: AtomicBool::new(false) })

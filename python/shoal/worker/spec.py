@@ -53,10 +53,13 @@ class WeightShare:
         A directory.
     bytes
         Most bytes in it.
+    write_bytes_per_hour
+        Most bytes written to it in an hour; None for no limit.
     """
 
     path: str
     bytes: int
+    write_bytes_per_hour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,9 @@ def _disk(value: Any) -> tuple[DiskShare, ...]:
 def _weights(value: Any) -> WeightShare:
     if not isinstance(value, dict) or not isinstance(value.get("path"), str) or not value["path"]:
         raise SpecError(f"weights: {value!r} names no directory")
-    return WeightShare(value["path"], parse_bytes("weights.bytes", value.get("bytes")))
+    writes = value.get("write_bytes_per_hour")
+    limit = None if writes is None else parse_bytes("weights.write_bytes_per_hour", writes)
+    return WeightShare(value["path"], parse_bytes("weights.bytes", value.get("bytes")), limit)
 
 
 def _remote(value: Any) -> RemoteShare:
