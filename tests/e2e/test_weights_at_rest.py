@@ -13,6 +13,8 @@ from tests.support.witness import until
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.support.server import Server
+
 TOKENS = 12
 MIB = 1 << 20
 
@@ -51,3 +53,34 @@ def test_the_next_server_starts_models_from_the_store(tmp_path: Path, host_budge
         for _ in range(2):
             assert server.complete("big", "abc", TOKENS) == right, "woken from the store, or memory filled from it"
             assert server.order("big", "sleep").status_code == httpx.codes.OK
+
+
+def until_stored(server: Server, times: int) -> None:
+    until(lambda: server.logs(100_000).count("weights stored in") == times, 60, "they are stored")
+
+
+def flip(pack: Path) -> None:
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.write_bytes(data)
+
+
+def test_a_server_whose_store_is_damaged_answers_as_it_did_and_stores_anew(tmp_path: Path) -> None:
+    made = models.make_llama(tmp_path / "small", seed=0, hidden=128)
+    right = models.plain_greedy(made, "abc", TOKENS)
+    table: dict[str, object] = {"name": "small", "source": str(made), "dtype": "float32", "context": 512}
+    disk = [{"path": str(tmp_path / "disk"), "bytes": "256MiB", "weights": "1GiB"}]
+    with serve(tmp_path, models=[table], disk=disk, host_budget="256MiB", device_budget="256MiB") as server:
+        server.wait_for("small", "asleep")
+        for number, harm in enumerate((flip, lambda pack: pack.unlink(), None)):
+            until_stored(server, number + 1)
+            assert server.complete("small", "abc", TOKENS) == right
+            assert server.stop() == 0
+            if harm is not None:
+                (pack,) = (path for path in (tmp_path / "disk/weights/packs").iterdir() if not path.suffix)
+                harm(pack)
+            server.http = httpx.Client(base_url=server.url, timeout=120)
+            server.start_again()
+            server.wait_for("small", "asleep")
+            assert server.complete("small", "abc", TOKENS) == right
+            assert server.logs(100_000).count("weights read from") == (harm is None)

@@ -165,7 +165,7 @@ def _placed(
     from shoal import TierError
 
     from . import loading
-    from .errors import LoadError
+    from .errors import LoadError, described
 
     def place(loaded: LoadedModel) -> tuple[LoadedModel, int]:
         return loaded, memory.place(loaded.model, files.path, lambda done, total: tell("placing", done, total), at_rest)
@@ -173,9 +173,9 @@ def _placed(
     if at_rest is not None and at_rest.find():
         try:
             return place(loading.load(files, spec, tell, is_blank=True))
-        except (TierError, LoadError) as error:
-            # Whatever it is, the files decide whether the model can be served.
-            logger.warning("the weights at rest are not used: %s", error)
+        except Exception as error:  # whatever it is, the files decide whether the model can be served
+            is_known = isinstance(error, TierError | LoadError)
+            logger.warning("the weights at rest are not used: %s", described(error), exc_info=not is_known)
             at_rest.forget()
     return place(loading.load(files, spec, tell))
 

@@ -3,8 +3,10 @@
 Apart because serving must not depend on it: where the directory cannot be had, or what is there is not whole, the
 model's own files are read, and the log says why.
 
-What is stored is found by a name that stands for all that its bytes depend on: what the files say of each tensor, the
-first kilobytes of each, the files' lengths and times; the data type, and the versions of what loads them.
+What is stored is found by a name that stands for all that its bytes depend on: which files they are, by their numbers
+on the file system, what they say of each tensor, the first kilobytes of each, the files' lengths and times, also those
+that no program can set; the data type, and the versions of what loads them. It is made before anything is loaded, and
+nothing is stored unless it is the same still afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0  # after which a fill is tried again while another worker fills
-_PATIENCE_S = 1800.0  # for how long
+_PATIENCE_S = 4 * 3600.0  # for how long, and where an hour's writes are used up
 _CLOSE_S = 2.0
 
 
@@ -58,6 +60,7 @@ class WeightsAtRest:
         self._share, self._files, self._dtype = share, files, dtype
         self.stored: StoredWeights | None = None
         self._store: WeightStore | None = None
+        self._name = ""
         self._placement: Placement | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -65,10 +68,13 @@ class WeightsAtRest:
     def find(self) -> bool:
         """Look for what is stored, from then on in `stored`; whether there is any that can be had."""
         try:
-            self._store = WeightStore(self._share.path, self._share.bytes)
-            self.stored = self._store.find(self._name())
-        except (Error, OSError, FilesChangedError) as error:
-            logger.warning("no weights are kept at rest: %s", described(error))
+            share = self._share
+            store = WeightStore(share.path, share.bytes, write_bytes_per_hour=share.write_bytes_per_hour)
+            self._name = self._named()
+            self.stored = store.find(self._name)
+            self._store = store
+        except Exception as error:  # whatever it is, the model is served without
+            logger.warning("no weights are kept at rest: %s", described(error), exc_info=not _is_known(error))
         return self.stored is not None
 
     def forget(self) -> None:
@@ -97,7 +103,7 @@ class WeightsAtRest:
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
 
-    def _name(self) -> str:
+    def _named(self) -> str:
         facts = weights_facts(self._files, self._dtype)
         return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
 
@@ -107,14 +113,19 @@ class WeightsAtRest:
         begun = time.monotonic()
         while not self._stop.is_set():
             try:
-                filled = shoal.torch.store_weights(self._placement, self._store, self._name())
-            except (Error, OSError, FilesChangedError) as error:
+                if self._named() != self._name:
+                    # What was read may be of either.
+                    logger.warning("the weights are not stored: the model's files changed while they were read")
+                    return
+                filled = shoal.torch.store_weights(self._placement, self._store, self._name)
+            except Exception as error:  # whatever it is, the model is served without
                 is_late = time.monotonic() - begun > _PATIENCE_S
-                if getattr(error, "kind", None) == "in_use" and not is_late:
-                    self._stop.wait(_RETRY_S)
+                wait_s = _RETRY_S if getattr(error, "kind", None) == "in_use" else getattr(error, "wait_s", None)
+                if wait_s is not None and not is_late:
+                    self._stop.wait(max(_RETRY_S, wait_s))
                     continue
                 if not self._stop.is_set():
-                    logger.warning("the weights are not stored: %s", described(error))
+                    logger.warning("the weights are not stored: %s", described(error), exc_info=not _is_known(error))
                 return
             logger.info(
                 "weights stored in %.1f s: %d bytes written, %d there already, %d models made room",
@@ -124,3 +135,7 @@ class WeightsAtRest:
                 len(filled["evicted"]),
             )
             return
+
+
+def _is_known(error: Exception) -> bool:
+    return isinstance(error, Error | OSError | FilesChangedError)
