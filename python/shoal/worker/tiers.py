@@ -351,6 +351,9 @@ def facts_of(files: ModelFiles, device: str, dtype: str, *, by_content: bool = F
 def weights_facts(files: ModelFiles, dtype: str) -> dict[str, str]:
     """Name what the bytes of a model's weights in memory depend on.
 
+    Unlike the names of KV, these are looked up before the files are read, and found again they stand for them: so the
+    files' numbers count and the times of their last change, which unlike those of writing nobody can set back.
+
     Raises
     ------
     FilesChangedError
@@ -365,7 +368,9 @@ def weights_facts(files: ModelFiles, dtype: str) -> dict[str, str]:
     with unchanged(at, files.stamps) as file:
         config = hashlib.file_digest(file, "sha256").hexdigest()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "layout": LAYOUT}
-    return {"config": config, "weights": _weights(files), "dtype": dtype, **versions}
+    changes = [path.stat() for path in sorted({place.path for place in files.tensors.values()})]
+    changed = repr([(stat.st_ino, stat.st_ctime_ns) for stat in changes])
+    return {"config": config, "weights": _weights(files), "changed": changed, "dtype": dtype, **versions}
 
 
 def _cpu() -> str:
