@@ -57,7 +57,7 @@ struct Found {
 }
 
 impl WeightStore {
-    /// Stores a region. `read` gives its bytes, by offset; it is called for each byte twice. Nothing waits: where another
+    /// Stores a region, in the place of another one that has its name. `read` gives its bytes, by offset; it is called for each byte twice. Nothing waits: where another
     /// process fills, it is refused, and may be tried again.
     ///
     /// # Errors
@@ -73,7 +73,8 @@ impl WeightStore {
         }
         let (_lock, catalogue) = self.take()?;
         let bytes = ByteCount(spec.extents.iter().map(|extent| extent.bytes).sum());
-        if catalogue.models.iter().any(|(model, _)| model.name == spec.name) {
+        let known = catalogue.models.iter().find(|(model, _)| model.name == spec.name);
+        if known.is_some_and(|(_, known)| known.note == spec.note && known.extents == spec.extents) {
             return Ok(FillReport { bytes, was_there: true, ..FillReport::default() });
         }
         let found = look_through(spec, stop, &mut read)?;
@@ -94,7 +95,7 @@ impl WeightStore {
             });
         }
         let wear = self.wear(ByteCount(end))?;
-        let evicted = self.make_room(&catalogue, &kept, ByteCount(end))?;
+        let evicted = self.make_room(&spec.name, &catalogue, &kept, ByteCount(end))?;
         if end > 0 {
             wear.map_or(Ok(()), |wear| self.remember(wear))?;
             self.write_pack(&id, &fresh, end, stop, &mut read)?;

@@ -29,17 +29,19 @@ const READ_PAUSE: Duration = Duration::from_millis(10);
 
 impl WeightStore {
     /// Removes models, and the packs that none needs any more, so that `needed` more bytes fit. `kept` are packs that stay, and
-    /// so do those of models that were used lately.
+    /// so do those of models that were used lately; what `name` was before does not.
     ///
     /// # Errors
     /// `NoRoom`: then nothing was removed.
     pub(super) fn make_room(
         &self,
+        name: &str,
         catalogue: &Catalogue,
         kept: &BTreeSet<String>,
         needed: ByteCount,
     ) -> Result<Vec<String>, WeightsError> {
-        let models: Vec<&StoredModel> = catalogue.models.iter().map(|(model, _)| model).collect();
+        let models: Vec<&StoredModel> =
+            catalogue.models.iter().map(|(model, _)| model).filter(|model| model.name != name).collect();
         let bytes_max = self.options.bytes_max;
         let (keep, now) = (self.options.keep, nanoseconds(SystemTime::now()));
         let rests = |model: &StoredModel| Duration::from_nanos(now.saturating_sub(model.used)) >= keep;

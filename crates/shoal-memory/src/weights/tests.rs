@@ -451,6 +451,29 @@ fn an_hour_has_its_allowance_whoever_fills() {
 }
 
 #[test]
+fn what_is_laid_out_another_way_is_stored_in_its_place() {
+    let mut world = World::new();
+    world.store.options.keep = Duration::from_secs(3600);
+    let (old, new) = (content([0, 1, 2]), content([3, 4, 5]));
+    let store = |bytes: &[u8], note: &str| {
+        let spec = FillSpec { name: name([0, 1, 2]), note: note.to_owned(), ..spec([0, 1, 2], bytes) };
+        let read = |offset: u64, into: &mut [u8]| {
+            let at = usize::try_from(offset).unwrap();
+            into.copy_from_slice(&bytes[at..at + into.len()]);
+            Ok(())
+        };
+        world.store.fill(&spec, &GOING, read).unwrap().was_there
+    };
+    assert!(!store(&old, "old") && store(&old, "old"));
+    fill(&world.store, [6, 7, 8]).unwrap();
+    assert!(!store(&new, "new") && store(&new, "new"));
+    let stored = world.store.find(&name([0, 1, 2])).unwrap();
+    assert_eq!(stored.note(), "new");
+    assert!(load(&stored).unwrap() == new);
+    world.check();
+}
+
+#[test]
 fn one_fills_at_a_time() {
     let world = World::new();
     let bytes = content([0, 1, 2]);
