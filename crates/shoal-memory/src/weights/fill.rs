@@ -20,6 +20,8 @@ use crate::error::MemoryError;
 
 /// Requests at a time while a pack is written: readers come first.
 const WRITE_DEPTH: usize = 8;
+/// Bytes after which the disk has to keep what was written.
+const SYNC_BYTES: u64 = 1 << 30;
 
 /// What is to be stored.
 #[derive(Clone, Debug)]
@@ -153,6 +155,7 @@ impl WeightStore {
         let pace = Pace {
             depth: WRITE_DEPTH,
             bytes_per_s: self.options.write_bytes_per_s.0,
+            sync_bytes: SYNC_BYTES,
             io_deadline: self.options.io_deadline,
             stop,
         };

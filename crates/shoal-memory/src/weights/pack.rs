@@ -15,11 +15,13 @@ use crate::disk::{Done, Medium, Op, Verb};
 use crate::store::Buffer;
 
 /// Bytes of one request.
-pub(super) const PART_BYTES: u64 = 1 << 20;
+pub(crate) const PART_BYTES: u64 = 1 << 20;
 /// How long a read that failed waits for what is still on its way.
 const GIVEN_UP_WAIT: Duration = Duration::from_secs(1);
-/// How long a fill sleeps at most before it looks whether it shall stop.
+/// How long a fill sleeps or waits at most before it looks whether it shall stop.
 const SLICE: Duration = Duration::from_millis(50);
+/// A disk that keeps bytes slower than this hangs.
+const SYNC_BYTES_PER_S: u64 = 50_000_000;
 
 /// Bytes of a region that one request reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +176,8 @@ impl Media {
 pub(super) struct Pace<'a> {
     pub(super) depth: usize,
     pub(super) bytes_per_s: u64,
+    /// After so many bytes the disk has to keep them: what it may hold back until then is what one sync waits for.
+    pub(super) sync_bytes: u64,
     pub(super) io_deadline: Duration,
     pub(super) stop: &'a AtomicBool,
 }
@@ -192,12 +196,12 @@ pub(super) fn write(
     let failed =
         |reason: String| WeightsError::Failed { doing: "cannot write", path: path.to_owned(), reason };
     let begun = Instant::now();
-    let (mut written, mut token) = (0_u64, 0_u64);
+    let (mut written, mut kept, mut token) = (0_u64, 0_u64, 0_u64);
     let mut spare: Vec<Buffer> = Vec::new();
-    let await_one = |medium: &mut dyn Medium, spare: &mut Vec<Buffer>| -> Result<(), WeightsError> {
+    let await_one = |medium: &mut dyn Medium, spare: &mut Vec<Buffer>, deadline: Duration| {
         let since = Instant::now();
         loop {
-            medium.wait(pace.io_deadline.saturating_sub(since.elapsed()));
+            medium.wait(SLICE.min(deadline.saturating_sub(since.elapsed())));
             let mut answers = Vec::new();
             medium.reap(&mut answers);
             let has_any = !answers.is_empty();
@@ -213,10 +217,22 @@ pub(super) fn write(
             if has_any {
                 return Ok(());
             }
-            if since.elapsed() >= pace.io_deadline {
+            if since.elapsed() >= deadline {
                 return Err(failed("a request hangs".to_owned()));
             }
+            if pace.stop.load(Ordering::Relaxed) {
+                return Err(WeightsError::Stopped);
+            }
         }
+    };
+    let keep = |medium: &mut dyn Medium, spare: &mut Vec<Buffer>, token: u64, bytes: u64| {
+        while medium.in_flight() > 0 {
+            await_one(medium, spare, pace.io_deadline)?;
+        }
+        let op = Op { token, verb: Verb::Sync, offset: 0, buffer: None, bytes: 0 };
+        medium.submit(op).map_err(|_| failed("the disk takes no request".to_owned()))?;
+        let allowed = Duration::from_millis(bytes.saturating_mul(1000) / SYNC_BYTES_PER_S);
+        await_one(medium, spare, pace.io_deadline.saturating_add(allowed))
     };
     for part in parts {
         loop {
@@ -231,7 +247,7 @@ pub(super) fn write(
             }
         }
         while medium.in_flight() >= pace.depth.clamp(1, medium.depth()) {
-            await_one(medium, &mut spare)?;
+            await_one(medium, &mut spare, pace.io_deadline)?;
         }
         // Of the part's own length, so that what a disk says it wrote can be compared with it.
         let reused = spare.iter().position(|buffer| buffer.as_slice().len() == part.bytes);
@@ -246,11 +262,125 @@ pub(super) fn write(
         // It is under way from here on.
         medium.wait(Duration::ZERO);
         written += part.bytes as u64;
+        if written - kept >= pace.sync_bytes {
+            token += 1;
+            keep(medium, &mut spare, token, written - kept)?;
+            kept = written;
+        }
     }
-    while medium.in_flight() > 0 {
-        await_one(medium, &mut spare)?;
+    keep(medium, &mut spare, token + 1, written - kept)
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::disk::{Means, Waker};
+
+    /// A disk that writes at once, and takes its time to keep it.
+    #[derive(Debug, Default)]
+    struct Slow {
+        sync: Duration,
+        done: Vec<Done>,
+        syncing: Option<(Instant, Done)>,
+        held: u64,
+        held_max: u64,
+        syncs: u32,
     }
-    let op = Op { token: token + 1, verb: Verb::Sync, offset: 0, buffer: None, bytes: 0 };
-    medium.submit(op).map_err(|_| failed("the disk takes no request".to_owned()))?;
-    await_one(medium, &mut spare)
+
+    impl Medium for Slow {
+        fn bytes(&mut self) -> io::Result<u64> {
+            Ok(0)
+        }
+        fn grow(&mut self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn shrink(&mut self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn submit(&mut self, op: Op) -> Result<(), Op> {
+            let done = Done { token: op.token, result: Ok(op.bytes), buffer: op.buffer };
+            if op.verb == Verb::Sync {
+                self.held = 0;
+                self.syncs += 1;
+                self.syncing = Some((Instant::now() + self.sync, done));
+            } else {
+                self.held += op.bytes as u64;
+                self.held_max = self.held_max.max(self.held);
+                self.done.push(done);
+            }
+            Ok(())
+        }
+        fn wait(&mut self, timeout: Duration) {
+            if let (true, Some((due, _))) = (self.done.is_empty(), &self.syncing) {
+                thread::sleep(timeout.min(due.saturating_duration_since(Instant::now())));
+            }
+        }
+        fn reap(&mut self, done: &mut Vec<Done>) {
+            done.append(&mut self.done);
+            let is_kept = self.syncing.as_ref().is_some_and(|(due, _)| Instant::now() >= *due);
+            done.extend(self.syncing.take_if(|_| is_kept).map(|(_, done)| done));
+        }
+        fn in_flight(&self) -> usize {
+            self.done.len() + usize::from(self.syncing.is_some())
+        }
+        fn depth(&self) -> usize {
+            8
+        }
+        fn waker(&self) -> Waker {
+            std::sync::Arc::new(|| {})
+        }
+        fn means(&self) -> Means {
+            Means::default()
+        }
+    }
+
+    const PARTS: u64 = 16;
+    const BYTES: usize = 1 << 20;
+
+    fn write_to(
+        disk: &mut Slow,
+        sync_bytes: u64,
+        deadline: Duration,
+        stop: &AtomicBool,
+    ) -> Result<(), WeightsError> {
+        let pace = Pace { depth: 4, bytes_per_s: u64::MAX, sync_bytes, io_deadline: deadline, stop };
+        let part = |at| Part { offset: at, bytes: BYTES, pack: 0, at };
+        write(Path::new("pack"), disk, (0..PARTS).map(|at| part(at * BYTES as u64)), pace, |_, _| Ok(()))
+    }
+
+    #[test]
+    fn a_sync_has_time_for_all_that_it_waits_for_and_no_more() {
+        let (going, deadline) = (AtomicBool::new(false), Duration::from_millis(50));
+        // 16 MiB at 50 MB/s: a third of a second.
+        let mut disk = Slow { sync: Duration::from_millis(200), ..Slow::default() };
+        write_to(&mut disk, u64::MAX, deadline, &going).unwrap();
+        let mut disk = Slow { sync: Duration::from_secs(60), ..Slow::default() };
+        let since = Instant::now();
+        let error = write_to(&mut disk, u64::MAX, deadline, &going).unwrap_err();
+        assert!(error.to_string().contains("a request hangs"), "{error}");
+        assert!(since.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn the_disk_keeps_what_was_written_every_so_many_bytes() {
+        let mut disk = Slow::default();
+        write_to(&mut disk, 3 << 20, Duration::from_secs(10), &AtomicBool::new(false)).unwrap();
+        assert_eq!((disk.held_max, disk.syncs), (3 << 20, 6));
+    }
+
+    #[test]
+    fn a_fill_that_shall_stop_waits_for_no_disk() {
+        let (stop, since) = (AtomicBool::new(false), Instant::now());
+        let mut disk = Slow { sync: Duration::from_secs(60), ..Slow::default() };
+        let outcome = thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(100));
+                stop.store(true, Ordering::Relaxed);
+            });
+            write_to(&mut disk, u64::MAX, Duration::from_secs(60), &stop)
+        });
+        assert!(matches!(outcome, Err(WeightsError::Stopped)), "{outcome:?}");
+        assert!(since.elapsed() < Duration::from_secs(20));
+    }
 }
