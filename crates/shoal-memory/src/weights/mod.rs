@@ -178,6 +178,8 @@ pub struct WeightUsage {
     pub unshared: ByteCount,
 }
 
+/// How a manifest is read.
+type ReadFile = fn(&Path) -> io::Result<Vec<u8>>;
 type Wrap = dyn Fn(Box<dyn Medium>) -> Box<dyn Medium> + Send + Sync;
 
 /// A directory of weights. Any number of processes may have it open.
@@ -186,6 +188,7 @@ pub struct WeightStore {
     root: Arc<PathBuf>,
     options: WeightOptions,
     wrap: Arc<Wrap>,
+    read_file: ReadFile,
 }
 
 impl fmt::Debug for WeightStore {
@@ -238,7 +241,7 @@ impl WeightStore {
         for folder in [PACKS, MODELS] {
             make_directory(&path.join(folder))?;
         }
-        Ok(Self { root: Arc::new(path.to_owned()), options, wrap: Arc::new(wrap) })
+        Ok(Self { root: Arc::new(path.to_owned()), options, wrap: Arc::new(wrap), read_file })
     }
 
     /// A model that is stored under this name, whole as far as its files' lengths tell. From now on it counts as used.
@@ -248,7 +251,7 @@ impl WeightStore {
             return None;
         }
         let path = self.model(name);
-        let manifest = read_manifest(&path)?;
+        let manifest = self.manifest(&path).ok()??;
         // The oldest goes first when room is short; nobody is the worse for it if this cannot be told.
         let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
         Stored::open(self, path, manifest)
@@ -273,7 +276,22 @@ impl WeightStore {
         self.root.join(PACKS).join(name)
     }
 
+    /// A model's manifest, if it is there and right.
+    ///
+    /// # Errors
+    /// `Io`: nobody knows whether it is.
+    fn manifest(&self, path: &Path) -> Result<Option<Manifest>, DiskError> {
+        match (self.read_file)(path) {
+            Ok(bytes) => Ok(Manifest::decode(&bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error("cannot read", path)(error)),
+        }
+    }
+
     /// Models whose manifests are right, and packs that are whole.
+    ///
+    /// # Errors
+    /// `Io`: of something that is there it is not known whether it is right, so nobody may take it for damaged.
     fn read_all(&self) -> Result<Catalogue, DiskError> {
         let mut catalogue = Catalogue::default();
         for (name, metadata) in list(&self.root.join(PACKS))? {
@@ -282,9 +300,10 @@ impl WeightStore {
             }
         }
         for (name, metadata) in list(&self.root.join(MODELS))? {
-            let Some(manifest) = is_name(&name).then(|| read_manifest(&self.model(&name))).flatten() else {
+            if !is_name(&name) {
                 continue;
-            };
+            }
+            let Some(manifest) = self.manifest(&self.model(&name))? else { continue };
             let is_there = |piece: &shoal_core::store::weights::Piece| {
                 catalogue.packs.get(&piece.pack).is_some_and(|bytes| piece.at + piece.bytes <= *bytes)
             };
@@ -379,20 +398,23 @@ fn list(folder: &Path) -> Result<Vec<(String, fs::Metadata)>, DiskError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(io_error("cannot list", folder))? {
         let entry = entry.map_err(io_error("cannot list", folder))?;
-        // What goes meanwhile is not there.
-        if let (Ok(name), Ok(metadata)) = (entry.file_name().into_string(), entry.metadata())
-            && metadata.is_file()
-        {
+        let metadata = match entry.metadata() {
+            Ok(metadata) => metadata,
+            // It went meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io_error("cannot look at", &entry.path())(error)),
+        };
+        if let (Ok(name), true) = (entry.file_name().into_string(), metadata.is_file()) {
             found.push((name, metadata));
         }
     }
     Ok(found)
 }
 
-fn read_manifest(path: &Path) -> Option<Manifest> {
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path).ok()?.take(MANIFEST_BYTES_MAX).read_to_end(&mut bytes).ok()?;
-    Manifest::decode(&bytes)
+    File::open(path)?.take(MANIFEST_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn remove(path: &Path) -> Result<(), DiskError> {

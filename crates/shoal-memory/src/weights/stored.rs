@@ -7,19 +7,19 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::store::weights::{Manifest, StoredExtent};
 
 use super::pack::{Media, PART_BYTES, Part};
-use super::{DAMAGED, WeightStore, WeightsError, read_manifest, remove, room};
+use super::{DAMAGED, WeightStore, WeightsError, remove, room};
 use crate::disk::directory::medium_to_read;
 use crate::store::Buffer;
 
 /// A region that can be read from a [`WeightStore`].
 pub struct Stored {
+    store: WeightStore,
     manifest: Manifest,
     path: PathBuf,
     /// Of each piece, the index of its pack.
@@ -27,8 +27,6 @@ pub struct Stored {
     media: Mutex<Media>,
     /// What keeps the packs where they are.
     held: Vec<File>,
-    depth: usize,
-    io_deadline: Duration,
 }
 
 impl fmt::Debug for Stored {
@@ -63,8 +61,7 @@ impl Stored {
             }
             packs.push(index);
         }
-        let (media, depth, io_deadline) = (Mutex::new(media), store.options.depth, store.options.io_deadline);
-        Some(Self { manifest, path, packs, media, held, depth, io_deadline })
+        Some(Self { store: store.clone(), manifest, path, packs, media: Mutex::new(media), held })
     }
 
     /// What was noted when it was stored.
@@ -94,7 +91,7 @@ impl Stored {
 
     /// How many requests are worth having under way.
     pub(crate) const fn depth(&self) -> usize {
-        self.depth
+        self.store.options.depth
     }
 
     /// Reads ranges of the region, in their order and cut into parts of a mebibyte at most, which begin and end at multiples of
@@ -117,7 +114,7 @@ impl Stored {
         self.media.lock().read(
             parts,
             window,
-            self.io_deadline,
+            self.store.options.io_deadline,
             |part| target(part.offset, part.bytes),
             |part, buffer| done(part.offset, part.bytes, buffer),
         )
@@ -159,7 +156,7 @@ impl Stored {
             }
         }
         // Another may have been stored under its name since.
-        if read_manifest(&self.path).as_ref() == Some(&self.manifest)
+        if matches!(self.store.manifest(&self.path), Ok(Some(manifest)) if manifest == self.manifest)
             && let Err(error) = remove(&self.path)
         {
             tracing::warn!(%error, "damaged weights stay where they are");

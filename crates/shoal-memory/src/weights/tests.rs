@@ -474,6 +474,20 @@ fn what_is_laid_out_another_way_is_stored_in_its_place() {
 }
 
 #[test]
+fn what_cannot_be_read_now_is_not_taken_for_damaged() {
+    let world = World::new();
+    fill(&world.store, [0, 1, 2]).unwrap();
+    let (models, packs) = (world.files(MODELS), world.files(PACKS));
+    let mut short = world.store.clone();
+    short.read_file = |_| Err(rustix::io::Errno::MFILE.into());
+    let error = fill(&short, [3, 4, 5]).unwrap_err();
+    assert!(matches!(error, WeightsError::Disk(DiskError::Io { .. })), "{error}");
+    assert!(short.find(&name([0, 1, 2])).is_none());
+    assert_eq!((world.files(MODELS), world.files(PACKS)), (models, packs));
+    assert!(load(&world.store.find(&name([0, 1, 2])).unwrap()).unwrap() == content([0, 1, 2]));
+}
+
+#[test]
 fn one_fills_at_a_time() {
     let world = World::new();
     let bytes = content([0, 1, 2]);
