@@ -19,6 +19,8 @@ pub const WEIGHTS_VERSION: u32 = 1;
 pub const TENSOR_BYTES_MIN: u64 = 1 << 20;
 /// More than this is no manifest.
 pub const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+/// Most packs that a model's pieces lie in: each is a file that is open while it is read, with its own ring or threads.
+pub const PACKS_MAX: usize = 8;
 const MAGIC: &str = "shoal-weights";
 
 /// Some bytes of a region that lie together in a pack.
@@ -95,6 +97,7 @@ impl Manifest {
         let of_extents = self.extents.iter().try_fold(0_u64, |sum, extent| sum.checked_add(extent.bytes));
         let of_pieces = self.pieces.iter().try_fold(0_u64, |sum, piece| sum.checked_add(piece.bytes));
         of_extents.is_some()
+            && self.packs().len() <= PACKS_MAX
             && of_extents == of_pieces
             && self.extents.iter().all(|extent| whole(extent.bytes))
             && self.pieces.iter().all(|piece| {
@@ -152,6 +155,15 @@ impl Wear {
         let wait_s = (u128::from(excess) * 3600).div_ceil(u128::from(bytes_per_hour.max(1)));
         Err(u64::try_from(wait_s).unwrap_or(u64::MAX))
     }
+}
+
+/// Which packs' pieces are used again by a model that has so many bytes in each: those with most, as many as leave room for one
+/// of its own.
+#[must_use]
+pub fn worth_sharing(bytes: &BTreeMap<String, u64>) -> BTreeSet<String> {
+    let mut by_bytes: Vec<_> = bytes.iter().collect();
+    by_bytes.sort_by_key(|(name, bytes)| (std::cmp::Reverse(**bytes), *name));
+    by_bytes.into_iter().take(PACKS_MAX - 1).map(|(name, _)| name.clone()).collect()
 }
 
 /// A model that is stored.
@@ -222,7 +234,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_true_is_no_manifest() {
-        let changes: [fn(&mut Manifest); 7] = [
+        let changes: [fn(&mut Manifest); 8] = [
+            |manifest| {
+                let piece = |number| Piece {
+                    pack: format!("{number:08x}"),
+                    bytes: UNIT,
+                    ..manifest.pieces[0].clone()
+                };
+                manifest.pieces = (0..=PACKS_MAX).map(piece).collect();
+                manifest.extents = vec![StoredExtent { bytes: (PACKS_MAX as u64 + 1) * UNIT, hash: 0 }];
+            },
             |manifest| manifest.pieces[0].bytes += UNIT,
             |manifest| manifest.pieces[0].at = 7,
             |manifest| manifest.pieces[1].at = u64::MAX - UNIT + 1,

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::store::weights::{Manifest, Piece, StoredExtent, is_name};
+use shoal_core::store::weights::{Manifest, Piece, StoredExtent, is_name, worth_sharing};
 use shoal_device::Hasher;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -81,11 +81,15 @@ impl WeightStore {
         }
         let found = look_through(spec, stop, &mut read)?;
         let mut places = places(&catalogue);
-        let kept: BTreeSet<String> = found
-            .iter()
-            .filter_map(|piece| places.get(&(piece.hash, piece.bytes)).map(|(pack, _)| pack.clone()))
-            .chain(catalogue.read.iter().cloned())
-            .collect();
+        let mut shared: BTreeMap<String, u64> = BTreeMap::new();
+        for piece in &found {
+            if let Some((pack, _)) = places.get(&(piece.hash, piece.bytes)) {
+                *shared.entry(pack.clone()).or_default() += piece.bytes;
+            }
+        }
+        let shared = worth_sharing(&shared);
+        places.retain(|_, (pack, _)| shared.contains(pack));
+        let kept: BTreeSet<String> = shared.union(&catalogue.read).cloned().collect();
 
         let id = format!("{:016x}{:016x}", random()?, random()?);
         let (mut fresh, mut end) = (Vec::new(), 0);
