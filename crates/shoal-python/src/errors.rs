@@ -102,6 +102,7 @@ pub(crate) fn forked(owner: u32, pid: u32) -> PyErr {
 pub(crate) fn of_disk(error: DiskError) -> PyErr {
     let (kind, path) = match &error {
         DiskError::InUse { path, .. } => ("in_use", path),
+        DiskError::NotPrivate { path, .. } => ("not_private", path),
         DiskError::OtherVersion { path, .. } => ("other_version", path),
         DiskError::Foreign { path, .. } => ("foreign", path),
         DiskError::Damaged { path, .. } => ("damaged", path),

@@ -20,6 +20,14 @@ pub enum DiskError {
         /// The process that has it, as far as it said.
         pid: Option<u32>,
     },
+    /// Others can change what lies there.
+    #[error("{} {reason}; it was left as it is: give a directory that its owner alone can write to", path.display())]
+    NotPrivate {
+        /// The directory.
+        path: PathBuf,
+        /// In which way.
+        reason: String,
+    },
     /// Another version of Shoal made it.
     #[error(
         "{} was made by another version (format {found}, this one has {ours}); it was left as it is: remove it, or \

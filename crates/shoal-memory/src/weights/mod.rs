@@ -40,6 +40,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Mode, OFlags, fstat, open};
+use rustix::process::geteuid;
 use shoal_core::bytes::ByteCount;
 use shoal_core::store::weights::{MANIFEST_BYTES_MAX, Manifest, StoredModel, WEIGHTS_VERSION, is_name};
 
@@ -213,7 +215,8 @@ impl WeightStore {
     /// Opens a directory, making it if it is not there.
     ///
     /// # Errors
-    /// [`DiskError`]: another version's, something else lies there, damaged; or the system's. Nothing is changed in it then.
+    /// [`DiskError`]: another version's, something else lies there, damaged, others can change it; or the system's. Nothing is
+    /// changed in it then.
     pub fn open(path: &Path, options: WeightOptions) -> Result<Self, DiskError> {
         Self::open_through(path, options, |medium| medium)
     }
@@ -228,6 +231,7 @@ impl WeightStore {
         wrap: impl Fn(Box<dyn Medium>) -> Box<dyn Medium> + Send + Sync + 'static,
     ) -> Result<Self, DiskError> {
         make_directory(path)?;
+        check_private(path)?;
         if !has_marker(path)? {
             check_empty(path)?;
             let marker = serde_json::json!({
@@ -240,6 +244,7 @@ impl WeightStore {
         }
         for folder in [PACKS, MODELS] {
             make_directory(&path.join(folder))?;
+            check_private(&path.join(folder))?;
         }
         Ok(Self { root: Arc::new(path.to_owned()), options, wrap: Arc::new(wrap), read_file })
     }
@@ -361,6 +366,23 @@ fn make_directory(path: &Path) -> Result<(), DiskError> {
         .mode(0o700)
         .create(path)
         .map_err(io_error("cannot make the directory", path))
+}
+
+/// Whose hashes are in a directory that others write to are theirs: what is read there is verified against these alone.
+fn check_private(path: &Path) -> Result<(), DiskError> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let stat = open(path, flags, Mode::empty())
+        .and_then(fstat)
+        .map_err(|errno| io_error("cannot open the directory", path)(errno.into()))?;
+    let (own, mode) = (geteuid().as_raw(), stat.st_mode & 0o7777);
+    let reason = if stat.st_uid != own {
+        format!("belongs to user {}, not {own}", stat.st_uid)
+    } else if mode & 0o022 != 0 {
+        format!("has mode {mode:04o}, so others can write to it")
+    } else {
+        return Ok(());
+    };
+    Err(DiskError::NotPrivate { path: path.to_owned(), reason })
 }
 
 /// Whether a directory is ours already.
