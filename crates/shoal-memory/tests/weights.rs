@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -32,6 +33,16 @@ struct Fate {
     cuts_reads: AtomicBool,
     fails_writes: AtomicBool,
     is_full: AtomicBool,
+    /// Done at the next read.
+    meanwhile: parking_lot::Mutex<Option<Meanwhile>>,
+}
+
+struct Meanwhile(Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Meanwhile")
+    }
 }
 
 #[derive(Debug)]
@@ -60,6 +71,10 @@ impl Medium for Fateful {
         self.inner.shrink(bytes)
     }
     fn submit(&mut self, op: Op) -> Result<(), Op> {
+        let meanwhile = self.fate.meanwhile.lock().take_if(|_| op.verb == Verb::Read);
+        if let Some(Meanwhile(act)) = meanwhile {
+            act();
+        }
         if op.verb == Verb::Read && is(&self.fate.hangs_reads) {
             self.hung.push(op);
             return Ok(());
@@ -149,6 +164,10 @@ fn packs(world: &World) -> Vec<PathBuf> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap()
+}
+
 fn flip(path: &Path, at: u64) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
@@ -165,7 +184,7 @@ fn the_next_start_reads_no_file_of_the_model() {
     assert!(store.find(NAME).is_none());
     let report = first.store_in(&store, NAME, "what it is", &tensors, &GOING).unwrap();
     assert_eq!((report.bytes, report.was_there), (ByteCount(9 * PAGE), false));
-    assert!(first.store_in(&store, NAME, "", &tensors, &GOING).unwrap().was_there);
+    assert!(first.store_in(&store, NAME, "what it is", &tensors, &GOING).unwrap().was_there);
     drop(first);
     fs::write(&*path, b"gone").unwrap();
 
@@ -230,6 +249,61 @@ fn what_has_no_room_in_memory_is_woken_from_the_store_and_from_files_if_that_fai
             assert!(packs(&world).iter().all(|pack| pack.extension().is_some()), "under a name of no use");
         }
     }
+}
+
+/// [`first_start`] of which the last tensor is in no file, stored, and what it stored is seen by another process with less memory.
+fn small_start(host_mib: u64) -> (World, World, WeightStore, Arc<Fate>, Vec<u8>, Vec<StoredTensor>) {
+    let big = world(64, 256);
+    let bytes = noise(9 * PAGE, 12);
+    let (first, _, mut tensors) = first_start(&big, 9, &bytes);
+    let (store, fate) = store(&big);
+    first.store_in(&store, NAME, "", &tensors, &GOING).unwrap();
+    drop(first);
+    tensors.last_mut().unwrap().source = None;
+    (big, world(64, host_mib), store, fate, bytes, tensors)
+}
+
+#[test]
+fn what_no_file_holds_has_its_room_before_what_files_hold_too() {
+    let (_big, small, store, _, bytes, tensors) = small_start(12);
+    let region = small.region("next", 9, LeaseKind::Weights);
+    region.load_stored(&Arc::new(store.find(NAME).unwrap()), &tensors).unwrap();
+    let usage = region.usage();
+    assert!(usage.host > tensors.last().unwrap().bytes && usage.source_only > ByteCount::ZERO, "{usage:?}");
+    assert!(contents(&region, bytes.len()) == bytes);
+    small.check();
+}
+
+#[test]
+fn what_finds_no_room_after_all_stays_in_its_files() {
+    let (_big, small, store, fate, bytes, tensors) = small_start(24);
+    let (region, other) =
+        (small.region("next", 9, LeaseKind::Weights), small.region("other", 4, LeaseKind::Weights));
+    // All would fit, if nobody else came.
+    let guest = other.clone();
+    *fate.meanwhile.lock() = Some(Meanwhile(Box::new(move || {
+        guest.stage(ByteCount::ZERO, &noise(4 * PAGE, 13), None).unwrap();
+    })));
+    let loaded = region.load_stored(&Arc::new(store.find(NAME).unwrap()), &tensors);
+    let usage = region.usage();
+    loaded.unwrap();
+    assert!(usage.source_only > ByteCount::ZERO && usage.host > ByteCount::ZERO, "{usage:?}");
+    assert!(contents(&region, bytes.len()) == bytes);
+    small.check();
+}
+
+#[test]
+fn a_region_that_is_filled_while_it_is_loaded_stays_as_it_was_filled() {
+    let (_big, small, store, fate, bytes, tensors) = small_start(64);
+    let region = small.region("next", 9, LeaseKind::Weights);
+    let (other, own) = (region.clone(), noise(9 * PAGE, 14));
+    let staged = own.clone();
+    *fate.meanwhile.lock() =
+        Some(Meanwhile(Box::new(move || other.stage(ByteCount::ZERO, &staged, None).unwrap())));
+    region.load_stored(&Arc::new(store.find(NAME).unwrap()), &tensors).expect_err("it has bytes already");
+    region.seal().unwrap();
+    assert!(contents(&region, bytes.len()) == own);
+    small.check();
 }
 
 #[test]
@@ -297,6 +371,30 @@ fn tensors_of_several_models_are_stored_once() {
 }
 
 #[test]
+fn what_lies_in_many_packs_is_stored_again() {
+    let world = world(64, 256);
+    let (store, _) = store(&world);
+    let all = noise(12 * 2 * PAGE, 11);
+    let part = index(2 * PAGE);
+    for (number, bytes) in all.chunks(part).enumerate() {
+        world.weights(2, bytes).store_in(&store, &format!("{number:08x}"), "", &[], &GOING).unwrap();
+    }
+    let tensor = |number: u64| StoredTensor {
+        offset: ByteCount(number * 2 * PAGE),
+        bytes: ByteCount(2 * PAGE),
+        source: None,
+    };
+    let tensors: Vec<_> = (0..12).map(tensor).collect();
+    let region = world.weights(24, &all);
+    let report = region.store_in(&store, NAME, "", &tensors, &GOING).unwrap();
+    assert_eq!((report.shared, report.written), (ByteCount(14 * PAGE), ByteCount(10 * PAGE)));
+    let woken = world.region("next", 24, LeaseKind::Weights);
+    woken.load_stored(&Arc::new(store.find(NAME).unwrap()), &tensors).unwrap();
+    drop(region);
+    assert!(contents(&woken, all.len()) == all);
+}
+
+#[test]
 fn a_fill_that_fails_leaves_nothing_behind() {
     let world = world(64, 256);
     let (store, fate) = store(&world);
@@ -351,6 +449,25 @@ fn directories_that_are_not_ours_are_left_as_they_are() {
     }
     let path = folder.path().join("new");
     WeightStore::open(&path, options()).unwrap();
+    for (at, mode, right) in [(".", 0o720, 0o700), ("packs", 0o777, 0o700), ("models", 0o702, 0o755)] {
+        let at = path.join(at);
+        let set = |mode| fs::set_permissions(&at, fs::Permissions::from_mode(mode)).unwrap();
+        set(mode);
+        let error = WeightStore::open(&path, options()).unwrap_err();
+        assert!(matches!(error, DiskError::NotPrivate { .. }), "{error}");
+        set(right);
+        WeightStore::open(&path, options()).unwrap();
+    }
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    WeightStore::open(&link, options()).unwrap_err();
+    if rustix::process::geteuid().is_root() {
+        let foreign = folder.path().join("foreign");
+        fs::create_dir(&foreign).unwrap();
+        std::os::unix::fs::chown(&foreign, Some(1), None).unwrap();
+        let error = WeightStore::open(&foreign, options()).unwrap_err().to_string();
+        assert!(error.contains("belongs to user 1, not 0"), "{error}");
+    }
     WeightStore::open(&path, options()).expect("several have it open");
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
 }

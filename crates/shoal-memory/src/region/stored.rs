@@ -19,10 +19,9 @@ use super::{Region, SealReport, State};
 use crate::arena::{Filled, HostCopy};
 use crate::error::MemoryError;
 use crate::store::Buffer;
-use crate::weights::{FillReport, FillSpec, Stored, StoredExtent, WeightStore, WeightsError, cut};
-
-/// Bytes of one request.
-const PART_BYTES: u64 = 1 << 20;
+use crate::weights::{
+    FillReport, FillSpec, PART_BYTES, Stored, StoredExtent, WeightStore, WeightsError, cut,
+};
 
 /// Where a tensor lies in a region.
 #[derive(Clone, Debug)]
@@ -33,6 +32,13 @@ pub struct StoredTensor {
     pub bytes: ByteCount,
     /// Where its bytes can be read again as well.
     pub source: Option<SourcePiece>,
+}
+
+/// Copies that are being read, of which so many are whole.
+#[derive(Default)]
+struct Copies {
+    begun: Vec<HostCopy>,
+    ended: usize,
 }
 
 /// Extents by address.
@@ -90,36 +96,39 @@ impl Region {
         let manager = self.manager();
         self.check_no_cache("load it")?;
         let sources = self.sources_of(tensors)?;
-        let _turn = manager.take_turn(manager.operation_deadline())?;
-        let extents = {
-            let state = self.inner.state.lock();
-            let is_fresh = state.table.extents().all(|(_, _, residency)| residency.valid().is_empty());
-            if state.sealed || !is_fresh {
-                return Err(self.refuse("load it", "it has bytes already").into());
-            }
-            by_address(&state)
-        };
+        let turn = manager.take_turn(manager.operation_deadline())?;
+        let extents = self.empty_extents()?;
         let lengths = extents.iter().map(|(_, extent)| extent.bytes().0);
         if !lengths.eq(stored.extents().iter().map(|extent| extent.bytes)) {
             return Err(WeightsError::OtherLayout);
         }
         let in_files =
             |extent: Extent| sources.covers(extent.offset().0, (extent.offset() + extent.bytes()).0);
-        // In order of use, as far as there is room; what no file holds has to have some.
-        let (mut chosen, mut free) = (Vec::new(), manager.arena.free());
+        // What no file holds has to have room. What is left of it is for the others, in order of use.
+        let bytes =
+            |extents: &mut dyn Iterator<Item = Extent>| -> ByteCount { extents.map(Extent::bytes).sum() };
+        let needed =
+            bytes(&mut extents.iter().map(|(_, extent)| *extent).filter(|extent| !in_files(*extent)));
+        manager.make_host_room(needed);
+        let (mut chosen, mut free) = (Vec::new(), manager.arena.free().saturating_sub(needed));
         for (place, (_, extent)) in extents.iter().enumerate() {
-            if !in_files(*extent) {
-                manager.make_host_room(extent.bytes());
-                free = free.max(extent.bytes());
-            } else if free < extent.bytes() {
-                continue;
+            if in_files(*extent) {
+                if free < extent.bytes() {
+                    continue;
+                }
+                free = free.saturating_sub(extent.bytes());
             }
-            free = free.saturating_sub(extent.bytes());
             chosen.push(place);
         }
-        manager.arena.expect(chosen.iter().map(|place| extents[*place].1.bytes()).sum());
-        let copies = self.read_copies(stored, &extents, &chosen)?;
+        manager.arena.expect(bytes(&mut chosen.iter().map(|place| extents[*place].1)));
+        // Others go on while the disk is read: nothing of this region is there yet.
+        drop(turn);
+        let copies = self.read_copies(stored, &extents, &mut chosen, in_files)?;
 
+        let _turn = manager.take_turn(manager.operation_deadline())?;
+        if self.empty_extents()? != extents {
+            return Err(WeightsError::OtherLayout);
+        }
         let mut state = self.inner.state.lock();
         let mut report = SealReport::default();
         for (place, (index, extent)) in extents.iter().enumerate() {
@@ -140,50 +149,94 @@ impl Region {
         Ok(report)
     }
 
-    /// Reads extents to host memory, and verifies them.
+    /// The extents of a region that has no bytes yet.
+    fn empty_extents(&self) -> Result<Extents, MemoryError> {
+        let state = self.inner.state.lock();
+        let is_empty = state.table.extents().all(|(_, _, residency)| residency.valid().is_empty());
+        if state.sealed || !is_empty {
+            return Err(self.refuse("load it", "it has bytes already"));
+        }
+        Ok(by_address(&state))
+    }
+
+    /// Reads extents to host memory, and verifies them. Where the budget has no room after all, the last one so far that is in
+    /// files as well is chosen no more.
     fn read_copies(
         &self,
         stored: &Stored,
         extents: &Extents,
-        chosen: &[usize],
+        chosen: &mut Vec<usize>,
+        in_files: impl Fn(Extent) -> bool,
     ) -> Result<Vec<HostCopy>, WeightsError> {
-        let ranges: Vec<(u64, u64)> =
-            chosen.iter().map(|place| (extents[*place].1.offset().0, extents[*place].1.bytes().0)).collect();
-        let copies: RefCell<Vec<HostCopy>> = RefCell::default();
-        let (mut hasher, mut ended) = (Hasher::new(), 0);
-        stored
-            .read(
-                &ranges,
-                stored.depth(),
-                PART_BYTES,
-                |offset, bytes| {
-                    let mut copies = copies.borrow_mut();
-                    let begins = ranges.get(copies.len()).filter(|(from, _)| *from == offset);
-                    if let Some((_, length)) = begins {
-                        copies.push(self.manager().arena.allocate(ByteCount(*length), Filled::ByHost)?);
+        let mut ended: Vec<HostCopy> = Vec::new();
+        loop {
+            let ranges: Vec<(u64, u64)> = chosen[ended.len()..]
+                .iter()
+                .map(|place| (extents[*place].1.offset().0, extents[*place].1.bytes().0))
+                .collect();
+            let hashes: Vec<u64> =
+                chosen[ended.len()..].iter().map(|place| stored.extents()[*place].hash).collect();
+            let (mut copies, outcome) = self.read_ranges(stored, &ranges, &hashes);
+            let begun = ended.len() + copies.begun.len();
+            copies.begun.truncate(copies.ended);
+            ended.extend(copies.begun);
+            match outcome {
+                Ok(()) => return Ok(ended),
+                Err(WeightsError::Memory(error @ MemoryError::HostBudget { .. })) => {
+                    let may_stay = |at: &usize| in_files(extents[chosen[*at]].1);
+                    let Some(at) = (0..chosen.len().min(begun + 1)).rev().find(may_stay) else {
+                        return Err(error.into());
+                    };
+                    chosen.remove(at);
+                    if at < ended.len() {
+                        ended.remove(at);
                     }
-                    let (from, _) = ranges[copies.len() - 1];
-                    let buffer = copies[copies.len() - 1].buffer();
-                    let view = buffer
-                        .view_mut(ByteCount(offset - from), ByteCount(bytes as u64))
-                        .map_err(MemoryError::device("read into host memory"))?;
-                    Ok(Buffer::HostMut(view))
-                },
-                |offset, bytes, buffer| {
-                    hasher.update(&buffer.as_slice()[..bytes]);
-                    let (from, length) = ranges[ended];
-                    if offset + bytes as u64 == from + length {
-                        let found = std::mem::take(&mut hasher).finish();
-                        if found != stored.extents()[chosen[ended]].hash {
-                            return Err(WeightsError::Damaged { offset: from, bytes: ByteCount(length) });
-                        }
-                        ended += 1;
+                }
+                Err(error) => return Err(dropped(stored, error)),
+            }
+        }
+    }
+
+    /// Reads ranges, each of which has a hash, to copies of their own, one after another.
+    fn read_ranges(
+        &self,
+        stored: &Stored,
+        ranges: &[(u64, u64)],
+        hashes: &[u64],
+    ) -> (Copies, Result<(), WeightsError>) {
+        let copies: RefCell<Copies> = RefCell::default();
+        let mut hasher = Hasher::new();
+        let outcome = stored.read(
+            ranges,
+            stored.depth(),
+            PART_BYTES,
+            |offset, bytes| {
+                let begun = &mut copies.borrow_mut().begun;
+                let begins = ranges.get(begun.len()).filter(|(from, _)| *from == offset);
+                if let Some((_, length)) = begins {
+                    begun.push(self.manager().arena.allocate(ByteCount(*length), Filled::ByHost)?);
+                }
+                let (from, _) = ranges[begun.len() - 1];
+                let buffer = begun[begun.len() - 1].buffer();
+                let view = buffer
+                    .view_mut(ByteCount(offset - from), ByteCount(bytes as u64))
+                    .map_err(MemoryError::device("read into host memory"))?;
+                Ok(Buffer::HostMut(view))
+            },
+            |offset, bytes, buffer| {
+                hasher.update(&buffer.as_slice()[..bytes]);
+                let ended = &mut copies.borrow_mut().ended;
+                let (from, length) = ranges[*ended];
+                if offset + bytes as u64 == from + length {
+                    if std::mem::take(&mut hasher).finish() != hashes[*ended] {
+                        return Err(WeightsError::Damaged { offset: from, bytes: ByteCount(length) });
                     }
-                    Ok(())
-                },
-            )
-            .map_err(|error| dropped(stored, error))?;
-        Ok(copies.into_inner())
+                    *ended += 1;
+                }
+                Ok(())
+            },
+        );
+        (copies.into_inner(), outcome)
     }
 
     /// Fills an extent's device memory from the store. Nothing where that failed: then it is not asked again.

@@ -50,6 +50,7 @@ use crate::disk::{DiskError, Engine, Medium};
 use crate::error::MemoryError;
 
 pub use self::fill::{FillReport, FillSpec};
+pub(crate) use self::pack::PART_BYTES;
 pub use self::stored::Stored;
 pub use shoal_core::store::weights::{StoredExtent, cut};
 
