@@ -2,10 +2,11 @@
 
 Two cases: the next start (a module is made and a new region filled, with host memory for all of it) and a wake of a
 model that is asleep at its source (no host memory). The page cache forgets the files before each, since a model that
-is cold is not there. All in turn in one process, `ROUNDS` times; rates are bytes of the region over the time from
-nothing to the region filled, or from asleep to awake. The ceiling of a start is direct I/O, 32 requests of 1 MiB at a
-time (threads), of the same bytes; that of a wake is the slower of this and a wake from host memory, since a simulated
-device's memory is made as it is touched.
+is cold is not there; beside that the files are measured warm, when the page cache has all of them, which the store
+never gains from. Each with the processor's time that it took. All in turn in one process, `ROUNDS` times; rates are
+bytes of the region over the time from nothing to the region filled, or from asleep to awake. The ceiling of a start is
+direct I/O, 32 requests of 1 MiB at a time (threads), of the same bytes; that of a wake is the slower of this and a wake
+from host memory, since a simulated device's memory is made as it is touched.
 
 `$SHOAL_DISK` names a directory on the disk to measure (the build folder by default), `$SHOAL_WEIGHTS_MIB` how much.
 Nothing else should use the disk.
@@ -21,7 +22,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -111,13 +112,30 @@ def direct_s(path: Path) -> float:
         os.close(descriptor)
 
 
-def place(folder: Path, layers: int, host_bytes: int, stored: StoredWeights | None) -> tuple[float, Placement]:
-    """Open the model and place it, in a manager of its own; how long that took, and the placement."""
+class Taken(NamedTuple):
+    """How long something took, and how much of a processor's time."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def since(cls, begun: tuple[float, float]) -> Taken:
+        """Take what passed from then on."""
+        return cls(time.perf_counter() - begun[0], time.process_time() - begun[1])
+
+
+def now() -> tuple[float, float]:
+    """Give both clocks."""
+    return time.perf_counter(), time.process_time()
+
+
+def place(folder: Path, layers: int, host_bytes: int, stored: StoredWeights | None) -> tuple[Taken, Placement]:
+    """Open the model and place it, in a manager of its own; what that took, and the placement."""
     import shoal
     import shoal.torch
 
     mem = shoal.MemoryManager(device="sim", device_capacity=2 * BYTES + (256 << 20), host_budget=host_bytes)
-    begun = time.perf_counter()
+    begun = now()
     module = open_model(folder, layers) if stored is None else make_module(layers).to_empty(device="cpu")
     placement = shoal.torch.place(
         module,
@@ -128,18 +146,18 @@ def place(folder: Path, layers: int, host_bytes: int, stored: StoredWeights | No
         is_blank=stored is not None,
         release_early=True,
     )
-    took = time.perf_counter() - begun
+    took = Taken.since(begun)
     assert placement.from_store == (stored is not None)
     return took, placement
 
 
-def wake_s(placement: Placement) -> float:
-    """Wake the region; how long that took."""
+def wake(placement: Placement) -> Taken:
+    """Wake the region; what that took."""
     region = placement.region
     region.sleep(timeout_s=WAIT_S)
-    begun = time.perf_counter()
+    begun = now()
     region.wake(timeout_s=WAIT_S).wait(WAIT_S)
-    return time.perf_counter() - begun
+    return Taken.since(begun)
 
 
 def main() -> None:
@@ -162,34 +180,41 @@ def main() -> None:
         nbytes = placement.region.bytes
         del placement
         (pack,) = (at / "packs").iterdir()
-        names = ("direct", "start, files", "start, store", "wake, files", "wake, store", "wake, memory")
-        times: dict[str, list[float]] = {name: [] for name in names}
+        direct: list[float] = []
+        cases = [f"{case}, {way}" for case in ("start", "wake") for way in ("files", "store", "warm files")]
+        times: dict[str, list[Taken]] = {name: [] for name in [*cases, "wake, memory"]}
         for _ in range(ROUNDS):
             forget(home)
-            times["direct"].append(direct_s(pack))
+            direct.append(direct_s(pack))
             for way in ("files", "store"):
                 forget(home)
                 stored = store.find(NAME) if way == "store" else None
                 took, placement = place(folder, layers, 2 * BYTES, stored)
                 times[f"start, {way}"].append(took)
                 if way == "store":
-                    times["wake, memory"].append(wake_s(placement))
+                    times["wake, memory"].append(wake(placement))
                 del placement
                 # No host memory but for the buffers that files are read through: it is asleep at its source.
                 _, placement = place(folder, layers, 64 * MIB, stored)
                 forget(home)
-                times[f"wake, {way}"].append(wake_s(placement))
+                times[f"wake, {way}"].append(wake(placement))
+                if way == "files":
+                    # It has just read all of them.
+                    times["wake, warm files"].append(wake(placement))
+                    del placement
+                    took, placement = place(folder, layers, 2 * BYTES, None)
+                    times["start, warm files"].append(took)
                 del placement, stored
-        save("tiers_weights", rows_of(times, nbytes, fill_s, filled["written"]))
+        save("tiers_weights", rows_of(direct, times, nbytes, fill_s, filled["written"]))
     finally:
         shutil.rmtree(home)
 
 
-def rows_of(times: dict[str, list[float]], nbytes: int, fill_s: float, written: int) -> list[Row]:
-    """Make the figures: rates, against the disk's and against the files'."""
+def rows_of(direct: list[float], times: dict[str, list[Taken]], nbytes: int, fill_s: float, written: int) -> list[Row]:
+    """Make the figures: rates, against the disk's and against the files', and the processor's time."""
     gib = nbytes / (1 << 30)
-    rates = {name: [gib / took for took in taken] for name, taken in times.items()}
-    best = of_samples("direct I/O, 32 at a time", "rate", rates["direct"], "GiB/s", "higher")
+    rates = {name: [gib / took.wall_s for took in taken] for name, taken in times.items()}
+    best = of_samples("direct I/O, 32 at a time", "rate", [gib / took for took in direct], "GiB/s", "higher")
     memory = of_samples("wake from host memory", "rate", rates["wake, memory"], "GiB/s", "higher")
     rows = [best, memory]
     for case, ceiling in (("start", best.value), ("wake", min(best.value, memory.value))):
@@ -199,7 +224,11 @@ def rows_of(times: dict[str, list[float]], nbytes: int, fill_s: float, written: 
         stored.peer, stored.peer_value = "safetensors files", files.value
         stored.target = 0.95 * ceiling
         stored.met = stored.value >= stored.target
-        rows += [files, stored]
+        warm = f"{case} from safetensors files in the page cache"
+        rows += [files, stored, of_samples(warm, "rate", rates[f"{case}, warm files"], "GiB/s", "higher")]
+        for way in ("files", "store", "warm files"):
+            cpu = [took.cpu_s / gib for took in times[f"{case}, {way}"]]
+            rows.append(of_samples(f"{case}, {way}", "CPU", cpu, "s/GiB", "lower"))
     pace = Row("fill, at most 512 MiB a second", "rate", written / (1 << 30) / fill_s, "GiB/s", "higher")
     return [*rows, pace]
 
