@@ -166,7 +166,7 @@ def test_why_nothing_is_stored_is_told(store: shoal.WeightStore, folder: Path, t
     with testing.simulated_memory("64MiB") as mem:
         placement = place(mem, folder, make(), None)
         cases = [(store, "no name", "bad_name"), (shoal.WeightStore(tmp_path / "small", "1MiB"), NAME, "no_room")]
-        worn = shoal.WeightStore(tmp_path / "worn", "64MiB", write_bytes_per_hour="16MiB")
+        worn = shoal.WeightStore(tmp_path / "worn", "64MiB", write_bytes_per_hour="8MiB")
         first_start(worn, folder)
         with pytest.raises(shoal.TierError) as raised:
             first_start(worn, folder, seed=3, name="00000003")
