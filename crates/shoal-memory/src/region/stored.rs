@@ -202,7 +202,7 @@ impl Region {
         &self,
         stored: &Stored,
         ranges: &[(u64, u64)],
-        hashes: &[u64],
+        expected: &[u64],
     ) -> (Copies, Result<(), WeightsError>) {
         let copies: RefCell<Copies> = RefCell::default();
         let mut hasher = Hasher::new();
@@ -228,7 +228,7 @@ impl Region {
                 let ended = &mut copies.borrow_mut().ended;
                 let (from, length) = ranges[*ended];
                 if offset + bytes as u64 == from + length {
-                    if std::mem::take(&mut hasher).finish() != hashes[*ended] {
+                    if std::mem::take(&mut hasher).finish() != expected[*ended] {
                         return Err(WeightsError::Damaged { offset: from, bytes: ByteCount(length) });
                     }
                     *ended += 1;

@@ -159,7 +159,7 @@ impl WeightOptions {
     pub const fn new(bytes_max: ByteCount) -> Self {
         Self {
             bytes_max,
-            keep: Duration::from_secs(24 * 3600),
+            keep: Duration::from_hours(24),
             write_bytes_per_hour: None,
             engine: Engine::Auto,
             wants_direct: true,

@@ -86,7 +86,8 @@ impl Media {
     ) -> Result<(), WeightsError> {
         let mut parts = parts.into_iter();
         let mut refused: Option<(Part, Op)> = None;
-        let mut moved = Instant::now();
+        // For the disk alone: making memory, and handing on what was read, take what they take.
+        let mut waited = Duration::ZERO;
         loop {
             while flying.len() < window.max(1) {
                 let (part, op) = if let Some(refused) = refused.take() {
@@ -118,7 +119,9 @@ impl Media {
                     }
                 };
             };
-            self.collect(flying, first, io_deadline.saturating_sub(moved.elapsed()));
+            let since = Instant::now();
+            self.collect(flying, first, io_deadline.saturating_sub(waited));
+            waited += since.elapsed();
             let mut has_moved = false;
             while let Some(answered) = flying.pop_front_if(|first| first.answer.is_some()) {
                 has_moved = true;
@@ -134,8 +137,8 @@ impl Media {
                 }
             }
             if has_moved {
-                moved = Instant::now();
-            } else if moved.elapsed() >= io_deadline {
+                waited = Duration::ZERO;
+            } else if waited >= io_deadline {
                 return Err(self.failed(first, "cannot read", &"a request hangs"));
             }
         }
@@ -277,7 +280,7 @@ mod tests {
     use super::*;
     use crate::disk::{Means, Waker};
 
-    /// A disk that writes at once, and takes its time to keep it.
+    /// A disk that writes at once, and takes its time to keep it and to read.
     #[derive(Debug, Default)]
     struct Slow {
         sync: Duration,
@@ -300,14 +303,14 @@ mod tests {
         }
         fn submit(&mut self, op: Op) -> Result<(), Op> {
             let done = Done { token: op.token, result: Ok(op.bytes), buffer: op.buffer };
-            if op.verb == Verb::Sync {
-                self.held = 0;
-                self.syncs += 1;
-                self.syncing = Some((Instant::now() + self.sync, done));
-            } else {
+            if op.verb == Verb::Write {
                 self.held += op.bytes as u64;
                 self.held_max = self.held_max.max(self.held);
                 self.done.push(done);
+            } else {
+                self.held = 0;
+                self.syncs += u32::from(op.verb == Verb::Sync);
+                self.syncing = Some((Instant::now() + self.sync, done));
             }
             Ok(())
         }
@@ -355,11 +358,29 @@ mod tests {
         // 16 MiB at 50 MB/s: a third of a second.
         let mut disk = Slow { sync: Duration::from_millis(200), ..Slow::default() };
         write_to(&mut disk, u64::MAX, deadline, &going).unwrap();
-        let mut disk = Slow { sync: Duration::from_secs(60), ..Slow::default() };
+        let mut disk = Slow { sync: Duration::from_mins(1), ..Slow::default() };
         let since = Instant::now();
         let error = write_to(&mut disk, u64::MAX, deadline, &going).unwrap_err();
         assert!(error.to_string().contains("a request hangs"), "{error}");
         assert!(since.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn the_time_that_others_take_is_not_the_disks() {
+        let disk = Slow { sync: Duration::from_millis(20), ..Slow::default() };
+        let mut media = Media { packs: vec![("pack".into(), Box::new(disk))], ..Media::default() };
+        let part = |at| Part { offset: at, bytes: 4096, pack: 0, at };
+        let mut read = 0;
+        let target = |_: &Part| {
+            thread::sleep(Duration::from_millis(300));
+            Ok(Buffer::zeroed(4096))
+        };
+        let done = |_: &Part, _| {
+            read += 1;
+            Ok(())
+        };
+        media.read([part(0), part(4096)], 1, Duration::from_millis(200), target, done).unwrap();
+        assert_eq!(read, 2);
     }
 
     #[test]
@@ -372,13 +393,13 @@ mod tests {
     #[test]
     fn a_fill_that_shall_stop_waits_for_no_disk() {
         let (stop, since) = (AtomicBool::new(false), Instant::now());
-        let mut disk = Slow { sync: Duration::from_secs(60), ..Slow::default() };
+        let mut disk = Slow { sync: Duration::from_mins(1), ..Slow::default() };
         let outcome = thread::scope(|scope| {
             scope.spawn(|| {
                 thread::sleep(Duration::from_millis(100));
                 stop.store(true, Ordering::Relaxed);
             });
-            write_to(&mut disk, u64::MAX, Duration::from_secs(60), &stop)
+            write_to(&mut disk, u64::MAX, Duration::from_mins(1), &stop)
         });
         assert!(matches!(outcome, Err(WeightsError::Stopped)), "{outcome:?}");
         assert!(since.elapsed() < Duration::from_secs(20));

@@ -413,7 +413,7 @@ fn what_somebody_reads_takes_room_until_he_lets_go() {
 #[test]
 fn what_was_used_lately_stays() {
     let mut world = World::new();
-    world.store.options.keep = Duration::from_secs(3600);
+    world.store.options.keep = Duration::from_hours(1);
     fill(&world.store, [0, 1, 2]).unwrap();
     fill(&world.store, [3, 4, 5]).unwrap();
     for _ in 0..3 {
@@ -453,7 +453,7 @@ fn an_hour_has_its_allowance_whoever_fills() {
 #[test]
 fn what_is_laid_out_another_way_is_stored_in_its_place() {
     let mut world = World::new();
-    world.store.options.keep = Duration::from_secs(3600);
+    world.store.options.keep = Duration::from_hours(1);
     let (old, new) = (content([0, 1, 2]), content([3, 4, 5]));
     let store = |bytes: &[u8], note: &str| {
         let spec = FillSpec { name: name([0, 1, 2]), note: note.to_owned(), ..spec([0, 1, 2], bytes) };
