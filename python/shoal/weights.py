@@ -136,6 +136,8 @@ class WeightStore:
 
         Raises
         ------
+        TierError
+            If the directory cannot be read.
         ForkError
             In a process other than the one that made it.
         """

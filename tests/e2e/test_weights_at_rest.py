@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from tests.support import models
-from tests.support.server import serve
+from tests.support.server import environment, serve
 from tests.support.witness import until
 
 if TYPE_CHECKING:
@@ -39,12 +41,24 @@ def test_the_next_server_starts_models_from_the_store(tmp_path: Path, host_budge
         until(lambda: len(stored(tmp_path)) == 1, 60, "the weights are stored")
         until(lambda: "weights stored in" in server.logs(100_000), 30, "the worker says so")
         assert "weights read from" not in server.logs(100_000)
+        until(lambda: at_rest(server, "big")["state"] == "stored", 30, "the server says so too")
 
         assert server.stop() == 0
         server.http = httpx.Client(base_url=server.url, timeout=120)
         server.start_again()
         server.wait_for("big", "asleep")
         assert server.logs(100_000).count("weights read from") == 1
+        until(lambda: at_rest(server, "big").get("looked_at_ms", 0) > 0, 30, "the store was looked at")
+        store = at_rest(server, "big")
+        assert (store["state"], store["reason"], store["models"]) == ("read", None, 1)
+        assert store["path"] == str(tmp_path / "disk/weights")
+        assert weights.stat().st_size < store["bytes"] < store["bytes_max"] == 1 << 30
+        (disk,) = [tier for tier in server.state()["tiers"] if tier["tier"] == "disk"]
+        assert (disk["used"] >= store["bytes"], disk["budget"]) == (True, (1 << 30) + 256 * MIB)
+        text = server.http.get("/metrics").text
+        assert 'shoal_weights_at_rest{model="big",state="read"} 1' in text, text
+        assert f'shoal_weights_store_bytes{{path="{store["path"]}"}} {store["bytes"]}' in text, text
+        assert f"weights at rest in {store['path']}: " in ps(server)
         # Another file in the place of the model's own: whatever is read of it is not right.
         data = bytearray(weights.read_bytes())
         data[len(data) // 8 :] = bytes(len(data) - len(data) // 8)
@@ -53,6 +67,20 @@ def test_the_next_server_starts_models_from_the_store(tmp_path: Path, host_budge
         for _ in range(2):
             assert server.complete("big", "abc", TOKENS) == right, "woken from the store, or memory filled from it"
             assert server.order("big", "sleep").status_code == httpx.codes.OK
+
+
+def at_rest(server: Server, name: str) -> dict[str, Any]:
+    """Give what a model's worker says of its weights at rest."""
+    return server.model(name)["weights_at_rest"] or {"state": "no word yet"}
+
+
+def ps(server: Server) -> str:
+    """Give what the command prints."""
+    said = subprocess.run(
+        [sys.executable, "-m", "shoal", "ps", "--server", server.url],
+        env=environment(server.home), check=True, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    return said.stdout
 
 
 def until_stored(server: Server, times: int) -> None:

@@ -102,7 +102,9 @@ def test_a_wake_from_the_source_goes_on_with_the_files_where_the_store_fails(
         placement = place(mem, folder, module, store.find(NAME))
         (pack,) = (tmp_path / "store/packs").iterdir()
         pack.write_bytes(bytes(len(pack.read_bytes())))
+        assert placement.region.reads_stored
         assert is_right(mem, module, want)
+        assert not placement.region.reads_stored
         assert not pack.exists(), "what is damaged is dropped"
         assert store.find(NAME) is None
         placement.region.sleep()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +18,7 @@ from shoal.worker.device import DeviceMemory
 from shoal.worker.spec import WeightShare, WorkerSpec
 from shoal.worker.weights import WeightsAtRest
 from tests.support import models
+from tests.support.witness import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +38,14 @@ def share(tmp_path: Path) -> WeightShare:
 
 def start(made: Path, share: WeightShare, *, spoil: Any = None) -> bool:
     """Start as a worker does, compare all weights with the files', store them; whether they came from the store."""
+    told = run(made, share, spoil=spoil)
+    assert told["state"] in ("read", "stored", "unused"), told
+    assert (told["reason"] is None) == (told["state"] != "unused"), told
+    return told["state"] == "read"
+
+
+def run(made: Path, share: WeightShare, *, spoil: Any = None) -> dict[str, Any]:
+    """As :func:`start`; what the server is told in the end."""
     files, spec = loading.inspect(made), WorkerSpec(source=str(made), dtype="float32")
     want = loading.load(files, spec).model.state_dict()
     with simulated_memory("256MiB") as mem:
@@ -48,10 +59,16 @@ def start(made: Path, share: WeightShare, *, spoil: Any = None) -> bool:
         if spoil is not None:
             spoil()
         memory.store_weights()
-        if at_rest._thread is not None:
-            at_rest._thread.join(60)
+        until(lambda: at_rest._thread is None or is_over(memory.weights_at_rest()), 60, "they are stored, or not")
+        told = memory.weights_at_rest()
         memory.close()
-        return at_rest._thread is None
+        assert told is not None
+        return told
+
+
+def is_over(told: dict[str, Any] | None) -> bool:
+    """Whether nothing more is to come: the store was looked at once that was done which could be."""
+    return told is not None and told["state"] != "waiting" and told.get("looked_at_ms", 0) > 0
 
 
 def pack_of(share: WeightShare) -> Path:
@@ -120,7 +137,31 @@ def test_no_failure_of_the_store_is_one_of_the_model(
         assert not start(made, share)
     with monkeypatch.context() as patched:
         patched.setattr("shoal.worker.weights.WeightStore", fail)
-        assert start(made, share), "nothing is stored"
+        told = run(made, share)
+        assert (told["state"], told.get("looked_at_ms")) == ("unused", None), told
+        assert str(error) in told["reason"], told
+    assert start(made, share)
+
+
+def test_a_directory_that_does_not_answer_keeps_no_model_from_serving(
+    made: Path, share: WeightShare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not start(made, share)
+    answers = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> Any:
+        answers.wait(60)
+        raise OSError("it was gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shoal.worker.weights.WeightStore", hang)
+        patched.setattr("shoal.worker.weights._FIND_S", 0.2)
+        begun = time.monotonic()
+        told = run(made, share)
+        took_s = time.monotonic() - begun
+        answers.set()
+    assert took_s < 50
+    assert (told["state"], told["reason"]) == ("unused", f"{share.path} does not answer within 0.2 s")
     assert start(made, share)
 
 
@@ -155,3 +196,43 @@ def test_what_was_read_of_files_that_change_meanwhile_is_not_stored(made: Path, 
     assert not start(made, share, spoil=lambda: change(made))
     assert not start(made, share), "it was read before the change"
     assert start(made, share)
+
+
+def test_what_a_wake_could_not_use_is_told(made: Path, share: WeightShare) -> None:
+    assert not start(made, share)
+    files, spec = loading.inspect(made), WorkerSpec(source=str(made), dtype="float32")
+    with simulated_memory("256MiB", host_budget="1MiB") as mem:
+        memory = DeviceMemory(mem)
+        _placed(memory, files, spec, lambda *_: None, WeightsAtRest(share, files, "torch.float32"))
+        memory.store_weights()
+        until(lambda: is_over(memory.weights_at_rest()), 60, "the store is looked at")
+        told = memory.weights_at_rest()
+        assert told is not None
+        assert (told["state"], told["reason"], told["models"]) == ("read", None, 1)
+        assert 0 < told["bytes"] <= told["unshared"] <= told["bytes_max"] == share.bytes
+        pack = pack_of(share)
+        pack.write_bytes(bytes(pack.stat().st_size))
+        with mem.guard():
+            pass
+        told = memory.weights_at_rest()
+        memory.close()
+        assert told is not None
+        assert told["state"] == "unused"
+        assert "wakes read the model's files" in told["reason"]
+
+
+def test_why_weights_wait_is_told(made: Path, share: WeightShare) -> None:
+    narrow = WeightShare(share.path, share.bytes, write_bytes_per_hour=1 << 20)
+    other = models.make_llama(made.parent / "other", seed=1, hidden=256)
+    assert not start(other, narrow)
+    files, spec = loading.inspect(made), WorkerSpec(source=str(made), dtype="float32")
+    with simulated_memory("256MiB") as mem:
+        memory = DeviceMemory(mem)
+        _placed(memory, files, spec, lambda *_: None, WeightsAtRest(narrow, files, "torch.float32"))
+        memory.store_weights()
+        until(lambda: (memory.weights_at_rest() or {})["reason"] is not None, 60, "why")
+        told = memory.weights_at_rest()
+        memory.close()
+        assert told is not None
+        assert told["state"] == "waiting"
+        assert "too much for the disk now" in told["reason"]

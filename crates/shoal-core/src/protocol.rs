@@ -204,6 +204,9 @@ pub struct WorkerUsage {
     /// Tiers that keep what its KV cache forgets, with what they did since the worker's start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tiers: Vec<TierUsage>,
+    /// Its weights at rest, where they are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_at_rest: Option<WeightsAtRest>,
     /// Bytes copied to the device since start.
     pub onboarded: ByteCount,
     /// Bytes copied or dropped from the device since start.
@@ -316,6 +319,35 @@ pub struct TierPlace {
     pub failed: u64,
     /// How often it was set aside.
     pub asides: u64,
+}
+
+/// What a worker says of its model's weights at rest, and of the store that they are in with those of all models.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WeightsAtRest {
+    /// The directory.
+    pub path: String,
+    /// `"read"` (its start read them there), `"stored"` (it has stored them since), `"waiting"` to be stored, `"unused"`.
+    pub state: String,
+    /// Why they are neither read nor stored, where that is known.
+    pub reason: Option<String>,
+    /// Models in the store.
+    pub models: u64,
+    /// Their bytes.
+    pub bytes: ByteCount,
+    /// What these would be if the models had nothing in common.
+    pub unshared: ByteCount,
+    /// The most that they may be.
+    pub bytes_max: ByteCount,
+    /// When the worker looked (milliseconds since the Unix epoch); 0: not yet.
+    pub looked_at_ms: u64,
+}
+
+impl WeightsAtRest {
+    /// The store, by who looked last.
+    pub fn newest<'a>(told: impl IntoIterator<Item = &'a Self>) -> Option<&'a Self> {
+        told.into_iter().max_by_key(|told| told.looked_at_ms)
+    }
 }
 
 /// What a model can do, from its files.

@@ -361,7 +361,7 @@ fn tensors_of_several_models_are_stored_once() {
     let (second, ..) = first_start(&world, 9, &bytes);
     let report = second.store_in(&store, "00c0ffef", "", &tensors, &GOING).unwrap();
     assert_eq!((report.written, report.shared), (ByteCount(TENSOR), ByteCount(9 * PAGE - TENSOR)));
-    let usage = store.usage();
+    let usage = store.usage().unwrap();
     assert_eq!((usage.models, usage.bytes), (2, ByteCount(9 * PAGE + TENSOR)));
     assert_eq!(usage.unshared, ByteCount(18 * PAGE));
     drop((first, second));

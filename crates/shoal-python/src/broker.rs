@@ -151,7 +151,7 @@ impl PyBrokerClient {
     }
 
     #[expect(clippy::too_many_arguments, reason = "Python's face names them")]
-    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, kv_back_us_per_mib = 0, kv_found_milli = 0, overhead = None, tiers = None))]
+    #[pyo3(signature = (*, requests_running, requests_waiting, tokens_out, tokens_embedded = 0, kv_back_us_per_mib = 0, kv_found_milli = 0, overhead = None, tiers = None, weights_at_rest = None))]
     fn usage(
         &self,
         requests_running: u32,
@@ -162,6 +162,7 @@ impl PyBrokerClient {
         kv_found_milli: u64,
         overhead: Option<(u64, u64)>,
         tiers: Option<&Bound<'_, PyAny>>,
+        weights_at_rest: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let client = self.client.get()?;
         client.set_requests(requests_running, requests_waiting, tokens_out, tokens_embedded);
@@ -171,6 +172,9 @@ impl PyBrokerClient {
         }
         if let Some(tiers) = tiers {
             client.set_tiers(convert::from_plain("tiers", tiers)?);
+        }
+        if let Some(at_rest) = weights_at_rest {
+            client.set_weights_at_rest(convert::from_plain("weights_at_rest", at_rest)?);
         }
         Ok(())
     }

@@ -84,6 +84,11 @@ impl PyRegion {
         self.segments.is_some()
     }
 
+    #[getter]
+    fn reads_stored(&self) -> PyResult<bool> {
+        Ok(self.region.get()?.reads_stored())
+    }
+
     /// What went wrong most lately where nobody could be told.
     fn last_error(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         let Some(segments) = &self.segments else { return Ok(None) };

@@ -66,7 +66,7 @@ impl PyWeightStore {
 
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let store = self.store.get()?;
-        let usage = py.detach(|| store.usage());
+        let usage = py.detach(|| store.usage()).map_err(errors::of_disk)?;
         let dict = PyDict::new(py);
         dict.set_item("models", usage.models)?;
         dict.set_item("bytes", usage.bytes.0)?;

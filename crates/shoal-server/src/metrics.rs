@@ -17,7 +17,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{KvTierCounts, TierUsage};
+use shoal_core::protocol::{KvTierCounts, TierUsage, WeightsAtRest};
 
 use crate::gateway::Models;
 use crate::shelf::Caller;
@@ -191,6 +191,7 @@ impl Collector for ShelfCollector {
         )?;
         keys(encoder, &state)?;
         kv_tiers(encoder, &state)?;
+        weights_at_rest(encoder, &state)?;
         driver(encoder, &state)?;
         sharing(encoder, &state)?;
         counters(encoder, &state)
@@ -291,6 +292,34 @@ fn kv_tiers(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::
         "How often a directory of the disk tier was set aside",
         places().map(|(labels, place)| (labels, ConstCounter::new(place.asides))),
     )
+}
+
+/// The store of weights, and which models' weights come from it.
+fn weights_at_rest(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -> fmt::Result {
+    let rows = shelf.models.iter().filter_map(|model| {
+        let state = model.weights_at_rest.as_ref()?.state.clone();
+        Some((vec![("model", model.name.clone()), ("state", state)], ConstGauge::new(1_i64)))
+    });
+    family(
+        encoder,
+        "weights_at_rest",
+        "1 for what a model's weights at rest are: read by its worker's start, stored since, waiting to be, or unused",
+        rows,
+    )?;
+    let store = shelf.weights_store();
+    let of = |bytes: fn(&WeightsAtRest) -> ByteCount| {
+        store.map(|store| (vec![("path", store.path.clone())], gauge(bytes(store))))
+    };
+    family(
+        encoder,
+        "weights_store_bytes",
+        "Bytes of weights at rest, of all models",
+        of(|store| store.bytes),
+    )?;
+    let budget = of(|store| store.bytes_max);
+    family(encoder, "weights_store_budget_bytes", "The most bytes of weights that may be at rest", budget)?;
+    let models = of(|store| ByteCount(store.models));
+    family(encoder, "weights_store_models", "Models whose weights are at rest", models)
 }
 
 /// The device as its driver shows it, beside the ledger.

@@ -188,6 +188,11 @@ class Region:
         """Whether it was made without a length, for torch to fill."""
         return self._native.is_growing
 
+    @property
+    def reads_stored(self) -> bool:
+        """Whether what no host copy holds is read from a store of weights; not any more once that failed."""
+        return self._native.reads_stored
+
     def commit(self, offset: int, nbytes: int) -> None:
         """Give a range zeroed device memory now. Pages that have it keep it.
 

@@ -176,7 +176,7 @@ def _placed(
         except Exception as error:  # whatever it is, the files decide whether the model can be served
             is_known = isinstance(error, TierError | LoadError)
             logger.warning("the weights at rest are not used: %s", described(error), exc_info=not is_known)
-            at_rest.forget()
+            at_rest.forget(error)
     return place(loading.load(files, spec, tell))
 
 
@@ -254,11 +254,12 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     from .http import make_app, serve
     from .usage import Counts, Reporter
 
-    def read() -> tuple[Counts, list[dict[str, Any]], int | None]:
-        return assembled.engine.counts(), assembled.memory.tiers(), assembled.memory.overhead()
+    def read() -> tuple[Counts, list[dict[str, Any]], dict[str, Any] | None, int | None]:
+        memory = assembled.memory
+        return assembled.engine.counts(), memory.tiers(), memory.weights_at_rest(), memory.overhead()
 
-    def report(figures: tuple[Counts, list[dict[str, Any]], int | None]) -> None:
-        counts, tiers, overhead = figures
+    def report(figures: tuple[Counts, list[dict[str, Any]], dict[str, Any] | None, int | None]) -> None:
+        counts, tiers, at_rest, overhead = figures
         client.usage(
             requests_running=counts.running,
             requests_waiting=counts.waiting,
@@ -268,6 +269,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
             kv_found_milli=counts.kv_found_milli,
             overhead=None if overhead is None else (overhead, 0),  # what steps take again they lease before
             tiers=tiers,
+            weights_at_rest=at_rest,
         )
 
     loop = asyncio.get_running_loop()

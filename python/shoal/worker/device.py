@@ -415,6 +415,10 @@ class DeviceMemory:
         """Give what the tiers below the device did for the KV cache."""
         return [] if self._kv is None or self._kv.below is None else self._kv.below.figures()
 
+    def weights_at_rest(self) -> dict[str, Any] | None:
+        """Give how the weights at rest are; None where they are not kept."""
+        return None if self._at_rest is None else self._at_rest.figures()
+
     def store_weights(self) -> None:
         """Begin to store the weights where they are kept at rest, if they are not there; once the model serves."""
         if self._at_rest is not None:

@@ -161,6 +161,9 @@ class Memory(Protocol):
     def tiers(self) -> list[dict[str, Any]]:
         """Give what each tier below the device did for the KV cache, as the server is told."""
 
+    def weights_at_rest(self) -> dict[str, Any] | None:
+        """Give how the weights at rest are, as the server is told; None where they are not kept."""
+
     def store_weights(self) -> None:
         """Begin to store the weights where they are kept at rest, once the model serves; from any thread, at once."""
 

@@ -33,7 +33,7 @@ use parking_lot::{Condvar, Mutex};
 use serde_json::Value;
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{
-    FromServer, FromWorker, LeaseKind, TierUsage, VERSION, WorkerCapabilities, WorkerUsage,
+    FromServer, FromWorker, LeaseKind, TierUsage, VERSION, WeightsAtRest, WorkerCapabilities, WorkerUsage,
 };
 use shoal_device::host::HostFile;
 
@@ -100,6 +100,7 @@ struct EngineFigures {
     overhead: Option<ByteCount>,
     overhead_peak: ByteCount,
     tiers: Vec<TierUsage>,
+    weights_at_rest: Option<WeightsAtRest>,
 }
 
 /// A lease request that was not answered yet.
@@ -315,6 +316,11 @@ impl BrokerClient {
     /// Sets what the tiers below the device did for the engine's KV.
     pub fn set_tiers(&self, tiers: Vec<TierUsage>) {
         self.state.lock().figures.tiers = tiers;
+    }
+
+    /// Sets how the engine's weights at rest are.
+    pub fn set_weights_at_rest(&self, at_rest: WeightsAtRest) {
+        self.state.lock().figures.weights_at_rest = Some(at_rest);
     }
 
     /// Sets what was measured of device bytes outside our regions: the most since this was last set, and what of it steps

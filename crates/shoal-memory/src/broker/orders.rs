@@ -169,6 +169,7 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
             usage.kv_back_us_per_mib = figures.kv_back_us_per_mib;
             usage.kv_found_milli = figures.kv_found_milli;
             usage.tiers = figures.tiers;
+            usage.weights_at_rest = figures.weights_at_rest;
             usage.overhead_device = figures.overhead.unwrap_or(usage.overhead_device);
             usage.overhead_peak = figures.overhead_peak;
             if said.as_ref().is_none_or(|(to, before)| *to != epoch || *before != usage) {

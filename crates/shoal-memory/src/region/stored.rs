@@ -83,6 +83,12 @@ impl Region {
         Ok(())
     }
 
+    /// Whether what no host copy holds is read from a store; not any more once that failed.
+    #[must_use]
+    pub fn reads_stored(&self) -> bool {
+        self.inner.state.lock().stored.is_some()
+    }
+
     /// Fills a region of which nothing was staged, in its order of use, and seals it: host copies as far as the budget has room,
     /// and from there on what its files hold too stays with them. It is attached then.
     ///

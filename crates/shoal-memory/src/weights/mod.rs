@@ -264,14 +264,16 @@ impl WeightStore {
     }
 
     /// What it holds.
-    #[must_use]
-    pub fn usage(&self) -> WeightUsage {
-        let catalogue = self.read_all().unwrap_or_default();
-        WeightUsage {
+    ///
+    /// # Errors
+    /// `Io`: nobody knows.
+    pub fn usage(&self) -> Result<WeightUsage, DiskError> {
+        let catalogue = self.read_all()?;
+        Ok(WeightUsage {
             models: catalogue.models.len(),
             bytes: ByteCount(catalogue.packs.values().sum()),
             unshared: ByteCount(catalogue.models.iter().map(|(_, manifest)| manifest.bytes()).sum()),
-        }
+        })
     }
 
     fn model(&self, name: &str) -> PathBuf {

@@ -402,7 +402,7 @@ fn what_somebody_reads_takes_room_until_he_lets_go() {
     // Damaged or not.
     reader.drop_damaged(0, BYTES);
     fill(&world.store, other).unwrap_err();
-    assert_eq!(world.store.usage().bytes, ByteCount(2 * BYTES));
+    assert_eq!(world.store.usage().unwrap().bytes, ByteCount(2 * BYTES));
     assert!(load(&reader).unwrap() == content(read), "it is read to the end");
     drop(reader);
     assert!(fill(&world.store, other).unwrap().evicted.is_empty());
@@ -483,6 +483,7 @@ fn what_cannot_be_read_now_is_not_taken_for_damaged() {
     let error = fill(&short, [3, 4, 5]).unwrap_err();
     assert!(matches!(error, WeightsError::Disk(DiskError::Io { .. })), "{error}");
     assert!(short.find(&name([0, 1, 2])).is_none());
+    short.usage().unwrap_err();
     assert_eq!((world.files(MODELS), world.files(PACKS)), (models, packs));
     assert!(load(&world.store.find(&name([0, 1, 2])).unwrap()).unwrap() == content([0, 1, 2]));
 }
@@ -535,15 +536,15 @@ fn the_model_used_least_lately_makes_room() {
     fill(&world.store, [0, 0, 1]).unwrap();
     fill(&world.store, [0, 0, 2]).unwrap();
     assert_eq!(
-        world.store.usage().bytes,
+        world.store.usage().unwrap().bytes,
         ByteCount(3 * TENSOR_BYTES_MIN),
         "alike tensors of one model are one too"
     );
     fill(&world.store, [3, 2, 1]).unwrap();
-    assert_eq!(world.store.usage().bytes, ByteCount(4 * TENSOR_BYTES_MIN));
+    assert_eq!(world.store.usage().unwrap().bytes, ByteCount(4 * TENSOR_BYTES_MIN));
     fill(&world.store, [4, 5, 6]).unwrap();
     assert_eq!(
-        world.store.usage(),
+        world.store.usage().unwrap(),
         WeightUsage { models: 4, bytes: ByteCount(7 * TENSOR_BYTES_MIN), unshared: ByteCount(4 * BYTES) }
     );
     std::thread::sleep(Duration::from_millis(5));

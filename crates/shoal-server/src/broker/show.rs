@@ -1,11 +1,11 @@
 //! The state as others see it.
 
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::LeaseKind;
+use shoal_core::protocol::{LeaseKind, WeightsAtRest};
 use shoal_core::tier::Tier;
 
 use super::{Core, Record};
-use crate::config::DeviceChoice;
+use crate::config::{DeviceChoice, DiskTier};
 use crate::shelf::Caller;
 use crate::state::{
     DeviceSnapshot, KeySnapshot, LeaseSnapshot, ModelBytes, ModelCounts, ModelSnapshot, ModelStatus,
@@ -16,6 +16,12 @@ impl Core {
     pub(crate) fn snapshot(&self, now_ms: u64) -> ShelfSnapshot {
         let used = |bytes: fn(&Record) -> ByteCount| self.models.iter().map(bytes).sum();
         let tier = |tier, budget, used| TierSnapshot { tier, budget, used };
+        let disk = |bytes: fn(&DiskTier) -> ByteCount| self.config.disk.iter().map(bytes).sum::<ByteCount>();
+        // One directory, whoever looked.
+        let at_rest = WeightsAtRest::newest(
+            self.models.iter().filter_map(|model| model.usage.weights_at_rest.as_ref()),
+        )
+        .map_or(ByteCount::ZERO, |store| store.bytes);
         ShelfSnapshot {
             version: SCHEMA_VERSION,
             at_ms: self.unix_ms(now_ms),
@@ -41,8 +47,8 @@ impl Core {
                 ),
                 tier(
                     Tier::Disk,
-                    Some(self.config.disk.iter().map(|disk| disk.bytes).sum()),
-                    used(|model| tier_bytes(model, "disk")),
+                    Some(disk(|disk| disk.bytes) + disk(|disk| disk.weights.unwrap_or_default())),
+                    used(|model| tier_bytes(model, "disk")) + at_rest,
                 ),
                 tier(Tier::Source, None, used(|model| model.usage.source_only)),
             ],
@@ -166,6 +172,7 @@ impl Core {
                 leases_denied: counts.denied,
             },
             tiers: usage.tiers.clone(),
+            weights_at_rest: usage.weights_at_rest.clone(),
             parallel_max: model.config.parallel_max,
             keys: model
                 .queue

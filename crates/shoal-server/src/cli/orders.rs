@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::TierUsage;
+use shoal_core::protocol::{TierUsage, WeightsAtRest};
 
 use super::client::Client;
 use super::{At, Failure, Order, Out};
@@ -166,6 +166,9 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
     }
     text.push_str(&keys_of(&shelf.models));
     text.push_str(&tiers_of(&shelf.models));
+    let at_rest =
+        shelf.models.iter().filter_map(|model| Some((&*model.name, model.weights_at_rest.as_ref()?)));
+    text.push_str(&at_rest_of(&at_rest.collect::<Vec<_>>()));
     for model in &shelf.models {
         if let Some(error) = &model.error {
             let _ = writeln!(text, "{}: {}", model.name, printable(error));
@@ -221,6 +224,23 @@ fn tier_of(model: &str, tier: &TierUsage) -> String {
     for place in places.iter().filter(|place| place.state == "aside") {
         let why = place.reason.as_deref().unwrap_or_default();
         let _ = write!(text, "; {} set aside, {}", printable(&place.path), printable(why));
+    }
+    text.push('\n');
+    text
+}
+
+/// What the store of weights holds, and which models' weights come from it.
+fn at_rest_of(told: &[(&str, &WeightsAtRest)]) -> String {
+    let Some(store) = WeightsAtRest::newest(told.iter().map(|(_, told)| *told)) else { return String::new() };
+    let WeightsAtRest { path, bytes, bytes_max, models, unshared, .. } = store;
+    let mut text =
+        format!("weights at rest in {}: {bytes} of {bytes_max}, of {models} models", printable(path));
+    if unshared > bytes {
+        let _ = write!(text, ", {unshared} if they had nothing in common");
+    }
+    for (model, WeightsAtRest { state, reason, .. }) in told {
+        let why = reason.as_ref().map_or_else(String::new, |reason| format!(" ({})", printable(reason)));
+        let _ = write!(text, "; {model} {}{why}", printable(state));
     }
     text.push('\n');
     text
@@ -411,6 +431,25 @@ mod tests {
         tier.places = vec![aside("ready"), aside("aside")];
         let more = ", 1 damaged and computed again; not in use, it is  [31mtaken; /mnt/a set aside, it hangs";
         assert_eq!(tier_of("ash", &tier), format!("{line}{more}\n"));
+    }
+
+    #[test]
+    fn weights_at_rest_are_told_in_a_line() {
+        let store = |state: &str, looked_at_ms, reason: Option<&str>| WeightsAtRest {
+            path: "/mnt/a/weights".to_owned(),
+            state: state.to_owned(),
+            reason: reason.map(str::to_owned),
+            models: 2,
+            bytes: ByteCount::mib(looked_at_ms),
+            unshared: ByteCount::mib(30),
+            bytes_max: ByteCount::gib(1),
+            looked_at_ms,
+        };
+        assert_eq!(at_rest_of(&[]), "");
+        let (read, unused) = (store("read", 20, None), store("unused", 25, Some("it is \u{1b}[31mfull")));
+        let line = "weights at rest in /mnt/a/weights: 25 MiB of 1 GiB, of 2 models, 30 MiB if they had nothing in common; ash \
+                    read; oak unused (it is  [31mfull)\n";
+        assert_eq!(at_rest_of(&[("ash", &read), ("oak", &unused)]), line);
     }
 
     #[test]

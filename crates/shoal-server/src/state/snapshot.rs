@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{LeaseKind, TierUsage, WorkerCapabilities};
+use shoal_core::protocol::{LeaseKind, TierUsage, WeightsAtRest, WorkerCapabilities};
 use shoal_core::tier::Tier;
 use utoipa::ToSchema;
 
@@ -35,6 +35,12 @@ impl ShelfSnapshot {
     #[must_use]
     pub fn model(&self, name: &str) -> Option<&ModelSnapshot> {
         self.models.iter().find(|model| model.name == name)
+    }
+
+    /// The store of weights, by the worker that looked at it last.
+    #[must_use]
+    pub fn weights_store(&self) -> Option<&WeightsAtRest> {
+        WeightsAtRest::newest(self.models.iter().filter_map(|model| model.weights_at_rest.as_ref()))
     }
 }
 
@@ -292,6 +298,10 @@ pub struct ModelSnapshot {
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]
     pub tiers: Vec<TierUsage>,
+    /// Whether its weights come from the store of weights, by its worker; and what that holds, of all models.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub weights_at_rest: Option<WeightsAtRest>,
     /// The most requests that it answers at the same time; others wait for their turn.
     #[serde(default)]
     pub parallel_max: u32,
