@@ -123,7 +123,13 @@ class WeightStore:
         return filled
 
     def stop(self) -> None:
-        """End fills that are under way, and let none begin."""
+        """End fills that are under way, and let none begin.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
         self._native.stop()
 
     def usage(self) -> dict[str, int]:

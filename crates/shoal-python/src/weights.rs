@@ -75,8 +75,10 @@ impl PyWeightStore {
     }
 
     /// Fills that are under way end, and none begins.
-    fn stop(&self) {
+    fn stop(&self) -> PyResult<()> {
+        self.store.get()?;
         self.stop.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Stores a sealed region.
