@@ -113,14 +113,23 @@ impl Medium for Fateful {
 }
 
 fn options() -> WeightOptions {
-    WeightOptions { io_deadline: Duration::from_millis(300), ..WeightOptions::new(ByteCount::mib(256)) }
+    WeightOptions { io_deadline: WAIT, ..WeightOptions::new(ByteCount::mib(256)) }
 }
 
 fn store(world: &World) -> (WeightStore, Arc<Fate>) {
     let fate = Arc::new(Fate::default());
-    let of = Arc::clone(&fate);
-    let wrap = move |inner| Box::new(Fateful { inner, fate: Arc::clone(&of), hung: Vec::new() }) as _;
-    (WeightStore::open_through(&world.dir.path().join("store"), options(), wrap).unwrap(), fate)
+    (open(world, &fate, options()), fate)
+}
+
+/// The same store for requests that all hang: what a busy disk answers late is not to be taken for one of them.
+fn impatient(world: &World, fate: &Arc<Fate>) -> WeightStore {
+    open(world, fate, WeightOptions { io_deadline: Duration::from_millis(300), ..options() })
+}
+
+fn open(world: &World, fate: &Arc<Fate>, options: WeightOptions) -> WeightStore {
+    let fate = Arc::clone(fate);
+    let wrap = move |inner| Box::new(Fateful { inner, fate: Arc::clone(&fate), hung: Vec::new() }) as _;
+    WeightStore::open_through(&world.dir.path().join("store"), options, wrap).unwrap()
 }
 
 /// One after another, each from a file.
@@ -236,6 +245,9 @@ fn what_has_no_room_in_memory_is_woken_from_the_store_and_from_files_if_that_fai
             None => fs::write(&*path, b"gone").unwrap(),
             Some(harm) => harm(&fate, &world),
         }
+        if is(&fate.hangs_reads) {
+            region.attach_stored(Arc::new(impatient(&world, &fate).find(NAME).unwrap())).unwrap();
+        }
         assert!(contents(&region, bytes.len()) == bytes, "harm {number}");
         if harm.is_none() {
             assert_eq!(fate.bytes_read.load(Ordering::Relaxed) - read, in_files.0);
@@ -320,8 +332,11 @@ fn a_load_that_fails_leaves_the_region_as_it_was() {
         let bytes = noise(9 * PAGE, 3);
         let (first, _, tensors) = first_start(&world, 9, &bytes);
         first.store_in(&store, NAME, "", &tensors, &GOING).unwrap();
-        let stored = Arc::new(store.find(NAME).unwrap());
+        let mut stored = Arc::new(store.find(NAME).unwrap());
         harm(&fate, &world);
+        if is(&fate.hangs_reads) {
+            stored = Arc::new(impatient(&world, &fate).find(NAME).unwrap());
+        }
         let region = world.region("next", 9, LeaseKind::Weights);
         region.load_stored(&stored, &tensors).expect_err("it cannot be read");
         assert_eq!(region.usage().host, ByteCount::ZERO);

@@ -346,7 +346,8 @@ impl WeightStore {
             catalogue.packs.keys().filter(|name| !used.contains(name)).cloned().collect();
         for name in useless {
             let path = self.pack(&name);
-            if room::alone(&path)?.is_some() {
+            // Held until it is gone: who began to read it in between would have it open without its room being counted.
+            if let Some(_alone) = room::alone(&path)? {
                 remove(&path)?;
                 catalogue.packs.remove(&name);
             } else {

@@ -119,7 +119,8 @@ impl Media {
                     }
                 };
             };
-            let since = Instant::now();
+            // Looked at once more after the deadline: a thread that was held up is no disk that hangs.
+            let (since, is_late) = (Instant::now(), waited >= io_deadline);
             self.collect(flying, first, io_deadline.saturating_sub(waited));
             waited += since.elapsed();
             let mut has_moved = false;
@@ -138,7 +139,7 @@ impl Media {
             }
             if has_moved {
                 waited = Duration::ZERO;
-            } else if waited >= io_deadline {
+            } else if is_late {
                 return Err(self.failed(first, "cannot read", &"a request hangs"));
             }
         }
@@ -204,7 +205,9 @@ pub(super) fn write(
     let await_one = |medium: &mut dyn Medium, spare: &mut Vec<Buffer>, deadline: Duration| {
         let since = Instant::now();
         loop {
-            medium.wait(SLICE.min(deadline.saturating_sub(since.elapsed())));
+            // Looked at once more after the deadline: a thread that was held up is no disk that hangs.
+            let left = deadline.saturating_sub(since.elapsed());
+            medium.wait(SLICE.min(left));
             let mut answers = Vec::new();
             medium.reap(&mut answers);
             let has_any = !answers.is_empty();
@@ -220,7 +223,7 @@ pub(super) fn write(
             if has_any {
                 return Ok(());
             }
-            if since.elapsed() >= deadline {
+            if left.is_zero() {
                 return Err(failed("a request hangs".to_owned()));
             }
             if pace.stop.load(Ordering::Relaxed) {
@@ -284,6 +287,8 @@ mod tests {
     #[derive(Debug, Default)]
     struct Slow {
         sync: Duration,
+        /// For how long whoever found nothing done is held up then, as a busy machine holds up a thread.
+        held_up: Duration,
         done: Vec<Done>,
         syncing: Option<(Instant, Done)>,
         held: u64,
@@ -323,6 +328,9 @@ mod tests {
             done.append(&mut self.done);
             let is_kept = self.syncing.as_ref().is_some_and(|(due, _)| Instant::now() >= *due);
             done.extend(self.syncing.take_if(|_| is_kept).map(|(_, done)| done));
+            if done.is_empty() {
+                thread::sleep(self.held_up);
+            }
         }
         fn in_flight(&self) -> usize {
             self.done.len() + usize::from(self.syncing.is_some())
@@ -381,6 +389,26 @@ mod tests {
         };
         media.read([part(0), part(4096)], 1, Duration::from_millis(200), target, done).unwrap();
         assert_eq!(read, 2);
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_beyond_the_deadline_sees_what_is_done_by_then() {
+        let (held_up, deadline) = (Duration::from_millis(500), Duration::from_millis(100));
+        // Not done when the first slice is over, and long done when the thread goes on.
+        let slow = |sync| Slow { sync: Duration::from_millis(sync), held_up, ..Slow::default() };
+        let pace = Pace {
+            depth: 4,
+            bytes_per_s: u64::MAX,
+            sync_bytes: u64::MAX,
+            io_deadline: deadline,
+            stop: &AtomicBool::new(false),
+        };
+        write(Path::new("pack"), &mut slow(90), [], pace, |_, _| Ok(())).unwrap();
+
+        // A read waits for its whole deadline at once: it is not done then, and a little later it is.
+        let mut media = Media { packs: vec![("pack".into(), Box::new(slow(120)))], ..Media::default() };
+        let part = Part { offset: 0, bytes: 4096, pack: 0, at: 0 };
+        media.read([part], 1, deadline, |_| Ok(Buffer::zeroed(4096)), |_, _| Ok(())).unwrap();
     }
 
     #[test]
