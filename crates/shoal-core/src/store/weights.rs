@@ -28,7 +28,7 @@ const MAGIC: &str = "shoal-weights";
 pub struct Piece {
     /// How many: a multiple of [`UNIT`].
     pub bytes: u64,
-    /// Their hash, in hexadecimal.
+    /// Their SHA-256, in hexadecimal: what they are called.
     pub hash: String,
     /// The pack that they lie in.
     pub pack: String,

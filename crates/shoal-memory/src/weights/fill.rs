@@ -3,11 +3,16 @@
 //! Apart because it is the one place that changes a directory, always with its lock. A crash leaves unfinished files, which the
 //! next fill removes, or a pack of no model, likewise. The bytes are hashed twice, before and while they are written, and compared
 //! with what was recorded when they were sealed: memory that erred meanwhile is not stored.
+//!
+//! What a piece is called decides whose bytes a model gets, so that is a hash for which nobody can make other bytes: a model's files
+//! may be made by somebody who wishes another model ill. Against chance alone a faster one does.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use sha2::{Digest, Sha256};
 use shoal_core::bytes::ByteCount;
 use shoal_core::store::weights::{Manifest, Piece, StoredExtent, is_name, worth_sharing};
 use shoal_device::Hasher;
@@ -53,9 +58,18 @@ pub struct FillReport {
 
 /// Where a piece's bytes are, before it is known where its pack will be.
 struct Found {
-    hash: u128,
+    /// What it is called: [`Piece::hash`].
+    hash: String,
     bytes: u64,
     offset: u64,
+    /// Tells whether the same bytes come again to be written.
+    check: u128,
+}
+
+impl Found {
+    fn key(&self) -> (String, u64) {
+        (self.hash.clone(), self.bytes)
+    }
 }
 
 impl WeightStore {
@@ -83,7 +97,7 @@ impl WeightStore {
         let mut places = places(&catalogue);
         let mut shared: BTreeMap<String, u64> = BTreeMap::new();
         for piece in &found {
-            if let Some((pack, _)) = places.get(&(piece.hash, piece.bytes)) {
+            if let Some((pack, _)) = places.get(&piece.key()) {
                 *shared.entry(pack.clone()).or_default() += piece.bytes;
             }
         }
@@ -94,7 +108,7 @@ impl WeightStore {
         let id = format!("{:016x}{:016x}", random()?, random()?);
         let (mut fresh, mut end) = (Vec::new(), 0);
         for piece in &found {
-            places.entry((piece.hash, piece.bytes)).or_insert_with(|| {
+            places.entry(piece.key()).or_insert_with(|| {
                 fresh.push((piece, end));
                 end += piece.bytes;
                 (id.clone(), end - piece.bytes)
@@ -107,8 +121,8 @@ impl WeightStore {
             self.write_pack(&id, &fresh, end, stop, &mut read)?;
         }
         let pieces = found.iter().map(|piece| {
-            let (pack, at) = places[&(piece.hash, piece.bytes)].clone();
-            Piece { bytes: piece.bytes, hash: format!("{:032x}", piece.hash), pack, at }
+            let (pack, at) = places[&piece.key()].clone();
+            Piece { bytes: piece.bytes, hash: piece.hash.clone(), pack, at }
         });
         let manifest =
             Manifest { note: spec.note.clone(), extents: spec.extents.clone(), pieces: pieces.collect() };
@@ -179,7 +193,7 @@ impl WeightStore {
             *seen += memory.len() as u64;
             let (piece, _) = fresh[*index];
             if *seen == piece.bytes {
-                if hasher.digest128() != piece.hash {
+                if hasher.digest128() != piece.check {
                     return Err(WeightsError::Changed { offset: piece.offset });
                 }
                 (*index, *seen) = (*index + 1, 0);
@@ -191,13 +205,18 @@ impl WeightStore {
 }
 
 /// Where each piece lies that some model has.
-fn places(catalogue: &Catalogue) -> BTreeMap<(u128, u64), (String, u64)> {
+fn places(catalogue: &Catalogue) -> BTreeMap<(String, u64), (String, u64)> {
     let pieces = catalogue.models.iter().flat_map(|(_, manifest)| &manifest.pieces);
-    let known = pieces.filter_map(|piece| {
-        let hash = u128::from_str_radix(&piece.hash, 16).ok()?;
-        Some(((hash, piece.bytes), (piece.pack.clone(), piece.at)))
-    });
-    known.collect()
+    pieces.map(|piece| ((piece.hash.clone(), piece.bytes), (piece.pack.clone(), piece.at))).collect()
+}
+
+/// What a piece is called.
+fn name_of(hasher: Sha256) -> String {
+    hasher.finalize().iter().fold(String::with_capacity(64), |mut name, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(name, "{byte:02x}");
+        name
+    })
 }
 
 /// Start and length of the requests that a piece is moved by.
@@ -223,14 +242,15 @@ fn look_through(
     let mut memory = vec![0; usize::try_from(PART_BYTES).unwrap_or(usize::MAX)];
     let (mut found, mut offset) = (Vec::with_capacity(spec.pieces.len()), 0);
     for &bytes in &spec.pieces {
-        let mut of_piece = Xxh3::new();
+        let (mut of_piece, mut check) = (Sha256::new(), Xxh3::new());
         for (start, length) in parts_of(bytes) {
             if stop.load(Ordering::Relaxed) {
                 return Err(WeightsError::Stopped);
             }
             let mut part = &mut memory[..length];
             read(offset + start, part)?;
-            of_piece.update(part);
+            of_piece.update(&*part);
+            check.update(part);
             while !part.is_empty() {
                 let (now, rest) =
                     part.split_at_mut(usize::try_from(left).unwrap_or(usize::MAX).min(part.len()));
@@ -247,7 +267,7 @@ fn look_through(
                 }
             }
         }
-        found.push(Found { hash: of_piece.digest128(), bytes, offset });
+        found.push(Found { hash: name_of(of_piece), bytes, offset, check: check.digest128() });
         offset += bytes;
     }
     Ok(found)
