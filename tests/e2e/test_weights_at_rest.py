@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,14 @@ def test_the_next_server_starts_models_from_the_store(tmp_path: Path, host_budge
         assert (store["state"], store["reason"], store["models"]) == ("read", None, 1)
         assert store["path"] == str(tmp_path / "disk/weights")
         assert weights.stat().st_size < store["bytes"] < store["bytes_max"] == 1 << 30
+        of_all = server.state()["weights_store"]
+        assert {name: store[name] for name in of_all} == of_all
         (disk,) = [tier for tier in server.state()["tiers"] if tier["tier"] == "disk"]
         assert (disk["used"] >= store["bytes"], disk["budget"]) == (True, (1 << 30) + 256 * MIB)
         text = server.http.get("/metrics").text
         assert 'shoal_weights_at_rest{model="big",state="read"} 1' in text, text
         assert f'shoal_weights_store_bytes{{path="{store["path"]}"}} {store["bytes"]}' in text, text
-        assert f"weights at rest in {store['path']}: " in ps(server)
+        assert re.search(rf"^weights at rest in {store['path']}: .* of 1 GiB, of 1 model; big read$", ps(server), re.M)
         # Another file in the place of the model's own: whatever is read of it is not right.
         data = bytearray(weights.read_bytes())
         data[len(data) // 8 :] = bytes(len(data) - len(data) // 8)

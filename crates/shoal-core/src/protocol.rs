@@ -343,13 +343,6 @@ pub struct WeightsAtRest {
     pub looked_at_ms: u64,
 }
 
-impl WeightsAtRest {
-    /// The store, by who looked last.
-    pub fn newest<'a>(told: impl IntoIterator<Item = &'a Self>) -> Option<&'a Self> {
-        told.into_iter().max_by_key(|told| told.looked_at_ms)
-    }
-}
-
 /// What a model can do, from its files.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WorkerCapabilities {

@@ -17,11 +17,11 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use shoal_core::bytes::ByteCount;
-use shoal_core::protocol::{KvTierCounts, TierUsage, WeightsAtRest};
+use shoal_core::protocol::{KvTierCounts, TierUsage};
 
 use crate::gateway::Models;
 use crate::shelf::Caller;
-use crate::state::{ModelSnapshot, ShelfSnapshot};
+use crate::state::{ModelSnapshot, ShelfSnapshot, WeightStoreSnapshot};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
@@ -306,8 +306,8 @@ fn weights_at_rest(encoder: &mut DescriptorEncoder<'_>, shelf: &ShelfSnapshot) -
         "1 for what a model's weights at rest are: read by its worker's start, stored since, waiting to be, or unused",
         rows,
     )?;
-    let store = shelf.weights_store();
-    let of = |bytes: fn(&WeightsAtRest) -> ByteCount| {
+    let store = shelf.weights_store.as_ref();
+    let of = |bytes: fn(&WeightStoreSnapshot) -> ByteCount| {
         store.map(|store| (vec![("path", store.path.clone())], gauge(bytes(store))))
     };
     family(

@@ -80,6 +80,7 @@ impl Core {
             return Err("it is not waited for".to_owned());
         };
         let after_ms = self.timing.adopt_ms_max.saturating_sub(until_ms.saturating_sub(now_ms));
+        self.note_weights_store(holds.usage.weights_at_rest.as_ref());
         let model = &mut self.models[place];
         model.is_unaccounted = false;
         model.host_share = holds.host_budget;

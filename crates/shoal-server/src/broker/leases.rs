@@ -179,6 +179,7 @@ impl Core {
     }
 
     fn usage(&mut self, place: usize, usage: WorkerUsage, now_ms: u64) {
+        self.note_weights_store(usage.weights_at_rest.as_ref());
         let model = &mut self.models[place];
         let was_running = model.usage.requests_running + model.usage.requests_waiting > 0;
         let runs = usage.requests_running + usage.requests_waiting > 0;

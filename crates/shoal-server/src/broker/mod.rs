@@ -60,7 +60,7 @@ use shoal_core::policy::{PendingRequest, Policy, Shadow, Value};
 use tokio::sync::{Notify, mpsc};
 
 use crate::config::ServerConfig;
-use crate::state::{EventKind, EventLog};
+use crate::state::{EventKind, EventLog, WeightStoreSnapshot};
 
 pub(crate) use driver::Looked;
 pub(crate) use lifecycle::{Life, LifeEvent};
@@ -163,6 +163,8 @@ pub(crate) struct Core {
     next_number: u64,
     /// When leases for overhead may fall, by place.
     overhead_falls: BTreeMap<usize, u64>,
+    /// What workers saw of the weights at rest.
+    weights_store: Option<WeightStoreSnapshot>,
     /// When workers are next looked after that say nothing.
     pulse_at_ms: u64,
     /// When [`Core::handle_timer`] wants to be called.
@@ -212,6 +214,7 @@ impl Core {
             decision_log,
             next_number: 0,
             overhead_falls: BTreeMap::new(),
+            weights_store: None,
             pulse_at_ms: 0,
             timer_ms: None,
             timer_moved: Arc::new(Notify::new()),

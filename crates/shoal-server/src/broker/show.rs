@@ -17,11 +17,7 @@ impl Core {
         let used = |bytes: fn(&Record) -> ByteCount| self.models.iter().map(bytes).sum();
         let tier = |tier, budget, used| TierSnapshot { tier, budget, used };
         let disk = |bytes: fn(&DiskTier) -> ByteCount| self.config.disk.iter().map(bytes).sum::<ByteCount>();
-        // One directory, whoever looked.
-        let at_rest = WeightsAtRest::newest(
-            self.models.iter().filter_map(|model| model.usage.weights_at_rest.as_ref()),
-        )
-        .map_or(ByteCount::ZERO, |store| store.bytes);
+        let at_rest = self.weights_store.as_ref().map_or(ByteCount::ZERO, |store| store.bytes);
         ShelfSnapshot {
             version: SCHEMA_VERSION,
             at_ms: self.unix_ms(now_ms),
@@ -52,6 +48,7 @@ impl Core {
                 ),
                 tier(Tier::Source, None, used(|model| model.usage.source_only)),
             ],
+            weights_store: self.weights_store.clone(),
             waiting: self
                 .asked
                 .iter()
@@ -69,6 +66,14 @@ impl Core {
                 .filter(|place| !self.is_off(*place))
                 .map(|place| self.model_snapshot(place, now_ms))
                 .collect(),
+        }
+    }
+
+    /// Keeps what a worker saw of the store of weights: one directory, whoever looked, and there when no worker runs.
+    pub(super) fn note_weights_store(&mut self, told: Option<&WeightsAtRest>) {
+        let known = self.weights_store.as_ref().map_or(0, |store| store.looked_at_ms);
+        if let Some(told) = told.filter(|told| told.looked_at_ms > known) {
+            self.weights_store = Some(told.into());
         }
     }
 
@@ -202,4 +207,39 @@ impl Core {
 /// What a model's worker keeps in a tier of that name.
 fn tier_bytes(model: &Record, name: &str) -> ByteCount {
     model.usage.tiers.iter().filter(|tier| tier.tier == name).map(|tier| tier.bytes).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_core::protocol::{FromWorker, WorkerUsage};
+
+    use super::super::pulse_tests::exits;
+    use super::super::turn_tests::Bench;
+    use super::*;
+
+    /// A worker has looked at the store of weights, which has so many MiB then.
+    fn look(bench: &mut Bench, place: usize, looked_at_ms: u64, mib: u64) {
+        let (path, bytes) = ("/mnt/weights".to_owned(), ByteCount::mib(mib));
+        let told = WeightsAtRest { path, models: 1, bytes, looked_at_ms, ..WeightsAtRest::default() };
+        let usage = WorkerUsage { weights_at_rest: Some(told), ..WorkerUsage::default() };
+        bench.say(place, FromWorker::Usage { usage }, 10);
+    }
+
+    #[test]
+    fn what_was_seen_of_the_store_of_weights_last_is_shown_when_no_worker_runs() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.core.snapshot(10).weights_store, None);
+        look(&mut bench, 0, 0, 0);
+        assert_eq!(bench.core.snapshot(10).weights_store, None, "nobody has looked yet");
+        look(&mut bench, 0, 7, 48);
+        look(&mut bench, 1, 5, 16);
+        exits(&mut bench.core, 0, 20);
+        exits(&mut bench.core, 1, 20);
+        let shelf = bench.core.snapshot(20);
+        assert!(shelf.models.iter().all(|model| model.weights_at_rest.is_none()));
+        let store = shelf.weights_store.expect("it was looked at");
+        assert_eq!((&*store.path, store.models, store.bytes), ("/mnt/weights", 1, ByteCount::mib(48)));
+        let disk = shelf.tiers.iter().find(|tier| tier.tier == Tier::Disk).expect("it is there");
+        assert_eq!(disk.used, store.bytes);
+    }
 }

@@ -14,7 +14,7 @@ use crate::api::{PinOrder, ReloadOrder, SleepOrder, WakeOrder};
 use crate::shelf::{Reloaded, Report};
 use crate::state::{
     DeviceSnapshot, EventKind, LatencySnapshot, ModelSnapshot, ModelStatus, SharingSnapshot, ShelfSnapshot,
-    Why,
+    WeightStoreSnapshot, Why,
 };
 
 const READ_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -168,7 +168,7 @@ fn table_of(shelf: &ShelfSnapshot) -> String {
     text.push_str(&tiers_of(&shelf.models));
     let at_rest =
         shelf.models.iter().filter_map(|model| Some((&*model.name, model.weights_at_rest.as_ref()?)));
-    text.push_str(&at_rest_of(&at_rest.collect::<Vec<_>>()));
+    text.push_str(&at_rest_of(shelf.weights_store.as_ref(), &at_rest.collect::<Vec<_>>()));
     for model in &shelf.models {
         if let Some(error) = &model.error {
             let _ = writeln!(text, "{}: {}", model.name, printable(error));
@@ -230,14 +230,23 @@ fn tier_of(model: &str, tier: &TierUsage) -> String {
 }
 
 /// What the store of weights holds, and which models' weights come from it.
-fn at_rest_of(told: &[(&str, &WeightsAtRest)]) -> String {
-    let Some(store) = WeightsAtRest::newest(told.iter().map(|(_, told)| *told)) else { return String::new() };
-    let WeightsAtRest { path, bytes, bytes_max, models, unshared, .. } = store;
-    let mut text =
-        format!("weights at rest in {}: {bytes} of {bytes_max}, of {models} models", printable(path));
-    if unshared > bytes {
-        let _ = write!(text, ", {unshared} if they had nothing in common");
-    }
+fn at_rest_of(store: Option<&WeightStoreSnapshot>, told: &[(&str, &WeightsAtRest)]) -> String {
+    let mut text = match (store, told) {
+        (None, []) => return String::new(),
+        (None, [(_, told), ..]) => {
+            format!("weights at rest in {}: nobody has looked yet", printable(&told.path))
+        }
+        (Some(store), _) => {
+            let WeightStoreSnapshot { path, bytes, bytes_max, models, unshared, .. } = store;
+            let models = if *models == 1 { "1 model".to_owned() } else { format!("{models} models") };
+            let mut text =
+                format!("weights at rest in {}: {bytes} of {bytes_max}, of {models}", printable(path));
+            if unshared > bytes {
+                let _ = write!(text, ", {unshared} if they had nothing in common");
+            }
+            text
+        }
+    };
     for (model, WeightsAtRest { state, reason, .. }) in told {
         let why = reason.as_ref().map_or_else(String::new, |reason| format!(" ({})", printable(reason)));
         let _ = write!(text, "; {model} {}{why}", printable(state));
@@ -435,21 +444,29 @@ mod tests {
 
     #[test]
     fn weights_at_rest_are_told_in_a_line() {
-        let store = |state: &str, looked_at_ms, reason: Option<&str>| WeightsAtRest {
+        let told = |state: &str, reason: Option<&str>| WeightsAtRest {
             path: "/mnt/a/weights".to_owned(),
             state: state.to_owned(),
             reason: reason.map(str::to_owned),
-            models: 2,
-            bytes: ByteCount::mib(looked_at_ms),
+            ..WeightsAtRest::default()
+        };
+        let store = |models, mib| WeightStoreSnapshot {
+            path: "/mnt/a/weights".to_owned(),
+            models,
+            bytes: ByteCount::mib(mib),
             unshared: ByteCount::mib(30),
             bytes_max: ByteCount::gib(1),
-            looked_at_ms,
+            looked_at_ms: 1,
         };
-        assert_eq!(at_rest_of(&[]), "");
-        let (read, unused) = (store("read", 20, None), store("unused", 25, Some("it is \u{1b}[31mfull")));
+        assert_eq!(at_rest_of(None, &[]), "");
+        let (read, unused) = (told("read", None), told("unused", Some("it is \u{1b}[31mfull")));
         let line = "weights at rest in /mnt/a/weights: 25 MiB of 1 GiB, of 2 models, 30 MiB if they had nothing in common; ash \
                     read; oak unused (it is  [31mfull)\n";
-        assert_eq!(at_rest_of(&[("ash", &read), ("oak", &unused)]), line);
+        assert_eq!(at_rest_of(Some(&store(2, 25)), &[("ash", &read), ("oak", &unused)]), line);
+        let line = "weights at rest in /mnt/a/weights: 30 MiB of 1 GiB, of 1 model\n";
+        assert_eq!(at_rest_of(Some(&store(1, 30)), &[]), line, "no worker runs");
+        let line = "weights at rest in /mnt/a/weights: nobody has looked yet; ash read\n";
+        assert_eq!(at_rest_of(None, &[("ash", &read)]), line);
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub use log::{EventLog, Missed};
 pub use snapshot::{
     DeviceSnapshot, DriverSnapshot, KeySnapshot, LatencySnapshot, LeaseSnapshot, ModelBytes, ModelCounts,
     ModelSnapshot, ModelStatus, ProcessSnapshot, ShadowSnapshot, SharingSnapshot, ShelfSnapshot,
-    StateSnapshot, ThrashSnapshot, TierSnapshot, WaitingSnapshot,
+    StateSnapshot, ThrashSnapshot, TierSnapshot, WaitingSnapshot, WeightStoreSnapshot,
 };
 pub use why::Why;
 pub(crate) use words::status as status_word;

@@ -21,6 +21,9 @@ pub struct ShelfSnapshot {
     pub device: DeviceSnapshot,
     /// The tiers, fastest first.
     pub tiers: Vec<TierSnapshot>,
+    /// The store of weights at rest, as a worker found it last; none where no worker has looked.
+    #[serde(default)]
+    pub weights_store: Option<WeightStoreSnapshot>,
     /// Lease requests that wait for memory, in the order in which they will be served.
     pub waiting: Vec<WaitingSnapshot>,
     /// The models, in the configuration's order.
@@ -35,12 +38,6 @@ impl ShelfSnapshot {
     #[must_use]
     pub fn model(&self, name: &str) -> Option<&ModelSnapshot> {
         self.models.iter().find(|model| model.name == name)
-    }
-
-    /// The store of weights, by the worker that looked at it last.
-    #[must_use]
-    pub fn weights_store(&self) -> Option<&WeightsAtRest> {
-        WeightsAtRest::newest(self.models.iter().filter_map(|model| model.weights_at_rest.as_ref()))
     }
 }
 
@@ -132,6 +129,33 @@ pub struct TierSnapshot {
     /// What models hold there. On the source tier: bytes whose only copy off the device is the file they came from.
     #[schema(value_type = u64)]
     pub used: ByteCount,
+}
+
+/// Weights at rest, of all models together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WeightStoreSnapshot {
+    /// The directory.
+    pub path: String,
+    /// Models in it.
+    pub models: u64,
+    /// Their bytes.
+    #[schema(value_type = u64)]
+    pub bytes: ByteCount,
+    /// What these would be if the models had nothing in common.
+    #[schema(value_type = u64)]
+    pub unshared: ByteCount,
+    /// The most that they may be.
+    #[schema(value_type = u64)]
+    pub bytes_max: ByteCount,
+    /// When a worker looked (milliseconds since the Unix epoch).
+    pub looked_at_ms: u64,
+}
+
+impl From<&WeightsAtRest> for WeightStoreSnapshot {
+    fn from(told: &WeightsAtRest) -> Self {
+        let WeightsAtRest { models, bytes, unshared, bytes_max, looked_at_ms, .. } = *told;
+        Self { path: told.path.clone(), models, bytes, unshared, bytes_max, looked_at_ms }
+    }
 }
 
 /// A lease request that waits for memory.
