@@ -8,8 +8,9 @@ bytes of the region over the time from nothing to the region filled, or from asl
 direct I/O, 32 requests of 1 MiB at a time (threads), of the same bytes; that of a wake is the slower of this and a wake
 from host memory, since a simulated device's memory is made as it is touched.
 
-`$SHOAL_DISK` names a directory on the disk to measure (the build folder by default), `$SHOAL_WEIGHTS_MIB` how much.
-Nothing else should use the disk.
+`$SHOAL_DISK` names a directory on the disk to measure (the build folder by default), `$SHOAL_WEIGHTS_MIB` how much: it
+needs twice that there, and four times that in RAM with the simulated device. Nothing else should use the disk.
+`tests/gpu/run.sh tiers_weights` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,15 +34,49 @@ from benches.results import Row, of_samples, save  # noqa: E402
 if TYPE_CHECKING:
     import torch
 
-    from shoal import StoredWeights
+    from shoal import MemoryManager, StoredWeights
     from shoal.torch import Placement
 
 MIB = 1 << 20
-ROUNDS = int(os.environ.get("SHOAL_ROUNDS", "5"))
-BYTES = int(os.environ.get("SHOAL_WEIGHTS_MIB", "1024")) * MIB
 DEPTH = 32
 NAME = "0badcafe"
 WAIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes
+    ----------
+    device
+        ``"sim"`` or ``"cuda:N"``.
+    nbytes
+        About how long the model is.
+    rounds
+        How often all is measured, at most.
+    late_s
+        No round begins after this, but for the first.
+    """
+
+    device: str
+    nbytes: int
+    rounds: int
+    late_s: float = float("inf")
+
+    @classmethod
+    def given(cls, device: str, mib: int, rounds: int, late_s: float = float("inf")) -> Setting:
+        """Make one of what the environment says, and of these where it says nothing."""
+        mib = int(os.environ.get("SHOAL_WEIGHTS_MIB", str(mib)))
+        return cls(device, mib * MIB, int(os.environ.get("SHOAL_ROUNDS", str(rounds))), late_s)
+
+    def memory(self, host_bytes: int) -> MemoryManager:
+        """Open a manager with room on the device for all of the model."""
+        from shoal import MemoryManager
+
+        room = self.nbytes + self.nbytes // 8 + 256 * MIB
+        capacity = room if self.device == "sim" else None
+        return MemoryManager(self.device, device_budget=room, device_capacity=capacity, host_budget=host_bytes)
 
 
 def make_module(layers: int) -> torch.nn.Module:
@@ -56,17 +92,22 @@ def make_module(layers: int) -> torch.nn.Module:
         return torch.nn.Sequential(*(layer() for _ in range(layers)))
 
 
-def write_model(folder: Path) -> int:
-    """Write a safetensors file of about `BYTES`; gives how many layers it has."""
+def write_model(folder: Path, nbytes: int) -> int:
+    """Write a safetensors file of about so many bytes; gives how many layers it has."""
     import torch
     from safetensors.torch import save_file
 
-    layers = max(1, BYTES // (2 * (2048 * 2048 + 2 * 2048 * 5632)))
+    layers = max(1, nbytes // (2 * (2048 * 2048 + 2 * 2048 * 5632)))
     module = make_module(layers).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(7)
+    noise: dict[torch.Size, torch.Tensor] = {}
     with torch.no_grad():
-        for parameter in module.parameters():
-            bits = torch.randint(-(1 << 15), 1 << 15, parameter.shape, dtype=torch.int16, generator=generator)
+        for number, parameter in enumerate(module.parameters()):
+            shape = parameter.shape
+            if shape not in noise:
+                noise[shape] = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=generator)
+            # None is another's, or they would be stored once.
+            bits = noise[shape] ^ number
             parameter.copy_(bits.view(torch.bfloat16) if parameter.dtype == torch.bfloat16 else bits.float())
     save_file(dict(module.state_dict()), folder / "model.safetensors")
     return layers
@@ -129,12 +170,12 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def place(folder: Path, layers: int, host_bytes: int, stored: StoredWeights | None) -> tuple[Taken, Placement]:
-    """Open the model and place it, in a manager of its own; what that took, and the placement."""
-    import shoal
+def place(
+    mem: MemoryManager, folder: Path, layers: int, stored: StoredWeights | None
+) -> tuple[Taken, torch.nn.Module, Placement]:
+    """Open the model and place it; what that took, the module, and the placement."""
     import shoal.torch
 
-    mem = shoal.MemoryManager(device="sim", device_capacity=2 * BYTES + (256 << 20), host_budget=host_bytes)
     begun = now()
     module = open_model(folder, layers) if stored is None else make_module(layers).to_empty(device="cpu")
     placement = shoal.torch.place(
@@ -148,7 +189,17 @@ def place(folder: Path, layers: int, host_bytes: int, stored: StoredWeights | No
     )
     took = Taken.since(begun)
     assert placement.from_store == (stored is not None)
-    return took, placement
+    return took, module, placement
+
+
+def check(module: torch.nn.Module, folder: Path) -> None:
+    """Compare all of a module that is awake with its file."""
+    import torch
+    from safetensors.torch import load_file
+
+    for name, want in load_file(folder / "model.safetensors").items():
+        have = module.get_parameter(name)
+        assert torch.equal(have.cpu(), want), f"other bytes in {name}"
 
 
 def wake(placement: Placement) -> Taken:
@@ -160,54 +211,71 @@ def wake(placement: Placement) -> Taken:
     return Taken.since(begun)
 
 
-def main() -> None:
-    """Measure and save."""
+def measure(setting: Setting) -> list[Row]:
+    """Measure all of it; gives the figures."""
     import shoal
     import shoal.torch
 
     base = Path(os.environ.get("SHOAL_DISK", ROOT / "target"))
     base.mkdir(exist_ok=True)
     home = Path(tempfile.mkdtemp(dir=base, prefix="tiers-weights-"))
+    clock = time.monotonic()
     try:
         folder, at = home / "model", home / "store"
         folder.mkdir()
-        layers = write_model(folder)
-        store = shoal.WeightStore(at, 4 * BYTES)
-        _, placement = place(folder, layers, 2 * BYTES, None)
+        layers = write_model(folder, setting.nbytes)
+        store = shoal.WeightStore(at, 4 * setting.nbytes)
+
+        def start(host_bytes: int, stored: StoredWeights | None) -> tuple[Taken, torch.nn.Module, Placement]:
+            return place(setting.memory(host_bytes), folder, layers, stored)
+
+        whole = 2 * setting.nbytes
+        _, module, placement = start(whole, None)
         begun = time.perf_counter()
         filled = shoal.torch.store_weights(placement, store, NAME)
         fill_s = time.perf_counter() - begun
         nbytes = placement.region.bytes
-        del placement
+        del module, placement
         (pack,) = (at / "packs").iterdir()
         direct: list[float] = []
         cases = [f"{case}, {way}" for case in ("start", "wake") for way in ("files", "store", "warm files")]
         times: dict[str, list[Taken]] = {name: [] for name in [*cases, "wake, memory"]}
-        for _ in range(ROUNDS):
+        for number in range(setting.rounds):
+            if number and time.monotonic() - clock > setting.late_s:
+                print(f"{number} rounds: there is no time for more")
+                break
             forget(home)
             direct.append(direct_s(pack))
             for way in ("files", "store"):
                 forget(home)
                 stored = store.find(NAME) if way == "store" else None
-                took, placement = place(folder, layers, 2 * BYTES, stored)
+                took, module, placement = start(whole, stored)
                 times[f"start, {way}"].append(took)
                 if way == "store":
                     times["wake, memory"].append(wake(placement))
-                del placement
+                del module, placement
                 # No host memory but for the buffers that files are read through: it is asleep at its source.
-                _, placement = place(folder, layers, 64 * MIB, stored)
+                _, module, placement = start(64 * MIB, stored)
                 forget(home)
                 times[f"wake, {way}"].append(wake(placement))
+                assert placement.region.reads_stored == (way == "store")
                 if way == "files":
                     # It has just read all of them.
                     times["wake, warm files"].append(wake(placement))
-                    del placement
-                    took, placement = place(folder, layers, 2 * BYTES, None)
+                    del module, placement
+                    took, module, placement = start(whole, None)
                     times["start, warm files"].append(took)
-                del placement, stored
-        save("tiers_weights", rows_of(direct, times, nbytes, fill_s, filled["written"]))
+                elif number == 0:
+                    check(module, folder)
+                del module, placement, stored
+        return rows_of(direct, times, nbytes, fill_s, filled["written"])
     finally:
         shutil.rmtree(home)
+
+
+def main() -> None:
+    """Measure and save."""
+    save("tiers_weights", measure(Setting.given("sim", 1024, 5)))
 
 
 def rows_of(direct: list[float], times: dict[str, list[Taken]], nbytes: int, fill_s: float, written: int) -> list[Row]:

@@ -22,6 +22,7 @@
 #   tests/gpu/run.sh tiers_blocks   host memory up and down by length and layout of blocks, against the link
 #   tests/gpu/run.sh tiers_restore  prefixes of an 8B from host memory and from disk against computing them; needs transformers
 #   tests/gpu/run.sh tiers_concurrency  conversations of an 8B held with a first token within a second: no tier, host, disk
+#   tests/gpu/run.sh tiers_weights  13 GiB of weights at rest on the disk of $SHOAL_DISK: starts and wakes from there and from files
 #   tests/gpu/run.sh vllm           vLLM 0.26 (importable) on Shoal and alone: tokens, sleep, wake, memory while asleep
 #   tests/gpu/run.sh vllm_offload   vLLM's own KV offloading on Shoal's host tier and disks: tokens, first tokens of restored prompts
 #   tests/gpu/run.sh vllm_serve     `SHOAL=1 vllm serve` as it is typed, against `vllm serve`: texts, /sleep, /wake_up
@@ -119,7 +120,7 @@ tms)
 sleep_wake_torch | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
 shelf | shelf_life) python3 -X faulthandler -m "tests.gpu.$part" ;;
-tiers_blocks | tiers_restore | tiers_concurrency) python3 -X faulthandler -m "tests.gpu.$part" ;;
+tiers_blocks | tiers_restore | tiers_concurrency | tiers_weights) python3 -X faulthandler -m "tests.gpu.$part" ;;
 shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
 vllm_burst | vllm_all_active) python3 -X faulthandler -m tests.gpu.vllm_load "${part#vllm_}" ;;
@@ -150,7 +151,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, tiers_weights, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac
