@@ -3,8 +3,8 @@
 Run by `tests/gpu/run.sh tiers_weights`; no engine. What benches/tiers_weights.py says, with the GPU as the device: a
 start makes a module and fills its host copies, a wake of a model that is asleep at its source reads the disk and copies
 to the GPU. 13 GiB by default ($SHOAL_WEIGHTS_MIB), three rounds ($SHOAL_ROUNDS), of which none begins after five
-minutes. It needs twice the weights' bytes on the disk of $SHOAL_DISK, which has to take direct I/O, and four times in RAM.
-$SHOAL_TIERS_DEVICE=sim makes a dry run.
+minutes. It needs twice the weights' bytes on the disk of $SHOAL_DISK, which has to take direct I/O, and four times in
+RAM. $SHOAL_TIERS_DEVICE=sim makes a dry run.
 """
 
 from __future__ import annotations

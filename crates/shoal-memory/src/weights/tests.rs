@@ -530,6 +530,18 @@ fn memory_that_erred_is_not_stored() {
     }
 }
 
+/// What is called alike is shared by models that may be by people who wish each other ill.
+#[test]
+fn a_piece_is_called_by_its_sha_256() {
+    let world = World::new();
+    let zeros = vec![0; usize::try_from(BYTES).unwrap()];
+    let spec = spec([0, 1, 2], &zeros);
+    world.store.fill(&spec, &GOING, |_, into| Ok(into.fill(0))).unwrap();
+    let catalogue = world.store.read_all().unwrap();
+    let names: Vec<_> = catalogue.models[0].1.pieces.iter().map(|piece| piece.hash.as_str()).collect();
+    assert_eq!(names, ["30e14955ebf1352266dc2ff8067e68104607e750abb9d3b36582b8af909fcb58"; 3]);
+}
+
 #[test]
 fn the_model_used_least_lately_makes_room() {
     let world = World::new();
