@@ -47,7 +47,9 @@ fn tensors() -> Vec<StoredTensor> {
 
 fn options() -> WeightOptions {
     // Room for two and the half of a third.
-    WeightOptions { keep: Duration::ZERO, ..WeightOptions::new(ByteCount(8 * PAGE)) }
+    let bytes_max = ByteCount(8 * PAGE);
+    let io_deadline = Duration::from_mins(1);
+    WeightOptions { keep: Duration::ZERO, io_deadline, ..WeightOptions::new(bytes_max) }
 }
 
 /// The process that is killed; does nothing when it is run as a test.
