@@ -24,6 +24,7 @@ pub struct Stored {
     path: PathBuf,
     /// Of each piece, the index of its pack.
     packs: Vec<usize>,
+    /// Held while it is read (I9): by the start that fills a region of it, and from then on by who has the turn. Nobody waits.
     media: Mutex<Media>,
     /// What keeps the packs where they are.
     held: Vec<File>,
