@@ -192,7 +192,7 @@ fn pooled(scene: &Scene, kind: LeaseKind, pages: &[u64], kept: ByteCount) -> Vec
         assert!(Instant::now() < deadline, "{:?} and not {kept}", scene.world.manager.pool_usage());
         drop(others);
         scene.world.manager.trim_pool(ALL).expect("nothing holds it");
-        let other = scene.world.region("other", 1, kind);
+        let other = scene.world.region("other", 1, LeaseKind::Weights);
         until("what was zeroed late is free", || {
             // Whoever changes memory frees what was not to be freed before.
             other.stage(ByteCount::ZERO, b"any", None).expect("room");
