@@ -39,11 +39,11 @@ fn a_wake_of_one_whose_children_still_end_brings_all_of_it_back() {
         scene.core.handle_wanted("m0", Wanted::Route(caller()), now_ms, wait_ms).expect("parked"),
     );
     assert!(matches!(scene.heard.try_recv(), Ok(FromServer::Wake { .. })), "it is to start again");
-    let wakes = scene.told().into_iter().filter_map(|what| match what {
+    let mut wakes = scene.told().into_iter().filter_map(|what| match what {
         EventKind::WakeStarted { bytes, reason } => Some((bytes, reason)),
         _ => None,
     });
-    let (bytes, reason) = wakes.last().expect("told");
+    let (bytes, reason) = wakes.next_back().expect("told");
     assert_eq!(bytes, DECLARED, "{reason}");
     assert!(reason.contains("30 MiB of its 30 MiB are missing, 30 MiB of which"), "{reason}");
     // Until they have, it says why it is not there.
