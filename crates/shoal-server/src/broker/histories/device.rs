@@ -50,13 +50,20 @@ impl World {
     }
 
     /// What workers say that they have beside weights and do not have any more, where they tell the most that it was; and what
-    /// programs do not have of their charge. Where the driver hides them, so much too little comes off the budget.
+    /// programs do not have of their charge, or did not when one of the newest readings was made: those are what counts. Where
+    /// the driver hides them, so much too little comes off the budget.
     fn overstated(&self) -> ByteCount {
         if !hides(self.seed) {
             return ByteCount::ZERO;
         }
         let workers = self.workers.values().map(|worker| worker.said.saturating_sub(worker.beside));
-        workers.chain(self.stewards.values().map(super::programs::Steward::spare)).sum()
+        let said: ByteCount = workers.sum();
+        said + self.spare_then.into_iter().fold(self.spare(), ByteCount::max)
+    }
+
+    /// What programs do not have of their charge.
+    fn spare(&self) -> ByteCount {
+        self.stewards.values().map(super::programs::Steward::spare).sum()
     }
 
     /// What comes off the budget is what others have, and what goes beyond leases and the headroom.
@@ -87,6 +94,8 @@ impl World {
         let processes = workers.chain(programs).chain(lingering).chain(others).filter(|_| !hides).collect();
         let reading = Reading { total: DEVICE, free: DEVICE.saturating_sub(self.used()), processes };
         self.looked = Some(Looked { reading, begun_ms, ..Looked::default() });
+        self.spare_then.rotate_right(1);
+        self.spare_then[0] = self.spare();
     }
 
     pub(super) fn see(&mut self) {

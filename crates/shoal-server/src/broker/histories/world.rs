@@ -172,6 +172,8 @@ pub(super) struct World {
     pub(super) lingering: Vec<Lingering>,
     /// A reading on its way.
     pub(super) looked: Option<Looked>,
+    /// What programs did not have of their charge at the newest few, on which what comes off the budget rests.
+    pub(super) spare_then: [ByteCount; 3],
     pub(super) decisions: mpsc::Receiver<Decision>,
     /// Every event and every decision, where they are to be kept; and the newest event in it.
     pub(super) story: Option<Vec<String>>,
@@ -207,6 +209,7 @@ impl World {
             beside_weights: BTreeMap::new(),
             lingering: Vec::new(),
             looked: None,
+            spare_then: [ByteCount::ZERO; 3],
             decisions,
             story: None,
             told: 0,
