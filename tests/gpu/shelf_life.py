@@ -36,7 +36,8 @@ MIB = 1 << 20
 DECLARED, TAKEN = (1024, 2048) if ON_GPU else (24, 48)
 OVERHEAD = 0 if not ON_GPU else 832 * MIB
 CONTEXT = 512
-PROMPTS = 40 if ON_GPU else 12  # whose KV fills what another model's weights leave
+# A worker keeps the KV of four contexts at most. So many prompts fill what another model's weights leave.
+PRICES_CONTEXT, PROMPTS = (4096, 40) if ON_GPU else (CONTEXT, 12)
 KV_BYTES = 2 * SIZE["layers"] * 2 * (SIZE["hidden"] // 4) * 4  # a token, of models.make_llama in float32
 PRICED = re.compile(
     r"(\w+) holds [^;]* of KV for prompts.*?(\d+) us to bring it back, a use finds ([0-9.]+)% of it again"
@@ -48,7 +49,10 @@ def main() -> int:
     report = Report()
     with tempfile.TemporaryDirectory(prefix="shelf-life-") as directory:
         root = Path(directory)
-        paths = {name: models.make_llama(root / name, seed=seed, **SIZE) for seed, name in enumerate(NAMES)}
+        paths = {
+            name: models.make_llama(root / name, seed=seed, context=PRICES_CONTEXT, **SIZE)
+            for seed, name in enumerate(NAMES)
+        }
         right = {name: models.plain_greedy(paths[name], PROMPT, TOKENS, TORCH_DEVICE) for name in NAMES}
         if ON_GPU:
             import torch
@@ -305,7 +309,8 @@ def prices(report: Report, home: Path, tables: list[dict[str, object]], right: d
     weights = sum(file.stat().st_size for file in Path(str(tables[0]["source"])).glob("*.safetensors"))
     # Room for both models' weights and little more: while one sleeps the other's prefixes fill what is left.
     budget = 2 * OVERHEAD + 2 * weights + 2 * CONTEXT * KV_BYTES + (64 if ON_GPU else 4) * MIB
-    with serve(home, models=tables[:2], **room(budget)) as server:
+    long = [table | {"context": PRICES_CONTEXT} for table in tables[:2]]
+    with serve(home, models=long, **room(budget)) as server:
         rested(server, [ash, birch])
 
         def told() -> None:
