@@ -257,5 +257,14 @@ async fn a_program_is_charged_what_the_driver_shows_of_it_and_of_what_it_started
     has(8, 20);
     until(&shelf, "it is less", || of(&shelf, "llama").bytes.overhead_device.is_zero()).await;
     assert_eq!(of(&shelf, "llama").lease.total, MIB(42));
+    // What it took just before its end, and nobody had taken up, its next one is charged with from the beginning.
+    has(30, 40);
+    until(&shelf, "it is seen", || of(&shelf, "llama").lease.seen == Some(MIB(70))).await;
+    let pid = rustix::process::Pid::from_raw(i32::try_from(program).expect("a number")).expect("not 0");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("ours");
+    until(&shelf, "it is gone", || of(&shelf, "llama").pid.is_none()).await;
+    says.say(Says::Has(152, vec![]));
+    awake(&shelf, "llama").await;
+    assert_eq!(of(&shelf, "llama").lease.weights, MIB(70));
     shelf.shutdown(soon()).await;
 }

@@ -70,6 +70,11 @@ impl Core {
         model.seen.filter(|_| self.driver.is_read).map(|now| (now, model.seen_most))
     }
 
+    /// The most that the driver has shown of the program with all that it started, since it was started; also after its end.
+    pub(crate) fn program_had(&self, place: usize) -> ByteCount {
+        self.models[place].seen_most
+    }
+
     /// What the policy is to know of a model of which `weights` are leased: whether it counts as one that serves, and what of it
     /// is on its way back. What a program had that has ended comes back without an order, once what it started has ended too.
     /// If that takes long, idle models are asked in its place, as while a worker ends.

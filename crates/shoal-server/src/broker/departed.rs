@@ -158,7 +158,8 @@ impl Core {
                 // It may have lived then, also in the same millisecond.
                 continue;
             }
-            let after_ms = now_ms.saturating_sub(since_ms);
+            // What an answer shows that was long on its way was so when it was asked for.
+            let after_ms = self.driver.looked.begun_ms.saturating_sub(since_ms);
             let left = self.driver.looked.of(process).unwrap_or_default();
             let is_there = !left.is_zero();
             let is_seen = match sight {

@@ -12,6 +12,7 @@ use shoal_core::drift::{ProcessReading, Reading};
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities, WorkerUsage};
 use tokio::sync::mpsc;
 
+use super::departed::STUCK_MS;
 use super::histories::{config, program};
 use super::turn_tests::{Bench, caller};
 use super::{Core, Looked, Timing, Wanted};
@@ -221,4 +222,20 @@ fn a_reading_that_was_begun_before_the_end_does_not_count() {
         scene.look(0, None, 1_700);
         assert_eq!(scene.core.book.leased(), ByteCount::ZERO);
     }
+}
+
+/// What a driver shows that answers late was so when it was asked, and that was just after the end.
+#[test]
+fn a_late_answer_about_the_dead_is_of_when_it_was_asked_for() {
+    let mut scene = scene();
+    scene.look(30, Some(30), 1_000);
+    scene.end(1_500);
+    let begun_ms = scene.core.begin_look(1_501);
+    let shown = ProcessReading { process: PROGRAM, bytes: Some(DECLARED) };
+    let reading = Reading { total: MIB(100), free: MIB(70), processes: vec![shown] };
+    let at_ms = 1_500 + STUCK_MS + 100;
+    scene.core.handle_looked(Looked { reading, begun_ms, ..Looked::default() }, at_ms);
+    assert_eq!(scene.core.departed_bytes(), (DECLARED, ByteCount::ZERO), "it is on its way back");
+    scene.look(0, None, at_ms + 100);
+    assert_eq!(scene.core.book.leased(), ByteCount::ZERO);
 }

@@ -507,9 +507,14 @@ impl<'a> Steward<'a> {
 
     fn gone(&mut self, status: String, trouble: Option<String>) {
         let place = self.place;
-        self.bytes = self.bytes.max(self.peak);
+        let had = self.shared.with(|core, now_ms| {
+            let had = core.program_had(place);
+            core.handle_command_ended(place, status, trouble, now_ms);
+            had
+        });
+        // It may have taken more since that was last taken up.
+        self.bytes = self.bytes.max(self.peak).max(had.round_up_to(PAGE_BYTES));
         (self.newest, self.peak) = (ByteCount::ZERO, ByteCount::ZERO);
-        self.shared.with(|core, now_ms| core.handle_command_ended(place, status, trouble, now_ms));
     }
 
     fn give_back(&mut self) -> ByteCount {
