@@ -181,7 +181,8 @@ class Shelf:
     falling
         Bytes leased for overhead of which less was measured lately: they come back before long.
     returning
-        Bytes that processes had which are gone: they come back before long, and are granted to nobody until then.
+        Bytes that processes had which are gone: they come back before long, and are granted to nobody until then. What
+        the driver still shows after 2.5 seconds is in ``taken`` in their place.
     extent
         The unit in which bytes are ordered back.
     quantum_ms

@@ -49,7 +49,8 @@
 //!
 //! What a process had that is gone is granted to nobody until the device is seen to have it back
 //! ([`ShelfState::returning`]). Until then it counts as coming, for whoever asked first, as if its holder had been ordered to
-//! give it up.
+//! give it up. What the driver still shows after some seconds is not waited for any more: it counts as others' then, and is off
+//! the budget.
 //!
 //! # What only steps take
 //! An engine may take memory in its steps that it asks nobody for. It is leased with its weights: a request for them has

@@ -253,7 +253,8 @@ pub enum ModelStatus {
     Awake,
     /// A part of its weights is on the device.
     PartlyResident,
-    /// It answers its last requests before it gives all its memory up; only what is not elastic does.
+    /// It answers its last requests before it gives all its memory up, as what is not elastic does and what a reload replaces;
+    /// or a command has ended, and what it started is ended after it.
     Draining,
     /// Its worker died; another will be started.
     Restarting,
