@@ -509,7 +509,7 @@ fn one_order_each(picks: Vec<(Candidate, ByteCount)>) -> Vec<(Candidate, ByteCou
     for (candidate, bytes) in picks {
         match merged.iter_mut().find(|(known, _)| known.model == candidate.model) {
             Some((known, sum)) => {
-                (known.class, known.part) = (candidate.class, candidate.part);
+                *known = candidate;
                 *sum += bytes;
             }
             None => merged.push((candidate, bytes)),

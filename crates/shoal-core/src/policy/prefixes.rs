@@ -32,4 +32,12 @@ fn weights_that_prefixes_go_before_are_priced_with_them() {
     let (said, beyond) = pick_of(30, 3_000);
     assert_eq!(said, [(1, 30)], "{beyond}");
     assert!(beyond.contains(sentence), "{beyond}");
+    // Asleep, it has nothing beside them.
+    let asleep = ModelState { weights_held: MIB(0), ..chat.clone() };
+    let state = shelf(20, vec![model(0, "new", 10, 0), asleep], vec![wake(0, 10, 9_500)]);
+    let why = reasons(&plan(&state, 10_000));
+    assert!(
+        why.contains("worth least (2475 us a second for each MiB: 9900 us to bring it back, a use finds"),
+        "{why}"
+    );
 }

@@ -68,9 +68,7 @@ fn why_chosen(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> S
     let name = &victim.name;
     match candidate.class {
         _ if candidate.part == Part::Cached
-            || (candidate.class == Class::Idle
-                && field.choice == Choice::Worth
-                && field.together(candidate).is_some()) =>
+            || (candidate.class == Class::Idle && field.choice == Choice::Worth && candidate.is_blend) =>
         {
             format!(
                 "{name} holds {} of KV for prompts that may come again, worth least ({})",
@@ -121,7 +119,7 @@ pub(super) fn make_room(field: &Field<'_>, candidate: Candidate, victim: &ModelS
 
 /// The currency with the numbers that it was made from.
 fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
-    let (now_ms, worth) = (field.now_ms, field.worth_of(candidate));
+    let (now_ms, worth) = (field.now_ms, candidate.worth);
     let how_soon = if let Some(expected_ms) = victim.expected_ms {
         format!("expected to be used in {}", seconds(expected_ms.saturating_sub(now_ms)))
     } else {
@@ -135,7 +133,7 @@ fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String
         milli => format!(", a use finds {:.1}% of it again", milli.min(1_000) as f64 / 10.0),
     };
     match candidate.part {
-        _ if field.together(candidate).is_some() => format!(
+        _ if candidate.is_blend => format!(
             "{worth} a second for each MiB of that and of its weights, {weights_us} us to bring these back: {kv_us} us to bring it \
              back{found}, {how_soon}"
         ),

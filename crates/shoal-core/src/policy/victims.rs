@@ -58,6 +58,10 @@ pub(super) struct Candidate {
     pub(super) class: Class,
     pub(super) part: Part,
     pub(super) model: usize,
+    /// What a MiB of it is worth.
+    pub(super) worth: Worth,
+    /// That is of cached prefixes and of the weights that they go before, which are cheaper.
+    pub(super) is_blend: bool,
     /// Compared within the class, least first.
     rank: (u64, u64),
 }
@@ -174,10 +178,13 @@ impl<'a> Field<'a> {
             if left.all.is_zero() || self.skipped(model) {
                 continue;
             }
-            let mut add = |class, part, rank| candidates.push(Candidate { class, part, model: place, rank });
+            let mut add = |class, part, (worth, is_blend), rank| {
+                candidates.push(Candidate { class, part, model: place, worth: Worth(worth), is_blend, rank });
+            };
             let (cached, weights) = (of_cached_kv(model, self.now_ms).0, of_weights(model, self.now_ms).0);
             if !left.unused.is_zero() {
-                add(Class::Surplus, Part::Unused, (u64::from(model.is_busy()), model.last_used_ms));
+                let rank = (u64::from(model.is_busy()), model.last_used_ms);
+                add(Class::Surplus, Part::Unused, (0, false), rank);
             }
             if self.state.is_manual {
                 continue;
@@ -185,17 +192,18 @@ impl<'a> Field<'a> {
             let demand = self.is_wanted(place);
             let kept = kept_until(model).is_some_and(|until| until > self.now_ms);
             let cached_bytes = left.spare.saturating_sub(left.unused);
-            // The cached goes before the weights, so it cannot be dearer than the two together.
-            let both = blended(cached, cached_bytes, weights, left.all.saturating_sub(left.spare));
+            // The cached goes before the weights, so whoever is asked for more than is unused gives the two together.
+            let weight_bytes = left.all.saturating_sub(left.spare);
+            let both = blended(cached, cached_bytes, weights, weight_bytes);
+            let is_dearer = !cached_bytes.is_zero() && cached > weights;
+            let is_blend = is_dearer && !weight_bytes.is_zero();
             if !cached_bytes.is_zero() && self.choice == Choice::Worth {
                 let class = if kept && !demand { Class::IdleKept } else { Class::Idle };
-                add(
-                    class,
-                    Part::Cached,
-                    (if demand { cached } else { cached.min(both) }, model.last_used_ms),
-                );
+                let worth = if is_dearer && !demand { (both, is_blend) } else { (cached, false) };
+                add(class, Part::Cached, worth, (worth.0, model.last_used_ms));
             }
-            let value = if cached_bytes.is_zero() || weights >= cached { weights } else { both };
+            let worth = if is_dearer { (both, is_blend) } else { (weights, false) };
+            let value = worth.0;
             let (class, rank) = if !demand {
                 let class = match (kept, self.settles_until(model)) {
                     _ if self.choice == Choice::WholeLru => Class::Idle,
@@ -210,7 +218,7 @@ impl<'a> Field<'a> {
                 // The youngest first: it would come back last.
                 (Class::WaitsBehind, (u64::MAX - self.waits_since(place), value))
             };
-            add(class, Part::All, rank);
+            add(class, Part::All, worth, rank);
         }
         candidates
             .sort_by_key(|candidate| (candidate.class, candidate.rank, candidate.model, candidate.part));
@@ -224,31 +232,6 @@ impl<'a> Field<'a> {
             || self.senior[place].is_some()
             || model.wake_ordered
             || self.lingers_until(model).is_some()
-    }
-
-    /// What the bytes that a candidate stands for are worth.
-    pub(super) fn worth_of(&self, candidate: Candidate) -> Worth {
-        let model = &self.state.models[candidate.model];
-        self.together(candidate).unwrap_or_else(|| match candidate.part {
-            Part::Unused => Worth::default(),
-            Part::Cached => of_cached_kv(model, self.now_ms),
-            Part::All => of_weights(model, self.now_ms),
-        })
-    }
-
-    /// What all that may be taken of an idle model is worth, where prefixes are cached that are dearer than its weights: they
-    /// go before them, so whoever is asked for more than is unused gives the two together. None where one alone says it.
-    pub(super) fn together(&self, candidate: Candidate) -> Option<Worth> {
-        let (model, left) =
-            (&self.state.models[candidate.model], takeable(&self.state.models[candidate.model]));
-        let cached_bytes = left.spare.saturating_sub(left.unused);
-        let (cached, weights) = (of_cached_kv(model, self.now_ms), of_weights(model, self.now_ms));
-        let is_one = candidate.part == Part::Unused
-            || (candidate.part == Part::Cached && self.is_wanted(candidate.model))
-            || cached_bytes.is_zero()
-            || cached <= weights;
-        let weight_bytes = left.all.saturating_sub(left.spare);
-        (!is_one).then(|| Worth(blended(cached.0, cached_bytes, weights.0, weight_bytes)))
     }
 
     fn by_choice(&self, rank: (u64, u64), model: &ModelState) -> (u64, u64) {
