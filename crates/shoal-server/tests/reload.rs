@@ -82,6 +82,8 @@ async fn only_what_changed_is_touched() {
         names(&["gone"])
     );
     drop(shelf.route("gone", soon()).await.expect("routed"));
+    // What the two workers had that ended is returning until the next reading of the device, a quarter of a second later.
+    until(&shelf, "it is back", |shelf| shelf.snapshot().device.returning.is_zero()).await;
     let snapshot = shelf.snapshot();
     let gone = snapshot.model("gone").expect("there");
     assert_eq!(
