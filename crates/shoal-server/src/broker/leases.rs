@@ -10,9 +10,6 @@ use super::{Asked, Core, LifeEvent, OVERHEAD_REQUEST, REQUESTS_PER_MODEL_MAX};
 use crate::bounded::bounded;
 use crate::state::EventKind;
 
-/// How long KV that was granted counts as used, until the worker's figures show it.
-const FRESH_KV_MS: u64 = 1_500;
-
 /// Characters that are kept of what a worker says in words: thousands of such sentences are.
 const WORDS_MAX: usize = 1_000;
 
@@ -153,7 +150,7 @@ impl Core {
         }
         let model = &mut self.models[place];
         if kind == LeaseKind::Kv {
-            model.fresh_kv.0 = model.fresh_kv.0.saturating_sub(bytes);
+            model.fresh_kv.returned(bytes, now_ms);
         } else {
             // What it declared and has all the same stays leased; without weights its steps take nothing.
             self.follow_overhead(place, now_ms);
@@ -244,8 +241,7 @@ impl Core {
         model.counts.granted += 1;
         model.waits_for = None;
         if kind == LeaseKind::Kv {
-            let fresh = if model.fresh_kv.1 > now_ms { model.fresh_kv.0 } else { ByteCount::ZERO };
-            model.fresh_kv = (fresh + bytes, now_ms + FRESH_KV_MS);
+            model.fresh_kv.granted(bytes, now_ms);
         }
         if !model.say(FromServer::LeaseGrant { request, kind, bytes }) {
             self.break_off(place, "it does not read its messages".to_owned(), now_ms);

@@ -22,6 +22,7 @@ mod departed_tests;
 #[cfg(test)]
 mod dice;
 mod driver;
+mod fresh;
 mod habits;
 #[cfg(test)]
 mod histories;

@@ -71,3 +71,35 @@ fn a_dear_prefix_outlives_cheap_weights() {
         }
     }
 }
+
+/// A cache that grows with every prompt holds prefixes, as its worker says, and not what is in use for ever.
+#[test]
+fn what_grows_all_the_time_is_cached_where_its_worker_says_so() {
+    let mut bench = Bench::of(&WEIGHTS);
+    use_and_leave(&mut bench, 1, ByteCount::ZERO, (0, 0), 10);
+    let part = ByteCount::mib(1);
+    let mut kv = ByteCount::ZERO;
+    for prompt in 0..60 {
+        let now_ms = 1_000 + prompt * 200;
+        bench.request(1, LeaseKind::Kv, part, now_ms);
+        kv += part;
+        let usage = WorkerUsage {
+            weights_device: WEIGHTS[1],
+            weights_total: WEIGHTS[1],
+            kv_device: kv,
+            kv_live: part,
+            kv_cached: kv - part,
+            kv_back_us_per_mib: 10_000,
+            kv_found_milli: 500,
+            ..WorkerUsage::default()
+        };
+        bench.say(1, FromWorker::Usage { usage }, now_ms + 100);
+    }
+    bench.told(1);
+    bench.wanted(2, WEIGHTS[2], 13_000);
+    let (bytes, why) = taken(&mut bench, 1).expect("it holds what the other needs");
+    assert!(
+        why.contains("of KV for prompts that may come again") && why.contains("a use finds 50.0%"),
+        "{bytes}: {why}"
+    );
+}

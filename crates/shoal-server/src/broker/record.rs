@@ -10,6 +10,7 @@ use shoal_core::ids::ModelId;
 use shoal_core::protocol::{FromServer, WorkerCapabilities, WorkerUsage};
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::fresh::FreshKv;
 use super::habits::Habits;
 use super::lifecycle::{Facts, Life, Lifecycle};
 use super::orders::Order;
@@ -187,8 +188,7 @@ pub(crate) struct Record {
     /// When it last became idle.
     pub(crate) idle_since_ms: Option<u64>,
     pub(crate) skip_until_ms: u64,
-    /// KV granted so recently that the worker's figures may not show its use: bytes, and until when.
-    pub(crate) fresh_kv: (ByteCount, u64),
+    pub(super) fresh_kv: FreshKv,
     /// What its wakes brought to the device in all, also those that failed in the end, and what they copied.
     pub(crate) brought: (ByteCount, ByteCount),
     pub(crate) wake_failures: u32,
@@ -276,7 +276,7 @@ impl Record {
             pause_ms: None,
             idle_since_ms: None,
             skip_until_ms: 0,
-            fresh_kv: (ByteCount::ZERO, 0),
+            fresh_kv: FreshKv::default(),
             brought: (ByteCount::ZERO, ByteCount::ZERO),
             wake_failures: 0,
             wake_not_before_ms: 0,
@@ -440,7 +440,7 @@ impl Record {
         self.turn_since_ms = None;
         self.rising_until_ms = None;
         self.skip_until_ms = 0;
-        self.fresh_kv = (ByteCount::ZERO, 0);
+        self.fresh_kv = FreshKv::default();
         self.wake_failures = 0;
         self.wake_not_before_ms = 0;
         self.wakes_after_leaving = false;

@@ -80,7 +80,7 @@ impl Core {
             self.show_status(place, now_ms);
         }
         self.book.check_invariants();
-        let fresh = self.models.lively().map(|model| model.fresh_kv.1).filter(|until| *until > now_ms).min();
+        let fresh = self.models.lively().filter_map(|model| model.fresh_kv.until_ms(now_ms)).min();
         let retry = self.models.lively().filter(|model| !model.queue.is_empty());
         let retry = retry.map(|model| model.wake_not_before_ms).filter(|at| *at > now_ms).min();
         let waits = (!self.asked.is_empty()).then_some(fresh).flatten();
@@ -121,7 +121,7 @@ impl Core {
         !self.may_matter(place)
             && matches!(model.life(), Life::Ready | Life::Failed { .. } | Life::Stopped)
             && model.config.keep_alive_s.is_none()
-            && model.fresh_kv.1 <= now_ms
+            && model.fresh_kv.until_ms(now_ms).is_none()
             && model.retiring.is_none()
             && !model.is_unaccounted
             && !is_watched(model)
@@ -275,7 +275,6 @@ impl Core {
     pub(super) fn policy_model(&self, place: usize, now_ms: u64) -> ModelState {
         let model = &self.models[place];
         let held = |kind| self.book.held(model.id, kind);
-        let fresh = if model.fresh_kv.1 > now_ms { model.fresh_kv.0 } else { ByteCount::ZERO };
         let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         let inside = u64::from(model.usage.requests_running) + u64::from(model.usage.requests_waiting);
         let (ready, ordered) = self.serving_and_leaving(place, held(LeaseKind::Weights), now_ms);
@@ -286,7 +285,7 @@ impl Core {
             weights_total: model.weights_total,
             weights_held: held(LeaseKind::Weights),
             kv_held: held(LeaseKind::Kv),
-            kv_live: (model.usage.kv_live + fresh).min(held(LeaseKind::Kv)),
+            kv_live: (model.usage.kv_live + model.fresh_kv.bytes(now_ms)).min(held(LeaseKind::Kv)),
             kv_cached: model.usage.kv_cached.min(held(LeaseKind::Kv)),
             kv_min: model.kv_min(),
             overhead_held: held(LeaseKind::Overhead),
