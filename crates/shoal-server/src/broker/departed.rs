@@ -35,6 +35,8 @@ pub(super) enum Sight {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Departed {
     since_ms: u64,
+    /// The driver has been asked since: what it answers is of after the end, also within the same millisecond.
+    is_asked: bool,
     /// What others had before it did.
     others: ByteCount,
     sight: Sight,
@@ -74,6 +76,13 @@ impl Core {
         self.look_soon.notify_one();
     }
 
+    /// The driver is being asked: who is gone by now is so in its answer.
+    pub(super) fn ask_for_departed(&mut self) {
+        for departed in self.driver.departed.values_mut() {
+            departed.is_asked = true;
+        }
+    }
+
     /// What processes that are gone had and is not seen to be free: what comes back before long, and what seems not to.
     pub(super) fn departed_bytes(&self) -> (ByteCount, ByteCount) {
         let (mut returning, mut stuck) = (ByteCount::ZERO, ByteCount::ZERO);
@@ -105,7 +114,13 @@ impl Core {
             () if model.is_rigid() => Sight::Declared,
             () => Sight::Said,
         };
-        Departed { since_ms: now_ms, others: self.driver.found.others, sight, is_stuck: false }
+        Departed {
+            since_ms: now_ms,
+            is_asked: false,
+            others: self.driver.found.others,
+            sight,
+            is_stuck: false,
+        }
     }
 
     /// The dead, as holders of what they had.
@@ -151,11 +166,13 @@ impl Core {
         let in_all: ByteCount = in_all.map(|(_, bytes)| *bytes).sum();
         let (mut any, mut unseen) = (false, ByteCount::ZERO);
         for (process, bytes) in departed {
-            let Some(&Departed { since_ms, others, sight, .. }) = self.driver.departed.get(&process) else {
+            let Some(&Departed { since_ms, is_asked, others, sight, .. }) =
+                self.driver.departed.get(&process)
+            else {
                 continue;
             };
-            if self.driver.looked.begun_ms <= since_ms {
-                // It may have lived then, also in the same millisecond.
+            if !is_asked {
+                // It may have lived when the driver was asked what it has just answered.
                 continue;
             }
             // What an answer shows that was long on its way was so when it was asked for.

@@ -224,6 +224,17 @@ fn a_reading_that_was_begun_before_the_end_does_not_count() {
     }
 }
 
+/// An end asks for a reading at once. That is begun within the end's own millisecond as often as not, and counts.
+#[test]
+fn the_reading_that_an_end_asks_for_counts_in_the_same_millisecond() {
+    let mut scene = scene();
+    scene.look(30, Some(30), 1_000);
+    scene.end(1_500);
+    scene.look(0, None, 1_500);
+    assert_eq!(scene.core.book.leased(), ByteCount::ZERO);
+    assert_eq!(scene.returned(), [true]);
+}
+
 /// What a driver shows that answers late was so when it was asked, and that was just after the end.
 #[test]
 fn a_late_answer_about_the_dead_is_of_when_it_was_asked_for() {

@@ -73,11 +73,12 @@ impl Driver {
 }
 
 impl Core {
-    /// The driver is being asked: what is leased now may be what it shows.
+    /// The driver is being asked: what is leased now may be what it shows. Nobody asks again before it has answered.
     pub(crate) fn begin_look(&mut self, now_ms: u64) -> u64 {
         for model in self.models.all_quietly() {
             (model.leased_then, model.said_then) = (self.book.total(model.id), said_on_device(&model.usage));
         }
+        self.ask_for_departed();
         now_ms
     }
 
