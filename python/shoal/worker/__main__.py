@@ -280,6 +280,7 @@ async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
     assembled.engine.start()
     runner = await serve(make_app(assembled.served), Path(client.welcome["data_socket"]))
     reporter = Reporter(read, report)
+    assembled.engine.on_idle = reporter.hurry  # what was told while a request ran would have the model taken to be busy
     reporter.start()
     if assembled.memory.steps_in_order:
         client.set_steps_in_order()

@@ -41,10 +41,10 @@ from .errors import ApiError, described
 from .kv import PADDING_BLOCKS, ElasticCache, UnboundedMemoryHandler
 from .memory import Ahead, Memory, ShortageError
 from .sampling import RowSampler, Sampling
-from .usage import Counts
+from .usage import Counts, no_one_asks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from transformers import PreTrainedModel
     from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
@@ -173,6 +173,11 @@ class CausalEngine:
         Guards, and the KV cache's space.
     eos
         Tokens that end an answer.
+
+    Attributes
+    ----------
+    on_idle
+        Called when the last request has ended, before its last token is handed out; from any thread.
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class CausalEngine:
         self._model = model
         self._memory = memory
         self._spec = spec
+        self.on_idle: Callable[[], None] = no_one_asks
         self._live: dict[str, Generation] = {}
         self._lock = threading.Lock()  # for _live
         self._names = itertools.count()
@@ -329,6 +335,7 @@ class CausalEngine:
             generation.ended = True
             generation.go_no_further()
             self._manager.cancel_request(generation.name)
+            self._say_if_idle()
 
     # ------------------------------------------------------------------------------------ on the engine's thread
 
@@ -525,6 +532,7 @@ class CausalEngine:
         if generation is None:
             return
         if output.error is not None:
+            self._say_if_idle()
             generation.fail(_as_api_error(output.error))
             return
         tokens = output.generated_tokens[generation.delivered :]
@@ -534,13 +542,21 @@ class CausalEngine:
             if told is not None:
                 generation.logprobs.append(told)
         self._tokens_out += len(tokens)
+        self._say_if_idle()
         generation.push(tokens, last=last)
 
     def _fail(self, name: str, error: Exception) -> None:
         with self._lock:
             generation = self._live.pop(name, None)
         if generation is not None:
+            self._say_if_idle()
             generation.fail(error if isinstance(error, ApiError) else _as_api_error(error))
+
+    def _say_if_idle(self) -> None:
+        with self._lock:
+            is_idle = not self._live
+        if is_idle:
+            self.on_idle()
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:

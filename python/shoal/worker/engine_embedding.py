@@ -18,7 +18,7 @@ import torch
 
 from .errors import ApiError
 from .memory import Memory, ShortageError
-from .usage import Counts
+from .usage import Counts, no_one_asks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,6 +99,7 @@ class EmbeddingEngine:
         self._spec = spec
         self._pooling = pooling
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self.on_idle: Callable[[], None] = no_one_asks  # called when the last request has ended; from any thread
         self._stop = threading.Event()
         self._lock = threading.Lock()  # for the counts
         self._waiting = 0
@@ -157,6 +158,9 @@ class EmbeddingEngine:
                 self._running -= 1
             else:
                 self._waiting -= 1
+            is_idle = self._running == self._waiting == 0
+        if is_idle:
+            self.on_idle()
 
     @torch.no_grad()
     def _embed_all(self, texts: Sequence[Sequence[int]], cancelled: threading.Event) -> list[torch.Tensor]:

@@ -35,11 +35,17 @@ class Counts:
         return self.running == self.waiting == 0
 
 
+_LEAST_S = 0.02  # between two reports, however often somebody says so
+
 T = TypeVar("T")
 
 
+def no_one_asks() -> None:
+    """Do nothing: nobody wants to hear that an engine is idle."""
+
+
 class Reporter(Generic[T]):
-    """Tells figures, at most a few times a second, and only while they change.
+    """Tells figures, at most a few times a second and sooner where somebody says so, and only while they change.
 
     Parameters
     ----------
@@ -48,7 +54,7 @@ class Reporter(Generic[T]):
     send
         Told each new value.
     interval_s
-        Least time between two reports.
+        Time between two reports.
     """
 
     def __init__(self, read: Callable[[], T], send: Callable[[T], None], interval_s: float = 0.25) -> None:
@@ -56,15 +62,21 @@ class Reporter(Generic[T]):
         self._send = send
         self._interval_s = interval_s
         self._stop = threading.Event()
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
 
     def start(self) -> None:
         """Begin to report."""
         self._thread.start()
 
+    def hurry(self) -> None:
+        """Report now rather than at the end of the interval; from any thread, and it waits for nothing."""
+        self._hurry.set()
+
     def stop(self) -> None:
         """Report a last time and end."""
         self._stop.set()
+        self._hurry.set()
         self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
@@ -77,4 +89,8 @@ class Reporter(Generic[T]):
                 told = counts
             if last:
                 return
-            last = self._stop.wait(self._interval_s)
+            least_s = min(_LEAST_S, self._interval_s)
+            last = self._stop.wait(least_s)
+            self._hurry.wait(self._interval_s - least_s)
+            self._hurry.clear()
+            last = last or self._stop.is_set()
