@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,6 +22,7 @@ CONTEXT = 1536
 TOKEN_BYTES = 2 * 8 * 2 * 64 * 4
 TURNS = [200, 600, 1000, 1400]
 ANSWER = 16
+FRESH_S = 2.0  # KV that was granted a moment ago counts as used
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,34 @@ def converse(server: Server, model: str, number: int) -> list[tuple[str, str]]:
         heard.append((said, answer))
         said += "".join(char if char.isascii() and char.isprintable() else "?" for char in answer)
     return heard
+
+
+def test_a_prompt_is_found_again_though_its_model_made_room(tmp_path: Path, talkers: dict[str, Path]) -> None:
+    """An idle model gives up weights, which come back sooner than its prompt is computed; both are told."""
+    gull, tern = talkers
+    tables: list[dict[str, object]] = [
+        {"name": name, "source": str(path), "dtype": "float32", "context": CONTEXT} for name, path in talkers.items()
+    ]
+    prompt = "".join(chr(97 + at * at % 26) for at in range(1000))
+    with serve(tmp_path, models=tables, device_budget="46MiB") as server:
+        for name in talkers:
+            server.wait_for(name, "asleep")
+        # What computing a prompt takes is not known from one that is computed while the weights come.
+        server.complete(gull, "warm", 4)
+        server.complete(gull, "-" * 64, 4)
+        first = server.complete(gull, prompt, ANSWER)
+        time.sleep(FRESH_S)
+        before = server.model(gull)["lease"]
+        server.complete(tern, "a", 4)
+        after = server.model(gull)["lease"]
+        assert after["weights"] < before["weights"], (before, after)
+        assert after["kv"] >= 1000 * TOKEN_BYTES, (before, after)
+        reasons = [event["reason"] for event in server.told("evict_started") if event["model"] == gull]
+        assert any("its weights are worth least" in why and "go last" in why for why in reasons), reasons
+        body = {"model": gull, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0}
+        again = server.http.post("/v1/completions", json=body).json()
+        assert again["choices"][0]["text"] == first == models.plain_greedy(talkers[gull], prompt, ANSWER)
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 900, again["usage"]
 
 
 def test_conversations_grow_within_the_budget(tmp_path: Path, talkers: dict[str, Path]) -> None:

@@ -63,7 +63,7 @@ def test_states_and_plans_are_written_as_they_are_read() -> None:
     with pytest.raises(KeyError):
         SHELF.model(9)
     actions = [
-        Evict(0, 1, "a", 1),
+        Evict(0, 1, "a", 1, cached_last=True),
         Restore(0, "b"),
         Grant(1, 7, 2, "c"),
         Deny(1, 7, "d", never=True),

@@ -1,7 +1,7 @@
 //! [`MemoryManager`]: the regions of one device, who may touch them when, and how memory is given up on request.
 //!
-//! Apart from [`crate::region`] because it speaks of all regions: the gate (I13), the turn, the order of a reclaim, the
-//! figures.
+//! Apart from [`crate::region`] because it speaks of all regions: the gate (I13), the turn, the figures; and, in a file of
+//! its own, the order of a reclaim.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shoal_core::bytes::ByteCount;
 use shoal_core::ids::{RegionId, TransferId};
-use shoal_core::page_table::Backing;
 use shoal_core::protocol::{LeaseKind, WorkerUsage};
 use shoal_device::{Device, DeviceError, Event, ForeignStream, ForeignWork, HostBuffer, Stream};
 
@@ -28,6 +27,8 @@ use crate::segments::Segments;
 use crate::slab_source::SlabSource;
 use crate::source::SourceFiles;
 use crate::turn::{Taken, Turn};
+
+mod reclaim;
 
 /// How a manager behaves.
 #[derive(Clone, Debug)]
@@ -74,14 +75,6 @@ const SCRATCH_BYTES_MAX: ByteCount = ByteCount::mib(4);
 const SCRATCH_UNIT: ByteCount = ByteCount(4096);
 /// Streams of others that are remembered; torch has about a hundred.
 const FOREIGN_MAX: usize = 1024;
-
-/// What may go for a reclaim.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reach {
-    Anything,
-    /// What nobody in this process misses.
-    Spare,
-}
 
 /// The regions of one device in this process.
 #[derive(Debug)]
@@ -412,143 +405,6 @@ impl MemoryManager {
 
     pub(crate) fn operation_deadline(&self) -> Instant {
         Instant::now() + self.options.operation_wait
-    }
-
-    /// Frees device memory on somebody's order: first what lies in the pool, which waits for nobody; then what an engine that
-    /// keeps books of its own can do without, if it says so in time ([`crate::KvCache::next_wanted`]); then, without any
-    /// engine's help, KV memory that no block uses, memory in which blocks are only cached, what may be discarded, weights
-    /// from the last extent backwards, KV contents (copied to the host).
-    /// Regions that a step holds for itself ([`Region::guard`]) come after all others.
-    ///
-    /// # Errors
-    /// [`MemoryError::Deadline`] if running steps or another operation did not end in time. What stood in the way
-    /// later is in the report, with what was freed.
-    pub fn reclaim(&self, bytes: ByteCount, timeout: Duration, reason: &str) -> Result<Report, MemoryError> {
-        self.reclaim_of(Reach::Anything, bytes, timeout, reason)
-    }
-
-    /// [`reclaim`](Self::reclaim) as far as nobody misses it: the pool, KV memory that no block uses, and what is only
-    /// cached. For room that this process's own weights need: to take it from them, or from what the requests that wait
-    /// for them use, would be for nothing.
-    ///
-    /// # Errors
-    /// The same.
-    pub fn reclaim_spare(
-        &self,
-        bytes: ByteCount,
-        timeout: Duration,
-        reason: &str,
-    ) -> Result<Report, MemoryError> {
-        self.reclaim_of(Reach::Spare, bytes, timeout, reason)
-    }
-
-    fn reclaim_of(
-        &self,
-        reach: Reach,
-        bytes: ByteCount,
-        timeout: Duration,
-        reason: &str,
-    ) -> Result<Report, MemoryError> {
-        let start = Instant::now();
-        let deadline = start + timeout;
-        tracing::debug!(%bytes, reason, "reclaim");
-        let mut report = Report::new(bytes);
-        report.absorb_released(self.empty_pool(bytes));
-        for cache in self.caches() {
-            if report.freed < bytes {
-                report.freed += cache.ask_keeper(bytes - report.freed, deadline);
-            }
-        }
-        if report.freed >= bytes {
-            report.duration = start.elapsed();
-            return Ok(report);
-        }
-        let spared = {
-            let late = MemoryError::Deadline { doing: "waiting for running steps", waited: timeout };
-            let (_gate, spared) = self.gate.alone_sparing(deadline).ok_or(late)?;
-            self.fence(deadline)?;
-            let _turn = self.take_turn(deadline)?;
-            self.reclaim_from(reach, &mut report, deadline, |id| !spared.contains(&id));
-            spared
-        };
-        // Regions that a step had for itself come last, each when its guard ends.
-        for id in spared {
-            if report.freed >= bytes {
-                break;
-            }
-            let freed = self.take_gate(Scope::Region(id), deadline, timeout).and_then(|_gate| {
-                let _turn = self.take_turn(deadline)?;
-                self.reclaim_from(reach, &mut report, deadline, |region| region == id);
-                Ok(())
-            });
-            if let Err(error) = freed {
-                report.fail(error);
-            }
-        }
-        report.duration = start.elapsed();
-        Ok(report)
-    }
-
-    /// [`reclaim`](Self::reclaim) for a region that is about to grow, from the others, and only if no step runs at this
-    /// moment: the caller may hold what a step waits for. Returns the bytes freed.
-    pub(crate) fn evict_for(
-        &self,
-        region: &Region,
-        bytes: ByteCount,
-        deadline: Instant,
-    ) -> Result<ByteCount, MemoryError> {
-        let mut report = Report::new(bytes);
-        report.absorb_released(self.empty_pool(bytes));
-        if report.freed >= bytes {
-            return Ok(report.freed);
-        }
-        let late = MemoryError::Deadline { doing: "finding no step running", waited: Duration::ZERO };
-        let _gate = self.gate.alone(Scope::All, Instant::now()).ok_or(late)?;
-        self.fence(deadline)?;
-        let _turn = self.take_turn(deadline)?;
-        self.reclaim_from(Reach::Anything, &mut report, deadline, |id| id != region.id());
-        Ok(report.freed)
-    }
-
-    /// Frees what `report` still lacks, in order, from the regions that `is_had` takes. Needs the gate alone for them,
-    /// and the turn.
-    fn reclaim_from(
-        &self,
-        reach: Reach,
-        report: &mut Report,
-        deadline: Instant,
-        is_had: impl Fn(RegionId) -> bool,
-    ) {
-        for backing in self.backings() {
-            if report.freed < report.requested && Instant::now() < deadline && is_had(backing.region().id()) {
-                report.absorb(backing.release_idle(report.requested - report.freed));
-            }
-        }
-        let caches = self.caches();
-        for release in [kv_cache::Shared::release_idle, kv_cache::Shared::release_cached] {
-            for cache in &caches {
-                if report.freed < report.requested && Instant::now() < deadline && is_had(cache.region().id())
-                {
-                    report.absorb(release(cache, report.requested - report.freed));
-                }
-            }
-        }
-        if reach == Reach::Spare {
-            return;
-        }
-        let rank = |region: &Region| match (region.backing(), region.kind()) {
-            (Backing::Discard, _) => 0,
-            (_, LeaseKind::Weights) => 1,
-            _ => 2,
-        };
-        let mut regions = self.regions();
-        regions.retain(|region| is_had(region.id()) && region.may_yield());
-        regions.sort_by_key(rank);
-        for region in regions {
-            if report.freed < report.requested && Instant::now() < deadline {
-                report.absorb(region.evict_in_turn(report.requested - report.freed, false, deadline));
-            }
-        }
     }
 
     /// Brings back the weights of all regions, whole.

@@ -85,6 +85,33 @@ fn weights_wake_although_prefixes_had_all_the_memory() {
     check(&world, &cache);
 }
 
+/// Where it is dearer than weights it goes after them, and before what somebody owns.
+#[test]
+fn what_is_only_remembered_outlasts_weights_where_that_is_said() {
+    let world = world(64, 64);
+    let weights = world.weights(4, &noise(4 * PAGE, 1));
+    let cache = cache(&world.manager, 32);
+    remember(&cache, 8);
+    let mut owned = [0_u32; 4];
+    assert!(cache.alloc(0, &mut owned).expect("the device works"));
+    drop(world.manager.guard(WAIT).expect("room"));
+    assert_eq!(world.device_used(), ByteCount::mib(8 + 4 + 2));
+    let reclaim =
+        |bytes| world.manager.reclaim_cached_last(bytes, WAIT, "a test").expect("no step runs").freed;
+    assert_eq!(reclaim(ByteCount(1)), ByteCount::mib(2));
+    assert_eq!((weights.usage().device, found(&cache, 8)), (ByteCount::mib(6), 8));
+    assert_eq!(reclaim(ByteCount::mib(8)), ByteCount::mib(8));
+    let usage = cache.usage();
+    assert_eq!((weights.usage().device, usage.mapped), (ByteCount::ZERO, ByteCount::mib(4)));
+    assert_eq!((usage.live, usage.cached), (ByteCount::mib(2), ByteCount::mib(2)), "what is owned is there");
+    check(&world, &cache);
+    // Without that it goes first.
+    drop(world.manager.guard(WAIT).expect("room"));
+    world.manager.reclaim(ByteCount(1), WAIT, "a test").expect("no step runs");
+    assert_eq!((weights.usage().device, cache.usage().cached), (ByteCount::mib(8), ByteCount::ZERO));
+    check(&world, &cache);
+}
+
 #[test]
 fn no_guard_waits_for_what_is_only_remembered() {
     let world = world(16, 64);

@@ -165,7 +165,6 @@ impl PyBrokerClient {
         weights_at_rest: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let client = self.client.get()?;
-        client.set_requests(requests_running, requests_waiting, tokens_out, tokens_embedded);
         client.set_kv_back(kv_back_us_per_mib, kv_found_milli);
         if let Some((measured, peak)) = overhead {
             client.set_overhead(ByteCount(measured), ByteCount(peak));
@@ -176,6 +175,8 @@ impl PyBrokerClient {
         if let Some(at_rest) = weights_at_rest {
             client.set_weights_at_rest(convert::from_plain("weights_at_rest", at_rest)?);
         }
+        // Last: where no request is left, all figures are said now.
+        client.set_requests(requests_running, requests_waiting, tokens_out, tokens_embedded);
         Ok(())
     }
 

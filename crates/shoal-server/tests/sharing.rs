@@ -128,7 +128,13 @@ impl Policy for Rash {
         let pinned = state.models.iter().find(|model| model.pinned && model.up);
         if let (Some(model), false) = (pinned, state.requests.is_empty()) {
             let (bytes, reason) = (ByteCount(MIB), "because it is there".to_owned());
-            plan.actions.push(Action::Evict { model: model.id, requester: None, bytes, reason });
+            plan.actions.push(Action::Evict {
+                model: model.id,
+                requester: None,
+                bytes,
+                cached_last: false,
+                reason,
+            });
         }
         plan
     }

@@ -11,16 +11,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evict:
-    """Order `model` to give `bytes` back; `requester` is the model that needs them, if one does."""
+    """Order `model` to give `bytes` back; `requester` is the model that needs them, if one does.
+
+    Memory that nobody uses goes first, then cached prefixes, then weights, then what requests use; with `cached_last`
+    the prefixes go after the weights.
+    """
 
     model: int
     bytes: int
     reason: str
     requester: int | None = None
+    cached_last: bool = False
 
     def written(self) -> dict[str, Any]:
         """Give the action as it stands in the decision log."""
-        return {"do": "evict", "model": self.model, "requester": self.requester, "bytes": self.bytes} | _why(self)
+        said = {"do": "evict", "model": self.model, "requester": self.requester, "bytes": self.bytes}
+        return said | {"cached_last": bool(self.cached_last)} | _why(self)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class Plan:
         return {"actions": [action.written() for action in self.actions], "again_at_ms": self.again_at_ms}
 
 
-_WORDS = ("do", "reason", "never")
+_WORDS = ("do", "reason", "never", "cached_last")
 
 
 def _number(value: object, what: str) -> None:

@@ -36,6 +36,8 @@ class Model:
         Bytes of KV without which it cannot run any request.
     ordered
         Bytes it was ordered to give back and has not yet.
+    ordered_cached_last
+        Of those, weights go before cached prefixes.
     pinned
         It is never evicted.
     is_rigid
@@ -97,6 +99,7 @@ class Model:
     overhead_lacking: int = 0
     overhead_leaves: int = 0
     ordered: int = 0
+    ordered_cached_last: bool = False
     pinned: bool = False
     is_rigid: bool = False
     keeps_weights: bool = False

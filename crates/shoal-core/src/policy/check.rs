@@ -151,7 +151,13 @@ mod tests {
 
     fn evict(mib: u64, requester: Option<u32>) -> Plan {
         let (model, reason) = (ModelId(1), "a test".to_owned());
-        let action = Action::Evict { model, requester: requester.map(ModelId), bytes: MIB(mib), reason };
+        let action = Action::Evict {
+            model,
+            requester: requester.map(ModelId),
+            bytes: MIB(mib),
+            cached_last: false,
+            reason,
+        };
         Plan { actions: vec![action], again_at_ms: None }
     }
 

@@ -150,8 +150,7 @@ impl<'a> Decision<'a> {
         for (candidate, bytes) in picks {
             let victim = &self.field.state.models[candidate.model];
             let reason = reason::evict(&self.field, candidate, victim, model, request, free);
-            self.field.take(candidate.model, bytes);
-            self.act(Action::Evict { model: victim.id, requester: Some(model.id), bytes, reason });
+            self.evict(candidate.model, Some(model.id), bytes, reason);
         }
         // What is free and on its way now belongs to this request.
         let rest = target.saturating_sub(free);
@@ -179,9 +178,7 @@ impl<'a> Decision<'a> {
         let missing = short.saturating_sub(self.field.ordered_at(place)).round_up_to(extent);
         let bytes = missing.min(self.field.spare_at(place));
         if !bytes.is_zero() {
-            self.field.take(place, bytes);
-            let reason = reason::own_kv(model);
-            self.act(Action::Evict { model: model.id, requester: Some(model.id), bytes, reason });
+            self.evict(place, Some(model.id), bytes, reason::own_kv(model));
         }
         self.wait(request, reason);
     }
@@ -211,8 +208,7 @@ impl<'a> Decision<'a> {
         for (candidate, bytes) in one_order_each(picks) {
             let victim = &self.field.state.models[candidate.model];
             let reason = reason::make_room(&self.field, candidate, victim);
-            self.field.take(candidate.model, bytes);
-            self.act(Action::Evict { model: victim.id, requester: None, bytes, reason });
+            self.evict(candidate.model, None, bytes, reason);
         }
     }
 
@@ -231,8 +227,11 @@ impl<'a> Decision<'a> {
         request: &PendingRequest,
         wanted: ByteCount,
     ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
-        // Nobody is disturbed for what the model has itself and does not use.
-        let own = |candidate: &&Candidate| self.field.state.models[candidate.model].id == request.model;
+        // Nobody is disturbed for what the model has itself and does not use. Its prefixes are about to be used: they go when
+        // it is their turn.
+        let own = |candidate: &&Candidate| {
+            self.field.state.models[candidate.model].id == request.model && candidate.part == Part::Unused
+        };
         let candidates = self.field.candidates();
         let in_order: Vec<Candidate> = candidates
             .iter()
@@ -343,8 +342,7 @@ impl<'a> Decision<'a> {
             }
             let reason = reason::evict_apart(&self.field, model, rival);
             self.field.incoming += bytes + self.field.leaves_with(place, bytes);
-            self.field.take(place, bytes);
-            self.act(Action::Evict { model: rival.id, requester: Some(model.id), bytes, reason });
+            self.evict(place, Some(model.id), bytes, reason);
         }
         waits
     }
@@ -365,8 +363,7 @@ impl<'a> Decision<'a> {
                 continue;
             }
             let reason = reason::evict_apart(&self.field, rival, model);
-            self.field.take(candidate.model, bytes);
-            self.act(Action::Evict { model: model.id, requester: Some(rival.id), bytes, reason });
+            self.evict(candidate.model, Some(rival.id), bytes, reason);
         }
         if self.field.next_change_ms < u64::MAX
             && state.models.iter().any(|model| self.rival_beside(model).is_some())
@@ -413,6 +410,15 @@ impl<'a> Decision<'a> {
         self.plan.again_at_ms = Some(self.plan.again_at_ms.map_or(at_ms, |known| known.min(at_ms)));
     }
 
+    /// Has the model at `place` give up `bytes`.
+    fn evict(&mut self, place: usize, requester: Option<ModelId>, bytes: ByteCount, reason: String) {
+        let model = self.field.state.models[place].id;
+        // For its own sake it gives up only what no request uses.
+        let cached_last = requester != Some(model) && self.field.cached_last(place);
+        self.field.take(place, bytes);
+        self.act(Action::Evict { model, requester, bytes, cached_last, reason });
+    }
+
     fn act(&mut self, action: Action) {
         self.plan.actions.push(action);
     }
@@ -436,7 +442,8 @@ impl<'a> Decision<'a> {
                 continue;
             }
             let reason = reason::keep_alive_over(model, self.field.now_ms);
-            self.act(Action::Evict { model: model.id, requester: None, bytes, reason });
+            let cached_last = self.field.cached_last(place);
+            self.act(Action::Evict { model: model.id, requester: None, bytes, cached_last, reason });
         }
     }
 

@@ -68,7 +68,7 @@ fn why_chosen(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> S
     let name = &victim.name;
     match candidate.class {
         _ if candidate.part == Part::Cached
-            || (candidate.class == Class::Idle && field.choice == Choice::Worth && candidate.is_blend) =>
+            || (candidate.class == Class::Idle && is_cached(field, candidate)) =>
         {
             format!(
                 "{name} holds {} of KV for prompts that may come again, worth least ({})",
@@ -82,6 +82,12 @@ fn why_chosen(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> S
         Class::Surplus => format!(
             "{name} holds {} of KV that no request uses",
             victim.kv_held.saturating_sub(victim.kv_live)
+        ),
+        Class::Idle if candidate.part == Part::Weights => format!(
+            "{name} has been idle for {idle} and its weights are worth least ({}); {} of KV for prompts that may come again cost \
+             more and go last",
+            worth(field, candidate, victim),
+            victim.kv_cached
         ),
         Class::Idle => format!(
             "{name} has been idle for {idle} and its bytes are worth least ({})",
@@ -117,6 +123,11 @@ pub(super) fn make_room(field: &Field<'_>, candidate: Candidate, victim: &ModelS
     )
 }
 
+/// What a candidate is priced by is KV that holds prefixes: that is all it stands for, or what is left once the weights went.
+fn is_cached(field: &Field<'_>, candidate: Candidate) -> bool {
+    candidate.part == Part::Cached || candidate.part == Part::All && field.cached_last(candidate.model)
+}
+
 /// The currency with the numbers that it was made from.
 fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String {
     let (now_ms, worth) = (field.now_ms, candidate.worth);
@@ -133,11 +144,7 @@ fn worth(field: &Field<'_>, candidate: Candidate, victim: &ModelState) -> String
         milli => format!(", a use finds {:.1}% of it again", milli.min(1_000) as f64 / 10.0),
     };
     match candidate.part {
-        _ if candidate.is_blend => format!(
-            "{worth} a second for each MiB of that and of its weights, {weights_us} us to bring these back: {kv_us} us to bring it \
-             back{found}, {how_soon}"
-        ),
-        Part::Cached => {
+        _ if is_cached(field, candidate) => {
             format!("{worth} a second for each MiB: {kv_us} us to bring it back{found}, {how_soon}")
         }
         _ => format!("{worth} a second for each MiB: {weights_us} us to bring it back, {how_soon}"),

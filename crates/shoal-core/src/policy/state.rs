@@ -68,6 +68,9 @@ pub struct ModelState {
     pub overhead_leaves: ByteCount,
     /// Bytes it was ordered to give back and has not yet.
     pub ordered: ByteCount,
+    /// Of that, it was told to give up weights before what is cached.
+    #[serde(default)]
+    pub ordered_cached_last: bool,
     /// Never evicted.
     pub pinned: bool,
     /// It gives up all that it holds or nothing, and holds all that it needs or nothing.
@@ -226,6 +229,9 @@ pub enum Action {
         requester: Option<ModelId>,
         /// How much.
         bytes: ByteCount,
+        /// Weights go before KV that holds prefixes and that no request uses: that would cost more to bring back.
+        #[serde(default)]
+        cached_last: bool,
         /// Why, and why this one.
         reason: String,
     },

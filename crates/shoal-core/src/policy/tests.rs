@@ -598,6 +598,7 @@ fn a_plan_that_must_not_be_obeyed_is_told_from_one_that_may() {
         model: ModelId(model),
         requester: None,
         bytes: MIB(mib),
+        cached_last: false,
         reason: String::new(),
     };
     let grant = |model, request, mib| Action::Grant {

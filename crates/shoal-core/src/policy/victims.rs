@@ -41,13 +41,17 @@ pub(super) enum Class {
     TurnOver,
 }
 
-/// What of a model a candidate stands for. A worker gives them up in this order, so each includes those before it.
+/// What of a model a candidate stands for. A worker gives up the unused, then the cached, then weights; where the cached would
+/// cost more to bring back than weights do, and nobody wants the model, the weights go before it. So each includes those
+/// before it of the two ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     /// KV that nobody uses and that holds nothing.
     Unused,
     /// KV that nobody uses.
     Cached,
+    /// All but what is cached, which goes last.
+    Weights,
     /// Everything that may be taken.
     All,
 }
@@ -58,10 +62,8 @@ pub(super) struct Candidate {
     pub(super) class: Class,
     pub(super) part: Part,
     pub(super) model: usize,
-    /// What a MiB of it is worth.
+    /// What a MiB is worth of what it has beyond the parts before it.
     pub(super) worth: Worth,
-    /// That is of cached prefixes and of the weights that they go before, which are cheaper.
-    pub(super) is_blend: bool,
     /// Compared within the class, least first.
     rank: (u64, u64),
 }
@@ -73,6 +75,31 @@ struct Left {
     /// KV that no request uses, and of it what holds nothing.
     spare: ByteCount,
     unused: ByteCount,
+    /// What holds prefixes goes after the weights.
+    cached_last: bool,
+}
+
+impl Left {
+    /// KV that nobody uses and that holds prefixes.
+    fn cached(&self) -> ByteCount {
+        self.spare.saturating_sub(self.unused)
+    }
+
+    /// All but that.
+    fn but_cached(&self) -> ByteCount {
+        self.all.saturating_sub(self.cached())
+    }
+
+    fn take(&mut self, bytes: ByteCount) {
+        let cached = self.cached();
+        self.all = self.all.saturating_sub(bytes);
+        self.unused = self.unused.saturating_sub(bytes);
+        self.spare = if self.cached_last {
+            self.unused + cached.min(self.all.saturating_sub(self.unused))
+        } else {
+            self.spare.saturating_sub(bytes)
+        };
+    }
 }
 
 /// An age: less is older.
@@ -110,7 +137,7 @@ impl<'a> Field<'a> {
             state.models.iter().enumerate().map(|(place, model)| (model.id, place)).collect();
         let held = state.models.iter().map(ModelState::held).sum::<ByteCount>() + state.returning;
         // With the last of its weights goes what only its steps take.
-        let goes = |model: &&ModelState| loses_weights(model, model.ordered);
+        let goes = |model: &&ModelState| loses_weights(model, model.ordered, model.ordered_cached_last);
         let incoming: ByteCount = state.models.iter().map(|model| model.ordered.min(model.held())).sum();
         let incoming = incoming + state.models.iter().filter(goes).map(leaves).sum::<ByteCount>();
         let incoming = incoming + state.returning;
@@ -149,8 +176,23 @@ impl<'a> Field<'a> {
             let age = field.seniority(request);
             field.senior[place] = Some(field.senior[place].map_or(age, |old| old.min(age)));
         }
+        for place in 0..state.models.len() {
+            field.left[place].cached_last = field.gives_cached_last(place);
+        }
         field.candidates = field.rank_all();
         field
+    }
+
+    /// Its prefixes would cost more to bring back than its weights, so these go first. Not while somebody wants the model:
+    /// whoever has begun with it, or waits for it, needs all of the weights before the first prefix is of use.
+    fn gives_cached_last(&self, place: usize) -> bool {
+        let (model, left) = (&self.state.models[place], self.left[place]);
+        self.choice == Choice::Worth
+            && !model.is_rigid
+            && !left.cached().is_zero()
+            && left.all > left.spare
+            && !self.is_wanted(place)
+            && of_cached_kv(model, self.now_ms) > of_weights(model, self.now_ms)
     }
 
     pub(super) fn model(&self, id: ModelId) -> Option<&'a ModelState> {
@@ -178,32 +220,32 @@ impl<'a> Field<'a> {
             if left.all.is_zero() || self.skipped(model) {
                 continue;
             }
-            let mut add = |class, part, (worth, is_blend), rank| {
-                candidates.push(Candidate { class, part, model: place, worth: Worth(worth), is_blend, rank });
+            let mut add = |class, part, worth, rank| {
+                candidates.push(Candidate { class, part, model: place, worth: Worth(worth), rank });
             };
             let (cached, weights) = (of_cached_kv(model, self.now_ms).0, of_weights(model, self.now_ms).0);
             if !left.unused.is_zero() {
                 let rank = (u64::from(model.is_busy()), model.last_used_ms);
-                add(Class::Surplus, Part::Unused, (0, false), rank);
+                add(Class::Surplus, Part::Unused, 0, rank);
             }
             if self.state.is_manual {
                 continue;
             }
             let demand = self.is_wanted(place);
             let kept = kept_until(model).is_some_and(|until| until > self.now_ms);
-            let cached_bytes = left.spare.saturating_sub(left.unused);
-            // The cached goes before the weights, so whoever is asked for more than is unused gives the two together.
-            let weight_bytes = left.all.saturating_sub(left.spare);
-            let both = blended(cached, cached_bytes, weights, weight_bytes);
-            let is_dearer = !cached_bytes.is_zero() && cached > weights;
-            let is_blend = is_dearer && !weight_bytes.is_zero();
-            if !cached_bytes.is_zero() && self.choice == Choice::Worth {
+            let is_cached_first = !left.cached().is_zero() && !left.cached_last;
+            if is_cached_first && self.choice == Choice::Worth {
                 let class = if kept && !demand { Class::IdleKept } else { Class::Idle };
-                let worth = if is_dearer && !demand { (both, is_blend) } else { (cached, false) };
-                add(class, Part::Cached, worth, (worth.0, model.last_used_ms));
+                add(class, Part::Cached, cached, (cached, model.last_used_ms));
             }
-            let worth = if is_dearer { (both, is_blend) } else { (weights, false) };
-            let value = worth.0;
+            let worth = match () {
+                () if left.cached_last => cached,
+                // Whoever is asked for more than is unused gives the two together.
+                () if is_cached_first && cached > weights => {
+                    blended((cached, left.cached()), (weights, left.all.saturating_sub(left.spare)))
+                }
+                () => weights,
+            };
             let (class, rank) = if !demand {
                 let class = match (kept, self.settles_until(model)) {
                     _ if self.choice == Choice::WholeLru => Class::Idle,
@@ -211,13 +253,16 @@ impl<'a> Field<'a> {
                     (false, Some(_)) => Class::IdleFresh,
                     (false, None) => Class::Idle,
                 };
-                (class, self.by_choice((value, model.last_used_ms), model))
+                (class, self.by_choice((worth, model.last_used_ms), model))
             } else if model.can_run() || self.protected_until(model).is_some() {
-                (Class::TurnOver, self.by_choice((model.turn_since_ms.unwrap_or(0), value), model))
+                (Class::TurnOver, self.by_choice((model.turn_since_ms.unwrap_or(0), worth), model))
             } else {
                 // The youngest first: it would come back last.
-                (Class::WaitsBehind, (u64::MAX - self.waits_since(place), value))
+                (Class::WaitsBehind, (u64::MAX - self.waits_since(place), worth))
             };
+            if left.cached_last && !left.but_cached().is_zero() {
+                add(class, Part::Weights, weights, (weights, model.last_used_ms));
+            }
             add(class, Part::All, worth, rank);
         }
         candidates
@@ -271,8 +316,13 @@ impl<'a> Field<'a> {
             let own_kv = model.id == request.model && request.kind == LeaseKind::Kv;
             // Whoever takes whole models takes from others nothing less.
             let only_own = self.choice == Choice::WholeLru && model.id != request.model;
-            let spare = if candidate.part == Part::Unused { left.unused } else { left.spare };
-            return if own_kv || only_own { ByteCount::ZERO } else { spare };
+            let bytes = match candidate.part {
+                Part::Unused => left.unused,
+                // Its own weights are what it asks for.
+                Part::Weights if model.id != request.model => left.but_cached(),
+                _ => left.spare,
+            };
+            return if own_kv || only_own { ByteCount::ZERO } else { bytes };
         }
         if model.id == request.model {
             // Its own weights are what it asks for; of its KV, whatever is not in use.
@@ -304,6 +354,7 @@ impl<'a> Field<'a> {
         match (candidate.part, candidate.class) {
             (Part::Unused, _) => left.unused,
             (Part::Cached, _) => left.spare,
+            (Part::Weights, _) => left.but_cached(),
             (Part::All, Class::TurnOver | Class::WaitsBehind) if model.is_rigid => ByteCount::ZERO,
             (Part::All, Class::TurnOver)
                 if self.protected_until(model).is_some() || !self.could_return(model) =>
@@ -361,11 +412,15 @@ impl<'a> Field<'a> {
         Some(model.last_used_ms.saturating_add(linger_ms).min(turn_ends)).filter(|until| *until > self.now_ms)
     }
 
-    /// Weights of the model at `place` that it was ordered to give up and has not yet. Unused KV goes before them.
+    /// Weights of the model at `place` that it was ordered to give up and has not yet. Unused KV goes before them, and what is
+    /// cached where it is not to go last.
     pub(super) fn leaving_at(&self, place: usize) -> ByteCount {
         let model = &self.state.models[place];
-        let spare = model.kv_held.saturating_sub(model.kv_live);
-        (model.ordered + self.took[place]).saturating_sub(spare).min(model.weights_held)
+        let cached_last =
+            model.ordered_cached_last || self.left[place].cached_last && !self.took[place].is_zero();
+        (model.ordered + self.took[place])
+            .saturating_sub(before_weights(model, cached_last))
+            .min(model.weights_held)
     }
 
     /// The model at `place` asks for bytes.
@@ -407,7 +462,8 @@ impl<'a> Field<'a> {
 
     /// What is on its way for `request`: not what the asking model's own steps took, which it will need again.
     pub(super) fn incoming_for(&self, request: &PendingRequest) -> ByteCount {
-        let own = self.model(request.model).filter(|model| loses_weights(model, model.ordered));
+        let own = self.model(request.model);
+        let own = own.filter(|model| loses_weights(model, model.ordered, model.ordered_cached_last));
         self.incoming.saturating_sub(own.map_or(ByteCount::ZERO, leaves))
     }
 
@@ -416,7 +472,10 @@ impl<'a> Field<'a> {
     pub(super) fn leaves_with(&self, place: usize, bytes: ByteCount) -> ByteCount {
         let model = &self.state.models[place];
         let before = self.ordered_at(place);
-        let is_last = !loses_weights(model, before) && loses_weights(model, before + bytes);
+        let cached_last =
+            self.left[place].cached_last && (model.ordered.is_zero() || model.ordered_cached_last);
+        let loses = |ordered| loses_weights(model, ordered, cached_last);
+        let is_last = !loses(before) && loses(before + bytes);
         if is_last { leaves(model) } else { ByteCount::ZERO }
     }
 
@@ -430,10 +489,12 @@ impl<'a> Field<'a> {
     /// Marks bytes of the model at `place` as taken. Workers give unused KV up first, whatever the order was for.
     pub(super) fn take(&mut self, place: usize, bytes: ByteCount) {
         self.took[place] += bytes;
-        let left = &mut self.left[place];
-        left.all = left.all.saturating_sub(bytes);
-        left.spare = left.spare.saturating_sub(bytes);
-        left.unused = left.unused.saturating_sub(bytes);
+        self.left[place].take(bytes);
+    }
+
+    /// Whether an order to the model at `place` takes weights before what is cached.
+    pub(super) fn cached_last(&self, place: usize) -> bool {
+        self.left[place].cached_last
     }
 
     /// What the model at `place` was ordered to give up and has not yet, this plan's orders included.
@@ -523,9 +584,16 @@ pub(super) fn kept_for_good(model: &ModelState) -> ByteCount {
     if all_weights_may_go { rest.min(kept(model)) } else { kept(model) }
 }
 
-/// It has no weights, or none any more once it has given up `ordered`.
-fn loses_weights(model: &ModelState, ordered: ByteCount) -> bool {
-    model.weights_held.is_zero() || ordered >= model.stands()
+/// It has no weights, or none any more once it has given up `ordered`, what is cached last or before them.
+fn loses_weights(model: &ModelState, ordered: ByteCount, cached_last: bool) -> bool {
+    let all = if cached_last { model.weights_held + before_weights(model, true) } else { model.stands() };
+    model.weights_held.is_zero() || ordered >= all
+}
+
+/// What a model gives up before its weights: KV that no request uses, of which what is cached may go after them.
+fn before_weights(model: &ModelState, cached_last: bool) -> ByteCount {
+    let spare = model.kv_held.saturating_sub(model.kv_live);
+    if cached_last { spare.saturating_sub(model.kv_cached) } else { spare }
 }
 
 /// What of its overhead is free before long once it has no weights any more.
@@ -568,11 +636,11 @@ fn takeable(model: &ModelState) -> Left {
     let spare = model.kv_held.saturating_sub(model.kv_live);
     let unused = spare.saturating_sub(model.kv_cached);
     let open = |bytes: ByteCount| bytes.saturating_sub(model.ordered).min(all);
-    Left { all, spare: open(spare), unused: open(unused) }
+    Left { all, spare: open(spare), unused: open(unused), cached_last: false }
 }
 
-/// What two kinds of bytes are worth together.
-fn blended(one: u64, one_bytes: ByteCount, other: u64, other_bytes: ByteCount) -> u64 {
+/// What two kinds of bytes are worth together, each with how many there are.
+fn blended((one, one_bytes): (u64, ByteCount), (other, other_bytes): (u64, ByteCount)) -> u64 {
     let sum = u128::from(one) * u128::from(one_bytes.0) + u128::from(other) * u128::from(other_bytes.0);
     let bytes = u128::from(one_bytes.0) + u128::from(other_bytes.0);
     sum.checked_div(bytes).map_or(one.max(other), |worth| u64::try_from(worth).unwrap_or(u64::MAX))

@@ -167,6 +167,7 @@ impl Policy for Wild {
         let evict = |model: &crate::policy::ModelState| Action::Evict {
             model: model.id,
             requester: None,
+            cached_last: false,
             bytes: GIB(1_000),
             reason: "because".to_owned(),
         };

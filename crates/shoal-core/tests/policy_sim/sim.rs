@@ -13,10 +13,12 @@ use shoal_core::protocol::LeaseKind;
 use crate::random::Random;
 use crate::seen::Seen;
 use waits::age;
+use worker::{Job, Order, Worker};
 
 mod busy;
 mod in_turn;
 mod waits;
+mod worker;
 
 /// The longest that a worker takes to answer an order.
 const ANSWER_MS_MAX: u64 = 200;
@@ -30,85 +32,6 @@ const PLANS_PER_MOMENT_MAX: usize = 64;
 
 /// How long a worker that did not carry an order out is passed over.
 const SKIP_MS: u64 = 700;
-
-/// Work inside a worker.
-#[derive(Clone, Copy)]
-struct Job {
-    left_ms: u64,
-    kv: ByteCount,
-    /// It has its KV.
-    runs: bool,
-}
-
-struct Order {
-    due_ms: u64,
-    left: ByteCount,
-    takes_weights: bool,
-    /// Nothing comes of it.
-    fails: bool,
-}
-
-struct Worker {
-    state: ModelState,
-    loaded: bool,
-    parked: Vec<Job>,
-    jobs: Vec<Job>,
-    orders: Vec<Order>,
-    copied_at_ms: Option<u64>,
-    /// Its process ended; all it held is back then, and it starts anew.
-    dead_until_ms: Option<u64>,
-    preloads: bool,
-    uses: UseRate,
-    rhythm: Rhythm,
-}
-
-impl Worker {
-    /// Bytes came back, by order or not: open orders count them, the oldest first.
-    fn returned(&mut self, mut bytes: ByteCount) {
-        for order in &mut self.orders {
-            let part = order.left.min(bytes);
-            order.left -= part;
-            bytes -= part;
-        }
-    }
-
-    /// Gives up what an order asks for: KV that nobody uses, weights, KV that is used.
-    fn obey(&mut self, bytes: ByteCount) {
-        let state = &mut self.state;
-        let unused = state.kv_held.saturating_sub(state.kv_live).min(bytes);
-        state.kv_held -= unused;
-        let weights = state.weights_held.min(bytes - unused);
-        state.weights_held -= weights;
-        if !weights.is_zero() {
-            self.loaded = false;
-            self.copied_at_ms = None;
-        }
-        let used = state.kv_held.min(bytes - unused - weights);
-        state.kv_held -= used;
-        self.returned(unused + weights + used);
-        self.settle_kv();
-    }
-
-    fn note_use(&mut self, turns: &mut Turns, now_ms: u64) {
-        turns.note(self.state.id);
-        self.rhythm.note(turns, now_ms);
-        self.uses.note(now_ms);
-        (self.state.uses_milli, self.state.uses_window_ms) = (self.uses.uses_milli, self.uses.window_ms);
-    }
-
-    /// Jobs run as far as there is KV for them, the first ones first.
-    fn settle_kv(&mut self) {
-        let mut live = ByteCount::ZERO;
-        for job in &mut self.jobs {
-            job.runs = live + job.kv <= self.state.kv_held;
-            if job.runs {
-                live += job.kv;
-            }
-        }
-        self.state.kv_live = live;
-        self.state.kv_cached = self.state.kv_cached.min(self.state.kv_held - live);
-    }
-}
 
 /// A request for bytes, and whom it had to let pass.
 struct Asked {
@@ -287,7 +210,7 @@ impl<'a> Sim<'a> {
             } else {
                 let before = worker.state.weights_held;
                 worker.orders.insert(due, order);
-                worker.obey(worker.orders[due].left);
+                worker.obey(worker.orders[due].left, worker.orders[due].cached_last);
                 worker.orders.remove(due);
                 // As the server has it: who waits for weights waits for these as well.
                 let (id, gone) = (worker.state.id, before - worker.state.weights_held);
@@ -387,7 +310,7 @@ impl<'a> Sim<'a> {
         } else if sleeps {
             let left = worker.state.weights_held + worker.state.kv_held;
             worker.state.turn_since_ms = None;
-            worker.orders.push(Order { due_ms, left, takes_weights: true, fails: false });
+            worker.orders.push(Order { due_ms, left, takes_weights: true, cached_last: false, fails: false });
             self.seen.accidents += 1;
             self.count_anew();
         } else {
@@ -470,6 +393,7 @@ impl<'a> Sim<'a> {
         let (asks_weights, asks_kv) = (mine(LeaseKind::Weights), mine(LeaseKind::Kv));
         let whole = worker.state.is_whole();
         worker.state.ordered = worker.orders.iter().map(|order| order.left).sum();
+        worker.state.ordered_cached_last = worker.orders.iter().any(|order| order.cached_last);
         worker.state.up = worker.loaded && !worker.orders.iter().any(|order| order.takes_weights);
         if worker.state.up {
             let was_idle = worker.jobs.is_empty();
@@ -539,7 +463,7 @@ impl<'a> Sim<'a> {
 
     fn obey(&mut self, action: Action) -> Result<(), String> {
         match action {
-            Action::Evict { model, bytes, reason, requester } => {
+            Action::Evict { model, bytes, reason, requester, cached_last } => {
                 let asking = requester.filter(|asking| *asking != model);
                 if let Some(asking) = asking.filter(|asking| self.gives_weights_up(*asking)) {
                     // Most of all not from the one that comes next: it would have to bring that back.
@@ -555,12 +479,13 @@ impl<'a> Sim<'a> {
                     let held = state.held();
                     return Err(format!("{model} must not be ordered {bytes} (holds {held}): {reason}"));
                 }
-                let takes_weights = bytes > state.kv_held.saturating_sub(state.kv_live);
+                let cached = if cached_last { state.kv_cached } else { ByteCount::ZERO };
+                let takes_weights = bytes > state.kv_held.saturating_sub(state.kv_live + cached);
                 if takes_weights {
                     worker.state.turn_since_ms = None;
                 }
                 let fails = self.closed_ms.is_none() && self.random.one_in(40);
-                worker.orders.push(Order { due_ms, left: bytes, takes_weights, fails });
+                worker.orders.push(Order { due_ms, left: bytes, takes_weights, cached_last, fails });
                 if reason.contains("may not stand beside") {
                     self.seen.apart += 1;
                 }

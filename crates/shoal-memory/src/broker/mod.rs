@@ -11,7 +11,7 @@
 //! |---|---|
 //! | `shoal-broker` | reads lines; grants and denials reach whoever waits for them; answers pings |
 //! | `shoal-reclaim`, `shoal-restore` | carry out orders, one of each at a time |
-//! | `shoal-usage` | says the figures when they changed, at most five times a second |
+//! | `shoal-usage` | says the figures when they changed, at most five times a second, and sooner when the last request has ended |
 
 mod files;
 mod line;
@@ -175,7 +175,16 @@ pub struct BrokerClient {
     lends_slabs: bool,
     reclaims: SyncSender<Order>,
     wakes: SyncSender<Order>,
-    queued: Mutex<Option<(Receiver<Order>, Receiver<Order>)>>,
+    /// The last request has ended: the figures are to be said now.
+    ended: SyncSender<()>,
+    queued: Mutex<Option<Queued>>,
+}
+
+/// What the threads of a client that does not serve yet will take from.
+struct Queued {
+    reclaims: Receiver<Order>,
+    wakes: Receiver<Order>,
+    ended: Receiver<()>,
 }
 
 impl core::fmt::Debug for BrokerClient {
@@ -241,6 +250,7 @@ impl BrokerClient {
         }
         let (reclaims, reclaims_queued) = sync_channel(ORDERS_MAX);
         let (wakes, wakes_queued) = sync_channel(ORDERS_MAX);
+        let (ended, ended_queued) = sync_channel(1);
         let client = Arc::new(Self {
             path: path.to_owned(),
             model: model.to_owned(),
@@ -253,7 +263,12 @@ impl BrokerClient {
             lends_slabs,
             reclaims,
             wakes,
-            queued: Mutex::new(Some((reclaims_queued, wakes_queued))),
+            ended,
+            queued: Mutex::new(Some(Queued {
+                reclaims: reclaims_queued,
+                wakes: wakes_queued,
+                ended: ended_queued,
+            })),
         });
         let weak = Arc::downgrade(&client);
         std::thread::Builder::new()
@@ -271,11 +286,10 @@ impl BrokerClient {
     /// [`MemoryError::Broker`] if it serves already, or no thread can be had.
     pub fn serve(self: &Arc<Self>, manager: &Arc<MemoryManager>) -> Result<(), MemoryError> {
         let wrong = |what: String| MemoryError::Broker { path: self.path.clone(), what };
-        let Some((reclaims, wakes)) = self.queued.lock().take() else {
+        let Some(queued) = self.queued.lock().take() else {
             return Err(wrong("it serves a manager already".to_owned()));
         };
-        orders::start(self, manager, reclaims, wakes)
-            .map_err(|error| wrong(format!("start a thread: {error}")))
+        orders::start(self, manager, queued).map_err(|error| wrong(format!("start a thread: {error}")))
     }
 
     /// Says how far loading is.
@@ -298,12 +312,26 @@ impl BrokerClient {
         self.say(self.epoch(), &FromWorker::Failed { code: code.to_owned(), message: message.to_owned() });
     }
 
-    /// Sets the engine's figures; they are said with the next usage line. `tokens_out` were generated since its start,
-    /// `tokens_embedded` became vectors.
+    /// Sets the engine's figures; they are said with the next usage line, which comes at once where no request is left.
+    /// `tokens_out` were generated since its start, `tokens_embedded` became vectors.
     pub fn set_requests(&self, running: u32, waiting: u32, tokens_out: u64, tokens_embedded: u64) {
-        let figures = &mut self.state.lock().figures;
-        (figures.requests_running, figures.requests_waiting) = (running, waiting);
-        (figures.tokens_out, figures.tokens_embedded) = (tokens_out, tokens_embedded);
+        let now = (running, waiting, tokens_out, tokens_embedded);
+        let before = {
+            let figures = &mut self.state.lock().figures;
+            let before = (
+                figures.requests_running,
+                figures.requests_waiting,
+                figures.tokens_out,
+                figures.tokens_embedded,
+            );
+            (figures.requests_running, figures.requests_waiting) = (running, waiting);
+            (figures.tokens_out, figures.tokens_embedded) = (tokens_out, tokens_embedded);
+            before
+        };
+        if running == 0 && waiting == 0 && before != now {
+            // One that is there already is as good.
+            let _ = self.ended.try_send(());
+        }
     }
 
     /// Sets what bringing a MiB of a cached prefix back takes, or computing it again (microseconds), and what part of all that
@@ -440,8 +468,12 @@ impl BrokerClient {
                 }
                 self.changed.notify_all();
             }
-            FromServer::Reclaim { order, bytes, is_own, deadline_ms, reason } => {
-                let work = if is_own { Work::ReclaimSpare(bytes) } else { Work::Reclaim(bytes) };
+            FromServer::Reclaim { order, bytes, is_own, cached_last, deadline_ms, reason } => {
+                let work = match () {
+                    () if is_own => Work::ReclaimSpare(bytes),
+                    () if cached_last => Work::ReclaimCachedLast(bytes),
+                    () => Work::Reclaim(bytes),
+                };
                 let order = Order::new(self, order, work, deadline_ms, reason);
                 orders::queue(&self.reclaims, order);
             }

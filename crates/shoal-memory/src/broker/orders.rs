@@ -1,7 +1,7 @@
 //! Orders of the server, carried out on threads of their own, each answered exactly once; and the figures.
 
 use std::io;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,19 +9,24 @@ use std::time::{Duration, Instant};
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromWorker, WorkerUsage};
 
-use super::BrokerClient;
+use super::{BrokerClient, Queued};
 use crate::error::MemoryError;
 use crate::manager::MemoryManager;
 use crate::region::Report;
 
-/// Figures are said at most this often.
+/// Figures are said at most this often,
 const USAGE_EVERY: Duration = Duration::from_millis(200);
+/// or this often where the last request has ended: by what was said while it ran, the server would take the model to be busy
+/// and its prefixes to be in use, and others would wait for it, or take from it what it could least do without.
+const USAGE_ENDED_EVERY: Duration = Duration::from_millis(20);
 
 /// What an order is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Work {
     /// So many bytes of whatever there is.
     Reclaim(ByteCount),
+    /// The same, what is only cached after weights.
+    ReclaimCachedLast(ByteCount),
     /// So many bytes that nobody here misses.
     ReclaimSpare(ByteCount),
     Wake,
@@ -73,6 +78,7 @@ impl Order {
         };
         let outcome = match self.work {
             Work::Reclaim(bytes) => manager.reclaim(bytes, left, &self.reason),
+            Work::ReclaimCachedLast(bytes) => manager.reclaim_cached_last(bytes, left, &self.reason),
             Work::ReclaimSpare(bytes) => manager.reclaim_spare(bytes, left, &self.reason),
             Work::Wake => {
                 let awake = manager.wake_weights_telling(left, &self.reason, || self.say_backed());
@@ -135,8 +141,7 @@ pub(super) fn queue(queue: &SyncSender<Order>, order: Order) {
 pub(super) fn start(
     client: &Arc<BrokerClient>,
     manager: &Arc<MemoryManager>,
-    reclaims: Receiver<Order>,
-    wakes: Receiver<Order>,
+    Queued { reclaims, wakes, ended }: Queued,
 ) -> io::Result<()> {
     for (name, orders) in [("shoal-reclaim", reclaims), ("shoal-restore", wakes)] {
         let manager = Arc::downgrade(manager);
@@ -145,11 +150,13 @@ pub(super) fn start(
         thread::Builder::new().name(name.to_owned()).spawn(work)?;
     }
     let (client, manager) = (Arc::downgrade(client), Arc::downgrade(manager));
-    thread::Builder::new().name("shoal-usage".to_owned()).spawn(move || say_usage(&client, &manager))?;
+    thread::Builder::new()
+        .name("shoal-usage".to_owned())
+        .spawn(move || say_usage(&client, &manager, &ended))?;
     Ok(())
 }
 
-fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
+fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>, ended: &Receiver<()>) {
     let mut said: Option<(u64, WorkerUsage)> = None;
     loop {
         {
@@ -178,6 +185,11 @@ fn say_usage(client: &Weak<BrokerClient>, manager: &Weak<MemoryManager>) {
                 said = Some((epoch, usage));
             }
         }
-        thread::sleep(USAGE_EVERY);
+        thread::sleep(USAGE_ENDED_EVERY);
+        if ended.recv_timeout(USAGE_EVERY.saturating_sub(USAGE_ENDED_EVERY))
+            == Err(RecvTimeoutError::Disconnected)
+        {
+            return;
+        }
     }
 }

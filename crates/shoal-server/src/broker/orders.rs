@@ -28,12 +28,26 @@ pub(crate) enum Doing {
         /// What is missing of it.
         left: ByteCount,
         takes_weights: bool,
+        /// Weights go before what is cached.
+        cached_last: bool,
         waiter: Option<oneshot::Sender<Told>>,
     },
     Wake {
         /// All device memory is there, and the bytes are coming.
         is_backed: bool,
     },
+}
+
+/// What a model is to give up, and for whom.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Reclaim {
+    pub(super) bytes: ByteCount,
+    /// Weights go before what is cached.
+    pub(super) cached_last: bool,
+    /// Whose request it is for; itself, where that needs room for its own weights.
+    pub(super) requester: Option<usize>,
+    /// Which decision.
+    pub(super) decision: Option<u64>,
 }
 
 /// An order that was not answered yet.
@@ -71,6 +85,11 @@ impl Order {
         matches!(self.doing, Doing::Reclaim { takes_weights: true, .. }) && !self.overdue
     }
 
+    /// Weights go before what is cached.
+    pub(crate) const fn takes_cached_last(&self) -> bool {
+        matches!(self.doing, Doing::Reclaim { cached_last: true, .. })
+    }
+
     /// Bytes came back; the oldest order counts them first.
     pub(crate) fn returned(&mut self, bytes: &mut ByteCount) {
         if let Doing::Reclaim { left, .. } = &mut self.doing {
@@ -82,28 +101,30 @@ impl Order {
 }
 
 impl Core {
-    /// Orders a model to give `bytes` up.
+    /// Orders a model to give something up.
     pub(super) fn order_reclaim(
         &mut self,
         place: usize,
-        bytes: ByteCount,
+        reclaim: Reclaim,
         reason: String,
-        (requester, decision): (Option<usize>, Option<u64>),
         waiter: Option<oneshot::Sender<Told>>,
         now_ms: u64,
     ) {
+        let Reclaim { bytes, cached_last, requester, decision } = reclaim;
         let number = self.number();
         let mut allowed_ms = self.timing.reclaim_ms + bytes.0 / RECLAIM_BYTES_PER_MS;
         if let Some(command) = &self.models[place].config.command {
             allowed_ms = self.timing.reclaim_ms + DRAIN_MS_MAX + millis(command.stop_max);
         }
         let model = &mut self.models[place];
-        let surplus = self.book.held(model.id, LeaseKind::Kv).saturating_sub(model.usage.kv_live);
+        let kept = model.usage.kv_live + if cached_last { model.usage.kv_cached } else { ByteCount::ZERO };
+        let surplus = self.book.held(model.id, LeaseKind::Kv).saturating_sub(kept);
         let is_own = requester == Some(place);
         let said = model.say(FromServer::Reclaim {
             order: number,
             bytes,
             is_own,
+            cached_last,
             deadline_ms: allowed_ms,
             reason: reason.clone(),
         });
@@ -114,7 +135,7 @@ impl Core {
         if takes_weights {
             model.turn_since_ms = None;
         }
-        let doing = Doing::Reclaim { left: bytes, takes_weights, waiter };
+        let doing = Doing::Reclaim { left: bytes, takes_weights, cached_last, waiter };
         model.cycle.note(reason.clone());
         let order = Order { doing, bytes, sent_ms: now_ms, deadline_ms: now_ms + allowed_ms, overdue: false };
         model.orders.insert(number, order);

@@ -3,9 +3,10 @@
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerUsage};
 
+use super::orders::Order;
 use super::turn_tests::{Bench, caller};
 
-const WEIGHTS: [ByteCount; 3] = [ByteCount::mib(40), ByteCount::mib(20), ByteCount::mib(40)];
+const WEIGHTS: [ByteCount; 3] = [ByteCount::mib(40), ByteCount::mib(10), ByteCount::mib(50)];
 const KV: ByteCount = ByteCount::mib(20);
 
 /// The model is used, and is idle from then on. Its steps leave so much KV, of prompts that may come again.
@@ -28,36 +29,44 @@ fn use_and_leave(bench: &mut Bench, place: usize, kv: ByteCount, price: (u64, u6
     bench.told(place);
 }
 
-/// What is taken of it, and why.
-fn taken(bench: &mut Bench, place: usize) -> Option<(ByteCount, String)> {
+/// What is taken of it, whether its weights go before its prefixes, and why.
+fn taken(bench: &mut Bench, place: usize) -> Option<(ByteCount, bool, String)> {
     bench.told(place).into_iter().find_map(|said| match said {
-        FromServer::Reclaim { bytes, reason, .. } => Some((bytes, reason)),
+        FromServer::Reclaim { bytes, cached_last, reason, .. } => Some((bytes, cached_last, reason)),
         _ => None,
     })
 }
 
-/// The prefix was used long before the weights. It goes where nobody knows its price, or that is low, or little of it is found
-/// again; where it takes long to compute, weights that come back fast go for it.
+/// The model with the prefix was used long before the other. Its prefix goes first where nobody knows what that costs, or that is
+/// low, and after its weights where it is dearer than they. Where it is dear by far, the other's weights go for it too.
 #[test]
 fn a_dear_prefix_outlives_cheap_weights() {
+    let half = ByteCount(KV.0 / 2);
     let cases = [
-        ((0, 0), false),
-        ((3, 0), false),
-        ((1_000_000, 0), true),
-        ((1_000_000, 500), true),
-        ((10_000, 1_000), true),
-        ((10_000, 1), false),
+        ((0, 0), KV, false),
+        ((1, 500), KV, false),
+        ((3, 0), KV, true),
+        ((10_000, 1), KV, true),
+        ((10_000, 1_000), half, true),
+        ((1_000_000, 500), half, true),
+        ((1_000_000, 0), half, true),
     ];
-    for (price, stays) in cases {
+    for (price, of_it, cached_last) in cases {
         let mut bench = Bench::of(&WEIGHTS);
         use_and_leave(&mut bench, 1, KV, price, 10);
         use_and_leave(&mut bench, 0, ByteCount::ZERO, (0, 0), 30_000);
         bench.wanted(2, WEIGHTS[2], 32_000);
-        let (of_weights, of_prefix) = (taken(&mut bench, 0), taken(&mut bench, 1));
-        assert_eq!((of_weights.is_some(), of_prefix.is_some()), (stays, !stays), "at {price:?}");
-        let (bytes, why) = of_weights.or(of_prefix).expect("one of them");
-        assert_eq!(bytes, KV, "what is missing: {why}");
-        if !stays {
+        let of_other = taken(&mut bench, 0).map_or(ByteCount::ZERO, |(bytes, ..)| bytes);
+        let (bytes, is_last, why) = taken(&mut bench, 1).expect("it was not used for longest");
+        assert_eq!((bytes, of_other, is_last), (of_it, KV - of_it, cached_last), "at {price:?}: {why}");
+        let takes_weights = bench.core.models[1].orders.values().any(Order::takes_weights);
+        assert_eq!(takes_weights, cached_last, "at {price:?}");
+        if of_it < KV {
+            assert!(
+                why.contains("20 MiB of KV for prompts that may come again cost more and go last"),
+                "{why}"
+            );
+        } else {
             assert!(why.contains("m1 holds 20 MiB of KV for prompts that may come again"), "{why}");
         }
         if price == (3, 0) {
@@ -77,10 +86,10 @@ fn a_dear_prefix_outlives_cheap_weights() {
 fn what_grows_all_the_time_is_cached_where_its_worker_says_so() {
     let mut bench = Bench::of(&WEIGHTS);
     use_and_leave(&mut bench, 1, ByteCount::ZERO, (0, 0), 10);
-    let part = ByteCount::mib(1);
+    let part = ByteCount::mib(2);
     let mut kv = ByteCount::ZERO;
-    for prompt in 0..60 {
-        let now_ms = 1_000 + prompt * 200;
+    for prompt in 0..30 {
+        let now_ms = 1_000 + prompt * 400;
         bench.request(1, LeaseKind::Kv, part, now_ms);
         kv += part;
         let usage = WorkerUsage {
@@ -97,9 +106,7 @@ fn what_grows_all_the_time_is_cached_where_its_worker_says_so() {
     }
     bench.told(1);
     bench.wanted(2, WEIGHTS[2], 13_000);
-    let (bytes, why) = taken(&mut bench, 1).expect("it holds what the other needs");
-    assert!(
-        why.contains("of KV for prompts that may come again") && why.contains("a use finds 50.0%"),
-        "{bytes}: {why}"
-    );
+    let (bytes, cached_last, why) = taken(&mut bench, 1).expect("it holds what the other needs");
+    assert_eq!((bytes, cached_last), (KV, true), "{why}");
+    assert!(why.contains("m1 holds 58 MiB of KV for prompts") && why.contains("a use finds 50.0%"), "{why}");
 }

@@ -321,6 +321,11 @@ impl Record {
         self.orders.values().filter(|order| !order.overdue).map(Order::reclaim_left).sum()
     }
 
+    /// Of what it was ordered to give up, weights go before what is cached.
+    pub(crate) fn ordered_cached_last(&self) -> bool {
+        self.orders.values().any(|order| !order.overdue && order.takes_cached_last())
+    }
+
     /// Its program has ended, and the `weights` that are leased of it come back once what it started has ended too.
     pub(crate) const fn is_ending(&self, weights: ByteCount) -> bool {
         self.ends_since_ms.is_some() && !weights.is_zero()

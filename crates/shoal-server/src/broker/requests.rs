@@ -6,6 +6,7 @@ use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::LeaseKind;
 use tokio::sync::oneshot;
 
+use super::orders::Reclaim;
 use super::{Core, Life, PARKED_TOTAL_MAX, lifecycle};
 use crate::shelf::{Caller, RouteError, ShelfError, Target};
 use crate::state::{EventKind, ModelStatus};
@@ -345,9 +346,8 @@ impl Core {
         let (sender, receiver) = oneshot::channel();
         self.order_reclaim(
             place,
-            bytes,
+            Reclaim { bytes, ..Reclaim::default() },
             "it was told to sleep".to_owned(),
-            (None, None),
             Some(sender),
             now_ms,
         );

@@ -9,6 +9,7 @@ use shoal_core::policy::{Action, ModelState, Plan, ShelfState};
 use shoal_core::protocol::LeaseKind;
 
 use super::lifecycle::{Life, Transition};
+use super::orders::Reclaim;
 use super::pulse::is_watched;
 use super::{Core, Record, millis};
 use crate::config::SleepDepth;
@@ -292,6 +293,7 @@ impl Core {
             overhead_lacking: self.overhead_lacking(place),
             overhead_leaves: self.overhead_leaves(place, now_ms),
             ordered,
+            ordered_cached_last: model.ordered_cached_last(),
             pinned: model.pinned,
             is_rigid: model.is_rigid(),
             keeps_weights: model.config.sleep == SleepDepth::None,
@@ -337,9 +339,10 @@ impl Core {
         let mut changed = false;
         for action in plan.actions.iter().cloned() {
             match action {
-                Action::Evict { model, bytes, reason, requester } => {
-                    let whom = (requester.map(|model| model.0 as usize), Some(decision));
-                    self.order_reclaim(model.0 as usize, bytes, reason, whom, None, now_ms);
+                Action::Evict { model, bytes, reason, requester, cached_last } => {
+                    let requester = requester.map(|model| model.0 as usize);
+                    let wanted = Reclaim { bytes, cached_last, requester, decision: Some(decision) };
+                    self.order_reclaim(model.0 as usize, wanted, reason, None, now_ms);
                     // What left for the sake of others comes back like what left for a model.
                     let is_over = state.models.iter().any(|known| {
                         let kept = known.keep_alive_ms.map(|kept| known.last_used_ms.saturating_add(kept));

@@ -8,6 +8,7 @@ use shoal_core::protocol::{FromServer, FromWorker, LeaseKind, WorkerCapabilities
 use tokio::sync::mpsc;
 
 use super::histories::config;
+use super::orders::Reclaim;
 use super::{Begun, Core, Timing, Wanted};
 use crate::shelf::Caller;
 
@@ -247,7 +248,8 @@ fn who_makes_room_for_its_own_weights_gives_only_spare_kv() {
     let spare = ByteCount::mib(8);
     bench.told(1);
     for (requester, wanted) in [(Some(1), true), (Some(0), false), (None, false)] {
-        bench.core.order_reclaim(1, spare, "a test".to_owned(), (requester, None), None, 10);
+        let reclaim = Reclaim { bytes: spare, requester, ..Reclaim::default() };
+        bench.core.order_reclaim(1, reclaim, "a test".to_owned(), None, 10);
         let said = bench.told(1);
         let [FromServer::Reclaim { order, bytes, is_own, .. }] = said.as_slice() else { panic!("{said:?}") };
         assert_eq!((*bytes, *is_own), (spare, wanted), "for {requester:?}");

@@ -1,7 +1,8 @@
 //! Engines with KV: their leases for it grow with the requests that they have and shrink by order, and by themselves.
 //!
 //! A request runs once there is KV for it. What requests used stays as KV that nobody uses, half of it with prefixes that
-//! may come again. On an order that goes first, then weights, then what is in use: those requests wait for it anew.
+//! may come again. On an order that goes first, then weights, then what is in use: those requests wait for it anew. The
+//! prefixes go after the weights where the order says so.
 
 use shoal_core::bytes::ByteCount;
 use shoal_core::protocol::{FromWorker, LeaseKind};
@@ -75,16 +76,22 @@ impl World {
     }
 
     /// Gives up so much as it was ordered to, or less: of what it has, what is missed least first.
-    pub(super) fn give_up(&mut self, place: usize, bytes: ByteCount, is_own: bool) -> ByteCount {
+    pub(super) fn give_up(
+        &mut self,
+        place: usize,
+        bytes: ByteCount,
+        is_own: bool,
+        cached_last: bool,
+    ) -> ByteCount {
         let Some(worker) = self.workers.get(&place) else { return ByteCount::ZERO };
         let live = self.kv_live(place, worker);
-        let spare = (worker.kv - live).min(bytes);
-        let (weights, used) = if is_own {
-            (ByteCount::ZERO, ByteCount::ZERO)
-        } else {
-            let weights = (bytes - spare).min(worker.held);
-            (weights, (bytes - spare - weights).min(live))
-        };
+        let idle = worker.kv - live;
+        let cached = if cached_last { worker.kv_cached(live) } else { ByteCount::ZERO };
+        let mut spare = (idle - cached).min(bytes);
+        let weights = if is_own { ByteCount::ZERO } else { (bytes - spare).min(worker.held) };
+        spare += (idle - spare).min(bytes - spare - weights);
+        let used = if is_own { ByteCount::ZERO } else { (bytes - spare - weights).min(live) };
+        self.seen.cached_outlasted += u64::from(cached_last && !weights.is_zero());
         if let Some(worker) = self.workers.get_mut(&place).filter(|_| !weights.is_zero()) {
             worker.held -= weights;
             worker.leave_steps();

@@ -129,6 +129,12 @@ impl World {
 /// A plan that must not be obeyed.
 fn wrong() -> Plan {
     let reason = "a model that there is not gives memory that it does not have".to_owned();
-    let action = Action::Evict { model: ModelId(77), bytes: ByteCount::mib(2), reason, requester: None };
+    let action = Action::Evict {
+        model: ModelId(77),
+        bytes: ByteCount::mib(2),
+        cached_last: false,
+        reason,
+        requester: None,
+    };
     Plan { actions: vec![action], again_at_ms: None }
 }

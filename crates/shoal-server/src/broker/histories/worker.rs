@@ -131,6 +131,11 @@ impl Worker {
         if dice.roll(3) == 0 { (0, 0) } else { (1 << dice.roll(20), 1 + dice.roll(1_000)) }
     }
 
+    /// What of its KV holds prefixes, where requests use so much.
+    pub(super) fn kv_cached(&self, kv_live: ByteCount) -> ByteCount {
+        ByteCount((self.kv - kv_live).0 / 2)
+    }
+
     fn usage(&self, kv_live: ByteCount, seed: u64) -> WorkerUsage {
         let (kv_back_us_per_mib, kv_found_milli) = self.kv_back(seed);
         WorkerUsage {
@@ -138,7 +143,7 @@ impl Worker {
             weights_total: WEIGHTS,
             kv_device: self.kv,
             kv_live,
-            kv_cached: ByteCount((self.kv - kv_live).0 / 2),
+            kv_cached: self.kv_cached(kv_live),
             kv_back_us_per_mib,
             kv_found_milli,
             overhead_device: self.said,
@@ -227,12 +232,12 @@ impl World {
                 let Some((order, _)) = worker.wake.take_if(|(_, waits)| *waits == request) else { return };
                 self.done(place, order, ByteCount::ZERO, Some(reason));
             }
-            Some(FromServer::Reclaim { order, bytes, is_own, .. }) => {
+            Some(FromServer::Reclaim { order, bytes, is_own, cached_last, .. }) => {
                 if !is_steady && self.dice.chance(10) {
                     return; // it never answers
                 }
                 let some = if !is_steady && self.dice.chance(20) { ByteCount(bytes.0 / 2) } else { bytes };
-                let given = self.give_up(place, some, is_own);
+                let given = self.give_up(place, some, is_own, cached_last);
                 self.usage(place);
                 self.done(place, order, given, None);
             }

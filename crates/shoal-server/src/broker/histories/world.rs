@@ -74,6 +74,8 @@ pub(super) struct Seen {
     pub(super) kv_denied: u64,
     pub(super) kv_ordered: u64,
     pub(super) kv_returned: u64,
+    /// Orders that took weights of a model and left it prefixes.
+    pub(super) cached_outlasted: u64,
     /// Requests that were answered by an engine with KV when nothing went wrong any more.
     pub(super) ran_with_kv: u64,
     /// Requests that were begun while all models were busy, and the longest that one waited.
@@ -84,6 +86,7 @@ pub(super) struct Seen {
 impl Seen {
     pub(super) fn add(&mut self, other: &Self) {
         let waited_ms_max = self.waited_ms_max.max(other.waited_ms_max);
+        self.cached_outlasted += other.cached_outlasted;
         let pairs = self.counts_mut().into_iter().zip(other.clone().counts_mut().map(|count| *count));
         pairs.for_each(|(count, more)| *count += more);
         self.waited_ms_max = waited_ms_max;
@@ -132,6 +135,8 @@ impl Seen {
         for count in self.counts_mut() {
             assert!(*count >= 20, "something hardly happened: {all:?}");
         }
+        // Engines are seldom idle here when memory is short; the policy's own histories have it often.
+        assert!(self.cached_outlasted > 0, "weights never went before prefixes: {all:?}");
     }
 }
 

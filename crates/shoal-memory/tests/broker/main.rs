@@ -1,6 +1,8 @@
 //! The worker's end of the control socket, against a fake server in the test.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod figures;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Seek, Write};
 use std::mem::MaybeUninit;
@@ -17,7 +19,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use shoal_core::bytes::ByteCount;
 use shoal_core::extent::ExtentRule;
 use shoal_core::protocol::{
-    FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION, WorkerCapabilities, WorkerHolds,
+    FromServer, FromWorker, LINE_BYTES_MAX, LeaseKind, VERSION, WorkerCapabilities, WorkerHolds, WorkerUsage,
 };
 use shoal_device::HostBacking;
 use shoal_device::host::HostFile;
@@ -47,6 +49,18 @@ impl Fake {
             let said = serde_json::from_str(&line).expect("the protocol");
             if !matches!(said, FromWorker::Usage { .. }) {
                 return said;
+            }
+        }
+    }
+
+    /// The next figures that are so.
+    fn hear_usage(&mut self, is_it: impl Fn(&WorkerUsage) -> bool) -> WorkerUsage {
+        loop {
+            let mut line = String::new();
+            self.reader.read_line(&mut line).expect("a line in time");
+            match serde_json::from_str(&line).expect("the protocol") {
+                FromWorker::Usage { usage } if is_it(&usage) => return usage,
+                _ => {}
             }
         }
     }
@@ -515,7 +529,7 @@ fn only_a_server_of_this_version_is_welcome() {
 }
 
 fn reclaim(order: u64, bytes: ByteCount, is_own: bool, deadline_ms: u64) -> FromServer {
-    FromServer::Reclaim { order, bytes, is_own, deadline_ms, reason: "room".to_owned() }
+    FromServer::Reclaim { order, bytes, is_own, cached_last: false, deadline_ms, reason: "room".to_owned() }
 }
 
 #[test]
@@ -658,33 +672,4 @@ fn a_wake_is_said_to_have_its_memory_where_steps_run_beside_it_and_the_server_li
         assert_eq!(tries.any(|n| says_backed(&mut fake, 10 + 2 * n)), listens && steps_in_order);
         drop(region);
     }
-}
-
-#[test]
-fn figures_are_said_when_they_change() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let (client, mut fake) = pair(dir.path());
-    let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
-    let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
-    client.serve(&manager).expect("threads");
-    client.set_requests(2, 1, 40, 50);
-    client.set_kv_back(340, 70);
-    client.set_overhead(ByteCount::mib(7), ByteCount::mib(9));
-    let mut line = String::new();
-    loop {
-        line.clear();
-        fake.reader.read_line(&mut line).expect("a line in time");
-        let said: FromWorker = serde_json::from_str(&line).expect("the protocol");
-        if let FromWorker::Usage { usage } = said
-            && (usage.tokens_out, usage.overhead_peak) == (40, ByteCount::mib(9))
-        {
-            let overhead = (usage.overhead_device, usage.overhead_peak);
-            assert_eq!((usage.requests_running, overhead), (2, (ByteCount::mib(7), ByteCount::mib(9))));
-            assert_eq!((usage.requests_waiting, usage.tokens_embedded), (1, 50));
-            assert_eq!((usage.kv_back_us_per_mib, usage.kv_found_milli), (340, 70));
-            break;
-        }
-    }
-    fake.writer.set_read_timeout(Some(Duration::from_millis(500))).expect("set");
-    assert!(fake.reader.read_line(&mut line).is_err(), "nothing changed, yet: {line}");
 }
