@@ -132,7 +132,8 @@ pub enum FromServer {
         /// neither these nor what its requests use may go for it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         is_own: bool,
-        /// What is cached goes after weights, because it would cost more to bring back, and before what requests use.
+        /// What is cached goes after weights, because it would cost more to bring back, and before what requests use; an
+        /// engine that keeps books of its own is asked for it last of all.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         cached_last: bool,
         /// How long the worker may take before the next victim is asked.

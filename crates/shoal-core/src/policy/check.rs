@@ -27,9 +27,12 @@ pub fn check(state: &ShelfState, plan: &Plan) -> Result<(), String> {
     let mut answered: Vec<(ModelId, u64)> = Vec::new();
     for action in &plan.actions {
         match action {
-            Action::Evict { model, bytes, requester, .. } => {
+            Action::Evict { model, bytes, requester, cached_last, .. } => {
                 let model = of(model)?;
                 requester.as_ref().map(of).transpose()?;
+                if *cached_last && model.keeps_weights {
+                    return Err(format!("{} keeps its weights, so no prefix can go after them", model.name));
+                }
                 let sum = ordered.entry(model.id).or_default();
                 *sum = sum.checked_add(*bytes).ok_or_else(|| format!("{bytes} of {}", model.name))?;
                 may_evict(model, *bytes, *sum)?;

@@ -228,9 +228,10 @@ impl<'a> Decision<'a> {
         wanted: ByteCount,
     ) -> (ByteCount, Vec<(Candidate, ByteCount)>) {
         // Nobody is disturbed for what the model has itself and does not use. Its prefixes are about to be used: they go when
-        // it is their turn.
+        // it is their turn, where prefixes have one.
+        let goes_first = |part| part == Part::Unused || self.field.choice == Choice::WholeLru;
         let own = |candidate: &&Candidate| {
-            self.field.state.models[candidate.model].id == request.model && candidate.part == Part::Unused
+            self.field.state.models[candidate.model].id == request.model && goes_first(candidate.part)
         };
         let candidates = self.field.candidates();
         let in_order: Vec<Candidate> = candidates

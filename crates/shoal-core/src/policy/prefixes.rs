@@ -57,6 +57,56 @@ fn cheap_weights_go_before_dear_prefixes() {
     assert_eq!(said, [(1, 30, true), (2, 10, false)], "{why}");
 }
 
+/// What was granted a moment ago counts as in use. It is no weight: a model offers at their price what it has of them, and which
+/// goes first is known all the same.
+#[test]
+fn what_is_in_use_is_not_offered_as_weights() {
+    let live = ModelState { kv_cached: MIB(15), kv_live: MIB(5), ..chat() };
+    let (said, why) = picked(&live, 30, 300);
+    assert_eq!(said, [(1, 20, true), (2, 10, false)], "{why}");
+    let fresh = ModelState { kv_live: MIB(20), ..chat() };
+    let (said, why) = picked(&fresh, 30, 300);
+    assert_eq!(said, [(1, 20, true), (2, 10, false)], "{why}");
+    // Nor is it where the model keeps its weights, of which nothing may go.
+    let kept = ModelState { keeps_weights: true, ..live };
+    let (said, why) = picked(&kept, 10, 6_000);
+    assert_eq!(said, [(1, 10, false)], "{why}");
+    let order = Action::Evict {
+        model: kept.id,
+        requester: None,
+        bytes: MIB(10),
+        cached_last: true,
+        reason: "a test".to_owned(),
+    };
+    let state = shelf(60, vec![model(0, "new", 0, 0), kept], vec![]);
+    let refused =
+        check(&state, &Plan { actions: vec![order], again_at_ms: None }).expect_err("weights would go");
+    assert_eq!(refused, "chat keeps its weights, so no prefix can go after them");
+}
+
+/// What leaves by an order of before is counted as that was: its weights are gone then, and its prefixes are not.
+#[test]
+fn what_leaves_already_leaves_the_prefixes() {
+    let leaving = |mib| ModelState { ordered: MIB(mib), ordered_cached_last: true, ..chat() };
+    let (said, why) = picked(&leaving(20), 30, 300);
+    assert_eq!(said, [(2, 10, false)], "{why}");
+    let (said, why) = picked(&leaving(10), 30, 300);
+    assert_eq!(said, [(1, 10, true), (2, 10, false)], "{why}");
+    let first = ModelState { ordered_cached_last: false, ..leaving(10) };
+    let (said, why) = picked(&first, 40, 300);
+    assert_eq!(said, [(1, 20, true), (2, 10, false)], "10 of prefixes leave, and 10 stay: {why}");
+}
+
+/// Whoever takes whole models has nothing to rank prefixes by: a model's own go for its own weights, as ever.
+#[test]
+fn whole_models_do_not_go_for_prefixes_of_the_one_that_asks() {
+    let asks = ModelState { weights_held: MIB(10), parked: 1, wake_ordered: true, ..chat() };
+    let other = ModelState { last_used_ms: 1_000, ..model(2, "other", 20, 20) };
+    let state = shelf(50, vec![other, asks], vec![wake(1, 10, 9_950)]);
+    let said = Lru.plan(&state, 10_000);
+    assert_eq!(evicted(&said), [(1, 20)], "all that it does not use: {}", reasons(&said));
+}
+
 /// As before, where prefixes are the cheaper ones, and of a model that keeps its weights or has none on the device.
 #[test]
 fn cheap_prefixes_go_before_weights() {

@@ -50,7 +50,7 @@ pub(super) enum Part {
     Unused,
     /// KV that nobody uses.
     Cached,
-    /// All but what is cached, which goes last.
+    /// The unused and weights: the cached goes after these.
     Weights,
     /// Everything that may be taken.
     All,
@@ -62,17 +62,19 @@ pub(super) struct Candidate {
     pub(super) class: Class,
     pub(super) part: Part,
     pub(super) model: usize,
-    /// What a MiB is worth of what it has beyond the parts before it.
+    /// What a MiB is worth of what it has beyond the parts before it, or of that with the prefixes that go with it.
     pub(super) worth: Worth,
     /// Compared within the class, least first.
     rank: (u64, u64),
 }
 
-/// What is left of a model to be ordered; each figure includes the one after it.
+/// What is left of a model to be ordered.
 #[derive(Clone, Copy, Debug, Default)]
 struct Left {
     all: ByteCount,
-    /// KV that no request uses, and of it what holds nothing.
+    /// Of that, weights.
+    weights: ByteCount,
+    /// Of that, KV that no request uses, and of it what holds nothing.
     spare: ByteCount,
     unused: ByteCount,
     /// What holds prefixes goes after the weights.
@@ -85,20 +87,33 @@ impl Left {
         self.spare.saturating_sub(self.unused)
     }
 
-    /// All but that.
-    fn but_cached(&self) -> ByteCount {
-        self.all.saturating_sub(self.cached())
+    /// What goes before that, where it goes after the weights.
+    fn before_cached(&self) -> ByteCount {
+        (self.unused + self.weights).min(self.all)
     }
 
+    /// So much goes, in the order in which a worker gives it up: the unused, the cached and weights, one of these two before
+    /// the other, and what requests use.
     fn take(&mut self, bytes: ByteCount) {
-        let cached = self.cached();
-        self.all = self.all.saturating_sub(bytes);
-        self.unused = self.unused.saturating_sub(bytes);
-        self.spare = if self.cached_last {
-            self.unused + cached.min(self.all.saturating_sub(self.unused))
+        fn part(rest: &mut ByteCount, of: ByteCount) -> ByteCount {
+            let part = of.min(*rest);
+            *rest -= part;
+            part
+        }
+        let mut rest = bytes;
+        let mut cached = self.cached();
+        self.unused -= part(&mut rest, self.unused);
+        if self.cached_last {
+            self.weights -= part(&mut rest, self.weights);
+            cached -= part(&mut rest, cached);
         } else {
-            self.spare.saturating_sub(bytes)
-        };
+            cached -= part(&mut rest, cached);
+            self.weights -= part(&mut rest, self.weights);
+        }
+        self.all = self.all.saturating_sub(bytes);
+        self.unused = self.unused.min(self.all);
+        self.spare = (self.unused + cached).min(self.all);
+        self.weights = self.weights.min(self.all);
     }
 }
 
@@ -186,11 +201,13 @@ impl<'a> Field<'a> {
     /// Its prefixes would cost more to bring back than its weights, so these go first. Not while somebody wants the model:
     /// whoever has begun with it, or waits for it, needs all of the weights before the first prefix is of use.
     fn gives_cached_last(&self, place: usize) -> bool {
-        let (model, left) = (&self.state.models[place], self.left[place]);
+        let model = &self.state.models[place];
+        // What was granted a moment ago counts as in use, but how much holds prefixes is as its worker says.
         self.choice == Choice::Worth
             && !model.is_rigid
-            && !left.cached().is_zero()
-            && left.all > left.spare
+            && !model.keeps_weights
+            && !model.kv_cached.is_zero()
+            && !self.left[place].weights.is_zero()
             && !self.is_wanted(place)
             && of_cached_kv(model, self.now_ms) > of_weights(model, self.now_ms)
     }
@@ -260,7 +277,7 @@ impl<'a> Field<'a> {
                 // The youngest first: it would come back last.
                 (Class::WaitsBehind, (u64::MAX - self.waits_since(place), worth))
             };
-            if left.cached_last && !left.but_cached().is_zero() {
+            if left.cached_last {
                 add(class, Part::Weights, weights, (weights, model.last_used_ms));
             }
             add(class, Part::All, worth, rank);
@@ -319,7 +336,7 @@ impl<'a> Field<'a> {
             let bytes = match candidate.part {
                 Part::Unused => left.unused,
                 // Its own weights are what it asks for.
-                Part::Weights if model.id != request.model => left.but_cached(),
+                Part::Weights if model.id != request.model => left.before_cached(),
                 _ => left.spare,
             };
             return if own_kv || only_own { ByteCount::ZERO } else { bytes };
@@ -354,7 +371,7 @@ impl<'a> Field<'a> {
         match (candidate.part, candidate.class) {
             (Part::Unused, _) => left.unused,
             (Part::Cached, _) => left.spare,
-            (Part::Weights, _) => left.but_cached(),
+            (Part::Weights, _) => left.before_cached(),
             (Part::All, Class::TurnOver | Class::WaitsBehind) if model.is_rigid => ByteCount::ZERO,
             (Part::All, Class::TurnOver)
                 if self.protected_until(model).is_some() || !self.could_return(model) =>
@@ -622,7 +639,10 @@ pub fn turn_ms(state: &ShelfState, model: &ModelState) -> u64 {
 /// What may be ordered of a model at all. Where nothing is evicted by itself, only what nobody misses.
 fn left_of(model: &ModelState, is_manual: bool) -> Left {
     let left = takeable(model);
-    if is_manual { Left { all: left.unused, spare: left.unused, ..left } } else { left }
+    if !is_manual {
+        return left;
+    }
+    Left { all: left.unused, weights: ByteCount::ZERO, spare: left.unused, ..left }
 }
 
 /// What a model could give up, whether or not it may be asked by itself.
@@ -632,11 +652,15 @@ fn takeable(model: &ModelState) -> Left {
     if model.pinned || !model.ready || keeps_all(model) || is_leaving {
         return Left::default();
     }
-    let all = model.held().saturating_sub(floor(model)).saturating_sub(model.ordered);
+    let all = model.held().saturating_sub(floor(model));
     let spare = model.kv_held.saturating_sub(model.kv_live);
-    let unused = spare.saturating_sub(model.kv_cached);
-    let open = |bytes: ByteCount| bytes.saturating_sub(model.ordered).min(all);
-    Left { all, spare: open(spare), unused: open(unused), cached_last: false }
+    let unused = spare.saturating_sub(model.kv_cached).min(all);
+    let spare = spare.min(all);
+    let weights = if model.keeps_weights { ByteCount::ZERO } else { model.weights_held.min(all) };
+    let mut left = Left { all, weights, spare, unused, cached_last: model.ordered_cached_last };
+    // On its way already, in the order that it was told.
+    left.take(model.ordered);
+    Left { cached_last: false, ..left }
 }
 
 /// What two kinds of bytes are worth together, each with how many there are.

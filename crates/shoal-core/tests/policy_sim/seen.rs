@@ -16,6 +16,8 @@ pub(crate) struct Seen {
     pub(crate) apart: u64,
     /// Wakes and orders that failed, kills, sleeps by hand, changes of the budget.
     pub(crate) accidents: u64,
+    /// Weights went before prefixes that are still there.
+    pub(crate) outlasted: u64,
     /// The longest wait, in thousandths of the stated bound.
     pub(crate) worst_permille: u64,
 }
@@ -30,6 +32,7 @@ impl Seen {
         self.preloads += other.preloads;
         self.apart += other.apart;
         self.accidents += other.accidents;
+        self.outlasted += other.outlasted;
         self.worst_permille = self.worst_permille.max(other.worst_permille);
     }
 }

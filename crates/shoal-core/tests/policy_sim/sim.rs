@@ -209,11 +209,14 @@ impl<'a> Sim<'a> {
                 skipped = true;
             } else {
                 let before = worker.state.weights_held;
+                let (left, cached_last) = (order.left, order.cached_last);
                 worker.orders.insert(due, order);
-                worker.obey(worker.orders[due].left, worker.orders[due].cached_last);
+                worker.obey(left, cached_last);
                 worker.orders.remove(due);
                 // As the server has it: who waits for weights waits for these as well.
                 let (id, gone) = (worker.state.id, before - worker.state.weights_held);
+                let stays = cached_last && !worker.state.kv_cached.is_zero();
+                self.seen.outlasted += u64::from(stays && !gone.is_zero());
                 let mine = self
                     .asked
                     .iter_mut()
