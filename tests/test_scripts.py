@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_gpu_tests_say_that_they_need_one(tmp_path: Path) -> None:
     assert said.returncode == 1
     assert "need an NVIDIA GPU" in said.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_of_what_vllm_needs_a_gpu_machine_gets_only_what_it_lacks(tmp_path: Path) -> None:
+    packages = {"pytest": "pytest/__init__.py", "lacking": "lacking_everywhere/__init__.py", "one": "lacking_one.py"}
+    with tarfile.open(tmp_path / "vllm_more.tar.xz", "w:xz") as archive:
+        for package, file in packages.items():
+            inside = tmp_path / "apart" / package / file
+            inside.parent.mkdir(parents=True)
+            inside.write_text("")
+        archive.add(tmp_path / "apart", ".")
+    command = [sys.executable, "-m", "tests.gpu.vllm_site", str(tmp_path / "site"), str(tmp_path / "vllm_more.tar.xz")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "added: lacking one\n"
+    assert sorted(path.name for path in (tmp_path / "site").iterdir()) == ["lacking_everywhere", "lacking_one.py"]
 
 
 def test_preflight_refuses_an_old_compiler(tmp_path: Path) -> None:

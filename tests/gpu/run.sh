@@ -33,6 +33,7 @@
 #   tests/gpu/run.sh vllm_burst     three vLLM engines of $SHOAL_LAYERS (8) of 8B's layers in overlapping bursts, by $SHOAL_ARMS: shoal,
 #                                   lru, static (these three by default), kvcached ($SHOAL_KVCACHED_SITE), llama-swap ($SHOAL_LLAMA_SWAP)
 #   tests/gpu/run.sh vllm_all_active  the three busy at once with 100, 75 and 50 % of the memory ($SHOAL_SHELF_SHARES); SHOAL_MPS=1 with MPS
+# tests/gpu/pack_vllm.sh packs vLLM for a machine without network.
 # From python on they use the shoal that `python3` imports. A machine without cargo takes built programs from $SHOAL_GPU_PROGRAMS (cuda, cuda_vmm, cuda_copies, cuda_arena, cuda_sleep_wake, cuda_swap,
 # cuda_churn, cuda_kv_grow, faults, pool, swap), which
 # this makes on another one:  tests/gpu/run.sh build FOLDER
