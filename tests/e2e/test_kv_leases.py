@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Self
 import pytest
 from tests.support import models
 from tests.support.server import Server, serve
-from tests.support.witness import Witness
+from tests.support.witness import Witness, until
 
 MIB = 1 << 20
 BUDGET_MIB = 64
@@ -21,6 +22,7 @@ CONTEXT = 1536
 TOKEN_BYTES = 2 * 8 * 2 * 64 * 4
 TURNS = [200, 600, 1000, 1400]
 ANSWER = 16
+FIGURES_S = 0.5  # within which a worker has said all that it knows
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,8 @@ def test_a_prompt_is_found_again_though_its_model_made_room(tmp_path: Path, talk
         server.complete(gull, "warm", 4)
         server.complete(gull, "-" * 64, 4)
         first = server.complete(gull, prompt, ANSWER)
+        until(lambda: server.model(gull)["bytes"]["kv_live"] == 0, 20, "it is idle by its worker's own word")
+        time.sleep(FIGURES_S)
         before = server.model(gull)["lease"]
         server.complete(tern, "a", 4)
         after = server.model(gull)["lease"]

@@ -479,7 +479,7 @@ pub enum FromWorker {
         /// The ping's number.
         ping: u64,
     },
-    /// Figures, a few times a second while they change.
+    /// Figures, a few times a second while they change, and at once when the last request has ended.
     Usage {
         /// The figures.
         usage: WorkerUsage,
