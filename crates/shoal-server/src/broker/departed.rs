@@ -171,8 +171,9 @@ impl Core {
             else {
                 continue;
             };
-            if !is_asked {
-                // It may have lived when the driver was asked what it has just answered.
+            // It may have lived when the driver was asked what it has just answered. Where that shows processes it tells by itself
+            // who is gone; free memory alone may still lack what has gone a moment ago.
+            if !is_asked || sight != Sight::Shown && self.driver.looked.begun_ms <= since_ms {
                 continue;
             }
             // What an answer shows that was long on its way was so when it was asked for.
