@@ -235,6 +235,18 @@ fn the_reading_that_an_end_asks_for_counts_in_the_same_millisecond() {
     assert_eq!(scene.returned(), [true]);
 }
 
+/// Where the driver does not show the process, free memory alone tells, and that may lack what went within the millisecond.
+#[test]
+fn where_processes_are_hidden_it_does_not() {
+    let mut scene = scene();
+    scene.look(30, None, 1_000);
+    scene.end(1_500);
+    scene.look(30, None, 1_500);
+    assert_eq!(scene.core.book.leased(), DECLARED);
+    scene.look(0, None, 1_501);
+    assert_eq!(scene.core.book.leased(), ByteCount::ZERO);
+}
+
 /// What a driver shows that answers late was so when it was asked, and that was just after the end.
 #[test]
 fn a_late_answer_about_the_dead_is_of_when_it_was_asked_for() {
