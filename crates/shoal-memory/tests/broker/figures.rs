@@ -1,22 +1,29 @@
 //! What a worker says of itself, and when.
 
 use std::io::BufRead;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
-use shoal_memory::{ManagerOptions, MemoryManager};
+use shoal_memory::{BrokerClient, ManagerOptions, MemoryManager};
 
 use super::common::open;
-use super::pair;
+use super::{Fake, pair};
+
+/// A worker that serves a manager without regions, and its server.
+fn serving(dir: &Path) -> (Arc<BrokerClient>, Fake, Arc<MemoryManager>) {
+    let (client, fake) = pair(dir);
+    let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
+    let manager = MemoryManager::new(open(dir, 64), options).expect("a manager");
+    client.serve(&manager).expect("threads");
+    (client, fake, manager)
+}
 
 #[test]
 fn figures_are_said_when_they_change() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (client, mut fake) = pair(dir.path());
-    let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
-    let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
-    client.serve(&manager).expect("threads");
+    let (client, mut fake, _manager) = serving(dir.path());
     client.set_requests(2, 1, 40, 50);
     client.set_kv_back(340, 70);
     client.set_overhead(ByteCount::mib(7), ByteCount::mib(9));
@@ -33,10 +40,7 @@ fn figures_are_said_when_they_change() {
 #[test]
 fn that_the_last_request_has_ended_is_said_sooner() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (client, mut fake) = pair(dir.path());
-    let options = ManagerOptions::new(ByteCount::mib(16), Arc::clone(&client) as _);
-    let manager = MemoryManager::new(open(dir.path(), 64), options).expect("a manager");
-    client.serve(&manager).expect("threads");
+    let (client, mut fake, _manager) = serving(dir.path());
     let mut late: Vec<Duration> = (0..9)
         .map(|tokens| {
             client.set_requests(1, 0, tokens, 0);
