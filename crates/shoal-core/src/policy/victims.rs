@@ -209,6 +209,8 @@ impl<'a> Field<'a> {
             && !model.kv_cached.is_zero()
             && !self.left[place].weights.is_zero()
             && !self.is_wanted(place)
+            // It asks for what it cannot have yet: its own order takes what no request uses.
+            && !self.stuck[place]
             && of_cached_kv(model, self.now_ms) > of_weights(model, self.now_ms)
     }
 
