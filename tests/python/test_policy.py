@@ -77,6 +77,11 @@ def test_states_and_plans_are_written_as_they_are_read() -> None:
     for action in (Evict(0, MIB / 2, "half"), Wait(1, 7, "e", True), Grant(1, 7, float("nan"), "c")):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"the policy gave .* as (bytes|until_ms) of .*; it must be a whole number"):
             Plan.of([action])
+    for action in (Evict(0, MIB, "a", cached_last="no"), Deny(1, 7, "d", never=1)):  # type: ignore[arg-type]
+        with pytest.raises(
+            TypeError, match=r"the policy gave .* as (cached_last|never) of .*; it must be True or False"
+        ):
+            Plan.of([action])
     with pytest.raises(ValueError, match="the policy gave -3 as bytes of Evict"):
         Plan.of([Evict(0, -3, "less")])
     with pytest.raises(TypeError, match=r"the policy gave 1.5 as again_at_ms"):

@@ -26,7 +26,7 @@ class Evict:
     def written(self) -> dict[str, Any]:
         """Give the action as it stands in the decision log."""
         said = {"do": "evict", "model": self.model, "requester": self.requester, "bytes": self.bytes}
-        return said | {"cached_last": bool(self.cached_last)} | _why(self)
+        return said | {"cached_last": self.cached_last} | _why(self)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Plan:
         Raises
         ------
         TypeError
-            It is neither a plan nor a list of actions, or a number in it is not a whole one.
+            It is neither a plan nor a list of actions, a number in it is not a whole one, or what is true or false is
+            something else.
         ValueError
             A number in it is below 0 or too large.
         """
@@ -126,6 +127,8 @@ class Plan:
             if not isinstance(action, Action):
                 raise TypeError(f"the policy gave {action!r} among its actions")
             for name, value in action.written().items():
+                if name in _EITHER and not isinstance(value, bool):
+                    raise TypeError(f"the policy gave {value!r} as {name} of {action!r}; it must be True or False")
                 if name not in _WORDS and not (name == "requester" and value is None):
                     _number(value, f"{name} of {action!r}")
         if plan.again_at_ms is not None:
@@ -147,7 +150,8 @@ class Plan:
         return {"actions": [action.written() for action in self.actions], "again_at_ms": self.again_at_ms}
 
 
-_WORDS = ("do", "reason", "never", "cached_last")
+_EITHER = ("never", "cached_last")
+_WORDS = ("do", "reason", *_EITHER)
 
 
 def _number(value: object, what: str) -> None:
