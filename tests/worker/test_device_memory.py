@@ -202,6 +202,8 @@ def test_embeddings_under_evictions_are_the_same(bert_dir):
         wanted = [loaded.files.pooling(state) for state in states]
         memory.place(loaded.model, bert_dir)
         engine = EmbeddingEngine(loaded.model, memory, spec, loaded.files.pooling, 16)
+        said = []
+        engine.on_idle = lambda: said.append(engine.counts().is_idle)
 
         async def run():
             for _ in range(3):
@@ -216,6 +218,7 @@ def test_embeddings_under_evictions_are_the_same(bert_dir):
 
             engine._embed_one = watched
             await engine.embed(texts)
+            assert said == [True] * 4, "that the last request has ended is said at once"
             assert counted == [30, 34], "each text counts once it is done, not with the last of its request"
 
         try:

@@ -268,6 +268,22 @@ def test_idle_gives_all_kv_back():
         asyncio.run(run())
 
 
+def test_the_end_of_the_last_request_is_said_at_once():
+    with engine_of(llama(), PlainMemory()) as engine:
+        said = []
+        engine.on_idle = lambda: said.append(engine.counts().is_idle)
+
+        async def run():
+            await asyncio.gather(tokens_of(engine, [1, 2, 3], 8), tokens_of(engine, [4, 5], 2))
+            assert said == [True], "once, and when nobody is left"
+            with pytest.raises(ApiError):
+                await tokens_of(engine, [], 2)
+            await tokens_of(engine, [6], 2)
+            assert said == [True, True]
+
+        asyncio.run(run())
+
+
 def test_memory_that_comes_late_is_waited_for():
     model = llama()
     expected = alone(model, [5, 6, 7], 8)

@@ -504,4 +504,26 @@ mod tests {
         assert!(line.starts_with(r#"{"say":"lease_request","request":7,"kind":"kv""#), "{line}");
         assert_eq!(serde_json::from_str::<FromWorker>(&line).expect("own line"), said);
     }
+
+    /// Workers outlive their server, so a line may be of one that did not know the word.
+    #[test]
+    fn an_order_says_that_what_is_cached_goes_last_only_where_it_does() {
+        let line = r#"{"say":"reclaim","order":3,"bytes":4096,"deadline_ms":50,"reason":"room"}"#;
+        let order = |cached_last| FromServer::Reclaim {
+            order: 3,
+            bytes: ByteCount(4_096),
+            is_own: false,
+            cached_last,
+            deadline_ms: 50,
+            reason: "room".to_owned(),
+        };
+        assert_eq!(
+            serde_json::from_str::<FromServer>(line).expect("as before there was the word"),
+            order(false)
+        );
+        assert_eq!(serde_json::to_string(&order(false)).expect("plain data"), line);
+        let last = serde_json::to_string(&order(true)).expect("plain data");
+        assert!(last.contains(r#""cached_last":true"#), "{last}");
+        assert_eq!(serde_json::from_str::<FromServer>(&last).expect("own line"), order(true));
+    }
 }
