@@ -1,13 +1,13 @@
 """How many conversations of an 8B's shape are held with a first token within a second, by tiers.
 
 Run by `tests/gpu/run.sh tiers_concurrency`. The same engine as in `tiers_restore`, no HTTP. Conversations of 16k tokens
-(2 GiB of KV each, which take more than a second to compute) take turns in a random order, two at a time; each turn goes
-on with what was asked before and 32 tokens more. There are more of them from one look to the next, until the slowest of
-a hundred first tokens takes longer than a second. The ceiling is what the bytes of the levels hold, had each of them
-only what the faster ones lack. What is loaded and what is computed is decided by what both took, as
-`tier_load = "fastest"` does. Before that, one request at a time, what each move adds: the same turn with its KV on the
-device, in host memory, on disk, and nowhere. $SHOAL_TIERS_DEVICE=sim makes a small dry run; $SHOAL_DISK names a
-directory on the disk to use.
+(2 GiB of KV each; computing two of them takes more than a second) take turns in a random order, two at a time; each
+turn goes on with what was asked before and 32 tokens more. There are more of them from one look to the next, until the
+slowest of a hundred first tokens takes longer than a second. The ceiling is what the bytes of the levels hold, had each
+of them only what the faster ones lack. What is loaded and what is computed is decided by what both took, as
+`tier_load = "fastest"` does. Before that, one request at a time, what each move adds, worth it or not: the same turn
+with its KV on the device, in host memory, on disk, and nowhere. $SHOAL_TIERS_DEVICE=sim makes a small dry run;
+$SHOAL_DISK names a directory on the disk to use.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ TIERS = ("no tier", "host", "host and disk")
 class Talks(Turns):
     """Conversations with the engine of a bench, under one stack of tiers."""
 
-    def __init__(self, bench: Bench, tier: str) -> None:
+    def __init__(self, bench: Bench, tier: str, *, chooses: bool) -> None:
         super().__init__(TOKENS, VOCABULARY, tier)
-        self.bench, self.tier = bench, tier
+        self.bench, self.tier, self.chooses = bench, tier, chooses
 
     def __enter__(self) -> Self:
         host = HOST if "host" in self.tier else 0
         disks = [DiskShare(str(self.bench.where / self.tier), DISK, 1 << 50)] if "disk" in self.tier else []
         self.bench.kv.forget_all()
-        self.bench.memory.keep_below(host, disks, lambda: {"model": "8b"}, WAIT_S, chooses=True)
+        self.bench.memory.keep_below(host, disks, lambda: {"model": "8b"}, WAIT_S, chooses=self.chooses)
         deadline = time.monotonic() + WAIT_S
         while any(told["reason"] for told in self.bench.memory.tiers()):
             if time.monotonic() > deadline:
@@ -99,10 +99,7 @@ async def held(talk: Talks, rows: list[Row]) -> int:
 async def moved(talk: Talks, case: str, samples: int) -> Row:
     """Measure the first token of a turn whose KV is in one place, one request at a time."""
     await talk.more(1)
-    below, times = talk.bench.kv.below, []
-    if below is not None:
-        # What is measured is the move, whether it is worth it or not.
-        below.computed = lambda *_: None  # type: ignore[method-assign]
+    times = []
     for number in range(samples + 1):
         if case != "on the device":
             talk.bench.kv.forget_all()
@@ -122,7 +119,8 @@ def moves(bench: Bench, has_disk: bool) -> list[Row]:
     for case, tier in (("nowhere", "no tier"), ("on the device", "no tier"), ("in host", "host"), ("on disk", "disk")):
         if tier == "disk" and not has_disk:
             continue
-        with Talks(bench, tier) as talk:
+        # What is measured is the move, whether it is worth it or not.
+        with Talks(bench, tier, chooses=False) as talk:
             rows.append(asyncio.run(moved(talk, case, 3)))
             bench.say(rows[-1].line())
     at_once = rows[1].value
@@ -138,7 +136,7 @@ def conversations(bench: Bench, has_disk: bool) -> None:
     without: float | None = None
     for tier in TIERS if has_disk else TIERS[:2]:
         looks: list[Row] = []
-        with Talks(bench, tier) as talk:
+        with Talks(bench, tier, chooses=True) as talk:
             most = asyncio.run(held(talk, looks))
         room = device + (HOST if "host" in tier else 0) + (DISK if "disk" in tier else 0)
         row = Row(tier, f"conversations, p99 <= {ALLOWED_S:g} s", most, "count", "higher")
