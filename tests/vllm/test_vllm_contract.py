@@ -321,3 +321,27 @@ def test_the_stand_in_has_the_seams_that_the_tests_of_the_shelf_stand_on() -> No
         made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         named = {node.name for node in made.body if isinstance(node, ast.FunctionDef)} - own
         assert named <= theirs, f"vllm/{path}: {name} has no {sorted(named - theirs)}"
+
+
+def test_a_step_says_what_it_computes_and_for_whom() -> None:
+    output, core = "v1/core/sched/output.py", "v1/engine/core.py"
+    said = text(output, "SchedulerOutput")
+    for field in (
+        "scheduled_new_reqs: list[NewRequestData]", "scheduled_cached_reqs: CachedRequestData",
+        "num_scheduled_tokens: dict[str, int]", "total_num_scheduled_tokens: int",
+        "scheduled_spec_decode_tokens: dict[str, list[int]]", "scheduled_encoder_inputs: dict[str, list[int]]",
+    ):  # fmt: skip
+        assert field in said, f"SchedulerOutput has no {field} any more"
+    assert "req_id: str" in text(output, "NewRequestData")
+    assert "resumed_req_ids: set[str]" in text(output, "CachedRequestData")
+    for step in ("step", "step_with_batch_queue"):
+        said = text(core, "EngineCore", step)
+        assert "self.scheduler.schedule(" in said, f"{step} schedules otherwise"
+        assert "self.scheduler.update_from_output(scheduler_output, model_output)" in said, f"{step} ends otherwise"
+
+
+def test_a_cached_block_that_is_used_again_is_taken_out_of_the_queue() -> None:
+    assert "self.free_block_queue.remove" in calls(POOL, "BlockPool", "touch")
+    others = [name for name in ("get_new_blocks", "free_blocks", "evict_blocks", "reset_prefix_cache")
+              if "self.free_block_queue.remove" in calls(POOL, "BlockPool", name)]  # fmt: skip
+    assert not others, f"{others} take blocks out that nobody has found"

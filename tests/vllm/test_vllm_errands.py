@@ -39,12 +39,13 @@ def test_an_idle_loop_is_woken_and_does_it(errands: Errands) -> None:
     class Own(Loop):
         pass
 
-    begun = []
-    listen(Own, errands, begun.append)
+    begun, idle = [], []
+    listen(Own, errands, begun.append, lambda: idle.append(errands.engine))
     loop = Own()
     loop._notify_idle_state_callbacks()
     loop._notify_idle_state_callbacks()
     assert (begun, loop.idle) == ([loop], 2)
+    assert idle == [loop, loop], "that it is idle is not said each time"
     with ThreadPoolExecutor(1) as others:
         thread = others.submit(errands.do, threading.get_ident, 20)
         assert loop.input_queue.get(timeout=20) == ("wakeup", None)

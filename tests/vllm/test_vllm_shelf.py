@@ -207,6 +207,26 @@ def test_engines_that_start_at_once_and_need_more_than_they_foresaw_do_not_wait_
         assert server.state()["waiting"] == []
 
 
+def test_an_idle_engine_gives_weights_before_prefixes_that_take_longer_to_compute(tmp_path: Path) -> None:
+    prompts = [f"{number} " * 200 for number in range(8)]
+    shelf = [table(tmp_path, "ash", "--step-seconds", "0.05"), table(tmp_path, "birch")]
+    with serve(tmp_path, models=shelf, device_budget="28MiB", host_budget="128MiB") as server:
+        assert text(ask(server, "birch", "first")) == expected("birch", "first", 8)
+        assert server.order("birch", "sleep").status_code == 200
+        server.wait_for("birch", "asleep")
+        for prompt in prompts:
+            assert text(ask(server, "ash", prompt, 1)) == expected("ash", prompt, 1)
+        weights = server.model("ash")["bytes"]["weights_device"]
+        until(lambda: kept(server, "ash") >= 12 * MIB, "what is only cached is not told")
+        assert text(ask(server, "birch", "now")) == expected("birch", "now", 8)
+        assert server.model("ash")["bytes"]["weights_device"] < weights, "nothing was wanted of it"
+        assert kept(server, "ash") >= 12 * MIB, server.logs()
+        for prompt in prompts:
+            again = ask(server, "ash", prompt, 1)
+            assert text(again) == expected("ash", prompt, 1)
+            assert cached(again) >= 256, "its prefix went before its weights"
+
+
 def test_a_killed_engine_comes_back_and_the_others_do_not_notice(tmp_path: Path) -> None:
     shelf = [table(tmp_path, name) for name in ("ash", "birch")]
     with serve(tmp_path, models=shelf, device_budget="128MiB", host_budget="128MiB") as server:

@@ -123,7 +123,9 @@ class Errands:
             self.engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
-def listen(engine_class: Any, errands: Errands, begun: Callable[[Any], None]) -> None:
+def listen(
+    engine_class: Any, errands: Errands, begun: Callable[[Any], None], idle: Callable[[], None] = lambda: None
+) -> None:
     """Let an engine do errands whenever it is about to wait for requests.
 
     Parameters
@@ -134,6 +136,8 @@ def listen(engine_class: Any, errands: Errands, begun: Callable[[Any], None]) ->
         The work.
     begun
         Told the engine when it waits for the first time.
+    idle
+        Called by the loop each time.
     """
     original = engine_class._notify_idle_state_callbacks
 
@@ -143,6 +147,7 @@ def listen(engine_class: Any, errands: Errands, begun: Callable[[Any], None]) ->
             errands.engine = self
             begun(self)
         errands.run()
+        idle()
         original(self)
 
     engine_class._notify_idle_state_callbacks = notify

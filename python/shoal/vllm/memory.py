@@ -55,6 +55,8 @@ class EngineMemory:
         The KV cache, once vLLM has said how large it is.
     block_tokens : int
         Tokens of one of its blocks.
+    tokens_per_mib : float
+        Tokens whose KV is a MiB, in all groups of layers.
     waiting
         Gives a context in which the engine's loop waits for memory.
     """
@@ -69,6 +71,7 @@ class EngineMemory:
             self._regions = {name: self.mem.region(name) for name in ("weights", "graphs")}
         self.cache: ElasticCache | None = None
         self.block_tokens = 0
+        self.tokens_per_mib = 0.0
         self._graph_pool: Any = None
         self._is_asleep = False
         self._is_trimmed = True
@@ -127,7 +130,10 @@ class EngineMemory:
             If it cannot be elastic.
         """
         self.cache = ElasticCache(self.mem, Plan.of(config), yields=self.is_shared)
-        self.block_tokens = max((group.kv_cache_spec.block_size for group in config.kv_cache_groups), default=0)
+        sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
+        self.block_tokens = max(sizes, default=0)
+        per_token = sum(self.cache.plan.nbytes / self.cache.blocks / size for size in sizes)
+        self.tokens_per_mib = (1 << 20) / per_token if per_token else 0.0
         return self.cache
 
     def freeze(self) -> None:

@@ -52,6 +52,8 @@ class ElasticQueue:
     ----------
     used : int
         Blocks that are out.
+    found : int
+        How often a cached block was used again.
     read
         Gives the blocks that somebody may still read although nobody has them; nothing, where nobody does that.
     """
@@ -69,6 +71,7 @@ class ElasticQueue:
         self._kept_back: set[int] = set()
         self.read: Callable[[], Container[int]] | None = None
         self.used = 0
+        self.found = 0
 
     @property
     def kept_back(self) -> int:
@@ -161,6 +164,7 @@ class ElasticQueue:
         if self._kept.pop(block.block_id, None) is None:
             raise RuntimeError(f"remove() called on a block that is in use or holds nothing: {block}")
         self.used += 1
+        self.found += 1
 
     def append(self, block: Any) -> None:
         """Put a block back that is to be found again.

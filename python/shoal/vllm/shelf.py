@@ -22,6 +22,7 @@ from shoal import BrokerClient, MemoryManager
 from shoal.errors import DeadlineError, Error, LeaseError, RegionError
 from shoal.vllm.control import CHECK
 from shoal.vllm.errands import Errands, listen
+from shoal.vllm.prices import Prices
 from shoal.worker import parent
 from shoal.worker.usage import Counts, Reporter
 
@@ -76,6 +77,8 @@ class Shelf:
         self.client = client
         self.errands = errands or Errands()
         self.memory: EngineMemory | None = None
+        self._prices: Prices | None = None
+        self._reporter: Reporter[Any] | None = None
         self._leader = leader
         self._tokens = 0
         self._fixed = 0
@@ -267,7 +270,7 @@ class Shelf:
         from vllm.v1.engine.core import EngineCoreProc
 
         memory.waiting = self.errands.parked
-        listen(EngineCoreProc, self.errands, self._begin)
+        listen(EngineCoreProc, self.errands, self._begin, self._idle)
 
     def overhead_peak(self) -> int | None:
         """Give the most device bytes beside the regions so far; None on a simulated device."""
@@ -300,10 +303,32 @@ class Shelf:
             return outputs
 
         scheduler.update_from_output = update_from_output
-        if self.memory is not None and self.memory.cache is not None:
-            threading.Thread(
-                target=self._keep, args=(self.memory, self.memory.cache), name="shoal-kept", daemon=True
-            ).start()
+        if self.memory is not None and (cache := self.memory.cache) is not None:
+            threading.Thread(target=self._keep, args=(self.memory, cache), name="shoal-kept", daemon=True).start()
+            if cache.pool is not None and self.memory.tokens_per_mib:
+                self._prices = Prices(
+                    cache.pool.free_block_queue, self.memory.tokens_per_mib, is_kept_below=cache.transfers is not None
+                )
+                self._prices.watch(scheduler)
+
+    def launched(self, scheduler_output: Any) -> None:
+        """Say that a step has all of its memory, and begins.
+
+        Parameters
+        ----------
+        scheduler_output
+            vLLM's.
+        """
+        if self._prices is not None:
+            self._prices.launched(scheduler_output)
+
+    def _idle(self) -> None:
+        """Say so at once: the server takes an engine to be busy until it hears of it. Called by the engine's loop."""
+        cache = None if self.memory is None else self.memory.cache
+        if cache is not None:
+            cache.kv.set_kept(cache.kept_bytes())  # the last request's blocks are only cached now
+        if self._reporter is not None:
+            self._reporter.hurry()
 
     def ready(self, capabilities: dict[str, Any]) -> dict[str, Any]:
         """Say that requests are answered.
@@ -331,7 +356,8 @@ class Shelf:
             }  # fmt: skip
         if not self._is_ready:
             self._is_ready = True
-            Reporter(self._figures, self._report, LOOK_S).start()
+            self._reporter = Reporter(self._figures, self._report, LOOK_S)
+            self._reporter.start()
             threading.Thread(target=self._watch, name="shoal-watch", daemon=True).start()
         self.client.ready(said)
         return {"outlives": self.client.server_wait_s > 0, **said}
@@ -394,7 +420,12 @@ class Shelf:
         if engine is None:
             return Counts()
         running, waiting = engine.scheduler.get_request_counts()
-        return Counts(running=running, waiting=waiting, tokens_out=self._tokens)
+        prices = self._prices
+        return Counts(
+            running=running, waiting=waiting, tokens_out=self._tokens,
+            kv_back_us_per_mib=0 if prices is None else prices.back_us_per_mib,
+            kv_found_milli=0 if prices is None else prices.found_milli,
+        )  # fmt: skip
 
     def _figures(self) -> tuple[Counts, tuple[int, int] | None]:
         now, peak = self.overhead(), self.overhead_peak()
@@ -404,7 +435,7 @@ class Shelf:
         counts, overhead = figures
         self.client.usage(
             requests_running=counts.running, requests_waiting=counts.waiting, tokens_out=counts.tokens_out,
-            overhead=overhead,
+            kv_back_us_per_mib=counts.kv_back_us_per_mib, kv_found_milli=counts.kv_found_milli, overhead=overhead,
         )  # fmt: skip
 
     def _hand_over(self) -> None:

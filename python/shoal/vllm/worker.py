@@ -207,6 +207,8 @@ class Worker(gpu_worker.Worker):
             # The scheduler has decided, and nothing of this step has begun.
             self._shelf.errands.run()
         with self.memory.step(STEP_WAIT_S):
+            if self._shelf is not None:
+                self._shelf.launched(scheduler_output)
             return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -40,6 +40,7 @@ from . import hooks, scheduling
 from .errors import ApiError, described
 from .kv import PADDING_BLOCKS, ElasticCache, UnboundedMemoryHandler
 from .memory import Ahead, Memory, ShortageError
+from .price import tells
 from .sampling import RowSampler, Sampling
 from .usage import Counts, no_one_asks
 
@@ -59,8 +60,6 @@ _LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a s
 _RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
 _COMPACT_S = 1.0  # how often KV blocks may be moved together
-_PREFILL_TOKENS = 32  # a step of so many tokens, and of so many for each request, says what computing prompts takes
-_PREFILL_PART = 8
 _UNSHARED_STEPS = 4  # a step in which nobody decodes may take as many tokens as so many others
 _PREEMPT_S = 2.0  # how long a prepared batch waits for its guard before its requests give their blocks up
 
@@ -436,10 +435,8 @@ class CausalEngine:
         finally:
             self._cache.kv.record_step(self._stream())
         batch = self._processor.inputs_and_outputs
-        # A step that gives each request one token costs about the same for one request and for many; in one that waited
-        # for its weights it is not known what computing took.
-        tells = batch.num_q_tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * batch.num_request_in_batch)
-        if tells and not self._is_beside_wake:
+        # In a step that waited for its weights it is not known what computing took.
+        if not self._is_beside_wake and tells(batch.num_q_tokens, batch.num_request_in_batch):
             self._cache.kv.computed(batch.num_q_tokens, time.monotonic() - begun)
         self._processor.update_batch()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 
 MIB = 1 << 20
+_PREFILL_TOKENS = 32  # a step of so many tokens, and of so many for each request, says what computing prompts takes
+_PREFILL_PART = 8
 _STEPS = 16  # that count; older ones are forgotten
 _USE_S = 1.0  # requests that come so soon after the first one are one use, as the policy counts at most one a second
 _SHARE_UNSEEN = 0.5  # before anybody has looked: what somebody began, they go on with or not
@@ -82,6 +84,14 @@ class FoundShare:
         """From 0 to 1. For any thread."""
         last = self._last
         return self._mean if last is None else self._mean + (last - self._mean) * _NEWEST
+
+
+def tells(tokens: int, requests: int) -> bool:
+    """Whether a step of so many tokens for so many requests says what prompts take.
+
+    One that gives each request one token costs about the same for one request and for many.
+    """
+    return tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * requests)
 
 
 def rounded(us: float) -> int:

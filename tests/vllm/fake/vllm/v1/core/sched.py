@@ -1,5 +1,7 @@
 """As much of vLLM's scheduler as it takes to run out of blocks, preempt and find prefixes."""
 
+from types import SimpleNamespace
+
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 
 TOKENS = 16
@@ -33,6 +35,18 @@ class Outputs:
         self.outputs = outputs
 
 
+class SchedulerOutput(list):
+    """The requests of a step, with what vLLM says of them."""
+
+    def __init__(self, requests, new, resumed):
+        super().__init__(requests)
+        self.scheduled_new_reqs = [SimpleNamespace(req_id=request.request_id) for request in new]
+        self.scheduled_cached_reqs = SimpleNamespace(resumed_req_ids={request.request_id for request in resumed})
+        self.num_scheduled_tokens = {request.request_id: len(request.tokens) - request.computed for request in requests}
+        self.total_num_scheduled_tokens = sum(self.num_scheduled_tokens.values())
+        self.scheduled_spec_decode_tokens, self.scheduled_encoder_inputs = {}, {}
+
+
 class Scheduler:
     def __init__(self, blocks, most, caches):
         self.coordinator = KVCacheCoordinator(blocks, caches)
@@ -62,7 +76,7 @@ class Scheduler:
         request.owned, request.blocks, request.computed = [], [], 0
 
     def schedule(self):
-        scheduled = []
+        scheduled, begun = [], []
         for request in list(self.running):
             while request in self.running and not self._secure(request):
                 victim = self.running.pop()
@@ -86,8 +100,10 @@ class Scheduler:
                 break
             request.computed = request.cached = len(found) * TOKENS
             self.running.append(self.waiting.pop(0))
-            scheduled.append(request)
-        return [request for request in scheduled if request in self.running]
+            begun.append(request)
+        known = [request for request in scheduled if request in self.running]
+        resumed = [request for request in begun if len(request.tokens) > request.prompt]
+        return SchedulerOutput(known + begun, [request for request in begun if request not in resumed], resumed)
 
     def update_from_output(self, scheduled, tokens):
         outputs = []
