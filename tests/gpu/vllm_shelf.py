@@ -3,8 +3,9 @@
 Run by `tests/gpu/run.sh vllm_shelf`; needs vLLM 0.26, openai and httpx importable. Three models of 8 layers of the 8B
 shape and one of the 1B shape, with random weights of their own and a tokenizer of 257 symbols, under one budget: every
 request is answered with all its tokens, an engine starts while others serve, one wakes while another sleeps, what was
-computed before a sleep is a prefix hit after it, one is killed in a wake. Times of first tokens and of switches are
-measured on the way. `SHOAL_SHELF_DEVICE=sim` makes a small dry run with a vLLM that computes without a GPU.
+computed before a sleep is a prefix hit after it, an idle one gives weights before its prefixes, one is killed in a
+wake. Times of first tokens and of switches are measured on the way. `SHOAL_SHELF_DEVICE=sim` makes a small dry run with
+a vLLM that computes without a GPU.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ BURST = int(os.environ.get("SHOAL_SHELF_REQUESTS", "160" if ON_GPU else "40"))
 CLIENTS = 24 if ON_GPU else 8
 LENGTHS = (16, 512, 2048) if ON_GPU else (16, 256)
 REPEATS = 4
+FILLS_MAX, FOUND = 200, 6
 START_S = float(os.environ.get("SHOAL_START_S", "260"))
 """Until all engines are up; the rest of the part takes about three minutes."""
 PRINTABLE = 94
@@ -338,6 +340,33 @@ def cases(report: Report, server: Server, clients: Clients, *, begun: float, bef
         report.figure("switch to a sleeping model, prompt of 100", "first token", times[1:], "ms")
 
     report.check("switches", switches)
+
+    def prices() -> None:
+        """An idle engine gives up weights before prefixes that take longer to compute, and finds these again."""
+        name, other = NAMES[:2]
+        fall_asleep(server, other)
+        asked: list[str] = []
+        computed = []
+        # Until the other's weights do not fit beside it any more.
+        weights = server.model(other)["capabilities"]["weights_bytes"]
+        while server.device()["free"] > weights // 2:
+            assert len(asked) < FILLS_MAX, server.state()
+            asked.append(text_of(LENGTHS[-1] - 40, 5000 + len(asked)))
+            computed.append(1e3 * clients.first_token(name, asked[-1]))
+        clients.first_token(other, "x")
+        held = server.model(name)["bytes"]
+        print(f"{name} after {other} came:", held, flush=True)
+        assert held["weights_device"] < weights, held
+        report.figure("a prompt that is computed", "first token", computed, "ms")
+        found = []
+        for prompt in asked[-FOUND:]:
+            begun = time.monotonic()
+            _, cached, _ = clients.complete(name, prompt, 1)
+            found.append(1e3 * (time.monotonic() - begun))
+            assert cached >= len(prompt) // 16 * 16 - 16, (cached, server.told("evict_started")[-8:])
+        report.figure("the same after another model took weights of this one", "first token", found, "ms")
+
+    report.check("an idle engine gives weights before prefixes that take longer to compute", prices)
 
     def killed() -> None:
         name, other = NAMES[0], NAMES[1]
