@@ -353,6 +353,7 @@ def cases(report: Report, server: Server, clients: Clients, *, begun: float, bef
             assert len(asked) < FILLS_MAX, server.state()
             asked.append(text_of(LENGTHS[-1] - 40, 5000 + len(asked)))
             computed.append(1e3 * clients.first_token(name, asked[-1]))
+        time.sleep(1)  # whoever may go on at once is not idle
         clients.first_token(other, "x")
         held = server.model(name)["bytes"]
         print(f"{name} after {other} came:", held, flush=True)
