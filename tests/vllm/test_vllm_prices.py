@@ -81,6 +81,14 @@ def test_a_step_of_prompts_says_what_a_mib_takes() -> None:
     assert engine.prices.back_us_per_mib == 1_600, "100 us a token, of which 16 are a MiB"
 
 
+def test_what_any_step_takes_is_not_the_prompts() -> None:
+    engine = Engine()
+    engine.run(Step({"a": 1}), 0.01)
+    engine.run(Step({}), 0.001)
+    engine.run(prompt(100), 0.02)
+    assert engine.prices.back_us_per_mib == 1_600
+
+
 def test_a_step_that_was_launched_beside_another_has_only_its_own_time() -> None:
     engine = Engine()
     first = engine.launch(prompt(1_000))

@@ -127,8 +127,8 @@ class PlainKv:
     def save(self, tokens, new, salt):
         pass
 
-    def computed(self, tokens, seconds):
-        assert tokens >= 1
+    def computed(self, tokens, seconds, requests):
+        assert tokens >= requests >= 1
         assert seconds >= 0
         self.memory.computed.append(tokens)
 

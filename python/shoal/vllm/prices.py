@@ -13,7 +13,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from shoal.vllm.control import CHECK
-from shoal.worker.price import FoundShare, PromptCost, rounded, tells
+from shoal.worker.price import FoundShare, PromptCost, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ class Prices:
 
     @property
     def back_us_per_mib(self) -> int:
-        """Microseconds that computing a MiB of a cached prefix again takes; 0 while nobody knows. For any thread."""
+        """Microseconds that computing a MiB of a cached prefix again adds; 0 while nobody knows. For any thread."""
         us = self._cost.us_per_token
         return 0 if us is None or self._is_kept_below else rounded(us * self._tokens_per_mib)
 
@@ -116,6 +116,5 @@ class Prices:
         # Guesses that are checked are no prompts, and what images take is not the tokens' alone.
         if kept is not output or output.scheduled_spec_decode_tokens or output.scheduled_encoder_inputs:
             return
-        tokens = output.total_num_scheduled_tokens
-        if tells(tokens, len(output.num_scheduled_tokens)):
-            self._cost.saw(tokens, now - max(begun, free_since))
+        if tokens := output.total_num_scheduled_tokens:
+            self._cost.saw(tokens, now - max(begun, free_since), len(output.num_scheduled_tokens))

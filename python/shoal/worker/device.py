@@ -146,10 +146,9 @@ class DeviceKv:
         if self.below is not None:
             self.below.save(tokens, max(0, len(tokens) // self._block_tokens - new), salt)
 
-    def computed(self, tokens: int, seconds: float) -> None:
-        """Say how long a step took that computed so many tokens of prompts."""
-        self._prompts.saw(tokens, seconds)
-        if self.below is not None:
+    def computed(self, tokens: int, seconds: float, requests: int) -> None:
+        """Say how long a step took that computed so many tokens for so many requests."""
+        if self._prompts.saw(tokens, seconds, requests) and self.below is not None:
             self.below.computed(tokens, seconds)
 
     @property

@@ -40,7 +40,6 @@ from . import hooks, scheduling
 from .errors import ApiError, described
 from .kv import PADDING_BLOCKS, ElasticCache, UnboundedMemoryHandler
 from .memory import Ahead, Memory, ShortageError
-from .price import tells
 from .sampling import RowSampler, Sampling
 from .usage import Counts, no_one_asks
 
@@ -436,8 +435,8 @@ class CausalEngine:
             self._cache.kv.record_step(self._stream())
         batch = self._processor.inputs_and_outputs
         # In a step that waited for its weights it is not known what computing took.
-        if not self._is_beside_wake and tells(batch.num_q_tokens, batch.num_request_in_batch):
-            self._cache.kv.computed(batch.num_q_tokens, time.monotonic() - begun)
+        if not self._is_beside_wake:
+            self._cache.kv.computed(batch.num_q_tokens, time.monotonic() - begun, batch.num_request_in_batch)
         self._processor.update_batch()
 
     def _stream(self) -> Any:

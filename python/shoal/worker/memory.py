@@ -81,8 +81,8 @@ class KvBlocks(Protocol):
     def save(self, tokens: Sequence[int], new: int, salt: str) -> None:
         """Let the last `new` full blocks of a sealed sequence be kept on a tier below the device too."""
 
-    def computed(self, tokens: int, seconds: float) -> None:
-        """Say how long a step took that computed so many tokens of prompts.
+    def computed(self, tokens: int, seconds: float, requests: int) -> None:
+        """Say how long a step took that computed so many tokens for so many requests.
 
         By that it is decided whether what tiers below have of a prompt is loaded, and what cached blocks are worth.
         """

@@ -18,29 +18,53 @@ _NEWEST = 1 / 8  # what the newest use counts for
 
 
 class PromptCost:
-    """What computing a token of a prompt takes: half of the tokens of the last steps took no longer.
+    """What computing a token of a prompt adds to a step: half of the tokens of the last steps added no more.
 
     So a step that waited for something else, as the first one does for its kernels, does not count by what it waited,
-    and one of few tokens, whose time is mostly not theirs, counts little.
+    and one of few tokens, whose time is mostly not theirs, counts little. What a step takes that computes next to
+    nothing is taken off, as the shortest of the last such steps took: a prompt of which all is found has such a step
+    too, so finding it saves that much less.
 
     Attributes
     ----------
     us_per_token
-        Microseconds; None before a step was seen. For any thread.
+        Microseconds; None before a step was seen that computed a prompt. For any thread.
     """
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)
+        self._others: deque[float] = deque(maxlen=_STEPS)
+        self._least_s = 0.0
         self.us_per_token: float | None = None
 
-    def saw(self, tokens: int, seconds: float) -> None:
-        """Learn what a step took that computed so many tokens of prompts; from one thread."""
-        self._steps.append((seconds * 1e6 / tokens, tokens))
+    def saw(self, tokens: int, seconds: float, requests: int) -> bool:
+        """Learn what a step took that computed so many tokens for so many requests; from one thread.
+
+        Returns
+        -------
+        bool
+            Whether it says what prompts take. A step that gives each request one token does not: it costs about the
+            same for one request and for many.
+        """
+        tells = tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * requests)
+        if tells:
+            self._steps.append((seconds, tokens))
+        else:
+            self._others.append(seconds)
+            least_s = min(self._others)
+            if least_s == self._least_s:
+                return False
+            self._least_s = least_s
+        self._settle()
+        return tells
+
+    def _settle(self) -> None:
         left = sum(count for _, count in self._steps) / 2
-        for us_per_token, count in sorted(self._steps):
+        added = (((seconds - self._least_s) * 1e6 / tokens, tokens) for seconds, tokens in self._steps)
+        for us_per_token, count in sorted(added):
             left -= count
             if left <= 0:
-                self.us_per_token = us_per_token
+                self.us_per_token = max(us_per_token, 0.0)
                 break
 
 
@@ -84,14 +108,6 @@ class FoundShare:
         """From 0 to 1. For any thread."""
         last = self._last
         return self._mean if last is None else self._mean + (last - self._mean) * _NEWEST
-
-
-def tells(tokens: int, requests: int) -> bool:
-    """Whether a step of so many tokens for so many requests says what prompts take.
-
-    One that gives each request one token costs about the same for one request and for many.
-    """
-    return tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * requests)
 
 
 def rounded(us: float) -> int:
