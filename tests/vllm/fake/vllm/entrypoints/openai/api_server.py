@@ -126,6 +126,7 @@ async def build_async_engine_client(args):
         worker_cls=args.worker_cls or "vllm.v1.worker.gpu_worker.Worker",
         caches=not args.no_enable_prefix_caching,
         step_seconds=args.step_seconds,
+        token_seconds=args.token_seconds,
         profile_seconds=args.profile_seconds,
         fail_at=args.fail_at,
         rots_with=args.rots_with,

@@ -11,6 +11,7 @@ def make_arg_parser(parser):
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--token-seconds", type=float, default=0.0)
     parser.add_argument("--profile-seconds", type=float, default=0.0)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--shutdown-timeout", type=int, default=0)

@@ -102,7 +102,8 @@ class Worker:
         return 0.0
 
     def execute_model(self, scheduler_output):
-        time.sleep(self.vllm_config.step_seconds)
+        config = self.vllm_config
+        time.sleep(config.step_seconds + config.token_seconds * scheduler_output.total_num_scheduled_tokens)
         self._step = self.model_runner.step(scheduler_output)
 
     def sample_tokens(self, grammar_output):
