@@ -3,11 +3,11 @@
 Run by `tests/gpu/run.sh tiers_concurrency`. The same engine as in `tiers_restore`, no HTTP. Conversations of 16k tokens
 (2 GiB of KV each; computing two of them takes more than a second) take turns in a random order, two at a time; each
 turn goes on with what was asked before and 32 tokens more. There are more of them from one look to the next, until the
-slowest of a hundred first tokens takes longer than a second. The ceiling is what the bytes of the levels hold, had each
-of them only what the faster ones lack. What is loaded and what is computed is decided by what both took, as
-`tier_load = "fastest"` does. Before that, one request at a time, what each move adds, worth it or not: the same turn
-with its KV on the device, in host memory, on disk, and nowhere. $SHOAL_TIERS_DEVICE=sim makes a small dry run;
-$SHOAL_DISK names a directory on the disk to use.
+99th percentile of first tokens (of so few the slowest) is longer than a second. The ceiling is what the bytes of the
+levels hold, had each of them only what the faster ones lack. What is loaded and what is computed is decided by what
+both took, as `tier_load = "fastest"` does. Before that, one request at a time, what each move adds, worth it or not:
+the same turn with its KV on the device, in host memory, on disk, and nowhere. $SHOAL_TIERS_DEVICE=sim makes a small dry
+run; $SHOAL_DISK names a directory on the disk to use.
 """
 
 from __future__ import annotations

@@ -334,6 +334,9 @@ def test_a_step_says_what_it_computes_and_for_whom() -> None:
         assert field in said, f"SchedulerOutput has no {field} any more"
     assert "req_id: str" in text(output, "NewRequestData")
     assert "resumed_req_ids: set[str]" in text(output, "CachedRequestData")
+    scheduler = "v1/core/sched/scheduler.py"
+    assert "self.requests: dict[str, Request]" in text(scheduler, "Scheduler", "__init__")
+    assert "request.num_preemptions += 1" in text(scheduler, "Scheduler", "_preempt_request")
     for step in ("step", "step_with_batch_queue"):
         said = text(core, "EngineCore", step)
         assert "self.scheduler.schedule(" in said, f"{step} schedules otherwise"

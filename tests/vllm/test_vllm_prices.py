@@ -20,6 +20,7 @@ class Step:
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     new: tuple[str, ...] = ()
     resumed: set[str] = field(default_factory=set)
+    preempted: tuple[str, ...] = ()
     found: int = 0
     scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
     scheduled_encoder_inputs: dict[str, list[int]] = field(default_factory=dict)
@@ -44,12 +45,16 @@ class Engine:
         self.queue = SimpleNamespace(cached=100, found=0)
         self.steps: deque[Step] = deque()
         self.now = 100.0
+        self.schedules_s = 0.0
+        self.requests: dict[str, Any] = {}
         self.prices = Prices(self.queue, 16.0, clock=lambda: self.now, **named)  # type: ignore[arg-type]
         self.prices.watch(self)
 
     def schedule(self, throttle_prefills: bool = False) -> Step:
         step = self.steps.popleft()
         self.queue.found += step.found
+        self.now += self.schedules_s
+        self.requests = {name: SimpleNamespace(num_preemptions=int(name in step.preempted)) for name in step.new}
         return step
 
     def update_from_output(self, output: Step, said: str) -> tuple[Step, str]:
@@ -83,9 +88,32 @@ def test_a_step_of_prompts_says_what_a_mib_takes() -> None:
 
 def test_what_any_step_takes_is_not_the_prompts() -> None:
     engine = Engine()
-    engine.run(Step({"a": 1}), 0.01)
     engine.run(Step({}), 0.001)
+    engine.run(Step({"a": 1}), 0.002)
+    engine.run(Step({"a": 16}), 0.01)
     engine.run(prompt(100), 0.02)
+    assert engine.prices.back_us_per_mib == 1_600
+
+
+def test_a_step_beside_which_the_loop_waited_says_nothing() -> None:
+    engine = Engine()
+    first = engine.launch(prompt(1_000))
+    engine.schedules_s = 5.0
+    second = engine.launch(prompt(1_000, "b"))
+    engine.end(first)
+    assert engine.prices.back_us_per_mib == 0, "that time was not the step's"
+    engine.now += 0.1
+    engine.end(second)
+    assert engine.prices.back_us_per_mib == 1_600
+
+
+def test_what_it_does_not_understand_ends_the_learning_and_not_the_engine() -> None:
+    engine = Engine()
+    engine.run(prompt(100), 0.01)
+    strange = prompt(100)
+    strange.num_scheduled_tokens = None  # type: ignore[assignment]
+    engine.run(strange, 0.01)
+    engine.run(prompt(100), 5)
     assert engine.prices.back_us_per_mib == 1_600
 
 
@@ -135,7 +163,7 @@ def test_a_step_that_was_never_launched_says_nothing_and_one_that_never_ends_is_
 def test_where_forgotten_blocks_come_back_from_a_tier_no_price_is_said() -> None:
     engine = Engine(is_kept_below=True)
     engine.run(prompt(100), 0.01)
-    assert engine.prices.back_us_per_mib == 0
+    assert (engine.prices.back_us_per_mib, engine.prices.found_milli) == (0, 0)
 
 
 def found_by(*steps: Step) -> int:
@@ -153,6 +181,8 @@ def test_what_requests_find_counts_once_for_each_that_came() -> None:
     assert found_by(nothing, nothing) < found_by(nothing), "a request that finds nothing does not count"
     assert found_by(prompt(40)) == 500, "a step that goes on with a prompt looks for nothing"
     assert found_by(Step({"a": 40}, resumed={"a"}, found=100)) == 500, "it found its own"
+    again = Step({"a": 40}, new=("a", "b"), preempted=("a",), found=100)
+    assert found_by(again) == 500, "it found its own, and is told among the new ones"
     assert found_by(Step({"c": 1}, new=(f"{CHECK}1",))) == 500, "what checks a wake is nobody's request"
     loaded = Step({}, found=100)
     assert found_by(loaded) == found_by(all_of_it), "what waits for a connector has found it"

@@ -36,30 +36,39 @@ def test_a_token_takes_what_half_of_them_took_at_most():
 
 def test_what_is_long_ago_is_forgotten():
     cost = PromptCost()
-    cost.saw(1, 0.001, 1)
+    cost.saw(5, 0.001, 1)
     cost.saw(100_000, 1.0, 1)
     for _ in range(16):
         cost.saw(100, 0.1, 1)
-        cost.saw(1, 0.02, 1)
+        cost.saw(5, 0.02, 1)
     assert cost.us_per_token == pytest.approx(800)
 
 
-@pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (31, 1), (64, 64), (79, 10)])
-def test_a_step_of_next_to_nothing_is_what_any_step_takes(tokens, requests):
+@pytest.mark.parametrize(("tokens", "requests"), [(2, 1), (31, 1), (79, 10)])
+def test_a_step_that_begins_a_request_with_next_to_nothing_is_what_any_step_takes(tokens, requests):
     cost = PromptCost()
     assert not cost.saw(tokens, 0.02, requests)
     assert cost.us_per_token is None, "it says nothing of prompts"
     cost.saw(1_000, 0.12, 1)
     assert cost.us_per_token == pytest.approx(100)
-    cost.saw(tokens, 0.5, requests)
-    assert cost.us_per_token == pytest.approx(100), "a long one beside many others is no step of nothing"
-    cost.saw(tokens, 0.01, requests)
+    for _ in range(2):
+        cost.saw(tokens, 0.01, requests)
     assert cost.us_per_token == pytest.approx(110)
+    cost.saw(tokens, 5.0, requests)
+    assert cost.us_per_token == pytest.approx(110), "one that waited is not what half of them take"
+
+
+@pytest.mark.parametrize("requests", [1, 64])
+def test_answers_say_nothing(requests):
+    cost = PromptCost()
+    cost.saw(1_000, 0.12, 1)
+    assert not cost.saw(requests, 0.05, requests)
+    assert cost.us_per_token == pytest.approx(120)
 
 
 def test_a_prompt_that_takes_no_longer_than_any_step_costs_next_to_nothing():
     cost = PromptCost()
-    cost.saw(1, 0.02, 1)
+    cost.saw(4, 0.02, 1)
     cost.saw(100, 0.019, 1)
     assert cost.us_per_token == 0
     assert rounded(0.0) == 1, "0 would say that nobody knows"
@@ -221,7 +230,7 @@ def test_a_mib_is_computed_again_or_loaded_whichever_is_faster():
         kv.computed(64, 0.064, 1)
         assert LAYOUT.block_bytes == 16 << 10
         assert kv.back_us_per_mib == 1_000_000, "1000 us a token, of which 1024 are a MiB"
-        kv.computed(1, 0.016, 1)
+        kv.computed(4, 0.016, 1)
         assert kv.back_us_per_mib == 770_000, "a step that finds all of it takes its time too"
         for load_us, said in ((None, 770_000), (2e6, 770_000), (70.4, 70)):
             below = SimpleNamespace(computed=lambda *_: None, load_us_per_mib=lambda us=load_us: us)

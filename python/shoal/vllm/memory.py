@@ -56,7 +56,8 @@ class EngineMemory:
     block_tokens : int
         Tokens of one of its blocks.
     tokens_per_mib : float
-        Tokens whose KV is a MiB, in all groups of layers.
+        Tokens whose KV is a MiB, if all groups of layers keep all of them. Those with windows or states keep less, so
+        of a long prompt a MiB is more tokens than that.
     waiting
         Gives a context in which the engine's loop waits for memory.
     """

@@ -8,6 +8,7 @@ begins. Apart from the line to the server because it needs nothing but vLLM's sc
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Prices"]
 
+logger = logging.getLogger("vllm.shoal")
+
 LAUNCHED_MAX = 16
-"""Steps of which no tokens came yet. vLLM has two at most; what is beyond that was given up, and is forgotten."""
+"""Steps of which no tokens came yet. With one worker, vLLM has two at most; what is beyond that is forgotten."""
+
+WAITED_S = 0.02
+"""From the scheduler's beginning to a launch. If it takes longer, the loop waits for memory or does others' work, and
+what it has not looked at meanwhile may have been ready for long."""
 
 
 class Prices:
@@ -36,7 +43,8 @@ class Prices:
     tokens_per_mib
         Tokens whose KV is a MiB.
     is_kept_below
-        Whether blocks that were forgotten come back from a tier. What that takes is not known, so no price is said.
+        Whether blocks that were forgotten come back from a tier. What that takes is not known, nor what was found
+        there, so neither a price nor a share is said.
     clock
         Gives seconds.
     """
@@ -52,6 +60,8 @@ class Prices:
         self._cost = PromptCost()
         self._finds = FoundShare()
         self._launched: OrderedDict[int, tuple[Any, float]] = OrderedDict()
+        self._is_over = False
+        self._begun = 0.0  # when the scheduler was asked last
         self._free_since = 0.0  # when the tokens of the last step were there
 
     @property
@@ -62,11 +72,11 @@ class Prices:
 
     @property
     def found_milli(self) -> int:
-        """What part of what is cached one use finds again, in thousandths. For any thread."""
-        return max(1, round(self._finds.share * 1_000))
+        """What part of what is cached one use finds again, in thousandths; 0 while nobody knows. For any thread."""
+        return 0 if self._is_kept_below else max(1, round(self._finds.share * 1_000))
 
     def watch(self, scheduler: Any) -> None:
-        """Learn from a scheduler from now on.
+        """Learn from a scheduler from now on. What goes wrong with it ends the learning, never the engine.
 
         Parameters
         ----------
@@ -77,14 +87,14 @@ class Prices:
 
         @functools.wraps(schedule)
         def watched_schedule(*arguments: Any, **named: Any) -> Any:
-            cached, found = self._queue.cached, self._queue.found
+            cached, found, self._begun = self._queue.cached, self._queue.found, self._clock()
             output = schedule(*arguments, **named)
-            self._scheduled(output, cached, self._queue.found - found)
+            self._learn(lambda: self._scheduled(scheduler, output, cached, self._queue.found - found))
             return output
 
         @functools.wraps(update)
         def watched_update(output: Any, *arguments: Any, **named: Any) -> Any:
-            self._ended(output)
+            self._learn(lambda: self._ended(output))
             return update(output, *arguments, **named)
 
         scheduler.schedule, scheduler.update_from_output = watched_schedule, watched_update
@@ -97,14 +107,28 @@ class Prices:
         output
             What the scheduler gave for it.
         """
-        self._launched[id(output)] = (output, self._clock())
+        now = self._clock()
+        if now - self._begun > WAITED_S:
+            self._launched.clear()
+        self._launched[id(output)] = (output, now)
         while len(self._launched) > LAUNCHED_MAX:
             self._launched.popitem(last=False)
 
-    def _scheduled(self, output: Any, cached: int, found: int) -> None:
+    def _learn(self, learn: Callable[[], None]) -> None:
+        if self._is_over:
+            return
+        try:
+            learn()
+        except Exception as error:  # noqa: BLE001 - whatever vLLM is by now, its loop goes on
+            self._is_over = True
+            logger.warning("What computing prompts takes is not measured any more: %r", error)
+
+    def _scheduled(self, scheduler: Any, output: Any, cached: int, found: int) -> None:
         """Learn what requests found that were scheduled for the first time."""
-        if output.scheduled_cached_reqs.resumed_req_ids:
-            return  # what was computed for them is found by them again
+        # One that was preempted finds what was computed for it; some of vLLM's runners have it among the new ones.
+        begun = [scheduler.requests[one.req_id] for one in output.scheduled_new_reqs]
+        if output.scheduled_cached_reqs.resumed_req_ids or any(one.num_preemptions for one in begun):
+            return
         if found or any(not one.req_id.startswith(CHECK) for one in output.scheduled_new_reqs):
             self._finds.looked(cached, found, self._clock())
 

@@ -79,6 +79,7 @@ class Shelf:
         self.memory: EngineMemory | None = None
         self._prices: Prices | None = None
         self._reporter: Reporter[Any] | None = None
+        self._kept_lock = threading.Lock()
         self._leader = leader
         self._tokens = 0
         self._fixed = 0
@@ -322,11 +323,17 @@ class Shelf:
         if self._prices is not None:
             self._prices.launched(scheduler_output)
 
+    def _tell_kept(self, cache: ElasticCache) -> None:
+        # Who looked first shall not be the last to tell.
+        with self._kept_lock:
+            cache.kv.set_kept(cache.kept_bytes())
+
     def _idle(self) -> None:
         """Say so at once: the server takes an engine to be busy until it hears of it. Called by the engine's loop."""
         cache = None if self.memory is None else self.memory.cache
         if cache is not None:
-            cache.kv.set_kept(cache.kept_bytes())  # the last request's blocks are only cached now
+            with contextlib.suppress(Error):
+                self._tell_kept(cache)  # the last request's blocks are only cached now
         if self._reporter is not None:
             self._reporter.hurry()
 
@@ -409,7 +416,7 @@ class Shelf:
                     with contextlib.suppress(TimeoutError, DeadlineError):
                         freed = self.errands.do(lambda nbytes=nbytes: self.shed(memory, nbytes), SHED_WAIT_S)  # type: ignore[misc]
                     cache.kv.answer_wanted(number, freed)
-                cache.kv.set_kept(cache.kept_bytes())
+                self._tell_kept(cache)
                 memory.release_unused()
             except Exception as error:  # noqa: BLE001 - whoever asks is answered by this thread alone
                 logger.warning("Memory was not given up: %s", error)

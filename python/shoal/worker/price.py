@@ -21,9 +21,9 @@ class PromptCost:
     """What computing a token of a prompt adds to a step: half of the tokens of the last steps added no more.
 
     So a step that waited for something else, as the first one does for its kernels, does not count by what it waited,
-    and one of few tokens, whose time is mostly not theirs, counts little. What a step takes that computes next to
-    nothing is taken off, as the shortest of the last such steps took: a prompt of which all is found has such a step
-    too, so finding it saves that much less.
+    and one of few tokens, whose time is mostly not theirs, counts little. What a step takes that begins a request and
+    computes next to nothing for it is taken off, as half of the last such steps took at most: a prompt of which all is
+    found has such a step too, so finding it saves that much less. Before there was one, nothing is taken off.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class PromptCost:
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)
         self._others: deque[float] = deque(maxlen=_STEPS)
-        self._least_s = 0.0
+        self._anyhow_s = 0.0
         self.us_per_token: float | None = None
 
     def saw(self, tokens: int, seconds: float, requests: int) -> bool:
@@ -43,24 +43,23 @@ class PromptCost:
         Returns
         -------
         bool
-            Whether it says what prompts take. A step that gives each request one token does not: it costs about the
-            same for one request and for many.
+            Whether it says what prompts take. A step of a few tokens for each request does not, and one that gives each
+            request one token is no prompt's at all.
         """
         tells = tokens >= max(_PREFILL_TOKENS, _PREFILL_PART * requests)
         if tells:
             self._steps.append((seconds, tokens))
-        else:
+        elif tokens > requests:
             self._others.append(seconds)
-            least_s = min(self._others)
-            if least_s == self._least_s:
-                return False
-            self._least_s = least_s
+            self._anyhow_s = sorted(self._others)[(len(self._others) - 1) // 2]
+        else:
+            return False
         self._settle()
         return tells
 
     def _settle(self) -> None:
         left = sum(count for _, count in self._steps) / 2
-        added = (((seconds - self._least_s) * 1e6 / tokens, tokens) for seconds, tokens in self._steps)
+        added = (((seconds - self._anyhow_s) * 1e6 / tokens, tokens) for seconds, tokens in self._steps)
         for us_per_token, count in sorted(added):
             left -= count
             if left <= 0:

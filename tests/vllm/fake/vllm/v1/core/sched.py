@@ -14,7 +14,7 @@ class Request:
         self.tokens = list(prompt)
         self.blocks = []
         self.owned = []
-        self.computed = self.cached = 0
+        self.computed = self.cached = self.num_preemptions = 0
 
     def hashes(self):
         found, before = [], self.cache_salt
@@ -38,10 +38,11 @@ class Outputs:
 class SchedulerOutput(list):
     """The requests of a step, with what vLLM says of them."""
 
-    def __init__(self, requests, new, resumed):
+    def __init__(self, requests, begun):
         super().__init__(requests)
-        self.scheduled_new_reqs = [SimpleNamespace(req_id=request.request_id) for request in new]
-        self.scheduled_cached_reqs = SimpleNamespace(resumed_req_ids={request.request_id for request in resumed})
+        # As for the V2 runner: those that were preempted are among them.
+        self.scheduled_new_reqs = [SimpleNamespace(req_id=request.request_id) for request in begun]
+        self.scheduled_cached_reqs = SimpleNamespace(resumed_req_ids=set())
         self.num_scheduled_tokens = {request.request_id: len(request.tokens) - request.computed for request in requests}
         self.total_num_scheduled_tokens = sum(self.num_scheduled_tokens.values())
         self.scheduled_spec_decode_tokens, self.scheduled_encoder_inputs = {}, {}
@@ -53,6 +54,10 @@ class Scheduler:
         self.pool = self.coordinator.block_pool
         self.waiting, self.running, self.most = [], [], most
         self.preemptions = 0
+
+    @property
+    def requests(self):
+        return {request.request_id: request for request in self.waiting + self.running}
 
     def get_request_counts(self):
         return len(self.running), len(self.waiting)
@@ -82,6 +87,7 @@ class Scheduler:
                 victim = self.running.pop()
                 self._free(victim)
                 self.preemptions += 1
+                victim.num_preemptions += 1
                 self.waiting.insert(0, victim)
             if request in self.running:
                 scheduled.append(request)
@@ -102,8 +108,7 @@ class Scheduler:
             self.running.append(self.waiting.pop(0))
             begun.append(request)
         known = [request for request in scheduled if request in self.running]
-        resumed = [request for request in begun if len(request.tokens) > request.prompt]
-        return SchedulerOutput(known + begun, [request for request in begun if request not in resumed], resumed)
+        return SchedulerOutput(known + begun, begun)
 
     def update_from_output(self, scheduled, tokens):
         outputs = []
