@@ -23,10 +23,10 @@ impl Core {
         let model = &self.models[place];
         let about: Vec<_> = self
             .events
-            .kept()
+            .explaining()
             .filter(|event| {
                 let is_its = event.model.as_deref() == Some(model.name.as_str());
-                event.what.explains() && (is_its || event.what.requester() == Some(model.name.as_str()))
+                is_its || event.what.requester() == Some(model.name.as_str())
             })
             .collect();
         let earlier = about.len().saturating_sub(last);

@@ -8,9 +8,13 @@ use tokio::sync::broadcast;
 use super::event::{Event, EventKind, SCHEMA_VERSION};
 
 /// A bounded ring of events and a broadcast of them. Ids are given here, so they grow by one from event to event.
+///
+/// Those that explain something ([`EventKind::explains`]) have a ring of their own too: a worker that gives back 2 GiB by
+/// pieces of 8 MiB tells of hundreds, and a dozen such orders would leave nothing of what was decided.
 #[derive(Debug)]
 pub struct EventLog {
     ring: VecDeque<Arc<Event>>,
+    explaining: VecDeque<Arc<Event>>,
     capacity: usize,
     last_id: u64,
     feed: broadcast::Sender<Arc<Event>>,
@@ -25,11 +29,17 @@ pub struct Missed {
 }
 
 impl EventLog {
-    /// Keeps the newest `capacity` events (at least one).
+    /// Keeps the newest `capacity` events (at least one), and half as many of those that explain something.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         let capacity = capacity.max(1);
-        Self { ring: VecDeque::new(), capacity, last_id: 0, feed: broadcast::Sender::new(capacity) }
+        Self {
+            ring: VecDeque::new(),
+            explaining: VecDeque::new(),
+            capacity,
+            last_id: 0,
+            feed: broadcast::Sender::new(capacity),
+        }
     }
 
     /// Appends one event and tells those who watch.
@@ -47,6 +57,12 @@ impl EventLog {
             self.ring.pop_front();
         }
         self.ring.push_back(Arc::clone(&event));
+        if event.what.explains() {
+            if self.explaining.len() >= self.capacity.div_ceil(2) {
+                self.explaining.pop_front();
+            }
+            self.explaining.push_back(Arc::clone(&event));
+        }
         // Nobody watching is no error.
         let _ = self.feed.send(Arc::clone(&event));
         event
@@ -69,6 +85,11 @@ impl EventLog {
         self.ring.iter()
     }
 
+    /// Those that explain something, oldest first; also such as are too old to be among [`kept`](Self::kept).
+    pub fn explaining(&self) -> impl Iterator<Item = &Arc<Event>> {
+        self.explaining.iter()
+    }
+
     /// Events after `id`, oldest first.
     ///
     /// # Errors
@@ -85,6 +106,9 @@ impl EventLog {
 
 #[cfg(test)]
 mod tests {
+    use shoal_core::bytes::ByteCount;
+    use shoal_core::protocol::LeaseKind;
+
     use super::*;
 
     #[test]
@@ -99,6 +123,23 @@ mod tests {
         assert_eq!(ids(5), Ok(vec![]));
         assert_eq!(ids(1), Err(Missed { oldest_kept: 3 }));
         assert_eq!(ids(6), Err(Missed { oldest_kept: 3 }));
+    }
+
+    #[test]
+    fn what_explains_outlasts_how_the_ledger_moved() {
+        let mut log = EventLog::new(8);
+        let (lease, bytes, leased) = (LeaseKind::Kv, ByteCount::mib(8), ByteCount::ZERO);
+        let told = |log: &EventLog| log.explaining().map(|event| event.id).collect::<Vec<_>>();
+        log.push(1, Some("chat"), EventKind::Pinned { pinned: true });
+        for n in 0..1_000 {
+            log.push(n, Some("chat"), EventKind::LeaseReturned { lease, bytes, leased });
+        }
+        assert_eq!(told(&log), [1]);
+        assert_eq!(log.kept().count(), 8);
+        for n in 0..5 {
+            log.push(n, None, EventKind::Pinned { pinned: false });
+        }
+        assert_eq!(told(&log), [1_003, 1_004, 1_005, 1_006], "they are bounded too");
     }
 
     #[test]

@@ -16,6 +16,7 @@ fn kept(core: &Core) -> Vec<(&'static str, usize, usize)> {
     let words = core.events.kept().map(|event| event.text.len()).max().unwrap_or_default();
     vec![
         ("events", core.events.kept().count(), EVENTS_KEPT),
+        ("events that explain something", core.events.explaining().count(), EVENTS_KEPT / 2),
         ("bytes of an event's words", words, 5_000),
         ("lease requests", core.asked.len(), PLACES_MAX * (REQUESTS_PER_MODEL_MAX + 1)),
         ("workers of servers before", core.strangers.len(), PLACES_MAX),
