@@ -103,6 +103,30 @@ def test_a_host_budget_smaller_than_the_weights(tmp_path: Path, model_tables: li
         assert sum(model["bytes"]["host"] for model in state["models"]) <= 16 << 20
 
 
+def test_a_model_that_sleeps_in_host_memory_has_all_of_it_there(
+    tmp_path: Path, model_tables: list[dict[str, object]]
+) -> None:
+    """In a budget that is too short for all, the one with `sleep = "host"` lacks nothing; others share the rest."""
+    kept, *others = (str(table["name"]) for table in model_tables)
+    tables = [{**table, "sleep": "host"} if table["name"] == kept else table for table in model_tables]
+    with serve(tmp_path, models=tables, device_budget="64MiB", host_budget="60MiB") as server:
+        before = {}
+        for name in (kept, *others):
+            server.wait_for(name, "asleep")
+            before[name] = server.complete(name, "x = ", 8)
+        for name in (kept, *others):
+            if server.model(name)["bytes"]["weights_device"]:
+                assert server.order(name, "sleep").status_code == 200
+            server.wait_for(name, "asleep")
+        until(lambda: any(server.model(name)["bytes"]["source_only"] > 0 for name in others), 5, "the others lack some")
+        asleep = server.model(kept)["bytes"]
+        assert asleep["source_only"] == 0, asleep
+        assert asleep["host"] >= asleep["weights_total"] > 0, asleep
+        assert sum(model["bytes"]["host"] for model in server.state()["models"]) <= 60 << 20
+        for name in (kept, *others):
+            assert server.complete(name, "x = ", 8) == before[name]
+
+
 def test_host_memory_goes_where_the_weights_are(tmp_path: Path) -> None:
     """A large model beside small ones has its weights in host memory, in a budget whose third is too small for them."""
     made = {"big": models.make_llama(tmp_path / "big", seed=0, hidden=512)}

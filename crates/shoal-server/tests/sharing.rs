@@ -111,6 +111,43 @@ async fn a_model_that_does_not_sleep_stays_and_the_other_is_told_why() {
     use_once(&shelf, "chat").await;
     let error = shelf.route("code", soon()).await.expect_err("no room");
     assert!(error.to_string().contains("chat keeps 100 MiB (it does not sleep)"), "{error}");
+    let error = shelf.sleep("chat", 0.0, soon()).await.expect_err("it does not");
+    assert!(error.to_string().contains("`sleep = \"none\"`"), "{error}");
+    assert_eq!(status(&shelf, "chat"), ModelStatus::Awake, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_keeps_its_minimum_whoever_needs_memory_and_not_when_it_is_told_to_sleep() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let keeps = ModelConfig { min: Some(ByteCount::mib(80)), ..model("chat", &[]) };
+    let fits = model("small", &["--weights", "60"]);
+    let shelf = start(scratch.path(), 150, vec![keeps, model("code", &["--weights", "80"]), fits]);
+    let held = |shelf: &Shelf| {
+        let state = shelf.snapshot();
+        state.models.iter().find(|model| model.name == "chat").expect("there").lease.weights
+    };
+    use_once(&shelf, "chat").await;
+    assert_eq!(held(&shelf), ByteCount::mib(100));
+    for name in ["code", "small"] {
+        ready(&shelf, name).await;
+    }
+    let briefly = Instant::now() + Duration::from_secs(4);
+    let error = shelf.route("code", briefly).await.expect_err("80 MiB beside 80 of 150");
+    assert!(error.to_string().contains("chat"), "{error}");
+    assert!(held(&shelf) >= ByteCount::mib(80), "{}", story(&shelf));
+    use_once(&shelf, "small").await;
+    assert!(held(&shelf) >= ByteCount::mib(80), "{}", story(&shelf));
+    assert!(held(&shelf) < ByteCount::mib(100), "it gave up what is beyond");
+    let why = shelf.why("chat", 1).expect("there").now.join(" ");
+    assert!(
+        why.contains(
+            "Of what it holds it keeps 80 MiB whoever needs memory (`min`), unless it is told to sleep"
+        ),
+        "{why}"
+    );
+    shelf.sleep("chat", 0.0, soon()).await.expect("it is told to");
+    assert_eq!(held(&shelf), ByteCount::ZERO);
     shelf.shutdown(soon()).await;
 }
 

@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 
 use super::orders::Reclaim;
 use super::{Core, Life, PARKED_TOTAL_MAX, lifecycle};
+use crate::config::SleepDepth;
 use crate::shelf::{Caller, RouteError, ShelfError, Target};
 use crate::state::{EventKind, ModelStatus};
 
@@ -331,6 +332,9 @@ impl Core {
         }
         if model.pinned {
             return refuse("it is pinned; unpin it first".to_owned());
+        }
+        if model.config.sleep == SleepDepth::None {
+            return refuse("it does not sleep (`sleep = \"none\"` in its table)".to_owned());
         }
         let held = self.book.held(model.id, LeaseKind::Weights) + self.book.held(model.id, LeaseKind::Kv);
         #[expect(

@@ -224,7 +224,9 @@ impl Core {
             return said;
         }
         if let Some(min) = model.config.min {
-            said.push(format!("It keeps {min} in any case (`min`)."));
+            said.push(format!(
+                "Of what it holds it keeps {min} whoever needs memory (`min`), unless it is told to sleep."
+            ));
         }
         if model.config.sleep == SleepDepth::None {
             said.push("Its weights stay on the device (`sleep = \"none\"`).".to_owned());
