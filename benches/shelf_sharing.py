@@ -3,7 +3,7 @@
 `shelf_decision`: a decision over 1,000 models with 100,000 extents. `shelf_traces`: hours in virtual time under the
 default policy, with the policy `lru` (whole models by their last use, as other managers do it) as the peer in the same
 run. `shelf_lease`: a lease asked for by a worker process of a real shelf; its ceiling is an echo of the same lines.
-`shelf_at_rest`: a server whose models nobody has asked for.
+`shelf_at_rest`: servers whose models nobody has asked for, and one whose workers all sleep.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.support.models import make_llama, tables  # noqa: E402
 from tests.support.server import serve  # noqa: E402
 
 from benches.criterion import rows_of, target_directory  # noqa: E402
@@ -81,7 +82,7 @@ def lease() -> list[Row]:
 
 
 def at_rest() -> list[Row]:
-    """Look at servers whose models nobody has asked for."""
+    """Look at servers whose models nobody has asked for, and at one whose workers all sleep after an answer each."""
     rows = []
     for count in (3, 100):
         models: list[dict[str, object]] = [
@@ -95,21 +96,35 @@ def at_rest() -> list[Row]:
             for number in range(count)
         ]
         with tempfile.TemporaryDirectory() as home, serve(Path(home), models=models, device="sim") as server:
-            before = cpu_s(server.process.pid)
-            time.sleep(REST_S)
-            case = f"server at rest, {count} models"
-            pid = server.process.pid
-            busy = (cpu_s(pid) - before) / REST_S
-            memory = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-            kib = {key: int(value.split()[0]) for key, value in memory.items()}
-            threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-            rows += [
-                Row(case, "resident", kib["Rss"] / 1024, "MiB", "lower"),
-                Row(case, "of its own (private)", (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024, "MiB", "lower"),
-                Row(case, "threads", threads, "count", "lower"),
-                Row(case, "processor time", busy * 100, "% of a core", "lower"),
-            ]
+            rows += resting(f"server at rest, {count} models", server.process.pid)
+    with tempfile.TemporaryDirectory() as made:
+        home = Path(made)
+        made_of = {name: make_llama(home / name, seed=seed) for seed, name in enumerate(("ash", "birch", "cedar"))}
+        with serve(home, models=tables(made_of), device="sim") as server:
+            for name in made_of:
+                server.wait_for(name, "asleep")
+                server.complete(name, "x = ", 8)
+            for name in made_of:
+                server.order(name, "sleep")
+                server.wait_for(name, "asleep")
+            rows += resting("server at rest, 3 workers that sleep", server.process.pid)
     return rows
+
+
+def resting(case: str, pid: int) -> list[Row]:
+    """Look at a process that has nothing to do."""
+    before = cpu_s(pid)
+    time.sleep(REST_S)
+    busy = (cpu_s(pid) - before) / REST_S
+    memory = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    kib = {key: int(value.split()[0]) for key, value in memory.items()}
+    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+    return [
+        Row(case, "resident", kib["Rss"] / 1024, "MiB", "lower"),
+        Row(case, "of its own (private)", (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024, "MiB", "lower"),
+        Row(case, "threads", threads, "count", "lower"),
+        Row(case, "processor time", busy * 100, "% of a core", "lower"),
+    ]
 
 
 def cpu_s(pid: int) -> float:
