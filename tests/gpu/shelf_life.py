@@ -339,7 +339,10 @@ def prices(report: Report, home: Path, tables: list[dict[str, object]], right: d
             report.figure("a cached prefix", "a use finds", [share for *_, share in found], "%")
             # What a first token takes anyhow is in neither: the price is about what finding saves of it.
             price, saved = sorted(costs)[len(costs) // 2], computed - at_once
-            assert abs(price - saved) < computed / 2, (price, saved, computed)
+            if saved > computed / 4:
+                assert saved / 3 < price < saved * 3, (price, saved, computed)
+            else:  # too little to be told from what first tokens differ by
+                assert price < computed / 2, (price, saved, computed)
 
         report.check("cached prefixes are given up at what finding them saves", told)
         assert server.complete(ash, PROMPT, TOKENS) == right[ash]

@@ -334,7 +334,8 @@ impl Core {
             return refuse("it is pinned; unpin it first".to_owned());
         }
         if model.config.sleep == SleepDepth::None {
-            return refuse("it does not sleep (`sleep = \"none\"` in its table)".to_owned());
+            let reason = "it does not sleep (`sleep = \"none\"` in its table); with \"source\" or \"host\" there, and a reload, it does";
+            return refuse(reason.to_owned());
         }
         let held = self.book.held(model.id, LeaseKind::Weights) + self.book.held(model.id, LeaseKind::Kv);
         #[expect(
