@@ -210,7 +210,7 @@ def test_engines_that_start_at_once_and_need_more_than_they_foresaw_do_not_wait_
 def test_an_idle_engine_gives_weights_before_prefixes_that_take_longer_to_compute(tmp_path: Path) -> None:
     prompts = [f"{number} " * 200 for number in range(8)]
     shelf = [table(tmp_path, "ash", "--token-seconds", "0.0002"), table(tmp_path, "birch")]
-    with serve(tmp_path, models=shelf, device_budget="32MiB", host_budget="128MiB") as server:
+    with serve(tmp_path, models=shelf, device_budget="30MiB", host_budget="128MiB") as server:
         assert text(ask(server, "birch", "first")) == expected("birch", "first", 8)
         assert server.order("birch", "sleep").status_code == 200
         server.wait_for("birch", "asleep")

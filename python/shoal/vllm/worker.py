@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.utils import select_common_block_size
 
 from shoal.errors import RegionError
+from shoal.vllm import packing
 from shoal.vllm.memory import EngineMemory, KvWhileAsleep
 from shoal.vllm.shelf import STEP_WAIT_S, Shelf
 from shoal.vllm.start import StartNeeds
@@ -48,6 +51,8 @@ class Worker(gpu_worker.Worker):
         self._shelf = Shelf.of_environment()
         with self._telling("beginning"):
             refuse_unsupported(self.vllm_config)
+        # The engine plans its cache in this process, once the model is loaded.
+        packing.pack(kv_cache_utils, attention_backends, select_common_block_size)
         self._memory: EngineMemory | None = None
         self._is_warm = False
         self._written = 0
@@ -484,6 +489,25 @@ def refuse_unsupported(config: Any) -> None:
         )
     if reasons:
         raise RegionError(f"Shoal's vLLM worker needs {'; '.join(reasons)}", kind="unsupported")
+
+
+def attention_backends(vllm_config: Any, names: list[str]) -> list[Any]:
+    """Give the attention backends of some layers.
+
+    Parameters
+    ----------
+    vllm_config
+        vLLM's ``VllmConfig``.
+    names
+        The layers'.
+
+    Returns
+    -------
+    list of type
+        Their classes, each once.
+    """
+    layers = (vllm_config.compilation_config.static_forward_context.get(name) for name in names)
+    return list({layer.get_attn_backend(): None for layer in layers if layer is not None})
 
 
 def transfers_of_connector() -> Transfers:

@@ -3,6 +3,7 @@ import queue
 import threading
 from types import SimpleNamespace
 
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched import Request, Scheduler
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.worker import gpu_worker
@@ -18,16 +19,9 @@ class EngineCoreProc:
         self.worker.init_device()
         self.worker.load_model()
         available = self.worker.determine_available_memory()
-        blocks = available // (gpu_worker.LAYERS * gpu_worker.BLOCK_BYTES)
-        spec = SimpleNamespace(block_size=gpu_worker.BLOCK_TOKENS)
-        kv_config = SimpleNamespace(
-            num_blocks=blocks,
-            kv_cache_tensors=[
-                SimpleNamespace(size=blocks * gpu_worker.BLOCK_BYTES, shared_by=[f"layer {number}"], block_stride=0)
-                for number in range(gpu_worker.LAYERS)
-            ],
-            kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)],
-        )
+        groups = [SimpleNamespace(kv_cache_spec=self.worker.kv_cache_spec(), layer_names=gpu_worker.NAMES)]
+        kv_config = kv_cache_utils.get_kv_cache_config(config, groups, available)
+        blocks = kv_config.num_blocks
         self.worker.initialize_from_config(kv_config)
         self.worker.compile_or_warm_up_model()
         self.scheduler = Scheduler(blocks, config.scheduler_config.max_num_seqs, config.caches)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu import attn_utils
 
 LAYERS = 2
+NAMES = [f"layer {number}" for number in range(LAYERS)]
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 32 << 10
 """Of one layer: most of it is never touched."""
@@ -20,17 +22,34 @@ class Model(torch.nn.Module):
         self.weight = torch.nn.Parameter(read, requires_grad=False)
 
 
+class Attention:
+    """Of a layer, and its backend."""
+
+    block_tokens = BLOCK_TOKENS
+
+    def get_attn_backend(self):
+        return Attention
+
+    @staticmethod
+    def get_name():
+        return "FLASH_ATTN"
+
+
 class Runner:
     def __init__(self, config):
         self.config = config
 
     def load_model(self):
         self.model = Model(self.config.model_config.model)
+        self.config.compilation_config.static_forward_context.update({name: Attention() for name in NAMES})
 
     def initialize_kv_cache(self, kv_cache_config):
         found = attn_utils._allocate_kv_cache(kv_cache_config, None, None)
         blocks = kv_cache_config.num_blocks
-        self.layers = [found[f"layer {number}"].view(blocks, -1) for number in range(LAYERS)]
+        self.layers = []
+        for tensor in kv_cache_config.kv_cache_tensors:
+            whole = found[tensor.shared_by[0]].view(blocks, -1)
+            self.layers.append(whole[:, tensor.offset : tensor.offset + BLOCK_BYTES])
 
     def step(self, scheduled):
         """Write the new tokens of each request to its blocks; then read all of it back and give one more token."""
@@ -84,6 +103,9 @@ class Worker:
         self._fail("load")
         with self._maybe_get_memory_pool_context(tag="weights"):
             self.model_runner.load_model()
+
+    def kv_cache_spec(self):
+        return FullAttentionSpec(BLOCK_TOKENS, BLOCK_BYTES)
 
     def determine_available_memory(self):
         time.sleep(self.vllm_config.profile_seconds)
