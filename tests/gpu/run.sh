@@ -24,7 +24,9 @@
 #   tests/gpu/run.sh tiers_concurrency  conversations of an 8B held with a first token within a second: no tier, host, disk
 #   tests/gpu/run.sh tiers_weights  13 GiB of weights at rest on the disk of $SHOAL_DISK: starts and wakes from there and from files
 #   tests/gpu/run.sh vllm           vLLM 0.26 (importable) on Shoal and alone: tokens, sleep, wake, memory while asleep
+#   tests/gpu/run.sh vllm_graphs, vllm_eager  of these the cases that compare tokens, by themselves; vllm_large: sleep, wake, throughput
 #   tests/gpu/run.sh vllm_offload   vLLM's own KV offloading on Shoal's host tier and disks: tokens, first tokens of restored prompts
+#   tests/gpu/run.sh vllm_offload_times  of these the first tokens by themselves, with vLLM's CPU offload and fs tier beside
 #   tests/gpu/run.sh vllm_serve     `SHOAL=1 vllm serve` as it is typed, against `vllm serve`: texts, /sleep, /wake_up
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
 #   tests/gpu/run.sh shelf_life     workers under the next server, a reload, programs of others, what prefixes cost: on the GPU
@@ -126,6 +128,13 @@ shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
 vllm_burst | vllm_all_active) python3 -X faulthandler -m tests.gpu.vllm_load "${part#vllm_}" ;;
 vllm) python3 -X faulthandler -m tests.gpu.vllm_part ;;
+vllm_graphs | vllm_eager | vllm_large)
+    SHOAL_VLLM_CASES="stock ${part#vllm_},shoal ${part#vllm_}" python3 -X faulthandler -m tests.gpu.vllm_part
+    ;;
+vllm_offload_times)
+    SHOAL_VLLM_CASES="large none,large cpu,large shoal,large shoal again,large fs,large fs again" SHOAL_VLLM_TIME=330 \
+        python3 -X faulthandler -m tests.gpu.vllm_offload
+    ;;
 vllm_offload | vllm_serve) python3 -X faulthandler -m "tests.gpu.$part" ;;
 vmm) "$(program cuda_vmm)" ;;
 copies) "$(program cuda_copies)" ;;
@@ -152,7 +161,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, tiers_weights, vllm, vllm_offload, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, tiers_weights, vllm, vllm_graphs, vllm_eager, vllm_large, vllm_offload, vllm_offload_times, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac

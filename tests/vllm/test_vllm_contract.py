@@ -130,6 +130,43 @@ def test_each_model_runner_asks_one_function_for_its_cache() -> None:
     assert "self._allocate_kv_cache_tensors" in asked, "the V1 runner allocates its cache elsewhere"
 
 
+def test_one_function_decides_whether_layers_lie_side_by_side() -> None:
+    utils = "v1/core/kv_cache_utils.py"
+    decides = "_use_packed_kv_cache_config"
+    assert parameters(utils, decides) == ["vllm_config", "kv_cache_groups"], "the decision is told other things"
+    for asking in ("_pool_bytes_per_block", "get_kv_cache_config_from_groups"):
+        assert decides in calls(utils, asking), f"{asking} decides by something else"
+    planned = text(utils, "_get_kv_cache_config_packed")
+    for said in ("offset=byte_offset", "block_stride=total_num_bytes_per_block", "size=total_size"):
+        assert said in planned, f"a packed plan is told otherwise: there is no {said}"
+    assert "get_kv_cache_configs" in calls("v1/engine/core.py", "EngineCore", "_initialize_kv_caches")
+    for path, names in (
+        (V2_CACHE, ("_reshape_kv_cache",)),
+        (V1_RUNNER, ("GPUModelRunner", "_reshape_kv_cache_tensors")),
+    ):
+        said = text(path, *names)
+        assert "layer_packing[ln] = (kv_tensor.offset, kv_tensor.block_stride)" in said, f"{names[-1]} cuts otherwise"
+    cut = text(V2_CACHE, "_reshape_attention_kv_cache")
+    assert "kv_raw_tensor.view(-1, block_stride)[:, offset:offset + page_bytes]" in cut, (
+        "packed views are cut otherwise"
+    )
+    assert "_reshape_attention_kv_cache" in calls(V1_RUNNER, "GPUModelRunner", "_reshape_kv_cache_tensors")
+
+
+def test_layers_say_what_their_attention_and_their_kv_are() -> None:
+    assert parameters("v1/worker/utils.py", "select_common_block_size") == ["kv_manager_block_size", "backends"]
+    asked = text(V2_CACHE, "get_kv_cache_spec")
+    assert "attn_module.get_attn_backend()" in asked, "a layer's backend is asked for otherwise"
+    assert "indexes_kv_by_block_stride=indexes" in asked, "the V2 runner does not say how attention finds blocks"
+    assert "return 'FLASH_ATTN'" in text("v1/attention/backends/flash_attn.py", "FlashAttentionBackend", "get_name")
+    spec = text("v1/kv_cache_interface.py", "AttentionSpec")
+    for name in ("kv_quant_mode: KVQuantMode", "page_size_padded: int | None", "indexes_kv_by_block_stride: bool"):
+        assert name in spec, f"AttentionSpec has no {name} any more"
+    assert "NONE = 0" in text("v1/kv_cache_interface.py", "KVQuantMode")
+    assert "head_size_v: int" in text("v1/kv_cache_interface.py", "FullAttentionSpec")
+    assert "static_forward_context" in text("config/vllm.py", "get_layers_from_vllm_config")
+
+
 def test_a_cache_is_flat_tensors_of_bytes_by_layer() -> None:
     for path, names in (
         (V2_CACHE, ("_allocate_kv_cache",)),

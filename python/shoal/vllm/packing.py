@@ -47,8 +47,16 @@ def why_not(
     -------
     str or None
         The reason; None where they can lie side by side.
+
+    Raises
+    ------
+    ValueError
+        :data:`LAYOUT_VARIABLE` is set to something else.
     """
-    if os.environ.get(LAYOUT_VARIABLE, "block") == "layer":
+    layout = os.environ.get(LAYOUT_VARIABLE) or "block"
+    if layout not in ("block", "layer"):
+        raise ValueError(f"{LAYOUT_VARIABLE} is 'block' or 'layer', not {layout!r}")
+    if layout == "layer":
         return f"{LAYOUT_VARIABLE} says so"
     if vllm_config.kv_transfer_config is not None:
         return "its KV connector takes layers one by one"

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched import Request, Scheduler
 from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.worker import gpu_worker
 
 
 class EngineCoreProc:
@@ -19,7 +18,8 @@ class EngineCoreProc:
         self.worker.init_device()
         self.worker.load_model()
         available = self.worker.determine_available_memory()
-        groups = [SimpleNamespace(kv_cache_spec=self.worker.kv_cache_spec(), layer_names=gpu_worker.NAMES)]
+        specs = self.worker.get_kv_cache_spec()
+        groups = [SimpleNamespace(kv_cache_spec=next(iter(specs.values())), layer_names=list(specs))]
         kv_config = kv_cache_utils.get_kv_cache_config(config, groups, available)
         blocks = kv_config.num_blocks
         self.worker.initialize_from_config(kv_config)

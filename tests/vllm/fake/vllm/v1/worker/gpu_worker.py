@@ -104,8 +104,8 @@ class Worker:
         with self._maybe_get_memory_pool_context(tag="weights"):
             self.model_runner.load_model()
 
-    def kv_cache_spec(self):
-        return FullAttentionSpec(BLOCK_TOKENS, BLOCK_BYTES)
+    def get_kv_cache_spec(self):
+        return dict.fromkeys(NAMES, FullAttentionSpec(BLOCK_TOKENS, BLOCK_BYTES))
 
     def determine_available_memory(self):
         time.sleep(self.vllm_config.profile_seconds)
