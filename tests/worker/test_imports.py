@@ -16,7 +16,7 @@ def _thawed():
 
 
 def test_nothing_is_collected_while_modules_come_and_what_came_is_not_walked_again():
-    with worker_main._nothing_collected():
+    with worker_main.nothing_collected():
         assert not gc.isenabled()
         came = [[] for _ in range(1000)]
     assert gc.isenabled()
@@ -26,6 +26,6 @@ def test_nothing_is_collected_while_modules_come_and_what_came_is_not_walked_aga
 
 
 def test_it_is_collected_again_after_an_import_that_failed():
-    with pytest.raises(ImportError), worker_main._nothing_collected():
+    with pytest.raises(ImportError), worker_main.nothing_collected():
         raise ImportError
     assert gc.isenabled()

@@ -44,9 +44,10 @@ _TELL_S = 0.5
 _INSTALL = "pip install 'shoal[serve]' brings what serving needs"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve one model; returns the exit status."""
-    if not parent.end_with_parent():
+def main(argv: Sequence[str] | None = None, server: parent.Parent | parent.Lifeline | None = None) -> int:
+    """Serve one model; returns the exit status. `server` is who it ends with, its parent by default."""
+    server = parent.Parent() if server is None else server
+    if not server.end_with_it():
         print("shoal.worker: the server that started this worker is gone", file=sys.stderr)
         return 1
     parser = argparse.ArgumentParser(prog="python -m shoal.worker", description="Serve one model for shoal serve.")
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-    server = os.getppid()
+    if isinstance(server, parent.Lifeline):
+        logger.info("forked from process %d, which has imported what workers need", os.getppid())
     try:
         from shoal import BrokerClient, Error
     except ImportError as error:
@@ -68,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     client.on_disconnect = "exit"
     if client.server_wait_s > 0:
-        parent.outlive_parent()
-        server = 0
+        server.outlive()
+        return _serve(client, options.model, None)
     return _serve(client, options.model, server)
 
 
-def _serve(client: BrokerClient, name: str, server: int) -> int:
+def _serve(client: BrokerClient, name: str, server: parent.Parent | parent.Lifeline | None) -> int:
     from .errors import LoadError, described
 
     try:
@@ -101,8 +103,8 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
     # Several workers share the cores. Threads that spin while they wait for the next operation take them from the other
     # models: on two cores, three models together ran five times as fast with threads that sleep. Read as torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _nothing_collected():
-        _require_extras()
+    with nothing_collected():
+        require_extras()
         import torch
         import transformers
 
@@ -144,7 +146,7 @@ def _assemble(client: BrokerClient, name: str) -> Assembled:
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
+def nothing_collected() -> Iterator[None]:
     """While inside, Python looks for no garbage, and never again in what is there at the end: for imports.
 
     Two thousand modules are a third of a million objects that stay. To walk them again and again while they come is 0.4
@@ -220,7 +222,7 @@ def _open(client: BrokerClient, spec: WorkerSpec, host_budget: int) -> DeviceMem
     return DeviceMemory(mem, overhead)
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     """Import what the `serve` extra brings; what is not there will not be there after a restart either."""
     from .errors import LoadError
 
@@ -249,7 +251,7 @@ def _prepared(spec: WorkerSpec, progress: Progress) -> Path:
         raise LoadError(getattr(error, "code", None) or "model_missing", str(error)) from error
 
 
-async def _run(client: BrokerClient, assembled: Assembled, server: int) -> int:
+async def _run(client: BrokerClient, assembled: Assembled, server: parent.Parent | parent.Lifeline | None) -> int:
     """Serve until there is a reason to end."""
     from .http import make_app, serve
     from .usage import Counts, Reporter
@@ -324,7 +326,11 @@ def _next_word(client: BrokerClient, heard: threading.Event) -> dict[str, Any] |
 
 
 async def _watch(
-    client: BrokerClient, assembled: Assembled, ending: asyncio.Event, heard: threading.Event, server: int
+    client: BrokerClient,
+    assembled: Assembled,
+    ending: asyncio.Event,
+    heard: threading.Event,
+    server: parent.Parent | parent.Lifeline | None,
 ) -> float:
     """Wait for the server's word, its death or the engine's; returns how long running requests may take."""
     while True:
@@ -337,8 +343,8 @@ async def _watch(
             client.failed("internal", "the engine's thread ended; the log says why")
             ending.set()
             return 0.0
-        # Where the server is nobody to it (0), the socket tells: it closes when no other server came in time.
-        if (server and os.getppid() != server) or not client.connected:
+        # Where it outlives the server (None), the socket tells: it closes when no other server came in time.
+        if (server is not None and server.is_gone()) or not client.connected:
             logger.warning("the server is gone")
             ending.set()
             return 0.0

@@ -1,0 +1,304 @@
+"""A process that has imported all that workers need, and forks one when it is told to: ``python -m shoal.worker.template``.
+
+To import is nearly all of what a start costs. The server starts this once for each interpreter and environment, tells it
+over the socket that is its standard input whom to fork (one JSON object a line, the log and a pipe beside it), and hears
+of each child's end. It computes nothing, has one thread and never touches a GPU: a child could use neither another thread's
+locks nor its parent's context. Where that does not hold, it refuses, and the server starts the worker by itself.
+
+Its children are workers as any others. They end with the server and not with this process: each holds the end of a pipe
+that only the server writes to (:class:`shoal.worker.parent.Lifeline`), and does nothing before a byte came out of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import select
+import signal
+import site
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __main__ as worker
+from . import parent
+from .errors import described
+
+_LINE_BYTES_MAX = 256 << 10
+_SAY_S = 5.0
+_LOOK_S = 1.0  # at most so long a child that has ended waits, where the kernel does not tell of it
+_GO_S = 60.0
+_FILES = 2  # a worker's log and its pipe come with each order
+_PR_SET_NAME = 15
+_IGNORED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Whom to fork.
+
+    Attributes
+    ----------
+    number
+        The server's, which the answer bears.
+    args, env
+        What ``python -m shoal.worker`` would be given, and what is set in its environment.
+    log, pipe
+        Descriptors: where its output goes, and what tells that it may begin and that the server is gone.
+    """
+
+    number: int
+    model: str
+    args: list[str]
+    env: dict[str, str]
+    log: int
+    pipe: int
+
+
+class Template:
+    """The server's orders, and the children.
+
+    Parameters
+    ----------
+    server
+        A connected socket.
+    """
+
+    def __init__(self, server: socket.socket) -> None:
+        self._server = server
+        self._server.settimeout(_SAY_S)
+        self._received = b""
+        self._files: list[int] = []
+        self._children: dict[int, int | None] = {}  # by process id: a descriptor that is readable once it has ended
+        self._packages: dict[str, int] = {}
+
+    def say(self, **message: object) -> None:
+        """Tell the server something."""
+        self._server.sendall(json.dumps(message).encode() + b"\n")
+
+    def serve(self) -> Order | None:
+        """Fork whom the server asks for. Returns twice: in each child its order, here None once the server is gone."""
+        self._packages = _packages()
+        while True:
+            poll = select.poll()
+            poll.register(self._server, select.POLLIN)
+            for told in self._children.values():
+                if told is not None:
+                    poll.register(told, select.POLLIN)
+            came = {fd for fd, _ in poll.poll(_LOOK_S * 1000)}
+            self._reap()
+            if self._server.fileno() in came and not self._receive():
+                return None
+            while (order := self._next()) is not None:
+                if self._fork(order):
+                    return order
+
+    def _receive(self) -> bool:
+        data, files, _, _ = socket.recv_fds(self._server, 65536, 2 * _FILES, socket.MSG_CMSG_CLOEXEC)
+        self._received += data
+        self._files += files
+        return bool(data) and len(self._received) <= _LINE_BYTES_MAX
+
+    def _next(self) -> Order | None:
+        line, end, rest = self._received.partition(b"\n")
+        if not end:
+            return None
+        self._received = rest
+        said: dict[str, Any] = json.loads(line)
+        log, pipe = self._files[:_FILES]
+        del self._files[:_FILES]
+        return Order(said["fork"], said["model"], said["args"], said["env"], log, pipe)
+
+    def _fork(self, order: Order) -> bool:
+        """Fork one, or say why not. True in the child."""
+        if (reason := self._unfit()) is not None:
+            self.say(say="refused", fork=order.number, reason=reason)
+        else:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self.say(say="refused", fork=order.number, reason=f"no process can be made ({error})")
+            else:
+                if pid == 0:
+                    return True
+                self._children[pid] = _pidfd(pid)
+                # Nobody else waits for it, so it is there to be read, and its number is its own.
+                self.say(say="forked", fork=order.number, pid=pid, start=_start_of(pid))
+        os.close(order.log)
+        os.close(order.pipe)
+        return False
+
+    def _unfit(self) -> str | None:
+        """Why a child would not be what it is to be; None where it would."""
+        threads = max(threading.active_count(), len(os.listdir("/proc/self/task")))
+        if threads != 1:
+            return f"it has {threads} threads"
+        if any(path.startswith("/dev/nvidia") for path in _open_paths()):
+            return "it has opened a GPU"
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            return "it has initialised CUDA"
+        if self._packages != _packages():
+            return "packages were installed or removed since it imported its own"
+        return None
+
+    def _reap(self) -> None:
+        for pid, told in list(self._children.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self._children[pid]
+                if told is not None:
+                    os.close(told)
+                self.say(say="ended", pid=pid, status=status)
+
+    def become(self, order: Order) -> None:
+        """Make of this child what a worker is that was started by itself; it ends here where the server gave it up."""
+        self._server.close()
+        for fd in [*self._children.values(), *self._files]:
+            if fd is not None:
+                os.close(fd)
+        for number in _IGNORED:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.setpgid(0, 0)
+        for target in (1, 2):
+            os.dup2(order.log, target)
+        os.close(order.log)
+        os.environ.update(order.env)
+        sys.argv = [str(worker.__file__), *order.args]
+        _name(f"shoal:{order.model}")
+        # Python's own has a new seed by itself, and torch's is that of any process that begins.
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed()
+        random.seed()
+        if not _may_go(order.pipe):
+            os._exit(0)
+
+
+def import_all() -> None:
+    """Import what a worker imports until it is ready, but for what depends on its model.
+
+    Raises
+    ------
+    LoadError
+        What the `serve` extra brings is not there.
+    """
+    # As in a worker that is started by itself: read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # NumPy's library starts its threads as it loads. Workers compute nothing with it.
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        with worker.nothing_collected():
+            worker.require_extras()
+            from transformers import (  # noqa: F401
+                AutoConfig,
+                AutoModel,
+                AutoModelForCausalLM,
+                AutoTokenizer,
+                PreTrainedTokenizerFast,
+            )
+
+            import shoal.sources
+            import shoal.torch
+
+            from . import hooks, http, loading, overhead, serving, tiers, usage, weights  # noqa: F401
+    finally:
+        del os.environ["OPENBLAS_NUM_THREADS"]
+        if before is not None:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
+
+
+def main() -> int:
+    """Serve the server at standard input; in a child, its model. Returns the exit status."""
+    if not parent.end_with_parent():
+        print("shoal.worker.template: the server that started this is gone", file=sys.stderr)
+        return 1
+    # Its server ends it, and nobody else: what is sent to all of a terminal or a session is not for it.
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    _name("shoal-template")
+    began = time.monotonic()
+    server = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    template = Template(server)
+    try:
+        import_all()
+    except Exception as error:  # whatever it is, a worker that is started by itself says it better
+        print(f"shoal.worker.template: {described(error)}", file=sys.stderr, flush=True)
+        template.say(say="failed", reason=described(error))
+        return 1
+    template.say(say="ready", bytes=_resident_bytes(), seconds=round(time.monotonic() - began, 3))
+    try:
+        order = template.serve()
+    except OSError as error:
+        print(f"shoal.worker.template: its server does not listen: {described(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"shoal.worker.template: its server says what it does not know: {described(error)}", file=sys.stderr)
+        return 1
+    if order is None:
+        return 0
+    template.become(order)
+    return worker.main(order.args, parent.Lifeline(order.pipe))
+
+
+def _may_go(pipe: int) -> bool:
+    """Whether the server knows of this process and wants it; not where its end of the pipe closed instead."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(_GO_S * 1000)) and os.read(pipe, 1) != b""
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # before Linux 5.3, and in some sandboxes
+        return None
+
+
+def _start_of(pid: int) -> int:
+    """When a process began, as the kernel counts it: with its number, it is that process and no other."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def _open_paths() -> list[str]:
+    paths = []
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the descriptor that lists them
+            paths.append(os.readlink(f"/proc/self/fd/{entry}"))
+    return paths
+
+
+def _packages() -> dict[str, int]:
+    """When anything was last installed or removed, by directory."""
+    stamps = {}
+    places = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    for place in places:
+        with suppress(OSError):
+            stamps[place] = os.stat(place).st_mtime_ns
+    return stamps
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _name(name: str) -> None:
+    """Show who this is where processes are listed; the kernel keeps fifteen bytes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
