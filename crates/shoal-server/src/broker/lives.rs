@@ -84,6 +84,8 @@ impl Core {
             };
             self.tell(now_ms, Some(place), EventKind::WorkerStarted { pid, starts, reason });
         }
+        // Its patience begins now: until there was a process to fork it from, it could not say anything.
+        self.advance(place, LifeEvent::Heard { now_ms });
         // What it was started for may have gone meanwhile.
         if self.stopping || !matches!(self.models[place].life(), Life::Starting { .. }) {
             self.models[place].end.notify_one();

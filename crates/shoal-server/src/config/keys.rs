@@ -4,7 +4,7 @@ use super::command::COMMAND_KEYS;
 use super::sharing::SHARING_KEYS;
 
 pub(super) const TOP_KEYS: [&str; 2] = ["server", "model"];
-pub(super) const SERVER_KEYS: [&str; 29] = [
+pub(super) const SERVER_KEYS: [&str; 30] = [
     "listen",
     "api_key_file",
     "allowed_hosts",
@@ -32,6 +32,7 @@ pub(super) const SERVER_KEYS: [&str; 29] = [
     "policy_wait",
     "evict",
     "orphan_s_max",
+    "fork_workers",
     "silent_s_max",
     "stuck_s_max",
 ];

@@ -25,6 +25,7 @@ mod resolve;
 mod sharing;
 mod simulation;
 mod surroundings;
+mod template;
 #[cfg(test)]
 mod tests;
 mod tier_use;
@@ -56,6 +57,7 @@ pub(crate) use sharing::OUTSIDE;
 pub use sharing::{Sharing, SharingSection, SleepDepth, is_outside};
 pub(crate) use simulation::SimulatedConfig;
 pub use surroundings::{Budgets, MachineMemory, Surroundings};
+pub(crate) use template::TemplateKind;
 pub use tier_use::TierUse;
 
 /// The address served by default.
@@ -136,6 +138,8 @@ pub struct ServerConfig {
     pub sharing: Sharing,
     /// How long workers wait for another server when this one was killed; zero: they end with it.
     pub orphan_wait: Duration,
+    /// Our own workers are forked from a process that has imported what they need.
+    pub fork_workers: bool,
     /// How long a worker may be silent before it is ended.
     pub patience: Patience,
     /// What the user should be told at start, a sentence each.

@@ -74,6 +74,7 @@ pub struct ServerSection {
     pub quantum: Option<Duration>,
     pub sharing: Sharing,
     pub orphan_s_max: Option<u64>,
+    pub fork_workers: Option<bool>,
     pub patience: Patience,
 }
 
@@ -244,6 +245,7 @@ impl<'i> Reader<'i> {
             quantum: self.duration(table, "quantum", QUANTUM_MIN, QUANTUM_MAX),
             sharing: Sharing::read(self, table),
             orphan_s_max: self.orphan(table),
+            fork_workers: table.contains_key("fork_workers").then(|| self.boolean(table, "fork_workers")),
             patience: Patience::read(self, table),
         }
     }

@@ -45,6 +45,7 @@ impl ShoalFile {
         let home = surroundings.home.as_deref();
         let mut server = self.server;
         let separate_keys = separates_keys(&server, &mut problems);
+        let limits = limits_of(&server);
 
         let unsited = LISTEN_DEFAULT.parse().unwrap_or(([127, 0, 0, 1], 8000).into());
         let listen = server.listen.unwrap_or(Sited { value: unsited, line: 0, column: 0 });
@@ -109,7 +110,6 @@ impl ShoalFile {
             return Err(problems);
         }
 
-        let defaults = Limits::default();
         let state_dir = surroundings.state_home.join("shoal");
         Ok(ServerConfig {
             file: file.to_owned(),
@@ -134,18 +134,25 @@ impl ShoalFile {
             state_dir,
             cache_dir,
             python: surroundings.python.clone(),
-            limits: Limits {
-                request_bytes_max: server.request_bytes_max.unwrap_or(defaults.request_bytes_max),
-                wait_max: server.wait_s_max.map_or(defaults.wait_max, Duration::from_secs),
-                parked_max: server.parked_max.unwrap_or(defaults.parked_max),
-            },
+            limits,
             quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
             sharing: server.sharing,
             patience: server.patience,
+            // On a GPU nobody has seen it work yet.
+            fork_workers: server.fork_workers.unwrap_or(device == DeviceChoice::Sim),
             orphan_wait: server.orphan_s_max.map_or(ORPHAN_WAIT_DEFAULT, Duration::from_secs),
             notes,
             unservable,
         })
+    }
+}
+
+fn limits_of(server: &ServerSection) -> Limits {
+    let defaults = Limits::default();
+    Limits {
+        request_bytes_max: server.request_bytes_max.unwrap_or(defaults.request_bytes_max),
+        wait_max: server.wait_s_max.map_or(defaults.wait_max, Duration::from_secs),
+        parked_max: server.parked_max.unwrap_or(defaults.parked_max),
     }
 }
 

@@ -3,7 +3,8 @@
 //! [`Shelf`] is the handle that the gateway, the API and the command line hold. Behind it is one
 //! [`Core`](crate::broker) and a handful of tasks that carry bytes and watch processes and decide nothing: one that
 //! accepts workers, two for each connection, one for each model's process, one for the clock. A model whose engine is a
-//! command has a steward in its worker's place; a policy in Python has a process with a task of its own.
+//! command has a steward in its worker's place; a policy in Python has a process with a task of its own, and so has what
+//! workers are forked from (`templates`).
 //!
 //! When the last handle is dropped, the workers end with it. When the process dies, they wait for another server, which
 //! finds them by the journal (`survivors`).
@@ -21,6 +22,7 @@ mod runtime_dir;
 mod steward;
 mod survivors;
 mod tasks;
+mod templates;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,6 +47,7 @@ pub(crate) use policy_code::Code;
 pub use reload::Reloaded;
 pub use route::{Report, Route, RouteSink, Target};
 use runtime_dir::{DiskDirs, RuntimeDir};
+use templates::Templates;
 
 /// All models and what they share. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -71,6 +74,8 @@ pub(crate) struct Shared {
     pool: Mutex<HostPool>,
     /// Which workers there are, for a server after this one.
     journal: Mutex<Journal>,
+    /// What workers are forked from.
+    templates: Templates,
     base: tokio::time::Instant,
     cancel: CancellationToken,
     /// Held as long as anything of this server runs.
@@ -208,6 +213,7 @@ impl Shelf {
         let shared = Arc::new(Shared {
             pool: Mutex::new(HostPool::new(host_memory, core.models.len())),
             journal: Mutex::new(journal),
+            templates: Templates::default(),
             core: Mutex::new(core),
             base: tokio::time::Instant::now(),
             cancel: CancellationToken::new(),
@@ -422,6 +428,7 @@ impl Shelf {
         // Whatever is left is killed by its task. The journal goes once nothing is left to be found.
         shared.cancel.cancel();
         let _in_time = tokio::time::timeout(tasks::KILLED_WAIT_MAX, all_gone()).await;
+        shared.templates.close().await;
         shared.journal.lock().close();
     }
 }

@@ -72,6 +72,9 @@ impl Shelf {
         };
         tasks::let_go(gone);
         policy_process::keep_all(self.shared());
+        self.shared()
+            .templates
+            .keep_needed(&self.shared().with(|core, _| std::sync::Arc::clone(&core.config)));
         for place in places {
             tasks::keep(self.shared(), place, None);
         }

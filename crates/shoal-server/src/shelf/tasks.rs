@@ -16,14 +16,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::host_pool::Lent;
 use super::survivors::{self, Found};
-use super::{Caller, RouteError, RouteSink, Shared, policy_process, steward};
+use super::{Caller, RouteError, RouteSink, Shared, policy_process, steward, templates};
 use crate::broker::{Core, Decision, Reached, Wanted, millis};
-use crate::config::{Engine, ServerConfig};
+use crate::config::{Engine, ModelConfig, ServerConfig};
 use crate::control::{ControlError, Greeted, Listener, Outgoing};
 use crate::supervisor::identity;
 use crate::supervisor::{
-    Entry, Exit, LOG_BYTES_MAX, Launch, Survivor, VLLM_REMEDY, WORKER_REMEDY, WorkerProcess, bound_log,
-    open_log,
+    Entry, Exit, Forked, LOG_BYTES_MAX, Launch, Survivor, VLLM_REMEDY, WORKER_REMEDY, WorkerProcess,
+    bound_log, open_log,
 };
 
 /// Messages that may wait for a worker to read them.
@@ -81,6 +81,7 @@ async fn keep_logs(shared: Arc<Shared>) {
             shared.with(|core, _| core.models.iter().map(|model| model.log.clone()).collect());
         let log_dir = shared.with(|core, _| core.config.log_dir.clone());
         logs.extend(policy_process::LOGS.map(|log| log_dir.join(log)));
+        logs.push(log_dir.join(templates::LOG));
         let looked = tokio::task::spawn_blocking(move || {
             for path in logs {
                 if let Err(error) = bound_log(&path, LOG_BYTES_MAX) {
@@ -282,9 +283,10 @@ pub(super) fn let_go(files: impl IntoIterator<Item = HostFile> + Send + 'static)
     }
 }
 
-/// A worker's process: one that this server started, or one that a server before did.
+/// A worker's process: one that this server started or had forked, or one of a server before.
 enum Process {
     Ours(WorkerProcess),
+    Forked(Forked),
     Before(Survivor),
 }
 
@@ -292,13 +294,24 @@ impl Process {
     const fn pid(&self) -> u32 {
         match self {
             Self::Ours(process) => process.pid(),
+            Self::Forked(process) => process.pid(),
             Self::Before(process) => process.pid(),
+        }
+    }
+
+    const fn log_from(&self) -> u64 {
+        match self {
+            Self::Ours(process) => process.log_from(),
+            Self::Forked(process) => process.log_from(),
+            // Written down already.
+            Self::Before(_) => 0,
         }
     }
 
     fn last_line(&self) -> Option<String> {
         match self {
             Self::Ours(process) => process.last_line(),
+            Self::Forked(process) => process.last_line(),
             Self::Before(process) => process.last_line(),
         }
     }
@@ -306,6 +319,7 @@ impl Process {
     async fn wait(&mut self) -> std::io::Result<Exit> {
         match self {
             Self::Ours(process) => process.wait().await,
+            Self::Forked(process) => process.wait().await,
             Self::Before(process) => process.wait().await,
         }
     }
@@ -313,14 +327,17 @@ impl Process {
     async fn end(&mut self, patience: Duration) -> std::io::Result<Exit> {
         match self {
             Self::Ours(process) => process.end(patience).await,
+            Self::Forked(process) => process.end(patience).await,
             Self::Before(process) => process.end(patience).await,
         }
     }
 
     /// What an ended one started ends too, and with it what that holds of the device.
     async fn clear_group(&self) {
-        if let Self::Ours(process) = self {
-            process.clear_group().await;
+        match self {
+            Self::Ours(process) => process.clear_group().await,
+            Self::Forked(process) => process.clear_group().await,
+            Self::Before(_) => {}
         }
     }
 }
@@ -332,6 +349,8 @@ async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Surv
         (Arc::clone(&model.start), Arc::clone(&model.end), core.timing.end_ms_max)
     });
     let patience = Duration::from_millis(end_ms_max);
+    // The next one is not forked: whatever was wrong with one that was may have been just that.
+    let mut by_itself = false;
     loop {
         let (mut process, _socket) = if let Some(process) = before.take() {
             let socket = shared.with(|core, _| core.models[place].socket.clone());
@@ -344,8 +363,12 @@ async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Surv
             // A worker that died by itself was also told to end, when its connection closed: that was not meant for
             // the next one.
             let _stale = end.notified().now_or_never();
-            match begin(&shared, place) {
-                Some((process, socket)) => (Process::Ours(process), socket),
+            let begun = tokio::select! {
+                () = shared.cancel.cancelled() => return,
+                begun = begin(&shared, place, by_itself) => begun,
+            };
+            match begun {
+                Some(begun) => begun,
                 None => continue,
             }
         };
@@ -380,6 +403,8 @@ async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Surv
                 shared.journal.lock().ended(pid);
                 shared.pool.lock().process_gone(place, Instant::now());
                 let last_line = process.last_line();
+                by_itself = matches!(process, Process::Forked(_))
+                    && shared.with(|core, _| !core.models[place].was_ready);
                 shared.with(|core, now_ms| core.handle_exited(place, &exit, last_line, now_ms));
             }
             Err(error) => {
@@ -390,12 +415,27 @@ async fn keep_process(shared: Arc<Shared>, place: usize, mut before: Option<Surv
     }
 }
 
-/// Starts a worker, and writes it down before it can hear that it may outlive this server.
-fn begin(shared: &Shared, place: usize) -> Option<(WorkerProcess, SocketFile)> {
+/// Starts a worker, and writes it down before it can hear that it may outlive this server. One that is forked does
+/// nothing before that.
+async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Option<(Process, SocketFile)> {
+    let stops = || shared.with(|core, _| core.stopping);
     let config = shared.with(|core, _| Arc::clone(&core.config));
-    let (launch, path) = launch(shared, &config, place);
+    let (launch, path, model) = launch(shared, &config, place);
+    let fingerprint = config.fingerprint(&model);
+    if stops() {
+        return None;
+    }
     let socket = SocketFile::fresh(path.clone());
-    let process = match WorkerProcess::start(&launch) {
+    let forked = if by_itself { None } else { shared.templates.fork(shared, &config, &model, &launch).await };
+    // Nobody counts on it any more: whatever was forked meanwhile ends as it is dropped.
+    if stops() {
+        return None;
+    }
+    let started = forked.map_or_else(
+        || WorkerProcess::start(&launch).map(Process::Ours),
+        |forked| Ok(Process::Forked(forked)),
+    );
+    let process = match started {
         Ok(process) => process,
         Err(error) => {
             shared.with(|core, now_ms| core.handle_not_started(place, error.to_string(), now_ms));
@@ -404,10 +444,7 @@ fn begin(shared: &Shared, place: usize) -> Option<(WorkerProcess, SocketFile)> {
     };
     let pid = process.pid();
     let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let (starts, fingerprint) = shared.with(|core, _| {
-        let model = &core.models[place];
-        (model.starts + 1, config.fingerprint(&model.config))
-    });
+    let starts = shared.with(|core, _| core.models[place].starts + 1);
     let is_kept = {
         let mut journal = shared.journal.lock();
         // One that has ended by now is seen to end below.
@@ -430,6 +467,9 @@ fn begin(shared: &Shared, place: usize) -> Option<(WorkerProcess, SocketFile)> {
         core.is_journaled = is_kept;
         core.handle_started(place, pid, now_ms);
     });
+    if let Process::Forked(forked) = &process {
+        forked.go();
+    }
     Some((process, socket))
 }
 
@@ -463,7 +503,7 @@ impl Drop for SocketFile {
     }
 }
 
-fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, PathBuf) {
+fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, PathBuf, ModelConfig) {
     let control = config.control_socket();
     let (model, log, socket) = shared.with(|core, _| {
         let model = &core.models[place];
@@ -500,7 +540,7 @@ fn launch(shared: &Shared, config: &ServerConfig, place: usize) -> (Launch, Path
     env.entry("CUDA_DEVICE_ORDER".to_owned()).or_insert_with(|| "PCI_BUS_ID".to_owned());
     // Its output is a log: lines must not wait in a buffer for the process to end.
     env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
-    (Launch { model: model.name, command, env, log, remedy }, socket)
+    (Launch { model: model.name.clone(), command, env, log, remedy }, socket, model)
 }
 
 /// Brings a model back because it was pinned, unless it is let go before.

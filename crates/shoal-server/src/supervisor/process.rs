@@ -55,6 +55,11 @@ impl Launch {
         Self::python_command(python, "shoal.vllm.serve", control_socket, model, &args)
     }
 
+    /// What follows the module in a command of [`worker_command`](Self::worker_command).
+    pub(super) fn worker_args(&self) -> &[String] {
+        self.command.get(3..).unwrap_or_default()
+    }
+
     fn python_command(
         python: &Path,
         module: &str,
@@ -236,16 +241,7 @@ impl WorkerProcess {
     /// Once it is gone: ends what it started and left in its group, and waits a bounded time until that is gone too, with
     /// what it holds of the device.
     pub async fn clear_group(&self) {
-        let Some(group) = self.group() else { return };
-        let lives = || rustix::process::test_kill_process_group(group).is_ok();
-        let deadline = Instant::now() + GROUP_WAIT;
-        while lives() && Instant::now() < deadline {
-            self.signal_group(Signal::KILL);
-            tokio::time::sleep(GROUP_LOOK).await;
-        }
-        if lives() {
-            tracing::warn!(pid = self.pid, "what a worker or command started is still there");
-        }
+        clear_group(self.pid).await;
     }
 
     /// Waits until the process and everything else in its group is gone.
@@ -257,16 +253,13 @@ impl WorkerProcess {
         Ok(exit)
     }
 
-    /// It was made the leader of a group of its own, whose number no other group gets while anything of it lives.
+    /// It was made the leader of a group of its own.
     fn group(&self) -> Option<Pid> {
-        i32::try_from(self.pid).ok().and_then(Pid::from_raw)
+        group(self.pid)
     }
 
     fn signal_group(&self, signal: Signal) {
-        let Some(group) = self.group() else { return };
-        if let Err(error) = rustix::process::kill_process_group(group, signal) {
-            tracing::debug!(%error, pid = self.pid, "a group of processes was gone before its signal");
-        }
+        signal_group(self.pid, signal);
     }
 
     fn signal(&self, signal: Signal) {
@@ -277,6 +270,32 @@ impl WorkerProcess {
         if let Err(error) = rustix::process::kill_process(pid, signal) {
             tracing::debug!(%error, pid = self.pid, "a worker was gone before its signal");
         }
+    }
+}
+
+/// The group that a process leads or led, whose number no other group gets while anything of it lives.
+fn group(leader: u32) -> Option<Pid> {
+    i32::try_from(leader).ok().and_then(Pid::from_raw)
+}
+
+fn signal_group(leader: u32, signal: Signal) {
+    let Some(group) = group(leader) else { return };
+    if let Err(error) = rustix::process::kill_process_group(group, signal) {
+        tracing::debug!(%error, pid = leader, "a group of processes was gone before its signal");
+    }
+}
+
+/// Ends what is left of a group whose leader is gone, and waits a bounded time until that is gone too.
+pub(super) async fn clear_group(leader: u32) {
+    let Some(group) = group(leader) else { return };
+    let lives = || rustix::process::test_kill_process_group(group).is_ok();
+    let deadline = Instant::now() + GROUP_WAIT;
+    while lives() && Instant::now() < deadline {
+        signal_group(leader, Signal::KILL);
+        tokio::time::sleep(GROUP_LOOK).await;
+    }
+    if lives() {
+        tracing::warn!(pid = leader, "what a worker or command started is still there");
     }
 }
 

@@ -1,0 +1,142 @@
+//! What workers are forked from: which process for which models, from when until when.
+//!
+//! Apart because no model depends on it. Whatever goes wrong here, a worker is started by itself, and what went wrong is told
+//! in the log. A template is started for the first worker that can be forked from it, which waits for it: it would import the
+//! same by itself meanwhile, so it loses nothing, and the cores of a small machine are not asked for the same twice. One that
+//! ended is replaced at a later start, after growing pauses where it did not live long.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio_util::task::TaskTracker;
+
+use super::Shared;
+use super::tasks::KILLED_WAIT_MAX;
+use crate::config::{ModelConfig, ServerConfig, TemplateKind};
+use crate::supervisor::{Backoff, Forked, Launch, Template, TemplateLaunch, Waits};
+
+/// Where templates' own output goes; no model's log is called so.
+pub(super) const LOG: &str = "template.out";
+/// The least and the longest pause before the next template of a kind, and the life that makes up for those before.
+const PAUSE_FIRST: Duration = Duration::from_secs(10);
+const PAUSE_MAX: Duration = Duration::from_mins(10);
+const FORGIVEN_AFTER: Duration = Duration::from_mins(1);
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Templates {
+    kinds: Mutex<BTreeMap<TemplateKind, Slot>>,
+    tasks: TaskTracker,
+}
+
+/// One kind's.
+#[derive(Debug)]
+struct Slot {
+    template: Option<Arc<Template>>,
+    backoff: Backoff,
+    not_before: Instant,
+}
+
+impl Slot {
+    fn new() -> Self {
+        let backoff = Backoff::new(PAUSE_FIRST, PAUSE_MAX, FORGIVEN_AFTER);
+        Self { template: None, backoff, not_before: Instant::now() }
+    }
+
+    /// The one that lives. One that ended is taken out, and its pause begins where its life ended.
+    fn living(&mut self) -> Option<Arc<Template>> {
+        let template = self.template.as_ref()?;
+        if let Some((lived, at)) = template.ended() {
+            self.template = None;
+            self.not_before = at + self.backoff.ended(lived);
+            return None;
+        }
+        Some(Arc::clone(template))
+    }
+}
+
+impl Templates {
+    /// Forks a worker. None where it is to be started by itself.
+    pub(super) async fn fork(
+        &self,
+        shared: &Shared,
+        config: &ServerConfig,
+        model: &ModelConfig,
+        launch: &Launch,
+    ) -> Option<Forked> {
+        let kind = config.template_of(model)?;
+        let forked = match self.find(shared, config, kind, launch) {
+            Ok(template) => template.fork(launch).await,
+            Err(reason) => Err(reason),
+        };
+        match forked {
+            Ok(forked) => Some(forked),
+            Err(reason) => {
+                tracing::info!(model = launch.model, reason, "a worker is started by itself and not forked");
+                None
+            }
+        }
+    }
+
+    fn find(
+        &self,
+        shared: &Shared,
+        config: &ServerConfig,
+        kind: TemplateKind,
+        launch: &Launch,
+    ) -> Result<Arc<Template>, String> {
+        let begin = of_kind(&kind, &config.log_dir.join(LOG), launch);
+        let mut kinds = self.kinds.lock();
+        let slot = kinds.entry(kind).or_insert_with(Slot::new);
+        if let Some(template) = slot.living() {
+            return Ok(template);
+        }
+        let left = slot.not_before.saturating_duration_since(Instant::now());
+        if !left.is_zero() {
+            return Err(format!(
+                "the template before ended; the next is started in {} s",
+                left.as_secs() + 1
+            ));
+        }
+        match Template::start(&begin, shared.cancel.clone(), &self.tasks) {
+            Ok(template) => {
+                let template = Arc::new(template);
+                tracing::info!(pid = template.pid(), python = %begin.python.display(), "a template starts");
+                slot.template = Some(Arc::clone(&template));
+                Ok(template)
+            }
+            Err(reason) => {
+                slot.not_before = Instant::now() + slot.backoff.ended(Duration::ZERO);
+                Err(reason)
+            }
+        }
+    }
+
+    /// Ends those that no model of this configuration is forked from.
+    pub(super) fn keep_needed(&self, config: &ServerConfig) {
+        let needed: Vec<_> = config.models.iter().filter_map(|model| config.template_of(model)).collect();
+        self.kinds.lock().retain(|kind, _| needed.contains(kind));
+    }
+
+    /// Once the server has ended all: waits a bounded time until no template is left.
+    pub(super) async fn close(&self) {
+        self.kinds.lock().clear();
+        self.tasks.close();
+        if tokio::time::timeout(KILLED_WAIT_MAX, self.tasks.wait()).await.is_err() {
+            tracing::warn!("a template is still there");
+        }
+    }
+}
+
+/// How one of this kind is started; `launch` is that of any worker of it.
+fn of_kind(kind: &TemplateKind, log: &Path, launch: &Launch) -> TemplateLaunch {
+    let mut env = launch.env.clone();
+    // These belong to one worker and are set in it.
+    for own in ["SHOAL_CONTROL", "SHOAL_MODEL"] {
+        env.remove(own);
+    }
+    TemplateLaunch { python: kind.python.clone(), env, log: log.to_owned(), waits: Waits::default() }
+}

@@ -1,0 +1,314 @@
+//! A process that has imported all that workers need and forks them: `PYTHON -m shoal.worker.template`.
+//!
+//! Apart because it is no worker: it holds no lease and no memory of a device, and whatever it does, workers can be started
+//! without it. So everything here ends in bounded time, with a [`Forked`] or with a sentence why there is none, and a
+//! template that does not answer in time or says something else is killed. Its children do nothing before
+//! [`Forked::go`] and end where that is never called; they end with the server and not with the template.
+//!
+//! Which models are forked, and when a template is started, is decided by `shelf::templates`.
+
+mod talk;
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::talk::{Order, Said, Talk};
+use super::forked::Forked;
+use super::{Launch, Survivor, log_file};
+use crate::bounded::bounded;
+
+/// Orders that may wait for it.
+const ORDERS_MAX: usize = 16;
+/// How much of a sentence of its own is kept.
+const REASON_CHARS_MAX: usize = 240;
+/// How long one that was killed is waited for.
+const KILLED_WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// How long a template is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits {
+    /// From its start until it has imported all. A worker that is started by itself would import as much meanwhile, so the
+    /// first one loses nothing by waiting, unless the template hangs where that one would not.
+    pub ready: Duration,
+    /// From an order to its answer.
+    pub answer: Duration,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self { ready: Duration::from_mins(1), answer: Duration::from_secs(5) }
+    }
+}
+
+/// What a template is started with.
+#[derive(Clone, Debug)]
+pub struct TemplateLaunch {
+    /// The interpreter.
+    pub python: PathBuf,
+    /// Added to our own environment.
+    pub env: BTreeMap<String, String>,
+    /// Where its own output goes.
+    pub log: PathBuf,
+    /// How long it is waited for.
+    pub waits: Waits,
+}
+
+/// A template that runs, or is about to. Dropping it ends the process; its children go on.
+#[derive(Debug)]
+pub struct Template {
+    pid: u32,
+    began: Instant,
+    orders: mpsc::Sender<Asked>,
+    /// Whether it has imported all.
+    ready: watch::Receiver<bool>,
+    end: Arc<OnceLock<End>>,
+}
+
+#[derive(Debug)]
+struct End {
+    at: Instant,
+    reason: String,
+}
+
+/// An order and who waits for the answer.
+struct Asked {
+    launch: Launch,
+    log: OwnedFd,
+    pipe: OwnedFd,
+    answer: oneshot::Sender<Born>,
+}
+
+/// A child that waits for its word.
+struct Born {
+    pid: u32,
+    start: u64,
+    status: oneshot::Receiver<i32>,
+}
+
+impl Template {
+    /// Starts the process, and a task of `tracker` that talks with it until nobody has the template any more or `cancel` says
+    /// so. To be called where [`WorkerProcess::start`](super::WorkerProcess::start) may be.
+    ///
+    /// # Errors
+    /// It cannot be started; why, in a sentence.
+    pub fn start(
+        launch: &TemplateLaunch,
+        cancel: CancellationToken,
+        tracker: &TaskTracker,
+    ) -> Result<Self, String> {
+        let say = |what: &str, error: std::io::Error| format!("{what}: {error}");
+        let output = log_file::open_log(&launch.log)
+            .map_err(|error| say(&format!("its log {} cannot be written", launch.log.display()), error))?;
+        let errors = output.try_clone().map_err(|error| say("its log cannot be shared", error))?;
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()
+            .and_then(|(ours, theirs)| ours.set_nonblocking(true).map(|()| (ours, theirs)))
+            .map_err(|error| say("no socket for it", error))?;
+        let talk = UnixStream::from_std(ours).map_err(|error| say("no socket for it", error))?;
+        let child = Command::new(&launch.python)
+            .args(["-m", "shoal.worker.template"])
+            .envs(&launch.env)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(output)
+            .stderr(errors)
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| say(&format!("{} cannot be started", launch.python.display()), error))?;
+        let pid = child.id().unwrap_or_default();
+        let (orders, asked) = mpsc::channel(ORDERS_MAX);
+        let (is_ready, ready) = watch::channel(false);
+        let end = Arc::new(OnceLock::new());
+        let keeper = Keeper {
+            pid,
+            talk: Talk::new(talk),
+            asked,
+            is_ready,
+            waits: launch.waits,
+            statuses: HashMap::new(),
+            orders: 0,
+        };
+        tracker.spawn(keep(keeper, child, Arc::clone(&end), cancel));
+        Ok(Self { pid, began: Instant::now(), orders, ready, end })
+    }
+
+    /// Its process id, also after it ended.
+    #[must_use]
+    pub const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// How long it lived, and when it ended; none while it lives.
+    #[must_use]
+    pub fn ended(&self) -> Option<(Duration, Instant)> {
+        self.end.get().map(|end| (end.at.duration_since(self.began), end.at))
+    }
+
+    /// Forks a worker, which waits for [`Forked::go`]. Waits for the template to have imported all, and gives up in bounded
+    /// time. A child that comes after it was given up, or after this future was dropped, ends without a word.
+    ///
+    /// # Errors
+    /// Why there is none, in a sentence. The template has ended by then, or ends.
+    pub async fn fork(&self, launch: &Launch) -> Result<Forked, String> {
+        let output = log_file::open_log(&launch.log).map_err(|error| error.to_string())?;
+        let log_from = output.metadata().map_err(|error| error.to_string())?.len();
+        let (theirs, ours) = std::io::pipe().map_err(|error| format!("no pipe for it: {error}"))?;
+        let mut ready = self.ready.clone();
+        if ready.wait_for(|is_ready| *is_ready).await.is_err() {
+            return Err(self.why_gone());
+        }
+        let (answer, answered) = oneshot::channel();
+        let asked = Asked { launch: launch.clone(), log: OwnedFd::from(output), pipe: theirs.into(), answer };
+        // Its keeper answers each in bounded time, so whoever waits behind others does as well.
+        if self.orders.send(asked).await.is_err() {
+            return Err(self.why_gone());
+        }
+        let Ok(Born { pid, start, status }) = answered.await else { return Err(self.why_gone()) };
+        let process = Survivor::find(pid, start, Duration::ZERO, launch.log.clone(), log_from)
+            .ok_or_else(|| "the process that it forked ended at once".to_owned())?;
+        Ok(Forked::new(process, log_from, status, ours))
+    }
+
+    fn why_gone(&self) -> String {
+        self.end.get().map_or_else(|| "the template is ending".to_owned(), |end| end.reason.clone())
+    }
+}
+
+/// One process, from its start to its end.
+async fn keep(mut keeper: Keeper, mut child: Child, end: Arc<OnceLock<End>>, cancel: CancellationToken) {
+    let reason = tokio::select! {
+        () = cancel.cancelled() => None,
+        ended = keeper.run() => ended.err(),
+    };
+    let pid = keeper.pid;
+    if let Some(reason) = &reason {
+        tracing::warn!(pid, reason, "a template ends; workers are started by themselves meanwhile");
+    }
+    let reason = reason.unwrap_or_else(|| "no model needs it any more".to_owned());
+    let _first = end.set(End { at: Instant::now(), reason });
+    // Those who wait hear of it once it can say why.
+    drop(keeper);
+    if let Err(error) = child.start_kill() {
+        tracing::debug!(%error, pid, "a template was gone before its signal");
+    }
+    if tokio::time::timeout(KILLED_WAIT_MAX, child.wait()).await.is_err() {
+        tracing::warn!(pid, "a template that was killed is still there");
+    }
+}
+
+struct Keeper {
+    pid: u32,
+    talk: Talk,
+    asked: mpsc::Receiver<Asked>,
+    is_ready: watch::Sender<bool>,
+    waits: Waits,
+    /// Who waits for the status of which child.
+    statuses: HashMap<u32, oneshot::Sender<i32>>,
+    orders: u64,
+}
+
+impl Keeper {
+    /// Until nobody asks any more.
+    ///
+    /// # Errors
+    /// Why it cannot be asked any more, in a sentence.
+    async fn run(&mut self) -> Result<(), String> {
+        match self.hear(self.waits.ready, "has not imported what workers need").await? {
+            Said::Ready { bytes, seconds } => {
+                let mib = bytes >> 20;
+                tracing::info!(
+                    pid = self.pid,
+                    seconds,
+                    resident_mib = mib,
+                    "a template has imported what workers need, which they share with it"
+                );
+            }
+            Said::Failed { reason } => {
+                let reason = bounded(&reason, REASON_CHARS_MAX);
+                return Err(format!("it cannot import what workers need: {reason}"));
+            }
+            other => return Err(format!("it said {other:?} before it was ready")),
+        }
+        self.is_ready.send_replace(true);
+        loop {
+            tokio::select! {
+                asked = self.asked.recv() => match asked {
+                    Some(asked) => self.fork(asked).await?,
+                    None => return Ok(()),
+                },
+                said = self.talk.next() => match said {
+                    Ok(Some(Said::Ended { pid, status })) => self.ended(pid, status),
+                    said => return Err(out_of_turn(said)),
+                },
+            }
+        }
+    }
+
+    async fn fork(&mut self, asked: Asked) -> Result<(), String> {
+        self.orders += 1;
+        let Asked { launch, log, pipe, answer } = asked;
+        let order = Order {
+            fork: self.orders,
+            args: launch.worker_args().to_vec(),
+            model: launch.model,
+            env: launch.env,
+        };
+        let said =
+            tokio::time::timeout(self.waits.answer, self.talk.say(&order, [log.as_fd(), pipe.as_fd()]));
+        match said.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(format!("it cannot be told whom to fork: {error}")),
+            Err(_) => return Err("it does not read whom to fork".to_owned()),
+        }
+        drop((log, pipe));
+        let deadline = Instant::now() + self.waits.answer;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.hear(left, "has not answered an order").await? {
+                Said::Ended { pid, status } => self.ended(pid, status),
+                Said::Forked { fork, pid, start } if fork == order.fork => {
+                    let (sender, status) = oneshot::channel();
+                    self.statuses.insert(pid, sender);
+                    // Nobody may be waiting any more: then the child finds its pipe closed.
+                    let _heard = answer.send(Born { pid, start, status });
+                    return Ok(());
+                }
+                Said::Refused { fork, reason } if fork == order.fork => {
+                    return Err(format!("it refused: {}", bounded(&reason, REASON_CHARS_MAX)));
+                }
+                other => return Err(out_of_turn(Ok(Some(other)))),
+            }
+        }
+    }
+
+    fn ended(&mut self, pid: u32, status: i32) {
+        if let Some(waiting) = self.statuses.remove(&pid) {
+            let _heard = waiting.send(status);
+        }
+    }
+
+    async fn hear(&mut self, wait_max: Duration, what: &str) -> Result<Said, String> {
+        match tokio::time::timeout(wait_max, self.talk.next()).await {
+            Ok(Ok(Some(said))) => Ok(said),
+            Ok(said) => Err(out_of_turn(said)),
+            Err(_) => Err(format!("it {what} in time")),
+        }
+    }
+}
+
+fn out_of_turn(said: std::io::Result<Option<Said>>) -> String {
+    match said {
+        Ok(None) => "its process ended".to_owned(),
+        Ok(Some(said)) => format!("it said what it was not asked: {said:?}"),
+        Err(error) => format!("it said what nobody understands: {error}"),
+    }
+}
