@@ -73,8 +73,8 @@ class Parent:
 class Lifeline:
     """The server as the only process that has the other end of a pipe; this process's parent is another one.
 
-    When that end closes, the kernel sends the signal, as it does at a parent's death: also to a process that is stopped,
-    or that is busy outside Python.
+    When that end closes, the kernel sends the signal, as it does at a parent's death: also to a process that is stopped
+    or busy outside Python.
 
     Parameters
     ----------

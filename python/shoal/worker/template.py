@@ -1,9 +1,10 @@
-"""A process that has imported all that workers need, and forks one when it is told to: ``python -m shoal.worker.template``.
+"""A process that has imported all that workers need, and forks one when told to: ``python -m shoal.worker.template``.
 
-To import is nearly all of what a start costs. The server starts this once for each interpreter and environment, tells it
-over the socket that is its standard input whom to fork (one JSON object a line, the log and a pipe beside it), and hears
-of each child's end. It computes nothing, has one thread and never touches a GPU: a child could use neither another thread's
-locks nor its parent's context. Where that does not hold, it refuses, and the server starts the worker by itself.
+To import is nearly all of what a start costs. The server starts this once for each interpreter and environment, tells
+it over the socket that is its standard input whom to fork (one JSON object a line, the log and a pipe beside it), and
+hears of each child's end. It computes nothing, has one thread and never touches a GPU: a child could use neither the
+locks of another thread nor its parent's context. Where that does not hold, it refuses, and the server starts the worker
+by itself.
 
 Its children are workers as any others. They end with the server and not with this process: each holds the end of a pipe
 that only the server writes to (:class:`shoal.worker.parent.Lifeline`), and does nothing before a byte came out of it.
@@ -11,6 +12,7 @@ that only the server writes to (:class:`shoal.worker.parent.Lifeline`), and does
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -123,13 +125,17 @@ class Template:
         else:
             sys.stdout.flush()
             sys.stderr.flush()
+            # What is sent to a child before it has handlers of its own is kept for it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
             try:
                 pid = os.fork()
             except OSError as error:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
                 self.say(say="refused", fork=order.number, reason=f"no process can be made ({error})")
             else:
                 if pid == 0:
                     return True
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
                 self._children[pid] = _pidfd(pid)
                 # Nobody else waits for it, so it is there to be read, and its number is its own.
                 self.say(say="forked", fork=order.number, pid=pid, start=_start_of(pid))
@@ -139,7 +145,7 @@ class Template:
 
     def _unfit(self) -> str | None:
         """Why a child would not be what it is to be; None where it would."""
-        threads = max(threading.active_count(), len(os.listdir("/proc/self/task")))
+        threads = max(threading.active_count(), len(list(Path("/proc/self/task").iterdir())))
         if threads != 1:
             return f"it has {threads} threads"
         if any(path.startswith("/dev/nvidia") for path in _open_paths()):
@@ -168,6 +174,7 @@ class Template:
                 os.close(fd)
         for number in _IGNORED:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
         os.setpgid(0, 0)
         for target in (1, 2):
             os.dup2(order.log, target)
@@ -199,18 +206,10 @@ def import_all() -> None:
     try:
         with worker.nothing_collected():
             worker.require_extras()
-            from transformers import (  # noqa: F401
-                AutoConfig,
-                AutoModel,
-                AutoModelForCausalLM,
-                AutoTokenizer,
-                PreTrainedTokenizerFast,
-            )
+            from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+            from transformers import PreTrainedTokenizerFast as _  # noqa: F401
 
-            import shoal.sources
-            import shoal.torch
-
-            from . import hooks, http, loading, overhead, serving, tiers, usage, weights  # noqa: F401
+            from . import device, hooks, http, loading, overhead, serving, spec, tiers, usage, weights  # noqa: F401
     finally:
         del os.environ["OPENBLAS_NUM_THREADS"]
         if before is not None:
@@ -220,7 +219,7 @@ def import_all() -> None:
 def main() -> int:
     """Serve the server at standard input; in a child, its model. Returns the exit status."""
     if not parent.end_with_parent():
-        print("shoal.worker.template: the server that started this is gone", file=sys.stderr)
+        _complain("the server that started this is gone")
         return 1
     # Its server ends it, and nobody else: what is sent to all of a terminal or a session is not for it.
     for number in _IGNORED:
@@ -234,23 +233,40 @@ def main() -> int:
     template = Template(server)
     try:
         import_all()
-    except Exception as error:  # whatever it is, a worker that is started by itself says it better
-        print(f"shoal.worker.template: {described(error)}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - whatever it is, a worker that is started by itself says it better
+        _complain(f"{described(error)}")
         template.say(say="failed", reason=described(error))
         return 1
     template.say(say="ready", bytes=_resident_bytes(), seconds=round(time.monotonic() - began, 3))
     try:
         order = template.serve()
     except OSError as error:
-        print(f"shoal.worker.template: its server does not listen: {described(error)}", file=sys.stderr)
+        _complain(f"its server does not listen: {described(error)}")
         return 1
     except (ValueError, KeyError, TypeError) as error:
-        print(f"shoal.worker.template: its server says what it does not know: {described(error)}", file=sys.stderr)
+        _complain(f"its server says what it does not know: {described(error)}")
         return 1
     if order is None:
         return 0
     template.become(order)
-    return worker.main(order.args, parent.Lifeline(order.pipe))
+    _leave(worker.main(order.args, parent.Lifeline(order.pipe)))
+    return 0
+
+
+def _complain(reason: str) -> None:
+    sys.stderr.write(f"shoal.worker.template: {reason}\n")
+    sys.stderr.flush()
+
+
+def _leave(status: int) -> None:
+    """End this child in order, but for the interpreter's own end.
+
+    That takes every object apart, and the pages of all that are the template's would be copied for it: 1.5 seconds.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _may_go(pipe: int) -> bool:
@@ -274,9 +290,9 @@ def _start_of(pid: int) -> int:
 
 def _open_paths() -> list[str]:
     paths = []
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the descriptor that lists them
-            paths.append(os.readlink(f"/proc/self/fd/{entry}"))
+            paths.append(str(entry.readlink()))
     return paths
 
 
@@ -286,7 +302,7 @@ def _packages() -> dict[str, int]:
     places = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
     for place in places:
         with suppress(OSError):
-            stamps[place] = os.stat(place).st_mtime_ns
+            stamps[place] = Path(place).stat().st_mtime_ns
     return stamps
 
 

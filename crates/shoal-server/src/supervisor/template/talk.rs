@@ -63,7 +63,11 @@ impl Talk {
     /// It says what nobody understands.
     pub(super) async fn next(&mut self) -> std::io::Result<Option<Said>> {
         let room = (SAID_BYTES_MAX + 1).saturating_sub(self.line.len()) as u64;
-        (&mut self.reader).take(room).read_until(b'\n', &mut self.line).await?;
+        match (&mut self.reader).take(room).read_until(b'\n', &mut self.line).await {
+            // It left without having read all.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
+            read => drop(read?),
+        }
         if self.line.last() == Some(&b'\n') {
             let line = std::mem::take(&mut self.line);
             let said = serde_json::from_slice(&line);
