@@ -265,7 +265,7 @@ def test_children_are_waited_for_while_an_order_comes_in_pieces(server):
             "it has 2 threads",
         ),
         (
-            "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; import torch; torch.cuda.is_initialized = lambda: 1\n",
+            "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; import torch; torch.cuda.is_initialized = object\n",
             "it has initialised CUDA",
         ),
     ],

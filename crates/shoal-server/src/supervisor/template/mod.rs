@@ -31,6 +31,8 @@ use crate::bounded::bounded;
 const ORDERS_MAX: usize = 16;
 /// How much of a sentence of its own is kept.
 const REASON_CHARS_MAX: usize = 240;
+/// How long what it said before it ended may take to be heard.
+const LAST_WORDS_WAIT: Duration = Duration::from_millis(200);
 /// How long one that was killed is waited for.
 const KILLED_WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -185,11 +187,23 @@ impl Template {
 
 /// One process, from its start to its end.
 async fn keep(mut keeper: Keeper, mut child: Child, end: Arc<OnceLock<End>>, cancel: CancellationToken) {
-    let reason = tokio::select! {
-        () = cancel.cancelled() => None,
-        ended = keeper.run() => ended.err(),
-    };
     let pid = keeper.pid;
+    let reason = {
+        let mut run = std::pin::pin!(keeper.run());
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => None,
+            ended = &mut run => ended.err(),
+            // A child that has the socket still would keep its end from being seen there.
+            status = child.wait() => match tokio::time::timeout(LAST_WORDS_WAIT, &mut run).await {
+                Ok(ended) => ended.err(),
+                Err(_) => Some(status.map_or_else(
+                    |error| format!("its process cannot be waited for: {error}"),
+                    |status| format!("its process ended ({status})"),
+                )),
+            },
+        }
+    };
     if let Some(reason) = &reason {
         tracing::warn!(pid, reason, "a template ends; workers are started by themselves meanwhile");
     }
@@ -310,5 +324,84 @@ fn out_of_turn(said: std::io::Result<Option<Said>>) -> String {
         Ok(None) => "its process ended".to_owned(),
         Ok(Some(said)) => format!("it said what it was not asked: {said:?}"),
         Err(error) => format!("it said what nobody understands: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::supervisor::WORKER_REMEDY;
+
+    const LONG: Duration = Duration::from_mins(1);
+
+    fn template(directory: &Path, ready: Duration, script: &str) -> (Template, TaskTracker) {
+        let launch = TemplateLaunch {
+            python: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_python.sh").into(),
+            env: [("SCRIPT".to_owned(), script.to_owned())].into(),
+            log: directory.join("template.out"),
+            waits: Waits { ready, ..Waits::default() },
+        };
+        let tracker = TaskTracker::new();
+        let template = Template::start(&launch, CancellationToken::new(), &tracker).expect("a process");
+        (template, tracker)
+    }
+
+    fn launch(directory: &Path) -> Launch {
+        Launch {
+            model: "ash".to_owned(),
+            command: ["python", "-m", "shoal.worker"].map(str::to_owned).to_vec(),
+            env: BTreeMap::new(),
+            log: directory.join("ash.log"),
+            remedy: WORKER_REMEDY,
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_is_never_ready_is_waited_for_no_longer_and_killed() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let (template, tracker) = template(scratch.path(), Duration::from_millis(300), "exec sleep 100");
+        let began = Instant::now();
+        let why = template.fork(&launch(scratch.path())).await.expect_err("it sleeps");
+        assert_eq!(why, "it has not imported what workers need in time");
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+        assert!(template.ended().is_some());
+        tracker.close();
+        tracker.wait().await;
+        assert!(!Path::new(&format!("/proc/{}", template.pid())).exists(), "it was not waited for");
+        assert_eq!(template.fork(&launch(scratch.path())).await.expect_err("it is gone"), why);
+    }
+
+    #[tokio::test]
+    async fn what_it_said_last_is_heard_before_how_it_ended() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let last = r#"echo '{"say":"failed","reason":"no torch"}' >&0; exit 1"#;
+        let (template, _tracker) = template(scratch.path(), LONG, last);
+        let why = template.fork(&launch(scratch.path())).await.expect_err("it failed");
+        assert_eq!(why, "it cannot import what workers need: no torch");
+    }
+
+    #[tokio::test]
+    async fn its_end_is_seen_where_a_child_of_it_has_the_socket_still() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let (template, _tracker) = template(scratch.path(), LONG, "exec 3<&0; sleep 20 & exit 3");
+        let began = Instant::now();
+        let why = template.fork(&launch(scratch.path())).await.expect_err("it ended");
+        assert_eq!(why, "its process ended (exit status: 3)");
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn it_ends_when_nobody_has_it() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let script = r#"echo '{"say":"ready","bytes":1,"seconds":0.1}' >&0; exec sleep 100"#;
+        let (template, tracker) = template(scratch.path(), LONG, script);
+        let (pid, mut ready) = (template.pid(), template.ready.clone());
+        ready.wait_for(|is_ready| *is_ready).await.expect("it is ready");
+        drop(template);
+        tracker.close();
+        tracker.wait().await;
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 }

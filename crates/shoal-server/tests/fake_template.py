@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""An interpreter as far as a test of forked workers needs: `-m shoal.worker.template`, and `-m shoal.worker ...`.
+
+As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
+runtime directory says: `refuse`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
+that name is there), `unready` (its children end at once). Beside `mode`, `templates` has a line for each start of one,
+`orders` one for each order, `children` one for each child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DIRECTORY = Path(os.environ["SHOAL_RUNTIME_DIR"]).parent
+
+
+def mode() -> str:
+    path = DIRECTORY / "mode"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def note(name: str, what: object) -> None:
+    with (DIRECTORY / name).open("a") as file:
+        file.write(f"{what}\n")
+
+
+def serve() -> list[str] | None:
+    """Fork whom the server asks for; gives a child's arguments in it."""
+    server = socket.socket(fileno=os.dup(0))
+
+    def say(**message: object) -> None:
+        server.sendall(json.dumps(message).encode() + b"\n")
+
+    note("templates", os.getpid())
+    if mode() == "broken":
+        say(say="failed", reason="no module named torch")
+        return None
+    if mode() == "gate":
+        while not (DIRECTORY / "gate").exists():
+            time.sleep(0.01)
+    say(say="ready", bytes=1 << 20, seconds=0.5)
+    children: set[int] = set()
+    while True:
+        readable = select.select([server], [], [], 0.02)[0]
+        for pid in list(children):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                children.remove(pid)
+                say(say="ended", pid=pid, status=signal.SIGKILL if mode() != "unready" else 7 << 8)
+        if not readable:
+            continue
+        data, files, _, _ = socket.recv_fds(server, 1 << 20, 4)
+        if not data:
+            return None
+        order = json.loads(data)
+        note("orders", order["model"])
+        match mode():
+            case "refuse":
+                say(say="refused", fork=order["fork"], reason="it has 2 threads")
+                continue
+            case "hang":
+                time.sleep(600)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "lie":
+                say(say="forked", fork=order["fork"], pid=os.getppid(), start=1)
+                continue
+            case "chat":
+                say(say="sings", what="a song")
+                continue
+            case "late":
+                time.sleep(7)  # more than an answer may take
+        pid = os.fork()
+        if pid == 0:
+            server.close()
+            log, pipe = files
+            os.setpgid(0, 0)
+            for target in (1, 2):
+                os.dup2(log, target)
+            os.environ.update(order["env"])
+            note("children", os.getpid())
+            if os.read(pipe, 1) == b"":
+                os._exit(0)
+            if mode() == "unready":
+                print("it cannot be forked", flush=True)
+                os._exit(7)
+            return list(order["args"])
+        for file in files:
+            os.close(file)
+        children.add(pid)
+        start = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        say(say="forked", fork=order["fork"], pid=pid, start=start)
+
+
+def main() -> None:
+    module, *args = sys.argv[2:]
+    worker = args if module == "shoal.worker" else serve()
+    if worker is None:
+        return
+    sys.path.insert(0, str(HERE))
+    sys.argv = ["fake_worker.py", *worker]
+    import fake_worker
+
+    fake_worker.main()
+
+
+if __name__ == "__main__":
+    main()

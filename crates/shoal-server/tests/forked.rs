@@ -1,0 +1,205 @@
+//! Workers that are forked from a template, or cannot be: `fake_template.py` is the interpreter, and no model is served.
+
+mod support;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use shoal_server::config::{ModelConfig, ServerConfig};
+use shoal_server::shelf::Shelf;
+use shoal_server::state::{EventKind, ModelStatus};
+use support::shelves::{alive, config, events, pid, script, soon, status, story, until};
+
+/// Models whose workers would be ours, of an interpreter that does as `mode` says.
+fn forking(directory: &Path, mode: &str, names: &[&str]) -> ServerConfig {
+    set(directory, mode);
+    let models = names.iter().map(|name| ModelConfig::new(*name, "/none")).collect();
+    ServerConfig {
+        python: script("fake_template.py").into(),
+        fork_workers: true,
+        ..config(directory, 400, models)
+    }
+}
+
+fn set(directory: &Path, mode: &str) {
+    std::fs::write(directory.join("mode"), mode).expect("written");
+}
+
+fn begin(config: ServerConfig) -> Shelf {
+    Shelf::start(Arc::new(config)).expect("the shelf starts")
+}
+
+/// The numbers in a file of the fake interpreter.
+fn noted(directory: &Path, name: &str) -> Vec<u32> {
+    let text = std::fs::read_to_string(directory.join(name)).unwrap_or_default();
+    text.lines().map(|line| line.parse().expect("a number")).collect()
+}
+
+fn parent(pid: u32) -> u32 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+    let mut fields = stat.rsplit(')').next().expect("fields").split_whitespace();
+    fields.nth(1).and_then(|parent| parent.parse().ok()).expect("a parent")
+}
+
+fn kill(pid: u32) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process");
+    kill_process(pid, Signal::KILL).expect("it runs");
+}
+
+fn is_there(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+async fn asleep(shelf: &Shelf, name: &str) -> u32 {
+    until(shelf, "asleep", |shelf| status(shelf, name) == ModelStatus::Asleep).await;
+    pid(shelf, name).expect("it runs")
+}
+
+async fn gone(what: &str, pids: &[u32]) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while pids.iter().any(|pid| is_there(*pid)) {
+        assert!(Instant::now() < deadline, "{what}: one of {pids:?} is still there");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn exits(shelf: &Shelf) -> Vec<String> {
+    let exits = events(shelf);
+    let status = |what: &EventKind| match what {
+        EventKind::WorkerExited { status, .. } => Some(status.clone()),
+        _ => None,
+    };
+    exits.iter().filter_map(|event| status(&event.what)).collect()
+}
+
+/// Kills a model's worker and gives the next one.
+async fn killed(shelf: &Shelf, name: &str) -> u32 {
+    let before = pid(shelf, name).expect("it runs");
+    kill(before);
+    until(shelf, "another", |shelf| pid(shelf, name).is_some_and(|pid| pid != before)).await;
+    asleep(shelf, name).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_are_forked_from_one_template_and_nothing_is_left() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "", &["ash", "elm"]));
+    let first = [asleep(&shelf, "ash").await, asleep(&shelf, "elm").await];
+    let [template] = noted(scratch.path(), "templates")[..] else {
+        panic!("one template: {}", story(&shelf))
+    };
+    assert_eq!(first.map(parent), [template, template]);
+    let next = killed(&shelf, "ash").await;
+    assert_eq!(parent(next), template);
+    assert!(exits(&shelf)[0].starts_with("was ended by signal 9"), "{:?}", exits(&shelf));
+    assert!(!is_there(first[0]), "it was waited for");
+    drop(shelf.route("elm", soon()).await.expect("routed"));
+    shelf.shutdown(soon()).await;
+    let mut all = noted(scratch.path(), "children");
+    assert_eq!(all.len(), 3);
+    all.push(template);
+    assert!(!all.iter().any(|pid| is_there(*pid)), "a process is left when the shelf has ended");
+    assert!(scratch.path().join("logs/template.out").exists());
+}
+
+/// Whatever is wrong with a template, its workers are started by themselves in bounded time, and no child is left of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_cannot_be_forked_is_started_by_itself() {
+    for mode in ["refuse", "die", "lie", "chat", "broken", "hang", "late"] {
+        let scratch = tempfile::tempdir().expect("scratch");
+        let shelf = begin(forking(scratch.path(), mode, &["ash", "elm"]));
+        for name in ["ash", "elm"] {
+            let worker = asleep(&shelf, name).await;
+            assert_eq!(parent(worker), std::process::id(), "{mode}: {name} was forked");
+            assert_eq!(shelf.snapshot().model(name).expect("there").starts, 1, "{mode}");
+        }
+        let templates = noted(scratch.path(), "templates");
+        assert_eq!(templates.len(), 1, "{mode}: the next one has to wait");
+        // It only said what is not so: the next order may do.
+        if mode != "lie" {
+            gone(mode, &templates).await;
+        }
+        gone(mode, &noted(scratch.path(), "children")).await;
+        shelf.shutdown(soon()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_forked_one_that_was_never_ready_the_next_is_started_by_itself() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "unready", &["ash"]));
+    let second = asleep(&shelf, "ash").await;
+    let [template] = noted(scratch.path(), "templates")[..] else {
+        panic!("one template: {}", story(&shelf))
+    };
+    assert_eq!(parent(second), std::process::id());
+    assert!(exits(&shelf)[0].starts_with("exited with status 7"), "{:?}", exits(&shelf));
+    assert!(exits(&shelf).len() == 1 && noted(scratch.path(), "children").len() == 1, "{}", story(&shelf));
+    // It was ready: whatever ends it has to do with no fork.
+    set(scratch.path(), "");
+    let third = killed(&shelf, "ash").await;
+    assert_eq!(parent(third), template);
+    shelf.shutdown(soon()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_go_on_without_their_template() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "", &["ash", "elm"]));
+    let workers = [asleep(&shelf, "ash").await, asleep(&shelf, "elm").await];
+    let [template] = noted(scratch.path(), "templates")[..] else {
+        panic!("one template: {}", story(&shelf))
+    };
+    kill(template);
+    gone("the server waits for it", &[template]).await;
+    drop(shelf.route("elm", soon()).await.expect("routed"));
+    let next = killed(&shelf, "ash").await;
+    assert!(parent(next) != template);
+    assert_eq!(pid(&shelf, "elm"), Some(workers[1]), "{}", story(&shelf));
+    assert!(alive(workers[1]));
+    // Nobody can tell how it ended: whoever waited for it is no more.
+    assert!(exits(&shelf)[0].starts_with("ended after"), "{:?}", exits(&shelf));
+    shelf.shutdown(soon()).await;
+    assert!(!alive(next) && !alive(workers[1]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shelf_that_ends_while_a_template_imports_or_answers_leaves_nothing() {
+    for (mode, waits_for) in [("gate", "templates"), ("late", "orders")] {
+        let scratch = tempfile::tempdir().expect("scratch");
+        let shelf = begin(forking(scratch.path(), mode, &["ash"]));
+        until(&shelf, "it is asked", |_| scratch.path().join(waits_for).exists()).await;
+        let began = Instant::now();
+        shelf.shutdown(soon()).await;
+        assert!(began.elapsed() < Duration::from_secs(4), "{mode}: it was waited for");
+        let templates = noted(scratch.path(), "templates");
+        assert!(templates.len() == 1 && !is_there(templates[0]), "{mode}");
+        assert!(pid(&shelf, "ash").is_none() && exits(&shelf).is_empty(), "{mode}: {}", story(&shelf));
+        assert!(!scratch.path().join("children").exists(), "{mode}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_template_that_no_model_needs_any_more_ends_at_a_reload() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let with = forking(scratch.path(), "", &["ash"]);
+    let shelf = begin(with.clone());
+    let worker = asleep(&shelf, "ash").await;
+    let [template] = noted(scratch.path(), "templates")[..] else {
+        panic!("one template: {}", story(&shelf))
+    };
+    shelf.reload_with(with.clone()).expect("the same");
+    assert!(alive(template) && parent(worker) == template);
+    shelf.reload_with(ServerConfig { fork_workers: false, ..with.clone() }).expect("a good one");
+    gone("nobody needs it", &[template]).await;
+    assert!(alive(worker) && pid(&shelf, "ash") == Some(worker), "its worker goes on");
+    let next = killed(&shelf, "ash").await;
+    assert_eq!(parent(next), std::process::id());
+    // Wanted again, without a pause: the one before did nothing wrong.
+    shelf.reload_with(with).expect("a good one");
+    let again = killed(&shelf, "ash").await;
+    assert_eq!(noted(scratch.path(), "templates").get(1), Some(&parent(again)), "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
