@@ -4,7 +4,7 @@
 As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
 runtime directory says: `refuse`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
 that name is there), `unready` (its children end at once). Beside `mode`, `templates` has a line for each start of one,
-`orders` one for each order, `children` one for each child.
+`orders` one for each order, `children` one for each child, `begun` one for each that was let go.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def serve() -> list[str] | None:
             note("children", os.getpid())
             if os.read(pipe, 1) == b"":
                 os._exit(0)
+            note("begun", os.getpid())
             if mode() == "unready":
                 print("it cannot be forked", flush=True)
                 os._exit(7)

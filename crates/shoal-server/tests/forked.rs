@@ -181,6 +181,28 @@ async fn a_shelf_that_ends_while_a_template_imports_or_answers_leaves_nothing() 
     }
 }
 
+/// The model goes while there is nothing yet to fork its worker from, and another comes in its place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_child_that_nobody_wants_any_more_does_not_begin() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "gate", &["ash", "elm"]));
+    until(&shelf, "it is asked", |_| scratch.path().join("templates").exists()).await;
+    shelf.reload_with(forking(scratch.path(), "gate", &["elm", "oak"])).expect("a good one");
+    assert!(shelf.snapshot().model("ash").is_none_or(|model| model.pid.is_none()));
+    std::fs::write(scratch.path().join("gate"), "").expect("written");
+    let kept = [asleep(&shelf, "elm").await, asleep(&shelf, "oak").await];
+    let children = noted(scratch.path(), "children");
+    let unwanted: Vec<u32> = children.iter().copied().filter(|pid| !kept.contains(pid)).collect();
+    assert_eq!(unwanted.len(), 1, "{}", story(&shelf));
+    gone("it was told nothing else", &unwanted).await;
+    let mut begun = noted(scratch.path(), "begun");
+    begun.sort_unstable();
+    let mut wanted = kept.to_vec();
+    wanted.sort_unstable();
+    assert_eq!(begun, wanted, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_template_that_no_model_needs_any_more_ends_at_a_reload() {
     let scratch = tempfile::tempdir().expect("scratch");

@@ -63,8 +63,8 @@ impl Core {
         }
     }
 
-    /// A process runs.
-    pub(crate) fn handle_started(&mut self, place: usize, pid: u32, now_ms: u64) {
+    /// A process runs. False where it is to end at once: what it was started for has gone meanwhile.
+    pub(crate) fn handle_started(&mut self, place: usize, pid: u32, now_ms: u64) -> bool {
         let model = &mut self.models[place];
         model.pid = Some(pid);
         model.last_words = None;
@@ -86,11 +86,11 @@ impl Core {
         }
         // Its patience begins now: until there was a process to fork it from, it could not say anything.
         self.advance(place, LifeEvent::Heard { now_ms });
-        // What it was started for may have gone meanwhile.
         if self.stopping || !matches!(self.models[place].life(), Life::Starting { .. }) {
             self.models[place].end.notify_one();
         }
         self.settle(now_ms);
+        !self.stopping && matches!(self.models[place].life(), Life::Starting { .. })
     }
 
     /// A process could not be started.

@@ -435,7 +435,7 @@ async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Option<(Proces
         || WorkerProcess::start(&launch).map(Process::Ours),
         |forked| Ok(Process::Forked(forked)),
     );
-    let process = match started {
+    let mut process = match started {
         Ok(process) => process,
         Err(error) => {
             shared.with(|core, now_ms| core.handle_not_started(place, error.to_string(), now_ms));
@@ -463,12 +463,12 @@ async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Option<(Proces
         }
         journal.is_kept()
     };
-    shared.with(|core, now_ms| {
+    let is_wanted = shared.with(|core, now_ms| {
         core.is_journaled = is_kept;
-        core.handle_started(place, pid, now_ms);
+        core.handle_started(place, pid, now_ms)
     });
-    if let Process::Forked(forked) = &process {
-        forked.go();
+    if let Process::Forked(forked) = &mut process {
+        if is_wanted { forked.go() } else { forked.give_up() }
     }
     Some((process, socket))
 }

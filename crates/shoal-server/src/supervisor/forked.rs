@@ -24,8 +24,8 @@ pub struct Forked {
     log_from: u64,
     told: Option<oneshot::Receiver<i32>>,
     status: Option<ExitStatus>,
-    /// Open as long as this server lives and has the worker.
-    pipe: PipeWriter,
+    /// Open as long as this server lives and has the worker, and wants it.
+    pipe: Option<PipeWriter>,
 }
 
 impl Forked {
@@ -35,14 +35,20 @@ impl Forked {
         told: oneshot::Receiver<i32>,
         pipe: PipeWriter,
     ) -> Self {
-        Self { process, log_from, told: Some(told), status: None, pipe }
+        Self { process, log_from, told: Some(told), status: None, pipe: Some(pipe) }
     }
 
     /// Lets it begin. One that has ended by now is seen to end.
     pub fn go(&self) {
-        if let Err(error) = (&self.pipe).write_all(b"g") {
+        let Some(mut pipe) = self.pipe.as_ref() else { return };
+        if let Err(error) = pipe.write_all(b"g") {
             tracing::debug!(%error, pid = self.pid(), "a forked worker was gone before its word");
         }
+    }
+
+    /// Tells one that was not let go that nobody wants it any more: it ends without a word.
+    pub fn give_up(&mut self) {
+        self.pipe = None;
     }
 
     /// Its process id.
