@@ -20,6 +20,7 @@ import pytest
 from .broker import FakeBroker
 
 MIB = 1 << 20
+ROOM = 512  # as much as a server leaves for what a child shows as its arguments
 START = "import sys; from shoal.worker import template; sys.exit(template.main())"
 
 
@@ -31,11 +32,13 @@ class Server:
         self.own_log = directory / "template.out"
         ours, theirs = socket.socketpair()
         with self.own_log.open("ab") as log:
-            command = (
-                [sys.executable, "-c", before + START] if before else [sys.executable, "-m", "shoal.worker.template"]
-            )
+            command = ["-c", before + START] if before else ["-m", "shoal.worker.template"]
             self.process = subprocess.Popen(
-                command, stdin=theirs, stdout=log, stderr=log, env=os.environ | {"SHOAL_SERVER_PID": str(os.getpid())}
+                [sys.executable, *command, " " * ROOM],
+                stdin=theirs,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"SHOAL_SERVER_PID": str(os.getpid())},
             )
         theirs.close()
         ours.settimeout(120)
@@ -93,6 +96,19 @@ class Server:
 
 def stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def files(pid: int) -> set[int]:
+    return {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+
+
+def signals(pid: int, field: str) -> set[int]:
+    mask = int(Path(f"/proc/{pid}/status").read_text().partition(f"{field}:")[2].split()[0], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 
 
 def alive(pid: int) -> bool:
@@ -190,6 +206,65 @@ def test_a_forked_worker_is_as_one_that_was_started_by_itself(llama_dir, server,
         else:
             assert worker.wait(60) == 0
     assert texts[0] == texts[1]
+
+
+def test_a_child_has_no_files_but_its_own(server):
+    """Neither the server's socket nor what belongs to other children, of which there are some."""
+    before = files(server.process.pid)
+    pids = [server.fork()[0] for _ in range(3)]
+    server.send(server.line()[:10])  # the files of an order that is not whole yet
+    for pid in pids:
+        until(lambda pid=pid: Path(f"/proc/{pid}/comm").read_text() == "shoal:tiny\n", "it is itself")
+        until(lambda pid=pid: len(files(pid)) == 4, f"{files(pid)}")
+        left = {str(Path(f"/proc/{pid}/fd/{number}").readlink()).partition(":")[0] for number in files(pid)}
+        assert left == {"/dev/null", str(server.log), "pipe"}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        assert server.hear()["say"] == "ended"
+    until(lambda: len(files(server.process.pid)) == len(before) + 2, "the template keeps what it has no use for")
+
+
+def test_each_shows_its_own_command_and_has_no_signal_blocked(server):
+    template = [sys.executable, "-m", "shoal.worker.template"]
+    assert command_of(server.process.pid) == template
+    assert {signal.SIGTERM, signal.SIGHUP, signal.SIGINT} <= signals(server.process.pid, "SigIgn")
+    assert not signals(server.process.pid, "SigBlk")
+    pid, _ = server.fork()
+    own = [sys.executable, "-m", "shoal.worker", "--control", "/none.sock", "--model", "tiny"]
+    until(lambda: command_of(pid) == own, "it shows what it is")
+    until(lambda: not signals(pid, "SigBlk"), "it can be told to end")
+    assert not {signal.SIGTERM, signal.SIGHUP, signal.SIGINT} & signals(pid, "SigIgn")
+    assert command_of(server.process.pid) == template
+    long = server.line(model="m" * 64, args=["--control", "/" + "long/" * 200, "--model", "m" * 64])
+    server.send(long)
+    pid = server.hear()["pid"]
+    until(lambda: len("\0".join(command_of(pid))) > ROOM, "as much as there is room for")
+    assert command_of(pid)[:4] == own[:4]
+
+
+def test_children_do_not_roll_the_same_dice_and_know_their_environment(start):
+    """They print it before they wait for their word."""
+    server = start(
+        "import os, random\n"
+        "from shoal.worker import template\n"
+        "wait = template._may_go\n"
+        "def shown(pipe):\n"
+        "    import numpy\n"
+        "    print(random.random(), numpy.random.random(), os.environ['A_WORD'], os.getcwd(), flush=True)\n"
+        "    return wait(pipe)\n"
+        "template._may_go = shown\n"
+        "os.environ['A_WORD'] = 'its own'\n"
+    )
+    assert server.hear()["say"] == "ready"
+    for word in ("one", "two"):
+        server.send(server.line(env={"A_WORD": word}))
+        assert server.hear()["say"] == "forked"
+    until(lambda: server.log.read_text().count("\n") == 2, "both say it")
+    lines = [line.split(" ") for line in server.log.read_text().splitlines()]
+    one, two = sorted(lines, key=lambda line: line[2])
+    assert (one[2:], two[2:]) == (["one", str(Path.cwd())], ["two", str(Path.cwd())])
+    assert one[0] != two[0]
+    assert one[1] != two[1]
 
 
 def test_one_that_the_server_gave_up_ends_without_a_word(server):

@@ -181,7 +181,7 @@ class Template:
         os.close(order.log)
         os.environ.update(order.env)
         sys.argv = [str(worker.__file__), *order.args]
-        _name(f"shoal:{order.model}")
+        _show(f"shoal:{order.model}", [sys.executable, "-m", "shoal.worker", *order.args])
         # Python's own has a new seed by itself, and torch's is that of any process that begins.
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed()
@@ -224,7 +224,7 @@ def main() -> int:
     # Its server ends it, and nobody else: what is sent to all of a terminal or a session is not for it.
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    _name("shoal-template")
+    _show("shoal-template", [sys.executable, "-m", "shoal.worker.template"])
     began = time.monotonic()
     server = socket.socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -310,10 +310,19 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _name(name: str) -> None:
-    """Show who this is where processes are listed; the kernel keeps fifteen bytes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+def _show(name: str, command: list[str]) -> None:
+    """Show who this is where processes are listed: the kernel keeps fifteen bytes of a name.
+
+    It shows the command from where that lay as the process began, so as much fits as the server left room for there.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    at, end = (int(field) for field in Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    # Where the kernel shows it whole, it lies there, and is nobody's any more: Python took a copy.
+    if 0 < at < end and len(Path("/proc/self/cmdline").read_bytes()) == end - at:
+        shown = b"".join(word.encode() + b"\0" for word in command)[: end - at - 1]
+        ctypes.memmove(at, shown.ljust(end - at, b"\0"), end - at)
 
 
 if __name__ == "__main__":

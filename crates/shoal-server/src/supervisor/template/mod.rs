@@ -33,14 +33,17 @@ const ORDERS_MAX: usize = 16;
 const REASON_CHARS_MAX: usize = 240;
 /// How long what it said before it ended may take to be heard.
 const LAST_WORDS_WAIT: Duration = Duration::from_millis(200);
+/// Room in its arguments for those that a child shows as its own.
+const SHOWN_BYTES: usize = 512;
 /// How long one that was killed is waited for.
 const KILLED_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// How long a template is waited for.
 #[derive(Clone, Copy, Debug)]
 pub struct Waits {
-    /// From its start until it has imported all. A worker that is started by itself would import as much meanwhile, so the
-    /// first one loses nothing by waiting, unless the template hangs where that one would not.
+    /// From its start until it has imported all: as long as a worker may take to say hello. One that is started by itself
+    /// would import as much meanwhile, so the first one loses nothing by waiting, unless the template hangs where that one
+    /// would not. To give up sooner is what costs, where the machine is that busy: all is imported once more.
     pub ready: Duration,
     /// From an order to its answer.
     pub answer: Duration,
@@ -48,7 +51,7 @@ pub struct Waits {
 
 impl Default for Waits {
     fn default() -> Self {
-        Self { ready: Duration::from_mins(1), answer: Duration::from_secs(5) }
+        Self { ready: Duration::from_mins(2), answer: Duration::from_secs(5) }
     }
 }
 
@@ -117,7 +120,7 @@ impl Template {
             .map_err(|error| say("no socket for it", error))?;
         let talk = UnixStream::from_std(ours).map_err(|error| say("no socket for it", error))?;
         let child = Command::new(&launch.python)
-            .args(["-m", "shoal.worker.template"])
+            .args(["-m", "shoal.worker.template", &" ".repeat(SHOWN_BYTES)])
             .envs(&launch.env)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(output)
@@ -159,7 +162,8 @@ impl Template {
     /// time. A child that comes after it was given up, or after this future was dropped, ends without a word.
     ///
     /// # Errors
-    /// Why there is none, in a sentence. The template has ended by then, or ends.
+    /// Why there is none, in a sentence. The template has ended by then, or ends, but where all that is wrong is the child,
+    /// the log or the pipe.
     pub async fn fork(&self, launch: &Launch) -> Result<Forked, String> {
         let output = log_file::open_log(&launch.log).map_err(|error| error.to_string())?;
         let log_from = output.metadata().map_err(|error| error.to_string())?.len();
@@ -243,7 +247,7 @@ impl Keeper {
                     pid = self.pid,
                     seconds,
                     resident_mib = mib,
-                    "a template has imported what workers need, which they share with it"
+                    "workers are forked from a process that has imported what they need"
                 );
             }
             Said::Failed { reason } => {
