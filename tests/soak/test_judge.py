@@ -235,12 +235,18 @@ def test_growth_is_seen_and_steadiness_is_none() -> None:
 def test_processes_and_files_that_are_left_are_found(tmp_path: Path) -> None:
     for name in ("run/shoal", "state/shoal/logs", "tmp"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("run/shoal/server.lock", "run/shoal/sim-0.ledger", "state/shoal/logs/chat.log.1"):
+    for name in (
+        "run/shoal/server.lock",
+        "run/shoal/sim-0.ledger",
+        "state/shoal/logs/chat.log.1",
+        "state/shoal/logs/template.out",
+    ):
         (tmp_path / name).write_text("")
     assert watch.files_left(tmp_path) == []
-    for name in ("run/shoal/journal", "tmp/x", "state/shoal/y"):
+    left = ["run/shoal/journal", "state/shoal/logs/other.out", "state/shoal/template.out", "state/shoal/y", "tmp/x"]
+    for name in left:
         (tmp_path / name).write_text("")
-    assert sorted(watch.files_left(tmp_path)) == ["run/shoal/journal", "state/shoal/y", "tmp/x"]
+    assert sorted(watch.files_left(tmp_path)) == left
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "run")}
     with subprocess.Popen([sys.executable, "-c", "input()"], env=env, stdin=subprocess.PIPE) as process:
         assert process.pid in watch.processes_of(tmp_path)

@@ -147,7 +147,9 @@ def files_left(home: Path) -> list[str]:
     left += [path for path in (home / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
     for path in (home / "state").rglob("*"):
         is_log = path.parent.name == "logs" and (
-            path.suffix in {".log", ".ndjson"} or path.name.endswith((".log.1", ".ndjson.1"))
+            path.suffix in {".log", ".ndjson"}
+            or path.name.endswith((".log.1", ".ndjson.1"))
+            or path.name in {"template.out", "template.out.1"}
         )
         if path.is_file() and not is_log:
             left.append(path)
