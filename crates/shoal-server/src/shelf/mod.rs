@@ -16,6 +16,7 @@ mod look;
 mod models;
 mod policy_code;
 mod policy_process;
+mod processes;
 mod reload;
 mod route;
 mod runtime_dir;

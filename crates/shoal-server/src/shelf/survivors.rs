@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shared;
-use super::tasks::{KILLED_WAIT_MAX, SocketFile};
+use super::processes::SocketFile;
+use super::tasks::KILLED_WAIT_MAX;
 use crate::config::{Engine, ServerConfig};
 use crate::supervisor::{Entry, Survivor};
 
