@@ -3,7 +3,7 @@
 
 As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
 runtime directory says: `refuse`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
-that name is there), `unready` (its children end at once). Beside `mode`, `templates` has a line for each start of one,
+that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at once). Beside `mode`, `templates` has a line for each start of one,
 `orders` one for each order, `children` one for each child, `begun` one for each that was let go.
 """
 
@@ -96,6 +96,9 @@ def serve() -> list[str] | None:
         for file in files:
             os.close(file)
         children.add(pid)
+        if mode() == "forked-gate":
+            while not (DIRECTORY / "gate").exists():
+                time.sleep(0.01)
         start = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
         say(say="forked", fork=order["fork"], pid=pid, start=start)
 

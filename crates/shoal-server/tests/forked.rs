@@ -65,6 +65,15 @@ async fn gone(what: &str, pids: &[u32]) {
     }
 }
 
+/// Its template may have to wait for it, and not be able to yet.
+async fn gone_or_zombie(what: &str, pids: &[u32]) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while pids.iter().any(|pid| alive(*pid)) {
+        assert!(Instant::now() < deadline, "{what}: one of {pids:?} is still there");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 fn exits(shelf: &Shelf) -> Vec<String> {
     let exits = events(shelf);
     let status = |what: &EventKind| match what {
@@ -183,23 +192,37 @@ async fn a_shelf_that_ends_while_a_template_imports_or_answers_leaves_nothing() 
 
 /// The model goes while there is nothing yet to fork its worker from, and another comes in its place.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_child_that_nobody_wants_any_more_does_not_begin() {
+async fn a_start_that_waits_for_a_template_ends_with_its_model() {
     let scratch = tempfile::tempdir().expect("scratch");
     let shelf = begin(forking(scratch.path(), "gate", &["ash", "elm"]));
     until(&shelf, "it is asked", |_| scratch.path().join("templates").exists()).await;
     shelf.reload_with(forking(scratch.path(), "gate", &["elm", "oak"])).expect("a good one");
-    assert!(shelf.snapshot().model("ash").is_none_or(|model| model.pid.is_none()));
+    // It makes room for the next start at once, and not when the template is ready.
+    until(&shelf, "its turn comes", |shelf| status(shelf, "oak") == ModelStatus::Starting).await;
+    assert!(shelf.snapshot().model("ash").is_none(), "{}", story(&shelf));
     std::fs::write(scratch.path().join("gate"), "").expect("written");
-    let kept = [asleep(&shelf, "elm").await, asleep(&shelf, "oak").await];
-    let children = noted(scratch.path(), "children");
-    let unwanted: Vec<u32> = children.iter().copied().filter(|pid| !kept.contains(pid)).collect();
-    assert_eq!(unwanted.len(), 1, "{}", story(&shelf));
-    gone("it was told nothing else", &unwanted).await;
+    let mut kept = [asleep(&shelf, "elm").await, asleep(&shelf, "oak").await];
     let mut begun = noted(scratch.path(), "begun");
     begun.sort_unstable();
-    let mut wanted = kept.to_vec();
-    wanted.sort_unstable();
-    assert_eq!(begun, wanted, "{}", story(&shelf));
+    kept.sort_unstable();
+    assert_eq!(begun, kept, "{}", story(&shelf));
+    assert_eq!(noted(scratch.path(), "children").len(), 2, "nobody asked for one of ash");
+    shelf.shutdown(soon()).await;
+}
+
+/// It was forked already, and its template has not said so yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_child_that_nobody_wants_any_more_does_not_begin() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "forked-gate", &["ash"]));
+    until(&shelf, "it is forked", |_| !noted(scratch.path(), "children").is_empty()).await;
+    shelf.reload_with(forking(scratch.path(), "forked-gate", &["oak"])).expect("a good one");
+    let unwanted = noted(scratch.path(), "children");
+    gone_or_zombie("its pipe is closed", &unwanted).await;
+    std::fs::write(scratch.path().join("gate"), "").expect("written");
+    asleep(&shelf, "oak").await;
+    let begun = noted(scratch.path(), "begun");
+    assert!(!begun.iter().any(|pid| unwanted.contains(pid)), "{}", story(&shelf));
     shelf.shutdown(soon()).await;
 }
 

@@ -93,6 +93,21 @@ impl Core {
         !self.stopping && matches!(self.models[place].life(), Life::Starting { .. })
     }
 
+    /// Whether the start that was ordered is still wanted; there is no process yet.
+    pub(crate) fn wants_start(&self, place: usize) -> bool {
+        let model = &self.models[place];
+        !self.stopping && model.retiring.is_none() && matches!(model.life(), Life::Starting { .. })
+    }
+
+    /// No process was made, because what it was to be made for has gone meanwhile.
+    pub(crate) fn handle_unwanted(&mut self, place: usize, now_ms: u64) {
+        // One that cannot be served, or a server that ends, is where it belongs already.
+        if !self.stopping {
+            self.retired(place, now_ms);
+        }
+        self.settle(now_ms);
+    }
+
     /// A process could not be started.
     pub(crate) fn handle_not_started(&mut self, place: usize, reason: String, now_ms: u64) {
         let model = &mut self.models[place];
@@ -250,13 +265,14 @@ impl Core {
     /// The model cannot be served: its worker is ended and, if that is `permanent`, not started again.
     pub(super) fn fail(&mut self, place: usize, code: &str, reason: &str, permanent: bool, now_ms: u64) {
         let model = &mut self.models[place];
+        let is_starting = matches!(model.life(), Life::Starting { .. });
         model.error = Some(reason.to_owned());
         model.last_words = Some(reason.to_owned());
         model.say(FromServer::Shutdown { deadline_ms: self.timing.end_ms_max, reason: reason.to_owned() });
         model.cycle.note(reason);
         self.advance(place, LifeEvent::Failed { reason: reason.to_owned(), permanent });
         let model = &self.models[place];
-        if model.pid.is_some() {
+        if model.pid.is_some() || is_starting {
             model.end.notify_one();
         }
         self.tell(

@@ -45,6 +45,8 @@ mod queue;
 mod record;
 mod records;
 mod reload;
+#[cfg(test)]
+mod reload_tests;
 mod requests;
 mod settle;
 mod show;

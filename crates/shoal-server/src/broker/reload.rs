@@ -195,6 +195,10 @@ impl Core {
         if model.pid.is_some() || matches!(model.life(), Life::Starting { .. }) {
             model.cycle.note(reason);
             model.retiring = Some(Retiring { until_ms: now_ms + DRAIN_MS });
+            if model.pid.is_none() {
+                // Whoever waits for what its process is made of need not wait any longer.
+                model.end.notify_one();
+            }
         }
     }
 
@@ -205,7 +209,7 @@ impl Core {
             let model = &self.models[place];
             let Some(Retiring { until_ms }) = model.retiring else { continue };
             let is_at_work = model.is_ready() && model.queue.active() > 0;
-            // One that is being started has no process yet, and is ended once it has.
+            // One that is being started has no process yet: its task leaves the start, or ends what it has started.
             if model.pid.is_none() || matches!(model.life(), Life::Ending) || is_at_work && now_ms < until_ms
             {
                 continue;
@@ -239,9 +243,9 @@ impl Core {
         true
     }
 
-    /// When the next one is not waited for any longer.
+    /// When the next one is not waited for any longer. Only what answers requests still is.
     pub(super) fn next_retiring(&self) -> Option<u64> {
-        let waiting = self.models.lively().filter(|model| !matches!(model.life(), Life::Ending));
+        let waiting = self.models.lively().filter(|model| model.is_ready() && model.pid.is_some());
         waiting.filter_map(|model| model.retiring.map(|retiring| retiring.until_ms)).min()
     }
 }

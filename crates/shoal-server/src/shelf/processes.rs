@@ -1,13 +1,15 @@
 //! One model's process: started or forked when the core says so, written down, watched, and seen to its end.
 //!
 //! Apart from the other tasks because it alone starts and ends what costs memory, and what it does has an order: written down
-//! before it can be heard, seen to be gone before the next.
+//! before it can be heard, seen to be gone before the next. A start may wait for a template that imports, and the model be
+//! configured otherwise or go meanwhile: the core wakes it then, and is asked again before anything begins.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use tokio::sync::Notify;
 
 use super::Shared;
 use super::tasks::KILLED_WAIT_MAX;
@@ -99,10 +101,16 @@ pub(super) async fn keep(shared: Arc<Shared>, place: usize, mut before: Option<S
             let begun = tokio::select! {
                 () = shared.cancel.cancelled() => return,
                 begun = begin(&shared, place, by_itself) => begun,
+                // What was asked for meanwhile ends without a word: its pipe closes here.
+                () = unwanted(&shared, place, &end) => Err(NotBegun::Unwanted),
             };
             match begun {
-                Some(begun) => begun,
-                None => continue,
+                Ok(begun) => begun,
+                Err(NotBegun::Failed) => continue,
+                Err(NotBegun::Unwanted) => {
+                    shared.with(|core, now_ms| core.handle_unwanted(place, now_ms));
+                    continue;
+                }
             }
         };
         let pid = process.pid();
@@ -148,21 +156,35 @@ pub(super) async fn keep(shared: Arc<Shared>, place: usize, mut before: Option<S
     }
 }
 
+/// Why no process came of an order to start.
+enum NotBegun {
+    /// It could not be started, and the core has heard why.
+    Failed,
+    /// What it was ordered for has gone meanwhile.
+    Unwanted,
+}
+
+/// Until a start that has no process yet is not wanted any more.
+async fn unwanted(shared: &Shared, place: usize, end: &Notify) {
+    while shared.with(|core, _| core.wants_start(place)) {
+        end.notified().await;
+    }
+}
+
 /// Starts a worker, and writes it down before it can hear that it may outlive this server. One that is forked does
-/// nothing before that.
-async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Option<(Process, SocketFile)> {
-    let stops = || shared.with(|core, _| core.stopping);
+/// nothing before that, and may have to be waited for: this may be dropped meanwhile.
+async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Result<(Process, SocketFile), NotBegun> {
     let config = shared.with(|core, _| Arc::clone(&core.config));
     let (launch, path, model) = launch(shared, &config, place);
     let fingerprint = config.fingerprint(&model);
-    if stops() {
-        return None;
+    if !shared.with(|core, _| core.wants_start(place)) {
+        return Err(NotBegun::Unwanted);
     }
     let socket = SocketFile::fresh(path.clone());
     let forked = if by_itself { None } else { shared.templates.fork(shared, &config, &model, &launch).await };
-    // Nobody counts on it any more: whatever was forked meanwhile ends as it is dropped.
-    if stops() {
-        return None;
+    // Whatever was forked meanwhile ends as it is dropped.
+    if !shared.with(|core, _| core.wants_start(place)) {
+        return Err(NotBegun::Unwanted);
     }
     let started = forked.map_or_else(
         || WorkerProcess::start(&launch).map(Process::Ours),
@@ -172,7 +194,7 @@ async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Option<(Proces
         Ok(process) => process,
         Err(error) => {
             shared.with(|core, now_ms| core.handle_not_started(place, error.to_string(), now_ms));
-            return None;
+            return Err(NotBegun::Failed);
         }
     };
     let pid = process.pid();
@@ -203,7 +225,7 @@ async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Option<(Proces
     if let Process::Forked(forked) = &mut process {
         if is_wanted { forked.go() } else { forked.give_up() }
     }
-    Some((process, socket))
+    Ok((process, socket))
 }
 
 /// A worker's data socket: whatever stands in its place goes before the worker starts, and what it leaves goes after it.
