@@ -18,7 +18,7 @@ fn forking(directory: &Path, mode: &str, names: &[&str]) -> ServerConfig {
     let models = names.iter().map(|name| ModelConfig::new(*name, "/none")).collect();
     ServerConfig {
         python: script("fake_template.py").into(),
-        fork_workers: true,
+        fork_workers: Some(true),
         ..config(directory, 400, models)
     }
 }
@@ -237,7 +237,7 @@ async fn a_template_that_no_model_needs_any_more_ends_at_a_reload() {
     };
     shelf.reload_with(with.clone()).expect("the same");
     assert!(alive(template) && parent(worker) == template);
-    shelf.reload_with(ServerConfig { fork_workers: false, ..with.clone() }).expect("a good one");
+    shelf.reload_with(ServerConfig { fork_workers: Some(false), ..with.clone() }).expect("a good one");
     gone("nobody needs it", &[template]).await;
     assert!(alive(worker) && pid(&shelf, "ash") == Some(worker), "its worker goes on");
     let next = killed(&shelf, "ash").await;

@@ -138,8 +138,7 @@ impl ShoalFile {
             quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
             sharing: server.sharing,
             patience: server.patience,
-            // On a GPU nobody has seen it work yet.
-            fork_workers: server.fork_workers.unwrap_or(device == DeviceChoice::Sim),
+            fork_workers: server.fork_workers,
             orphan_wait: server.orphan_s_max.map_or(ORPHAN_WAIT_DEFAULT, Duration::from_secs),
             notes,
             unservable,
