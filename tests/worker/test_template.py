@@ -365,6 +365,21 @@ def test_packages_that_were_installed_since_are_noticed(start, tmp_path):
     assert "packages were installed or removed" in said["reason"]
 
 
+def test_packages_that_are_installed_while_it_imports_are_noticed(start, tmp_path):
+    """What it has imported may be of two states."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    server = start(
+        f"import pathlib, site; site.getsitepackages = lambda: [{str(packages)!r}]\n"
+        "from shoal.worker import template\n"
+        f"template.import_all = lambda: pathlib.Path({str(packages / 'another.dist-info')!r}).mkdir()\n"
+    )
+    said = server.hear()
+    assert said["say"] == "failed", said
+    assert "packages were installed or removed" in said["reason"]
+    assert server.process.wait(60) == 1
+
+
 def test_what_cannot_be_imported_is_told(start):
     server = start("import sys; sys.modules['aiohttp'] = None\n")
     said = server.hear()

@@ -3,7 +3,8 @@
 
 As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
 runtime directory says: `refuse`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
-that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at once). Beside `mode`, `templates` has a line for each start of one,
+that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at once),
+`unservable` (they say that the model is missing), `never` (whoever is started says so). Beside `mode`, `templates` has a line for each start of one,
 `orders` one for each order, `children` one for each child, `begun` one for each that was let go.
 """
 
@@ -92,7 +93,7 @@ def serve() -> list[str] | None:
             if mode() == "unready":
                 print("it cannot be forked", flush=True)
                 os._exit(7)
-            return list(order["args"])
+            return [*order["args"], *(["--fail", "model_missing"] if mode() == "unservable" else [])]
         for file in files:
             os.close(file)
         children.add(pid)
@@ -109,7 +110,7 @@ def main() -> None:
     if worker is None:
         return
     sys.path.insert(0, str(HERE))
-    sys.argv = ["fake_worker.py", *worker]
+    sys.argv = ["fake_worker.py", *worker, *(["--fail", "model_missing"] if mode() == "never" else [])]
     import fake_worker
 
     fake_worker.main()

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use shoal_server::config::{ModelConfig, ServerConfig};
 use shoal_server::shelf::Shelf;
 use shoal_server::state::{EventKind, ModelStatus};
-use support::shelves::{alive, config, events, pid, script, soon, status, story, until};
+use support::shelves::{alive, config, count, events, pid, script, soon, status, story, until};
 
 /// Models whose workers would be ours, of an interpreter that does as `mode` says.
 fn forking(directory: &Path, mode: &str, names: &[&str]) -> ServerConfig {
@@ -150,6 +150,34 @@ async fn after_a_forked_one_that_was_never_ready_the_next_is_started_by_itself()
     set(scratch.path(), "");
     let third = killed(&shelf, "ash").await;
     assert_eq!(parent(third), template);
+    shelf.shutdown(soon()).await;
+}
+
+/// What was imported for it may be all that is wrong.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_forked_one_says_that_was_never_ready_counts_once_one_by_itself_says_it() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "unservable", &["ash"]));
+    let second = asleep(&shelf, "ash").await;
+    assert_eq!(parent(second), std::process::id(), "{}", story(&shelf));
+    assert_eq!(noted(scratch.path(), "begun").len(), 1, "the one before was forked");
+    assert!(exits(&shelf)[0].starts_with("exited with status 3"), "{:?}", exits(&shelf));
+    let never = count(&shelf, "ash", |what| matches!(what, EventKind::ModelFailed { .. }));
+    assert_eq!(never, 0, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "never", &["ash"]));
+    until(&shelf, "failed", |shelf| status(shelf, "ash") == ModelStatus::Failed).await;
+    until(&shelf, "its end is heard", |shelf| exits(shelf).len() == 2).await;
+    let ash = shelf.snapshot().model("ash").expect("there").clone();
+    assert_eq!(
+        (ash.starts, ash.error.as_deref()),
+        (2, Some("no such thing (model_missing)")),
+        "{}",
+        story(&shelf)
+    );
+    assert_eq!(noted(scratch.path(), "begun").len(), 1, "the second was not forked");
     shelf.shutdown(soon()).await;
 }
 

@@ -79,7 +79,8 @@ class Template:
         self._received = b""
         self._files: list[int] = []
         self._children: dict[int, int | None] = {}  # by process id: a descriptor that is readable once it has ended
-        self._packages: dict[str, int] = {}
+        # What is imported from here on may be of either state, if they change.
+        self._packages = _packages()
 
     def say(self, **message: object) -> None:
         """Tell the server something."""
@@ -87,7 +88,6 @@ class Template:
 
     def serve(self) -> Order | None:
         """Fork whom the server asks for. Returns twice: in each child its order, here None once the server is gone."""
-        self._packages = _packages()
         while True:
             poll = select.poll()
             poll.register(self._server, select.POLLIN)
@@ -153,6 +153,10 @@ class Template:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             return "it has initialised CUDA"
+        return self.changed()
+
+    def changed(self) -> str | None:
+        """Why what it has imported is not what a worker would import now; None where it is."""
         if self._packages != _packages():
             return "packages were installed or removed since it imported its own"
         return None
@@ -236,6 +240,10 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, a worker that is started by itself says it better
         _complain(f"{described(error)}")
         template.say(say="failed", reason=described(error))
+        return 1
+    if (reason := template.changed()) is not None:
+        _complain(reason)
+        template.say(say="failed", reason=reason)
         return 1
     template.say(say="ready", bytes=_resident_bytes(), seconds=round(time.monotonic() - began, 3))
     try:

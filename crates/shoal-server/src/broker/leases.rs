@@ -41,8 +41,7 @@ impl Core {
             }
             FromWorker::Ready { capabilities } => self.ready(place, capabilities, now_ms),
             FromWorker::Failed { code, message } => {
-                let permanent = code != "internal";
-                self.fail(place, &kept(&code), &kept(&message), permanent, now_ms);
+                self.worker_failed(place, &kept(&code), &kept(&message), now_ms);
             }
             FromWorker::LeaseRequest { request, kind, bytes, bytes_min, deadline_ms, reason } => {
                 let pending = PendingRequest {

@@ -262,6 +262,19 @@ impl Core {
         }
     }
 
+    /// Its worker says that it cannot serve it.
+    pub(super) fn worker_failed(&mut self, place: usize, code: &str, reason: &str, now_ms: u64) {
+        let permanent = code != "internal";
+        let model = &mut self.models[place];
+        if permanent && model.is_forked && !model.was_ready {
+            // What was imported for it may be all that is wrong. The next one imports by itself, and what that says counts.
+            model.error = Some(reason.to_owned());
+            model.last_words = Some(reason.to_owned());
+            return self.end_connection(place, now_ms);
+        }
+        self.fail(place, code, reason, permanent, now_ms);
+    }
+
     /// The model cannot be served: its worker is ended and, if that is `permanent`, not started again.
     pub(super) fn fail(&mut self, place: usize, code: &str, reason: &str, permanent: bool, now_ms: u64) {
         let model = &mut self.models[place];

@@ -152,6 +152,8 @@ pub(crate) struct Record {
     pub(crate) is_unaccounted: bool,
     /// This process was ready once.
     pub(crate) was_ready: bool,
+    /// It was forked: what it runs was imported by another process, maybe long ago.
+    pub(crate) is_forked: bool,
     /// Ends in a row that came soon and of processes that were never ready.
     pub(crate) quick_ends: u32,
     /// Tells the process's task to start one.
@@ -254,6 +256,7 @@ impl Record {
             retiring: None,
             is_unaccounted: false,
             was_ready: false,
+            is_forked: false,
             quick_ends: 0,
             start: Arc::new(Notify::new()),
             end: Arc::new(Notify::new()),

@@ -220,6 +220,7 @@ async fn begin(shared: &Shared, place: usize, by_itself: bool) -> Result<(Proces
     };
     let is_wanted = shared.with(|core, now_ms| {
         core.is_journaled = is_kept;
+        core.models[place].is_forked = matches!(process, Process::Forked(_));
         core.handle_started(place, pid, now_ms)
     });
     if let Process::Forked(forked) = &mut process {
