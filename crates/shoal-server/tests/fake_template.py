@@ -4,7 +4,7 @@
 As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
 runtime directory says: `refuse`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
 that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at once),
-`unservable` (they say that the model is missing), `never` (whoever is started says so). Beside `mode`, `templates` has a line for each start of one,
+`unservable` (they say that the model is missing), `never` (whoever is started says so), `deaf` (with a child, it waits for none and answers nothing). Beside `mode`, `templates` has a line for each start of one,
 `orders` one for each order, `children` one for each child, `begun` one for each that was let go.
 """
 
@@ -52,7 +52,7 @@ def serve() -> list[str] | None:
     while True:
         readable = select.select([server], [], [], 0.02)[0]
         for pid in list(children):
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            if mode() != "deaf" and os.waitpid(pid, os.WNOHANG)[0]:
                 children.remove(pid)
                 say(say="ended", pid=pid, status=signal.SIGKILL if mode() != "unready" else 7 << 8)
         if not readable:
@@ -62,6 +62,8 @@ def serve() -> list[str] | None:
             return None
         order = json.loads(data)
         note("orders", order["model"])
+        if mode() == "deaf" and children:
+            time.sleep(600)
         match mode():
             case "refuse":
                 say(say="refused", fork=order["fork"], reason="it has 2 threads")

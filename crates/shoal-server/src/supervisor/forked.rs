@@ -4,11 +4,12 @@
 //! end of that pipe, however it comes about, is what a parent's death is to a worker that was started by itself.
 
 use std::io::{self, PipeWriter, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use tokio::sync::oneshot;
 
 use super::process::clear_group;
@@ -81,7 +82,7 @@ impl Forked {
             self.status = said.ok().and_then(Result::ok).map(ExitStatus::from_raw);
         }
         if self.status.is_none() {
-            self.status = inherited(self.pid());
+            self.status = self.process.descriptor().and_then(|process| inherited(process).ok()?);
         }
         Ok(Exit { status: self.status, ..exit })
     }
@@ -103,9 +104,13 @@ impl Forked {
 }
 
 /// The status of a process that its template left to us, as happens to a server that is the first process of a container;
-/// else nobody can tell.
-fn inherited(pid: u32) -> Option<ExitStatus> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
-    let (_, status) = waitpid(Some(pid), WaitOptions::NOHANG).ok()??;
-    Some(ExitStatus::from_raw(status.as_raw()))
+/// none while it runs. Nothing is left of one whose status was given.
+///
+/// # Errors
+/// It is not ours to wait for, so nobody here can tell.
+pub(super) fn inherited(process: BorrowedFd<'_>) -> io::Result<Option<ExitStatus>> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let Some(status) = waitid(WaitId::PidFd(process), options)? else { return Ok(None) };
+    let raw = status.exit_status().map(|code| (code & 0xff) << 8).or(status.terminating_signal());
+    Ok(raw.map(ExitStatus::from_raw))
 }

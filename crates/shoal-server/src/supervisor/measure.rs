@@ -7,6 +7,8 @@ use std::path::Path;
 
 use shoal_core::bytes::ByteCount;
 
+use super::identity;
+
 /// The RAM that the group that `leader` leads takes now; none where that cannot be told. Reads files of every process: not
 /// for a thread of the runtime.
 #[must_use]
@@ -16,16 +18,12 @@ pub fn ram_of_group(leader: u32) -> Option<ByteCount> {
 }
 
 fn processes_of(leader: u32) -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| group_of(*pid) == Some(leader)).collect()
+    identity::all().into_iter().filter(|(_, seen)| seen.group == leader).map(|(pid, _)| pid).collect()
 }
 
 /// The process group of a process; none where it cannot be seen.
 pub(crate) fn group_of(pid: u32) -> Option<u32> {
-    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
-    // The name stands in brackets and may hold anything: state, parent and group follow the last bracket.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(2)?.parse().ok()
+    identity::seen(pid).map(|seen| seen.group)
 }
 
 fn ram_of(pid: u32) -> Option<ByteCount> {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal};
 use tokio::process::{Child, Command};
 
-use super::log_file;
+use super::{identity, log_file};
 
 /// How often a group whose leader has ended is looked at.
 const GROUP_LOOK: Duration = Duration::from_millis(20);
@@ -247,15 +247,10 @@ impl WorkerProcess {
     /// Waits until the process and everything else in its group is gone.
     async fn wait_group(&mut self) -> std::io::Result<Exit> {
         let exit = self.wait().await?;
-        while self.group().is_some_and(|group| rustix::process::test_kill_process_group(group).is_ok()) {
+        while group_runs(self.pid).await {
             tokio::time::sleep(GROUP_LOOK).await;
         }
         Ok(exit)
-    }
-
-    /// It was made the leader of a group of its own.
-    fn group(&self) -> Option<Pid> {
-        group(self.pid)
     }
 
     fn signal_group(&self, signal: Signal) {
@@ -287,16 +282,31 @@ fn signal_group(leader: u32, signal: Signal) {
 
 /// Ends what is left of a group whose leader is gone, and waits a bounded time until that is gone too.
 pub(super) async fn clear_group(leader: u32) {
-    let Some(group) = group(leader) else { return };
-    let lives = || rustix::process::test_kill_process_group(group).is_ok();
     let deadline = Instant::now() + GROUP_WAIT;
-    while lives() && Instant::now() < deadline {
+    while group_runs(leader).await {
+        if Instant::now() >= deadline {
+            tracing::warn!(pid = leader, "what a worker or command started is still there");
+            return;
+        }
         signal_group(leader, Signal::KILL);
         tokio::time::sleep(GROUP_LOOK).await;
     }
-    if lives() {
-        tracing::warn!(pid = leader, "what a worker or command started is still there");
+}
+
+/// Whether anything of a group runs. What is left of those that ended does not, and may stay for long: orphans are waited
+/// for by the first process of a machine or container, which may be one that waits for nobody.
+async fn group_runs(leader: u32) -> bool {
+    let Some(group) = group(leader) else { return false };
+    if rustix::process::test_kill_process_group(group).is_err() {
+        return false;
     }
+    let looked = tokio::task::spawn_blocking(move || {
+        let all = identity::all();
+        let mut members = all.iter().filter(|(_, seen)| seen.group == leader).peekable();
+        // Where none is shown, what the kernel says of the group counts.
+        members.peek().is_none() || members.any(|(_, seen)| !seen.is_over)
+    });
+    looked.await.unwrap_or(true)
 }
 
 #[cfg(test)]
@@ -379,7 +389,7 @@ mod tests {
         let exit = worker.wait().await?;
         assert_eq!(exit.status.and_then(|status| status.code()), Some(7));
         worker.clear_group().await;
-        let group = worker.group().ok_or("a group")?;
+        let group = group(worker.pid).ok_or("a group")?;
         let entries = std::fs::read_dir("/proc")?.filter_map(|entry| Some(entry.ok()?.path()));
         let alive =
             entries.filter_map(|path| std::fs::read_to_string(path.join("stat")).ok()).filter(|stat| {
@@ -413,5 +423,20 @@ mod tests {
         let error = WorkerProcess::start(&wrong).err().ok_or("it started")?;
         assert!(error.to_string().contains("/no/such/python"), "{error}");
         Ok(())
+    }
+
+    #[tokio::test]
+    async fn what_is_left_of_a_group_that_nobody_waits_for_is_not_waited_for() {
+        use std::os::unix::process::CommandExt;
+
+        let mut leader = std::process::Command::new("sleep").arg("100").process_group(0).spawn().expect("it runs");
+        let pid = leader.id();
+        assert!(group_runs(pid).await);
+        leader.kill().expect("it runs");
+        let began = Instant::now();
+        clear_group(pid).await;
+        assert!(began.elapsed() < GROUP_WAIT / 2, "{:?}", began.elapsed());
+        assert!(identity::seen(pid).is_some_and(|seen| seen.is_over), "nobody has waited for it");
+        leader.wait().expect("ended");
     }
 }

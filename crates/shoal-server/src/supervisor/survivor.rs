@@ -5,7 +5,7 @@
 //! sandboxes) the number and the start are compared right before each signal.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -59,6 +59,11 @@ impl Survivor {
     #[must_use]
     pub const fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// What means this process and no other, where the kernel has such descriptors.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.handle.as_ref().map(|handle| handle.get_ref().as_fd())
     }
 
     /// The last line that it wrote to its log.

@@ -7,6 +7,7 @@
 //!
 //! Which models are forked, and when a template is started, is decided by `shelf::templates`.
 
+mod orphans;
 mod talk;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
+use tokio::process::{Child as Process, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -139,7 +140,7 @@ impl Template {
             asked,
             is_ready,
             waits: launch.waits,
-            statuses: HashMap::new(),
+            children: HashMap::new(),
             orders: 0,
         };
         tracker.spawn(keep(keeper, child, Arc::clone(&end), cancel));
@@ -190,7 +191,7 @@ impl Template {
 }
 
 /// One process, from its start to its end.
-async fn keep(mut keeper: Keeper, mut child: Child, end: Arc<OnceLock<End>>, cancel: CancellationToken) {
+async fn keep(mut keeper: Keeper, mut process: Process, end: Arc<OnceLock<End>>, cancel: CancellationToken) {
     let pid = keeper.pid;
     let reason = {
         let mut run = std::pin::pin!(keeper.run());
@@ -199,7 +200,7 @@ async fn keep(mut keeper: Keeper, mut child: Child, end: Arc<OnceLock<End>>, can
             () = cancel.cancelled() => None,
             ended = &mut run => ended.err(),
             // A child that has the socket still would keep its end from being seen there.
-            status = child.wait() => match tokio::time::timeout(LAST_WORDS_WAIT, &mut run).await {
+            status = process.wait() => match tokio::time::timeout(LAST_WORDS_WAIT, &mut run).await {
                 Ok(ended) => ended.err(),
                 Err(_) => Some(status.map_or_else(
                     |error| format!("its process cannot be waited for: {error}"),
@@ -213,13 +214,20 @@ async fn keep(mut keeper: Keeper, mut child: Child, end: Arc<OnceLock<End>>, can
     }
     let reason = reason.unwrap_or_else(|| "no model needs it any more".to_owned());
     let _first = end.set(End { at: Instant::now(), reason });
-    // Those who wait hear of it once it can say why.
+    let given_up = keeper.children.iter().filter(|(_, child)| child.told.is_closed());
+    let given_up: Vec<_> = given_up.map(|(pid, child)| (*pid, child.start)).collect();
+    let told: Vec<_> = keeper.children.keys().copied().collect();
+    // Those who wait hear of it once it can say why, and a child that was not told of ends as its pipe closes.
     drop(keeper);
-    if let Err(error) = child.start_kill() {
+    let orphans = orphans::of(pid, given_up, told).await;
+    if let Err(error) = process.start_kill() {
         tracing::debug!(%error, pid, "a template was gone before its signal");
     }
-    if tokio::time::timeout(KILLED_WAIT_MAX, child.wait()).await.is_err() {
+    if tokio::time::timeout(KILLED_WAIT_MAX, process.wait()).await.is_err() {
         tracing::warn!(pid, "a template that was killed is still there");
+    }
+    if !cancel.is_cancelled() {
+        orphans::reap(orphans).await;
     }
 }
 
@@ -229,9 +237,15 @@ struct Keeper {
     asked: mpsc::Receiver<Asked>,
     is_ready: watch::Sender<bool>,
     waits: Waits,
-    /// Who waits for the status of which child.
-    statuses: HashMap<u32, oneshot::Sender<i32>>,
+    /// Those that have not ended.
+    children: HashMap<u32, Child>,
     orders: u64,
+}
+
+struct Child {
+    start: u64,
+    /// Who waits for its status, unless it was given up.
+    told: oneshot::Sender<i32>,
 }
 
 impl Keeper {
@@ -295,7 +309,7 @@ impl Keeper {
                 Said::Ended { pid, status } => self.ended(pid, status),
                 Said::Forked { fork, pid, start } if fork == order.fork => {
                     let (sender, status) = oneshot::channel();
-                    self.statuses.insert(pid, sender);
+                    self.children.insert(pid, Child { start, told: sender });
                     // Nobody may be waiting any more: then the child finds its pipe closed.
                     let _heard = answer.send(Born { pid, start, status });
                     return Ok(());
@@ -309,8 +323,8 @@ impl Keeper {
     }
 
     fn ended(&mut self, pid: u32, status: i32) {
-        if let Some(waiting) = self.statuses.remove(&pid) {
-            let _heard = waiting.send(status);
+        if let Some(child) = self.children.remove(&pid) {
+            let _heard = child.told.send(status);
         }
     }
 
