@@ -349,7 +349,7 @@ def test_one_that_is_not_fit_refuses(start, before, reason):
     server = start(before)
     assert server.hear()["say"] == "ready"
     server.send(server.line())
-    assert server.hear() == {"say": "refused", "fork": 1, "reason": reason}
+    assert server.hear() == {"say": "unfit", "fork": 1, "reason": reason}
 
 
 def test_packages_that_were_installed_since_are_noticed(start, tmp_path):
@@ -361,8 +361,41 @@ def test_packages_that_were_installed_since_are_noticed(start, tmp_path):
     (packages / "another.dist-info").mkdir()
     server.send(server.line())
     said = server.hear()
-    assert (said["say"], said["fork"]) == ("refused", 2), said
+    assert (said["say"], said["fork"]) == ("unfit", 2), said
     assert "packages were installed or removed" in said["reason"]
+
+
+def test_an_order_for_which_no_process_can_be_made_is_refused_and_the_next_one_is_not(start):
+    server = start(
+        "import errno, os\n"
+        "fork = os.fork\n"
+        "def full():\n"
+        "    os.fork = fork\n"
+        "    raise BlockingIOError(errno.EAGAIN, 'too many processes')\n"
+        "os.fork = full\n"
+    )
+    assert server.hear()["say"] == "ready"
+    server.send(server.line())
+    said = server.hear()
+    assert (said["say"], said["fork"]) == ("refused", 1), said
+    assert "no process can be made" in said["reason"]
+    assert "too many processes" in said["reason"]
+    pid, pipe = server.fork()
+    server.drop(pipe)
+    assert server.hear() == {"say": "ended", "pid": pid, "status": 0}
+
+
+def test_one_that_can_fork_no_more_tells_how_its_children_end(start, tmp_path):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    server = start(f"import site; site.getsitepackages = lambda: [{str(packages)!r}]\n")
+    assert server.hear()["say"] == "ready"
+    pid, _ = server.fork()
+    (packages / "another.dist-info").mkdir()
+    server.send(server.line())
+    assert server.hear()["say"] == "unfit"
+    os.kill(pid, signal.SIGKILL)
+    assert server.hear() == {"say": "ended", "pid": pid, "status": int(signal.SIGKILL)}
 
 
 def test_packages_that_are_installed_while_it_imports_are_noticed(start, tmp_path):

@@ -2,7 +2,7 @@
 """An interpreter as far as a test of forked workers needs: `-m shoal.worker.template`, and `-m shoal.worker ...`.
 
 As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
-runtime directory says: `refuse`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
+runtime directory says: `refuse`, `unfit`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
 that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at once),
 `unservable` (they say that the model is missing), `never` (whoever is started says so), `deaf` (with a child, it waits for none and answers nothing). Beside `mode`, `templates` has a line for each start of one,
 `orders` one for each order, `children` one for each child, `begun` one for each that was let go.
@@ -54,7 +54,7 @@ def serve() -> list[str] | None:
         for pid in list(children):
             if mode() != "deaf" and os.waitpid(pid, os.WNOHANG)[0]:
                 children.remove(pid)
-                say(say="ended", pid=pid, status=signal.SIGKILL if mode() != "unready" else 7 << 8)
+                say(say="ended", pid=pid, status=7 << 8 if mode() == "unready" else signal.SIGKILL)
         if not readable:
             continue
         data, files, _, _ = socket.recv_fds(server, 1 << 20, 4)
@@ -66,7 +66,10 @@ def serve() -> list[str] | None:
             time.sleep(600)
         match mode():
             case "refuse":
-                say(say="refused", fork=order["fork"], reason="it has 2 threads")
+                say(say="refused", fork=order["fork"], reason="no process can be made")
+                continue
+            case "unfit":
+                say(say="unfit", fork=order["fork"], reason="it has 2 threads")
                 continue
             case "hang":
                 time.sleep(600)

@@ -116,7 +116,7 @@ async fn workers_are_forked_from_one_template_and_nothing_is_left() {
 /// Whatever is wrong with a template, its workers are started by themselves in bounded time, and no child is left of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_cannot_be_forked_is_started_by_itself() {
-    for mode in ["refuse", "die", "lie", "chat", "broken", "hang", "late"] {
+    for mode in ["refuse", "unfit", "die", "lie", "chat", "broken", "hang", "late"] {
         let scratch = tempfile::tempdir().expect("scratch");
         let shelf = begin(forking(scratch.path(), mode, &["ash", "elm"]));
         for name in ["ash", "elm"] {
@@ -126,8 +126,8 @@ async fn a_worker_that_cannot_be_forked_is_started_by_itself() {
         }
         let templates = noted(scratch.path(), "templates");
         assert_eq!(templates.len(), 1, "{mode}: the next one has to wait");
-        // It only said what is not so: the next order may do.
-        if mode != "lie" {
+        // It only said what is not so, or that this once it cannot: the next order may do.
+        if !["lie", "refuse"].contains(&mode) {
             gone(mode, &templates).await;
         }
         gone(mode, &noted(scratch.path(), "children")).await;
@@ -254,6 +254,41 @@ async fn a_child_that_nobody_wants_any_more_does_not_begin() {
     shelf.shutdown(soon()).await;
 }
 
+/// It is replaced later; until then it tells how those end that it has forked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_template_that_can_fork_no_more_is_there_as_long_as_its_workers() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "", &["ash", "elm"]));
+    let workers = [asleep(&shelf, "ash").await, asleep(&shelf, "elm").await];
+    let [template] = noted(scratch.path(), "templates")[..] else {
+        panic!("one template: {}", story(&shelf))
+    };
+    set(scratch.path(), "unfit");
+    let by_itself = killed(&shelf, "ash").await;
+    assert_eq!(parent(by_itself), std::process::id());
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(alive(template) && parent(workers[1]) == template);
+    killed(&shelf, "elm").await;
+    assert!(exits(&shelf)[1].starts_with("was ended by signal 9"), "{:?}", exits(&shelf));
+    gone("none of its workers lives", &[template]).await;
+    shelf.shutdown(soon()).await;
+}
+
+/// No process could be made for it, which says nothing of the next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_that_is_refused_does_not_end_a_template() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let shelf = begin(forking(scratch.path(), "refuse", &["ash"]));
+    assert_eq!(parent(asleep(&shelf, "ash").await), std::process::id());
+    let [template] = noted(scratch.path(), "templates")[..] else {
+        panic!("one template: {}", story(&shelf))
+    };
+    set(scratch.path(), "");
+    let next = killed(&shelf, "ash").await;
+    assert_eq!(parent(next), template, "{}", story(&shelf));
+    shelf.shutdown(soon()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_template_that_no_model_needs_any_more_ends_at_a_reload() {
     let scratch = tempfile::tempdir().expect("scratch");
@@ -266,9 +301,12 @@ async fn a_template_that_no_model_needs_any_more_ends_at_a_reload() {
     shelf.reload_with(with.clone()).expect("the same");
     assert!(alive(template) && parent(worker) == template);
     shelf.reload_with(ServerConfig { fork_workers: Some(false), ..with.clone() }).expect("a good one");
-    gone("nobody needs it", &[template]).await;
-    assert!(alive(worker) && pid(&shelf, "ash") == Some(worker), "its worker goes on");
+    // It alone can tell how its worker ends, which goes on.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(alive(template) && alive(worker) && pid(&shelf, "ash") == Some(worker));
     let next = killed(&shelf, "ash").await;
+    assert!(exits(&shelf)[0].starts_with("was ended by signal 9"), "{:?}", exits(&shelf));
+    gone("nobody needs it", &[template]).await;
     assert_eq!(parent(next), std::process::id());
     // Wanted again, without a pause: the one before did nothing wrong.
     shelf.reload_with(with).expect("a good one");

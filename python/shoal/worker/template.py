@@ -120,8 +120,8 @@ class Template:
 
     def _fork(self, order: Order) -> bool:
         """Fork one, or say why not. True in the child."""
-        if (reason := self._unfit()) is not None:
-            self.say(say="refused", fork=order.number, reason=reason)
+        if (reason := self.unfit()) is not None:
+            self.say(say="unfit", fork=order.number, reason=reason)
         else:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -143,8 +143,8 @@ class Template:
         os.close(order.pipe)
         return False
 
-    def _unfit(self) -> str | None:
-        """Why a child would not be what it is to be; None where it would."""
+    def unfit(self) -> str | None:
+        """Why a child would not be what it is to be, now and later; None where it would."""
         threads = max(threading.active_count(), len(list(Path("/proc/self/task").iterdir())))
         if threads != 1:
             return f"it has {threads} threads"

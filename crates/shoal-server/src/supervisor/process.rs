@@ -429,7 +429,8 @@ mod tests {
     async fn what_is_left_of_a_group_that_nobody_waits_for_is_not_waited_for() {
         use std::os::unix::process::CommandExt;
 
-        let mut leader = std::process::Command::new("sleep").arg("100").process_group(0).spawn().expect("it runs");
+        let mut leader =
+            std::process::Command::new("sleep").arg("100").process_group(0).spawn().expect("it runs");
         let pid = leader.id();
         assert!(group_runs(pid).await);
         leader.kill().expect("it runs");

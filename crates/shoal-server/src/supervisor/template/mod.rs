@@ -36,6 +36,8 @@ const REASON_CHARS_MAX: usize = 240;
 const LAST_WORDS_WAIT: Duration = Duration::from_millis(200);
 /// Room in its arguments for those that a child shows as its own.
 const SHOWN_BYTES: usize = 512;
+/// How often one that takes no more orders is looked at, whether anybody still waits for how a child of it ends.
+const WATCHED_LOOK: Duration = Duration::from_millis(500);
 /// How long one that was killed is waited for.
 const KILLED_WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -69,7 +71,8 @@ pub struct TemplateLaunch {
     pub waits: Waits,
 }
 
-/// A template that runs, or is about to. Dropping it ends the process; its children go on.
+/// A template that runs, or is about to. Dropping it ends the process, once none of the workers forked from it lives: it
+/// alone can tell how they end. They go on whatever becomes of it.
 #[derive(Debug)]
 pub struct Template {
     pid: u32,
@@ -91,7 +94,7 @@ struct Asked {
     launch: Launch,
     log: OwnedFd,
     pipe: OwnedFd,
-    answer: oneshot::Sender<Born>,
+    answer: oneshot::Sender<Result<Born, String>>,
 }
 
 /// A child that waits for its word.
@@ -136,6 +139,7 @@ impl Template {
         let end = Arc::new(OnceLock::new());
         let keeper = Keeper {
             pid,
+            end: Arc::clone(&end),
             talk: Talk::new(talk),
             asked,
             is_ready,
@@ -153,7 +157,8 @@ impl Template {
         self.pid
     }
 
-    /// How long it lived, and when it ended; none while it lives.
+    /// How long it took orders, and when it took the last; none while it does. Its process may be there still, to tell how
+    /// its children end.
     #[must_use]
     pub fn ended(&self) -> Option<(Duration, Instant)> {
         self.end.get().map(|end| (end.at.duration_since(self.began), end.at))
@@ -163,8 +168,8 @@ impl Template {
     /// time. A child that comes after it was given up, or after this future was dropped, ends without a word.
     ///
     /// # Errors
-    /// Why there is none, in a sentence. The template has ended by then, or ends, but where all that is wrong is the child,
-    /// the log or the pipe.
+    /// Why there is none, in a sentence. The template takes no more orders then, but where all that is wrong is this one, its
+    /// child, the log or the pipe.
     pub async fn fork(&self, launch: &Launch) -> Result<Forked, String> {
         let output = log_file::open_log(&launch.log).map_err(|error| error.to_string())?;
         let log_from = output.metadata().map_err(|error| error.to_string())?.len();
@@ -179,7 +184,8 @@ impl Template {
         if self.orders.send(asked).await.is_err() {
             return Err(self.why_gone());
         }
-        let Ok(Born { pid, start, status }) = answered.await else { return Err(self.why_gone()) };
+        let Ok(answer) = answered.await else { return Err(self.why_gone()) };
+        let Born { pid, start, status } = answer?;
         let process = Survivor::find(pid, start, Duration::ZERO, launch.log.clone(), log_from)
             .ok_or_else(|| "the process that it forked ended at once".to_owned())?;
         Ok(Forked::new(process, log_from, status, ours))
@@ -209,11 +215,10 @@ async fn keep(mut keeper: Keeper, mut process: Process, end: Arc<OnceLock<End>>,
             },
         }
     };
-    if let Some(reason) = &reason {
-        tracing::warn!(pid, reason, "a template ends; workers are started by themselves meanwhile");
+    match reason {
+        Some(reason) => over(pid, &end, reason),
+        None => drop(end.set(End { at: Instant::now(), reason: "no model needs it any more".to_owned() })),
     }
-    let reason = reason.unwrap_or_else(|| "no model needs it any more".to_owned());
-    let _first = end.set(End { at: Instant::now(), reason });
     let given_up = keeper.children.iter().filter(|(_, child)| child.told.is_closed());
     let given_up: Vec<_> = given_up.map(|(pid, child)| (*pid, child.start)).collect();
     let told: Vec<_> = keeper.children.keys().copied().collect();
@@ -231,8 +236,20 @@ async fn keep(mut keeper: Keeper, mut process: Process, end: Arc<OnceLock<End>>,
     }
 }
 
+/// It takes no more orders. What was wrong first counts.
+fn over(pid: u32, end: &OnceLock<End>, reason: String) {
+    match end.set(End { at: Instant::now(), reason: reason.clone() }) {
+        Ok(()) => {
+            let what = "a template takes no more orders; workers are started by themselves meanwhile";
+            tracing::warn!(pid, reason, "{what}");
+        }
+        Err(_) => tracing::debug!(pid, reason, "a template ends that takes no more orders"),
+    }
+}
+
 struct Keeper {
     pid: u32,
+    end: Arc<OnceLock<End>>,
     talk: Talk,
     asked: mpsc::Receiver<Asked>,
     is_ready: watch::Sender<bool>,
@@ -249,7 +266,7 @@ struct Child {
 }
 
 impl Keeper {
-    /// Until nobody asks any more.
+    /// Until nobody asks any more, or it can fork no more, and none of its workers lives.
     ///
     /// # Errors
     /// Why it cannot be asked any more, in a sentence.
@@ -271,11 +288,11 @@ impl Keeper {
             other => return Err(format!("it said {other:?} before it was ready")),
         }
         self.is_ready.send_replace(true);
-        loop {
+        while self.end.get().is_none() {
             tokio::select! {
                 asked = self.asked.recv() => match asked {
                     Some(asked) => self.fork(asked).await?,
-                    None => return Ok(()),
+                    None => break,
                 },
                 said = self.talk.next() => match said {
                     Ok(Some(Said::Ended { pid, status })) => self.ended(pid, status),
@@ -283,6 +300,24 @@ impl Keeper {
                 },
             }
         }
+        self.see_out().await
+    }
+
+    /// Takes no more orders, and hears how those end that somebody watches.
+    async fn see_out(&mut self) -> Result<(), String> {
+        self.asked.close();
+        while let Ok(asked) = self.asked.try_recv() {
+            drop(asked);
+        }
+        while self.children.values().any(|child| !child.told.is_closed()) {
+            // Whoever watches one sees its end also where this template does not tell of it.
+            match tokio::time::timeout(WATCHED_LOOK, self.talk.next()).await {
+                Err(_) => {}
+                Ok(Ok(Some(Said::Ended { pid, status }))) => self.ended(pid, status),
+                Ok(said) => return Err(out_of_turn(said)),
+            }
+        }
+        Ok(())
     }
 
     async fn fork(&mut self, asked: Asked) -> Result<(), String> {
@@ -311,11 +346,19 @@ impl Keeper {
                     let (sender, status) = oneshot::channel();
                     self.children.insert(pid, Child { start, told: sender });
                     // Nobody may be waiting any more: then the child finds its pipe closed.
-                    let _heard = answer.send(Born { pid, start, status });
+                    let _heard = answer.send(Ok(Born { pid, start, status }));
                     return Ok(());
                 }
                 Said::Refused { fork, reason } if fork == order.fork => {
-                    return Err(format!("it refused: {}", bounded(&reason, REASON_CHARS_MAX)));
+                    let reason = bounded(&reason, REASON_CHARS_MAX);
+                    let _heard = answer.send(Err(format!("it refused: {reason}")));
+                    return Ok(());
+                }
+                Said::Unfit { fork, reason } if fork == order.fork => {
+                    // Before whoever asked hears of it, and asks for another.
+                    let reason = bounded(&reason, REASON_CHARS_MAX);
+                    over(self.pid, &self.end, format!("it can fork no more: {reason}"));
+                    return Ok(());
                 }
                 other => return Err(out_of_turn(Ok(Some(other)))),
             }

@@ -37,8 +37,10 @@ pub(super) enum Said {
     Failed { reason: String },
     /// The child of an order, by number and start.
     Forked { fork: u64, pid: u32, start: u64 },
-    /// Why there is none.
+    /// Why there is none for this order; the next may have one.
     Refused { fork: u64, reason: String },
+    /// Why there is none, and will be none for any other. It goes on telling how its children end.
+    Unfit { fork: u64, reason: String },
     /// A child has ended and was waited for; its status as the system has it.
     Ended { pid: u32, status: i32 },
 }
