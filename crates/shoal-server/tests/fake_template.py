@@ -2,10 +2,13 @@
 """An interpreter as far as a test of forked workers needs: `-m shoal.worker.template`, and `-m shoal.worker ...`.
 
 As the second it is `fake_worker.py`. As the first it forks such workers, or misbehaves as the file `mode` beside its
-runtime directory says: `refuse`, `unfit`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a file of
-that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at once),
-`unservable` (they say that the model is missing), `never` (whoever is started says so), `deaf` (with a child, it waits for none and answers nothing). Beside `mode`, `templates` has a line for each start of one,
-`orders` one for each order, `children` one for each child, `begun` one for each that was let go.
+runtime directory says: `refuse`, `unfit`, `hang`, `die`, `late`, `lie`, `chat`, `broken`, `gate` (it is ready once a
+file of that name is there), `forked-gate` (it says of a child once that is there), `unready` (its children end at
+once), `unservable` (they say that the model is missing), `never` (whoever is started says so), `deaf` (with a child,
+it waits for none and answers nothing). Once a child is there, `fork-die` kills itself, `fork-hang` says nothing,
+`fork-half` half a line, `fork-other` its own number, and `fork-number` that of another order. Beside `mode`,
+`templates` has a line for each start of one, `orders` one for each order, `children` one for each child, `begun` one
+for each that was let go.
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ def mode() -> str:
 def note(name: str, what: object) -> None:
     with (DIRECTORY / name).open("a") as file:
         file.write(f"{what}\n")
+
+
+def noted(name: str) -> list[str]:
+    path = DIRECTORY / name
+    return path.read_text().split() if path.exists() else []
 
 
 def serve() -> list[str] | None:
@@ -102,11 +110,27 @@ def serve() -> list[str] | None:
         for file in files:
             os.close(file)
         children.add(pid)
+        if mode().startswith("fork-"):
+            while str(pid) not in noted("children"):
+                time.sleep(0.001)
         if mode() == "forked-gate":
             while not (DIRECTORY / "gate").exists():
                 time.sleep(0.01)
-        start = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        say(say="forked", fork=order["fork"], pid=pid, start=start)
+        told, number = pid, order["fork"]
+        match mode():
+            case "fork-die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "fork-hang":
+                time.sleep(600)
+            case "fork-half":
+                server.sendall(b'{"say":"forked","fork":')
+                time.sleep(600)
+            case "fork-other":
+                told = os.getpid()
+            case "fork-number":
+                number += 1
+        start = int(Path(f"/proc/{told}/stat").read_text().rpartition(")")[2].split()[19])
+        say(say="forked", fork=number, pid=told, start=start)
 
 
 def main() -> None:

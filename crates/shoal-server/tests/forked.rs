@@ -113,7 +113,7 @@ async fn workers_are_forked_from_one_template_and_nothing_is_left() {
     assert!(scratch.path().join("logs/template.out").exists());
 }
 
-/// Whatever is wrong with a template, its workers are started by themselves in bounded time, and no child is left of it.
+/// Whatever is wrong with a template before it forks, its workers are started by themselves in bounded time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_cannot_be_forked_is_started_by_itself() {
     for mode in ["refuse", "unfit", "die", "lie", "chat", "broken", "hang", "late"] {
@@ -130,7 +130,25 @@ async fn a_worker_that_cannot_be_forked_is_started_by_itself() {
         if !["lie", "refuse"].contains(&mode) {
             gone(mode, &templates).await;
         }
-        gone(mode, &noted(scratch.path(), "children")).await;
+        assert!(noted(scratch.path(), "children").is_empty(), "{mode}: it forks in no such mode");
+        shelf.shutdown(soon()).await;
+    }
+}
+
+/// A child is there, and its template says nothing of it, or what is not so: it never begins.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_child_that_the_server_does_not_know_of_does_not_begin() {
+    for mode in ["fork-die", "fork-hang", "fork-half", "fork-other", "fork-number"] {
+        let scratch = tempfile::tempdir().expect("scratch");
+        let shelf = begin(forking(scratch.path(), mode, &["ash", "elm"]));
+        until(&shelf, "one is forked", |_| !noted(scratch.path(), "children").is_empty()).await;
+        for name in ["ash", "elm"] {
+            assert_eq!(parent(asleep(&shelf, name).await), std::process::id(), "{mode}: {name} was forked");
+            assert_eq!(shelf.snapshot().model(name).expect("there").starts, 1, "{mode}");
+        }
+        gone(mode, &noted(scratch.path(), "templates")).await;
+        gone_or_zombie(mode, &noted(scratch.path(), "children")).await;
+        assert!(noted(scratch.path(), "begun").is_empty(), "{mode}: {}", story(&shelf));
         shelf.shutdown(soon()).await;
     }
 }

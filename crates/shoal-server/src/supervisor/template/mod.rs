@@ -25,6 +25,7 @@ use tokio_util::task::TaskTracker;
 
 use self::talk::{Order, Said, Talk};
 use super::forked::Forked;
+use super::identity::{self, Seen};
 use super::{Launch, Survivor, log_file};
 use crate::bounded::bounded;
 
@@ -343,6 +344,11 @@ impl Keeper {
             match self.hear(left, "has not answered an order").await? {
                 Said::Ended { pid, status } => self.ended(pid, status),
                 Said::Forked { fork, pid, start } if fork == order.fork => {
+                    // One that has ended by now, and was waited for, is nobody's.
+                    let is_other = |seen: Seen| seen.start == start && seen.parent != self.pid;
+                    if identity::seen(pid).is_some_and(is_other) {
+                        return Err(format!("it named process {pid}, which is no child of it"));
+                    }
                     let (sender, status) = oneshot::channel();
                     self.children.insert(pid, Child { start, told: sender });
                     // Nobody may be waiting any more: then the child finds its pipe closed.
