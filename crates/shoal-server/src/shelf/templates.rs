@@ -68,7 +68,7 @@ impl Templates {
         launch: &Launch,
     ) -> Option<Forked> {
         let kind = config.template_of(model)?;
-        let forked = match self.find(shared, config, kind, launch) {
+        let forked = match self.find(shared, kind, launch) {
             Ok(template) => template.fork(launch).await,
             Err(reason) => Err(reason),
         };
@@ -81,15 +81,15 @@ impl Templates {
         }
     }
 
-    fn find(
-        &self,
-        shared: &Shared,
-        config: &ServerConfig,
-        kind: TemplateKind,
-        launch: &Launch,
-    ) -> Result<Arc<Template>, String> {
-        let begin = of_kind(&kind, &config.log_dir.join(LOG), launch);
+    fn find(&self, shared: &Shared, kind: TemplateKind, launch: &Launch) -> Result<Arc<Template>, String> {
         let mut kinds = self.kinds.lock();
+        // A reload puts its configuration in place first and looks for what that does not need then, so one of before it is
+        // either seen here or ended there.
+        let config = shared.with(|core, _| Arc::clone(&core.config));
+        if !config.models.iter().any(|model| config.template_of(model).as_ref() == Some(&kind)) {
+            return Err("the configuration has come to be another one".to_owned());
+        }
+        let begin = of_kind(&kind, &config.log_dir.join(LOG), launch);
         let slot = kinds.entry(kind).or_insert_with(Slot::new);
         if let Some(template) = slot.living() {
             return Ok(template);
@@ -139,4 +139,51 @@ fn of_kind(kind: &TemplateKind, log: &Path, launch: &Launch) -> TemplateLaunch {
         env.remove(own);
     }
     TemplateLaunch { python: kind.python.clone(), env, log: log.to_owned(), waits: Waits::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Surroundings, parse};
+    use crate::shelf::Shelf;
+    use crate::supervisor::WORKER_REMEDY;
+
+    /// One model, of an interpreter that there is not.
+    fn config(directory: &Path, more: &str) -> ServerConfig {
+        let surroundings = Surroundings {
+            python: "/none/python".into(),
+            runtime_dir: directory.join("run"),
+            state_home: directory.join("state"),
+            cache_home: directory.join("cache"),
+            budgets_before: None,
+            ..Surroundings::of_this_process()
+        };
+        let text = format!(
+            "[server]\nlisten = '127.0.0.1:0'\ndevice = 'sim'\ndevice_budget = '1GiB'\n{more}\n\
+             [[model]]\nname = 'ash'\nsource = '/none'\n"
+        );
+        parse(&text)
+            .and_then(|file| file.resolve(&directory.join("shoal.toml"), &surroundings))
+            .unwrap_or_else(|problems| panic!("{problems:?}"))
+    }
+
+    #[tokio::test]
+    async fn a_start_of_the_configuration_before_makes_no_template_after_a_reload() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let before = config(scratch.path(), "");
+        let after = config(scratch.path(), "fork_workers = false");
+        let shelf = Shelf::start(Arc::new(after)).expect("the shelf starts");
+        let launch = Launch {
+            model: "ash".to_owned(),
+            command: vec![],
+            env: BTreeMap::new(),
+            log: scratch.path().join("ash.log"),
+            remedy: WORKER_REMEDY,
+        };
+        let shared = shelf.shared();
+        let templates = &shared.templates;
+        let forked = templates.fork(shared, &before, &before.models[0], &launch).await;
+        assert!(forked.is_none() && templates.kinds.lock().is_empty(), "nobody would ever end it");
+        shelf.shutdown(Instant::now()).await;
+    }
 }
