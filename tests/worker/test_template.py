@@ -345,11 +345,27 @@ def test_children_are_waited_for_while_an_order_comes_in_pieces(server):
         ),
     ],
 )
-def test_one_that_is_not_fit_refuses(start, before, reason):
+def test_one_that_is_not_fit_says_so_before_it_is_asked(start, before, reason):
     server = start(before)
+    assert server.hear() == {"say": "failed", "reason": reason, "lasting": True}
+    assert server.process.wait(60) == 1
+    assert reason in server.own_log.read_text()
+
+
+def test_one_that_is_not_fit_any_more_says_so(start):
+    server = start(
+        "import threading, time\n"
+        "from shoal.worker import template\n"
+        "say = template.Template.say\n"
+        "def then(self, **said):\n"
+        "    say(self, **said)\n"
+        "    if said['say'] == 'ready':\n"
+        "        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "template.Template.say = then\n"
+    )
     assert server.hear()["say"] == "ready"
     server.send(server.line())
-    assert server.hear() == {"say": "unfit", "fork": 1, "reason": reason}
+    assert server.hear() == {"say": "unfit", "fork": 1, "reason": "it has 2 threads"}
 
 
 def test_packages_that_were_installed_since_are_noticed(start, tmp_path):
@@ -408,7 +424,7 @@ def test_packages_that_are_installed_while_it_imports_are_noticed(start, tmp_pat
         f"template.import_all = lambda: pathlib.Path({str(packages / 'another.dist-info')!r}).mkdir()\n"
     )
     said = server.hear()
-    assert said["say"] == "failed", said
+    assert (said["say"], said["lasting"]) == ("failed", False), said
     assert "packages were installed or removed" in said["reason"]
     assert server.process.wait(60) == 1
 
@@ -416,7 +432,7 @@ def test_packages_that_are_installed_while_it_imports_are_noticed(start, tmp_pat
 def test_what_cannot_be_imported_is_told(start):
     server = start("import sys; sys.modules['aiohttp'] = None\n")
     said = server.hear()
-    assert said["say"] == "failed", said
+    assert (said["say"], said["lasting"]) == ("failed", False), said
     assert "aiohttp" in said["reason"]
     assert server.process.wait(60) == 1
 

@@ -50,7 +50,7 @@ def serve() -> list[str] | None:
 
     note("templates", os.getpid())
     if mode() == "broken":
-        say(say="failed", reason="no module named torch")
+        say(say="failed", reason="no module named torch", lasting=False)
         return None
     if mode() == "gate":
         while not (DIRECTORY / "gate").exists():
@@ -60,9 +60,10 @@ def serve() -> list[str] | None:
     while True:
         readable = select.select([server], [], [], 0.02)[0]
         for pid in list(children):
-            if mode() != "deaf" and os.waitpid(pid, os.WNOHANG)[0]:
+            ended, status = (0, 0) if mode() == "deaf" else os.waitpid(pid, os.WNOHANG)
+            if ended:
                 children.remove(pid)
-                say(say="ended", pid=pid, status=7 << 8 if mode() == "unready" else signal.SIGKILL)
+                say(say="ended", pid=pid, status=status)
         if not readable:
             continue
         data, files, _, _ = socket.recv_fds(server, 1 << 20, 4)

@@ -239,11 +239,12 @@ def main() -> int:
         import_all()
     except Exception as error:  # noqa: BLE001 - whatever it is, a worker that is started by itself says it better
         _complain(f"{described(error)}")
-        template.say(say="failed", reason=described(error))
+        template.say(say="failed", reason=described(error), lasting=False)
         return 1
-    if (reason := template.changed()) is not None:
+    if (reason := template.unfit()) is not None:
+        # The next one would import the same, but for packages that changed meanwhile.
         _complain(reason)
-        template.say(say="failed", reason=reason)
+        template.say(say="failed", reason=reason, lasting=template.changed() is None)
         return 1
     template.say(say="ready", bytes=_resident_bytes(), seconds=round(time.monotonic() - began, 3))
     try:

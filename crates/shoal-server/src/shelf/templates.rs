@@ -3,7 +3,8 @@
 //! Apart because no model depends on it. Whatever goes wrong here, a worker is started by itself, and what went wrong is told
 //! in the log. A template is started for the first worker that can be forked from it, which waits for it: it would import the
 //! same by itself meanwhile, so it loses nothing, and the cores of a small machine are not asked for the same twice. One that
-//! ended is replaced at a later start, after growing pauses where it did not live long.
+//! ended is replaced at a later start, after growing pauses where it did not live long; one that imports what must not be in
+//! a template is not until a reload.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -38,23 +39,39 @@ struct Slot {
     template: Option<Arc<Template>>,
     backoff: Backoff,
     not_before: Instant,
+    /// Why there is none until a reload: the next would only import to find the same.
+    never: Option<String>,
 }
 
 impl Slot {
     fn new() -> Self {
         let backoff = Backoff::new(PAUSE_FIRST, PAUSE_MAX, FORGIVEN_AFTER);
-        Self { template: None, backoff, not_before: Instant::now() }
+        Self { template: None, backoff, not_before: Instant::now(), never: None }
     }
 
     /// The one that lives. One that ended is taken out, and its pause begins where its life ended.
     fn living(&mut self) -> Option<Arc<Template>> {
         let template = self.template.as_ref()?;
         if let Some((lived, at)) = template.ended() {
+            self.never = template.why_never();
             self.template = None;
             self.not_before = at + self.backoff.ended(lived);
             return None;
         }
         Some(Arc::clone(template))
+    }
+
+    /// # Errors
+    /// Why no other may be started at `now`.
+    fn may_start(&self, now: Instant) -> Result<(), String> {
+        if let Some(reason) = &self.never {
+            return Err(format!("until a reload: {reason}"));
+        }
+        let left = self.not_before.saturating_duration_since(now);
+        if left.is_zero() {
+            return Ok(());
+        }
+        Err(format!("the template before ended; the next is started in {} s", left.as_secs() + 1))
     }
 }
 
@@ -94,13 +111,7 @@ impl Templates {
         if let Some(template) = slot.living() {
             return Ok(template);
         }
-        let left = slot.not_before.saturating_duration_since(Instant::now());
-        if !left.is_zero() {
-            return Err(format!(
-                "the template before ended; the next is started in {} s",
-                left.as_secs() + 1
-            ));
-        }
+        slot.may_start(Instant::now())?;
         match Template::start(&begin, shared.cancel.clone(), &self.tasks) {
             Ok(template) => {
                 let template = Arc::new(template);
@@ -115,10 +126,17 @@ impl Templates {
         }
     }
 
-    /// Ends those that no model of this configuration is forked from.
+    /// At a reload: ends those that no model of this configuration is forked from. The others may be tried again, whatever
+    /// was wrong.
     pub(super) fn keep_needed(&self, config: &ServerConfig) {
         let needed: Vec<_> = config.models.iter().filter_map(|model| config.template_of(model)).collect();
-        self.kinds.lock().retain(|kind, _| needed.contains(kind));
+        let mut kinds = self.kinds.lock();
+        kinds.retain(|kind, _| needed.contains(kind));
+        for slot in kinds.values_mut() {
+            // The reason of one that has ended unseen until now goes with it.
+            let _living = slot.living();
+            slot.never = None;
+        }
     }
 
     /// Once the server has ended all: waits a bounded time until no template is left.
@@ -143,6 +161,8 @@ fn of_kind(kind: &TemplateKind, log: &Path, launch: &Launch) -> TemplateLaunch {
 
 #[cfg(test)]
 mod tests {
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
     use crate::config::{Surroundings, parse};
     use crate::shelf::Shelf;
@@ -165,6 +185,52 @@ mod tests {
         parse(&text)
             .and_then(|file| file.resolve(&directory.join("shoal.toml"), &surroundings))
             .unwrap_or_else(|problems| panic!("{problems:?}"))
+    }
+
+    /// A template that does as the script says, once it has ended.
+    async fn ended(directory: &Path, script: &str) -> Slot {
+        let begin = TemplateLaunch {
+            python: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_python.sh").into(),
+            env: [("SCRIPT".to_owned(), script.to_owned())].into(),
+            log: directory.join(LOG),
+            waits: Waits::default(),
+        };
+        let tasks = TaskTracker::new();
+        let template = Template::start(&begin, CancellationToken::new(), &tasks).expect("a process");
+        tasks.close();
+        tasks.wait().await;
+        Slot { template: Some(Arc::new(template)), ..Slot::new() }
+    }
+
+    #[tokio::test]
+    async fn what_will_be_so_again_is_not_tried_again_and_what_may_have_changed_is() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let lasting = r#"echo '{"say":"failed","reason":"it has 2 threads","lasting":true}' >&0; exit 1"#;
+        let later = Instant::now() + PAUSE_MAX * 2;
+        let mut slot = ended(scratch.path(), lasting).await;
+        assert!(slot.living().is_none());
+        let why = slot.may_start(later).expect_err("it would have two again");
+        assert!(why.starts_with("until a reload: ") && why.ends_with("it has 2 threads"), "{why}");
+        // Others that ended may be followed by another after a pause.
+        let passing = r#"echo '{"say":"failed","reason":"no torch","lasting":false}' >&0; exit 1"#;
+        let mut slot = ended(scratch.path(), passing).await;
+        assert!(slot.living().is_none());
+        assert!(slot.may_start(Instant::now()).expect_err("a pause").contains("is started in"));
+        assert_eq!(slot.may_start(later), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_reload_forgets_what_was_to_be_so_again() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let lasting = r#"echo '{"say":"failed","reason":"it has 2 threads","lasting":true}' >&0; exit 1"#;
+        let config = config(scratch.path(), "");
+        let kind = config.template_of(&config.models[0]).expect("it is forked");
+        let templates = Templates::default();
+        let slot = ended(scratch.path(), lasting).await;
+        templates.kinds.lock().insert(kind.clone(), slot);
+        templates.keep_needed(&config);
+        let slot = templates.kinds.lock().remove(&kind).expect("it is needed");
+        assert_eq!(slot.may_start(Instant::now() + PAUSE_MAX * 2), Ok(()));
     }
 
     #[tokio::test]

@@ -87,7 +87,20 @@ pub struct Template {
 #[derive(Debug)]
 struct End {
     at: Instant,
+    why: Why,
+}
+
+/// Why one takes no more orders, in a sentence, and whether the next one would end of the same.
+#[derive(Clone, Debug)]
+struct Why {
     reason: String,
+    is_lasting: bool,
+}
+
+impl From<String> for Why {
+    fn from(reason: String) -> Self {
+        Self { reason, is_lasting: false }
+    }
 }
 
 /// An order and who waits for the answer.
@@ -193,14 +206,20 @@ impl Template {
     }
 
     fn why_gone(&self) -> String {
-        self.end.get().map_or_else(|| "the template is ending".to_owned(), |end| end.reason.clone())
+        self.end.get().map_or_else(|| "the template is ending".to_owned(), |end| end.why.reason.clone())
+    }
+
+    /// Why another of the same kind would end of the same, where it would.
+    #[must_use]
+    pub fn why_never(&self) -> Option<String> {
+        self.end.get().filter(|end| end.why.is_lasting).map(|end| end.why.reason.clone())
     }
 }
 
 /// One process, from its start to its end.
 async fn keep(mut keeper: Keeper, mut process: Process, end: Arc<OnceLock<End>>, cancel: CancellationToken) {
     let pid = keeper.pid;
-    let reason = {
+    let why = {
         let mut run = std::pin::pin!(keeper.run());
         tokio::select! {
             biased;
@@ -209,16 +228,18 @@ async fn keep(mut keeper: Keeper, mut process: Process, end: Arc<OnceLock<End>>,
             // A child that has the socket still would keep its end from being seen there.
             status = process.wait() => match tokio::time::timeout(LAST_WORDS_WAIT, &mut run).await {
                 Ok(ended) => ended.err(),
-                Err(_) => Some(status.map_or_else(
+                Err(_) => Some(Why::from(status.map_or_else(
                     |error| format!("its process cannot be waited for: {error}"),
                     |status| format!("its process ended ({status})"),
-                )),
+                ))),
             },
         }
     };
-    match reason {
-        Some(reason) => over(pid, &end, reason),
-        None => drop(end.set(End { at: Instant::now(), reason: "no model needs it any more".to_owned() })),
+    if let Some(why) = why {
+        over(pid, &end, why);
+    } else {
+        let why = "no model needs it any more".to_owned().into();
+        let _first = end.set(End { at: Instant::now(), why });
     }
     let given_up = keeper.children.iter().filter(|(_, child)| child.told.is_closed());
     let given_up: Vec<_> = given_up.map(|(pid, child)| (*pid, child.start)).collect();
@@ -238,13 +259,13 @@ async fn keep(mut keeper: Keeper, mut process: Process, end: Arc<OnceLock<End>>,
 }
 
 /// It takes no more orders. What was wrong first counts.
-fn over(pid: u32, end: &OnceLock<End>, reason: String) {
-    match end.set(End { at: Instant::now(), reason: reason.clone() }) {
-        Ok(()) => {
-            let what = "a template takes no more orders; workers are started by themselves meanwhile";
-            tracing::warn!(pid, reason, "{what}");
-        }
-        Err(_) => tracing::debug!(pid, reason, "a template ends that takes no more orders"),
+fn over(pid: u32, end: &OnceLock<End>, why: Why) {
+    let reason = why.reason.clone();
+    if end.set(End { at: Instant::now(), why }).is_ok() {
+        let what = "a template takes no more orders; workers are started by themselves meanwhile";
+        tracing::warn!(pid, reason, "{what}");
+    } else {
+        tracing::debug!(pid, reason, "a template ends that takes no more orders");
     }
 }
 
@@ -271,7 +292,7 @@ impl Keeper {
     ///
     /// # Errors
     /// Why it cannot be asked any more, in a sentence.
-    async fn run(&mut self) -> Result<(), String> {
+    async fn run(&mut self) -> Result<(), Why> {
         match self.hear(self.waits.ready, "has not imported what workers need").await? {
             Said::Ready { bytes, seconds } => {
                 let mib = bytes >> 20;
@@ -282,11 +303,13 @@ impl Keeper {
                     "workers are forked from a process that has imported what they need"
                 );
             }
-            Said::Failed { reason } => {
+            Said::Failed { reason, lasting } => {
                 let reason = bounded(&reason, REASON_CHARS_MAX);
-                return Err(format!("it cannot import what workers need: {reason}"));
+                let what =
+                    if lasting { "be what workers are forked from" } else { "import what workers need" };
+                return Err(Why { reason: format!("it cannot {what}: {reason}"), is_lasting: lasting });
             }
-            other => return Err(format!("it said {other:?} before it was ready")),
+            other => return Err(format!("it said {other:?} before it was ready").into()),
         }
         self.is_ready.send_replace(true);
         while self.end.get().is_none() {
@@ -297,11 +320,11 @@ impl Keeper {
                 },
                 said = self.talk.next() => match said {
                     Ok(Some(Said::Ended { pid, status })) => self.ended(pid, status),
-                    said => return Err(out_of_turn(said)),
+                    said => return Err(out_of_turn(said).into()),
                 },
             }
         }
-        self.see_out().await
+        Ok(self.see_out().await?)
     }
 
     /// Takes no more orders, and hears how those end that somebody watches.
@@ -363,7 +386,7 @@ impl Keeper {
                 Said::Unfit { fork, reason } if fork == order.fork => {
                     // Before whoever asked hears of it, and asks for another.
                     let reason = bounded(&reason, REASON_CHARS_MAX);
-                    over(self.pid, &self.end, format!("it can fork no more: {reason}"));
+                    over(self.pid, &self.end, format!("it can fork no more: {reason}").into());
                     return Ok(());
                 }
                 other => return Err(out_of_turn(Ok(Some(other)))),
@@ -443,7 +466,7 @@ mod tests {
     #[tokio::test]
     async fn what_it_said_last_is_heard_before_how_it_ended() {
         let scratch = tempfile::tempdir().expect("a directory");
-        let last = r#"echo '{"say":"failed","reason":"no torch"}' >&0; exit 1"#;
+        let last = r#"echo '{"say":"failed","reason":"no torch","lasting":false}' >&0; exit 1"#;
         let (template, _tracker) = template(scratch.path(), LONG, last);
         let why = template.fork(&launch(scratch.path())).await.expect_err("it failed");
         assert_eq!(why, "it cannot import what workers need: no torch");

@@ -33,8 +33,8 @@ pub(super) struct Order {
 pub(super) enum Said {
     /// It has imported all, which took so long; it takes so much memory, shared with its children.
     Ready { bytes: u64, seconds: f64 },
-    /// It cannot import what workers need.
-    Failed { reason: String },
+    /// It cannot import what workers need, or cannot be what they are forked from then; and whether the next would neither.
+    Failed { reason: String, lasting: bool },
     /// The child of an order, by number and start.
     Forked { fork: u64, pid: u32, start: u64 },
     /// Why there is none for this order; the next may have one.
