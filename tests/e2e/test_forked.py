@@ -115,16 +115,26 @@ def test_a_server_that_is_killed_leaves_no_template(
 def test_a_worker_that_starts_ends_with_a_server_that_is_killed(
     tmp_path: Path, model_tables: list[dict[str, object]]
 ) -> None:
-    """Killed at any moment of the first starts: nothing is left that was not welcomed."""
-    for wait_s in (0.3, 1.0, 2.5):
-        home = tmp_path / str(wait_s)
+    """Killed while its template imports, and at any moment after it forked: nothing is left that was not welcomed."""
+    for after_s in (None, 0.0, 0.02, 0.1, 0.4, 1.5):
+        home = tmp_path / str(after_s)
         home.mkdir()
         with serve(home, models=model_tables[:2], device_budget="200MiB", orphan_s_max=0) as server:
             mark = f"XDG_RUNTIME_DIR={home / 'run'}".encode()
+            if after_s is None:
+                until(lambda server=server: templates_of(server), 30, "a template starts")
+            else:
+                until(lambda server=server: any(map(children, templates_of(server))), 120, "it forks")
+                time.sleep(after_s)
             assert pids_of(mark)
-            time.sleep(wait_s)
             server.kill()
             until(lambda mark=mark: not [pid for pid in pids_of(mark) if alive(pid)], 30, "a process is left")
+
+
+def templates_of(server: Server) -> list[int]:
+    """Those that run, which say what they are before they import."""
+    started = children(server.process.pid)
+    return [pid for pid in started if b"shoal.worker.template" in (Path(f"/proc/{pid}/cmdline").read_bytes())]
 
 
 def pids_of(mark: bytes) -> list[int]:
