@@ -280,6 +280,9 @@ def test_a_worker_ends_with_its_server_and_not_with_its_template(server, silent)
     os.write(pipe, b"g")
     peer, _ = silent.accept()
     with peer:
+        # Its group is hung up when its parent goes while it is stopped.
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: stat(pid)[0] == "T", "it stops")
         server.process.kill()
         server.process.wait(60)
         time.sleep(0.3)

@@ -47,6 +47,10 @@ def outlive_parent() -> None:
     """Go on without the parent: what tells when to end is the control socket's closing, and the wait after it."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    _ignore_hangup()
+
+
+def _ignore_hangup() -> None:
     # The kernel hangs a group of processes up that is without its parent while one of it is stopped.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -90,6 +94,7 @@ class Lifeline:
         fcntl.fcntl(self._fd, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self._fd, fcntl.F_SETSIG, signal.SIGKILL)
         self._set_flags(self._flags() | os.O_ASYNC)
+        _ignore_hangup()
         # Whoever closed it before causes no signal.
         return not self.is_gone()
 
