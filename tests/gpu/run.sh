@@ -30,6 +30,7 @@
 #   tests/gpu/run.sh vllm_serve     `SHOAL=1 vllm serve` as it is typed, against `vllm serve`: texts, /sleep, /wake_up
 #   tests/gpu/run.sh shelf          the server with three models that share the GPU; needs transformers and aiohttp
 #   tests/gpu/run.sh shelf_life     workers under the next server, a reload, programs of others, what prefixes cost: on the GPU
+#   tests/gpu/run.sh forked         workers forked and started by themselves: what a start takes, the same answers
 #   tests/gpu/run.sh shelf_8b       the server with three models of 8B's layers: first tokens by residency, all busy
 #   tests/gpu/run.sh vllm_shelf     the server with four vLLM engines (importable) that share the GPU, and OpenAI's client
 #   tests/gpu/run.sh vllm_burst     three vLLM engines of $SHOAL_LAYERS (8) of 8B's layers in overlapping bursts, by $SHOAL_ARMS: shoal,
@@ -122,7 +123,7 @@ tms)
     ;;
 sleep_wake_torch | soak | trade) python3 -X faulthandler -m "tests.gpu.$part" ;;
 first_token) python3 -X faulthandler -m tests.gpu.first_token ;;
-shelf | shelf_life) python3 -X faulthandler -m "tests.gpu.$part" ;;
+shelf | shelf_life | forked) python3 -X faulthandler -m "tests.gpu.$part" ;;
 tiers_blocks | tiers_restore | tiers_concurrency | tiers_weights) python3 -X faulthandler -m "tests.gpu.$part" ;;
 shelf_8b) python3 -X faulthandler -m tests.gpu.shelf_8b ;;
 vllm_shelf) python3 -X faulthandler -m tests.gpu.vllm_shelf ;;
@@ -161,7 +162,7 @@ faults)
     exit $status
     ;;
 *)
-    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, tiers_weights, vllm, vllm_graphs, vllm_eager, vllm_large, vllm_offload, vllm_offload_times, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
+    echo "no part named $part; there are conformance, vmm, copies, arena, sanitizer, sleep_wake, swap, churn, faults, kv_grow, kv_peer, kv_peer_blocks, python, torch, first_token, tms, sleep_wake_torch, soak, trade, shelf, shelf_life, forked, shelf_8b, tiers_blocks, tiers_restore, tiers_concurrency, tiers_weights, vllm, vllm_graphs, vllm_eager, vllm_large, vllm_offload, vllm_offload_times, vllm_serve, vllm_shelf, vllm_burst and vllm_all_active" >&2
     exit 2
     ;;
 esac
