@@ -24,14 +24,17 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __main__ as worker
 from . import parent
 from .errors import described
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LINE_BYTES_MAX = 256 << 10
 _SAY_S = 5.0
@@ -145,9 +148,10 @@ class Template:
 
     def unfit(self) -> str | None:
         """Why a child would not be what it is to be, now and later; None where it would."""
-        threads = max(threading.active_count(), len(list(Path("/proc/self/task").iterdir())))
-        if threads != 1:
-            return f"it has {threads} threads"
+        threads = _threads()
+        if max(threading.active_count(), len(threads)) != 1:
+            names = ", ".join(sorted(threads[1:])) or "of Python's"
+            return f"it has {max(threading.active_count(), len(threads))} threads ({names} beside its own)"
         if any(path.startswith("/dev/nvidia") for path in _open_paths()):
             return "it has opened a GPU"
         torch = sys.modules.get("torch")
@@ -204,20 +208,32 @@ def import_all() -> None:
     """
     # As in a worker that is started by itself: read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # NumPy's library starts its threads as it loads. Workers compute nothing with it.
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    try:
-        with worker.nothing_collected():
-            worker.require_extras()
-            from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-            from transformers import PreTrainedTokenizerFast as _  # noqa: F401
+    with _no_threads(), worker.nothing_collected():
+        worker.require_extras()
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+        from transformers import PreTrainedTokenizerFast as _  # noqa: F401
 
-            from . import device, hooks, http, loading, overhead, serving, spec, tiers, usage, weights  # noqa: F401
+        from . import device, hooks, http, loading, overhead, serving, spec, tiers, usage, weights  # noqa: F401
+
+
+@contextmanager
+def _no_threads() -> Iterator[None]:
+    """Tell libraries that start threads as they load that they are not to; workers compute nothing with them."""
+    # NumPy's, and the allocator of Arrow's, which transformers imports where it is installed.
+    told = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    before = {name: os.environ.get(name) for name in told}
+    if configured := before["JE_ARROW_MALLOC_CONF"]:
+        # What comes last counts.
+        told["JE_ARROW_MALLOC_CONF"] = f"{configured},{told['JE_ARROW_MALLOC_CONF']}"
+    os.environ.update(told)
+    try:
+        yield
     finally:
-        del os.environ["OPENBLAS_NUM_THREADS"]
-        if before is not None:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def main() -> int:
@@ -295,6 +311,16 @@ def _pidfd(pid: int) -> int | None:
 def _start_of(pid: int) -> int:
     """When a process began, as the kernel counts it: with its number, it is that process and no other."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def _threads() -> list[str]:
+    """Name the threads of this process, its own first."""
+    found = sorted(Path("/proc/self/task").iterdir(), key=lambda one: (one.name != str(os.getpid()), one.name))
+    names = []
+    for one in found:
+        with suppress(OSError):  # it has ended
+            names.append((one / "comm").read_text().strip())
+    return names
 
 
 def _open_paths() -> list[str]:
