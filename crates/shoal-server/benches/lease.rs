@@ -132,7 +132,7 @@ async fn measure(beside: usize, rounds: usize) -> (Vec<f64>, Vec<f64>) {
         quantum: Duration::from_secs(3),
         sharing: Sharing::default(),
         orphan_wait: Duration::ZERO,
-        fork_workers: Some(false),
+        fork_workers: false,
         patience: Patience::default(),
         notes: vec![],
         unservable: vec![],

@@ -18,7 +18,7 @@ fn forking(directory: &Path, mode: &str, names: &[&str]) -> ServerConfig {
     let models = names.iter().map(|name| ModelConfig::new(*name, "/none")).collect();
     ServerConfig {
         python: script("fake_template.py").into(),
-        fork_workers: Some(true),
+        fork_workers: true,
         ..config(directory, 400, models)
     }
 }
@@ -318,7 +318,7 @@ async fn a_template_that_no_model_needs_any_more_ends_at_a_reload() {
     };
     shelf.reload_with(with.clone()).expect("the same");
     assert!(alive(template) && parent(worker) == template);
-    shelf.reload_with(ServerConfig { fork_workers: Some(false), ..with.clone() }).expect("a good one");
+    shelf.reload_with(ServerConfig { fork_workers: false, ..with.clone() }).expect("a good one");
     // It alone can tell how its worker ends, which goes on.
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert!(alive(template) && alive(worker) && pid(&shelf, "ash") == Some(worker));

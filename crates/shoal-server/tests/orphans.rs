@@ -28,7 +28,7 @@ async fn what_a_template_leaves_is_waited_for() {
     let models = vec![ModelConfig::new("ash", "/none")];
     let config = ServerConfig {
         python: script("fake_template.py").into(),
-        fork_workers: Some(true),
+        fork_workers: true,
         ..config(scratch.path(), 400, models)
     };
     let shelf = Shelf::start(Arc::new(config)).expect("the shelf starts");

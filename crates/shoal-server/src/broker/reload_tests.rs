@@ -6,7 +6,7 @@ use futures_util::FutureExt;
 
 use super::histories::config;
 use super::{Core, Life, Timing};
-use crate::config::{DeviceChoice, ServerConfig};
+use crate::config::ServerConfig;
 
 /// The core with a first model whose start was ordered, and that alone.
 fn starting() -> (Core, ServerConfig) {
@@ -61,22 +61,6 @@ fn a_start_that_waits_hears_that_its_model_cannot_be_served() {
     assert!(is_woken(&core) && !core.wants_start(0));
     core.handle_unwanted(0, 1_001);
     assert!(matches!(core.models[0].life(), Life::Failed { permanent: true, .. }));
-}
-
-#[test]
-fn a_file_of_another_device_does_not_have_workers_forked_on_this_one() {
-    let mut file = ServerConfig { device: DeviceChoice::Cuda(0), ..config(0) };
-    file.models.truncate(1);
-    let forks = |core: &Core| core.config.template_of(&core.config.models[0]).is_some();
-    let mut core = Core::new(Arc::new(file.clone()), Timing::default(), 1_000_000, None);
-    assert!(!forks(&core));
-    // The device is fixed at the start; what is only its default is too.
-    file.device = DeviceChoice::Sim;
-    core.handle_reload(file.clone(), &[], 1_000);
-    assert!(core.config.device == DeviceChoice::Cuda(0) && !forks(&core));
-    file.fork_workers = Some(true);
-    core.handle_reload(file, &[], 2_000);
-    assert!(forks(&core), "it was said");
 }
 
 #[test]

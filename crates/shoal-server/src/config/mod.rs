@@ -138,9 +138,8 @@ pub struct ServerConfig {
     pub sharing: Sharing,
     /// How long workers wait for another server when this one was killed; zero: they end with it.
     pub orphan_wait: Duration,
-    /// Our own workers are forked from a process that has imported what they need; none: as the device has it that the
-    /// server runs on ([`forks_workers`](Self::forks_workers)).
-    pub fork_workers: Option<bool>,
+    /// Our own workers are forked from a process that has imported what they need.
+    pub fork_workers: bool,
     /// How long a worker may be silent before it is ended.
     pub patience: Patience,
     /// What the user should be told at start, a sentence each.

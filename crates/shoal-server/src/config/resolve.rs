@@ -138,7 +138,7 @@ impl ShoalFile {
             quantum: server.quantum.unwrap_or(QUANTUM_DEFAULT),
             sharing: server.sharing,
             patience: server.patience,
-            fork_workers: server.fork_workers,
+            fork_workers: server.fork_workers.unwrap_or(true),
             orphan_wait: server.orphan_s_max.map_or(ORPHAN_WAIT_DEFAULT, Duration::from_secs),
             notes,
             unservable,

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::{DeviceChoice, Engine, ModelConfig, ServerConfig};
+use super::{Engine, ModelConfig, ServerConfig};
 
 /// What makes workers different before they are told what to serve: all else can be set after they were forked.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,14 +19,6 @@ pub(crate) struct TemplateKind {
 }
 
 impl ServerConfig {
-    /// Whether workers are forked where they can be. A running server keeps its device, whatever a file says that is read
-    /// meanwhile.
-    #[must_use]
-    pub fn forks_workers(&self) -> bool {
-        // On a GPU nobody has seen it work yet.
-        self.fork_workers.unwrap_or(self.device == DeviceChoice::Sim)
-    }
-
     /// What `model`'s worker is forked from; none where it is started by itself.
     pub(crate) fn template_of(&self, model: &ModelConfig) -> Option<TemplateKind> {
         let kind = |model: &ModelConfig| TemplateKind {
@@ -34,7 +26,7 @@ impl ServerConfig {
             env: model.env.clone(),
         };
         let can_be = |model: &&ModelConfig| model.engine == Engine::Transformers && model.args.is_empty();
-        if !self.forks_workers() || !can_be(&model) {
+        if !self.fork_workers || !can_be(&model) {
             return None;
         }
         let own = kind(model);
@@ -79,23 +71,20 @@ mod tests {
         for by_itself in ["own", "alone", "said", "vllm"] {
             assert_eq!(of(by_itself), None, "{by_itself}");
         }
-        let never = ServerConfig { fork_workers: Some(false), ..config.clone() };
+        let never = ServerConfig { fork_workers: false, ..config.clone() };
         assert_eq!(never.template_of(&config.models[0]), None);
     }
 
     #[test]
-    fn by_default_on_the_simulated_device_alone() {
+    fn by_default_and_not_where_the_file_says_so() {
         let with = |more: &str| {
             config(&format!(
                 "[server]\ndevice = 'sim'\ndevice_budget = '1GiB'\n{more}\n[[model]]\nname = 'a'\nsource = 'x/a'\n"
             ))
         };
-        assert_eq!(with("").device, DeviceChoice::Sim);
-        assert!(with("").forks_workers());
-        assert!(!with("fork_workers = false").forks_workers());
-        let on_a_gpu = |config| ServerConfig { device: DeviceChoice::Cuda(0), ..config };
-        assert!(!on_a_gpu(with("")).forks_workers());
-        assert!(on_a_gpu(with("fork_workers = true")).forks_workers());
+        assert!(with("").fork_workers);
+        assert!(with("fork_workers = true").fork_workers);
+        assert!(!with("fork_workers = false").fork_workers);
         let wrong = parse("[server]\nfork_workers = 'no'\n[[model]]\nname = 'a'\nsource = 'x/a'\n");
         assert!(format!("{:?}", wrong.expect_err("no boolean")).contains("fork_workers"));
     }

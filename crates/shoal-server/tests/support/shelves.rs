@@ -55,7 +55,7 @@ pub fn config(directory: &Path, budget_mib: u64, models: Vec<ModelConfig>) -> Se
         quantum: Duration::from_secs(3),
         sharing: Sharing::default(),
         orphan_wait: Duration::ZERO,
-        fork_workers: Some(false),
+        fork_workers: false,
         patience: Patience::default(),
         notes: vec![],
         unservable: vec![],

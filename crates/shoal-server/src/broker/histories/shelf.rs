@@ -142,7 +142,7 @@ pub(in crate::broker) fn config(seed: u64) -> ServerConfig {
         quantum: Duration::from_millis(300),
         sharing,
         orphan_wait: Duration::ZERO,
-        fork_workers: None,
+        fork_workers: false,
         patience: Patience { silent_max: Some(SILENT_MAX), ..Patience::default() },
         notes: vec![],
         unservable: vec![],
