@@ -52,9 +52,8 @@ class ShoalConnector:
         self._tiers = given.open()
         # LMCache has what it keeps in memory of its own: it goes to the slowest tier, and comes up through the others.
         self._blocks = BlockStore(
-            self._tiers[0] if len(self._tiers) == 1 else TierStack(self._tiers),
-            {"engine": "lmcache", **(facts or {})}, put_to=self._tiers[-1], threads=given.threads,
-            deadline_s=given.deadline_s,
+            TierStack(self._tiers), {"engine": "lmcache", **(facts or {})}, put_to=self._tiers[-1],
+            threads=given.threads, deadline_s=given.deadline_s,
         )  # fmt: skip
         # Jobs that keep objects: of these only is told that all was done. Whoever takes what has ended knows them.
         self._keeping: set[int] = set()

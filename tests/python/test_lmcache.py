@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from shoal import TierStack, lmcache
 from shoal.lmcache import ShoalConnector
 
 if TYPE_CHECKING:
@@ -76,6 +77,35 @@ def test_six_methods_keep_and_give_objects_over_a_restart(tmp_path: Path, is_enc
     other = ShoalConnector({"revision": "2"}, disks=disks, key_file=key_file)
     assert end(other, other.submit_batch_exists([key(4)])) == (True, "", [False])
     other.close()
+
+
+def test_who_asks_for_what_is_on_its_way_waits_for_the_same_transfer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks: list[TierStack] = []
+
+    def stack(tiers: Any) -> TierStack:
+        stacks.append(TierStack(tiers))
+        return stacks[-1]
+
+    monkeypatch.setattr(lmcache, "TierStack", stack)
+    connector = ShoalConnector(disks=[{"path": str(tmp_path / "kv"), "bytes": "64MiB"}])
+    (stack_of_disk,) = stacks
+    content = random.Random(1).randbytes(2 << 20)
+    assert end(connector, connector.submit_batch_set([key(1)], [memoryview(bytearray(content))])) == (True, "", None)
+    asked, deadline = 0, time.monotonic() + 60
+    # Two may miss each other, so several times. A hit is one read of the disk.
+    while stack_of_disk.counts()[0]["hits"] == asked:
+        assert time.monotonic() < deadline, f"{asked} requests, two at a time, cost a read each"
+        room = [memoryview(bytearray(len(content))) for _ in range(2)]
+        jobs = {connector.submit_batch_get([key(1)], [one]) for one in room}
+        asked += len(jobs)
+        while jobs and time.monotonic() < deadline:
+            for number, is_done, _, which in connector.drain_completions():
+                assert (is_done, which) == (True, [True])
+                jobs.remove(number)
+        assert all(one == content for one in room)
+    connector.close()
 
 
 def test_what_cannot_be_kept_is_said() -> None:

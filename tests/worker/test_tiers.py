@@ -186,6 +186,31 @@ def test_what_a_worker_computed_another_one_finds_on_the_remote(tmp_path: Path) 
             below.close()
 
 
+def test_a_lone_disk_tells_what_it_did(tmp_path: Path) -> None:
+    tokens = list(range(320))
+    with mem() as memory:
+        kv = cache_of(memory)
+        below = tiers.KvBelow(kv, 0, shares(tmp_path / "kv"), lambda: FACTS, 60.0)
+        until("the disk is in use", lambda: reasons(below) == [None])
+        ids = kv.groups[0].alloc(20)
+        assert ids is not None
+        kv.seal(tokens, ids)
+        below.save(tokens, 0, "")
+        assert below._tier is not None
+        assert below._tier.flush(60)
+        kv.groups[0].free(ids)
+        kv.forget_all()
+        ids = below.load(tokens, [], "")
+        assert len(ids) == 20
+        kv.groups[0].free(ids)
+        (told,) = below.figures()
+        assert (told["tier"], told["saved"], told["unsaved"], told["late"]) == ("disk", 20, 0, 0)
+        assert (told["loaded"], told["looked_up"], told["failed"]) == (20, 20, 0)
+        assert told["load_us"] > 0
+        assert below.prefetch(tokens, "") is None, "nothing is faster than the disk"
+        below.close()
+
+
 def test_a_remote_that_cannot_be_had_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     with mem() as memory:
         share = RemoteShare("/nowhere", str(tmp_path / "none"))

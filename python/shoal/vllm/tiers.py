@@ -159,12 +159,9 @@ class Rows:
         facts = {**facts, "row": str(self.row_bytes)}
         self._tiers = settings.open(replica)
         _await_open(self._tiers)
-        # Rows come up through all tiers, and go down to each by itself: a disk takes its time, and no more than half of
-        # the staging memory may wait for it.
-        self._up = BlockStore(
-            self._tiers[0] if len(self._tiers) == 1 else TierStack(self._tiers), facts, threads=settings.threads,
-            deadline_s=settings.deadline_s,
-        )  # fmt: skip
+        # Rows come up through all tiers, where requests for one that is on its way share the transfer. They go down to
+        # each by itself: a disk takes its time, and no more than half of the staging memory may wait for it.
+        self._up = BlockStore(TierStack(self._tiers), facts, threads=settings.threads, deadline_s=settings.deadline_s)
         self._down = [
             BlockStore(
                 tier, facts, threads=2, deadline_s=settings.deadline_s,

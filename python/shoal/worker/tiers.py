@@ -94,7 +94,7 @@ class KvBelow:
         self._cache, self._disks, self._facts, self._wait_s = cache, disks, facts, wait_s
         self._host = HostTier(host_bytes, memory=memory) if host_bytes else None
         self._disk: DiskTier | None = None
-        self._stack: TierStack | None = None  # where there is more than a disk
+        self._stack: TierStack | None = None  # of one tier too: who wants the same block shares its transfer
         self._tier: KvTier | None = None
         # Of the time when the disks were being opened: of all together, and by tier.
         self._before: tuple[Counter[str], dict[str, Counter[str]]] = (Counter(), {})
@@ -157,13 +157,13 @@ class KvBelow:
             of_host |= {name: usage[name] for name in ("bytes", "bytes_max", "evicted", "corrupt")}
             told.append({"tier": "host", "reason": self._host_reason, **of_host})
         if self._disks:
-            of_disk: dict[str, Any] = dict(whole) if stack is None else dict(on_disk)
+            of_disk: dict[str, Any] = dict(on_disk)
             if on_disk:
                 of_disk["corrupt"] = whole["corrupt"]
                 # What the host had was not looked for here. It may have given more than was used in the end.
                 of_disk["looked_up"] = max(0, whole["looked_up"] - host["loaded"])
-            elif stack is not None:
-                of_disk["looked_up"] = 0  # it has not joined the others yet
+            else:
+                of_disk["looked_up"] = 0  # it is not open yet
             places = [] if disk is None else disk.places()
             room = {name: sum(place[name] for place in places) for name in ("bytes", "bytes_max")}
             told.append({"tier": "disk", "reason": self._reason, **of_disk, **room, "places": places})
@@ -180,8 +180,9 @@ class KvBelow:
             there = [one for one in told if one["tier"] in by_tier]
             if there:
                 there[-1] |= {name: whole[name] + whole_before[name] for name in ("late", "failed", *_TIMES)}
-                if len(there) > 1:
-                    there[-1]["unsaved"] += whole["unsaved"] + whole_before["unsaved"]
+                # What one alone did not take is among what the cache did not save.
+                others = there[-1]["unsaved"] if len(there) > 1 else 0
+                there[-1]["unsaved"] = others + whole["unsaved"] + whole_before["unsaved"]
             for name in ("recomputed", "demoted"):
                 told[0][name] = whole[name] + whole_before[name]
             told[0]["choice"] = None if tier is None else tier.choice()
@@ -227,7 +228,7 @@ class KvBelow:
             return
         try:
             stack = [tier for tier in (self._host, disk, self._remote) if tier is not None]
-            self._connect(facts, disk if len(stack) == 1 else TierStack(stack))
+            self._connect(facts, TierStack(stack))
         except Exception as error:
             self._reason = described(error)
             logger.warning("no KV is kept on disk: %s", self._reason, exc_info=True)
@@ -252,13 +253,12 @@ class KvBelow:
             return
         logger.info("KV on a remote: %s", address)
 
-    def _connect(self, facts: Mapping[str, str], store: TierStack | DiskTier) -> None:
-        """Save to and load from `store` from now on."""
-        tier = self._cache.attach_store(store, facts, load_s=self._wait_s, chooses=self._chooses, idle_s=self._idle_s)
+    def _connect(self, facts: Mapping[str, str], stack: TierStack) -> None:
+        """Save to and load from `stack` from now on."""
+        tier = self._cache.attach_store(stack, facts, load_s=self._wait_s, chooses=self._chooses, idle_s=self._idle_s)
         if self._tier is not None:
             self._tier.flush(_FLUSH_S)
             tier.learn_from(self._tier)
-        stack = store if isinstance(store, TierStack) else None
         with self._lock:
             if self._stop.is_set():
                 return
