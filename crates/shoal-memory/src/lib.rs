@@ -58,7 +58,7 @@ pub use broker::{BrokerClient, ShutdownOrder, Welcome};
 pub use error::{ErrorKind, LeaseError, MemoryError};
 pub use guard::Guard;
 pub use kv::KvBacking;
-pub use kv_cache::{KvCache, KvCacheSpec, KvTier, KvTierOptions, Prefetch};
+pub use kv_cache::{KvCache, KvCacheSpec, KvTier, KvTierOptions, Loading, Prefetch};
 pub use lease::{LeaseAhead, LeaseSource, LocalBudget};
 pub use manager::{ManagerOptions, MemoryManager};
 pub use pool::{PoolOptions, PoolUsage};

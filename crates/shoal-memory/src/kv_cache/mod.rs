@@ -24,6 +24,7 @@ mod tier;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -48,7 +49,7 @@ use debug::Debug;
 pub use debug::Stray;
 use meeting::Meeting;
 use signal::Signal;
-pub use tier::{KvTier, KvTierOptions, Prefetch};
+pub use tier::{KvTier, KvTierOptions, Loading, Prefetch};
 
 /// Streams of an engine whose steps are remembered.
 const STREAMS_MAX: usize = 64;
@@ -114,6 +115,8 @@ pub(crate) struct Shared {
     steps: Mutex<BTreeMap<ForeignStream, Arc<Event>>>,
     /// The same of a stream of ours, where a test or a Rust engine has one.
     step: Mutex<Option<Arc<Event>>>,
+    /// Loads beside the engine's thread whose blocks are in no table of its yet: no block is moved meanwhile.
+    loads: AtomicUsize,
     signal: Signal,
     keeper: Meeting,
     started: Instant,
@@ -155,6 +158,7 @@ impl MemoryManager {
             growing: Arc::default(),
             steps: Mutex::default(),
             step: Mutex::default(),
+            loads: AtomicUsize::new(0),
             signal: Signal::default(),
             keeper: Meeting::default(),
             started: Instant::now(),

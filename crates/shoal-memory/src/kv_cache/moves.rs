@@ -5,6 +5,7 @@
 //! runs (the gate is had alone, I13) and nothing is evicted (the turn is held); their owners may give them back meanwhile.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
@@ -20,19 +21,20 @@ const REPACKS_MAX: usize = 64;
 
 impl KvCache {
     /// Moves of a group's blocks that would empty granules, at most `moves_max`: for an engine that copies by itself and
-    /// then says [`moved`](Self::moved). Nothing is changed.
+    /// then says [`moved`](Self::moved). Nothing is changed. None while a [`Loading`](super::Loading) has blocks.
     ///
     /// # Errors
     /// [`MemoryError::Kv`] if there is no such group.
     pub fn plan_compaction(&self, group: usize, moves_max: usize) -> Result<Vec<BlockMove>, MemoryError> {
-        Ok(self.shared.state.lock().plan_compaction(group, moves_max)?)
+        let moves = self.shared.state.lock().plan_compaction(group, moves_max)?;
+        Ok(if self.is_loading() { Vec::new() } else { moves })
     }
 
     /// Moves blocks so that memory can go back: out of the emptiest granules into the fullest, and out of what is still
     /// mostly empty then into shorter granules, which are mapped for it. Waits until no step runs, copies on the device, and
     /// renumbers. From then on what was in `from` is in `to`, with its owners and its place in the index; look each number of
     /// each table up once among the answer, before anything else is asked of the cache or launched. The memory goes back as
-    /// always.
+    /// always. Nothing moves while a [`Loading`](super::Loading) is under way, or was not taken: its blocks are in no table yet.
     ///
     /// # Errors
     /// [`MemoryError::Deadline`], [`MemoryError::Device`], [`MemoryError::State`] while something of the cache is on the host,
@@ -44,6 +46,9 @@ impl KvCache {
         moves_max: usize,
         timeout: Duration,
     ) -> Result<Vec<BlockMove>, MemoryError> {
+        if self.is_loading() {
+            return Ok(Vec::new());
+        }
         let deadline = Instant::now() + timeout;
         let mut all = self.carry_out(group, deadline, |state| state.plan_compaction(group, moves_max))?;
         for _ in 0..REPACKS_MAX {
@@ -68,6 +73,9 @@ impl KvCache {
         moves_max: usize,
         deadline: Instant,
     ) -> Result<Vec<BlockMove>, MemoryError> {
+        if self.is_loading() {
+            return Ok(Vec::new());
+        }
         let Some(repack) = self.shared.map_repack(group, moves_max, deadline)? else { return Ok(Vec::new()) };
         self.carry_out(group, deadline, |state| state.repack_moves(&repack))
     }
@@ -89,6 +97,10 @@ impl KvCache {
         }
         let (moves, copies, carried) = {
             let mut state = self.shared.state.lock();
+            // Looked at under this lock: what is loaded from here on lies in none of these blocks.
+            if self.is_loading() {
+                return Ok(Vec::new());
+            }
             let moves = plan(&mut state)?;
             state.begin_moves(group, &moves)?;
             let carried = self.shared.unfill_moved(group, &moves);
@@ -114,9 +126,16 @@ impl KvCache {
     /// Says that an engine has copied blocks as these moves say: from now on what was in `from` is in `to`.
     ///
     /// # Errors
-    /// [`MemoryError::Kv`] where a `from` holds nothing or a `to` is not free; nothing is changed.
+    /// [`MemoryError::Kv`] where a `from` holds nothing or a `to` is not free, [`MemoryError::State`] while a
+    /// [`Loading`](super::Loading) has blocks; nothing is changed.
     pub fn moved(&self, group: usize, moves: &[BlockMove]) -> Result<(), MemoryError> {
         let mut state = self.shared.state.lock();
+        if self.is_loading() {
+            return Err(self
+                .shared
+                .region
+                .refuse("move blocks", "a load from a tier has some; take it first"));
+        }
         state.begin_moves(group, moves)?;
         let carried = self.shared.unfill_moved(group, moves);
         state.end_moves(group, moves, true)?;
@@ -124,6 +143,10 @@ impl KvCache {
         drop(state);
         self.shared.call();
         Ok(())
+    }
+
+    fn is_loading(&self) -> bool {
+        self.shared.loads.load(Ordering::SeqCst) > 0
     }
 }
 

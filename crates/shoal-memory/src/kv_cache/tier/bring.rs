@@ -16,13 +16,17 @@ use super::check::Checks;
 use super::choice::Watch;
 use super::landing::Landing;
 use super::lift::Lift;
+use super::load::Call;
 use super::{Inner, STAGE_BYTES, blocks_ahead, count_miss};
 use crate::error::MemoryError;
 use crate::store::{Buffer, Fetched, Lent, Miss, StoreKey, Ticket};
 
+/// How often whoever waits for a block looks whether anybody wants it still.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Blocks of one sequence on their way.
 pub(super) struct Wanted<'a> {
-    pub(super) tokens: &'a [u32],
+    pub(super) call: &'a Call<'a>,
     /// The number of the first in the sequence.
     pub(super) first: usize,
     pub(super) keys: &'a [StoreKey],
@@ -37,6 +41,13 @@ pub(super) struct Shares {
     pub(super) read: Duration,
     pub(super) copy: Duration,
     pub(super) verify: Duration,
+}
+
+impl Wanted<'_> {
+    /// Whether nobody wants them any more.
+    pub(super) fn is_over(&self) -> bool {
+        (self.call.is_over)()
+    }
 }
 
 /// Why no more blocks of a run come.
@@ -86,7 +97,7 @@ impl Inner {
         let mut lent = self.lent(wanted.keys);
         shares.lookup += begun.elapsed();
         let (mut loaded, mut damage, mut is_late) = (0, None, false);
-        while loaded < wanted.keys.len() {
+        while loaded < wanted.keys.len() && !wanted.is_over() {
             let row_min = blocks_ahead(self.payload_bytes);
             let (is_lent, end) = run_from(|at| lent[at].is_some(), lent.len(), loaded, row_min);
             let (blocks, why) = if is_lent {
@@ -152,6 +163,10 @@ impl Inner {
         let mut copy = |is_alone| {
             // What verifies may be ahead of what copies: all before a bad one comes, and the bad one is told.
             while row.copied < checks.right_of(run.len()) {
+                if wanted.is_over() {
+                    end = End::Over { is_late: false };
+                    break;
+                }
                 if Instant::now() >= wanted.deadline {
                     self.count(|counts| counts.late += 1);
                     end = End::Over { is_late: true };
@@ -231,7 +246,9 @@ impl Inner {
                     };
                     tracing::debug!(%miss, "a block of a tier does not come");
                     end = End::Over { is_late: miss == Miss::Deadline };
-                    self.count(|counts| count_miss(counts, &miss));
+                    if miss != Miss::Cancelled {
+                        self.count(|counts| count_miss(counts, &miss));
+                    }
                     break;
                 }
             }
@@ -297,6 +314,15 @@ impl Inner {
 
     /// Waits for a block. It may be copied from where it is then.
     fn take(&self, wanted: &Wanted<'_>, block: usize, ticket: Ticket<Fetched>) -> Result<Buffer, Miss> {
+        while !ticket.is_done_by(wanted.deadline.min(Instant::now() + LOOK)) {
+            if wanted.is_over() {
+                ticket.cancel();
+                return Err(Miss::Cancelled);
+            }
+            if Instant::now() >= wanted.deadline {
+                break;
+            }
+        }
         let fetched = ticket.wait()?;
         if self.is_right(wanted, block, fetched.as_slice()) {
             return Ok(fetched.buffer.shared());
@@ -307,7 +333,7 @@ impl Inner {
 
     /// Whether what was read is that block of the sequence.
     fn is_right(&self, wanted: &Wanted<'_>, block: usize, read: &[u8]) -> bool {
-        let trailer = self.trailer(wanted.tokens, wanted.first + block);
+        let trailer = self.trailer(wanted.call.tokens, wanted.first + block);
         read.len() == self.payload_bytes && read[self.block_bytes..].starts_with(&trailer)
     }
 

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use shoal_core::bytes::ByteCount;
@@ -26,6 +27,8 @@ const JOBS_MAX: usize = 2;
 const TURN_BYTES: usize = 256 << 20;
 /// The least that a load waits for its turn with what has come.
 const TURN_WAIT: Duration = Duration::from_millis(20);
+/// How often it looks whether it is known when the steps end that run.
+const AGAIN: Duration = Duration::from_millis(2);
 
 /// A row of blocks on its way from host memory to the device.
 pub(super) struct Lift<'a> {
@@ -59,9 +62,9 @@ impl Inner {
         until: impl Fn() -> usize,
         meanwhile: impl FnMut() -> bool,
     ) -> bool {
-        match self.try_lift(row, wanted.deadline, until, meanwhile) {
+        match self.try_lift(wanted, row, until, meanwhile) {
             Ok(is_begun) => {
-                if !is_begun {
+                if !is_begun && !wanted.is_over() {
                     self.count(|counts| counts.failed += 1);
                 }
                 is_begun
@@ -76,8 +79,8 @@ impl Inner {
 
     fn try_lift(
         &self,
+        wanted: &Wanted<'_>,
         row: &mut Lift<'_>,
-        by: Instant,
         until: impl Fn() -> usize,
         meanwhile: impl FnMut() -> bool,
     ) -> Result<bool, MemoryError> {
@@ -85,14 +88,25 @@ impl Inner {
         let manager = region.manager();
         // In turn, so that nothing is evicted meanwhile. Who has it may keep it for longer than a step can wait; a wake of
         // the weights lends it, and these copies come after those that it has queued by now.
-        let turn = match manager.take_or_borrow_turn(by.max(Instant::now() + TURN_WAIT)) {
-            Err(MemoryError::Deadline { .. }) => return Ok(false),
-            turn => turn?,
+        let turn = loop {
+            let turn = match manager.take_or_borrow_turn(wanted.deadline.max(Instant::now() + TURN_WAIT)) {
+                Err(MemoryError::Deadline { .. }) => return Ok(false),
+                turn => turn?,
+            };
+            if !region.missing_bytes().is_zero() {
+                return Ok(false);
+            }
+            if self.after_steps(&manager.up)? {
+                break turn;
+            }
+            // Beside an engine that has told of no step yet: it does when it has launched the one that runs.
+            drop(turn);
+            if !wanted.call.is_beside || wanted.is_over() || Instant::now() >= wanted.deadline {
+                return Ok(false);
+            }
+            thread::sleep(AGAIN);
         };
-        if !region.missing_bytes().is_zero() || !self.after_steps(&manager.up)? {
-            return Ok(false);
-        }
-        let lifted = self.lift_in_turn(row, by, &turn, until, meanwhile);
+        let lifted = self.lift_in_turn(wanted, row, &turn, until, meanwhile);
         if lifted.is_err() {
             // The blocks are given back, and their memory may go as soon as the turn does: a job that was queued before the
             // one that failed must not write there any more.
@@ -103,8 +117,8 @@ impl Inner {
 
     fn lift_in_turn(
         &self,
+        wanted: &Wanted<'_>,
         row: &mut Lift<'_>,
-        by: Instant,
         turn: &Taken,
         until: impl Fn() -> usize,
         mut meanwhile: impl FnMut() -> bool,
@@ -123,7 +137,9 @@ impl Inner {
                 jobs.push_back((next, done));
                 row.job_bytes = (2 * row.job_bytes).min(JOB_BYTES_MAX);
                 queued = next;
-                is_ending = Instant::now() >= by || self.is_turn_over(turn, queued - first);
+                is_ending = Instant::now() >= wanted.deadline
+                    || wanted.is_over()
+                    || self.is_turn_over(turn, queued - first);
             }
             let Some((end, done)) = jobs.pop_front() else { break };
             wait_for(&done, region.manager().operation_deadline(), &mut meanwhile)?;

@@ -17,27 +17,57 @@ use crate::transfer::Shared;
 /// Which part of the time for a load a request waits at most to hear what a remote has of it.
 const LOOK_PART: u32 = 4;
 
+/// What is to be loaded, and for whom.
+pub(super) struct Call<'a> {
+    pub(super) salt: &'a [u8],
+    pub(super) tokens: &'a [u32],
+    /// Blocks of the sequence, from its first on, that the caller owns.
+    pub(super) held: &'a [u32],
+    /// The block up to which it is loaded, where that was decided before.
+    pub(super) end: Option<usize>,
+    /// [`Queue::discards`](super::Queue) as it was asked for: after another one nothing is given.
+    pub(super) discards: Option<u64>,
+    /// Steps may run meanwhile of which nobody has told yet.
+    pub(super) is_beside: bool,
+    /// Whether nobody wants it any more.
+    pub(super) is_over: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl<'a> Call<'a> {
+    /// Of somebody who does nothing else until it is there.
+    pub(super) fn waiting(salt: &'a [u8], tokens: &'a [u32], held: &'a [u32]) -> Self {
+        Self { salt, tokens, held, end: None, discards: None, is_beside: false, is_over: &|| false }
+    }
+}
+
 impl Inner {
-    pub(super) fn load(&self, salt: &[u8], tokens: &[u32], held: &[u32]) -> Vec<u32> {
-        let full = tokens.len() / self.block_tokens;
-        let Some(looked_up) = full.checked_sub(held.len()).filter(|blocks| *blocks > 0) else {
-            return Vec::new();
-        };
-        self.count(|counts| counts.looked_up += looked_up as u64);
+    /// Counts what is looked for after the first `held` blocks: how many blocks.
+    pub(super) fn has_looked(&self, tokens: &[u32], held: usize) -> usize {
+        let blocks = (tokens.len() / self.block_tokens).saturating_sub(held);
+        self.count(|counts| counts.looked_up += blocks as u64);
+        blocks
+    }
+
+    pub(super) fn load(&self, call: &Call<'_>) -> Vec<u32> {
+        let Call { salt, tokens, held, .. } = *call;
         let begun = Instant::now();
         let mut keys = self.keys(salt, tokens);
+        if keys.len() <= held.len() {
+            return Vec::new();
+        }
         keys.drain(..held.len());
-        self.look_for(&keys);
-        let mut parts = self.store.parts_of(&keys);
-        let there = if parts.is_empty() { 0 } else { self.choose(tokens.len(), held.len(), &parts) };
-        if there == 0 {
-            return Vec::new();
-        }
-        parts.truncate(there);
+        let parts = if let Some(end) = call.end {
+            // Which part has them may have changed since.
+            self.store.parts_of(&keys[..end.saturating_sub(held.len()).min(keys.len())])
+        } else {
+            self.look_for(&keys);
+            self.worth_loading(tokens.len(), held.len(), &keys)
+        };
         let deadline = begun + self.options.load_wait;
-        if !self.bring_rest_back(deadline) {
+        if parts.is_empty() || !self.bring_rest_back(deadline) {
             return Vec::new();
         }
+        let there = parts.len();
         let mut ids = vec![0_u32; there];
         if !self.cache.alloc(0, &mut ids).unwrap_or_else(|error| {
             tracing::warn!(%error, "no blocks for what a tier has");
@@ -46,20 +76,11 @@ impl Inner {
             self.count(|counts| counts.failed += 1);
             return Vec::new();
         }
-        let wanted = Wanted { tokens, first: held.len(), keys: &keys[..there], ids: &ids, deadline };
+        let wanted = Wanted { call, first: held.len(), keys: &keys[..there], ids: &ids, deadline };
         let mut shares = Shares { lookup: begun.elapsed(), ..Shares::default() };
         let loaded = self.bring(&wanted, Watch::new(parts), &mut shares);
         self.give_back(&ids.split_off(loaded));
-        if !ids.is_empty() {
-            let blocks = [held, &ids].concat();
-            let sealed = &tokens[..blocks.len() * self.block_tokens];
-            if let Err(error) = self.cache.seal(Start::Salt(salt), sealed, &[&blocks]) {
-                tracing::warn!(%error, "blocks from a tier cannot be used");
-                self.give_back(&std::mem::take(&mut ids));
-            }
-            // They came from where copies go.
-            self.are_copied(|cache| cache.copied(&ids));
-        }
+        self.let_be_found(call, &mut ids);
         let (blocks, took) = (ids.len() as u64, begun.elapsed());
         self.count(|counts| {
             counts.loaded += blocks;
@@ -71,8 +92,53 @@ impl Inner {
             counts.copy_us += us(shares.copy);
             counts.verify_us += us(shares.verify);
         });
-        tracing::debug!(looked_up, there, blocks, ?took, ?shares, "loaded KV blocks from a tier");
+        tracing::debug!(there, blocks, ?took, ?shares, "loaded KV blocks from a tier");
         ids
+    }
+
+    /// Which parts have the blocks of these keys, as far as they are worth loading.
+    pub(super) fn worth_loading(&self, tokens: usize, held: usize, keys: &[StoreKey]) -> Vec<usize> {
+        let mut parts = self.store.parts_of(keys);
+        if !parts.is_empty() {
+            let worth = self.choose(tokens, held, &parts);
+            parts.truncate(worth);
+        }
+        parts
+    }
+
+    /// Seals what has come, which follows what is held. What somebody else has sealed meanwhile takes the place of a copy. If
+    /// it must not be used, it is given back.
+    fn let_be_found(&self, call: &Call<'_>, ids: &mut Vec<u32>) {
+        if ids.is_empty() {
+            return;
+        }
+        let mut blocks = [call.held, ids].concat();
+        let sealed = &call.tokens[..blocks.len() * self.block_tokens];
+        let sealed = {
+            // Until it is sealed: whoever discards forgets what was sealed after that.
+            let queue = self.queue.lock();
+            let is_void = call.discards.is_some_and(|discards| discards != queue.discards);
+            if is_void { None } else { Some(self.cache.seal(Start::Salt(call.salt), sealed, &[&blocks])) }
+        };
+        match sealed {
+            Some(Ok(sealed)) => {
+                // They came from where copies go.
+                self.are_copied(|cache| cache.copied(ids));
+                for copy in sealed.duplicates {
+                    // Nobody may own it, and then it may be evicted at any moment.
+                    if copy.at >= call.held.len() && self.cache.fork(0, &[copy.kept]).is_ok() {
+                        blocks[copy.at] = copy.kept;
+                        self.give_back(&[copy.given]);
+                    }
+                }
+                ids.copy_from_slice(&blocks[call.held.len()..]);
+            }
+            Some(Err(error)) => {
+                tracing::warn!(%error, "blocks from a tier cannot be used");
+                self.give_back(&std::mem::take(ids));
+            }
+            None => self.give_back(&std::mem::take(ids)),
+        }
     }
 
     /// Finds out what a tier has that knows only after it has asked, where there is one.

@@ -2,11 +2,12 @@
 //!
 //! Apart because an engine's step must not depend on it: whatever a tier does (miss, hang, fail, give damage), the worst is
 //! that blocks are computed again. Saving has a thread of its own with a bounded queue; loading waits in the caller, until a
-//! deadline, and takes what has arrived in order by then (I10). What is loaded was verified by the tier (I8), and its tokens
-//! are compared with those asked for.
+//! deadline, or beside whatever the caller does ([`Loading`]), and takes what has arrived in order by then (I10). What is
+//! loaded was verified by the tier (I8), and its tokens are compared with those asked for.
 //!
-//! Blocks are found by content both ways, and owned only while their bytes are copied, with the turn held: so no eviction and
-//! no compaction comes in between, and nothing that is queued keeps a block from being given to others.
+//! Blocks are found by content both ways. On the way down they are owned only while their bytes are copied, with the turn
+//! held: so no eviction and no compaction comes in between, and nothing that is queued keeps a block from being given to
+//! others. On the way up they are owned from before the first copy on, and nothing is moved until they are handed over.
 
 mod bring;
 mod check;
@@ -16,6 +17,7 @@ mod idle;
 mod landing;
 mod lift;
 mod load;
+mod loading;
 mod prefetch;
 mod save;
 
@@ -37,6 +39,9 @@ use shoal_device::{Event, ForeignWork, HostBuffer, Stream};
 use self::choice::Choices;
 use self::idle::Conversations;
 use self::landing::Landing;
+use self::load::Call;
+pub use self::loading::Loading;
+use self::loading::Loads;
 pub use self::prefetch::Prefetch;
 use self::prefetch::Wish;
 use super::KvCache;
@@ -147,6 +152,7 @@ struct Inner {
     /// Sequences to be brought up ahead of their requests.
     wishes: Mutex<VecDeque<Wish>>,
     wished: Condvar,
+    loads: Loads,
     is_over: AtomicBool,
     /// Host memory for what tiers read on the way up; one load at a time.
     up: Mutex<Landing>,
@@ -160,6 +166,7 @@ pub struct KvTier {
     inner: Arc<Inner>,
     thread: Option<JoinHandle<()>>,
     ahead: Option<JoinHandle<()>>,
+    loader: Option<JoinHandle<()>>,
 }
 
 impl KvTier {
@@ -210,6 +217,7 @@ impl KvTier {
             changed: Condvar::new(),
             wishes: Mutex::default(),
             wished: Condvar::new(),
+            loads: Loads::default(),
             is_over: AtomicBool::new(false),
             up: Mutex::new(up),
         });
@@ -224,7 +232,12 @@ impl KvTier {
         if let Err(error) = &ahead {
             tracing::warn!(%error, "no thread brings KV blocks up ahead of their requests");
         }
-        Ok(Self { inner, thread: thread.ok(), ahead: ahead.ok() })
+        let own = Arc::clone(&inner);
+        let loader = thread::Builder::new().name("shoal-kv-load".to_owned()).spawn(move || own.run_loads());
+        if let Err(error) = &loader {
+            tracing::warn!(%error, "no thread loads KV blocks beside running steps");
+        }
+        Ok(Self { inner, thread: thread.ok(), ahead: ahead.ok(), loader: loader.ok() })
     }
 
     /// Brings back the blocks that follow `held`, the first blocks of `tokens`, which the caller owns: as many in a row as the
@@ -232,7 +245,8 @@ impl KvTier {
     /// for memory.
     #[must_use]
     pub fn load(&self, salt: &[u8], tokens: &[u32], held: &[u32]) -> Vec<u32> {
-        self.inner.load(salt, tokens, held)
+        self.inner.has_looked(tokens, held.len());
+        self.inner.load(&Call::waiting(salt, tokens, held))
     }
 
     /// Queues the full blocks of `tokens` from block `first` on to be saved; they are sealed, and are found by content when
@@ -241,7 +255,8 @@ impl KvTier {
         self.inner.push(salt, tokens, first);
     }
 
-    /// What waits to be saved shall not be, nor what is being copied at the moment: nobody knows any more what blocks hold.
+    /// What waits to be saved shall not be, nor what is being copied at the moment, in either direction: nobody knows any more
+    /// what blocks hold. Loads that are under way give nothing.
     pub fn discard_queued(&self) {
         let mut queue = self.inner.queue.lock();
         queue.discards += 1;
@@ -305,8 +320,9 @@ impl Drop for KvTier {
         drop(self.inner.wishes.lock());
         self.inner.changed.notify_all();
         self.inner.wished.notify_all();
+        self.inner.loads.end();
         let is_saving = self.thread.is_some();
-        for thread in [self.thread.take(), self.ahead.take()].into_iter().flatten() {
+        for thread in [self.thread.take(), self.ahead.take(), self.loader.take()].into_iter().flatten() {
             if thread.join().is_err() {
                 tracing::error!("a thread that moves KV blocks between tiers has panicked");
             }
