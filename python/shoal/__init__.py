@@ -39,7 +39,7 @@ from shoal.memory import (
     Transfer,
     parse_size,
 )
-from shoal.tiers import DiskTier, HostTier, KvTier, Prefetch, RemoteTier, TierStack
+from shoal.tiers import DiskTier, HostTier, KvTier, Loading, Prefetch, RemoteTier, TierStack
 from shoal.weights import StoredWeights, WeightStore
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ __all__ = [
     "KvGroupSpec",
     "KvTier",
     "LeaseError",
+    "Loading",
     "MemoryManager",
     "OutOfMemoryError",
     "Prefetch",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from shoal.kv_cache import KvCache
 
-__all__ = ["DiskTier", "HostTier", "KvTier", "Prefetch", "RemoteTier", "TierStack"]
+__all__ = ["DiskTier", "HostTier", "KvTier", "Loading", "Prefetch", "RemoteTier", "TierStack"]
 
 
 class HostTier:
@@ -298,6 +298,68 @@ class RemoteTier:
         return self._native.usage()
 
 
+class Loading:
+    """Blocks on their way to the device, made by :meth:`KvTier.begin_load`. Gone, it owns nothing."""
+
+    __slots__ = ("_native",)
+
+    def __init__(self, native: _native.Loading) -> None:
+        self._native = native
+
+    @property
+    def done(self) -> bool:
+        """Whether :meth:`take` gives what has come."""
+        return self._native.is_done()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is done.
+
+        Parameters
+        ----------
+        timeout_s
+            How long at most.
+
+        Returns
+        -------
+        bool
+            Whether it is.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        ValueError
+            If the seconds are negative or no number.
+        """
+        return self._native.wait(timeout_s)
+
+    def take(self) -> list[int] | None:
+        """Take what has come.
+
+        Returns
+        -------
+        list of int or None
+            As many blocks in a row as came in time, after those that the caller has: its own from now on, and sealed.
+            None while it is under way; nothing after the first time, or after `cancel`.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.take()
+
+    def cancel(self) -> None:
+        """Go no further; what has come by then is given back, and stays cached.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        self._native.cancel()
+
+
 class Prefetch:
     """A sequence on its way to the fastest tier, made by :meth:`KvTier.prefetch`. Gone, it goes no further."""
 
@@ -368,6 +430,59 @@ class KvTier:
             In a process other than the one that made it.
         """
         return self._native.load(_salt(salt), token_ids, list(held))
+
+    def may_load(self, token_ids: Iterable[int], held: int, *, salt: str | bytes = "") -> bool:
+        """Say whether there may be something to load after the first `held` blocks of a sequence.
+
+        Parameters
+        ----------
+        token_ids
+            The sequence from its start.
+        held
+            How many of its first blocks the caller has.
+        salt
+            The tenant.
+
+        Returns
+        -------
+        bool
+            Whether the tier has the next block, as far as it knows: of a remote it may have to be asked.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        return self._native.may_load(_salt(salt), token_ids, held)
+
+    def begin_load(self, token_ids: Iterable[int], held: int, *, salt: str | bytes = "") -> Loading | None:
+        """Begin to bring back the blocks that follow those of a prefix which the caller owns; comes back at once.
+
+        As :meth:`load`, but for an engine that goes on with other requests meanwhile: steps may run, and blocks may be
+        taken and given back. Record each step before what it uses is freed. One load runs at a time, each with its own
+        deadline from when its turn comes; until it is taken, or gone, no block of the cache is moved.
+
+        Parameters
+        ----------
+        token_ids
+            The sequence from its start.
+        held
+            How many of its first blocks the caller has, by :meth:`shoal.KvCache.match`. Keep them until it is done.
+        salt
+            The tenant.
+
+        Returns
+        -------
+        Loading or None
+            None where nothing is there, or worth it, or too many wait already.
+
+        Raises
+        ------
+        ForkError
+            In a process other than the one that made it.
+        """
+        native = self._native.begin_load(_salt(salt), token_ids, held)
+        return None if native is None else Loading(native)
 
     def save(self, token_ids: Iterable[int], *, first: int = 0, salt: str | bytes = "") -> None:
         """Queue the full blocks of a sequence to be saved, as far as the tier lacks them. Comes back at once.

@@ -1,9 +1,10 @@
-"""A Redis in this process, as far as a remote tier speaks to one: over a real socket, and away when it is told so."""
+"""A Redis in this process, as far as a remote tier speaks to one: over a real socket, away or slow as it is told."""
 
 from __future__ import annotations
 
 import socketserver
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -23,6 +24,8 @@ class FakeRedis(socketserver.ThreadingTCPServer):
         self.objects: dict[bytes, bytes] = {}
         self.asked: list[str] = []
         self.is_away = False
+        self.read_s = 0.0  # how long each read takes
+        self.reads: list[tuple[float, float]] = []  # when each began and ended, as `time.monotonic` says
 
     @property
     def address(self) -> str:
@@ -56,6 +59,9 @@ class _Client(socketserver.StreamRequestHandler):
                 objects[name] = content
                 return b"+OK\r\n"
             case b"GET", [name] if name in objects:
+                begun = time.monotonic()
+                time.sleep(self.server.read_s)
+                self.server.reads.append((begun, time.monotonic()))
                 return b"$%d\r\n%s\r\n" % (len(objects[name]), objects[name])
             case b"GET", [_]:
                 return b"$-1\r\n"

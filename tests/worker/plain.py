@@ -98,8 +98,11 @@ class PlainKv:
         ends = range(self.tokens, len(tokens) + 1, self.tokens)
         return self.match_keys([tuple(tokens[:end]) for end in ends], salt)
 
-    def load(self, tokens, blocks, salt):
-        return []
+    def may_load(self, tokens, held, salt):
+        return False
+
+    def begin_load(self, tokens, held, salt):
+        return None
 
     def cached_blocks(self):
         return len(self.cached)

@@ -62,6 +62,17 @@ def mem() -> AbstractContextManager[shoal.MemoryManager]:
     return shoal.testing.simulated_memory("64MiB", host_budget="64MiB")
 
 
+def brought(below: tiers.KvBelow, tokens: list[int]) -> list[int]:
+    """What comes of a sequence."""
+    loading = below.begin_load(tokens, 0, "")
+    if loading is None:
+        return []
+    assert loading.wait(60)
+    ids = loading.take()
+    assert ids is not None
+    return ids
+
+
 def reasons(below: tiers.KvBelow) -> list[Any]:
     return [told["reason"] for told in below.figures()]
 
@@ -134,7 +145,7 @@ def test_what_was_learned_stays_known_as_a_disk_joins(tmp_path: Path, monkeypatc
         kv.groups[0].free(ids)
         kv.forget_all()
         assert below.load_us_per_mib() is None
-        ids = below.load(tokens, [], "")
+        ids = brought(below, tokens)
         assert len(ids) == 10, "nobody knows yet what computing takes"
         assert (below.load_us_per_mib() or 0) > 0
         kv.groups[0].free(ids)
@@ -148,7 +159,7 @@ def test_what_was_learned_stays_known_as_a_disk_joins(tmp_path: Path, monkeypatc
         assert below._tier is not before
         assert (below.load_us_per_mib() or 0) > 0, "the other one's load"
         # An engine that takes no time is faster by too little for so few blocks; that it was measured is said.
-        ids = below.load(tokens, [], "")
+        ids = brought(below, tokens)
         assert "nobody knows" not in str(below.figures()[0]["choice"])
         assert "tokens are computed" in str(below.figures()[0]["choice"])
         kv.groups[0].free(ids)
@@ -165,7 +176,7 @@ def test_what_a_worker_computed_another_one_finds_on_the_remote(tmp_path: Path) 
             kv = cache_of(memory)
             below = tiers.KvBelow(kv, host, disks, lambda: FACTS, 60.0, remote=share)
             until("all are in use", lambda below=below: not any(reasons(below)))
-            ids = below.load(tokens, [], "")
+            ids = brought(below, tokens)
             assert len(ids) == (0 if number == 0 else 10)
             if number == 0:
                 ids = kv.groups[0].alloc(10)

@@ -62,8 +62,8 @@ mod _native {
     use crate::region::{PyFlush, PyRegion, PyRegionUse, PyTransfer};
     #[pymodule_export]
     use crate::tiers::{
-        PyDiskTier, PyHostTier, PyKvTier, PyPrefetch, PyRemoteTier, PyStore, PyStoreKey, PyStoreNames,
-        PyTierStack,
+        PyDiskTier, PyHostTier, PyKvTier, PyLoading, PyPrefetch, PyRemoteTier, PyStore, PyStoreKey,
+        PyStoreNames, PyTierStack,
     };
     #[pymodule_export]
     use crate::weights::{PyStoredWeights, PyWeightStore};

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -18,7 +18,7 @@ use shoal_memory::store::{
     AdmissionRule, BatchOptions, Fingerprint, HostOptions, HostTier, Offered, Stack, StackOptions, Store,
     StoreKey, TierCounts, get_all, put_all,
 };
-use shoal_memory::{KvTier, KvTierOptions, Prefetch};
+use shoal_memory::{KvTier, KvTierOptions, Loading, Prefetch};
 
 use crate::buffer::{Bytes, BytesMut};
 use crate::convert;
@@ -442,6 +442,31 @@ impl PyKvTier {
         Ok(())
     }
 
+    /// Whether there may be something to load.
+    fn may_load(
+        &self,
+        py: Python<'_>,
+        salt: &Bound<'_, PyAny>,
+        tokens: &Bound<'_, PyAny>,
+        held: usize,
+    ) -> PyResult<bool> {
+        let (tier, salt, tokens) = (self.tier.get()?, bytes_of("salt", salt)?, list_of_tokens(tokens)?);
+        Ok(py.detach(|| tier.may_load(&salt, &tokens, held)))
+    }
+
+    /// Begins a load; none where there is nothing worth it.
+    fn begin_load(
+        &self,
+        py: Python<'_>,
+        salt: &Bound<'_, PyAny>,
+        tokens: &Bound<'_, PyAny>,
+        held: usize,
+    ) -> PyResult<Option<PyLoading>> {
+        let (tier, salt, tokens) = (self.tier.get()?, bytes_of("salt", salt)?, list_of_tokens(tokens)?);
+        let loading = py.detach(|| tier.begin_load(&salt, &tokens, held));
+        Ok(loading.map(|loading| PyLoading { loading: Owned::new(loading) }))
+    }
+
     /// Begins to bring a sequence up to the fastest tier; none where too many wait.
     fn prefetch(
         &self,
@@ -492,6 +517,38 @@ impl PyKvTier {
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let usage = TierUsage { counts: self.tier.get()?.counts(), ..TierUsage::default() };
         convert::to_plain(py, &usage)
+    }
+}
+
+/// Blocks on their way to the device.
+#[pyclass(frozen, name = "Loading", module = "shoal._native")]
+pub(crate) struct PyLoading {
+    loading: Owned<Loading>,
+}
+
+#[pymethods]
+impl PyLoading {
+    fn is_done(&self) -> PyResult<bool> {
+        Ok(self.loading.get()?.is_done())
+    }
+
+    /// Waits until it is done.
+    fn wait(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        let loading = self.loading.get()?;
+        let timeout: Duration = convert::seconds("timeout_s", timeout_s)?;
+        Ok(py.detach(|| loading.wait(Instant::now() + timeout)))
+    }
+
+    /// What has come; none while it is under way.
+    fn take(&self, py: Python<'_>) -> PyResult<Option<Vec<u32>>> {
+        let loading = self.loading.get()?;
+        Ok(py.detach(|| loading.take()))
+    }
+
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        let loading = self.loading.get()?;
+        py.detach(|| loading.cancel());
+        Ok(())
     }
 }
 

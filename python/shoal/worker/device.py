@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from shoal import Prefetch, Region
+    from shoal import Loading, Prefetch, Region
     from shoal.kv_cache import Sealed
 
     from .kv import KvLayout
@@ -103,13 +103,17 @@ class DeviceKv:
         """Find the longest sealed prefix, and own its blocks."""
         return self.cache.match(tokens, salt=salt)[1]
 
-    def load(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> list[int]:
-        """Bring back what the device has forgotten, after the blocks that it has."""
+    def may_load(self, tokens: Sequence[int], held: int, salt: str) -> bool:
+        """Whether there may be something to load after the first `held` blocks."""
+        return self.below is not None and self.below.may_load(tokens, held, salt)
+
+    def begin_load(self, tokens: Sequence[int], held: int, salt: str) -> Loading | None:
+        """Begin to bring back what the device has forgotten, after the `held` blocks that it has."""
         if self.below is None:
-            return []
+            return None
         # What was refused before may be taken now.
-        self.below.save(tokens[: len(blocks) * self._block_tokens], 0, salt)
-        return self.below.load(tokens, blocks, salt)
+        self.below.save(tokens[: held * self._block_tokens], 0, salt)
+        return self.below.begin_load(tokens, held, salt)
 
     def looked(self, cached: int, found: int) -> None:
         """Say what a request found that came just now."""

@@ -9,6 +9,8 @@ transformers computes; this module decides when a step runs and what happens whe
   if that does not help, its requests give their blocks up and are scheduled anew, as far as memory then reaches.
 - Without requests the thread holds no guard, touches nothing and owns no KV block. What prefixes hold stays cached as
   long as nobody else wants the memory.
+- A request whose prefix is on its way from a tier below the device is passed over until that has come, and the others
+  run; where all that could run waits so, the thread waits for the next one, or for somebody to come or go.
 - Where memory cannot be had, requests wait, up to `stall_timeout_s` without any step; then they fail, each with a
   clear error. The engine itself goes on (I10: every wait has a deadline).
 
@@ -56,7 +58,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LINGER_S = 0.2  # how long an idle engine keeps its padding blocks, so that a series of requests maps them once
-_RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again
+_RETRY_S = 0.05  # how long a stalled engine lets go before it asks for memory again, and one that waits looks about
+_LOOK_S = 0.005  # how soon one that waits for a tier below sees that somebody has come
 _GUARD_S = 10.0  # how long one attempt to bring weights back may take
 _COMPACT_S = 1.0  # how often KV blocks may be moved together
 _UNSHARED_STEPS = 4  # a step in which nobody decodes may take as many tokens as so many others
@@ -350,6 +353,8 @@ class CausalEngine:
                     self._rest()
                 elif self._step():
                     self._stalled_since, self._preempted, self._shortage = None, False, ""
+                elif self._processor.scheduler.waits_below:
+                    self._wait_below()
                 else:
                     self._stall()
         except Exception as error:
@@ -357,6 +362,8 @@ class CausalEngine:
             self._stop.set()
             self._fail_all(error)
             return
+        finally:
+            self._cache.loads.drop_all()
         self._fail_all(ApiError("the model is shutting down", status=503, code="shutting_down"))
 
     def _take_in(self) -> None:
@@ -417,6 +424,7 @@ class CausalEngine:
         if time.monotonic() - self._compacted >= _COMPACT_S:
             self._cache.compact()
             self._compacted = time.monotonic()
+        self._processor.scheduler.waits_below = False
         if not self._cache.wake():
             return False
         try:
@@ -490,6 +498,15 @@ class CausalEngine:
             scheduler.waiting_requests[again.request_id] = again
             scheduler.waiting_requests_order.appendleft(again.request_id)  # ahead of those that never ran
         self._prepared, self._preempted = False, True
+
+    def _wait_below(self) -> None:
+        """Wait until a prefix has come from a tier below, or a request has come or left; not for long."""
+        wakeup, deadline = self._manager._has_new_requests, time.monotonic() + _RETRY_S
+        # What the tiers' thread says cannot be waited for together with what another thread of Python says.
+        while not wakeup.is_set() and time.monotonic() < deadline:
+            if self._cache.loads.wait(_LOOK_S):
+                return
+        wakeup.clear()
 
     def _stall(self) -> None:
         """Let go for a moment; fail what has waited too long."""

@@ -10,8 +10,9 @@ just refused; two padding blocks are allocated while the cache is awake, and the
 is sealed when the step that filled it was launched, and never written again (a request computes at least the last token
 of its prompt itself, in a block of its own).
 
-Prefixes of models whose layers all see the whole context are found by their tokens, in one call. Where some have a
-window, or all, :mod:`shoal.worker.windows` finds and seals them group by group.
+Prefixes of models whose layers all see the whole context are found by their tokens, in one call, and what follows them
+in tiers below the device is loaded while other requests run (:mod:`shoal.worker.loads`). Where some have a window, or
+all, :mod:`shoal.worker.windows` finds and seals them group by group.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching.cache_manager import BlockManager, SlidingAttentionCacheAllocator
 
+from .loads import Loads
 from .windows import HybridPrefixes, WindowedAllocator
 
 if TYPE_CHECKING:
@@ -237,6 +239,7 @@ class ElasticCache(cache_module.PagedAttentionCache):
         self._hybrid: HybridPrefixes | None = None
         if is_caching and not layout.is_uniform:
             self._hybrid = HybridPrefixes(blocks, self.group_cache_managers, self.block_size)
+        self.loads = Loads(blocks, self.group_cache_managers[0].block_table)
         self._frugal_until = 0.0
         self._padding: list[int] = []
         self._pads: list[Any] = []
@@ -349,33 +352,37 @@ class ElasticCache(cache_module.PagedAttentionCache):
 
     def free_blocks(self, request_id: str) -> None:
         """Free all blocks of a request."""
+        self.loads.drop(request_id)
         super().free_blocks(request_id)
         if self._hybrid is not None:
             self._hybrid.forget(request_id)
 
     def free_all_requests(self) -> None:
         """Free the blocks of all requests."""
+        self.loads.drop_all()
         super().free_all_requests()
         if self._hybrid is not None:
             self._hybrid.forget_all()
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        """Find the longest cached prefix and give its blocks to the request; all but the last token may be found."""
+        """Find the longest cached prefix and give its blocks to the request; all but the last token may be found.
+
+        Nothing as long as some of it is on its way from a tier below (`loads` says so).
+        """
         salt, tokens, prompt = self._salt_of(request_id), 0, prompt_ids[:-1]
-        cached = left = self._kv.cached_blocks()
+        cached = found = 0
         if salt is not None and self._hybrid is not None:
+            cached = self._kv.cached_blocks()
             tokens = self._hybrid.find(request_id, prompt, salt)
-            left = self._kv.cached_blocks()
+            found = max(0, cached - self._kv.cached_blocks())
         elif salt is not None:
-            blocks = self._kv.match(prompt, salt)
-            left = self._kv.cached_blocks()  # before a load, which may evict some
-            blocks += self._kv.load(prompt, blocks, salt)
-            tokens = len(blocks) * self.block_size
-            if blocks:
-                self.group_cache_managers[0].block_table[request_id] = blocks
+            prefix = self.loads.look(request_id, prompt, salt)
+            if prefix is None:
+                return 0
+            cached, found, tokens = prefix.cached, prefix.found, prefix.blocks * self.block_size
         self._total_prefix_length += tokens
         if self._found(request_id, tokens):
-            self._kv.looked(cached, max(0, cached - left))
+            self._kv.looked(cached, found)
         return tokens
 
     def mark_shareable_blocks_as_complete(self, state: RequestState, num_complete_blocks: int) -> None:

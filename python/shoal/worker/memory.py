@@ -30,6 +30,23 @@ class Ahead(Protocol):
         """Go no further."""
 
 
+class Loading(Protocol):
+    """Blocks on their way from tiers below the device. Gone, it goes no further, and owns nothing."""
+
+    @property
+    def done(self) -> bool:
+        """Whether what comes has come."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is done; whether it is."""
+
+    def take(self) -> list[int] | None:
+        """Take the blocks that have come, sealed, in the caller's hands; None while it is under way."""
+
+    def cancel(self) -> None:
+        """Go no further, and give back what has come."""
+
+
 class KvBlocks(Protocol):
     """Blocks of KV memory: what is allocated has memory, and what was sealed is found again until it is evicted.
 
@@ -57,13 +74,19 @@ class KvBlocks(Protocol):
     def match(self, tokens: Sequence[int], salt: str) -> list[int]:
         """Find the longest prefix that is sealed under this salt, and own its blocks too."""
 
-    def load(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> list[int]:
-        """Bring back from tiers below the blocks of a prompt that follow those that were found; own them."""
+    def may_load(self, tokens: Sequence[int], held: int, salt: str) -> bool:
+        """Whether tiers below may have more of a prompt than the `held` blocks that were found, as far as they know."""
+
+    def begin_load(self, tokens: Sequence[int], held: int, salt: str) -> Loading | None:
+        """Begin to bring back from tiers below the blocks of a prompt that follow the `held` ones that were found.
+
+        Steps may run meanwhile. None where there is nothing that is worth it.
+        """
 
     def looked(self, cached: int, found: int) -> None:
         """Say that a request has come, once for each: of `cached` blocks it found so many, with `match` or its like.
 
-        What was somebody's already does not count, nor what `load` brought.
+        What was somebody's already does not count, nor what a load brought.
         """
 
     def prefetch(self, tokens: Sequence[int], salt: str) -> Ahead | None:

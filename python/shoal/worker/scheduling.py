@@ -2,7 +2,7 @@
 
 transformers ends its engine with "No requests can be scheduled" when a cache is full and nothing can be preempted. Here
 that is an ordinary state: another model has the memory. The scheduler reports an empty batch, the engine lets go of its
-guard and asks again.
+guard and asks again. So is a request whose prefix is still on its way from a tier below the device: it is passed over.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ class ElasticScheduler(FIFOScheduler):
     ----------
     stalled
         Whether the last batch stayed empty for want of memory.
+    waits_below
+        Whether it stayed empty because what could run waits for a tier below the device.
     shared_tokens
         Most tokens of a step in which somebody decodes, who waits for each step's next token. Where nobody does, a step
         takes all that the budget allows: then a long prompt computes beside the bytes of a wake, where it would else
         compute its first piece beside them and the others after. None: the budget is always the limit.
     """
 
-    stalled = False
+    stalled = waits_below = False
     shared_tokens: int | None = None
     _short = False  # whether memory was refused when the last batch was scheduled
 
@@ -43,9 +45,12 @@ class ElasticScheduler(FIFOScheduler):
             # A preemption blocks new requests until an active one finishes; one that was cancelled never does.
             self.block_new_requests = False
         self.cache.blocks.begin_step()
+        self.cache.loads.has_passed = False
         token_budget = self._budget(token_budget, self.active_requests.values())
         batch, fast_path, tokens, kv_read = super().schedule_batch(token_budget, cache_budget)
-        self.stalled, self._short = batch is None, self.cache.blocks.short
+        self._short = self.cache.blocks.short
+        self.waits_below = not batch and not self._short and self.cache.loads.has_passed
+        self.stalled = batch is None and not self.waits_below
         if batch is None and not self._preempting_helps():
             return [], fast_path, 0, 0
         return batch, fast_path, tokens, kv_read
@@ -71,7 +76,8 @@ class ElasticScheduler(FIFOScheduler):
         token_budget = self._budget(token_budget, going)
         states = sorted(going, key=lambda state: state.status != RequestStatus.DECODING)
         if not self.block_new_requests:
-            states += [self.waiting_requests[name] for name in self.waiting_requests_order]
+            names = (name for name in self.waiting_requests_order if not self.cache.loads.waits(name))
+            states += [self.waiting_requests[name] for name in names]
         for state in () if self._short else states:
             is_decoding = state.status == RequestStatus.DECODING
             tokens = 1 if is_decoding else min(len(state.remaining_prefill_tokens), token_budget)
@@ -90,6 +96,12 @@ class ElasticScheduler(FIFOScheduler):
         if state.request_id in self.active_requests:
             self.waiting_requests.pop(state.request_id, None)
         return tokens
+
+    def _allocate_blocks_if_needed(self, state: RequestState, len_next_tokens: int) -> bool:
+        """As transformers', but what waits for a tier below is not scheduled, as if it could not be had now."""
+        if self.cache.loads.waits(state.request_id):
+            return False
+        return bool(super()._allocate_blocks_if_needed(state, len_next_tokens))
 
     def _budget(self, token_budget: int, states: Iterable[RequestState]) -> int:
         """Give the tokens of a step of these requests: fewer where one of them decodes, or where memory was short."""

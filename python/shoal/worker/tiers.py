@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from shoal import KvCache, KvTier, MemoryManager, Prefetch
+    from shoal import KvCache, KvTier, Loading, MemoryManager, Prefetch
 
     from .loading import ModelFiles
     from .spec import DiskShare, RemoteShare
@@ -106,10 +106,15 @@ class KvBelow:
         self._thread = threading.Thread(target=self._open, name="kv-tiers", daemon=True)
         self._thread.start()
 
-    def load(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> list[int]:
-        """Bring back the blocks that follow `blocks`, as far as they are there and come in time."""
+    def may_load(self, tokens: Sequence[int], held: int, salt: str) -> bool:
+        """Whether there may be something to load after the first `held` blocks of a sequence."""
         tier = self._tier
-        return [] if tier is None else tier.load(tokens, blocks, salt=salt)
+        return tier is not None and tier.may_load(tokens, held, salt=salt)
+
+    def begin_load(self, tokens: Sequence[int], held: int, salt: str) -> Loading | None:
+        """Begin to bring back the blocks that follow the first `held` ones, as far as they come in time."""
+        tier = self._tier
+        return None if tier is None else tier.begin_load(tokens, held, salt=salt)
 
     def prefetch(self, tokens: Sequence[int], salt: str) -> Prefetch | None:
         """Begin to bring what only slow tiers have of a sequence to the fastest, and to ask a remote what it has."""

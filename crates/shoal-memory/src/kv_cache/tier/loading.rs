@@ -2,7 +2,8 @@
 //!
 //! Apart because it has a thread of its own, and because nobody but it knows its blocks until they are taken. One load runs at
 //! a time, in the order of their calls, each with its own deadline from when its turn comes on; how many wait has a bound
-//! (I10). When its turn comes it looks once more what the device has, as the load before it may have brought it.
+//! (I10). When its turn comes it looks once more what the device has, as the load before it may have brought it. Where a tier
+//! has to be asked what it has, another thread does that, so that who finds nothing does not wait for others' loads.
 //!
 //! **Steps that run meanwhile.** A block that is loaded to was free or cached before, so whoever had it has freed it; and
 //! engines record a step before they free what it uses ([`KvCache::record_step`](super::KvCache::record_step)). The blocks are
@@ -61,20 +62,35 @@ struct Job {
     tokens: Vec<u32>,
     /// So many blocks its caller has.
     held: usize,
+    /// The block up to which it is loaded, where that is known.
     end: Option<usize>,
     discards: u64,
     own: Arc<Own>,
 }
 
-/// Those that wait.
+impl Job {
+    fn is_cancelled(&self) -> bool {
+        self.own.is_cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// Those that wait, in their order.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// A tier is to be asked first.
+    looking: VecDeque<Job>,
+    loading: VecDeque<Job>,
+}
+
+/// Loads that have not begun.
 #[derive(Debug, Default)]
 pub(super) struct Loads {
-    waiting: Mutex<VecDeque<Job>>,
+    waiting: Mutex<Waiting>,
     asked: Condvar,
 }
 
 impl Loads {
-    /// Wakes the thread to see that it is over.
+    /// Wakes the threads to see that it is over.
     pub(super) fn end(&self) {
         // Under the lock: one that has just looked would not hear of it, and sleep for a minute.
         drop(self.waiting.lock());
@@ -148,7 +164,7 @@ impl KvTier {
     pub fn begin_load(&self, salt: &[u8], tokens: &[u32], held: usize) -> Option<Loading> {
         let inner = &self.inner;
         inner.has_looked(tokens, held);
-        if self.loader.is_none() || !inner.may_load(salt, tokens, held) {
+        if self.loaders.is_empty() || !inner.may_load(salt, tokens, held) {
             return None;
         }
         let end = if inner.store.must_look() {
@@ -170,15 +186,15 @@ impl KvTier {
         let job =
             Job { salt: salt.into(), tokens: tokens.to_vec(), held, end, discards, own: Arc::clone(&own) };
         let mut waiting = inner.loads.waiting.lock();
-        if waiting.len() >= WAITING_MAX {
+        if waiting.looking.len() + waiting.loading.len() >= WAITING_MAX {
             drop(waiting);
             inner.count(|counts| counts.failed += 1);
             return None;
         }
         inner.cache.shared.loads.fetch_add(1, Ordering::SeqCst);
-        waiting.push_back(job);
+        if end.is_some() { &mut waiting.loading } else { &mut waiting.looking }.push_back(job);
         drop(waiting);
-        inner.loads.asked.notify_one();
+        inner.loads.asked.notify_all();
         Some(Loading { inner: Arc::clone(inner), own })
     }
 }
@@ -197,15 +213,42 @@ impl Inner {
     }
 
     pub(super) fn run_loads(&self) {
-        while let Some(job) = self.next_load() {
+        while let Some(job) = self.next_load(|waiting| waiting.loading.pop_front()) {
             let ids = self.load_beside(&job);
-            let mut stage = job.own.stage.lock();
-            if matches!(*stage, Stage::UnderWay) {
-                *stage = Stage::Done(ids);
-                drop(stage);
-                job.own.changed.notify_all();
-                continue;
+            self.have_come(&job, ids);
+        }
+    }
+
+    /// Asks the tier what it has of sequences, and passes on those of which something is worth loading.
+    pub(super) fn run_looks(&self) {
+        while let Some(mut job) = self.next_load(|waiting| waiting.looking.pop_front()) {
+            let mut parts = Vec::new();
+            if !self.is_over() && !job.is_cancelled() {
+                let keys = self.keys(&job.salt, &job.tokens);
+                self.look_for(&keys[job.held..]);
+                parts = self.worth_loading(job.tokens.len(), job.held, &keys[job.held..]);
             }
+            job.end = Some(job.held + parts.len());
+            let mut waiting = self.loads.waiting.lock();
+            if parts.is_empty() || self.is_over() {
+                drop(waiting);
+                self.have_come(&job, Vec::new());
+            } else {
+                waiting.loading.push_back(job);
+                drop(waiting);
+                self.loads.asked.notify_all();
+            }
+        }
+    }
+
+    /// These are the load's, or nobody's where it is wanted no more.
+    fn have_come(&self, job: &Job, ids: Vec<u32>) {
+        let mut stage = job.own.stage.lock();
+        if matches!(*stage, Stage::UnderWay) {
+            *stage = Stage::Done(ids);
+            drop(stage);
+            job.own.changed.notify_all();
+        } else {
             drop(stage);
             self.give_back(&ids);
             self.is_in_a_table();
@@ -213,10 +256,10 @@ impl Inner {
     }
 
     /// The next one; none when it is over, and no other waits: those end with nothing.
-    fn next_load(&self) -> Option<Job> {
+    fn next_load(&self, pop: impl Fn(&mut Waiting) -> Option<Job>) -> Option<Job> {
         let mut waiting = self.loads.waiting.lock();
         loop {
-            if let Some(job) = waiting.pop_front() {
+            if let Some(job) = pop(&mut waiting) {
                 return Some(job);
             }
             if self.is_over() {
@@ -228,7 +271,7 @@ impl Inner {
 
     /// Loads what the device lacks still: all blocks after those that the caller has.
     fn load_beside(&self, job: &Job) -> Vec<u32> {
-        let is_over = || self.is_over() || job.own.is_cancelled.load(Ordering::Relaxed);
+        let is_over = || self.is_over() || job.is_cancelled();
         if is_over() {
             return Vec::new();
         }

@@ -166,7 +166,8 @@ pub struct KvTier {
     inner: Arc<Inner>,
     thread: Option<JoinHandle<()>>,
     ahead: Option<JoinHandle<()>>,
-    loader: Option<JoinHandle<()>>,
+    /// All that it takes to load beside running steps, or none.
+    loaders: Vec<JoinHandle<()>>,
 }
 
 impl KvTier {
@@ -232,12 +233,8 @@ impl KvTier {
         if let Err(error) = &ahead {
             tracing::warn!(%error, "no thread brings KV blocks up ahead of their requests");
         }
-        let own = Arc::clone(&inner);
-        let loader = thread::Builder::new().name("shoal-kv-load".to_owned()).spawn(move || own.run_loads());
-        if let Err(error) = &loader {
-            tracing::warn!(%error, "no thread loads KV blocks beside running steps");
-        }
-        Ok(Self { inner, thread: thread.ok(), ahead: ahead.ok(), loader: loader.ok() })
+        let loaders = start_loaders(&inner);
+        Ok(Self { inner, thread: thread.ok(), ahead: ahead.ok(), loaders })
     }
 
     /// Brings back the blocks that follow `held`, the first blocks of `tokens`, which the caller owns: as many in a row as the
@@ -322,7 +319,8 @@ impl Drop for KvTier {
         self.inner.wished.notify_all();
         self.inner.loads.end();
         let is_saving = self.thread.is_some();
-        for thread in [self.thread.take(), self.ahead.take(), self.loader.take()].into_iter().flatten() {
+        let others = [self.thread.take(), self.ahead.take()].into_iter().flatten();
+        for thread in others.chain(self.loaders.drain(..)) {
             if thread.join().is_err() {
                 tracing::error!("a thread that moves KV blocks between tiers has panicked");
             }
@@ -332,6 +330,23 @@ impl Drop for KvTier {
         }
         self.inner.are_copied(|cache| cache.copy_sealed(false));
     }
+}
+
+/// Threads for loads beside running steps: one, and another where a tier has to be asked what it has. All or none.
+fn start_loaders(inner: &Arc<Inner>) -> Vec<JoinHandle<()>> {
+    let start = |name: &str, run: fn(&Inner)| {
+        let own = Arc::clone(inner);
+        thread::Builder::new().name(name.to_owned()).spawn(move || run(&own))
+    };
+    let mut started = vec![start("shoal-kv-load", Inner::run_loads)];
+    if inner.store.must_look() {
+        started.push(start("shoal-kv-look", Inner::run_looks));
+    }
+    started.into_iter().collect::<Result<_, _>>().unwrap_or_else(|error| {
+        // The other one, if there is one, sleeps until the end.
+        tracing::warn!(%error, "no thread loads KV blocks beside running steps");
+        Vec::new()
+    })
 }
 
 /// Of what the caller says and of where the bytes of a block lie in its payload.
