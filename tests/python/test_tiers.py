@@ -222,6 +222,44 @@ def test_what_one_machine_computed_another_finds_on_the_remote(
             assert all(name.startswith(b"shoal/v1/") for name in fake.objects)
 
 
+def test_a_load_that_is_begun_is_waited_for_taken_or_left(mem: shoal.MemoryManager) -> None:
+    kv, tokens = cache_of(mem), list(range(10 * BLOCK))
+    below = kv.attach_store(shoal.HostTier("8MiB"), FACTS, load_s=60)
+    assert not below.may_load(tokens, 0)
+    assert below.begin_load(tokens, 0) is None, "nothing is there"
+    assert converse(kv, below, tokens) == (0, 0)
+    assert below.flush(60)
+    kv.forget_all()
+    assert below.may_load(tokens, 0)
+    assert not below.may_load(tokens, 10)
+    assert not below.may_load(tokens, 0, salt="another's")
+    loading = below.begin_load(tokens, 0)
+    assert loading is not None
+    assert loading.wait(60)
+    assert loading.done
+    ids = loading.take()
+    assert ids is not None
+    assert (len(ids), loading.take()) == (10, [])
+    for layer in kv.tensors():
+        whole = np.asarray(layer)
+        assert all((whole[block] == tokens[place * BLOCK] + 1).all() for place, block in enumerate(ids))
+    kv.groups[0].free(ids)
+    assert kv.match(tokens)[0] == len(tokens), "it was sealed"
+    kv.groups[0].free(ids)
+    kv.forget_all()
+    for leave in (shoal.Loading.cancel, lambda loading: loading.wait(60)):
+        left = below.begin_load(tokens, 0)
+        assert left is not None
+        leave(left)
+        del left
+        until("nobody owns anything", lambda: kv.usage()["live"] == 0)
+        kv.forget_all()
+    loading = below.begin_load(tokens, 0)
+    assert loading is not None
+    with pytest.raises(ValueError, match="timeout_s must be 0 or more seconds, not -1"):
+        loading.wait(-1)
+
+
 def test_a_remote_that_is_away_costs_no_more_than_computing(mem: shoal.MemoryManager, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("07" * 32)
     with redis() as fake:

@@ -122,7 +122,7 @@ class WorkerSpec:
     disk_key_file
         The key that what is on disk is encrypted with; None where it is not.
     disk_wait_s
-        How long a prompt, and the step that it is in, waits for what is on disk of it.
+        How long a prompt waits for what tiers below the device have of it; other requests go on meanwhile.
     weights
         Where weights are kept at rest, so that the next start reads them from there; None where they are not.
     remote
