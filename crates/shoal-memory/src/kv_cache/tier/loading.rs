@@ -13,8 +13,8 @@
 //! sealed, handed over or given back only when the copies to them are done, or settled.
 //!
 //! **Who owns them.** This thread from before the first copy on, then the [`Loading`], then whoever takes it, each block once
-//! (I7); what is not taken is given back, and what was sealed of it stays cached. Until then compaction moves nothing. No lock
-//! is held while anything is copied or waited for (I9). Whatever fails is a miss.
+//! (I7); what is not taken is given back, and what was sealed of it stays cached. Until then compaction moves nothing. The locks
+//! here are held around no copy, no wait and no call of the device (I9). Whatever fails is a miss.
 
 use std::collections::VecDeque;
 use std::mem;
