@@ -180,7 +180,7 @@ def test_few_are_loaded_at_a_time_and_what_is_nowhere_passes_them(tmp_path: Path
             assert len(one.loads._under_way) == loads._TOGETHER
             assert await one.answer(1) == (expected(one, 1), WHOLE), "the same as another that waits"
             for number, answer in waiting.items():
-                assert await answer == (expected(one, number), WHOLE)
+                assert await answer == (expected(one, number), WHOLE), one.figures()
             assert not one.loads._later
             assert not one.loads._under_way
 

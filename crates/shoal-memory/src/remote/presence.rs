@@ -53,6 +53,14 @@ impl Presence {
         }
     }
 
+    /// The remote was asked at `asked`. What was put since is there, whatever it said: it may have said so before.
+    pub(super) fn answered(&mut self, key: &StoreKey, is_there: bool, asked: Instant, now: Instant) {
+        let is_overtaken = self.names.get(key).is_some_and(|known| known.is_there && known.at >= asked);
+        if is_there || !is_overtaken {
+            self.note(key, is_there, now);
+        }
+    }
+
     /// Somebody asks the remote; until that is known, it is not there.
     pub(super) fn looking(&mut self, key: &StoreKey, now: Instant) {
         self.note(key, false, now);
@@ -114,6 +122,21 @@ mod tests {
         assert_eq!(presence.find(&key(2), now), None);
         presence.note(&key(3), true, now);
         assert_eq!([presence.find(&key(1), now), presence.find(&key(3), now)], [None, Some(true)]);
+    }
+
+    #[test]
+    fn an_answer_that_a_put_has_overtaken_says_nothing() {
+        let start = Instant::now();
+        let [asked, put, now] = [1, 2, 3].map(|seconds| start + Duration::from_secs(seconds));
+        let mut presence = Presence::new(9, Duration::from_secs(10));
+        presence.looking(&key(1), start);
+        presence.note(&key(1), true, put);
+        presence.answered(&key(1), false, asked, now);
+        assert_eq!(presence.find(&key(1), now), Some(true), "it was asked for before it was put");
+        presence.answered(&key(1), false, now, now);
+        assert_eq!(presence.find(&key(1), now), Some(false), "it has gone since");
+        presence.answered(&key(1), true, now, now);
+        assert_eq!(presence.find(&key(1), now), Some(true));
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Worker {
                 promise.answer(done.map(|()| was_there));
             }
             Job::Look { key, promise } => {
-                let name = name(&key);
+                let (name, asked) = (name(&key), Instant::now());
                 let deadline =
                     promise.as_ref().map_or_else(|| Instant::now() + OWN_DEADLINE, Promise::deadline);
                 let is_over = || promise.as_ref().is_some_and(Promise::is_cancelled);
@@ -139,7 +139,7 @@ impl Worker {
                 let mut state = self.shared.state.lock();
                 state.looking -= usize::from(promise.is_none());
                 match &found {
-                    Ok(is_there) => state.presence.note(&key, *is_there, Instant::now()),
+                    Ok(is_there) => state.presence.answered(&key, *is_there, asked, Instant::now()),
                     Err(_) => state.presence.forget(&key),
                 }
                 drop(state);
