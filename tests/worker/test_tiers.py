@@ -211,7 +211,7 @@ def test_a_lone_disk_tells_what_it_did(tmp_path: Path) -> None:
         assert below._tier.flush(60)
         kv.groups[0].free(ids)
         kv.forget_all()
-        ids = below.load(tokens, [], "")
+        ids = brought(below, tokens)
         assert len(ids) == 20
         kv.groups[0].free(ids)
         (told,) = below.figures()
