@@ -23,6 +23,7 @@ class FullAttentionSpec:
     kv_quant_mode: int = 0
     page_size_padded: int | None = None
     indexes_kv_by_block_stride: bool = True
+    page_size_bytes: int = 64 << 10
 
 
 class SlidingWindowSpec(FullAttentionSpec):
@@ -63,6 +64,7 @@ def test_layers_that_are_all_alike_lie_side_by_side() -> None:
         ({}, [FullAttentionSpec(kv_quant_mode=1)], [FLASH], "quantised"),
         ({}, [FullAttentionSpec(page_size_padded=1 << 20)], [FLASH], "padded"),
         ({}, [FullAttentionSpec(storage_block_size=4)], [FLASH], "compressed"),
+        ({}, [FullAttentionSpec(page_size_bytes=257 << 20)], [FLASH], "more than 256 MiB"),
         ({}, [FullAttentionSpec(head_size_v=64)], [FLASH], "different lengths"),
         ({}, [FullAttentionSpec(indexes_kv_by_block_stride=False)], [FLASH], "distance between blocks"),
         ({}, [FullAttentionSpec()], [FLASH, backend("TRITON_ATTN")], "attention of TRITON_ATTN"),

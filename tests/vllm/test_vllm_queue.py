@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import types
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -188,12 +189,45 @@ def test_idle_units_are_those_without_users_and_pieces_without_users_come_first(
     engine = Engine()
     assert engine.take(BLOCKS - 1)
     engine.free([number for number in sorted(engine.used) if number != 40], is_kept=True)
-    units = engine.queue.idle(32, 2, [40])
+    units = engine.queue.idle(MIB // 32, MIB, 2, [40])
     numbers = [{block.block_id // 32 for block in unit} for unit in units]
     assert {1} not in numbers
     # Unit 0 shares its piece with the one that is in use.
     assert numbers[-1] == {0}
     assert sum(len(unit) for unit in units) == BLOCKS - 1 - 32
+
+
+def test_a_block_that_lies_in_two_units_keeps_both_and_is_given_once() -> None:
+    engine = Engine()
+    assert engine.take(BLOCKS - 1)
+    engine.free([number for number in sorted(engine.used) if number != 3], is_kept=True)
+    # Of 36 layers: 2.25 MiB in units of 4.
+    block, unit = 9, 16
+    units = engine.queue.idle(block, unit, 64, [3])
+    given = [one.block_id for some in units for one in some]
+    assert len(given) == len(set(given))
+    # Block 3 lies in the units 1 and 2; what lies in none but these two stays.
+    assert set(range(1, BLOCKS)) - set(given) == {2, 3, 4}
+    # Once so many of them are given, nothing lies in that much memory any more.
+    gone = {one.block_id for some in units[:5] for one in some}
+    held = {number for number in range(BLOCKS) if number not in gone}
+    touched = {at for number in held for at in range(number * block // unit, ((number + 1) * block - 1) // unit + 1)}
+    all_units = -(-BLOCKS * block // unit)
+    assert all_units - len(touched) >= 5, (all_units, touched)
+
+
+def test_blocks_that_straddle_units_are_counted_by_their_bytes() -> None:
+    """All layers of a block side by side, 36 of 64 KiB: 2.25 MiB in units of 4."""
+    mem = shoal.MemoryManager("sim", device_budget="400MiB")
+    cache = ElasticCache(mem, Plan(80, 36 << 16, (("a", "b"),)))
+    assert (cache.unit_bytes, cache.units_per_piece) == (4 * MIB, 64), "a handle has 256 MiB at most"
+    ids = cache.kv.alloc(16)
+    assert ids is not None
+    cache.pool = SimpleNamespace(free_block_queue=SimpleNamespace(cached=8, used=8))
+    usage = cache.kv.usage()
+    could_go = usage["mapped"] - usage["empty"] - 5 * 4 * MIB
+    assert cache.kept_bytes() == min(8 * (36 << 16), could_go) >= 12 * MIB
+    cache.kv.free(ids)
 
 
 def test_an_idle_cache_keeps_one_piece_of_memory() -> None:

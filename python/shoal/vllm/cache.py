@@ -25,6 +25,9 @@ __all__ = ["ElasticCache", "Plan"]
 PIECE_BYTES = 512 << 20
 """The most memory that comes or goes at a time, in all planes."""
 
+HANDLE_BYTES = 256 << 20
+"""The most in one plane: an extent is no longer, nor may a block of all planes be."""
+
 PATIENCE_S = 0.02
 """How long a scheduling step waits for a lease that is refused."""
 
@@ -116,8 +119,8 @@ class ElasticCache:
         The memory.
     blocks : int
         vLLM's number of blocks.
-    blocks_per_unit : int
-        Blocks that share the shortest piece of memory, at least in part.
+    block_bytes, unit_bytes : int
+        Of a block and of the shortest piece of memory, in all planes. A block may lie in several units.
     units_per_piece : int
         Shortest pieces in a longest one.
     pool : ElasticBlockPool or None
@@ -139,8 +142,8 @@ class ElasticCache:
         # step waits until it is back.
         self.kv.region._native.set_yields(yields)
         group = self.kv.groups[0]
-        self.blocks_per_unit = max(group.granule_min // group.block_bytes, 1)
-        self.units_per_piece = max(PIECE_BYTES // group.granule_min, 1)
+        self.block_bytes, self.unit_bytes = group.block_bytes, group.granule_min
+        self.units_per_piece = max(min(PIECE_BYTES, len(plan.planes) * HANDLE_BYTES) // group.granule_min, 1)
         self.pool: Any = None
         self.transfers: Transfers | None = None
         self._held: list[int] = []
@@ -176,7 +179,8 @@ class ElasticCache:
         held = set(self.kv.alloc(1) or ())
         missing = set(range(wanted)) - held
         while missing:
-            got = self.kv.alloc(min(max(len(missing), self.blocks_per_unit), max(self.kv.available(), 1)))
+            unit = max(self.unit_bytes // self.block_bytes, 1)
+            got = self.kv.alloc(min(max(len(missing), unit), max(self.kv.available(), 1)))
             if got is None:
                 self.kv.free(sorted(held))
                 raise OutOfMemoryError(
@@ -224,8 +228,8 @@ class ElasticCache:
             return 0
         # Memory goes by whole units, and what is used, the null block too, lies in so many of them at least.
         usage = self.kv.usage()
-        units_in_use = -(-queue.used // self.blocks_per_unit)
-        could_go = usage["mapped"] - usage["empty"] - units_in_use * self.kv.groups[0].granule_min
+        units_in_use = -(-queue.used * self.block_bytes // self.unit_bytes)
+        could_go = usage["mapped"] - usage["empty"] - units_in_use * self.unit_bytes
         return max(min(queue.cached * (self.plan.nbytes // self.blocks), could_go), 0)
 
     def forget(self) -> int:

@@ -13,6 +13,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from shoal.vllm.cache import HANDLE_BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -21,7 +23,7 @@ __all__ = ["BACKENDS", "LAYOUT_VARIABLE", "pack", "why_not"]
 logger = logging.getLogger("vllm.shoal")
 
 BACKENDS = ("FLASH_ATTN",)
-"""The attention that was seen to give the same tokens."""
+"""The attention that was seen to give the same tokens: FlashAttention 3, on a GPU of Hopper's kind."""
 
 LAYOUT_VARIABLE = "SHOAL_VLLM_KV_LAYOUT"
 """In the environment: ``block`` (what is done without it), or ``layer`` for vLLM's own."""
@@ -69,6 +71,8 @@ def why_not(
         return f"its layers are {type(spec).__name__}"
     if spec.kv_quant_mode != 0 or spec.page_size_padded is not None or spec.storage_block_size != spec.block_size:
         return "its KV is quantised, padded or compressed"
+    if spec.page_size_bytes * len(kv_cache_groups[0].layer_names) > HANDLE_BYTES:
+        return f"a block of all layers would have more than {HANDLE_BYTES >> 20} MiB"
     if len({spec.head_size, spec.head_size_v}) != 1:
         return "keys and values have different lengths"
     if not spec.indexes_kv_by_block_stride:

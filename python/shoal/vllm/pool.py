@@ -105,7 +105,7 @@ class ElasticBlockPool(block_pool.BlockPool):
         self.free_block_queue.look_again()
         used = (block.block_id for block in self.blocks if block.ref_cnt > 0)
         cache = self.cache
-        gone = self.free_block_queue.idle(cache.blocks_per_unit, cache.units_per_piece, used)[:units]
+        gone = self.free_block_queue.idle(cache.block_bytes, cache.unit_bytes, cache.units_per_piece, used)[:units]
         for blocks in gone:
             for block in blocks:
                 self._maybe_evict_cached_block(block)

@@ -247,16 +247,17 @@ class ElasticQueue:
             ids, self._kept_back = sorted(self._kept_back), set()
             self._free(ids)
 
-    def idle(self, blocks_per_unit: int, units_per_piece: int, users: Iterable[int]) -> list[list[Any]]:
+    def idle(self, block_bytes: int, unit_bytes: int, units_per_piece: int, users: Iterable[int]) -> list[list[Any]]:
         """Give the cached blocks of memory in which only such lie, by unit, the longest unused first.
 
         Memory goes in pieces of one unit or of several: units that may be of one piece come one after the other, and
-        those of pieces in which nothing is in use come first.
+        those of pieces in which nothing is in use come first. A block may lie in two units, or in many: it is given
+        with the first of them that is, and they all have to be given until the memory of the others is empty.
 
         Parameters
         ----------
-        blocks_per_unit
-            Blocks that share the shortest piece of memory, at least in part.
+        block_bytes, unit_bytes
+            Of a block, and of the shortest piece of memory: blocks lie one after another in it, from the first on.
         units_per_piece
             Units of the longest one.
         users
@@ -267,21 +268,30 @@ class ElasticQueue:
         list of list of KVCacheBlock
             One list a unit.
         """
-        busy = {number // blocks_per_unit for number in users}
+
+        def units_of(number: int) -> range:
+            return range(number * block_bytes // unit_bytes, ((number + 1) * block_bytes - 1) // unit_bytes + 1)
+
+        busy = {unit for number in users for unit in units_of(number)}
         busy_pieces = {unit // units_per_piece for unit in busy}
         units: dict[int, list[Any]] = {}
         newest: dict[int, int] = {}
         for age, (number, block) in enumerate(self._kept.items()):
-            unit = number // blocks_per_unit
-            if unit not in busy:
-                units.setdefault(unit, []).append(block)
-                newest[unit // units_per_piece] = age
+            for unit in units_of(number):
+                if unit not in busy:
+                    units.setdefault(unit, []).append(block)
+                    newest[unit // units_per_piece] = age
 
         def order(unit: int) -> tuple[bool, int, int]:
             piece = unit // units_per_piece
             return piece in busy_pieces, newest[piece], unit
 
-        return [units[unit] for unit in sorted(units, key=order)]
+        given: set[int] = set()
+        found = []
+        for unit in sorted(units, key=order):
+            found.append([block for block in units[unit] if block.block_id not in given])
+            given.update(block.block_id for block in found[-1])
+        return found
 
     def _free(self, ids: list[int]) -> None:
         """Let blocks go, but for those that are still read."""
