@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 import shoal.testing
 from shoal.worker import loads
@@ -16,6 +19,7 @@ from shoal.worker.engine_causal import CausalEngine, Generation
 from shoal.worker.errors import ApiError
 from shoal.worker.kv import KvLayout
 from shoal.worker.limits import CausalLimits
+from shoal.worker.scheduling import ElasticScheduler
 from shoal.worker.spec import RemoteShare, WorkerSpec
 from tests.support.redis import redis
 
@@ -253,3 +257,64 @@ def test_what_does_not_come_in_time_is_computed(tmp_path: Path) -> None:
             one.fake.read_s = 0
 
         asyncio.run(run())
+
+
+class Silent:
+    """Tiers whose loads end when the test says so, or never."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.cancelled = 0
+
+    def cached_blocks(self) -> int:
+        return 0
+
+    def match(self, tokens: list[int], salt: str) -> list[int]:
+        return [7]
+
+    def begin_load(self, tokens: list[int], held: int, salt: str) -> Silent:
+        assert held == 1
+        return self
+
+    def wait(self, timeout_s: float) -> bool:
+        return self.done
+
+    def take(self) -> list[int] | None:
+        return [8, 9] if self.done else None
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def test_a_load_that_nobody_does_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers, table = Silent(), dict[str, list[int]]()
+    some = loads.Loads(tiers, table)  # type: ignore[arg-type]
+    assert some.look("a", [1, 2, 3], "") is None
+    assert some.look("a", [1, 2, 3], "") is None
+    assert some.waits("a")
+    monkeypatch.setattr(loads, "_LONGEST_S", 0.0)
+    found = some.look("a", [1, 2, 3], "")
+    assert found is not None
+    assert (found.blocks, table, tiers.cancelled) == (1, {"a": [7]}, 1), "what the device had stays"
+    assert not some.waits("a")
+
+
+def test_who_has_what_others_may_lack_is_looked_at_first() -> None:
+    """Where nothing is free, transformers looks no further than the first that waits and cannot run."""
+    scheduler = ElasticScheduler.__new__(ElasticScheduler)
+    first, second = Silent(), Silent()
+    some = loads.Loads(first, {})  # type: ignore[arg-type]
+    assert some.look("under way", [1], "") is None
+    some._kv = second  # type: ignore[assignment]
+    assert some.look("done", [1], "") is None
+    second.done = True
+    assert [some.turn(name) for name in ("done", "under way", "none")] == [0, 1, 2]
+    scheduler.cache = SimpleNamespace(loads=some)
+    names = ["none", "under way", "done", "another"]
+    scheduler.waiting_requests_order = deque(names)
+    scheduler.waiting_requests = {
+        name: SimpleNamespace(request_id=name, status=RequestStatus.PENDING, is_cpu_offloaded=False) for name in names
+    }
+    assert [state.request_id for state in scheduler._get_waiting_candidates()] == [
+        "done", "none", "under way", "another",
+    ]  # fmt: skip

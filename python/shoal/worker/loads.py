@@ -1,9 +1,10 @@
 """Requests whose prefix is on its way from a tier below the device: they wait, and the others go on.
 
 Apart because a request is between two states here: it has looked for its prefix, and cannot run yet. It stays among
-those that wait, the scheduler passes it over, and when its blocks have come it is looked at again. Few loads are under
-way at a time, since each has its blocks already: who comes later looks again when one of them has ended, unless the
-tiers have nothing for it.
+those that wait, the scheduler passes it over, and when its blocks have come it is looked at again, before others that
+wait: they may lack what it has. Few loads are under way at a time, since what has come of each keeps its blocks: who
+comes later looks again when one of them has ended, unless the tiers know that they have nothing for it (a remote has
+to be asked first).
 
 On the engine's thread only. What was found on the device stands in the request's block table meanwhile; what is loaded
 is the load's until it is done, so a request that is dropped leaves nothing behind (I7).
@@ -11,6 +12,7 @@ is the load's until it is done, so a request that is dropped leaves nothing behi
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _TOGETHER = 4  # loads under way; the tiers' thread does one after another
 _AT_ONCE_S = 0.002  # a load that takes no longer is waited for: to be passed over costs a request a whole step
+_LONGEST_S = 300.0  # each has a deadline of its own and few are before it; one that is silent so long has nobody left
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Loads:
     def __init__(self, kv: KvBlocks, table: dict[str, list[int]]) -> None:
         self._kv = kv
         self._table = table  # the blocks of each request
-        self._under_way: dict[str, tuple[Loading, Prefix]] = {}  # in the order in which they end
+        self._under_way: dict[str, tuple[Loading, Prefix, float]] = {}  # in the order in which they end; since when
         self._later: set[str] = set()  # they have looked, and wait until another load has ended
         self.has_passed = False
 
@@ -80,6 +83,9 @@ class Loads:
                 return prefix
             under_way = self._under_way.get(name)
         more = None if under_way is None else under_way[0].take()
+        if under_way is not None and more is None and time.monotonic() - under_way[2] > _LONGEST_S:
+            under_way[0].cancel()
+            more = []
         if under_way is None or more is None:
             self.has_passed = True
             return None
@@ -104,15 +110,20 @@ class Loads:
         loading = self._kv.begin_load(prompt, len(blocks), salt)
         if loading is None:
             return prefix
-        self._under_way[name] = loading, prefix
+        self._under_way[name] = loading, prefix, time.monotonic()
         loading.wait(_AT_ONCE_S)
         return None
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until the next load is done. Whether one is, or none is under way."""
-        under_way = (loading for loading, _ in self._under_way.values() if not loading.done)
-        loading = next(under_way, None)
+        """Wait until the next load is done. Whether one is, or none is under way: the next batch takes what is done."""
+        undone = (loading for loading, _, _ in self._under_way.values() if not loading.done)
+        loading = next(undone, None)
         return loading is None or loading.wait(timeout_s)
+
+    def turn(self, name: str) -> int:
+        """Say when a request that waits is looked at: 0 if its load is done, 1 if it is under way, 2 if it has none."""
+        under_way = self._under_way.get(name)
+        return 2 if under_way is None else 0 if under_way[0].done else 1
 
     def drop(self, name: str) -> None:
         """Forget a request."""

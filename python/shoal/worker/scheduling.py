@@ -97,6 +97,13 @@ class ElasticScheduler(FIFOScheduler):
             self.waiting_requests.pop(state.request_id, None)
         return tokens
 
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        """As transformers', but those whose load is done come first: where nothing is free, it looks no further.
+
+        What has come for them has memory that nobody else can have, and others may wait for just that.
+        """
+        return sorted(super()._get_waiting_candidates(), key=lambda state: self.cache.loads.turn(state.request_id) > 0)
+
     def _allocate_blocks_if_needed(self, state: RequestState, len_next_tokens: int) -> bool:
         """As transformers', but what waits for a tier below is not scheduled, as if it could not be had now."""
         if self.cache.loads.waits(state.request_id):

@@ -3,7 +3,8 @@
 //! Apart because it has a thread of its own, and because nobody but it knows its blocks until they are taken. One load runs at
 //! a time, in the order of their calls, each with its own deadline from when its turn comes on; how many wait has a bound
 //! (I10). When its turn comes it looks once more what the device has, as the load before it may have brought it. Where a tier
-//! has to be asked what it has, another thread does that, so that who finds nothing does not wait for others' loads.
+//! has to be asked what it has, another thread does that, so that who finds nothing does not wait for loads that were called
+//! for before.
 //!
 //! **Steps that run meanwhile.** A block that is loaded to was free or cached before, so whoever had it has freed it; and
 //! engines record a step before they free what it uses ([`KvCache::record_step`](super::KvCache::record_step)). The blocks are
