@@ -42,6 +42,7 @@ _LOOK_S = 1.0  # at most so long a child that has ended waits, where the kernel 
 _GO_S = 60.0
 _FILES = 2  # a worker's log and its pipe come with each order
 _PR_SET_NAME = 15
+_GPUS = ("/dev/nvidia", "/dev/dxg", "/dev/kfd")  # as they are called on Linux, in WSL, and AMD's
 _IGNORED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -152,7 +153,7 @@ class Template:
         if max(threading.active_count(), len(threads)) != 1:
             names = ", ".join(sorted(threads[1:])) or "of Python's"
             return f"it has {max(threading.active_count(), len(threads))} threads ({names} beside its own)"
-        if any(path.startswith("/dev/nvidia") for path in _open_paths()):
+        if any(path.startswith(_GPUS) for path in _open_paths()):
             return "it has opened a GPU"
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
