@@ -16,6 +16,7 @@ __all__ = [
     "KvCache",
     "KvGroup",
     "KvTier",
+    "Loading",
     "MemoryManager",
     "Prefetch",
     "Region",
