@@ -146,7 +146,10 @@ fn an_allocation_waits_for_memory_that_is_just_leaving() {
 #[test]
 fn refused_calls_change_nothing() {
     let world = world(32, 64);
-    let cache = cache(&world, 32);
+    // Nothing is mapped ahead meanwhile: figures are compared.
+    let wanted = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 32);
+    let wanted = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..wanted };
+    let cache = world.manager.kv_cache(wanted).expect("addresses");
     let ids = alloc(&cache, 6).expect("room");
     let was = cache.usage();
     let refused =
