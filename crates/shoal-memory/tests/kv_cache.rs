@@ -38,6 +38,12 @@ fn cache(world: &World, mib: u64) -> KvCache {
     world.manager.kv_cache(spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, mib)).expect("addresses")
 }
 
+/// The same, and nothing is mapped ahead: for who compares how much is.
+fn cache_as_asked(world: &World, mib: u64) -> KvCache {
+    let wanted = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, mib);
+    world.manager.kv_cache(KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..wanted }).expect("addresses")
+}
+
 fn alloc(cache: &KvCache, count: usize) -> Option<Vec<u32>> {
     let mut ids = vec![u32::MAX; count];
     cache.alloc(0, &mut ids).expect("the device works").then_some(ids)
@@ -115,10 +121,7 @@ fn only_the_cache_gives_and_takes_its_memory() {
 #[test]
 fn not_now_is_an_answer_and_changes_nothing() {
     let world = world(8, 64);
-    // Nothing is mapped ahead: how much was mapped is compared.
-    let wanted = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 64);
-    let wanted = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..wanted };
-    let cache = world.manager.kv_cache(wanted).expect("addresses");
+    let cache = cache_as_asked(&world, 64);
     let ids = alloc(&cache, 12).expect("6 of 8 MiB");
     let was = cache.usage();
     assert_eq!(alloc(&cache, 8), None, "4 MiB more are not in the budget");
@@ -146,10 +149,7 @@ fn an_allocation_waits_for_memory_that_is_just_leaving() {
 #[test]
 fn refused_calls_change_nothing() {
     let world = world(32, 64);
-    // Nothing is mapped ahead meanwhile: figures are compared.
-    let wanted = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 32);
-    let wanted = KvCacheSpec { spare_bytes_max: ByteCount::ZERO, ..wanted };
-    let cache = world.manager.kv_cache(wanted).expect("addresses");
+    let cache = cache_as_asked(&world, 32);
     let ids = alloc(&cache, 6).expect("room");
     let was = cache.usage();
     let refused =
@@ -565,9 +565,7 @@ fn a_refused_unmap_loses_no_memory_and_hangs_nobody() {
     let dir = tempfile::tempdir().expect("a directory");
     let faults = FaultDevice::new(open(dir.path(), 64));
     let world = world_on(dir, Arc::clone(&faults) as Arc<dyn Device>, 16, 64);
-    let mut spec = spec(vec![group("full", 2, 256)], PlaneOrder::BlockMajor, 16);
-    spec.spare_bytes_max = ByteCount::ZERO;
-    let cache = world.manager.kv_cache(spec).expect("addresses");
+    let cache = cache_as_asked(&world, 16);
     let ids = alloc(&cache, 32).expect("all of it");
     faults.fail_when(|call| {
         let refused = DeviceError::Injected { call: call.number, verb: call.verb };
